@@ -1,0 +1,7 @@
+"""The LeJEPA trainer, installed and imported as `lejepa_fast.train`."""
+
+if __name__ == "train":
+    raise ImportError(
+        "the trainer is imported as 'lejepa_fast.train', not as top-level 'train'; "
+        "install the project with 'pip install -e .'"
+    )
