@@ -1,0 +1,28 @@
+"""lejepa_fast: LeJEPA pretraining with a fast SIGReg.
+
+from lejepa_fast import LeJEPALoss, SIGReg
+
+loss_fn = LeJEPALoss(lambd=0.05, sigreg=SIGReg(num_slices=1024))
+loss = loss_fn(global_z, all_z).total       # (Vg, N, K), (V, N, K)
+"""
+
+from .directions import sample_directions
+from .loss import LeJEPALoss, LeJEPAOutput
+from .reference import Knots, standard_normal_knots, symmetric_knots
+from .sigreg import SIGReg
+
+# After `.sigreg`: the function of that name is the public one, not the module.
+from .ops import sigreg  # isort: skip
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Knots",
+    "LeJEPALoss",
+    "LeJEPAOutput",
+    "SIGReg",
+    "sample_directions",
+    "sigreg",
+    "standard_normal_knots",
+    "symmetric_knots",
+]

@@ -1,0 +1,142 @@
+"""Random directions on the unit sphere, from a counter-based generator.
+
+The directions are a pure function of (seed, step, k, m): Philox-4x32-10 (Salmon et al., SC 2011)
+with the seed as key and (m, k // 4, step low word, step high word) as counter, four normals per call
+by Box-Muller for rows 4q .. 4q+3 of column m. So every rank and every device draws the same
+directions without communication, a checkpoint needs only the step, and nothing waits for the GPU:
+`step` may be a tensor that lives there. Column m does not depend on how many columns are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import starmap
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_ROUNDS = 10
+# Philox multipliers, written as 2**32 minus a 30-bit number so that int64 products cannot overflow.
+_MUL_0 = (1 << 32) - 0xD2511F53
+_MUL_1 = (1 << 32) - 0xCD9E8D57
+_WEYL_0 = 0x9E3779B9
+_WEYL_1 = 0xBB67AE85
+
+
+def sample_directions(
+    dim: int,
+    num_slices: int,
+    *,
+    step: int | Tensor,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Directions uniform on the unit sphere, the same for the same (seed, step) on every device.
+
+    Args:
+        dim: dimension K of the embeddings, >= 1.
+        num_slices: number of directions M, >= 1.
+        step: training step, an int >= 0 or a 0-dim integer tensor. A tensor is never read on the host
+            when it lives on `device`, so the call can be captured in a CUDA graph.
+        seed: any integer; its low 64 bits are the Philox key.
+        device: where the result lives; default: the device of `step`, or the CPU for an int.
+        dtype: floating dtype of the result. Normals are drawn in float32; float64 normalises in float64,
+            bf16 and fp16 round the float32 unit vectors.
+
+    Returns:
+        shape (dim, num_slices), columns of unit length. Values agree between devices to float32 rounding.
+
+    Raises:
+        ValueError: dim or num_slices < 1, step negative, or not a scalar integer, dtype not floating.
+
+    Source: LeJEPA, arXiv 2511.08544, Algorithm 1 (random slices, resampled at every step).
+    """
+    for name, value in (("dim", dim), ("num_slices", num_slices)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating dtype, got {dtype}")
+    signed_seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # operators take signed 64-bit integers
+    step = _step_tensor(step, device)
+    return torch.ops.lejepa_fast.sample_directions(step, dim, num_slices, signed_seed, dtype)
+
+
+# An operator of its own, so that torch.compile does not look inside: its CPU code generator (seen with
+# torch 2.15) evaluates products of an arange in too few bits, and the directions would differ.
+@torch.library.custom_op("lejepa_fast::sample_directions", mutates_args=())
+def _sample_directions(step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """`sample_directions` for checked arguments and a 0-dim int64 step on the target device."""
+    normals = _normals(dim, num_slices, step, seed)
+    if dtype == torch.float64:
+        normals = normals.double()
+    return (normals / torch.linalg.vector_norm(normals, dim=0, keepdim=True)).to(dtype)
+
+
+@_sample_directions.register_fake
+def _(step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype) -> Tensor:
+    return step.new_empty(dim, num_slices, dtype=dtype)
+
+
+def _step_tensor(step: int | Tensor, device: torch.device | str | None) -> Tensor:
+    """`step` as a 0-dim int64 tensor on the target device, without a host synchronisation."""
+    if isinstance(step, Tensor):
+        if step.dim() != 0 or step.dtype.is_floating_point or step.dtype.is_complex:
+            got = f"{step.dtype} of shape {tuple(step.shape)}"
+            raise ValueError(f"step: expected an int or a 0-dim integer tensor, got {got}")
+        target = step.device if device is None else torch.device(device)
+        if step.device.type == target.type:
+            return step.to(target, torch.int64)
+        if step.device.type != "cpu":
+            return step.to(target, torch.int64)
+        step, device = int(step), target
+    if step < 0:
+        raise ValueError(f"step: expected a non-negative integer, got {step}")
+    return torch.full((), step, dtype=torch.int64, device=device)
+
+
+def _normals(dim: int, num_slices: int, step: Tensor, seed: int) -> Tensor:
+    """Standard normal float32 matrix of shape (dim, num_slices)."""
+    quads = (dim + 3) // 4
+    column = torch.arange(num_slices, dtype=torch.int64, device=step.device)
+    quad = torch.arange(quads, dtype=torch.int64, device=step.device).unsqueeze(1)
+    words = philox_4x32(column, quad, step & _MASK, step >> 32, key=(seed & _MASK, (seed >> 32) & _MASK))
+    pairs = starmap(_box_muller, ((words[0], words[1]), (words[2], words[3])))
+    rows = [row for pair in pairs for row in pair]  # 4 x (quads, num_slices)
+    return torch.stack(rows, dim=1).view(quads * 4, num_slices)[:dim]
+
+
+def philox_4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox-4x32-10: four 32-bit words per counter, as int64 tensors with values in [0, 2**32).
+
+    Args:
+        c0, c1, c2, c3: counter words, int64 tensors in [0, 2**32) that broadcast against each other.
+        key: two 32-bit integers.
+
+    Returns:
+        four int64 tensors of the broadcast shape.
+    """
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        hi0, lo0 = _mul_hi_lo(c0, _MUL_0)
+        hi1, lo1 = _mul_hi_lo(c2, _MUL_1)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
+    return tuple(torch.broadcast_tensors(c0, c1, c2, c3))
+
+
+def _mul_hi_lo(a: Tensor, complement: int) -> tuple[Tensor, Tensor]:
+    """High and low word of `a * (2**32 - complement)`; no intermediate exceeds 62 bits."""
+    negative = a * -complement
+    return a + (negative >> 32), negative & _MASK
+
+
+def _box_muller(word_1: Tensor, word_2: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent standard normals from two 32-bit words, in float32."""
+    scale = 2.0**-24
+    u1 = ((word_1 >> 8) + 1).float() * scale  # (0, 1]: the logarithm is finite
+    u2 = (word_2 >> 8).float() * scale  # [0, 1)
+    radius = torch.sqrt(-2 * torch.log(u1))
+    angle = (2 * math.pi) * u2
+    return radius * torch.cos(angle), radius * torch.sin(angle)

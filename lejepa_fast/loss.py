@@ -1,0 +1,107 @@
+"""The LeJEPA loss: prediction between views plus SIGReg (LeJEPA, arXiv 2511.08544, Algorithm 2)."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .ops import all_reduce_sums, resolve_group, sum_gradient_over_ranks
+from .sigreg import SIGReg
+
+
+class LeJEPAOutput(NamedTuple):
+    """Parts of the loss, float32 scalars on the device of the embeddings.
+
+    Attributes:
+        total: what to call `backward()` on.
+        prediction: mean squared distance of the views' embeddings to the centre, unweighted.
+        sigreg: SIGReg averaged over views, unweighted.
+    """
+
+    total: Tensor
+    prediction: Tensor
+    sigreg: Tensor
+
+
+class LeJEPALoss(nn.Module):
+    """Views predict their common centre while SIGReg keeps every view isotropic Gaussian.
+
+        prediction = mean over v, n, k of (mu[n, k] - z[v, n, k])^2
+        total      = (1 - lambda) * prediction + lambda * sigreg        form="convex"
+        total      = prediction + lambda * sigreg                       form="additive"
+
+    `mu` is the mean of the global views' embeddings (`center="global"`) or of all views'
+    (`center="all"`). Gradient flows through `mu`; there is no stop-gradient and no teacher.
+
+    Value and DDP-averaged gradient equal those of one process on the concatenated batch, also when
+    ranks hold different numbers of samples; both parts use the process group of `sigreg`.
+
+    Args:
+        lambd: weight lambda of SIGReg, >= 0 (at most 1 for the convex form). The paper's default is 0.05.
+        sigreg: the regulariser; default `SIGReg()`.
+        center: "global" (paper) or "all" (authors' minimal example, timm).
+        form: "convex" (paper) or "additive" (stable-pretraining, eb_jepa).
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was given.
+    """
+
+    def __init__(
+        self,
+        lambd: float = 0.05,
+        sigreg: SIGReg | None = None,
+        center: Literal["global", "all"] = "global",
+        form: Literal["convex", "additive"] = "convex",
+    ):
+        super().__init__()
+        if center not in ("global", "all"):
+            raise ValueError(f"center: expected 'global' or 'all', got {center!r}")
+        if form not in ("convex", "additive"):
+            raise ValueError(f"form: expected 'convex' or 'additive', got {form!r}")
+        if not (0 <= lambd < float("inf")) or (form == "convex" and lambd > 1):
+            limits = "in [0, 1] for the convex form" if form == "convex" else "finite and >= 0"
+            raise ValueError(f"lambd: expected a number {limits}, got {lambd}")
+        self.lambd = lambd
+        self.sigreg = SIGReg() if sigreg is None else sigreg
+        if self.sigreg.reduction is None:
+            raise ValueError("sigreg: expected reduction='mean' or 'sum', got None; the loss needs a scalar")
+        self.center = center
+        self.form = form
+
+    def forward(self, global_views: Tensor, all_views: Tensor) -> LeJEPAOutput:
+        """Loss of one batch.
+
+        Args:
+            global_views: embeddings of the global views, shape (Vg, N, K).
+            all_views: embeddings of all views, the global ones included, shape (V, N, K).
+
+        Returns:
+            `LeJEPAOutput(total, prediction, sigreg)`.
+        """
+        self._check(global_views, all_views)
+        prediction = self._prediction(global_views, all_views)
+        sigreg = self.sigreg(all_views)
+        weight = 1 - self.lambd if self.form == "convex" else 1.0
+        return LeJEPAOutput(weight * prediction + self.lambd * sigreg, prediction, sigreg)
+
+    def _prediction(self, global_views: Tensor, all_views: Tensor) -> Tensor:
+        with torch.autocast(all_views.device.type, enabled=False):
+            dtype = torch.float64 if all_views.dtype == torch.float64 else torch.float32
+            z = all_views.to(dtype)
+            mu = (global_views.to(dtype) if self.center == "global" else z).mean(0)
+            group = resolve_group(self.sigreg.process_group, self.sigreg.sync)
+            views, n, dim = z.shape
+            squares, count = all_reduce_sums((mu - z).square().sum(), n, group)
+            return sum_gradient_over_ranks(squares / (views * dim * count), group).float()
+
+    def _check(self, global_views: Tensor, all_views: Tensor) -> None:
+        for name, value in (("global_views", global_views), ("all_views", all_views)):
+            if value.dim() != 3:
+                raise ValueError(f"{name}: expected shape (views, N, K), got {tuple(value.shape)}")
+            if value.shape[0] < 1:
+                raise ValueError(f"{name}: expected at least one view, got shape {tuple(value.shape)}")
+        if global_views.shape[1:] != all_views.shape[1:]:
+            expected, got = tuple(all_views.shape[1:]), tuple(global_views.shape[1:])
+            raise ValueError(f"global_views: expected (N, K) = {expected} as in all_views, got {got}")

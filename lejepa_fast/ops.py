@@ -1,0 +1,305 @@
+"""The functional core: choice of implementation, registered operators, collectives.
+
+    x, A --[ecf_sums]--> local sums --[all-reduce]--> global sums --[statistic]--> T --[reduction]--> loss
+
+Only the first stage is large, so only it has several implementations. The rest works on 2 * J * M
+numbers per view in plain PyTorch. `ecf_sums` keeps nothing but its inputs for the backward pass.
+
+Data parallelism. Every rank computes the same loss from the global sums, and DDP and FSDP average the
+parameter gradients over ranks. For the average to equal the gradient of one process on the
+concatenated batch, a rank's embeddings must receive the gradient of the SUM of all ranks' losses.
+The loss is the same function of the global sums on every rank, so it is enough to sum the gradient
+that arrives at the loss (one number for a scalar loss): the large tensors cross ranks in the forward
+pass only.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import _functional_collectives as funcol
+
+from . import reference, streaming
+from .reference import statistic_from_sums
+
+Implementation = Literal["auto", "torch", "triton", "reference"]
+Reduction = Literal["mean", "sum"] | None
+
+logger = logging.getLogger("lejepa_fast")
+_IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+# A count travels as two float32 words, exact up to 2**40 samples, in the buffer of the sums.
+_COUNT_WORD = 1 << 16
+
+
+def sigreg(
+    x: Tensor,
+    A: Tensor,
+    t: Tensor,
+    phi: Tensor,
+    weights: Tensor,
+    *,
+    unbiased: bool = False,
+    reduction: Reduction = "mean",
+    scale_by_n: bool = True,
+    process_group: dist.ProcessGroup | None = None,
+    sync: bool = True,
+    impl: Implementation = "auto",
+    spacing: float | Literal["auto"] | None = "auto",
+) -> Tensor:
+    """Sliced Epps-Pulley statistic of embeddings for any knots, target, weights and directions.
+
+    T[v, m] = N * sum_j weights[j] * ((C - phi[j])^2 + S^2), with C and S the means of cos and sin of
+    t[j] * <x[v, n], A[:, m]> over the samples n of all ranks. Mathematics: `lejepa_fast.reference`.
+
+    Args:
+        x: embeddings, shape (..., N, K), any floating dtype. Leading dimensions (views) get a statistic
+            each. bf16 and fp16 are upcast: statistics are float32, or float64 for float64 inputs,
+            with and without autocast.
+        A: directions, shape (K, M), usually unit columns (`sample_directions`).
+        t: knots, shape (J,), non-negative.
+        phi: target characteristic function (real, even) at the knots, shape (J,) or (J, M).
+        weights: quadrature weights times window, doubled for the half line, shape (J,) or (J, M).
+        unbiased: replace C^2 + S^2 by its unbiased estimate, see `statistic_from_sums`. Needs N >= 2.
+        reduction: "mean" or "sum" over leading dimensions and directions, or None.
+        scale_by_n: multiply by the number of samples of the whole batch, as the paper does.
+        process_group: ranks that share the batch; None is the default group.
+        sync: True takes the statistic of the batch of all ranks of the group. Without an initialised
+            process group, or with False, the statistic is local.
+        impl: "triton", "torch" (streaming, any device), "reference" (materialises N x M x J, allows
+            double backward and directions that require grad), or "auto".
+        spacing: the knots' distance when t[j] = j * spacing (faster), None for arbitrary knots, "auto"
+            to look. Only knots on the CPU can be looked at without a synchronisation; "auto" takes
+            knots on another device as arbitrary.
+
+    Returns:
+        scalar for "mean" and "sum", shape (..., M) for None; float64 for float64 x, else float32.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what was given.
+        RuntimeError: on double backward, except for impl="reference".
+
+    Source: LeJEPA, arXiv 2511.08544, Algorithm 1 and section 4.
+    """
+    _check_inputs(x, A, t, phi, weights, reduction)
+    group = resolve_group(process_group, sync)
+    _check_count(x, group, unbiased)
+    chosen = resolve_implementation(impl, x.device)
+    if A.requires_grad and chosen != "reference":
+        raise ValueError(
+            f"A: directions that require grad are only supported by impl='reference', got impl={chosen!r}; "
+            "detach the directions or choose impl='reference'"
+        )
+    if spacing == "auto":
+        spacing = find_spacing(t)
+
+    compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with torch.autocast(x.device.type, enabled=False):
+        A, t, phi, weights = (a.to(x.device, compute_dtype) for a in (A, t, phi, weights))
+        views = x.reshape(x.shape[:-2].numel(), *x.shape[-2:])  # numel: -1 is ambiguous for N = 0
+        if chosen == "reference":
+            sums = reference.ecf_sums(views.to(compute_dtype), A, t)
+        else:
+            sums = torch.ops.lejepa_fast.ecf_sums(views, A, t, spacing)
+        sums, count = all_reduce_sums(sums, x.shape[-2], group)
+        statistic = statistic_from_sums(
+            sums, count, phi, weights, unbiased=unbiased, scale_by_n=scale_by_n
+        ).reshape(*x.shape[:-2], A.shape[1])
+        if reduction == "mean":
+            statistic = statistic.mean()
+        elif reduction == "sum":
+            statistic = statistic.sum()
+        return sum_gradient_over_ranks(statistic, group)
+
+
+def resolve_implementation(impl: str, device: torch.device) -> str:
+    """The implementation that `impl` means on `device`; what "auto" chose is logged once per device type.
+
+    Raises:
+        ValueError: unknown name, or an implementation that this installation does not have.
+    """
+    if impl not in _IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
+    if impl == "triton":
+        raise ValueError(
+            "impl: 'triton' kernels are not part of this version of lejepa_fast; "
+            "use impl='torch', which runs on every device, or impl='auto'"
+        )
+    if impl != "auto":
+        return impl
+    if device.type not in _logged_devices and not torch.compiler.is_compiling():
+        _logged_devices.add(device.type)
+        logger.info("SIGReg impl='auto' takes 'torch' (streaming) on %s", device.type)
+    return "torch"
+
+
+_logged_devices: set[str] = set()
+
+
+def find_spacing(t: Tensor) -> float | None:
+    """The distance of equidistant knots starting at 0, or None; never reads knots of another device."""
+    if t.device.type != "cpu" or t.shape[0] < 2 or torch.compiler.is_compiling():
+        return None
+    knots = t.double()
+    spacing = knots[-1].item() / (t.shape[0] - 1)
+    # float32 knots are rounded: they count as equidistant within one unit in the last place.
+    tolerance = torch.finfo(t.dtype).eps * abs(knots[-1].item())
+    exact = torch.arange(t.shape[0], dtype=torch.float64) * spacing
+    return spacing if spacing > 0 and bool(((knots - exact).abs() <= tolerance).all()) else None
+
+
+def _check_inputs(
+    x: Tensor, A: Tensor, t: Tensor, phi: Tensor, weights: Tensor, reduction: str | None
+) -> None:
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    if x.dim() < 2:
+        raise ValueError(f"x: expected shape (..., N, K), got {tuple(x.shape)}")
+    if x.shape[-1] < 1 or x.shape[:-2].numel() < 1:
+        raise ValueError(f"x: expected non-empty view and feature dimensions, got shape {tuple(x.shape)}")
+    if A.dim() != 2 or A.shape[0] != x.shape[-1] or A.shape[1] < 1:
+        raise ValueError(f"A: expected shape ({x.shape[-1]}, M) with M >= 1, got {tuple(A.shape)}")
+    if t.dim() != 1 or t.shape[0] < 1:
+        raise ValueError(f"t: expected shape (J,) with J >= 1, got {tuple(t.shape)}")
+    for name, tensor in (("phi", phi), ("weights", weights)):
+        if tensor.shape not in (t.shape, (t.shape[0], A.shape[1])):
+            expected = f"({t.shape[0]},) or ({t.shape[0]}, {A.shape[1]})"
+            raise ValueError(f"{name}: expected shape {expected} to match t and A, got {tuple(tensor.shape)}")
+    for name, tensor in (("A", A), ("t", t), ("phi", phi), ("weights", weights)):
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    if A.device != x.device:
+        raise ValueError(f"A: expected on the device of x, {x.device}, got {A.device}")
+    if reduction not in ("mean", "sum", None):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or None, got {reduction!r}")
+
+
+def _check_count(x: Tensor, group: dist.ProcessGroup | None, unbiased: bool) -> None:
+    """A rank of a group may hold few samples or none; a batch of its own may not."""
+    least = 2 if unbiased else 1
+    if group is None and x.shape[-2] < least:
+        why = " for the unbiased statistic" if unbiased else ""
+        raise ValueError(f"x: expected at least {least} samples{why}, got N = {x.shape[-2]}")
+
+
+# --- Registered operators -------------------------------------------------------------------------
+
+
+@torch.library.custom_op("lejepa_fast::ecf_sums", mutates_args=())
+def _ecf_sums(x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
+    """Streaming `ecf_sums`: x (V, N, K), A (K, M), t (J,) -> (V, 2, J, M) in the dtype of A."""
+    with torch.autocast(x.device.type, enabled=False):
+        return streaming.ecf_sums(x, A, t, spacing)
+
+
+@_ecf_sums.register_fake
+def _(x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
+    return A.new_empty(x.shape[0], 2, t.shape[0], A.shape[1])
+
+
+@torch.library.custom_op("lejepa_fast::ecf_sums_backward", mutates_args=())
+def _ecf_sums_backward(grad: Tensor, x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
+    """Gradient of `ecf_sums` with respect to x, shape and dtype of x."""
+    with torch.autocast(x.device.type, enabled=False):  # users do call backward() under autocast
+        return streaming.ecf_sums_backward(grad, x, A, t, spacing)
+
+
+@_ecf_sums_backward.register_fake
+def _(grad: Tensor, x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, A, t, ctx.spacing = inputs
+    ctx.save_for_backward(x, A, t)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    x, A, t = ctx.saved_tensors
+    return torch.ops.lejepa_fast.ecf_sums_backward(grad, x, A, t, ctx.spacing), None, None, None
+
+
+def _refuse_double_backward(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError(
+        "sigreg: double backward is supported by impl='reference' only; choose it to differentiate twice"
+    )
+
+
+_ecf_sums.register_autograd(_backward, setup_context=_setup_context)
+_ecf_sums_backward.register_autograd(_refuse_double_backward)
+
+
+# --- Collectives ----------------------------------------------------------------------------------
+
+
+def resolve_group(process_group: dist.ProcessGroup | None, sync: bool) -> dist.ProcessGroup | None:
+    """The group to reduce over, read at every call: the module may be older than the process group.
+
+    Returns None when there is nothing to reduce: sync off, no process group, or a single rank.
+    """
+    if not (sync and dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.group.WORLD if process_group is None else process_group
+    size = dist.get_world_size(group)
+    if size < 1:
+        raise ValueError("process_group: expected a group that this rank belongs to")
+    return group if size > 1 else None
+
+
+def all_reduce_sums(sums: Tensor, count: int, group: dist.ProcessGroup | None) -> tuple[Tensor, int | Tensor]:
+    """Add sums and sample counts over ranks in one collective.
+
+    Args:
+        sums: this rank's sums, any shape, float32 or float64.
+        count: this rank's number of samples; ranks may differ.
+        group: from `resolve_group`.
+
+    Returns:
+        global sums and global count (an int without a group, else a 0-dim tensor of the sums' dtype).
+        The gradient of the global sums passes unchanged to the local ones: use
+        `sum_gradient_over_ranks` on what is computed from them.
+    """
+    if group is None:
+        return sums, count
+    high, low = divmod(count, _COUNT_WORD)
+    packed = torch.cat([sums.flatten(), sums.new_full((1,), high), sums.new_full((1,), low)])
+    packed = _AllReduceIdentityGradient.apply(packed, group)
+    return packed[:-2].view(sums.shape), (packed[-2] * _COUNT_WORD + packed[-1]).detach()
+
+
+def sum_gradient_over_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Identity whose gradient is summed over ranks (see the module docstring)."""
+    return value if group is None else _IdentitySumGradient.apply(value, group)
+
+
+class _AllReduceIdentityGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _all_reduce(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class _IdentitySumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _all_reduce(grad, ctx.group), None
+
+
+def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return funcol.wait_tensor(funcol.all_reduce(tensor.contiguous(), "sum", group))
+
+
+def is_recomputing() -> bool:
+    """True inside the backward pass, where activation checkpointing runs the forward a second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,0 +1,166 @@
+"""SIGReg as a module: holds the knots and the step, draws directions, calls the functional core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .directions import sample_directions
+from .ops import Implementation, Reduction, is_recomputing, resolve_implementation, sigreg
+from .reference import Knots, standard_normal_knots
+
+
+class SIGReg(nn.Module):
+    """Sketched isotropic Gaussian regularisation of embeddings (LeJEPA, arXiv 2511.08544, section 4).
+
+    Projects embeddings on random directions and returns the mean Epps-Pulley statistic of the
+    projections. Under N(0, I) its expectation is about 1.05 for the default knots (0 with
+    `unbiased=True`), and it grows like N when embeddings deviate or collapse.
+
+    Knots. The default is the authors' code: `t_max=3, n_points=17` on the half line. The paper's
+    Algorithm 1, `linspace(-5, 5, 17)` on the whole line, is `t_max=5, n_points=9`.
+
+    Directions are fresh at every call in training mode: a function of (seed, step) alone, the same on
+    all ranks and for all views. `step` is a persistent buffer, advanced on the device, saved in the
+    state dict. Evaluation mode does not advance it. When activation checkpointing recomputes a call,
+    the directions of the last call are used again and the step stays; a region that calls the module
+    more than once must pass `step` explicitly.
+
+    Args:
+        num_slices: number of directions M.
+        t_max: right end of the half line of knots.
+        n_points: number of knots J on the half line, both ends included.
+        unbiased: remove the O(1/N) minibatch bias; needs two samples.
+        reduction: "mean" or "sum" over views and slices, or None for a statistic of each.
+        process_group: ranks that share a batch; None is the default group, looked up at every call.
+        sync: take the statistic of the batch of all ranks; False keeps it local.
+        impl: "triton", "torch", "reference" or "auto"; `chosen_impl` tells what "auto" takes.
+        seed: selects the sequence of directions.
+        scale_by_n: multiply by the number of samples, as the paper does.
+        pool_views: treat all leading dimensions as one sample of V * N embeddings (stable-pretraining)
+            instead of a statistic for each view.
+        knots: quadrature to use instead of `t_max` and `n_points`, for other targets or windows; phi and
+            weights may have shape (J, M).
+
+    Shape:
+        z: (..., N, K), any floating dtype.
+        output: float32 scalar, or (..., M) for reduction=None ((M,) with `pool_views`).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what was given.
+    """
+
+    step: Tensor
+    t: Tensor
+    phi: Tensor
+    weights: Tensor
+
+    def __init__(
+        self,
+        num_slices: int = 1024,
+        t_max: float = 3.0,
+        n_points: int = 17,
+        unbiased: bool = False,
+        reduction: Reduction = "mean",
+        process_group: dist.ProcessGroup | None = None,
+        sync: bool = True,
+        impl: Implementation = "auto",
+        *,
+        seed: int = 0,
+        scale_by_n: bool = True,
+        pool_views: bool = False,
+        knots: Knots | None = None,
+    ):
+        super().__init__()
+        if num_slices < 1:
+            raise ValueError(f"num_slices: expected at least 1, got {num_slices}")
+        if reduction not in ("mean", "sum", None):
+            raise ValueError(f"reduction: expected 'mean', 'sum' or None, got {reduction!r}")
+        self.num_slices = num_slices
+        self.unbiased = unbiased
+        self.reduction: Reduction = reduction
+        self.process_group = process_group
+        self.sync = sync
+        self.impl: Implementation = impl
+        self.seed = seed
+        self.scale_by_n = scale_by_n
+        self.pool_views = pool_views
+        self._knots = standard_normal_knots(t_max, n_points) if knots is None else knots
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._register_knots(self.step.device)
+        resolve_implementation(impl, self.step.device)  # an unknown name fails here, not in training
+
+    @property
+    def chosen_impl(self) -> str:
+        """The implementation in use on the module's device: what "auto" means there."""
+        return resolve_implementation(self.impl, self.step.device)
+
+    def forward(self, z: Tensor, step: int | Tensor | None = None) -> Tensor:
+        """SIGReg of embeddings z (..., N, K).
+
+        Args:
+            z: embeddings, shape (..., N, K).
+            step: directions to use instead of those of the module's counter, which then stays as it is.
+        """
+        if not isinstance(z, Tensor):
+            raise TypeError(f"z: expected a tensor, got {type(z).__name__}")
+        if z.dim() < 2:
+            raise ValueError(f"z: expected shape (..., N, K), got {tuple(z.shape)}")
+        if self.pool_views:
+            z = z.flatten(0, -2)
+        with torch.no_grad():
+            A = sample_directions(
+                z.shape[-1],
+                self.num_slices,
+                step=self._next_step() if step is None else step,
+                seed=self.seed,
+                device=z.device,
+                dtype=torch.float64 if z.dtype == torch.float64 else torch.float32,
+            )
+        loss = sigreg(
+            z,
+            A,
+            self.t,
+            self.phi,
+            self.weights,
+            unbiased=self.unbiased,
+            reduction=self.reduction,
+            scale_by_n=self.scale_by_n,
+            process_group=self.process_group,
+            sync=self.sync,
+            impl=self.impl,
+            spacing=self._knots.spacing,
+        )
+        return loss.float()
+
+    def _next_step(self) -> Tensor:
+        """The step of this call; advances the counter in training mode."""
+        if not self.training:
+            return self.step.clone()
+        if is_recomputing():
+            return self.step - 1
+        step = self.step.clone()
+        self.step.add_(1)
+        return step
+
+    def _register_knots(self, device: torch.device) -> None:
+        for name in ("t", "phi", "weights"):
+            value = getattr(self._knots, name).to(device=device, dtype=torch.float32, copy=True)
+            self.register_buffer(name, value, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SIGReg:
+        # `.bfloat16()` on a whole model must not round the knots, and materialising a meta-device
+        # module must not leave them uninitialised: they are made anew from the float64 values.
+        super()._apply(fn, recurse)
+        self._register_knots(self.step.device)
+        return self
+
+    def extra_repr(self) -> str:
+        J = self._knots.t.shape[0]
+        return (
+            f"num_slices={self.num_slices}, n_points={J}, t_max={self._knots.t[-1].item():g}, "
+            f"unbiased={self.unbiased}, reduction={self.reduction!r}, impl={self.impl!r}"
+        )

@@ -1,0 +1,55 @@
+"""The accuracy rule that every SIGReg implementation is held to, and float64 truth."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lejepa_fast import Knots, sigreg
+
+
+class Result(NamedTuple):
+    value: Tensor
+    grad: Tensor
+
+
+def evaluate(x: Tensor, A: Tensor, knots: Knots, **options) -> Result:
+    """Value and gradient of `sigreg` at x; the loss that is differentiated is the sum of the value."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    value = sigreg(x, A, knots.t, knots.phi, knots.weights, spacing=knots.spacing, **options)
+    value.sum().backward()
+    assert x.grad is not None
+    return Result(value.detach(), x.grad)
+
+
+def truth(x: Tensor, A: Tensor, knots: Knots, **options) -> Result:
+    """The reference in float64 on the same numbers: rounding of the inputs is taken as given."""
+    return evaluate(x.double(), A.double(), knots, **{**options, "impl": "reference"})
+
+
+def plain_float32(x: Tensor, A: Tensor, knots: Knots, **options) -> Result:
+    """The reference in float32, whose error sets the scale."""
+    return evaluate(x.float(), A, knots, **{**options, "impl": "reference"})
+
+
+def assert_within_rule(got: Tensor, reference: Tensor, exact: Tensor, what: str, *, ulp: float = 0.0) -> None:
+    """|got - exact| <= 2 |reference - exact| + 1e-6 |exact| in the Euclidean norm.
+
+    `ulp` adds the rounding to a coarser output dtype (the gradient of a bf16 input is bf16).
+    """
+    error = (got.double() - exact).norm()
+    allowed = 2 * (reference.double() - exact).norm() + (1e-6 + ulp) * exact.norm()
+    assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}, size {exact.norm():.3e}"
+
+
+def check_accuracy(x: Tensor, A: Tensor, knots: Knots, **options) -> None:
+    """Hold value and gradient of an implementation to the rule."""
+    exact, reference = truth(x, A, knots, **options), plain_float32(x, A, knots, **options)
+    got = evaluate(x, A, knots, **options)
+    assert got.value.dtype == torch.float32
+    assert got.grad.dtype == x.dtype
+    ulp = 0.0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2
+    assert_within_rule(got.value, reference.value, exact.value, "value")
+    assert_within_rule(got.grad, reference.grad, exact.grad, "gradient", ulp=ulp)

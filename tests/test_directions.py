@@ -1,0 +1,104 @@
+"""sample_directions: the generator, its distribution, and what makes it safe to use in training."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lejepa_fast import sample_directions
+from lejepa_fast.directions import philox_4x32
+
+
+# Known answers of Philox-4x32-10 as published with the Random123 library.
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, expected):
+    words = philox_4x32(*(torch.tensor(c) for c in counter), key=key)
+    assert tuple(int(w) for w in words) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [1, 3, 4, 130])  # below, at and above the four rows of a generator call
+def test_columns_are_unit_vectors(dim, dtype):
+    A = sample_directions(dim, 33, step=5, dtype=dtype)
+    assert A.shape == (dim, 33)
+    assert A.dtype == dtype
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    torch.testing.assert_close(A.double().norm(dim=0), torch.ones(33).double(), rtol=0, atol=tolerance)
+
+
+def test_directions_are_isotropic():
+    K, M = 16, 1 << 15
+    A = sample_directions(K, M, step=1, dtype=torch.float64)
+    second_moment = A @ A.T / M * K  # expectation: identity; entries have a standard error of about 1/sqrt(M)
+    assert (second_moment - torch.eye(K).double()).abs().max() < 6 / math.sqrt(M)
+    assert A.mean(1).abs().max() < 6 / math.sqrt(M * K)
+    fourth = (A**4).mean() * K * (K + 2) / 3  # uniform on the sphere: E a^4 = 3 / (K (K + 2))
+    assert abs(fourth - 1) < 0.02
+
+
+def test_function_of_seed_and_step_alone():
+    A = sample_directions(8, 16, step=3, seed=7)
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    assert torch.equal(A, sample_directions(8, 16, step=torch.tensor(3), seed=7))
+    assert torch.equal(before, torch.get_rng_state()), "the global generator was used"
+    for step, seed in [(4, 7), (3, 8), (3 + (1 << 32), 7), (3, 7 + (1 << 32)), (3, -7)]:
+        other = sample_directions(8, 16, step=step, seed=seed)
+        assert (A - other).abs().max() > 0.1, (step, seed)
+
+
+def test_columns_do_not_depend_on_their_number():
+    few, many = sample_directions(10, 5, step=2), sample_directions(10, 50, step=2)
+    assert torch.equal(few, many[:, :5])
+
+
+def test_steps_are_uncorrelated():
+    A, B = (sample_directions(64, 512, step=s) for s in (0, 1))
+    assert (A * B).sum(0).mean().abs() < 6 / math.sqrt(64 * 512)
+
+
+def test_same_in_compiled_code():
+    compiled = torch.compile(lambda step: sample_directions(9, 12, step=step), fullgraph=True)
+    step = torch.tensor(11)
+    assert torch.equal(compiled(step), sample_directions(9, 12, step=11))
+
+
+def test_step_tensor_stays_on_its_device():
+    """No value is read on the host: a meta tensor has none to read."""
+    A = sample_directions(8, 16, step=torch.zeros((), dtype=torch.int64, device="meta"))
+    assert A.shape == (8, 16)
+    assert A.device.type == "meta"
+
+
+def test_operator_contract():
+    step = torch.tensor(3)
+    torch.library.opcheck(torch.ops.lejepa_fast.sample_directions, (step, 8, 16, 0, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"dim": 0}, "dim"),
+        ({"num_slices": 0}, "num_slices"),
+        ({"step": -1}, "step"),
+        ({"step": torch.zeros(2, dtype=torch.int64)}, "step"),
+        ({"step": torch.tensor(1.0)}, "step"),
+        ({"dtype": torch.int32}, "dtype"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, named):
+    with pytest.raises(ValueError, match=f"^{named}: expected"):
+        sample_directions(**{"dim": 4, "num_slices": 4, "step": 0, **arguments})
