@@ -30,8 +30,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Elements of one tile (directions x samples). Fits the L2 cache of a CPU core; fills a GPU.
-_TILE_ELEMENTS = {"cpu": 1 << 16}
+# Elements of one tile (directions x samples): about ten such arrays stay in a CPU's last-level cache, and
+# an operation is long enough for its threads to be worth waking. A GPU needs larger ones to fill it.
+_TILE_ELEMENTS = {"cpu": 1 << 17}
 _TILE_ELEMENTS_ACCELERATOR = 1 << 22
 _TILE_SAMPLES = 2048
 # Directions that share one pair of matrix products with x and dx: thin products waste the BLAS.

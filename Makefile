@@ -1,0 +1,58 @@
+# Two commands on a fresh machine: `make pretrain` and `make test`. Both make .venv at the first run.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Extra arguments for the trainer, for example: make pretrain ARGS="--epochs 5 --seed 1"
+ARGS ?=
+RUN ?= runs/trashnet96
+# Idle OpenMP threads sleep instead of spinning: on few cores they would fight the data workers.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help pretrain test lint format bench clean
+
+help:
+	@echo "make pretrain   pretrain on the embedded image set, evaluate, write a report"
+	@echo "make test       linters, type checker and all tests"
+	@echo "make bench      SIGReg benchmark of this machine, rows and plot in bench/results/"
+	@echo "make format     format the code"
+	@echo "make clean      remove caches and build products (keeps .venv and runs)"
+
+pretrain: $(VENV)/.installed
+	@$(BIN)/python train/pretrain.py --preset laptop --out $(RUN) $(ARGS)
+
+test: lint
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	@$(BIN)/python bench/sigreg_bench.py --sweep
+
+format: $(VENV)/.installed-dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "error: Python 3.10 or newer is needed, $(PYTHON) is older; call make PYTHON=python3.x"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) \
+		|| { rm -rf $(VENV); echo "error: '$(PYTHON) -m venv' failed (on Debian: apt-get install python3-venv)"; exit 2; }
+
+# Re-installed when what they are made from changes; otherwise the environment is reused.
+$(VENV)/.installed: pyproject.toml setup.py | $(BIN)/python
+	@echo "installing lejepa_fast into $(VENV) (the first time takes a few minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml setup.py | $(BIN)/python
+	@echo "installing lejepa_fast with its development tools into $(VENV) (the first time takes a few minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,135 @@
+"""What the benchmarks share: where a row was measured, statistics of timings, peak memory, tables."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import gc
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what a row was measured."""
+    row: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "driver": None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "commit": _commit(),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+    }
+    if torch.cuda.is_available():
+        row["device"] = torch.cuda.get_device_name()
+        row["driver"] = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return row
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    match = re.search(r"model name\s*:\s*(.+)", text)
+    return f"{match.group(1) if match else platform.machine()}, {os.cpu_count()} cores"
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def _commit() -> str | None:
+    commit = _output(["git", "rev-parse", "--short", "HEAD"])
+    dirty = _output(["git", "status", "--porcelain", "--untracked-files=no"])
+    return f"{commit}+changes" if commit and dirty else commit
+
+
+def _output(command: Sequence[str]) -> str | None:
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip() or None
+
+
+def interleaved_times(calls: Mapping[str, Callable[[int], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, taking turns so that a slow spell of the machine hits all alike.
+
+    Each call gets the number of the repetition, to rotate its buffers with.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():  # warm-up: compilation, allocator, caches
+        call(0)
+        call(1)
+    for repeat in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call(repeat)
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and 20th and 80th percentile, in milliseconds."""
+    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
+    return {
+        "median_ms": 1e3 * statistics.median(seconds),
+        "p20_ms": 1e3 * deciles[1],
+        "p80_ms": 1e3 * deciles[7],
+    }
+
+
+def peak_extra_bytes(call: Callable[[], Any]) -> int:
+    """Resident memory of this process at its peak during `call`, above what it holds before.
+
+    Linux only: the kernel's high-water mark of the resident set, reset before the call.
+    """
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_kib("VmRSS")
+    call()
+    return 1024 * (_status_kib("VmHWM") - before)
+
+
+def _status_kib(field: str) -> int:
+    match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if match is None:
+        raise RuntimeError(f"/proc/self/status has no {field}: peak memory is measured on Linux only")
+    return int(match.group(1))
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows to a JSONL file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print columns: the first left-aligned, the others right-aligned."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, ["-" * w for w in widths], *rows]:
+        cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+        print("  ".join(cells).rstrip())
