@@ -1,0 +1,71 @@
+"""From any Pillow image to upright 8-bit RGB.
+
+`Image.convert("RGB")` alone is wrong for several kinds of files that real data sets hold: it clips
+16-bit values to white, shows the garbage under transparent pixels and ignores the EXIF orientation.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from lejepa_fast.errors import RunError
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
+)
+
+# Keys of `Image.info` under which a file may carry an orientation.
+_ORIENTATION_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright 8-bit RGB version of `image` (its first frame).
+
+    Transparent images are composed over white; 16-bit grayscale is scaled to 8 bits; floating-point
+    images are taken as 0-1 when no value exceeds 1, else as 0-255; CMYK, palette and grayscale
+    images are converted; the EXIF orientation is applied.
+    """
+    image.load()
+    if image.format == "TIFF" or any(key in image.info for key in _ORIENTATION_KEYS):
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16") or image.mode == "F":
+        return _wide_to_rgb(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        # The premultiplied modes convert to their plain counterparts only.
+        plain = {"RGBa": "RGBA", "La": "LA"}.get(image.mode)
+        image = (image.convert(plain) if plain else image).convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _wide_to_rgb(image: Image.Image) -> Image.Image:
+    """Scale one channel of 16- or 32-bit values to 8 bits and repeat it three times."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        values = np.nan_to_num(values.astype(np.float64))
+        scaled = values * 255.0 if values.max(initial=0.0) <= 1.0 else values
+    else:
+        values = values.astype(np.float64)
+        # Mode "I" is 32 bits wide but comes from 8- and 16-bit files; "I;16" is always 16 bits.
+        scaled = values if image.mode == "I" and values.max(initial=0.0) <= 255.0 else values / 257.0
+    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8)).convert("RGB")
+
+
+def open_encoded(data: bytes) -> Image.Image:
+    """Open an image file held in memory; pixels are decoded on first use."""
+    return Image.open(io.BytesIO(data))
+
+
+def unreadable(where: str, error: Exception) -> RunError:
+    """The error for a file that cannot be decoded: one line, with its name and the way out."""
+    # Pillow's own text ends in "<_io.BytesIO object at 0x...>", which tells nobody anything.
+    reason = "not an image" if "cannot identify image file" in str(error) else str(error)
+    reason = re.sub(r"\s+", " ", reason).strip() or type(error).__name__
+    return RunError(f"cannot read image {where}: {reason}; repair it, or remove it from the data set")

@@ -1,0 +1,298 @@
+"""`multicrop_loader` and `eval_loader`: what a trainer sees, whichever backend makes the pixels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe
+from lejepa_fast.data.sampler import BatchKey, EpochSchedule
+from lejepa_fast.data.sources import ImageSource, check_image_size, spread
+from lejepa_fast.data.torchvision import EvalBatches, RawBatch, TorchvisionBackend, TrainBatches
+from lejepa_fast.errors import UsageError
+
+log = logging.getLogger("lejepa_fast.data")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+_PROBED_IMAGES = 64
+
+
+class Backend(Protocol):
+    """Makes the pixels. The loader decides which images make up which batch, and normalises."""
+
+    name: str
+
+    def batches(self, keys: Iterable[BatchKey]) -> Iterator[RawBatch]:
+        """One uint8 batch per key, in order. May be called again after an abandoned pass."""
+        ...
+
+
+class MultiCropLoader:
+    """Iterable over (views, targets), one epoch per pass. Made by `multicrop_loader`.
+
+    After a complete pass the loader stands at the next epoch, so a trainer that never calls
+    `set_epoch` still gets new crops each time. A pass that is broken off starts over.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        schedule: EpochSchedule,
+        recipe: MultiCropRecipe,
+        *,
+        labelled: bool,
+        device: torch.device | None,
+        dtype: torch.dtype,
+        channels_last: bool,
+    ) -> None:
+        self._backend, self._schedule, self._recipe = backend, schedule, recipe
+        self._labelled, self._device, self._dtype = labelled, device, dtype
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        self._epoch = 0
+        self._batch = 0  # batches of this epoch that the trainer has taken
+        self._resuming = False
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use."""
+        return self._backend.name
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the current or next pass belongs to."""
+        return self._epoch
+
+    def __len__(self) -> int:
+        """Batches per epoch, equal on all ranks."""
+        return len(self._schedule)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass. A restored position within that same epoch is kept."""
+        if epoch < 0:
+            raise UsageError(f"epoch must be 0 or more; got {epoch}")
+        if self._resuming and epoch == self._epoch:
+            return
+        self._epoch, self._batch, self._resuming = epoch, 0, False
+
+    def __iter__(self) -> Iterator[tuple[list[Tensor], Tensor | None]]:
+        start = self._batch if self._resuming else 0
+        epoch = self._epoch
+        self._batch, self._resuming = start, False
+        for raw in self._backend.batches(self._schedule.keys(epoch, start)):
+            batch = self._finish(raw)
+            self._batch += 1
+            yield batch
+        self._epoch, self._batch = epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Position of the batches handed out: valid inside the loop body and between epochs."""
+        return {
+            "epoch": self._epoch,
+            "batch": self._batch,
+            "seed": self._schedule.seed,
+            "global_batch": self._schedule.global_batch,
+            "images": self._schedule.num_images,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where the state was taken, on any number of ranks with the same global batch.
+
+        Raises `UsageError` when the state does not fit: in mid-epoch, another seed, global batch or
+        number of images would silently repeat some images and leave others out.
+        """
+        epoch, batch = state.get("epoch"), state.get("batch")
+        if not isinstance(epoch, int) or not isinstance(batch, int) or epoch < 0 or batch < 0:
+            raise UsageError(f"loader state needs 'epoch' and 'batch', both 0 or more; got {dict(state)}")
+        mine = self.state_dict()
+        for key, meaning in (
+            ("seed", "seed"),
+            ("global_batch", "batch size x ranks"),
+            ("images", "number of images"),
+        ):
+            if batch and key in state and state[key] != mine[key]:
+                raise UsageError(
+                    f"the loader state was saved in mid-epoch with {meaning} {state[key]}, "
+                    f"now it is {mine[key]}; "
+                    "resume with the same, or from the end of an epoch"
+                )
+        if batch > len(self):
+            raise UsageError(
+                f"loader state is at batch {batch} of an epoch of {len(self)}; it is of another run"
+            )
+        self._epoch, self._batch, self._resuming = epoch, batch, True
+
+    def _finish(self, raw: RawBatch) -> tuple[list[Tensor], Tensor | None]:
+        views = [
+            normalise(view, self._recipe.mean, self._recipe.std, self._device, self._dtype, self._layout)
+            for view in raw.views
+        ]
+        if not self._labelled:
+            return views, None
+        return views, raw.targets.to(self._device, non_blocking=True) if self._device else raw.targets
+
+
+class EvalLoader:
+    """Iterable over (images, targets) in the order of the source. Made by `eval_loader`."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        num_images: int,
+        batch_size: int,
+        *,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        device: torch.device | None,
+    ) -> None:
+        self._backend, self._num_images, self._batch_size = backend, num_images, batch_size
+        self._mean, self._std, self._device = mean, std, device
+
+    def __len__(self) -> int:
+        """Batches, the last one possibly shorter."""
+        return -(-self._num_images // self._batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        starts = range(0, self._num_images, self._batch_size)
+        keys = (BatchKey(0, tuple(range(s, min(s + self._batch_size, self._num_images)))) for s in starts)
+        for raw in self._backend.batches(keys):
+            images = normalise(raw.views[0], self._mean, self._std, self._device, torch.float32)
+            yield images, raw.targets.to(self._device, non_blocking=True) if self._device else raw.targets
+
+
+def multicrop_loader(
+    source: ImageSource,
+    recipe: MultiCropRecipe,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    backend: str = "auto",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    shuffle: bool = True,
+    start_method: str | None = None,
+) -> MultiCropLoader:
+    """Loader of multi-crop batches for one rank.
+
+    Each pass is one epoch and yields (views, targets): `views` is a list of V_g + V_l tensors
+    (batch_size, 3, S, S) of `dtype` on `device`, globals first, normalised by the recipe's mean and
+    std (with dtype=torch.uint8: raw pixels, not normalised); `targets` is (batch_size,) int64, or
+    None when the source has no labels. The last incomplete batch of an epoch is dropped.
+
+    batch_size: images per rank and step. num_workers: processes that decode and augment (0: none, in
+    this process). backend: "auto" or "torchvision". device: where the tensors go (None: stay on the
+    CPU). shuffle=False takes images in the order of the source. start_method: how workers start
+    ("fork", "spawn", "forkserver"; None: Python's default).
+
+    The crops and colours of an image are a function of (seed, epoch, index of the image), whatever the
+    number of workers and ranks and the batch size; the images of step s are the same for every
+    world_size of equal `batch_size * world_size`. Global random generators are not touched.
+    Raises `UsageError` for settings or data that cannot work, `RunError` for an unreadable image.
+    """
+    recipe.validate()
+    schedule = EpochSchedule(len(source), batch_size, seed, rank, world_size, shuffle)
+    if dtype not in _DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {dtype}")
+    # Finds data that is too small as a whole before the run starts; single small files are met on the way.
+    for index in spread(len(source), _PROBED_IMAGES):
+        check_image_size(*source.image_size(index), recipe.smallest_image, source.describe(index))
+    device = None if device is None else torch.device(device)
+    made = make_backend(
+        backend,
+        TrainBatches(source, recipe, seed),
+        num_workers=num_workers,
+        device=device,
+        start_method=start_method,
+    )
+    if rank == 0:
+        log.info("multi-crop loader: %s backend, %d workers, %s", made.name, num_workers, source.name)
+    return MultiCropLoader(
+        made,
+        schedule,
+        recipe,
+        labelled=source.targets is not None,
+        device=device,
+        dtype=dtype,
+        channels_last=channels_last,
+    )
+
+
+def eval_loader(
+    source: ImageSource,
+    *,
+    image_size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+    device: torch.device | str | None = None,
+    start_method: str | None = None,
+) -> EvalLoader:
+    """Loader of every image once, in order, without randomness.
+
+    Yields (images (B, 3, image_size, image_size) float32 normalised, targets (B,) int64, -1 where
+    unlabelled); the last batch may be shorter. Each image's short side is resized to `image_size` px
+    (bilinear, antialiased; small images are enlarged) and the centre is cut out.
+    """
+    if image_size < 1 or batch_size < 1:
+        raise UsageError(f"image_size and batch_size must be positive; got {image_size} and {batch_size}")
+    device = None if device is None else torch.device(device)
+    made = make_backend(
+        "torchvision",
+        EvalBatches(source, image_size),
+        num_workers=num_workers,
+        device=device,
+        start_method=start_method,
+    )
+    return EvalLoader(made, len(source), batch_size, mean=mean, std=std, device=device)
+
+
+def normalise(
+    pixels: Tensor,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """(B, 3, H, W) uint8 pixels as (x / 255 - mean) / std on `device`, computed in float32.
+
+    dtype=torch.uint8 returns the pixels as they are.
+    """
+    if device is not None:
+        pixels = pixels.to(device, non_blocking=True)
+    if dtype is not torch.uint8:
+        scaled = F.to_dtype(pixels, torch.float32, scale=True)
+        pixels = F.normalize(scaled, list(mean), list(std), inplace=True).to(dtype)
+    return pixels.contiguous(memory_format=layout)
+
+
+def make_backend(
+    name: str,
+    dataset: TrainBatches | EvalBatches,
+    *,
+    num_workers: int,
+    device: torch.device | None,
+    start_method: str | None,
+) -> Backend:
+    """The place where a further backend goes in."""
+    if num_workers < 0:
+        raise UsageError(f"num_workers must be 0 or more; got {num_workers}")
+    if start_method not in (None, "fork", "spawn", "forkserver"):
+        raise UsageError(f"start_method must be 'fork', 'spawn', 'forkserver' or None; got {start_method!r}")
+    if name == "dali":
+        raise UsageError("backend 'dali' is not available yet; use 'torchvision' or 'auto'")
+    if name not in ("auto", "torchvision"):
+        raise UsageError(f"unknown backend {name!r}; expected 'auto' or 'torchvision'")
+    pin_memory = device is not None and device.type == "cuda"
+    return TorchvisionBackend(
+        dataset, num_workers=num_workers, pin_memory=pin_memory, start_method=start_method
+    )

@@ -1,0 +1,148 @@
+"""Pack a folder of images into WebDataset tar shards: `python -m lejepa_fast.data.pack SOURCE OUT`.
+
+Image files are copied byte for byte as `key.jpg` beside `key.cls`, the class index as text. Samples are
+shuffled across classes (by `seed`), so that every shard is a mixture. Headers carry no owner, rights or
+time: the same images give the same bytes. The result appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import re
+import shutil
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from lejepa_fast.data.draws import PACK, permutation
+from lejepa_fast.data.sources import FolderSource, find_splits
+from lejepa_fast.errors import RunError, UsageError
+
+_DEFAULT_SHARD_BYTES = 256 * 2**20
+_STEM_LENGTH = 48  # with the number and the suffix, well within the 100 bytes of a plain tar header
+
+
+def pack_folder(
+    source: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    shard_bytes: int = _DEFAULT_SHARD_BYTES,
+    seed: int = 0,
+    verify: bool = True,
+) -> dict[str, int]:
+    """Write the images below `source` as shards into the new folder `out_dir`; returns images per split.
+
+    source: a folder that `open_source` takes as a folder of images. With train/ and val/ below it, both
+    are packed ({"train": n, "val": m}, in sub-folders of those names); else the folder is packed as it is
+    ({"": n}). Class names go to `out_dir/classes.txt`. shard_bytes: a new shard begins before one grows
+    past this. verify: decode every image first, so that no broken file ends up in a shard.
+    Raises `UsageError` for a missing source or an `out_dir` that holds something, `RunError` for an
+    unreadable image or a failed write; `out_dir` is then left as it was.
+    """
+    source, out_dir = Path(source), Path(out_dir)
+    if shard_bytes < 1:
+        raise UsageError(f"shard_bytes must be positive; got {shard_bytes}")
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise UsageError(f"{out_dir} exists and is not an empty folder; remove it or choose another name")
+    train_root, val_root = find_splits(source)
+    if not train_root.is_dir():
+        raise UsageError(f"{source} is not a folder; give a folder of class folders or of images")
+    train = FolderSource(train_root)
+    parts = {"train" if val_root else "": train}
+    if val_root:
+        parts["val"] = FolderSource(val_root, classes=train.classes)
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    except OSError as error:
+        raise RunError(f"cannot write next to {out_dir}: {error.strerror}; choose another folder") from error
+    try:
+        for name, part in parts.items():
+            _write_split(part, work / name, shard_bytes, seed, verify)
+        if train.classes is not None:
+            (work / "classes.txt").write_text(
+                "".join(f"{name}\n" for name in train.classes), encoding="utf-8"
+            )
+        work.chmod(0o755)  # mkdtemp makes it private
+        os.replace(work, out_dir)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {out_dir}: {error.strerror}; free some space or choose another disk"
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return {name: len(part) for name, part in parts.items()}
+
+
+def _write_split(source: FolderSource, folder: Path, shard_bytes: int, seed: int, verify: bool) -> None:
+    folder.mkdir(exist_ok=True)
+    samples = _samples(source, seed)
+    sizes = [(source.root / source.relative_path(index)).stat().st_size for _, index in samples]
+    first, number = 0, 0
+    while first < len(samples):
+        last, used = first + 1, sizes[first]
+        while last < len(samples) and used + sizes[last] <= shard_bytes:
+            used += sizes[last]
+            last += 1
+        name = folder / f"shard-{number:05d}.tar"
+        with tarfile.open(name, "w", format=tarfile.USTAR_FORMAT) as shard:
+            for key, index in samples[first:last]:
+                if verify:
+                    _ = source[index]
+                suffix = os.path.splitext(source.relative_path(index))[1].lower()
+                _add(shard, key + suffix, source.encoded(index))
+                if source.labelled:
+                    _add(shard, key + ".cls", str(source.target(index)).encode())
+        first, number = last, number + 1
+
+
+def _samples(source: FolderSource, seed: int) -> list[tuple[str, int]]:
+    """(key, index) in shuffled order. Keys are numbered; the file's name stays readable in them."""
+    samples = []
+    for position, index in enumerate(permutation(seed, PACK, 0, 0, len(source)).tolist()):
+        stem = os.path.splitext(os.path.basename(source.relative_path(index)))[0]
+        # A dot would end the key, and foreign letters need another header format.
+        plain = re.sub(r"[^A-Za-z0-9_-]+", "-", stem)[:_STEM_LENGTH]
+        samples.append((f"{position:08d}_{plain}", index))
+    return samples
+
+
+def _add(shard: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)  # uid, gid and mtime are 0 and the names empty
+    info.size = len(data)
+    info.mode = 0o644
+    shard.addfile(info, io.BytesIO(data))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code (0, 2 for wrong usage, 1 for a failed run)."""
+    parser = argparse.ArgumentParser(prog="python -m lejepa_fast.data.pack", description=__doc__)
+    parser.add_argument("source", help="folder of class folders, flat folder, or folder with train/ and val/")
+    parser.add_argument("out", help="new folder for the shards")
+    parser.add_argument(
+        "--shard-mb", type=float, default=_DEFAULT_SHARD_BYTES / 2**20, help="size of a shard in MiB"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the samples")
+    parser.add_argument("--no-verify", action="store_true", help="do not decode the images first")
+    options = parser.parse_args(arguments)
+    try:
+        counts = pack_folder(
+            options.source,
+            options.out,
+            shard_bytes=int(options.shard_mb * 2**20),
+            seed=options.seed,
+            verify=not options.no_verify,
+        )
+    except (UsageError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    for name, count in counts.items():
+        print(f"{os.path.join(options.out, name)}: {count} images")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Which images make up which batch: a function of (seed, epoch) and the GLOBAL batch only.
+
+One permutation per epoch is cut into global batches of `batch_size * world_size` images, and rank r
+takes the r-th slice of each. So the images of step s are the same for every world size that divides
+the global batch, every rank has the same number of batches (a shorter last one is dropped), and a
+position in the epoch is one number that holds on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from lejepa_fast.data.draws import ORDER, permutation
+from lejepa_fast.errors import UsageError
+
+
+@dataclass(frozen=True)
+class BatchKey:
+    """Names one batch of one rank: all that a worker needs to make it."""
+
+    epoch: int
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EpochSchedule:
+    """Batches of one rank. `batch_size` is per rank; `num_images` is the size of the data set."""
+
+    num_images: int
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1; got {self.batch_size}")
+        if self.world_size < 1 or not 0 <= self.rank < self.world_size:
+            raise UsageError(
+                f"rank must be in 0 .. world_size - 1; got rank {self.rank}, world_size {self.world_size}"
+            )
+        if self.num_images < self.global_batch:
+            largest = self.num_images // self.world_size
+            ranks = "" if self.world_size == 1 else f" on each of {self.world_size} ranks"
+            way_out = (
+                f"use a batch size of at most {largest}, or more images"
+                if largest
+                else "use fewer ranks, or more images"
+            )
+            raise UsageError(
+                f"the data set has {self.num_images} images, fewer than one batch of "
+                f"{self.batch_size}{ranks}; {way_out}"
+            )
+
+    @property
+    def global_batch(self) -> int:
+        """Images per step over all ranks."""
+        return self.batch_size * self.world_size
+
+    def __len__(self) -> int:
+        """Batches per epoch, the same on every rank."""
+        return self.num_images // self.global_batch
+
+    def keys(self, epoch: int, start: int = 0) -> Iterator[BatchKey]:
+        """This rank's batches of `epoch` from batch number `start` on."""
+        if self.shuffle:
+            order = permutation(self.seed, ORDER, epoch, 0, self.num_images)
+        else:
+            order = np.arange(self.num_images)
+        for batch in range(start, len(self)):
+            first = batch * self.global_batch + self.rank * self.batch_size
+            yield BatchKey(epoch, tuple(order[first : first + self.batch_size].tolist()))

@@ -1,0 +1,209 @@
+"""WebDataset tar shards with random access.
+
+A shard is an uncompressed tar whose members come in pairs `key.jpg` + `key.cls` (the class index as
+text). Opening reads the headers and labels once; images are then read by offset with `os.pread`,
+which shares no file position, so forked workers cannot disturb each other. Nothing is extracted,
+unpickled or executed: members are looked up by suffix in an allow-list and everything else is
+refused by name, as are links, devices, absolute names and `..`.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from lejepa_fast.data.decode import IMAGE_SUFFIXES
+from lejepa_fast.data.sources import EncodedSource
+from lejepa_fast.errors import RunError, UsageError
+
+# Captions and metadata that other packers add. They are inert text and never read.
+_IGNORED_SUFFIXES = frozenset({".txt", ".json"})
+_MAX_LABEL_BYTES = 32
+_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"(\xb5/\xfd": "unzstd"}
+
+
+class Member(NamedTuple):
+    """One image of a shard: byte range in the tar, and its class index (None when unlabelled)."""
+
+    key: str
+    suffix: str
+    offset: int
+    size: int
+    target: int | None
+
+
+class ShardSource(EncodedSource):
+    """All images of some shards, in the order of the shards and of their members.
+
+    Raises `UsageError` naming the shard (and member) that is missing, truncated, compressed, unsafe or
+    half labelled.
+    """
+
+    def __init__(self, shards: Sequence[Path], *, classes: Sequence[str] | None = None) -> None:
+        self._shards = [Path(shard) for shard in shards]
+        per_shard = [index_shard(shard) for shard in self._shards]
+        members = [member for shard in per_shard for member in shard]
+        folder = self._shards[0].parent
+        if not members:
+            raise UsageError(
+                f"no images in {self._shards[0] if len(self._shards) == 1 else folder}; "
+                "expected tar members such as key.jpg and key.cls"
+            )
+        targets = _check_labels(self._shards, per_shard, classes)
+        self._shard_of = np.repeat(np.arange(len(per_shard), dtype=np.int32), [len(m) for m in per_shard])
+        self._offsets = np.array([member.offset for member in members], dtype=np.int64)
+        self._sizes = np.array([member.size for member in members], dtype=np.int64)
+        names = [(member.key + member.suffix).encode() for member in members]
+        self._names = b"".join(names)
+        self._name_ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        self._files: dict[int, int] = {}
+        super().__init__(
+            name=folder.name if len(self._shards) > 1 else self._shards[0].stem,
+            kind="webdataset",
+            classes=None if targets is None else classes,
+            targets=targets,
+        )
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def describe(self, index: int) -> str:
+        start = int(self._name_ends[index - 1]) if index else 0
+        name = self._names[start : int(self._name_ends[index])].decode()
+        return f"{self._shards[self._shard_of[index]]}: {name}"
+
+    def encoded(self, index: int) -> bytes:
+        size, offset = int(self._sizes[index]), int(self._offsets[index])
+        shard = int(self._shard_of[index])
+        data = os.pread(self._file(shard), size, offset)
+        if len(data) != size:
+            raise RunError(
+                f"{self.describe(index)}: the file ends early ({len(data)} of {size} bytes); "
+                "it has changed since it was opened: copy the shard again"
+            )
+        return data
+
+    def _file(self, shard: int) -> int:
+        """Descriptor of a shard, opened on first use."""
+        descriptor = self._files.get(shard)
+        if descriptor is None:
+            try:
+                descriptor = os.open(self._shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise RunError(f"cannot open the shard {self._shards[shard]}: {error.strerror}") from error
+            self._files[shard] = descriptor
+        return descriptor
+
+    def __getstate__(self) -> dict[str, object]:
+        # Descriptors mean nothing in another process that did not inherit them.
+        return {**self.__dict__, "_files": {}}
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_files", {}).values():
+            os.close(descriptor)
+
+
+def index_shard(path: Path) -> list[Member]:
+    """Byte ranges and labels of the images of one shard, in the order of the tar.
+
+    Raises `UsageError` naming the shard and member for anything that is not plain image data.
+    """
+    images: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, int] = {}
+    try:
+        with open(path, "rb") as file:
+            _refuse_compressed(path, file.read(6))
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for info in tar:
+                    if info.isdir():
+                        continue
+                    key, suffix = _check_member(path, info)
+                    if suffix == ".cls":
+                        labels[key] = _read_label(path, info, file.fileno())
+                    elif suffix in IMAGE_SUFFIXES:
+                        if key in images:
+                            raise UsageError(
+                                f"{path}: two images with the key {key!r}; keys must be distinct"
+                            )
+                        images[key] = (suffix, info.offset_data, info.size)
+                end = tar.offset
+            _check_complete(path, file.fileno(), end)
+    except tarfile.TarError as error:
+        raise UsageError(
+            f"{path} is not a complete tar file ({error}); copy or pack the shard again"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"cannot read the shard {path}: {error.strerror}") from error
+    orphan = next((key for key in labels if key not in images), None)
+    if orphan is not None:
+        raise UsageError(f"{path}: {orphan}.cls has no image beside it; pack the shard again")
+    return [Member(key, *place, labels.get(key)) for key, place in images.items()]
+
+
+def _refuse_compressed(path: Path, head: bytes) -> None:
+    for magic, tool in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise UsageError(f"{path} is compressed, so not randomly readable; unpack it once with {tool}")
+
+
+def _check_member(path: Path, info: tarfile.TarInfo) -> tuple[str, str]:
+    """(key, lower-case suffix) of a member that is safe to use."""
+    name = PurePosixPath(info.name)
+    if not info.isreg() or info.issparse():
+        raise UsageError(
+            f"{path}: member {info.name!r} is not a plain file (a link or device); pack plain files"
+        )
+    if name.is_absolute() or ".." in name.parts:
+        raise UsageError(f"{path}: member {info.name!r} points outside the archive; pack relative names")
+    # WebDataset's rule: the key ends at the first dot of the file name.
+    stem, dot, suffix = name.name.partition(".")
+    suffix = dot + suffix.lower()
+    if suffix != ".cls" and suffix not in IMAGE_SUFFIXES and suffix not in _IGNORED_SUFFIXES:
+        raise UsageError(
+            f"{path}: member {info.name!r} is neither an image nor a .cls label, and nothing else is read; "
+            "pack the images again with 'python -m lejepa_fast.data.pack SOURCE OUT'"
+        )
+    return str(name.parent / stem), suffix
+
+
+def _read_label(path: Path, info: tarfile.TarInfo, file: int) -> int:
+    data = os.pread(file, min(info.size, _MAX_LABEL_BYTES), info.offset_data)
+    text = data.decode("ascii", errors="replace").strip()
+    if info.size > _MAX_LABEL_BYTES or not text.isdecimal():
+        raise UsageError(f"{path}: member {info.name!r} must hold a class index such as 3; got {text[:20]!r}")
+    return int(text)
+
+
+def _check_complete(path: Path, file: int, end: int) -> None:
+    """A tar ends in a block of zeros; without one, the file was cut between two members."""
+    if os.pread(file, tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
+        raise UsageError(f"{path} is truncated (no end-of-archive block); copy or pack the shard again")
+
+
+def _check_labels(
+    shards: Sequence[Path], per_shard: Sequence[Sequence[Member]], classes: Sequence[str] | None
+) -> list[int] | None:
+    """Class indices of all images, or None when none has one; half-labelled data is an error."""
+    targets: list[int] = []
+    unlabelled: str | None = None
+    for shard, members in zip(shards, per_shard, strict=True):
+        for member in members:
+            where = f"{shard}: {member.key}{member.suffix}"
+            if member.target is None:
+                unlabelled = unlabelled or where
+            elif classes is not None and member.target >= len(classes):
+                raise UsageError(
+                    f"{where} has class {member.target}, but classes.txt names {len(classes)} classes "
+                    f"(0 to {len(classes) - 1})"
+                )
+            else:
+                targets.append(member.target)
+    if unlabelled is not None and targets:
+        raise UsageError(f"{unlabelled} has no .cls label while other images do; label all of them or none")
+    return targets or None

@@ -1,0 +1,441 @@
+"""The loader's promises: what a batch holds, determinism, ranks, resume, workers, error messages."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader, open_source
+from lejepa_fast.data.sampler import EpochSchedule
+from lejepa_fast.data.sources import ImageSource
+from lejepa_fast.errors import RunError, UsageError
+
+RECIPE = MultiCropRecipe(global_size=24, local_crops=2, local_size=16)
+
+
+class NumberedSource(ImageSource):
+    """Image i is noise that depends on i; its label is i, so that batches tell which images they hold."""
+
+    def __init__(self, count: int, *, labelled: bool = True, size: tuple[int, int] = (40, 32)) -> None:
+        super().__init__(
+            name="numbered", kind="folder", classes=None, targets=range(count) if labelled else None
+        )
+        self.count, self.size = count, size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def describe(self, index: int) -> str:
+        return f"image-{index}.png"
+
+    def open_image(self, index: int) -> Image.Image:
+        rng = np.random.default_rng(index)
+        return Image.fromarray(rng.integers(0, 256, (self.size[1], self.size[0], 3), dtype=np.uint8))
+
+
+class DyingSource(NumberedSource):
+    """Kills the first worker that reads image 0, as the kernel does when memory runs out."""
+
+    def __init__(self, count: int, marker: Path) -> None:
+        super().__init__(count)
+        self.marker = marker
+
+    def open_image(self, index: int) -> Image.Image:
+        if index == 0 and torch.utils.data.get_worker_info() is not None and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().open_image(index)
+
+
+class ThreadCountSource(NumberedSource):
+    """Encodes the number of threads of the process in the pixels."""
+
+    def open_image(self, index: int) -> Image.Image:
+        return Image.new("RGB", self.size, (torch.get_num_threads(),) * 3)
+
+
+def loader(count: int = 37, **options):
+    options = {"batch_size": 4, "recipe": RECIPE, **options}
+    return multicrop_loader(NumberedSource(count), **options)
+
+
+def same(one, other) -> bool:
+    """Bit-for-bit equality of two lists of batches."""
+    return len(one) == len(other) and all(
+        torch.equal(t, u) and all(torch.equal(a, b) for a, b in zip(v, w, strict=True))
+        for (v, t), (w, u) in zip(one, other, strict=True)
+    )
+
+
+# --- what a batch is ----------------------------------------------------------------------------
+
+
+def test_batch_contents():
+    made = loader()
+    assert len(made) == 9
+    assert made.backend == "torchvision"
+    batches = list(made)
+    assert len(batches) == 9
+    seen = []
+    for views, targets in batches:
+        assert [tuple(v.shape) for v in views] == [(4, 3, 24, 24)] * 2 + [(4, 3, 16, 16)] * 2
+        assert all(v.dtype == torch.float32 and v.is_contiguous() for v in views)
+        assert targets.dtype == torch.int64
+        assert not any(torch.equal(a, b) for a, b in [(views[0], views[1]), (views[2], views[3])])
+        seen += targets.tolist()
+    assert len(set(seen)) == 36  # every image at most once
+    low, high = (0 - 0.485) / 0.229 - 1e-4, (1 - 0.406) / 0.225 + 1e-4
+    values = torch.cat([v.flatten() for views, _ in batches for v in views])
+    assert low <= values.min() < -1 < 1 < values.max() <= high
+
+
+def test_dtype_layout_and_labels():
+    raw = next(iter(loader(dtype=torch.uint8)))[0]
+    plain = next(iter(loader()))[0]
+    half = next(iter(loader(dtype=torch.bfloat16, channels_last=True, device="cpu")))[0]
+    mean, std = torch.tensor(RECIPE.mean).view(3, 1, 1), torch.tensor(RECIPE.std).view(3, 1, 1)
+    for r, p, h in zip(raw, plain, half, strict=True):
+        assert r.dtype == torch.uint8
+        torch.testing.assert_close(p, (r / 255 - mean) / std)
+        assert torch.equal(h, p.bfloat16())
+        assert h.is_contiguous(memory_format=torch.channels_last)
+    unlabelled = multicrop_loader(NumberedSource(8, labelled=False), RECIPE, batch_size=4)
+    assert next(iter(unlabelled))[1] is None
+
+
+def test_views_can_enter_autograd():
+    # Inference-mode tensors could not be saved for backward.
+    views, _ = next(iter(loader(dtype=torch.uint8)))
+    weight = torch.ones(1, requires_grad=True)
+    (views[0].float() * weight).sum().backward()
+    assert weight.grad is not None
+    views[0].add_(1)
+
+
+def test_unshuffled_order_and_epochs():
+    made = loader(shuffle=False)
+    assert torch.cat([t for _, t in made]).tolist() == list(range(36))
+    made = loader()
+    first, second = ([t.tolist() for _, t in made] for _ in range(2))
+    assert first != second  # the loader moves on by itself
+    made.set_epoch(0)
+    assert [t.tolist() for _, t in made] == first
+    assert [t.tolist() for _, t in loader(seed=1)] != first
+
+
+# --- determinism --------------------------------------------------------------------------------
+
+
+def per_image(batches) -> dict[int, list[torch.Tensor]]:
+    return {int(t): [v[row] for v in views] for views, ts in batches for row, t in enumerate(ts)}
+
+
+def test_augmentation_ignores_batch_size_order_and_ranks():
+    reference = per_image(loader())
+    for options in ({"batch_size": 7}, {"shuffle": False}, {"world_size": 3, "rank": 2}):
+        other = per_image(loader(**options))
+        common = reference.keys() & other.keys()
+        assert len(common) >= 10
+        for index in common:
+            assert all(torch.equal(a, b) for a, b in zip(reference[index], other[index], strict=True))
+    assert not torch.equal(per_image(loader(seed=1))[5][0], reference[5][0])
+
+
+@pytest.mark.parametrize(("workers", "method"), [(2, "fork"), (1, "spawn")])
+def test_workers_change_nothing(workers, method):
+    torch.rand(2000, 2000) @ torch.rand(2000, 8)  # an OpenMP team in the parent must not hang its forks
+    # The embedded shards: their descriptors are open here before the workers start.
+    source = open_source("trashnet96", "val").subset(range(37))
+    expected = multicrop_loader(source, RECIPE, batch_size=4)
+    made = multicrop_loader(source, RECIPE, batch_size=4, num_workers=workers, start_method=method)
+    for _ in range(2):  # the second pass comes from the same, persistent workers
+        assert same(list(made), list(expected))
+
+
+def test_abandoned_pass_leaves_nothing_behind():
+    made = loader(num_workers=2, start_method="fork")
+    next(iter(made))  # its prefetched batches must not show up in the next pass
+    assert same(list(made), list(loader()))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_share_the_global_batch(world):
+    whole = loader(batch_size=12, count=50)
+    parts = [loader(batch_size=12 // world, count=50, rank=r, world_size=world) for r in range(world)]
+    assert {len(part) for part in parts} == {len(whole)} == {4}
+    for (views, targets), *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(targets, torch.cat([t for _, t in shares]))
+        for number, view in enumerate(views):
+            assert torch.equal(view, torch.cat([v[number] for v, _ in shares]))
+
+
+def numpy_state() -> np.ndarray:
+    return np.random.get_state()[1].copy()  # noqa: NPY002, the legacy generator is what is tested
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_global_generators_are_untouched(workers):
+    made = loader(num_workers=workers)
+    states = torch.get_rng_state(), numpy_state(), random.getstate()
+    threads = torch.get_num_threads()
+    list(made)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(numpy_state(), states[1])
+    assert random.getstate() == states[2]
+    assert torch.get_num_threads() == threads
+
+
+def test_one_thread_while_making_batches():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for workers in (0, 1):
+            source = ThreadCountSource(4)
+            images, _ = next(
+                iter(
+                    eval_loader(
+                        source, image_size=8, batch_size=4, num_workers=workers, std=(1, 1, 1), mean=(0, 0, 0)
+                    )
+                )
+            )
+            assert torch.allclose(images, torch.full_like(images, 1 / 255))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --- resume -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_in_mid_epoch_is_exact(workers):
+    full = loader()
+    full.set_epoch(3)
+    expected = list(full)
+    made = loader(num_workers=workers)
+    made.set_epoch(3)
+    for taken, _ in enumerate(made, start=1):
+        state = made.state_dict()
+        # Batches handed out, whatever the workers have made in advance.
+        assert (state["epoch"], state["batch"]) == (3, taken)
+        if taken == 4:
+            break
+    resumed = loader(num_workers=workers)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    resumed.set_epoch(3)  # what a training loop does; it must not rewind
+    assert same(list(resumed), expected[4:])
+    assert resumed.state_dict()["epoch"] == 4
+    assert same(list(resumed), list(full))  # the next epoch is whole
+
+
+def test_resume_at_the_end_of_an_epoch():
+    made = loader()
+    for _ in made:
+        inside = made.state_dict()
+    assert (inside["epoch"], inside["batch"]) == (0, 9)
+    resumed = loader()
+    resumed.load_state_dict(inside)
+    assert list(resumed) == []
+    assert resumed.epoch == 1
+    after = made.state_dict()
+    assert (after["epoch"], after["batch"]) == (1, 0)
+    again = loader()
+    again.load_state_dict({"epoch": 1, "batch": 0})
+    assert same(list(again), list(made))
+
+
+def test_resume_on_another_number_of_ranks():
+    whole = loader(batch_size=8, count=50)
+    expected = [t for _, t in whole]
+    single = loader(batch_size=8, count=50)
+    for _ in zip(range(2), single, strict=False):
+        state = single.state_dict()
+    ranks = [loader(batch_size=4, count=50, rank=r, world_size=2) for r in range(2)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+    got = [torch.cat([a, b]) for (_, a), (_, b) in zip(*ranks, strict=True)]
+    assert all(torch.equal(g, e) for g, e in zip(got, expected[2:], strict=True))
+
+
+def test_state_of_another_run_is_refused():
+    state = {"epoch": 1, "batch": 2, "seed": 0, "global_batch": 4, "images": 37}
+    for change, text in (
+        ({"seed": 9}, "seed 9, now it is 0"),
+        ({"global_batch": 8}, "batch size x ranks 8, now it is 4"),
+        ({"images": 36}, "number of images 36"),
+        ({"batch": 10}, "batch 10 of an epoch of 9"),
+        ({"epoch": None}, "needs 'epoch' and 'batch'"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            loader().load_state_dict({**state, **change})
+    # Between epochs nothing can be repeated or left out, so a change is fine.
+    loader().load_state_dict({**state, "batch": 0, "global_batch": 8, "images": 36})
+
+
+# --- schedule -----------------------------------------------------------------------------------
+
+
+def test_schedule_covers_all_images_over_epochs():
+    schedule = EpochSchedule(10, batch_size=4)
+    epochs = [[i for key in schedule.keys(e) for i in key.indices] for e in range(12)]
+    assert all(len(set(e)) == 8 for e in epochs)
+    assert set().union(*epochs) == set(range(10))  # the dropped remainder differs between epochs
+    assert len({tuple(e) for e in epochs}) == 12
+
+
+# --- evaluation loader --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_eval_loader(workers):
+    source = NumberedSource(10, size=(30, 20))
+    made = eval_loader(source, image_size=20, batch_size=4, num_workers=workers)
+    assert len(made) == 3
+    for _ in range(2):
+        batches = list(made)
+        assert [len(t) for _, t in batches] == [4, 4, 2]
+        assert torch.cat([t for _, t in batches]).tolist() == list(range(10))
+    # 30 x 20 at 20 px: no resizing, the centre 20 columns.
+    pixels = torch.from_numpy(np.array(source[9][0]))[:, 5:25].permute(2, 0, 1) / 255
+    mean, std = torch.tensor(RECIPE.mean).view(3, 1, 1), torch.tensor(RECIPE.std).view(3, 1, 1)
+    torch.testing.assert_close(batches[-1][0][-1], (pixels - mean) / std)
+    bigger, labels = next(iter(eval_loader(NumberedSource(2, labelled=False), image_size=64, batch_size=4)))
+    assert bigger.shape == (2, 3, 64, 64)
+    assert labels.tolist() == [-1, -1]
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+def one_line(caught) -> str:
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"batch_size": 38}, "37 images, fewer than one batch of 38; use a batch size of at most 37"),
+        ({"batch_size": 10, "world_size": 4}, "on each of 4 ranks; use a batch size of at most 9"),
+        ({"batch_size": 1, "world_size": 40}, "use fewer ranks"),
+        ({"rank": 2, "world_size": 2}, "rank 2, world_size 2"),
+        ({"num_workers": -1}, "num_workers must be 0 or more"),
+        ({"backend": "dali"}, "'dali' is not available yet; use 'torchvision' or 'auto'"),
+        ({"backend": "opencv"}, "unknown backend 'opencv'"),
+        ({"dtype": torch.float64}, "dtype must be one of"),
+        ({"start_method": "thread"}, "start_method must be"),
+        ({"recipe": MultiCropRecipe(flip_prob=2)}, "flip_prob must be a probability"),
+    ],
+)
+def test_bad_settings(options, text):
+    with pytest.raises(UsageError) as caught:
+        loader(**options)
+    assert text in one_line(caught)
+
+
+def test_small_images_are_refused_with_a_way_out():
+    recipe = MultiCropRecipe(global_size=33, local_size=16)
+    with pytest.raises(UsageError) as caught:
+        loader(recipe=recipe)
+    text = one_line(caught)
+    for part in (
+        "image-0.png is 40 x 32 px",
+        "short side of 33",
+        "--crops.global-size",
+        "--crops.min-image-size 1",
+    ):
+        assert part in text
+    enlarged = loader(recipe=MultiCropRecipe(global_size=48, local_size=40, min_image_size=1))
+    assert [v.shape[-1] for v in next(iter(enlarged))[0]] == [48] * 2 + [40] * 6
+    loader(recipe=MultiCropRecipe(global_size=32, local_crops=0))  # exactly the short side
+
+
+def flat_folder(root: Path, count: int = 70) -> Path:
+    root.mkdir()
+    for number in range(count):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(root / f"{number:03d}.png")
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_and_small_images_met_on_the_way(tmp_path, workers):
+    root = flat_folder(tmp_path / "images")
+    source = open_source(str(root), "train")
+    broken = Path(source.describe(3))
+    made = multicrop_loader(source, RECIPE, batch_size=8, num_workers=workers, shuffle=False)
+    broken.write_bytes(b"no image at all")
+    with pytest.raises(RunError) as caught:
+        list(made)
+    assert (
+        one_line(caught)
+        == f"cannot read image {broken}: not an image; repair it, or remove it from the data set"
+    )
+    Image.new("RGB", (40, 23)).save(broken)
+    with pytest.raises(UsageError, match=r"003\.png|00\d\.png is 40 x 23 px") as caught:
+        list(made)
+    one_line(caught)
+
+
+@pytest.fixture
+def default_sigchld():
+    """Takes away the handler that a DataLoader of another test may have left in this process."""
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, previous)
+
+
+@pytest.mark.usefixtures("default_sigchld")
+def test_a_dead_worker_is_explained(tmp_path):
+    source = DyingSource(8, tmp_path / "already")
+    made = multicrop_loader(source, RECIPE, batch_size=4, num_workers=1, start_method="fork")
+    with pytest.raises(RunError, match=r"a data-loading worker died .* use fewer workers") as caught:
+        list(made)
+    one_line(caught)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # no exceptions out of the blue
+    # The next pass starts new workers.
+    made.set_epoch(0)
+    assert same(list(made), list(multicrop_loader(NumberedSource(8), RECIPE, batch_size=4)))
+
+
+class BuggySource(NumberedSource):
+    def open_image(self, index: int) -> Image.Image:
+        raise MemoryError("cannot hold it")
+
+
+def test_bugs_of_a_source_are_not_disguised():
+    made = multicrop_loader(NumberedSource(8), RECIPE, batch_size=4, num_workers=1, start_method="fork")
+    made._backend._dataset.source = BuggySource(8)
+    with pytest.raises(MemoryError, match="cannot hold it"):
+        list(made)
+
+
+def test_the_backend_is_logged_once(caplog):
+    with caplog.at_level(logging.INFO, logger="lejepa_fast.data"):
+        list(loader())
+        loader(rank=1, world_size=2)
+    assert [r.message for r in caplog.records] == [
+        "multi-crop loader: torchvision backend, 0 workers, numbered"
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_arrive_on_the_gpu():
+    cpu = next(iter(loader()))
+    for workers in (0, 1):
+        views, targets = next(iter(loader(device="cuda", num_workers=workers)))
+        assert all(v.is_cuda for v in views)
+        assert torch.equal(targets.cpu(), cpu[1])
+        for view, expected in zip(views, cpu[0], strict=True):
+            torch.testing.assert_close(view.cpu(), expected, rtol=1e-6, atol=1e-6)

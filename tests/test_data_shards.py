@@ -1,0 +1,345 @@
+"""WebDataset shards: reading them safely, packing them, and the embedded set."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import re
+import tarfile
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lejepa_fast.data import open_source
+from lejepa_fast.data.pack import main, pack_folder
+from lejepa_fast.data.sources import EMBEDDED, EncodedSource
+from lejepa_fast.data.webdataset import ShardSource
+from lejepa_fast.errors import RunError, UsageError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def picture(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (9, 7), (value, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes | tarfile.TarInfo]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            if isinstance(content, tarfile.TarInfo):
+                tar.addfile(content)
+                continue
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def samples(count: int, start: int = 0) -> dict[str, bytes]:
+    members: dict[str, bytes] = {}
+    for number in range(start, start + count):
+        members[f"{number:04d}.png"] = picture(number)
+        members[f"{number:04d}.cls"] = str(number % 3).encode()
+    return members
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def test_shards_are_read_at_random(tmp_path):
+    first = write_tar(tmp_path / "a.tar", samples(4))
+    second = write_tar(tmp_path / "b.tar", samples(3, start=4))
+    source = ShardSource([first, second])
+    assert (len(source), source.kind, source.targets) == (7, "webdataset", [0, 1, 2, 0, 1, 2, 0])
+    for index in (6, 0, 3, 4, 0):
+        image, target = source[index]
+        assert image.getpixel((0, 0)) == (index, 0, 0)
+        assert target == index % 3
+    assert source.encoded(5) == picture(5)
+    assert source.describe(5) == f"{second}: 0005.png"
+    assert len(ShardSource([first])) == 4
+
+
+def test_long_names_captions_and_unlabelled_shards(tmp_path):
+    deep = "d" * 120 + "/" + "n" * 150
+    write_tar(tmp_path / "a.tar", {f"{deep}.PNG": picture(1), f"{deep}.json": b"{}", f"{deep}.txt": b"a cat"})
+    source = ShardSource([tmp_path / "a.tar"])
+    assert source.targets is None
+    assert source[0][1] == -1
+    assert source.describe(0).endswith(f"{deep}.png")
+
+
+def _read_all(source: ShardSource, start: int, answers) -> None:
+    answers.put([source[(start + i) % len(source)][0].getpixel((0, 0))[0] for i in range(500)])
+
+
+def test_forked_processes_do_not_disturb_each_other(tmp_path):
+    source = ShardSource([write_tar(tmp_path / "a.tar", samples(50))])
+    source.encoded(0)  # opened before the fork: the descriptor is shared
+    context = get_context("fork")
+    answers = context.Queue()
+    workers = [context.Process(target=_read_all, args=(source, 7, answers)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    got = [answers.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert got == [[(7 + i) % 50 for i in range(500)]] * 3
+
+
+def test_pickled_sources_open_their_own_files(tmp_path):
+    source = ShardSource([write_tar(tmp_path / "a.tar", samples(50))])
+    source.encoded(3)
+    copy = pickle.loads(pickle.dumps(source))
+    del source  # closes its descriptors
+    assert copy[49][0].getpixel((0, 0))[0] == 49
+
+
+def test_descriptors_are_closed(tmp_path):
+    shard = write_tar(tmp_path / "a.tar", samples(2))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        ShardSource([shard]).encoded(0)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+class Bomb:
+    """Writes a file when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.write_text, (self.path, "owned"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("../evil.png", b"x", "points outside the archive"),
+        ("a/../../evil.png", b"x", "points outside the archive"),
+        ("/etc/evil.png", b"x", "points outside the archive"),
+        ("x.png", special("x.png", tarfile.SYMTYPE, "/etc/passwd"), "not a plain file"),
+        ("x.png", special("x.png", tarfile.LNKTYPE, "0000.png"), "not a plain file"),
+        ("x.png", special("x.png", tarfile.FIFOTYPE), "not a plain file"),
+        ("x.png", special("x.png", tarfile.CHRTYPE), "not a plain file"),
+        ("0000.pyd", b"pickle", "neither an image nor a .cls label"),
+        ("0000.pickle", b"pickle", "neither an image nor a .cls label"),
+        ("0000.pth", b"pickle", "neither an image nor a .cls label"),
+        ("0000.seg.png", b"x", "neither an image nor a .cls label"),  # WebDataset: the suffix is seg.png
+        ("0000", b"x", "neither an image nor a .cls label"),
+        ("0000.jpg", b"x", "two images with the key '0000'"),
+        ("9999.cls", b"1", "9999.cls has no image"),
+        ("9999.png", b"x", "has no .cls label while other images do"),
+    ],
+)
+def test_unsafe_and_broken_members_are_refused(tmp_path, name, content, text):
+    shard = write_tar(tmp_path / "in" / "a.tar", {**samples(2), name: content})
+    with pytest.raises(UsageError, match=re.escape(text)) as caught:
+        open_source(str(shard), "train")
+    assert str(shard) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.tar", "in"]
+
+
+def test_nothing_is_unpickled(tmp_path):
+    owned = tmp_path / "owned"
+    payload = pickle.dumps(Bomb(owned))
+    for name in ("0000.pyd", "0001.cls", "0001.png"):
+        members = {**samples(1), name: payload}
+        if name == "0001.png":
+            members["0001.cls"] = b"0"
+            with pytest.raises(RunError, match=r"0001\.png: not an image"):
+                ShardSource([write_tar(tmp_path / "a.tar", members)])[1]
+        else:
+            with pytest.raises(UsageError):
+                ShardSource([write_tar(tmp_path / "a.tar", members)])
+    assert not owned.exists()
+    pickle.loads(payload)
+    assert owned.exists()  # the bomb does work
+
+
+@pytest.mark.parametrize("label", [b"", b"cat", b"-1", b"1.5", b"\xff\xfe", b"1" * 40])
+def test_bad_labels_are_named(tmp_path, label):
+    shard = write_tar(tmp_path / "a.tar", {"0.png": picture(0), "0.cls": label})
+    with pytest.raises(UsageError, match=r"'0\.cls' must hold a class index"):
+        ShardSource([shard])
+
+
+def test_labels_must_be_in_the_class_list(tmp_path):
+    write_tar(tmp_path / "a.tar", samples(6))
+    (tmp_path / "classes.txt").write_text("ant\nbee\n")
+    with pytest.raises(UsageError, match=r"has class 2, but classes\.txt names 2 classes"):
+        open_source(str(tmp_path), "train")
+    (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n")
+    assert open_source(str(tmp_path), "train").classes == ["ant", "bee", "cat"]
+    (tmp_path / "classes.txt").write_text("ant\nant\ncat\n")
+    with pytest.raises(UsageError, match="one distinct class name per line"):
+        open_source(str(tmp_path), "train")
+
+
+def test_truncated_shards_are_named(tmp_path):
+    shard = write_tar(tmp_path / "a.tar", samples(4))
+    whole = shard.read_bytes()
+    end = len(whole.rstrip(b"\0"))
+    # In a header, in the data, between members, after the first member, and empty.
+    for size in (512 * 4 + 100, 512 + 20, (end // 512 + 1) * 512, 1024, 0):
+        shard.write_bytes(whole[:size])
+        with pytest.raises(UsageError, match=re.escape(str(shard))) as caught:
+            ShardSource([shard])
+        assert re.search("truncated|not a complete tar", str(caught.value))
+        assert "\n" not in str(caught.value)
+    shard.write_bytes(b"this is text" * 100)
+    with pytest.raises(UsageError, match="not a complete tar file"):
+        ShardSource([shard])
+    shard.write_bytes(whole)
+    source = ShardSource([shard])
+    shard.write_bytes(whole[: 512 * 3])
+    with pytest.raises(RunError, match="ends early"):
+        source[3]
+
+
+def test_tar_without_images(tmp_path):
+    write_tar(tmp_path / "a.tar", {"readme.txt": b"nothing"})
+    with pytest.raises(UsageError, match=r"no images in .*a\.tar"):
+        open_source(str(tmp_path), "train")
+
+
+# --- packing ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(["ant", "bee"]):
+        for split, count in (("train", 30), ("val", 6)):
+            path = tmp_path / "set" / split / name
+            path.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(path / f"img {number}.v{label}.JPG", quality=80)
+    return tmp_path / "set"
+
+
+def digests(source: EncodedSource) -> list[tuple[str, int]]:
+    return sorted(
+        (hashlib.sha256(source.encoded(i)).hexdigest(), source.target(i)) for i in range(len(source))
+    )
+
+
+def test_pack_keeps_every_byte_and_label(folder, tmp_path):
+    out = tmp_path / "out"
+    assert pack_folder(folder, out, shard_bytes=8000) == {"train": 60, "val": 12}
+    assert (out / "classes.txt").read_text() == "ant\nbee\n"
+    shards = sorted((out / "train").iterdir())
+    assert shards[0].name == "shard-00000.tar"
+    assert len(shards) > 2
+    for split in ("train", "val"):
+        packed = open_source(str(out), split)
+        assert packed.kind == "webdataset"
+        assert packed.classes == ["ant", "bee"]
+        assert digests(packed) == digests(open_source(str(folder), split))
+    for shard in shards[:-1]:
+        counts = np.bincount(ShardSource([shard]).targets, minlength=2)
+        assert counts.min() > 0  # classes are mixed
+        assert sum(len(ShardSource([shard]).encoded(i)) for i in range(counts.sum())) <= 8000
+        with tarfile.open(shard) as tar:
+            for info in tar:
+                assert (info.uid, info.gid, info.mtime, info.uname, info.mode) == (0, 0, 0, "", 0o644)
+                assert re.fullmatch(r"\d{8}_img-\d+-v\d\.(jpg|cls)", info.name)
+
+
+def test_pack_is_deterministic(folder, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        pack_folder(folder, tmp_path / name, seed=seed)
+    contents = [(tmp_path / name / "train" / "shard-00000.tar").read_bytes() for name in "abc"]
+    assert contents[0] == contents[1] != contents[2]
+
+
+def test_pack_a_folder_without_splits(folder, tmp_path):
+    assert pack_folder(folder / "train", tmp_path / "out") == {"": 60}
+    assert len(open_source(str(tmp_path / "out"), "train")) == 54
+    assert pack_folder(folder / "train" / "ant", tmp_path / "flat") == {"": 30}
+    assert open_source(str(tmp_path / "flat"), "train").targets is None
+    assert not (tmp_path / "flat" / "classes.txt").exists()
+
+
+def test_pack_leaves_nothing_half_done(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    before = sorted(p.name for p in tmp_path.iterdir())
+    victim = folder / "val" / "bee" / "img 3.v1.JPG"
+    good = victim.read_bytes()
+    victim.write_bytes(good[:300])
+    assert main([str(folder), str(out)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot read image {victim}")
+    assert error.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert main([str(folder), str(out), "--no-verify"]) == 0
+    assert main([str(folder), str(out)]) == 2
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    victim.write_bytes(good)
+    monkeypatch.setattr("lejepa_fast.data.pack._add", full)
+    with pytest.raises(RunError, match="No space left on device; free some space"):
+        pack_folder(folder, tmp_path / "second")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "set"]
+
+
+def test_pack_usage_errors(tmp_path, capsys):
+    assert main([str(tmp_path / "missing"), str(tmp_path / "out")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    (tmp_path / "file").write_text("x")
+    assert main([str(tmp_path / "file"), str(tmp_path / "out")]) == 2
+    with pytest.raises(UsageError, match="shard_bytes must be positive"):
+        pack_folder(tmp_path, tmp_path / "out", shard_bytes=0)
+
+
+# --- the embedded set ---------------------------------------------------------------------------
+
+
+def test_embedded_set():
+    root = EMBEDDED["trashnet96"]
+    train, val = open_source("trashnet96", "train"), open_source("trashnet96", "val")
+    assert (len(train), len(val), train.name, train.kind) == (2022, 505, "trashnet96", "webdataset")
+    assert train.classes == val.classes == ["cardboard", "glass", "metal", "paper", "plastic", "trash"]
+    assert np.bincount(train.targets).tolist() == [322, 401, 328, 475, 386, 110]
+    assert np.bincount(val.targets).tolist() == [81, 100, 82, 119, 96, 27]
+    # One photograph is in TrashNet twice, under two labels (plastic332 and glass389).
+    assert len({d for d, _ in digests(train)} & {d for d, _ in digests(val)}) == 1
+    assert {min(train[i][0].size) for i in range(0, 2022, 40)} == {96}
+    assert "Copyright (c) 2017 Gary Thung" in (root / "LICENSE").read_text()
+    assert sum(f.stat().st_size for f in root.rglob("*") if f.is_file()) <= 12_000_000
+    # Neighbours in the shards are of different classes: 6 uneven classes give about 20 % equal pairs.
+    assert np.mean(np.diff(train.targets) == 0) < 0.3
+
+
+@pytest.mark.skipif(not (SHARED / "trashnet-96.tar").exists(), reason="the original images are not here")
+def test_embedded_set_holds_the_original_bytes():
+    original: dict[str, list[tuple[str, int]]] = {"train": [], "val": []}
+    classes = open_source("trashnet96", "train").classes
+    with tarfile.open(SHARED / "trashnet-96.tar") as tar:
+        for info in tar:
+            if info.name.endswith(".jpg"):
+                _, split, name, _ = info.name.split("/")
+                data = tar.extractfile(info).read()
+                original[split].append((hashlib.sha256(data).hexdigest(), classes.index(name)))
+    for split, expected in original.items():
+        assert digests(open_source("trashnet96", split)) == sorted(expected)
