@@ -6,9 +6,6 @@ BIN := $(VENV)/bin
 # Extra arguments for the trainer, for example: make pretrain ARGS="--epochs 5 --seed 1"
 ARGS ?=
 RUN ?= runs/trashnet96
-# Idle OpenMP threads sleep instead of spinning: on few cores they would fight the data workers.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .PHONY: help pretrain test lint format bench clean
 
 help:
@@ -21,6 +18,8 @@ help:
 pretrain: $(VENV)/.installed
 	@$(BIN)/python train/pretrain.py --preset laptop --out $(RUN) $(ARGS)
 
+# Tests start many processes: idle OpenMP threads must sleep and not spin on the cores of the others.
+test: export OMP_WAIT_POLICY ?= PASSIVE
 test: lint
 	@$(BIN)/python -m pytest
 

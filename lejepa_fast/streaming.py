@@ -32,11 +32,11 @@ from torch import Tensor
 
 # Elements of one tile (directions x samples): about ten such arrays stay in a CPU's last-level cache, and
 # an operation is long enough for its threads to be worth waking. A GPU needs larger ones to fill it.
-_TILE_ELEMENTS = {"cpu": 1 << 17}
+_TILE_ELEMENTS = {"cpu": 1 << 18}
 _TILE_ELEMENTS_ACCELERATOR = 1 << 22
 _TILE_SAMPLES = 2048
 # Directions that share one pair of matrix products with x and dx: thin products waste the BLAS.
-_SLAB_SLICES = 256
+_SLAB_SLICES = 512
 
 
 def ecf_sums(x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:

@@ -1,0 +1,121 @@
+"""Write the README's measured tables from bench/results: python bench/render_readme.py [--check]
+
+Tables stand between `<!-- NAME -->` and `<!-- /NAME -->`; what is between is replaced. With --check
+nothing is written, and the exit code is 1 when the README is not what the rows say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchlib import RESULTS
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+Row = dict[str, Any]
+
+
+def read(name: str) -> list[Row]:
+    lines = (RESULTS / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line]
+
+
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the last measurement: one date and command."""
+    return [row for row in rows if (row["date"], row["command"]) == (rows[-1]["date"], rows[-1]["command"])]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    alignment = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, alignment, *rows])
+
+
+def origin(row: Row) -> str:
+    return f"{where(row)}: `{row['command']}`"
+
+
+def where(row: Row) -> str:
+    return f"{row['device']}, {row['threads']} threads, torch {row['torch']}, {row['date'][:10]}"
+
+
+def sigreg_table() -> str:
+    """The reference CPU size: the last complete measurement of it."""
+    size = {"V": 1, "N": 2048, "K": 512, "M": 1024, "J": 17}
+    rows = latest([r for r in read("sigreg.jsonl") if all(r[k] == v for k, v in size.items())])
+    rows = [row for row in rows if row["correct"]]
+    base = rows[0]
+    table = []
+    for row in rows:
+        time, memory = row["forward_backward"]["median_ms"], row["peak_extra_mib"]
+        speed = base["forward_backward"]["median_ms"] / time
+        name = f"**{row['variant']}**" if row["variant"].startswith("our impl") else row["variant"]
+        table.append([name, f"{time:.0f} ms", f"{speed:.1f}x", f"{memory:.0f} MiB"])
+    header = [
+        "SIGReg, forward + backward, 2048 x 512, 1024 slices, 17 knots, float32",
+        "time",
+        "speed",
+        "peak memory",
+    ]
+    return markdown(header, table) + f"\n\n{origin(base)}"
+
+
+def pretrain_table() -> str:
+    """The newest run of every seed."""
+    rows = {row["seed"]: row for row in read("pretrain.jsonl")}
+    table = []
+    for seed, row in sorted(rows.items()):
+        cells = [
+            f"{row[f'{probe}_{which}']:.1f} %"
+            for probe in ("knn", "linear")
+            for which in ("untrained", "trained")
+        ]
+        gains = [row[f"{probe}_trained"] - row[f"{probe}_untrained"] for probe in ("knn", "linear")]
+        table.append([str(seed), *cells[:2], f"+{gains[0]:.1f}", *cells[2:], f"+{gains[1]:.1f}"])
+    header = ["seed", "kNN untrained", "kNN trained", "", "linear untrained", "linear trained", ""]
+    row = next(iter(rows.values()))
+    return markdown(header, table) + f'\n\n{where(row)}: `make pretrain ARGS="--seed S"`'
+
+
+TABLES: dict[str, Callable[[], str]] = {"sigreg": sigreg_table, "pretrain": pretrain_table}
+
+
+def render(text: str) -> str:
+    for name, table in TABLES.items():
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+        content = table().replace("\\", r"\\")
+        text, count = re.subn(pattern, rf"\g<1>{content}\g<2>", text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(
+                f"error: README.md must have one <!-- {name} --> ... <!-- /{name} -->, has {count}"
+            )
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if the README is out of date"
+    )
+    options = parser.parse_args()
+    before = README.read_text(encoding="utf-8")
+    after = render(before)
+    if not options.check:
+        README.write_text(after, encoding="utf-8")
+    elif before != after:
+        print(
+            "error: README.md is not what bench/results says; run python bench/render_readme.py",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
