@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def run(rank: int, world_size: int, folder: str) -> None:
     try:
         results = collect(rank, world_size, modules)
     finally:
+        gc.collect()  # a DDP module that outlives its process group can abort the interpreter's exit
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
     torch.save(results, Path(folder) / f"rank{rank}.pt")

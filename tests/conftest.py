@@ -1,0 +1,65 @@
+"""Fixtures of the trainer's tests: a small image folder and a configuration that trains in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lejepa_fast.data import MultiCropRecipe
+from lejepa_fast.train.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig
+
+TRAIN_IMAGES, VAL_IMAGES = 32, 12
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ and val/ with two class folders: smooth noise of two colours, 40 x 40 px."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for split, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
+        for label, tint in (("blue", (60, 80, 190)), ("red", (190, 80, 60))):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for i in range(count // 2):
+                noise = random.normal(0, 50, (8, 8, 3)) + np.array(tint)
+                pixels = np.clip(noise, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).resize((40, 40), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def tiny(image_folder: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Makes a configuration of 12 steps in 3 epochs; keywords replace fields, dicts those of a section."""
+
+    def make(**changes: Any) -> Config:
+        cfg = Config(
+            data=DataConfig(path=str(image_folder), batch_size=8, workers=0),
+            crops=MultiCropRecipe(global_size=32, local_crops=1, local_size=16, blur_kernel=3),
+            model=ModelConfig(
+                name="test_vit",
+                projector_hidden=32,
+                projector_layers=2,
+                projector_dim=16,
+                projector_norm="layer",
+            ),
+            loss=LossConfig(num_slices=32),
+            optim=OptimConfig(lr=1e-3),
+            eval=EvalConfig(every=0, batch_size=16, k=3),
+            out=tmp_path / "run",
+            epochs=3,
+            device="cpu",
+            log_every=1,
+            tensorboard=False,
+        )
+        for name, value in changes.items():
+            before = getattr(cfg, name)
+            cfg = replace(cfg, **{name: replace(before, **value) if isinstance(value, dict) else value})
+        return cfg
+
+    return make

@@ -1,0 +1,319 @@
+"""The configuration of a run: nested dataclasses, filled from a preset or a JSON file and the command line.
+
+Every field is read somewhere; an unknown key is an error (tyro's, or ours for JSON files), exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from lejepa_fast.data.recipe import MultiCropRecipe
+from lejepa_fast.errors import UsageError
+
+EMBEDDED_DATA = "trashnet96"
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: Annotated[str, tyro.conf.arg(aliases=["--data"])] = EMBEDDED_DATA
+    """Embedded set `trashnet96`, a folder of images or of class folders, a folder of .tar shards, or
+    torchvision:NAME:FOLDER."""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["--batch-size"])] = 512
+    """Images per step over ALL processes; a multiple of their number."""
+    val_fraction: float = 0.1
+    """Share of each class held out for evaluation where the data has no val split of its own."""
+    workers: int | None = None
+    """Loader worker processes per training process; 0: load in the training process; None: by CPU count."""
+    backend: Literal["auto", "torchvision", "dali"] = "auto"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: Annotated[str, tyro.conf.arg(aliases=["--model"])] = "vit_small"
+    """Any timm model, or vit_tiny|small|base|large|huge|giant|gigantic (patch 14)."""
+    img_size: int | None = None
+    """Image size of the position embeddings, for models that have them; None: crops.global_size."""
+    drop_path: float = 0.0
+    """Stochastic depth rate of the last block (models that offer it)."""
+    register_tokens: int = 0
+    """Extra learned tokens (vision transformers)."""
+    kwargs: str = "{}"
+    """Further arguments of timm.create_model as a JSON object, for example '{"layers": [1, 1, 1, 1]}'."""
+    projector_hidden: int = 2048
+    projector_layers: int = 3
+    """Linear layers of the projector, the output layer included."""
+    projector_dim: int = 512
+    """K, the width of the embeddings that the loss sees."""
+    projector_norm: Literal["batch", "layer", "none"] = "batch"
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    lambd: Annotated[float, tyro.conf.arg(aliases=["--lambda"])] = 0.05
+    """Weight of SIGReg; 0 trains the prediction alone, which collapses."""
+    num_slices: int = 1024
+    t_max: float = 3.0
+    n_points: int = 17
+    """Knots on the half line [0, t_max]."""
+    unbiased: bool = False
+    center: Literal["global", "all"] = "global"
+    form: Literal["convex", "additive"] = "convex"
+    impl: Literal["auto", "triton", "torch", "reference"] = "auto"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 5e-4
+    """Peak learning rate of AdamW; it is not scaled with the batch."""
+    weight_decay: float | Literal["auto"] = "auto"
+    """auto: 5e-2 for transformers and ConvNeXt, 5e-4 for other convolutional networks."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_fraction: float = 0.05
+    """Share of all steps during which the rate rises linearly."""
+    final_lr_fraction: float = 1e-3
+    """The cosine ends at this share of the peak rate."""
+    clip_grad_norm: float = 0.0
+    """Largest norm of the gradient over all parameters; 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 10
+    """Epochs between kNN evaluations during training; 0: only at the end."""
+    image_size: int | None = None
+    """Side of the evaluated images; None: crops.global_size."""
+    batch_size: int = 256
+    k: int = 20
+    temperature: float = 0.07
+
+
+@dataclass(frozen=True)
+class Config:
+    data: DataConfig = field(default_factory=DataConfig)
+    crops: MultiCropRecipe = field(default_factory=MultiCropRecipe)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    out: Path | None = None
+    """Run folder; None: runs/DATA-MODEL."""
+    epochs: int = 100
+    max_steps: int | None = None
+    """Train this many steps, and let the schedule span them; None: `epochs` epochs."""
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 autocast on GPUs, float32 on the CPU. The loss is float32 always."""
+    resume: str = "auto"
+    """auto: continue from the newest readable checkpoint of the run folder, if any; none: start anew;
+    PATH: a checkpoint file or another run folder."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl; only then do metrics leave the device."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; one is always written at the end and on SIGTERM or Ctrl-C."""
+    keep_checkpoints: int = 3
+    tensorboard: bool = True
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Command line -> Config. Base: `--config FILE.json`, else `--preset NAME`, else by the data.
+
+    Without either option the embedded set gets the preset `laptop` and all other data `default`.
+    tyro exits with code 2 on an unknown key or a value of the wrong type; UsageError for the rest.
+    """
+    from lejepa_fast.train.presets import PRESETS
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--config", type=Path)
+    known, rest = first.parse_known_args(list(argv))
+    if known.preset is not None and known.config is not None:
+        raise UsageError("--preset and --config both name a base configuration; give one of them")
+    if known.config is not None:
+        base = load_json(known.config)
+    else:
+        name = known.preset or ("laptop" if _data_argument(rest) == EMBEDDED_DATA else "default")
+        if name not in PRESETS:
+            raise UsageError(f"--preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+        base = PRESETS[name]
+    description = (
+        "Pretrain an encoder with LeJEPA. Base of the options below: --preset NAME "
+        f"({', '.join(PRESETS)}; without it, laptop for the embedded images and default for other data) "
+        "or --config FILE.json (the config.json of an earlier run)."
+    )
+    return tyro.cli(Config, default=base, args=rest, description=description)
+
+
+def _data_argument(argv: Sequence[str]) -> str:
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan.add_argument("--data", "--data.path", dest="data", default=EMBEDDED_DATA)
+    return scan.parse_known_args(list(argv))[0].data
+
+
+def resolve(cfg: Config) -> Config:
+    """Fill in what depends on other fields, so that config.json says what ran: run folder, weight decay."""
+    from lejepa_fast.train.model import weight_decay_of
+
+    optim = dataclasses.replace(cfg.optim, weight_decay=weight_decay_of(cfg))
+    return dataclasses.replace(cfg, optim=optim, out=cfg.out or Path("runs") / _run_name(cfg))
+
+
+def validate(cfg: Config, world_size: int = 1) -> None:
+    """Raise UsageError for values that cannot work; names the field, what is expected and what came."""
+    cfg.crops.validate()
+    at_least: list[tuple[str, float | None, float]] = [
+        ("data.workers", cfg.data.workers, 0),
+        ("model.img_size", cfg.model.img_size, 1),
+        ("loss.num_slices", cfg.loss.num_slices, 1),
+        ("optim.lr", cfg.optim.lr, 0),
+        ("optim.clip_grad_norm", cfg.optim.clip_grad_norm, 0),
+        ("eval.every", cfg.eval.every, 0),
+        ("eval.image_size", cfg.eval.image_size, 1),
+        ("eval.batch_size", cfg.eval.batch_size, 1),
+        ("eval.k", cfg.eval.k, 1),
+        ("epochs", cfg.epochs, 1),
+        ("max_steps", cfg.max_steps, 1),
+        ("seed", cfg.seed, 0),
+        ("log_every", cfg.log_every, 1),
+        ("checkpoint_every", cfg.checkpoint_every, 1),
+        ("keep_checkpoints", cfg.keep_checkpoints, 1),
+    ]
+    for name, value, low in at_least:
+        if value is not None and not value >= low:
+            raise UsageError(f"{name}: expected at least {low}, got {value}")
+    shares = [
+        ("data.val_fraction", cfg.data.val_fraction),
+        ("loss.lambd", cfg.loss.lambd if cfg.loss.form == "convex" else 0.0),
+        ("optim.warmup_fraction", cfg.optim.warmup_fraction),
+        ("optim.final_lr_fraction", cfg.optim.final_lr_fraction),
+    ]
+    for name, value in shares:
+        if not 0 <= value <= 1:
+            raise UsageError(f"{name}: expected a number from 0 to 1, got {value}")
+    _validate_batch(cfg.data.batch_size, world_size)
+
+
+def _validate_batch(batch_size: int, world_size: int) -> None:
+    if batch_size % world_size:
+        next_multiple = -(-batch_size // world_size) * world_size
+        raise UsageError(
+            f"data.batch_size: {batch_size} images cannot be split evenly over {world_size} processes; "
+            f"use a multiple of {world_size}, for example --batch-size {next_multiple}"
+        )
+    if batch_size // world_size < 2:
+        raise UsageError(
+            f"data.batch_size: {batch_size} over {world_size} process(es) leaves {batch_size // world_size} "
+            "image(s) for each, and BatchNorm and SIGReg take statistics over at least 2; "
+            f"use --batch-size {2 * world_size} or more"
+        )
+
+
+def total_steps(cfg: Config, steps_per_epoch: int) -> int:
+    return cfg.max_steps if cfg.max_steps is not None else cfg.epochs * steps_per_epoch
+
+
+def loader_workers(cfg: Config, processes_here: int, on_gpu: bool) -> int:
+    """Worker processes of one training process: as set, else this machine's CPUs shared out.
+
+    A CPU run leaves half of them to the training itself.
+    """
+    if cfg.data.workers is not None:
+        return cfg.data.workers
+    cpus = len(os.sched_getaffinity(0)) // max(1, processes_here)
+    return max(1, min(16, cpus if on_gpu else cpus // 2))
+
+
+def to_dict(cfg: Config) -> dict[str, Any]:
+    """Plain dicts, lists and scalars: what JSON and `torch.load(weights_only=True)` accept."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(cfg))
+
+
+def from_dict(values: dict[str, Any], where: str = "config") -> Config:
+    """The inverse of `to_dict`. Missing keys keep their defaults; UsageError names an unknown or bad one."""
+    return _build(Config, values, where)
+
+
+def load_json(path: Path) -> Config:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"--config: {path} is not JSON: {error}") from error
+    return _build(Config, values, str(path))
+
+
+def _run_name(cfg: Config) -> str:
+    source = cfg.data.path.split(":")[1] if cfg.data.path.startswith("torchvision:") else cfg.data.path
+    stem = Path(source).resolve().name if source != EMBEDDED_DATA else source
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", f"{stem}-{cfg.model.name}").strip("-.")
+
+
+def _build(cls: type[C], values: Any, where: str) -> C:
+    if not isinstance(values, dict):
+        raise UsageError(f"{where}: expected an object with the fields of {cls.__name__}, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+            raise UsageError(f"{where}: unknown key {key!r}; {hint}")
+    return cls(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` from JSON as the annotated type, or UsageError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _convert(option, value, where)
+            except UsageError:
+                continue
+    elif origin is Literal:
+        if value in arguments:
+            return value
+    elif origin is tuple:
+        kinds = [a for a in arguments if a is not Ellipsis]
+        if isinstance(value, (list, tuple)) and (Ellipsis in arguments or len(value) == len(kinds)):
+            each = kinds * len(value) if Ellipsis in arguments else kinds
+            return tuple(_convert(kind, item, where) for kind, item in zip(each, value, strict=True))
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif hint is Path:
+        if isinstance(value, str):
+            return Path(value)
+    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    readable = getattr(hint, "__name__", str(hint)) if origin is None else str(hint).replace("typing.", "")
+    raise UsageError(f"{where}: expected {readable}, got {value!r}")

@@ -1,0 +1,453 @@
+"""The trainer: one object that builds a run from its configuration, trains, evaluates and reports.
+
+A run folder holds config.json, metrics.jsonl, tensorboard/, checkpoints/, and at the end
+encoder.safetensors with encoder.json and report/. The position in the training is one number, the count
+of finished steps; the epoch and the batch within it follow from it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+import lejepa_fast
+from lejepa_fast import LeJEPALoss, SIGReg
+from lejepa_fast.data import multicrop_loader
+from lejepa_fast.errors import UsageError
+from lejepa_fast.train import checkpoint, config, files
+from lejepa_fast.train.config import Config
+from lejepa_fast.train.evaluate import (
+    EvalResult,
+    calibrate_on_source,
+    evaluate_model,
+    format_table,
+    open_splits,
+    training_speed,
+)
+from lejepa_fast.train.export import export_encoder
+from lejepa_fast.train.guard import StepGuard
+from lejepa_fast.train.interruption import Interrupted, SignalWatch
+from lejepa_fast.train.metrics import Meter, Metrics, read_rows
+from lejepa_fast.train.model import LeJEPAModel, build_model, is_convolutional
+from lejepa_fast.train.optimization import build_optimizer, build_scheduler
+from lejepa_fast.train.parallelize import (
+    World,
+    from_main,
+    gather_to_main,
+    mean_over_ranks,
+    on_main,
+    parallelize,
+)
+from lejepa_fast.train.report import write_report
+
+log = logging.getLogger("lejepa_fast.train")
+
+
+class Trainer:
+    """Everything of one run on one process. `run()` does it all.
+
+    Raises UsageError (bad configuration, data or checkpoint) while it is built and from `run`; RunError
+    (non-finite losses, disk) and Interrupted (SIGTERM, Ctrl-C; the state is saved) from `run`.
+    """
+
+    def __init__(self, cfg: Config, world: World):
+        config.validate(cfg, world.size)
+        self.cfg = cfg = config.resolve(cfg)
+        self.world = world
+        assert cfg.out is not None  # resolve() fills it in
+        self.run_dir: Path = cfg.out
+        self._open_data()
+        self._build()
+        self.step = 0  # finished steps
+        self.total_steps = config.total_steps(cfg, len(self.loader))
+        self.scheduler = build_scheduler(self.optimizer, cfg.optim, self.total_steps)
+        self.signals = SignalWatch()
+        self.meter = Meter()
+        self._saved_step = -1
+
+    def _open_data(self) -> None:
+        cfg, world = self.cfg, self.world
+        self.train_source, self.val_source = open_splits(cfg.data)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.workers = config.loader_workers(cfg, here, world.device.type == "cuda")
+        # One CPU core, forward + backward at 48 and 32 px, seconds, channels first -> last: resnet10t
+        # 0.27 -> 0.25, resnet18 0.41 -> 0.44, convnextv2_atto 0.33 -> 0.30, efficientnet_b0 0.66 -> 0.33.
+        self.channels_last = is_convolutional(cfg.model.name)
+        self.loader = multicrop_loader(
+            self.train_source,
+            cfg.crops,
+            batch_size=cfg.data.batch_size // world.size,
+            seed=cfg.seed,
+            rank=world.rank,
+            world_size=world.size,
+            num_workers=self.workers,
+            backend=cfg.data.backend,
+            device=world.device,
+            channels_last=self.channels_last,
+        )
+
+    def _build(self) -> None:
+        cfg, world = self.cfg, self.world
+        self.amp_dtype = _autocast_dtype(cfg, world.device)
+        self.model = self._place(build_model(cfg))
+        self.parallel = parallelize(self.model, world)
+        self.loss_fn = build_loss(cfg).to(world.device)
+        self.optimizer = build_optimizer(self.model, cfg.optim, world.device)
+        self.guard = StepGuard(self.model, self.optimizer, world)
+        # What is random in training (drop path) differs between ranks and not between runs.
+        checkpoint.seed_rng(cfg.seed + 7919 * world.rank)
+
+    def _place(self, model: LeJEPAModel) -> LeJEPAModel:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return model.to(self.world.device, memory_format=layout)
+
+    # ---- the run ---------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        """Resume or start, train, evaluate, export, report. Returns the path of the report."""
+        with self.signals:
+            self._prepare()
+            try:
+                self.train()
+                return self.finish()
+            finally:
+                self.metrics.close()
+                # The wrapper holds the process group; alive at the interpreter's exit, gloo's threads abort.
+                self.parallel = self.model
+
+    def _prepare(self) -> None:
+        """Resume if there is something to resume, then open the run folder for writing."""
+        cfg, world = self.cfg, self.world
+        self._resume()
+        on_main(world, self._write_config)
+        self.metrics = Metrics(
+            self.run_dir,
+            enabled=world.is_main,
+            tensorboard=cfg.tensorboard,
+            step=self.step,
+            total_steps=self.total_steps,
+        )
+        rows = read_rows(self.metrics.path) if world.is_main else []
+        evaluated = {row["step"] for row in rows if row["kind"] == "eval"}
+        self._evaluated: set[int] = from_main(world, evaluated)
+        facts = {
+            "device": str(world.device),
+            "world_size": world.size,
+            "precision": "bf16" if self.amp_dtype else "fp32",
+            "sigreg_impl": self.loss_fn.sigreg.chosen_impl,
+            "loader_backend": self.loader.backend,
+            "loader_workers": self.workers,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "torch": torch.__version__,
+            "lejepa_fast": lejepa_fast.__version__,
+        }
+        self.metrics.write("run", self.step, **facts)
+        log.info("%s", " | ".join(f"{key} {value}" for key, value in facts.items()))
+        log.info(
+            "training %s on %s: %d images, %d steps of %d images, run folder %s",
+            cfg.model.name,
+            self.train_source.name,
+            len(self.train_source),
+            self.total_steps,
+            cfg.data.batch_size,
+            self.run_dir,
+        )
+
+    def _write_config(self) -> None:
+        files.make_folder(self.run_dir)
+        text = json.dumps(config.to_dict(self.cfg), indent=2) + "\n"
+        files.write_atomically(
+            self.run_dir / "config.json",
+            lambda file: file.write(text.encode()),
+            way_out="choose another --out",
+        )
+
+    def train(self) -> None:
+        """Train up to `total_steps` and save the last checkpoint; nothing to do for a finished run."""
+        self.model.train()
+        self.meter = Meter()
+        while self.step < self.total_steps:
+            epoch = self.step // len(self.loader)
+            self._evaluate_if_due(epoch)
+            self.loader.set_epoch(epoch)
+            for views, waited in self._batches():
+                self._train_step(views, epoch)
+                self.meter.add(self.cfg.data.batch_size, waited)
+                self._log_if_due()
+                if self.guard.stop:
+                    self._leave()
+                if self.step % self.cfg.checkpoint_every == 0:
+                    self.save()
+                if self.step >= self.total_steps:
+                    break
+        self.save()
+
+    def _batches(self) -> Iterator[tuple[list[Tensor], float]]:
+        """The rest of the epoch: views, and the seconds that the training waited for them."""
+        batches = iter(self.loader)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch[0], time.perf_counter() - asked
+
+    def _train_step(self, views: list[Tensor], epoch: int) -> None:
+        device = self.world.device
+        self.guard.before_forward(self.step + 1)
+        with torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+            global_z, all_z = self.parallel(views)
+        out = self.loss_fn(global_z, all_z)
+        self.optimizer.zero_grad(set_to_none=True)
+        out.total.backward()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        own_part = all_z.detach().sum(dtype=torch.float32)
+        self.guard.check(out.total.detach(), own_part, grad_norm, stop=self.signals.requested)
+        if self.cfg.optim.clip_grad_norm > 0:
+            clip_grads_with_norm_(parameters, self.cfg.optim.clip_grad_norm, grad_norm)
+        lr = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.step += 1
+        self.metrics.advance()
+        parts = [part.detach() for part in out]
+        self._last = {"parts": parts, "z": all_z.detach(), "grad_norm": grad_norm, "lr": lr, "epoch": epoch}
+        self.guard.settle(self.step)
+
+    def _log_if_due(self) -> None:
+        due = self.step == 1 or self.step % self.cfg.log_every == 0 or self.step == self.total_steps
+        if not due:
+            return
+        last = self._last
+        spread = last["z"].float().std(dim=1).mean()  # over samples, within each view and dimension
+        values = mean_over_ranks(self.world, torch.stack([*last["parts"], spread]))
+        loss, prediction, sigreg, embedding_std = values.tolist()
+        self.metrics.write(
+            "train",
+            self.step,
+            epoch=last["epoch"],
+            loss=loss,
+            prediction=prediction,
+            sigreg=sigreg,
+            lr=last["lr"],
+            grad_norm=last["grad_norm"].item(),
+            embedding_std=embedding_std,
+            **self.meter.read(),
+        )
+
+    # ---- checkpoints -----------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, unless there is one. RunError on every rank if it fails."""
+        if self._saved_step == self.step:
+            return
+        began = time.perf_counter()
+        self.guard.flush()
+        rng = gather_to_main(self.world, checkpoint.capture_rng())
+        on_main(self.world, lambda: self._write_checkpoint(rng))
+        self._saved_step = self.step
+        self.meter.pause(time.perf_counter() - began)
+
+    def _write_checkpoint(self, rng: list[dict[str, Any]] | None) -> None:
+        state = {
+            "config": config.to_dict(self.cfg),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "loss": self.loss_fn.state_dict(),
+            "loader": self.loader.state_dict(),
+            "rng": rng,
+        }
+        folder = self.run_dir / "checkpoints"
+        checkpoint.save_checkpoint(folder, self.step, state, keep=self.cfg.keep_checkpoints)
+
+    def _leave(self) -> None:
+        self.save()
+        signum = from_main(self.world, self.signals.signum) or signal.SIGTERM
+        raise Interrupted(
+            f"stopped by {signal.Signals(signum).name} after step {self.step} of {self.total_steps}; "
+            f"checkpoint saved in {self.run_dir}; run the same command again to continue",
+            signum,
+        )
+
+    def _resume(self) -> None:
+        found = on_main(self.world, self._find_checkpoint)
+        path = from_main(self.world, found[0] if found else None)
+        if path is None:
+            return
+        # The other ranks read rank 0's choice: the run folder lies on a file system that all of them see.
+        state = found[1] if found else checkpoint.find_checkpoint(path)[1]
+        checkpoint.check_same_model(state["config"], config.to_dict(self.cfg), path)
+        self._load(state, path)
+        self.step = state["step"]
+        if path.parent == self.run_dir / "checkpoints":
+            self._saved_step = self.step
+        log.info("resuming from %s, step %d of %d", path, self.step, self.total_steps)
+        if self.step >= self.total_steps:
+            log.info("training is complete: only evaluating; to train anew, choose another --out")
+        _tell_changes(state["config"], config.to_dict(self.cfg))
+
+    def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to resume from, on rank 0."""
+        own = self.run_dir / "checkpoints"
+        if self.cfg.resume == "auto":
+            return checkpoint.newest_checkpoint(own)
+        if checkpoint.list_checkpoints(own) and self.cfg.resume == "none":
+            raise UsageError(
+                f"--resume none: {self.run_dir} holds checkpoints of an earlier run; nothing is overwritten; "
+                "choose another --out, or --resume auto to continue that run"
+            )
+        return None if self.cfg.resume == "none" else checkpoint.find_checkpoint(self.cfg.resume)
+
+    def _load(self, state: dict[str, Any], path: Path) -> None:
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.loss_fn.load_state_dict(state["loss"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            first = str(error).splitlines()[0]
+            raise UsageError(
+                f"checkpoint {path} does not fit this run: {first}; choose another --out"
+            ) from error
+        self.loader.load_state_dict(state["loader"])
+        if self.world.rank < len(state["rng"]):
+            checkpoint.restore_rng(state["rng"][self.world.rank])
+        else:  # more ranks than before: the new ones start a stream of their own
+            checkpoint.seed_rng(self.cfg.seed + 7919 * self.world.rank + state["step"])
+
+    # ---- evaluation ------------------------------------------------------------------------------
+
+    def _evaluate_if_due(self, epoch: int) -> None:
+        """kNN between epochs. No trace stays in the training: no gradient, mode, buffer or random state."""
+        every = self.cfg.eval.every
+        between_epochs = self.step == epoch * len(self.loader)
+        if not every or not epoch or epoch % every or not between_epochs or self.step in self._evaluated:
+            return
+        began = time.perf_counter()
+        self.save()  # so that a signal need not wait for the evaluation
+        on_main(self.world, lambda: self._evaluate(self.model, epoch, linear=False))
+        self._evaluated.add(self.step)
+        self.meter.pause(time.perf_counter() - began)
+
+    def _evaluate(self, model: LeJEPAModel, epoch: int, *, linear: bool) -> EvalResult:
+        """Evaluate `model` on rank 0, leaving at once on a signal: the training is saved."""
+        message = (
+            f"stopped by a signal during the evaluation after step {self.step} of {self.total_steps}; "
+            f"checkpoint saved in {self.run_dir}; run the same command again to continue"
+        )
+        with self.signals.leaving_at_once(message), checkpoint.preserved_rng():
+            result = evaluate_model(
+                model,
+                self.train_source,
+                self.val_source,
+                self.cfg.eval,
+                recipe=self.cfg.crops,
+                device=self.world.device,
+                linear=linear,
+                seed=self.cfg.seed,
+                num_workers=self.workers,
+                amp_dtype=self.amp_dtype,
+            )
+        if model is self.model and self.step not in self._evaluated:
+            self.metrics.write(
+                "eval",
+                self.step,
+                epoch=epoch,
+                knn=result.knn,
+                linear=result.linear,
+                embedding_std=result.embedding_std,
+                effective_rank=result.effective_rank,
+                sigreg=result.sigreg,
+            )
+            knn = "no labels" if result.knn is None else f"kNN {result.knn:.1f} %"
+            log.info("evaluation after epoch %d: %s, embedding std %.3f", epoch, knn, result.embedding_std)
+        return result
+
+    def finish(self) -> Path:
+        """Export the encoder, evaluate it beside the untrained one, write the report; returns its path."""
+        report = on_main(self.world, self._finish)
+        return from_main(self.world, report)
+
+    def _finish(self) -> Path:
+        cfg = self.cfg
+        export_encoder(self.model.encoder, cfg, self.step, self.run_dir)
+        log.info("evaluating the trained and the untrained encoder")
+        trained = self._evaluate(self.model, -(-self.step // len(self.loader)), linear=True)
+        with self.signals.leaving_at_once("stopped by a signal during the evaluation; the training is saved"):
+            baseline = self._place(build_model(cfg))
+            calibrate_on_source(
+                baseline,
+                self.train_source,
+                cfg.eval,
+                recipe=cfg.crops,
+                device=self.world.device,
+                num_workers=self.workers,
+            )
+        untrained = self._evaluate(baseline, 0, linear=True)
+        history = read_rows(self.metrics.path)
+        page = write_report(
+            self.run_dir,
+            config=config.to_dict(cfg),
+            trained=trained,
+            untrained=untrained,
+            history=history,
+            views=self._example_views(),
+            images_per_second=training_speed(history),
+            steps=self.step,
+        )
+        print(format_table(trained=trained, untrained=untrained))
+        return page
+
+    def _example_views(self) -> list[Tensor]:
+        """The first images that this process trained on, as it saw them."""
+        self.loader.set_epoch(0)
+        return [view[:6].cpu() for view in next(iter(self.loader))[0]]
+
+
+def build_loss(cfg: Config) -> LeJEPALoss:
+    """The loss of a run; UsageError for values that it refuses."""
+    options = cfg.loss
+    try:
+        sigreg = SIGReg(
+            num_slices=options.num_slices,
+            t_max=options.t_max,
+            n_points=options.n_points,
+            unbiased=options.unbiased,
+            impl=options.impl,
+            seed=cfg.seed,
+        )
+        return LeJEPALoss(lambd=options.lambd, sigreg=sigreg, center=options.center, form=options.form)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UsageError(f"loss: {error}") from error
+
+
+def _autocast_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
+    if cfg.precision == "fp32" or (cfg.precision == "auto" and device.type == "cpu"):
+        return None
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        if cfg.precision == "bf16":
+            raise UsageError("precision: this GPU has no bfloat16; use --precision fp32")
+        return None
+    return torch.bfloat16
+
+
+def _tell_changes(saved: dict[str, Any], current: dict[str, Any], where: str = "") -> None:
+    """Log every setting that differs from the checkpoint's: a resumed run may then take another course."""
+    for key in sorted(saved.keys() | current.keys()):
+        before, now = saved.get(key), current.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            _tell_changes(before, now, f"{where}{key}.")
+        elif before != now and key not in ("out", "resume"):
+            log.warning("%s%s: the checkpoint has %s, this run %s", where, key, before, now)

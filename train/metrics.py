@@ -1,0 +1,161 @@
+"""What a run reports: metrics.jsonl always, TensorBoard unless switched off, a progress bar or log lines.
+
+Rows of metrics.jsonl (one JSON object a line; a value that is not finite is written as null):
+
+    {"kind": "run", "step", "device", "world_size", ...}     at each start of the program
+    {"kind": "train", "step", "epoch", "loss", "prediction", "sigreg", "lr", "images_per_second",
+     "data_wait", "grad_norm", "embedding_std"}              every `log_every` steps
+    {"kind": "eval", "step", "epoch", "knn", ...}            every `eval.every` epochs and at the end
+
+`step` counts finished steps, `data_wait` is the share of wall time spent waiting for the loader, and
+`images_per_second` counts images (not views) over all ranks; both are over the steps since the last row.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lejepa_fast.errors import RunError
+
+log = logging.getLogger("lejepa_fast.train")
+
+
+class Metrics:
+    """Writer of a run folder's metrics; on ranks other than 0 build it with `enabled=False`.
+
+    Rows beyond `step` are dropped: they come from a run that went on after the checkpoint that this one
+    resumes from, and their steps are about to be run again.
+    """
+
+    def __init__(self, run_dir: Path, *, enabled: bool, tensorboard: bool, step: int, total_steps: int):
+        self.path = run_dir / "metrics.jsonl"
+        self._enabled = enabled
+        self._board: Any = None
+        self._bar: tqdm | None = None
+        if not enabled:
+            return
+        try:
+            _drop_rows_after(self.path, step)
+            # Line buffered: each row reaches the file as a whole.
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise RunError(_cannot_write(self.path, error)) from error
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self._total_steps = total_steps
+        self._started, self._first_step = time.perf_counter(), step
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Add a row, and its numbers to TensorBoard under `kind/name`."""
+        if not self._enabled:
+            return
+        row = {"kind": kind, "step": step, **{key: _json_number(value) for key, value in values.items()}}
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        except OSError as error:
+            raise RunError(_cannot_write(self.path, error)) from error
+        if self._board is not None:
+            for key, value in values.items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "epoch":
+                    self._board.add_scalar(f"{kind}/{key}", value, step)
+        if kind == "train":
+            self._show(step, values)
+
+    def advance(self) -> None:
+        """One more step on the progress bar."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def close(self) -> None:
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._board.close()
+        self._file.close()
+
+    def _show(self, step: int, values: dict[str, Any]) -> None:
+        parts = (
+            f"loss {values['loss']:.4f} "
+            f"(prediction {values['prediction']:.4f}, sigreg {values['sigreg']:.3f})"
+            f" | {values['images_per_second']:.0f} images/s | data wait {values['data_wait']:.0%}"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(parts)
+            return
+        pace = (time.perf_counter() - self._started) / max(1, step - self._first_step)
+        left = tqdm.format_interval(int(pace * (self._total_steps - step)))
+        log.info("step %d/%d | %s | %s left", step, self._total_steps, parts, left)
+
+
+class Meter:
+    """Wall time, waiting time and images since the last reading."""
+
+    def __init__(self) -> None:
+        self._images, self._waited = 0, 0.0
+        self._since = time.perf_counter()
+
+    def add(self, images: int, waited: float) -> None:
+        """Count one step: images over all ranks, and seconds that this rank waited for its batch."""
+        self._images += images
+        self._waited += waited
+
+    def read(self) -> dict[str, float]:
+        """`images_per_second` and `data_wait` (a share, 0 to 1) since the last call; starts anew."""
+        now = time.perf_counter()
+        seconds = max(now - self._since, 1e-9)
+        values = {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
+        self._images, self._waited, self._since = 0, 0.0, now
+        return values
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time that was not training: evaluation, saving."""
+        self._since += seconds
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; [] if there is no such file. A torn last line (power cut) is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            log.warning("%s: left out a line that is not JSON", path)
+    return rows
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    rows = read_rows(path)
+    kept = [row for row in rows if row.get("step", 0) <= step]
+    text = "".join(json.dumps(row) + "\n" for row in kept)
+    if text == path.read_text(encoding="utf-8"):
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _json_number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    return f"cannot write {path}: {error.strerror or error}; free some space or choose another --out"

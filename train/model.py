@@ -1,0 +1,261 @@
+"""Encoder (any timm model) and projector, and how crops of two sizes run through them.
+
+The encoder returns pooled features, (B, D); the projector maps them to the embeddings, (B, K), that the
+loss sees. Downstream work uses the encoder alone.
+
+Crops of one resolution are concatenated into one forward call of the encoder, so 2 global and 6 local
+crops cost two calls and not eight. The projector runs once over all rows: its BatchNorm sees the same
+mixture of crops in training whatever the number of resolutions.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from lejepa_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from lejepa_fast.train.config import Config
+
+# Patch 14 throughout, so that the recipe's 224 and 98 pixels are whole numbers of patches. timm has no
+# plain patch-14 tiny, small or base: these are its patch-16 models with another patch size.
+SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit_tiny": ("vit_tiny_patch16_224", {"patch_size": 14}),
+    "vit_small": ("vit_small_patch16_224", {"patch_size": 14}),
+    "vit_base": ("vit_base_patch16_224", {"patch_size": 14}),
+    "vit_large": ("vit_large_patch14_224", {}),
+    "vit_huge": ("vit_huge_patch14_224", {}),
+    "vit_giant": ("vit_giant_patch14_224", {}),
+    "vit_gigantic": ("vit_gigantic_patch14_224", {}),
+}
+
+
+def resolve_name(name: str) -> tuple[str, dict[str, Any]]:
+    """timm's name and extra arguments for a model name; UsageError with the nearest names if unknown."""
+    if name in SHORT_NAMES:
+        timm_name, extra = SHORT_NAMES[name]
+        return timm_name, dict(extra)
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*SHORT_NAMES, *timm.list_models()], n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models() for all names"
+        raise UsageError(f"model.name: no model is called {name!r}; {hint}")
+    return name, {}
+
+
+def build_encoder(
+    name: str,
+    *,
+    img_size: int | None = None,
+    drop_path: float = 0.0,
+    register_tokens: int = 0,
+    extra: dict[str, Any] | None = None,
+) -> nn.Module:
+    """A timm model without its classifier: (B, 3, S, S) -> pooled features (B, D).
+
+    `img_size` sizes the position embeddings of models that have them (others ignore it); transformers
+    that can, interpolate them for other sizes. `extra` goes to `timm.create_model` as it is. The returned
+    module carries `encoder_args`, the keyword arguments with which `timm.create_model` builds it again.
+    """
+    timm_name, kwargs = resolve_name(name)
+    kwargs |= {**(extra or {}), "num_classes": 0}
+    if drop_path:
+        kwargs["drop_path_rate"] = drop_path
+    if register_tokens:
+        kwargs["reg_tokens"] = register_tokens
+    pretrained_cfg = timm.get_pretrained_cfg(timm_name)
+    variants: list[dict[str, Any]] = [kwargs]
+    # Only models whose weights depend on the input size take img_size; of these some interpolate.
+    if img_size is not None and pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
+        sized = {**kwargs, "img_size": img_size}
+        variants = [{**sized, "dynamic_img_size": True}, sized]
+    refusal: Exception | None = None
+    for arguments in variants:
+        try:
+            encoder = timm.create_model(timm_name, **arguments)
+        except TypeError as error:  # "... got an unexpected keyword argument ..."
+            refusal = error
+            continue
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"model {name}: cannot be built with {arguments}: {_first_line(error)}"
+            ) from error
+        encoder.encoder_args = {"model_name": timm_name, **arguments}  # type: ignore[assignment]
+        return encoder
+    raise UsageError(
+        f"model {name}: does not take these options ({_first_line(refusal)}); "
+        "leave out --model.drop-path, --model.register-tokens or --model.kwargs"
+    ) from refusal
+
+
+def parse_kwargs(text: str) -> dict[str, Any]:
+    """The JSON object of `model.kwargs`; UsageError for anything else."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"model.kwargs: expected a JSON object, got {text!r} ({error})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"model.kwargs: expected a JSON object, got {text!r}")
+    return values
+
+
+def build_projector(features: int, hidden: int, layers: int, out: int, norm: str) -> nn.Sequential:
+    """`layers` linear layers, norm and ReLU after all but the last: (B, features) -> (B, out)."""
+    if layers < 1 or hidden < 1 or out < 1:
+        raise UsageError(
+            f"model.projector: layers, hidden and dim must be at least 1, got {layers}, {hidden}, {out}"
+        )
+    norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": nn.Identity}
+    if norm not in norms:
+        raise UsageError(f"model.projector_norm: expected one of {', '.join(norms)}, got {norm!r}")
+    stack: list[nn.Module] = []
+    width = features
+    for _ in range(layers - 1):
+        # A bias before BatchNorm would be subtracted again.
+        stack += [nn.Linear(width, hidden, bias=norm != "batch"), norms[norm](hidden), nn.ReLU()]
+        width = hidden
+    return nn.Sequential(*stack, nn.Linear(width, out))
+
+
+class LeJEPAModel(nn.Module):
+    """Encoder and projector under one forward, so that DDP sees one call a step.
+
+    `num_global` says how many of the views, the first ones, are global crops.
+    """
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, *, num_global: int):
+        super().__init__()
+        self.encoder = encoder
+        self.projector = projector
+        self.num_global = num_global
+
+    def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """V views (N, 3, S, S), globals first -> embeddings (Vg, N, K) and (V, N, K)."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, view in enumerate(views):
+            groups.setdefault(tuple(view.shape[1:]), []).append(index)
+        features: list[Tensor] = [views[0]] * len(views)
+        for indices in groups.values():
+            joined = self.encoder(torch.cat([views[i] for i in indices]))
+            for index, part in zip(indices, joined.chunk(len(indices)), strict=True):
+                features[index] = part
+        all_z = self.projector(torch.cat(features)).unflatten(0, (len(views), -1))
+        return all_z[: self.num_global], all_z
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S) -> features (B, D) and embeddings (B, K)."""
+        features = self.encoder(images)
+        return features, self.projector(features)
+
+
+def build_model(cfg: Config) -> LeJEPAModel:
+    """The model of a run, on the CPU. Its weights depend on `cfg.seed` and nothing else.
+
+    The caller's random state is left as it was. Raises UsageError for an unknown model, for options that
+    it does not have and for crop sizes that it cannot take.
+    """
+    options = cfg.model
+    generator_state = torch.get_rng_state()
+    torch.default_generator.manual_seed(cfg.seed)  # this one only: torch.manual_seed would touch the GPUs'
+    try:
+        encoder = build_encoder(
+            options.name,
+            img_size=options.img_size or cfg.crops.global_size,
+            drop_path=options.drop_path,
+            register_tokens=options.register_tokens,
+            extra=parse_kwargs(options.kwargs),
+        )
+        features = _check_sizes(encoder, cfg)
+        projector = build_projector(
+            features,
+            options.projector_hidden,
+            options.projector_layers,
+            options.projector_dim,
+            options.projector_norm,
+        )
+    finally:
+        torch.set_rng_state(generator_state)
+    return LeJEPAModel(encoder, projector, num_global=cfg.crops.global_crops)
+
+
+def weight_decay_of(cfg: Config) -> float:
+    """The weight decay of a run: as set, or by family where "auto": 5e-2 transformers, 5e-4 convolutions.
+
+    (LeJEPA, arXiv 2511.08544, recommends these two values for ViT and ResNet.)
+    """
+    if not isinstance(cfg.optim.weight_decay, str):
+        return cfg.optim.weight_decay
+    return 5e-4 if is_convolutional(cfg.model.name) and "convnext" not in cfg.model.name else 5e-2
+
+
+def is_convolutional(name: str) -> bool:
+    """Whether a model's weights do not depend on the input size: convolutional networks, in timm."""
+    pretrained_cfg = timm.get_pretrained_cfg(resolve_name(name)[0])
+    return pretrained_cfg is not None and not pretrained_cfg.fixed_input_size
+
+
+def _check_sizes(encoder: nn.Module, cfg: Config) -> int:
+    """Try every input size of the run on the encoder; returns D. UsageError names the size that fails."""
+    sizes = {"crops.global_size": cfg.crops.global_size}
+    if cfg.crops.local_crops:
+        sizes["crops.local_size"] = cfg.crops.local_size
+    if cfg.eval.image_size:
+        sizes["eval.image_size"] = cfg.eval.image_size
+    features = 0
+    for field, size in sizes.items():
+        try:
+            shape = _output_shape(encoder, size)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            option = field.replace("_", "-")
+            raise UsageError(
+                f"{field}: model {cfg.model.name} cannot take {size} x {size} pixels "
+                f"({_first_line(error)}); {_size_hint(encoder, option, size, cfg.crops.global_size)}"
+            ) from error
+        if len(shape) != 2:
+            raise UsageError(
+                f"model.name: {cfg.model.name} returns {tuple(shape)} for one image and not pooled features "
+                "(1, D); choose a model with a pooling head"
+            )
+        features = shape[1]
+    return features
+
+
+def _output_shape(encoder: nn.Module, size: int) -> torch.Size:
+    """Shape of the output for one image: without arithmetic where every layer has a meta version."""
+    training = encoder.training
+    encoder.eval()
+    try:
+        state = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
+        on_meta = {name: tensor.to("meta") for name, tensor in state.items()}
+        with torch.no_grad():
+            try:
+                image = torch.empty(1, 3, size, size, device="meta")
+                return torch.func.functional_call(encoder, on_meta, (image,)).shape
+            except (AssertionError, RuntimeError, ValueError, NotImplementedError):
+                # The size, or a model that keeps tensors outside its state: the real forward tells which.
+                return encoder(torch.zeros(1, 3, size, size)).shape
+    finally:
+        encoder.train(training)
+
+
+def _size_hint(encoder: nn.Module, option: str, size: int, global_size: int) -> str:
+    patch_embed = getattr(encoder, "patch_embed", None)
+    patch = getattr(patch_embed, "patch_size", None)
+    step = patch[0] if isinstance(patch, (tuple, list)) else patch
+    if isinstance(step, int) and size % step:
+        lower = max(step, size // step * step)
+        return f"use a multiple of its patch size {step}, for example --{option} {lower}"
+    if option != "crops.global-size":
+        return f"it works at one size only: use --{option} {global_size}"
+    return f"use another --{option}"
+
+
+def _first_line(error: Exception | None) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

@@ -1,0 +1,185 @@
+"""Processes and devices: one device without a process group, or one process per device under DDP.
+
+`torchrun` starts W processes and sets RANK, LOCAL_RANK and WORLD_SIZE; without these variables the run
+is a single process and no process group exists. NCCL connects GPUs and gloo connects CPUs.
+
+The loss is already exact under DDP's gradient averaging (see `lejepa_fast.sigreg`), so nothing here
+scales gradients. Batch normalisation: on GPUs its statistics are made global (SyncBatchNorm); PyTorch
+has no SyncBatchNorm for CPU tensors, so under gloo every rank normalises by its own share of the batch,
+and `parallelize` says so once.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.train.interruption import Interrupted
+
+log = logging.getLogger("lejepa_fast.train")
+
+T = TypeVar("T")
+
+# Running statistics are equal on all ranks (GPU), or rank 0's are the ones saved (CPU): broadcasting the
+# buffers at each forward would be one more collective for nothing. The option's name changed in torch 2.15.
+_DDP_OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
+_BUFFER_OPTION: str = (
+    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
+)
+
+# Rank 0 evaluates and writes the report while the others wait in a collective: they must outwait it.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: its rank among `size` processes, and the device that it computes on."""
+
+    device: torch.device
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def distributed(self) -> bool:
+        """True when a process group exists: also with torchrun and one process."""
+        return dist.is_initialized()
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """Resolve `auto`, `cpu` or `cuda` for the process with this local rank; UsageError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError("device: cuda was asked for and PyTorch sees no GPU; use --device cpu or auto")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UsageError(
+            f"torchrun: {local_rank + 1} or more processes on this machine and {count} GPU(s); "
+            f"use --nproc-per-node {count}"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def setup_world(device: str = "auto") -> World:
+    """Choose the device and, under torchrun, join the process group. Pair it with `close_world`."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = choose_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.backends.cudnn.benchmark = True  # a run has two input sizes at most
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return World(chosen)
+    if chosen.type == "cuda":
+        dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=chosen)
+    else:
+        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+    return World(chosen, rank=dist.get_rank(), local_rank=local_rank, size=dist.get_world_size())
+
+
+def close_world() -> None:
+    """Leave the process group. DDP modules must be gone by then: one that still holds the group when the
+    interpreter exits lets gloo's threads abort the process (seen with torch 2.15)."""
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def parallelize(model: nn.Module, world: World) -> nn.Module:
+    """The module to call in the training step. `model` is already on `world.device`.
+
+    Returns `model` itself on one process and a DDP wrapper over it otherwise. The wrapper shares the
+    parameters, and SyncBatchNorm keeps the names in the state dict, so checkpoints do not depend on it.
+    """
+    if not world.distributed:
+        return model
+    if has_batchnorm(model):
+        if world.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        elif world.size > 1 and world.is_main:
+            log.warning(
+                "BatchNorm statistics are per rank: PyTorch has no SyncBatchNorm on CPU tensors, so the "
+                "losses differ slightly from those of one process with the same global batch"
+            )
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, _BUFFER_OPTION: False}
+    return DistributedDataParallel(model, device_ids=device_ids, **options)
+
+
+def has_batchnorm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def on_main(world: World, work: Callable[[], T]) -> T | None:
+    """Run `work` on rank 0 while the others wait; returns its result there and None elsewhere.
+
+    An expected end of rank 0 (UsageError, RunError, Interrupted) is raised on every rank with the same
+    text, so that all of them end, instead of waiting for a rank that has gone.
+    """
+    if not world.distributed:
+        return work()
+    result: T | None = None
+    failure: list[tuple[str, str, int] | None] = [None]
+    error: BaseException | None = None
+    if world.is_main:
+        try:
+            result = work()
+        except (UsageError, RunError) as caught:
+            error = caught
+            failure = [("usage" if isinstance(caught, UsageError) else "run", str(caught), 0)]
+        except Interrupted as caught:
+            error = caught
+            failure = [("interrupted", str(caught), caught.signum)]
+    dist.broadcast_object_list(failure, src=0, device=world.device)
+    if error is not None:
+        raise error
+    if failure[0] is not None:
+        kind, text, signum = failure[0]
+        if kind == "interrupted":
+            raise Interrupted(text, signum)
+        raise (UsageError if kind == "usage" else RunError)(text)
+    return result
+
+
+def from_main(world: World, value: T) -> T:
+    """Rank 0's `value` on every rank."""
+    if not world.distributed:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=world.device)
+    return box[0]
+
+
+def gather_to_main(world: World, value: Any) -> list[Any] | None:
+    """Every rank's `value`, in the order of ranks, on rank 0; None elsewhere."""
+    if not world.distributed:
+        return [value]
+    box: list[Any] | None = [None] * world.size if world.is_main else None
+    dist.gather_object(value, box, dst=0)
+    return box
+
+
+def mean_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:
+    """The mean of a small float32 tensor over the ranks (in place where there is more than one)."""
+    if world.distributed:
+        dist.all_reduce(values)
+        values /= world.size
+    return values
