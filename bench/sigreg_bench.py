@@ -137,6 +137,8 @@ def relative_error(loss: Loss, size: Size, value: Tensor, grad: Tensor) -> float
 
 
 def measure_times(size: Size, names: list[str], repeats: int) -> list[dict[str, Any]]:
+    # Else the sizes of a sweep add up to torch.compile's recompilation limit, and it goes on in eager mode.
+    torch._dynamo.reset()
     xs, A = inputs(size, BUFFERS)
     losses = {name: VARIANTS[name](size, A) for name in names}
     truth = exact(size)
