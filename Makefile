@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Extra arguments for the trainer, for example: make pretrain ARGS="--epochs 5 --seed 1"
+# Extra arguments for the trainer, for example: make pretrain RUN=runs/seed-1 ARGS="--seed 1"
 ARGS ?=
 RUN ?= runs/trashnet96
 .PHONY: help pretrain test lint format bench clean
@@ -24,34 +24,45 @@ test: lint
 	@$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-dev
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m mypy
 
 bench: $(VENV)/.installed-dev
 	@$(BIN)/python bench/sigreg_bench.py --sweep
 
 format: $(VENV)/.installed-dev
-	@$(BIN)/ruff check --fix .
-	@$(BIN)/ruff format .
+	@$(BIN)/python -m ruff check --fix .
+	@$(BIN)/python -m ruff format .
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-$(BIN)/python:
+# No environment, or one whose interpreter has gone: made anew, then installed into whatever its stamps say.
+MISSING := $(shell $(BIN)/python -c '' 2>/dev/null || echo FORCE)
+
+define make_environment
+	@command -v $(PYTHON) >/dev/null \
+		|| { echo "error: $(PYTHON) is not installed; Python 3.10 or newer is needed"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "error: Python 3.10 or newer is needed, $(PYTHON) is older; call make PYTHON=python3.x"; exit 2; }
-	@$(PYTHON) -m venv $(VENV) \
+	@test -z "$(MISSING)" || $(PYTHON) -m venv --clear $(VENV) \
 		|| { rm -rf $(VENV); echo "error: '$(PYTHON) -m venv' failed (on Debian: apt-get install python3-venv)"; exit 2; }
+endef
+
+.PHONY: FORCE
+FORCE:
 
 # Re-installed when what they are made from changes; otherwise the environment is reused.
-$(VENV)/.installed: pyproject.toml setup.py | $(BIN)/python
+$(VENV)/.installed: pyproject.toml setup.py $(MISSING)
+	$(make_environment)
 	@echo "installing lejepa_fast into $(VENV) (the first time takes a few minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml setup.py | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml setup.py $(MISSING)
+	$(make_environment)
 	@echo "installing lejepa_fast with its development tools into $(VENV) (the first time takes a few minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ $(VENV)/.installed

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,19 +73,24 @@ def _output(command: Sequence[str]) -> str | None:
     return run.stdout.strip() or None
 
 
-def interleaved_times(calls: Mapping[str, Callable[[int], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, taking turns so that a slow spell of the machine hits all alike.
+class Timed(NamedTuple):
+    """What is timed: `run` of what `prepare` makes, untimed, from the number of the repetition."""
 
-    Each call gets the number of the repetition, to rotate its buffers with.
-    """
+    prepare: Callable[[int], Any]
+    run: Callable[[Any], Any]
+
+
+def interleaved_times(calls: Mapping[str, Timed], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, taking turns so that a slow spell of the machine hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():  # warm-up: compilation, allocator, caches
-        call(0)
-        call(1)
+        for repeat in range(2):
+            call.run(call.prepare(repeat))
     for repeat in range(repeats):
         for name, call in calls.items():
+            prepared = call.prepare(repeat)
             start = time.perf_counter()
-            call(repeat)
+            call.run(prepared)
             times[name].append(time.perf_counter() - start)
     return times
 

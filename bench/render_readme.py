@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchlib import RESULTS
+from sigreg_bench import BASELINE
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 Row = dict[str, Any]
@@ -47,10 +48,13 @@ def sigreg_table() -> str:
     """The reference CPU size: the last complete measurement of it."""
     size = {"V": 1, "N": 2048, "K": 512, "M": 1024, "J": 17}
     rows = latest([r for r in read("sigreg.jsonl") if all(r[k] == v for k, v in size.items())])
-    rows = [row for row in rows if row["correct"]]
-    base = rows[0]
+    base = next(row for row in rows if row["variant"] == BASELINE)
+    if not base["correct"]:
+        raise SystemExit(f"error: the newest rows of {BASELINE!r} are not correct; measure again")
     table = []
     for row in rows:
+        if not row["correct"]:
+            continue
         time, memory = row["forward_backward"]["median_ms"], row["peak_extra_mib"]
         speed = base["forward_backward"]["median_ms"] / time
         name = f"**{row['variant']}**" if row["variant"].startswith("our impl") else row["variant"]
@@ -65,8 +69,9 @@ def sigreg_table() -> str:
 
 
 def pretrain_table() -> str:
-    """The newest run of every seed."""
-    rows = {row["seed"]: row for row in read("pretrain.jsonl")}
+    """The newest run of every seed, of the configuration that was run last."""
+    everything = read("pretrain.jsonl")
+    rows = {row["seed"]: row for row in everything if recipe(row) == recipe(everything[-1])}
     table = []
     for seed, row in sorted(rows.items()):
         cells = [
@@ -78,7 +83,12 @@ def pretrain_table() -> str:
         table.append([str(seed), *cells[:2], f"+{gains[0]:.1f}", *cells[2:], f"+{gains[1]:.1f}"])
     header = ["seed", "kNN untrained", "kNN trained", "", "linear untrained", "linear trained", ""]
     row = next(iter(rows.values()))
-    return markdown(header, table) + f'\n\n{where(row)}: `make pretrain ARGS="--seed S"`'
+    return markdown(header, table) + f'\n\n{where(row)}: `make pretrain RUN=runs/seed-S ARGS="--seed S"`'
+
+
+def recipe(row: Row) -> Row:
+    """The configuration of a run without what may differ between the runs of a table."""
+    return {key: value for key, value in row["config"].items() if key not in ("seed", "out", "resume")}
 
 
 TABLES: dict[str, Callable[[], str]] = {"sigreg": sigreg_table, "pretrain": pretrain_table}
@@ -86,8 +96,8 @@ TABLES: dict[str, Callable[[], str]] = {"sigreg": sigreg_table, "pretrain": pret
 
 def render(text: str) -> str:
     for name, table in TABLES.items():
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        content = table().replace("\\", r"\\")
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        content = table().replace("\\", r"\\") + "\n"
         text, count = re.subn(pattern, rf"\g<1>{content}\g<2>", text, flags=re.DOTALL)
         if count != 1:
             raise SystemExit(

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from benchlib import (
     RESULTS,
+    Timed,
     append_rows,
     interleaved_times,
     machine,
@@ -100,7 +101,7 @@ VARIANTS: dict[str, Callable[[Size, Tensor], Loss]] = {
     "our impl='torch'": ours("torch"),
 }
 BASELINE = "authors' formulation"
-if importlib.util.find_spec("lightly") is not None:
+if importlib.util.find_spec("lightly") and importlib.util.find_spec("lightly.loss.lejepa_loss"):
     VARIANTS["lightly"] = lightly_peer
 
 
@@ -142,27 +143,39 @@ def measure_times(size: Size, names: list[str], repeats: int) -> list[dict[str, 
     xs, A = inputs(size, BUFFERS)
     losses = {name: VARIANTS[name](size, A) for name in names}
     truth = exact(size)
-    errors = {name: relative_error(loss, size, *truth) for name, loss in losses.items()}
-    right = {name: loss for name, loss in losses.items() if errors[name] <= MAX_ERROR}
+    errors: dict[str, float | None] = {}
+    for name, loss in losses.items():
+        try:
+            errors[name] = relative_error(loss, size, *truth)
+        except RuntimeError as error:  # torch.compile without a C++ compiler, a peer of another version
+            print(f"{name.strip()}: not available here: {str(error).strip().splitlines()[0]}")
+            errors[name] = None
+    right = {n: loss for n, loss in losses.items() if (e := errors[n]) is not None and e <= MAX_ERROR}
 
-    def forward(loss: Loss) -> Callable[[int], Tensor]:
-        def call(repeat: int) -> Tensor:
-            with torch.no_grad():
-                return loss(xs[repeat % BUFFERS])
+    def no_grad(loss: Loss) -> Callable[[Tensor], Tensor]:
+        return torch.no_grad()(loss)
 
-        return call
+    def leaf(repeat: int) -> Tensor:
+        return xs[repeat % BUFFERS].detach().requires_grad_()
 
-    def both(loss: Loss) -> Callable[[int], None]:
-        return lambda repeat: loss(xs[repeat % BUFFERS].detach().requires_grad_()).backward()
-
-    forward_times = interleaved_times({n: forward(loss) for n, loss in right.items()}, repeats)
-    both_times = interleaved_times({n: both(loss) for n, loss in right.items()}, repeats)
+    phases = {
+        "forward": {n: Timed(leaf, no_grad(loss)) for n, loss in right.items()},
+        "backward": {
+            n: Timed(lambda repeat, loss=loss: loss(leaf(repeat)), Tensor.backward)  # type: ignore[misc]
+            for n, loss in right.items()
+        },
+        "forward_backward": {
+            n: Timed(leaf, lambda x, loss=loss: loss(x).backward())  # type: ignore[misc]
+            for n, loss in right.items()
+        },
+    }
+    times = {phase: interleaved_times(calls, repeats) for phase, calls in phases.items()}
     rows = []
     for name in names:
         row: dict[str, Any] = {"variant": name.strip(), **size._asdict(), "dtype": "float32"}
         row |= {"relative_error": errors[name], "correct": name in right}
         if name in right:
-            row |= {"forward": summary(forward_times[name]), "forward_backward": summary(both_times[name])}
+            row |= {phase: summary(times[phase][name]) for phase in phases}
         rows.append(row)
     return rows
 
@@ -200,25 +213,34 @@ def measure(size: Size, names: list[str], repeats: int) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]], names: list[str]) -> None:
-    baseline = rows[names.index(BASELINE)] if BASELINE in names else rows[0]
+    baseline = rows[names.index(BASELINE)]
     table = []
     for name, row in zip(names, rows, strict=True):
         if not row["correct"]:
-            table.append([name, f"WRONG (error {row['relative_error']:.1e})", *[""] * 5])
+            error = row["relative_error"]
+            table.append(
+                [name, "not available" if error is None else f"WRONG (error {error:.1e})", *[""] * 6]
+            )
             continue
         both = row["forward_backward"]
+        speed = memory = ""
+        if baseline["correct"]:
+            speed = f"{baseline['forward_backward']['median_ms'] / both['median_ms']:.2f}x"
+            memory = f"{row['peak_extra_mib'] / baseline['peak_extra_mib']:.3f}"
         table.append(
             [
                 name,
                 f"{row['forward']['median_ms']:.1f}",
+                f"{row['backward']['median_ms']:.1f}",
                 f"{both['median_ms']:.1f}",
                 f"{both['p20_ms']:.1f} .. {both['p80_ms']:.1f}",
-                f"{baseline['forward_backward']['median_ms'] / both['median_ms']:.2f}x",
+                speed,
                 f"{row['peak_extra_mib']:.0f}",
-                f"{row['peak_extra_mib'] / baseline['peak_extra_mib']:.3f}",
+                memory,
             ]
         )
-    print_table(["float32", "fwd ms", "fwd+bwd ms", "p20 .. p80", "speed", "peak MiB", "of baseline"], table)
+    header = ["float32", "fwd ms", "bwd ms", "both ms", "p20 .. p80", "speed", "peak MiB", "of baseline"]
+    print_table(header, table)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -15,8 +15,11 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
+from .checks import check_integer
+
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
+_STEP_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Philox multipliers, written as 2**32 minus a 30-bit number so that int64 products cannot overflow.
 _MUL_0 = (1 << 32) - 0xD2511F53
 _MUL_1 = (1 << 32) - 0xCD9E8D57
@@ -49,13 +52,14 @@ def sample_directions(
         shape (dim, num_slices), columns of unit length. Values agree between devices to float32 rounding.
 
     Raises:
-        ValueError: dim or num_slices < 1, step negative, or not a scalar integer, dtype not floating.
+        ValueError: dim or num_slices < 1, step negative or not a scalar integer, dtype not floating.
+        TypeError: dim, num_slices, seed or step of another type.
 
     Source: LeJEPA, arXiv 2511.08544, Algorithm 1 (random slices, resampled at every step).
     """
-    for name, value in (("dim", dim), ("num_slices", num_slices)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    check_integer("dim", dim, at_least=1)
+    check_integer("num_slices", num_slices, at_least=1)
+    check_integer("seed", seed)
     if not dtype.is_floating_point:
         raise ValueError(f"dtype: expected a floating dtype, got {dtype}")
     signed_seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # operators take signed 64-bit integers
@@ -82,7 +86,7 @@ def _(step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype) ->
 def _step_tensor(step: int | Tensor, device: torch.device | str | None) -> Tensor:
     """`step` as a 0-dim int64 tensor on the target device, without a host synchronisation."""
     if isinstance(step, Tensor):
-        if step.dim() != 0 or step.dtype.is_floating_point or step.dtype.is_complex:
+        if step.dim() != 0 or step.dtype not in _STEP_DTYPES:
             got = f"{step.dtype} of shape {tuple(step.shape)}"
             raise ValueError(f"step: expected an int or a 0-dim integer tensor, got {got}")
         target = step.device if device is None else torch.device(device)
@@ -91,8 +95,7 @@ def _step_tensor(step: int | Tensor, device: torch.device | str | None) -> Tenso
         if step.device.type != "cpu":
             return step.to(target, torch.int64)
         step, device = int(step), target
-    if step < 0:
-        raise ValueError(f"step: expected a non-negative integer, got {step}")
+    check_integer("step", step, at_least=0)
     return torch.full((), step, dtype=torch.int64, device=device)
 
 

@@ -7,7 +7,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checks import check_count, check_embeddings, check_number
 from .ops import all_reduce_sums, resolve_group, sum_gradient_over_ranks
+from .reference import full_precision
 from .sigreg import SIGReg
 
 
@@ -60,34 +62,42 @@ class LeJEPALoss(nn.Module):
             raise ValueError(f"center: expected 'global' or 'all', got {center!r}")
         if form not in ("convex", "additive"):
             raise ValueError(f"form: expected 'convex' or 'additive', got {form!r}")
+        check_number("lambd", lambd)
         if not (0 <= lambd < float("inf")) or (form == "convex" and lambd > 1):
             limits = "in [0, 1] for the convex form" if form == "convex" else "finite and >= 0"
             raise ValueError(f"lambd: expected a number {limits}, got {lambd}")
         self.lambd = lambd
+        if sigreg is not None and not isinstance(sigreg, SIGReg):
+            raise TypeError(f"sigreg: expected a SIGReg module, got {sigreg!r}")
         self.sigreg = SIGReg() if sigreg is None else sigreg
         if self.sigreg.reduction is None:
             raise ValueError("sigreg: expected reduction='mean' or 'sum', got None; the loss needs a scalar")
         self.center = center
         self.form = form
 
-    def forward(self, global_views: Tensor, all_views: Tensor) -> LeJEPAOutput:
+    def forward(
+        self, global_views: Tensor, all_views: Tensor, step: int | Tensor | None = None
+    ) -> LeJEPAOutput:
         """Loss of one batch.
 
         Args:
             global_views: embeddings of the global views, shape (Vg, N, K).
             all_views: embeddings of all views, the global ones included, shape (V, N, K).
+            step: directions to use, see `SIGReg.forward`; None counts by itself.
 
         Returns:
             `LeJEPAOutput(total, prediction, sigreg)`.
         """
         self._check(global_views, all_views)
+        if resolve_group(self.sigreg.process_group, self.sigreg.sync) is None:
+            check_count("all_views", all_views.shape[1], unbiased=self.sigreg.unbiased)
         prediction = self._prediction(global_views, all_views)
-        sigreg = self.sigreg(all_views)
+        sigreg = self.sigreg(all_views, step)
         weight = 1 - self.lambd if self.form == "convex" else 1.0
         return LeJEPAOutput(weight * prediction + self.lambd * sigreg, prediction, sigreg)
 
     def _prediction(self, global_views: Tensor, all_views: Tensor) -> Tensor:
-        with torch.autocast(all_views.device.type, enabled=False):
+        with full_precision(all_views.device):
             dtype = torch.float64 if all_views.dtype == torch.float64 else torch.float32
             z = all_views.to(dtype)
             mu = (global_views.to(dtype) if self.center == "global" else z).mean(0)
@@ -98,10 +108,9 @@ class LeJEPALoss(nn.Module):
 
     def _check(self, global_views: Tensor, all_views: Tensor) -> None:
         for name, value in (("global_views", global_views), ("all_views", all_views)):
+            check_embeddings(name, value)
             if value.dim() != 3:
                 raise ValueError(f"{name}: expected shape (views, N, K), got {tuple(value.shape)}")
-            if value.shape[0] < 1:
-                raise ValueError(f"{name}: expected at least one view, got shape {tuple(value.shape)}")
         if global_views.shape[1:] != all_views.shape[1:]:
             expected, got = tuple(all_views.shape[1:]), tuple(global_views.shape[1:])
             raise ValueError(f"global_views: expected (N, K) = {expected} as in all_views, got {got}")

@@ -21,17 +21,20 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import _functional_collectives as funcol
 
 from . import reference, streaming
-from .reference import statistic_from_sums
+from .checks import check_count, check_embeddings, check_number
+from .reference import full_precision, statistic_from_sums
 
 Implementation = Literal["auto", "torch", "triton", "reference"]
 Reduction = Literal["mean", "sum"] | None
 
 logger = logging.getLogger("lejepa_fast")
 _IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
-# A count travels as two float32 words, exact up to 2**40 samples, in the buffer of the sums.
+# A rank's count travels as two words in the buffer of the sums, so that both are exact in float32.
 _COUNT_WORD = 1 << 16
 
 
@@ -80,24 +83,21 @@ def sigreg(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what was given.
-        RuntimeError: on double backward, except for impl="reference".
+        RuntimeError: on double backward, except for impl="reference" without a process group.
 
     Source: LeJEPA, arXiv 2511.08544, Algorithm 1 and section 4.
     """
     _check_inputs(x, A, t, phi, weights, reduction)
     group = resolve_group(process_group, sync)
-    _check_count(x, group, unbiased)
+    if group is None:  # a rank of a group may hold few samples, or none
+        check_count("x", x.shape[-2], unbiased=unbiased)
     chosen = resolve_implementation(impl, x.device)
-    if A.requires_grad and chosen != "reference":
-        raise ValueError(
-            f"A: directions that require grad are only supported by impl='reference', got impl={chosen!r}; "
-            "detach the directions or choose impl='reference'"
-        )
-    if spacing == "auto":
-        spacing = find_spacing(t)
+    if chosen != "reference":
+        _refuse_gradients(chosen, A=A, t=t)
+    spacing = check_spacing(spacing, t)
 
     compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         A, t, phi, weights = (a.to(x.device, compute_dtype) for a in (A, t, phi, weights))
         views = x.reshape(x.shape[:-2].numel(), *x.shape[-2:])  # numel: -1 is ambiguous for N = 0
         if chosen == "reference":
@@ -130,7 +130,7 @@ def resolve_implementation(impl: str, device: torch.device) -> str:
         )
     if impl != "auto":
         return impl
-    if device.type not in _logged_devices and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and device.type not in _logged_devices:
         _logged_devices.add(device.type)
         logger.info("SIGReg impl='auto' takes 'torch' (streaming) on %s", device.type)
     return "torch"
@@ -141,25 +141,42 @@ _logged_devices: set[str] = set()
 
 def find_spacing(t: Tensor) -> float | None:
     """The distance of equidistant knots starting at 0, or None; never reads knots of another device."""
-    if t.device.type != "cpu" or t.shape[0] < 2 or torch.compiler.is_compiling():
+    if t.shape[0] < 2 or not _readable(t):
         return None
-    knots = t.double()
-    spacing = knots[-1].item() / (t.shape[0] - 1)
-    # float32 knots are rounded: they count as equidistant within one unit in the last place.
-    tolerance = torch.finfo(t.dtype).eps * abs(knots[-1].item())
+    spacing = t[-1].item() / (t.shape[0] - 1)
+    return spacing if spacing > 0 and _fits(t, spacing) else None
+
+
+def check_spacing(spacing: float | str | None, t: Tensor) -> float | None:
+    """`spacing` as `sigreg` takes it, resolved: the distance of the knots, or None for arbitrary ones."""
+    if spacing == "auto":
+        return find_spacing(t)
+    if spacing is None:
+        return None
+    check_number("spacing", spacing)
+    spacing = float(spacing)  # type: ignore[arg-type]
+    if not 0 < spacing < float("inf") or (_readable(t) and not _fits(t, spacing)):
+        raise ValueError(f"spacing: expected the distance of the knots t, t[j] = j * spacing, got {spacing}")
+    return spacing
+
+
+def _fits(t: Tensor, spacing: float) -> bool:
+    """Whether t[j] = j * spacing; knots rounded to float32 fit within one unit in the last place."""
+    knots = t.detach().double()
     exact = torch.arange(t.shape[0], dtype=torch.float64) * spacing
-    return spacing if spacing > 0 and bool(((knots - exact).abs() <= tolerance).all()) else None
+    tolerance = torch.finfo(torch.float32).eps * knots[-1].abs()
+    return bool(((knots - exact).abs() <= tolerance).all())
+
+
+def _readable(t: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device or breaking a trace."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(t, FakeTensor)
 
 
 def _check_inputs(
     x: Tensor, A: Tensor, t: Tensor, phi: Tensor, weights: Tensor, reduction: str | None
 ) -> None:
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
-    if x.dim() < 2:
-        raise ValueError(f"x: expected shape (..., N, K), got {tuple(x.shape)}")
-    if x.shape[-1] < 1 or x.shape[:-2].numel() < 1:
-        raise ValueError(f"x: expected non-empty view and feature dimensions, got shape {tuple(x.shape)}")
+    check_embeddings("x", x)
     if A.dim() != 2 or A.shape[0] != x.shape[-1] or A.shape[1] < 1:
         raise ValueError(f"A: expected shape ({x.shape[-1]}, M) with M >= 1, got {tuple(A.shape)}")
     if t.dim() != 1 or t.shape[0] < 1:
@@ -177,12 +194,13 @@ def _check_inputs(
         raise ValueError(f"reduction: expected 'mean', 'sum' or None, got {reduction!r}")
 
 
-def _check_count(x: Tensor, group: dist.ProcessGroup | None, unbiased: bool) -> None:
-    """A rank of a group may hold few samples or none; a batch of its own may not."""
-    least = 2 if unbiased else 1
-    if group is None and x.shape[-2] < least:
-        why = " for the unbiased statistic" if unbiased else ""
-        raise ValueError(f"x: expected at least {least} samples{why}, got N = {x.shape[-2]}")
+def _refuse_gradients(chosen: str, **arguments: Tensor) -> None:
+    for name, tensor in arguments.items():
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: expected a tensor without gradient for impl={chosen!r}, got requires_grad=True; "
+                "detach it or choose impl='reference'"
+            )
 
 
 # --- Registered operators -------------------------------------------------------------------------
@@ -191,7 +209,7 @@ def _check_count(x: Tensor, group: dist.ProcessGroup | None, unbiased: bool) -> 
 @torch.library.custom_op("lejepa_fast::ecf_sums", mutates_args=())
 def _ecf_sums(x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
     """Streaming `ecf_sums`: x (V, N, K), A (K, M), t (J,) -> (V, 2, J, M) in the dtype of A."""
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         return streaming.ecf_sums(x, A, t, spacing)
 
 
@@ -203,7 +221,7 @@ def _(x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
 @torch.library.custom_op("lejepa_fast::ecf_sums_backward", mutates_args=())
 def _ecf_sums_backward(grad: Tensor, x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
     """Gradient of `ecf_sums` with respect to x, shape and dtype of x."""
-    with torch.autocast(x.device.type, enabled=False):  # users do call backward() under autocast
+    with full_precision(x.device):  # users do call backward() under autocast
         return streaming.ecf_sums_backward(grad, x, A, t, spacing)
 
 
@@ -281,6 +299,7 @@ class _AllReduceIdentityGradient(torch.autograd.Function):
         return _all_reduce(tensor, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad, None
 
@@ -292,6 +311,7 @@ class _IdentitySumGradient(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return _all_reduce(grad, ctx.group), None
 
@@ -302,4 +322,4 @@ def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def is_recomputing() -> bool:
     """True inside the backward pass, where activation checkpointing runs the forward a second time."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != -1

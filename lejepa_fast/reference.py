@@ -28,10 +28,13 @@ The factor N of T and the 1/N of the means cancel. |dT/dp| <= sum_j 4 w_j t_j wh
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .checks import check_integer, check_number
 
 
 class Knots(NamedTuple):
@@ -114,10 +117,10 @@ def _cpu_arange(n: int) -> Tensor:
 
 
 def _check_quadrature(t_max: float, n_points: int) -> None:
+    check_number("t_max", t_max)
+    check_integer("n_points", n_points, at_least=1)
     if not 0 < t_max < float("inf"):
         raise ValueError(f"t_max: expected a positive finite number, got {t_max}")
-    if n_points < 1:
-        raise ValueError(f"n_points: expected at least 1 knot, got {n_points}")
 
 
 def ecf_sums(x: Tensor, A: Tensor, t: Tensor) -> Tensor:
@@ -131,9 +134,31 @@ def ecf_sums(x: Tensor, A: Tensor, t: Tensor) -> Tensor:
     Returns:
         shape (V, 2, J, M): cosine sums at index 0, sine sums at index 1 of the second dimension.
     """
-    phase = (x @ A).unsqueeze(-1) * t  # (V, N, M, J)
+    phase = _Projection.apply(x, A).unsqueeze(-1) * t  # (V, N, M, J)
     sums = torch.stack([phase.cos().sum(1), phase.sin().sum(1)], dim=1)  # (V, 2, M, J)
     return sums.transpose(-1, -2)
+
+
+class _Projection(torch.autograd.Function):
+    """x @ A whose gradient is not lowered to bf16 when `backward()` is called under autocast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor) -> Tensor:
+        ctx.save_for_backward(x, A)
+        return x @ A
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, A = ctx.saved_tensors
+        with full_precision(x.device):
+            return grad @ A.mT, (x.mT @ grad).sum(0)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off for `device`: statistics and their gradients stay in the dtype of their inputs."""
+    if device.type == "meta":  # autocast does not know it
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def statistic_from_sums(

@@ -8,8 +8,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .checks import check_count, check_embeddings, check_integer
 from .directions import sample_directions
-from .ops import Implementation, Reduction, is_recomputing, resolve_implementation, sigreg
+from .ops import (
+    Implementation,
+    Reduction,
+    check_spacing,
+    is_recomputing,
+    resolve_group,
+    resolve_implementation,
+    sigreg,
+)
 from .reference import Knots, standard_normal_knots
 
 
@@ -25,9 +34,12 @@ class SIGReg(nn.Module):
 
     Directions are fresh at every call in training mode: a function of (seed, step) alone, the same on
     all ranks and for all views. `step` is a persistent buffer, advanced on the device, saved in the
-    state dict. Evaluation mode does not advance it. When activation checkpointing recomputes a call,
-    the directions of the last call are used again and the step stays; a region that calls the module
-    more than once must pass `step` explicitly.
+    state dict. Evaluation mode does not advance it.
+
+    Activation checkpointing calls the module a second time. In eager mode the directions of the last
+    call are used again and the step stays; several calls before one backward are ambiguous and raise.
+    Give `step` to `forward` then, and wherever checkpointing meets `torch.compile`. Better still, keep
+    the loss outside the checkpointed region: it holds no activations worth the name.
 
     Args:
         num_slices: number of directions M.
@@ -75,8 +87,8 @@ class SIGReg(nn.Module):
         knots: Knots | None = None,
     ):
         super().__init__()
-        if num_slices < 1:
-            raise ValueError(f"num_slices: expected at least 1, got {num_slices}")
+        check_integer("num_slices", num_slices, at_least=1)
+        check_integer("seed", seed)
         if reduction not in ("mean", "sum", None):
             raise ValueError(f"reduction: expected 'mean', 'sum' or None, got {reduction!r}")
         self.num_slices = num_slices
@@ -88,10 +100,13 @@ class SIGReg(nn.Module):
         self.seed = seed
         self.scale_by_n = scale_by_n
         self.pool_views = pool_views
-        self._knots = standard_normal_knots(t_max, n_points) if knots is None else knots
+        self._knots = standard_normal_knots(t_max, n_points) if knots is None else _checked(knots)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._register_knots(self.step.device)
         resolve_implementation(impl, self.step.device)  # an unknown name fails here, not in training
+        # What activation checkpointing needs to know: calls since a backward pass began or recomputed.
+        self._calls = 0
+        self._backward_began = False
 
     @property
     def chosen_impl(self) -> str:
@@ -105,12 +120,15 @@ class SIGReg(nn.Module):
             z: embeddings, shape (..., N, K).
             step: directions to use instead of those of the module's counter, which then stays as it is.
         """
-        if not isinstance(z, Tensor):
-            raise TypeError(f"z: expected a tensor, got {type(z).__name__}")
-        if z.dim() < 2:
-            raise ValueError(f"z: expected shape (..., N, K), got {tuple(z.shape)}")
+        check_embeddings("z", z)
         if self.pool_views:
             z = z.flatten(0, -2)
+        if resolve_group(self.process_group, self.sync) is None:
+            check_count("z", z.shape[-2], unbiased=self.unbiased)
+        if z.device != self.step.device and z.device.type != "meta" and not torch.compiler.is_compiling():
+            self.to(z.device)  # once, instead of copying the knots at every call
+        # The buffers are float32; float64 embeddings get knots to match.
+        knots = self._knots if z.dtype == torch.float64 else self
         with torch.no_grad():
             A = sample_directions(
                 z.shape[-1],
@@ -123,9 +141,9 @@ class SIGReg(nn.Module):
         loss = sigreg(
             z,
             A,
-            self.t,
-            self.phi,
-            self.weights,
+            knots.t,
+            knots.phi,
+            knots.weights,
             unbiased=self.unbiased,
             reduction=self.reduction,
             scale_by_n=self.scale_by_n,
@@ -134,17 +152,35 @@ class SIGReg(nn.Module):
             impl=self.impl,
             spacing=self._knots.spacing,
         )
+        if loss.requires_grad and not torch.compiler.is_compiling():
+            loss.register_hook(self._note_backward)
         return loss.float()
 
     def _next_step(self) -> Tensor:
         """The step of this call; advances the counter in training mode."""
         if not self.training:
             return self.step.clone()
-        if is_recomputing():
-            return self.step - 1
+        if not torch.compiler.is_compiling():
+            if is_recomputing():
+                return self._recomputed_step()
+            self._calls = 1 if self._backward_began else self._calls + 1
+            self._backward_began = False
         step = self.step.clone()
         self.step.add_(1)
         return step
+
+    def _recomputed_step(self) -> Tensor:
+        if self._calls != 1:
+            raise RuntimeError(
+                "step: expected an explicit step where activation checkpointing recomputes one of "
+                f"{self._calls} calls of SIGReg, got None; give a step to each call, or keep the loss "
+                "outside the checkpointed region"
+            )
+        self._backward_began = True
+        return self.step - 1
+
+    def _note_backward(self, grad: Tensor) -> None:
+        self._backward_began = True
 
     def _register_knots(self, device: torch.device) -> None:
         for name in ("t", "phi", "weights"):
@@ -153,14 +189,24 @@ class SIGReg(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SIGReg:
         # `.bfloat16()` on a whole model must not round the knots, and materialising a meta-device
-        # module must not leave them uninitialised: they are made anew from the float64 values.
+        # module must leave nothing uninitialised: knots are made anew from the float64 values.
+        had_no_value = self.step.is_meta
         super()._apply(fn, recurse)
+        if had_no_value and not self.step.is_meta:
+            self.step.zero_()
         self._register_knots(self.step.device)
         return self
 
     def extra_repr(self) -> str:
         J = self._knots.t.shape[0]
+        impl = f"{self.impl!r} -> {self.chosen_impl!r}" if self.impl == "auto" else repr(self.impl)
         return (
             f"num_slices={self.num_slices}, n_points={J}, t_max={self._knots.t[-1].item():g}, "
-            f"unbiased={self.unbiased}, reduction={self.reduction!r}, impl={self.impl!r}"
+            f"unbiased={self.unbiased}, reduction={self.reduction!r}, impl={impl}"
         )
+
+
+def _checked(knots: Knots) -> Knots:
+    """float64 knots on the CPU, with a spacing that fits them."""
+    t, phi, weights = (a.detach().to("cpu", torch.float64) for a in knots[:3])
+    return Knots(t, phi, weights, check_spacing(knots.spacing, t))

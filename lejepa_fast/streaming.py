@@ -24,7 +24,6 @@ Knots that are not equidistant take one sine and cosine each.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 
 import torch
@@ -247,15 +246,8 @@ def _complex_mul(
 
 
 def _cos_sin(p: Tensor, factor: float, out: tuple[Tensor, Tensor]) -> None:
-    """out = (cos, sin) of factor * p.
-
-    The factor is split into two numbers of the working precision: the phase then carries the rounding
-    of one product per sample, and not the same relative error in every sample.
-    """
-    high = factor if p.dtype == torch.float64 else struct.unpack("f", struct.pack("f", factor))[0]
-    phase = p * high
-    if factor != high:
-        phase.add_(p, alpha=factor - high)
+    """out = (cos, sin) of factor * p."""
+    phase = p * factor
     torch.cos(phase, out=out[0])
     torch.sin(phase, out=out[1])
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accuracy import COMPILE_BACKEND
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,6 +37,11 @@ def shard(x: torch.Tensor, sizes: list[int], rank: int) -> torch.Tensor:
     return x.split(sizes, dim=1)[rank]
 
 
+def many_samples() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randn(515, DIM, generator=generator) + 0.5).bfloat16()
+
+
 def encoder(dtype: torch.dtype) -> nn.Linear:
     model = nn.Linear(DIM, DIM, dtype=dtype)
     with torch.no_grad():
@@ -46,7 +52,7 @@ def encoder(dtype: torch.dtype) -> nn.Linear:
 
 def functional_loss(z: torch.Tensor, impl: str, unbiased: bool, **options: Any) -> torch.Tensor:
     knots = standard_normal_knots()
-    A = sample_directions(DIM, SLICES, step=4, dtype=z.dtype)
+    A = sample_directions(DIM, SLICES, step=4, dtype=torch.promote_types(z.dtype, torch.float32))
     return sigreg(z, A, *knots[:3], impl=impl, unbiased=unbiased, spacing=knots.spacing, **options)
 
 
@@ -103,12 +109,21 @@ def collect(rank: int, world_size: int, modules: dict[str, Any]) -> dict[Any, An
         poisoned[0, 0, 0] = float("nan")
     results["poisoned"] = functional_loss(poisoned, "torch", False)
     if world_size == 2:
-        compiled = torch.compile(lejepa_loss(), fullgraph=True)
+        compiled = torch.compile(lejepa_loss(), fullgraph=True, backend=COMPILE_BACKEND)
         results["compiled"] = value_and_gradient(DistributedDataParallel(encoder(torch.float64)), x, compiled)
+        # More samples than bf16 can count (257 is none of its numbers), in bf16, under autocast.
+        x = many_samples().split([257, 258], dim=0)[rank].requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            value = functional_loss(x, "torch", True)
+        value.backward()
+        results["many"] = {"value": value.detach(), "grad": x.grad}
     if world_size == 4:
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         mine, other = pairs[rank // 2], pairs[1 - rank // 2]
-        results["subgroup"] = functional_loss(x, "torch", False, process_group=mine)
+        x.requires_grad_()
+        value = functional_loss(x, "torch", False, process_group=mine)
+        value.backward()
+        results["subgroup"] = {"value": value.detach(), "grad": x.grad.clone()}
         try:
             functional_loss(x, "torch", False, process_group=other)
         except ValueError as error:

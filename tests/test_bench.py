@@ -32,6 +32,23 @@ def test_a_wrong_variant_is_reported_and_not_timed(monkeypatch, capsys):
     assert "WRONG" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_a_variant_that_cannot_run_is_left_out(monkeypatch, capsys):
+    def broken(size, A):
+        def loss(x):
+            raise RuntimeError("no C++ compiler\nmore")
+
+        return loss
+
+    monkeypatch.setitem(sigreg_bench.VARIANTS, "broken", broken)
+    rows = sigreg_bench.measure_times(TINY, [EAGER, "broken"], repeats=2)
+    assert [row["correct"] for row in rows] == [True, False]
+    rows[0]["peak_extra_mib"] = 1.0
+    sigreg_bench.show(rows, [EAGER, "broken"])
+    out = capsys.readouterr().out
+    assert "broken: not available here: no C++ compiler" in out
+    assert "not available" in out.splitlines()[-1]
+
+
 def test_peak_memory_sees_what_is_allocated_and_freed():
     def call():
         torch.ones(8 << 20).sum()  # 32 MiB
@@ -41,7 +58,7 @@ def test_peak_memory_sees_what_is_allocated_and_freed():
 
 def test_calls_take_turns():
     order: list[str] = []
-    calls = {name: (lambda repeat, name=name: order.append(f"{name}{repeat}")) for name in "ab"}
+    calls = {name: benchlib.Timed(lambda repeat, n=name: f"{n}{repeat}", order.append) for name in "ab"}
     times = benchlib.interleaved_times(calls, repeats=2)
     assert order == ["a0", "a1", "b0", "b1", "a0", "b0", "a1", "b1"]
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
@@ -70,7 +87,7 @@ def test_command_line_writes_rows_with_their_origin(tmp_path, monkeypatch, capsy
     assert {(row["N"], row["M"]) for row in rows} == {(64, 16), (32, 16), (64, 8)}
     for row in rows:
         assert row["correct"]
-        assert row["forward_backward"]["median_ms"] > 0
+        assert all(row[phase]["median_ms"] > 0 for phase in ("forward", "backward", "forward_backward"))
         assert {"device", "driver", "torch", "triton", "commit", "command", "date"} <= row.keys()
     assert (tmp_path / "sigreg.png").read_bytes().startswith(b"\x89PNG")
 

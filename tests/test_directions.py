@@ -6,9 +6,18 @@ import math
 
 import pytest
 import torch
+from accuracy import COMPILE_BACKEND
 
 from lejepa_fast import sample_directions
 from lejepa_fast.directions import philox_4x32
+
+GOLDEN = [
+    [-0.7252887, -0.3659854, -0.1186915],
+    [0.5947506, -0.8253826, 0.3153022],
+    [-0.3323801, 0.017899, 0.8113593],
+    [-0.0975478, 0.2929084, 0.3795836],
+    [0.0153585, -0.3141377, -0.290016],
+]
 
 
 # Known answers of Philox-4x32-10 as published with the Random123 library.
@@ -71,13 +80,21 @@ def test_steps_are_uncorrelated():
 
 
 def test_same_in_compiled_code():
-    compiled = torch.compile(lambda step: sample_directions(9, 12, step=step), fullgraph=True)
+    def sample(step):
+        return sample_directions(9, 12, step=step)
+
+    compiled = torch.compile(sample, fullgraph=True, backend=COMPILE_BACKEND)
     step = torch.tensor(11)
     assert torch.equal(compiled(step), sample_directions(9, 12, step=11))
 
 
-def test_step_tensor_stays_on_its_device():
-    """No value is read on the host: a meta tensor has none to read."""
+def test_golden_values():
+    """Checkpoints rely on the sequence of directions: it must not change between versions."""
+    A = sample_directions(5, 3, step=7, seed=11, dtype=torch.float64)
+    torch.testing.assert_close(A, torch.tensor(GOLDEN, dtype=torch.float64), rtol=0, atol=2e-7)
+
+
+def test_the_result_lives_where_the_step_does():
     A = sample_directions(8, 16, step=torch.zeros((), dtype=torch.int64, device="meta"))
     assert A.shape == (8, 16)
     assert A.device.type == "meta"
@@ -97,8 +114,16 @@ def test_operator_contract():
         ({"step": torch.zeros(2, dtype=torch.int64)}, "step"),
         ({"step": torch.tensor(1.0)}, "step"),
         ({"dtype": torch.int32}, "dtype"),
+        ({"step": torch.tensor(True)}, "step"),
     ],
 )
 def test_bad_arguments_are_named(arguments, named):
     with pytest.raises(ValueError, match=f"^{named}: expected"):
+        sample_directions(**{"dim": 4, "num_slices": 4, "step": 0, **arguments})
+
+
+@pytest.mark.parametrize("arguments", [{"dim": 4.0}, {"num_slices": True}, {"seed": 0.5}, {"step": 1.5}])
+def test_arguments_of_wrong_types_are_named(arguments):
+    (name,) = arguments
+    with pytest.raises(TypeError, match=f"^{name}: expected an integer"):
         sample_directions(**{"dim": 4, "num_slices": 4, "step": 0, **arguments})

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from lejepa_fast import ops
+
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -86,14 +88,38 @@ def test_compiled_loss_is_that_of_the_whole_batch(ranks):
         torch.testing.assert_close(results["compiled"]["grad"], expected["grad"], rtol=1e-6, atol=1e-9)
 
 
+def test_counts_that_bf16_cannot_hold(ranks):
+    if len(ranks) != 2:
+        pytest.skip("one case is enough: two ranks")
+    x = worker.many_samples().requires_grad_()
+    expected = worker.functional_loss(x, "torch", True)
+    expected.backward()
+    for results, own in zip(ranks, x.grad.split([257, 258]), strict=True):
+        torch.testing.assert_close(results["many"]["value"], expected.detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(results["many"]["grad"], 2 * own, rtol=1e-2, atol=1e-8)  # bf16
+
+
+@pytest.mark.parametrize("count", [0, 1, 257, 65_535, 65_536, 70_001, (1 << 24) - 1])
+def test_counts_survive_the_packing(count, monkeypatch):
+    monkeypatch.setattr(ops, "_all_reduce", lambda tensor, group: tensor)
+    sums, total = ops.all_reduce_sums(torch.arange(6.0).view(1, 2, 3), count, group=object())
+    assert torch.equal(sums, torch.arange(6.0).view(1, 2, 3))
+    assert total.item() == count
+
+
 def test_process_group_of_some_ranks(ranks):
     if len(ranks) != 4:
         pytest.skip("needs four ranks for two groups")
     shards = [worker.shard(worker.batch(torch.float64), worker.EQUAL[4], r) for r in range(4)]
     for rank, results in enumerate(ranks):
         first = rank - rank % 2
-        pair = torch.cat(shards[first : first + 2], dim=1)
-        torch.testing.assert_close(results["subgroup"], worker.functional_loss(pair, "torch", False))
+        pair = torch.cat(shards[first : first + 2], dim=1).requires_grad_()
+        expected = worker.functional_loss(pair, "torch", False)
+        expected.backward()
+        torch.testing.assert_close(results["subgroup"]["value"], expected.detach())
+        # The gradient of the sum of the two ranks' losses: what averaging over the pair turns into the mean.
+        own = pair.grad.chunk(2, dim=1)[rank % 2]
+        torch.testing.assert_close(results["subgroup"]["grad"], 2 * own)
         assert results["foreign group"].startswith(
             "process_group: expected a group that this rank belongs to"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accuracy import COMPILE_BACKEND
 
 from lejepa_fast import LeJEPALoss, SIGReg, sample_directions, symmetric_knots
 
@@ -125,7 +126,7 @@ def test_half_precision_embeddings_under_autocast(views):
 def test_compiles_to_one_graph(views):
     global_views, z = (v.float() for v in views)
     eager, module = (LeJEPALoss(sigreg=SIGReg(num_slices=16)) for _ in range(2))
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = torch.compile(module, fullgraph=True, backend=COMPILE_BACKEND)
     for _ in range(2):
         for got, expected in zip(compiled(global_views, z), eager(global_views, z), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
@@ -147,12 +148,34 @@ def test_bad_options_are_named(arguments, message):
         LeJEPALoss(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lambd": "0.1"}, "^lambd: expected a number"),
+        ({"sigreg": 1024}, "^sigreg: expected a SIGReg module"),
+    ],
+)
+def test_options_of_wrong_types_are_named(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        LeJEPALoss(**arguments)
+
+
+def test_bad_embeddings_are_named():
+    loss_fn, z = LeJEPALoss(sigreg=SIGReg(num_slices=4)), torch.randn(3, 10, 4)
+    with pytest.raises(TypeError, match=r"^global_views: expected a tensor, got list"):
+        loss_fn([z[0]], z)
+    with pytest.raises(TypeError, match=r"^all_views: expected a floating dtype"):
+        loss_fn(z, z.long())
+    with pytest.raises(ValueError, match=r"^all_views: expected at least 1 sample, got N = 0"):
+        loss_fn(z[:, :0], z[:, :0])
+
+
 def test_bad_shapes_are_named():
     loss_fn = LeJEPALoss(sigreg=SIGReg(num_slices=4))
     z = torch.randn(3, 10, 4)
     with pytest.raises(ValueError, match=r"^global_views: expected shape \(views, N, K\)"):
         loss_fn(z[0], z)
-    with pytest.raises(ValueError, match=r"^all_views: expected at least one view"):
+    with pytest.raises(ValueError, match=r"^all_views: expected non-empty view"):
         loss_fn(z, z[:0])
     with pytest.raises(ValueError, match=r"^global_views: expected .*\(10, 4\).*got \(9, 4\)"):
         loss_fn(z[:, :9], z)

@@ -1,0 +1,43 @@
+"""Checks of arguments that several modules share. Errors read `name: expected ..., got ...`."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+from torch import Tensor
+
+
+def check_integer(name: str, value: Any, *, at_least: int | None = None) -> None:
+    """TypeError unless `value` is an integer (bool is none); ValueError if it is below `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if at_least is not None and value < at_least:
+        raise ValueError(f"{name}: expected at least {at_least}, got {value}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """TypeError unless `value` is a real number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
+def check_embeddings(name: str, value: Any) -> None:
+    """TypeError or ValueError unless `value` is a floating tensor (..., N, K) with views and features."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
+    if value.dim() < 2:
+        raise ValueError(f"{name}: expected shape (..., N, K), got {tuple(value.shape)}")
+    if value.shape[-1] < 1 or value.shape[:-2].numel() < 1:
+        raise ValueError(
+            f"{name}: expected non-empty view and feature dimensions, got shape {tuple(value.shape)}"
+        )
+
+
+def check_count(name: str, count: int, *, unbiased: bool) -> None:
+    """ValueError if a batch of `count` samples is too small for the statistic."""
+    if count < 1 + unbiased:
+        least = "2 samples for the unbiased statistic" if unbiased else "1 sample"
+        raise ValueError(f"{name}: expected at least {least}, got N = {count}")
