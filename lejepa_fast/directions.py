@@ -69,7 +69,11 @@ def sample_directions(
 
 # An operator of its own, so that torch.compile does not look inside: its CPU code generator (seen with
 # torch 2.15) evaluates products of an arange in too few bits, and the directions would differ.
-@torch.library.custom_op("lejepa_fast::sample_directions", mutates_args=())
+@torch.library.custom_op(
+    "lejepa_fast::sample_directions",
+    mutates_args=(),
+    schema="(Tensor step, int dim, int num_slices, int seed, ScalarType dtype) -> Tensor",
+)
 def _sample_directions(step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype) -> Tensor:
     """`sample_directions` for checked arguments and a 0-dim int64 step on the target device."""
     normals = _normals(dim, num_slices, step, seed)

@@ -206,7 +206,11 @@ def _refuse_gradients(chosen: str, **arguments: Tensor) -> None:
 # --- Registered operators -------------------------------------------------------------------------
 
 
-@torch.library.custom_op("lejepa_fast::ecf_sums", mutates_args=())
+@torch.library.custom_op(
+    "lejepa_fast::ecf_sums",
+    mutates_args=(),
+    schema="(Tensor x, Tensor A, Tensor t, float? spacing) -> Tensor",
+)
 def _ecf_sums(x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
     """Streaming `ecf_sums`: x (V, N, K), A (K, M), t (J,) -> (V, 2, J, M) in the dtype of A."""
     with full_precision(x.device):
@@ -218,7 +222,11 @@ def _(x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
     return A.new_empty(x.shape[0], 2, t.shape[0], A.shape[1])
 
 
-@torch.library.custom_op("lejepa_fast::ecf_sums_backward", mutates_args=())
+@torch.library.custom_op(
+    "lejepa_fast::ecf_sums_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor A, Tensor t, float? spacing) -> Tensor",
+)
 def _ecf_sums_backward(grad: Tensor, x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
     """Gradient of `ecf_sums` with respect to x, shape and dtype of x."""
     with full_precision(x.device):  # users do call backward() under autocast

@@ -106,7 +106,7 @@ def test_a_damaged_file_is_found_and_the_one_before_is_taken(
     with pytest.raises(UsageError, match=r"step-00000002\.pt cannot be read"):
         checkpoint.find_checkpoint(bad)
     with caplog.at_level(logging.WARNING):
-        found = checkpoint.newest_checkpoint(tmp_path)
+        found = checkpoint.newest_checkpoint(tmp_path, own=True)
     assert found is not None
     assert found[1]["step"] == 1
     assert "step-00000002.pt cannot be read" in caplog.text
@@ -121,6 +121,67 @@ def test_nothing_readable_is_an_error_and_no_fresh_start(tmp_path: Path) -> None
     cut_off(save(tmp_path, 1))
     with pytest.raises(RunError, match=r"no checkpoint in .* can be read"):
         checkpoint.newest_checkpoint(tmp_path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_reading_changes_nothing(tmp_path: Path) -> None:
+    """As the evaluation of a live run reads it: its trainer's unfinished file, and a damaged one, stay."""
+    folder = tmp_path / "checkpoints"
+    save(folder, 1)
+    cut_off(save(folder, 2))
+    (folder / f".step-00000003.pt.4711{files.UNFINISHED}").write_bytes(b"half")
+    before = contents(folder)
+    assert checkpoint.find_checkpoint(tmp_path)[1]["step"] == 1
+    assert checkpoint.newest_checkpoint(folder)[1]["step"] == 1  # type: ignore[index]
+    assert contents(folder) == before
+    assert checkpoint.newest_checkpoint(folder, own=True)[1]["step"] == 1  # type: ignore[index]
+    assert sorted(contents(folder)) == ["step-00000001.pt", "step-00000002.pt.damaged"]
+
+
+@pytest.mark.parametrize("after", [0, 3, 5])
+def test_a_disk_that_does_not_read_is_no_damage(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first read and at later ones, in the sums and in torch.load: nothing is renamed."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    before = contents(tmp_path)
+    reads = 0
+    readinto = checkpoint._RememberingReader.readinto
+
+    def refuse(self: Any, buffer: Any) -> int | None:
+        nonlocal reads
+        reads += 1
+        if reads > after:
+            self.error = OSError(errno.EIO, os.strerror(errno.EIO))
+            raise self.error
+        return readinto(self, buffer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint._RememberingReader, "readinto", refuse)
+        with pytest.raises(RunError, match=r"cannot read .*step-00000002\.pt: Input/output error"):
+            checkpoint.newest_checkpoint(tmp_path, own=True)
+    assert contents(tmp_path) == before
+    assert checkpoint.newest_checkpoint(tmp_path)[1]["step"] == 2  # type: ignore[index]
+
+
+def test_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    newer = tmp_path / "step-00000002.pt"
+    torch.save({"format": checkpoint.FORMAT, "version": 99, "step": 2}, newer)
+    with pytest.raises(UsageError, match=r"step-00000002\.pt was written by a newer version"):
+        checkpoint.newest_checkpoint(tmp_path, own=True)
+    assert newer.exists()
+
+
+def test_a_file_without_a_version_is_unreadable(tmp_path: Path) -> None:
+    path = tmp_path / "step-00000001.pt"
+    torch.save({"format": checkpoint.FORMAT}, path)
+    with pytest.raises(UnreadableCheckpointError, match="format version, got None"):
+        checkpoint.read_checkpoint(path)
 
 
 class _Intruder:
@@ -155,7 +216,7 @@ def test_foreign_and_newer_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UnreadableCheckpointError, match=r"not a checkpoint of lejepa_fast"):
         checkpoint.read_checkpoint(path)
     torch.save({"format": checkpoint.FORMAT, "version": 99}, path)
-    with pytest.raises(UnreadableCheckpointError, match=r"format 99.*update lejepa_fast"):
+    with pytest.raises(UsageError, match=r"format 99.*update lejepa_fast"):
         checkpoint.read_checkpoint(path)
 
 
@@ -265,7 +326,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     save(tmp_path, 1)
     half = tmp_path / f".step-00000002.pt.4711{files.UNFINISHED}"
     half.write_bytes(b"half")
-    assert checkpoint.newest_checkpoint(tmp_path)[1]["step"] == 1  # type: ignore[index]
+    assert checkpoint.newest_checkpoint(tmp_path, own=True)[1]["step"] == 1  # type: ignore[index]
     assert not half.exists()
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import config
+from lejepa_fast.train.command_line import _message_of
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.presets import PRESETS
 
@@ -51,14 +52,44 @@ def test_long_names_and_aliases_are_the_same() -> None:
     assert config.parse(short).loss.lambd == 0.2
 
 
-@pytest.mark.parametrize("arguments", [["--bogus", "1"], ["--optim.lrr", "1"], ["--lr", "fast"]])
-def test_unknown_keys_and_wrong_types_exit_with_2(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bogus", "1"], "unknown option --bogus; see --help for all options"),
+        (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
+        (["--optim.lrr", "1"], "unknown option --optim.lrr; did you mean --optim.lr?"),
+        (["--weight-decay=1"], "unknown option --weight-decay; did you mean --optim.weight-decay?"),
+        (["--no-tensorbord"], "unknown option --no-tensorbord; did you mean --no-tensorboard?"),
+        (["stray"], "unexpected argument 'stray'; see --help"),
+        (["--lr", "fast"], "--lr/--optim.lr: could not convert string to float: 'fast'; see --help"),
+        (["--lr"], "Missing value for argument '--lr/--optim.lr'"),
+        (["--optim.betas", "2"], "Missing value for argument '--optim.betas'. Expected 2 values"),
+        (["--data.backend", "x"], "invalid choice 'x' for argument '--data.backend'"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UsageError) as refusal:
         config.parse(arguments)
-    assert stop.value.code == 2
-    assert arguments[0].lstrip("-") in capsys.readouterr().err
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_boxes_of_a_terminal_are_read_as_well() -> None:
+    box = (
+        "\x1b[31m╭─ Value error ────╮\x1b[0m\n│ Error parsing --lr: no \x1b[1mfloat\x1b[0m │\n"
+        "│ of two lines      │\n│ ───────────────── │\n│ Argument helptext: │\n╰───────────╯\n"
+    )
+    assert _message_of(box) == "Error parsing --lr: no float of two lines; see --help"
+
+
+def test_help_still_works(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        config.parse(["--help"])
+    assert stop.value.code == 0
+    assert "--optim.weight-decay" in capsys.readouterr().out
 
 
 def test_unknown_preset_is_named() -> None:
@@ -68,9 +99,13 @@ def test_unknown_preset_is_named() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_json_round_trip_is_the_identity(name: str, tmp_path: Path) -> None:
-    cfg = config.resolve(PRESETS[name])
+    resolved = config.resolve(PRESETS[name])
+    saved = dataclasses.replace(resolved, resume="/another/run")
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(config.to_dict(cfg)))
+    file.write_text(json.dumps(config.to_dict(saved)))
+    assert config.load_json(file) == saved
+    # A new run takes the settings, and must not write into the folder of the old one.
+    cfg = dataclasses.replace(resolved, out=None, resume="auto")
     assert config.parse(["--config", str(file)]) == cfg
     assert config.parse(["--config", str(file), "--seed", "7"]) == dataclasses.replace(cfg, seed=7)
 
@@ -137,6 +172,15 @@ def test_run_folder_is_named_after_data_and_model(path: str, name: str) -> None:
         (["--epochs", "0"], "epochs: expected at least 1, got 0"),
         (["--lr", "-1"], "optim.lr: expected at least 0, got -1.0"),
         (["--lr", "nan"], "optim.lr: expected at least 0, got nan"),
+        (["--lr", "inf"], "optim.lr: expected at least 0, got inf"),
+        (["--optim.weight-decay", "-1"], "optim.weight_decay: expected at least 0, got -1.0"),
+        (["--optim.betas", "2", "2"], "optim.betas: expected numbers from 0 to below 1, got 2.0"),
+        (["--optim.betas", "0.9", "1"], "optim.betas: expected numbers from 0 to below 1, got 1.0"),
+        (["--model.drop-path", "2"], "model.drop_path: expected numbers from 0 to below 1, got 2.0"),
+        (["--model.register-tokens", "-1"], "model.register_tokens: expected at least 0, got -1"),
+        (["--seed", str(10**25)], r"seed: expected a number below 2\*\*63"),
+        (["--eval.temperature", "0"], "eval.temperature: expected a number above 0, got 0.0"),
+        (["--eval.temperature", "-1"], "eval.temperature: expected a number above 0, got -1.0"),
         (["--lambda", "1.5"], "loss.lambd: expected a number from 0 to 1, got 1.5"),
         (["--crops.global-crops", "0"], "global_crops must be at least 1"),
         (["--batch-size", "1"], "at least 2; use --batch-size 2"),

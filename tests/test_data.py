@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import pickle
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from lejepa_fast.data import open_source
 from lejepa_fast.data.decode import to_rgb
@@ -205,6 +206,45 @@ def test_unreadable_files_are_named(tmp_path, how, monkeypatch):
     assert text.endswith("repair it, or remove it from the data set")
     assert "BytesIO" not in text
     assert "\n" not in text
+
+
+def test_no_image_runs_ghostscript(tmp_path, monkeypatch):
+    ran, program = tmp_path / "ran", tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    file = tmp_path / "images" / "5.jpg"
+    file.parent.mkdir()
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(RunError, match=r"5\.jpg: not an image"):
+        FolderSource(file.parent)[0]
+    assert not ran.exists()
+    with pytest.raises(OSError), Image.open(file) as image:
+        image.load()
+    assert ran.exists()  # the trap does work
+
+
+def test_unreadable_class_folders_are_named(class_folders, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("bee"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert f"cannot list the folder {class_folders / 'bee'}: Permission" in usage_error(
+        str(class_folders), "train"
+    )
+
+
+@pytest.mark.parametrize("name", ["stray.tar", "stray.tar.gz"])
+def test_shards_beside_images_are_refused(class_folders, name):
+    (class_folders / name).write_bytes(b"")
+    text = usage_error(str(class_folders), "train")
+    assert f"holds both shards ({name}) and images (ant/000.png)" in text
 
 
 # --- torchvision sets on disk -------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader, open_source
+from lejepa_fast.data import torchvision as backend
 from lejepa_fast.data.sampler import EpochSchedule
 from lejepa_fast.data.sources import ImageSource
 from lejepa_fast.errors import RunError, UsageError
@@ -65,6 +66,12 @@ class ThreadCountSource(NumberedSource):
 def loader(count: int = 37, **options):
     options = {"batch_size": 4, "recipe": RECIPE, **options}
     return multicrop_loader(NumberedSource(count), **options)
+
+
+def loader_at(epoch: int, **options):
+    made = loader(**options)
+    made.set_epoch(epoch)
+    return made
 
 
 def same(one, other) -> bool:
@@ -241,13 +248,11 @@ def test_resume_at_the_end_of_an_epoch():
     made = loader()
     for _ in made:
         inside = made.state_dict()
-    assert (inside["epoch"], inside["batch"]) == (0, 9)
-    resumed = loader()
-    resumed.load_state_dict(inside)
-    assert list(resumed) == []
-    assert resumed.epoch == 1
-    after = made.state_dict()
-    assert (after["epoch"], after["batch"]) == (1, 0)
+    assert (inside["epoch"], inside["batch"]) == (1, 0)  # also within the loop body
+    assert made.state_dict() == inside
+    other = loader(batch_size=5)
+    other.load_state_dict(inside)  # no mid-epoch: other settings are fine
+    assert same(list(other), list(loader_at(1, batch_size=5)))
     again = loader()
     again.load_state_dict({"epoch": 1, "batch": 0})
     assert same(list(again), list(made))
@@ -311,6 +316,28 @@ def test_eval_loader(workers):
     bigger, labels = next(iter(eval_loader(NumberedSource(2, labelled=False), image_size=64, batch_size=4)))
     assert bigger.shape == (2, 3, 64, 64)
     assert labels.tolist() == [-1, -1]
+
+
+def test_very_long_images_are_cut_before_they_are_resized(monkeypatch):
+    source = NumberedSource(1, size=(400, 1))
+    whole = backend.F.resize(backend.to_tensor(source[0][0]), [16], antialias=True)
+    expected = backend.F.center_crop(whole, [16, 16])
+    made = []
+    resize = backend.F.resize
+    monkeypatch.setattr(backend.F, "resize", lambda *a, **o: made.append(resize(*a, **o)) or made[-1])
+    raw = eval_loader(source, image_size=16, batch_size=1, mean=(0, 0, 0), std=(1, 1, 1))
+    images, _ = next(iter(raw))
+    assert [tuple(image.shape) for image in made] == [(3, 16, 64)]
+    assert torch.equal((images[0] * 255).round().byte(), expected)
+
+
+def test_normalising_makes_no_tensors_from_python_numbers(monkeypatch):
+    # On a GPU each would wait for the device, twice per view.
+    made = loader()
+    raw = next(iter(made._backend.batches(made._schedule.keys(0))))
+    for name in ("tensor", "as_tensor"):
+        monkeypatch.setattr(torch, name, None)
+    made._finish(raw)
 
 
 # --- errors -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from lejepa_fast.data.draws import ViewParams, permutation, raw_words, sample_views, uniforms
-from lejepa_fast.data.loader import normalise
+from lejepa_fast.data.loader import channel_values, normalise
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.data.torchvision import apply_view, to_tensor
 from lejepa_fast.errors import UsageError
@@ -230,14 +230,15 @@ def test_grayscale_blur_and_solarize_equal_torchvision(image):
 def test_normalise(image):
     pixels = torch.stack([to_tensor(image), to_tensor(image).flip(-1)])
     expected = v2.Normalize(RECIPE.mean, RECIPE.std)(pixels.double() / 255)
-    got = normalise(pixels, RECIPE.mean, RECIPE.std)
+    values = channel_values(RECIPE.mean, None), channel_values(RECIPE.std, None)
+    got = normalise(pixels, *values)
     assert got.dtype == torch.float32
     assert got.is_contiguous()
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
-    half = normalise(pixels, RECIPE.mean, RECIPE.std, dtype=torch.bfloat16, layout=torch.channels_last)
+    half = normalise(pixels, *values, dtype=torch.bfloat16, layout=torch.channels_last)
     assert torch.equal(half, got.bfloat16())
     assert half.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(normalise(pixels, RECIPE.mean, RECIPE.std, dtype=torch.uint8), pixels)
+    assert torch.equal(normalise(pixels, *values, dtype=torch.uint8), pixels)
 
 
 # --- recipe -------------------------------------------------------------------------------------

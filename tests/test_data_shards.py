@@ -192,6 +192,33 @@ def test_labels_must_be_in_the_class_list(tmp_path):
         open_source(str(tmp_path), "train")
 
 
+def test_absurd_labels_without_a_class_list_are_refused(tmp_path):
+    for label in (b"4000000000", b"1" * 25):
+        shard = write_tar(tmp_path / "a.tar", {"0.png": picture(0), "0.cls": label})
+        with pytest.raises(UsageError, match=r"0\.png has class \d+; without a classes\.txt") as caught:
+            ShardSource([shard])
+        assert str(shard) in str(caught.value)
+
+
+def test_class_lists_must_be_utf_8(tmp_path):
+    write_tar(tmp_path / "a.tar", samples(6))
+    (tmp_path / "classes.txt").write_bytes("ant\nbée\ncat\n".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"classes\.txt is not UTF-8"):
+        open_source(str(tmp_path), "train")
+
+
+def test_names_need_not_be_utf_8(tmp_path):
+    name = os.fsdecode(b"caf\xe9\n")
+    shard = write_tar(tmp_path / "a.tar", {f"{name}.png": picture(3), f"{name}2.png": b"no image"})
+    source = ShardSource([shard])
+    assert source[0][0].getpixel((0, 0)) == (3, 0, 0)
+    assert source.describe(0) == f"{shard}: {name}.png"
+    with pytest.raises(RunError) as caught:
+        source[1]
+    assert r"caf\udce9\n2.png: not an image" in str(caught.value)
+    str(caught.value).encode()
+
+
 def test_truncated_shards_are_named(tmp_path):
     shard = write_tar(tmp_path / "a.tar", samples(4))
     whole = shard.read_bytes()

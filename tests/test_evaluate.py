@@ -382,3 +382,21 @@ def test_script_runs_by_its_path_and_exits_with_2(tmp_path: Path) -> None:
     assert done.stderr == f"error: checkpoint {tmp_path / 'nowhere'} does not exist; " + (
         "give a run folder, or a file checkpoints/step-*.pt\n"
     )
+
+
+def test_an_unknown_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["--checkpoint", "x", "--imagesize", "3"]) == 2
+    assert capsys.readouterr().err == "error: unknown option --imagesize; did you mean --image-size?\n"
+    assert evaluate.main([]) == 2
+    error = capsys.readouterr().err
+    assert "--checkpoint" in error
+    assert error.count("\n") == 1
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def pressed(options: evaluate.Options) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", pressed)
+    assert evaluate.main(["--checkpoint", "x"]) == 130
+    assert capsys.readouterr().err.startswith("interrupted; ")

@@ -174,3 +174,23 @@ def test_exported_encoder_is_what_timm_loads(
             assert torch.equal(encoder(images), model.embed(images)[0])
     assert settings["input"]["size"] == cfg.crops.global_size
     assert settings["step"] == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "way_out"),
+    [
+        ('{"pretrained": true}', "starts from random weights"),
+        ('{"pretrained_cfg": {"file": "x"}}', "starts from random weights"),
+        ('{"checkpoint_path": "x"}', "starts from random weights"),
+        ('{"in_chans": 1}', "3 channels"),
+        ('{"num_classes": 10}', "no classifier"),
+        ('{"model_name": "resnet50"}', "use --model"),
+        ('{"img_size": 64}', "use --model.img-size"),
+        ('{"dynamic_img_size": false}', "the trainer fixes it"),
+    ],
+)
+def test_further_arguments_cannot_override_what_is_fixed(
+    given: str, way_out: str, tiny: Callable[..., Config]
+) -> None:
+    with pytest.raises(UsageError, match=f"cannot be given here; .*{way_out}"):
+        build_model(tiny(model={"kwargs": given}))

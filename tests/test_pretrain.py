@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -38,7 +39,8 @@ def arguments_of(cfg: Config, folder: Path, *more: str) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{cfg.out.name if cfg.out else 'none'}.config.json"
     file.write_text(json.dumps(config.to_dict(cfg)))
-    return ["--config", str(file), *more]
+    out = ["--out", str(cfg.out)] if cfg.out else []
+    return ["--config", str(file), *out, "--resume", cfg.resume, *more]
 
 
 def train_rows(cfg: Config) -> list[dict[str, Any]]:
@@ -60,6 +62,8 @@ def train_rows(cfg: Config) -> list[dict[str, Any]]:
         (["--crops.global-size", "400"], "use a smaller --crops.global-size"),
         (["--crops.local-size", "20"], "--crops.local-size 16"),
         (["--preset", "desktop"], "--preset"),
+        (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
+        (["--eval.temperature", "0"], "eval.temperature: expected a number above 0, got 0.0"),
         (["--device", "cuda"], "use --device cpu"),
         (["--resume", "{tmp}/nowhere"], "checkpoint {tmp}/nowhere does not exist"),
         (["--lambda", "2"], "loss.lambd: expected a number from 0 to 1"),
@@ -98,10 +102,41 @@ def test_an_unreadable_image_is_one_line_and_exits_with_1(
     damaged = folder / "3.jpg"
     damaged.write_bytes(damaged.read_bytes()[:150])
     cfg = tiny(data={"path": str(tmp_path / "data")})
-    assert pretrain.main(arguments_of(cfg, tmp_path / "configs")) in (1, 2)
+    assert pretrain.main(arguments_of(cfg, tmp_path / "configs")) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "3.jpg" in errors[0]
+
+
+def test_a_checkpoint_of_another_model_exits_with_2(
+    tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = tiny(max_steps=1)
+    trainer = Trainer(cfg, World(torch.device("cpu")))
+    trainer.finish = lambda: Path()  # type: ignore[method-assign]
+    trainer.run()
+    assert pretrain.main(arguments_of(cfg, tmp_path / "configs", "--model", "test_resnet")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: checkpoint ")
+    assert "is of model test_vit, and this run is of test_resnet" in error
+
+
+def test_a_refused_export_exits_with_1(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk fills up when the training is done: one line, and the checkpoint is there to go on from."""
+    cfg = tiny(max_steps=1)
+
+    def full(weights: Any) -> bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("lejepa_fast.train.export.save", full)
+    assert pretrain.main(arguments_of(cfg, tmp_path / "configs")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: cannot write {cfg.out}/encoder.safetensors: No space left on device; ")
+    assert cfg.out is not None
+    assert (cfg.out / "checkpoints" / "step-00000001.pt").exists()
+    assert not (cfg.out / "encoder.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -250,14 +285,14 @@ import torch
 from lejepa_fast.train import config
 from lejepa_fast.train.loop import Trainer
 from lejepa_fast.train.parallelize import close_world, setup_world
-from lejepa_fast.train.pretrain import _log_to_stderr
+from lejepa_fast.train.command_line import log_to_stderr
 
 def say(line):
     sys.stdout.write(line + "\\n")  # one write: both ranks share the pipe
     sys.stdout.flush()
 
 world = setup_world("cpu")
-_log_to_stderr(main_process=world.is_main, who="")
+log_to_stderr(main_process=world.is_main, who="")
 trainer = Trainer(config.parse(sys.argv[1:]), world)
 trainer.finish = lambda: None
 step = trainer._train_step
@@ -310,3 +345,23 @@ def test_usage_errors_under_torchrun(tiny: Make, tmp_path: Path) -> None:
     assert (
         "error (rank 0): data.batch_size: 7 images cannot be split evenly over 2 processes" in result.stderr
     )
+    assert result.stderr.count("error (rank ") == 1  # both ranks have the same one
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_is_one_line_on_each(tiny: Make, tmp_path: Path) -> None:
+    """One image cannot be read: one rank says which, the other one that it was not its fault."""
+    folder = tmp_path / "data" / "train"
+    folder.mkdir(parents=True)
+    for index in range(16):
+        Image.new("RGB", (40, 40), (index * 10, 0, 0)).save(folder / f"{index}.jpg")
+    damaged = folder / "3.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:-300])
+    cfg = tiny(data={"path": str(tmp_path / "data")}, max_steps=8)
+    result = torchrun(SCRIPT, *arguments_of(cfg, tmp_path / "configs"))
+    assert result.returncode == 1
+    assert result.stderr.count("Traceback") <= 1  # torchrun's own
+    assert "train/loop.py" not in result.stderr
+    errors = re.findall(r"error \(rank \d\): (.*)", result.stderr)
+    assert any("3.jpg" in error for error in errors)
+    assert all("3.jpg" in error or error.startswith("another rank failed") for error in errors)

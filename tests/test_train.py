@@ -7,13 +7,14 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from training import CPU, Make, course_of, rows_of, train_only
 
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.errors import RunError, UsageError
@@ -22,32 +23,10 @@ from lejepa_fast.train.config import Config, DataConfig, EvalConfig, LossConfig,
 from lejepa_fast.train.evaluate import open_splits
 from lejepa_fast.train.interruption import Interrupted
 from lejepa_fast.train.loop import Trainer
-from lejepa_fast.train.metrics import Meter, Metrics, read_rows
-from lejepa_fast.train.parallelize import World, setup_world
+from lejepa_fast.train.metrics import Meter, Metrics
+from lejepa_fast.train.parallelize import setup_world
 
-CPU = World(torch.device("cpu"))
 SECTIONS = (Config, DataConfig, MultiCropRecipe, ModelConfig, LossConfig, OptimConfig, EvalConfig)
-
-Make = Callable[..., Config]
-
-
-def train_only(cfg: Config) -> Trainer:
-    """`Trainer.run` without the evaluation at the end."""
-    trainer = Trainer(cfg, CPU)
-    trainer.finish = lambda: Path()  # type: ignore[method-assign]
-    trainer.run()
-    return trainer
-
-
-def rows_of(cfg: Config, kind: str = "train") -> list[dict[str, Any]]:
-    assert cfg.out is not None
-    return [row for row in read_rows(cfg.out / "metrics.jsonl") if row["kind"] == kind]
-
-
-def course_of(cfg: Config) -> list[tuple[Any, ...]]:
-    """Everything in the train rows that does not depend on the clock."""
-    keys = ("step", "epoch", "loss", "prediction", "sigreg", "lr", "grad_norm", "embedding_std")
-    return [tuple(row[key] for key in keys) for row in rows_of(cfg)]
 
 
 def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch, signum: int = signal.SIGTERM) -> None:
@@ -160,14 +139,22 @@ def test_a_checkpoint_of_another_model_is_named(tiny: Make) -> None:
         train_only(tiny(max_steps=1, model={"name": "test_resnet"}))
 
 
-def test_changed_settings_are_told(
-    tiny: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)
-    train_only(tiny(max_steps=1))
-    with caplog.at_level(logging.WARNING):
-        train_only(tiny(max_steps=2, optim={"lr": 0.5}))
-    assert "optim.lr: the checkpoint has 0.001, this run 0.5" in caplog.text
+def test_too_few_held_out_images_are_found_before_training(tiny: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "flat"
+    for name, count in (("train", 16), ("val", 1)):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (40, 40), (index * 10, 0, 0)).save(folder / name / f"{index}.png")
+    cfg = tiny(data={"path": str(folder)})
+    with pytest.raises(UsageError, match=r"at least 2 validation images.*--data\.val-fraction"):
+        Trainer(cfg, CPU)
+
+
+def test_evaluation_takes_one_image_at_a_time(tiny: Make) -> None:
+    """With BatchNorm, whose statistics for the untrained baseline need more than one."""
+    model = {"name": "test_resnet", "projector_norm": "batch"}
+    page = Trainer(tiny(max_steps=1, eval={"batch_size": 1}, model=model), CPU).run()
+    assert page.exists()
 
 
 # ---- evaluation, report, export ----------------------------------------------------------------------
@@ -245,7 +232,7 @@ def test_a_whole_run_and_a_second_start(tiny: Make, monkeypatch: pytest.MonkeyPa
 def record_reads(monkeypatch: pytest.MonkeyPatch) -> set[tuple[type, str]]:
     """(class, field) of every configuration field that is read, but for copying, saving and validating it."""
     reads: set[tuple[type, str]] = set()
-    bystanders = {"validate", "_validate_batch", "_check_crops", "_tell_changes"}
+    bystanders = {"validate", "_validate_batch", "_check_crops", "tell_changes"}
 
     def reading(self: Any, name: str) -> Any:
         caller = sys._getframe(1).f_code

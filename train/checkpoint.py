@@ -2,18 +2,24 @@
 
 A checkpoint is one file, `checkpoints/step-00000123.pt`, written by rank 0 with `torch.save` and read
 with `weights_only=True`: tensors, numbers, strings and containers, no code. Its records carry CRC-32
-sums, and reading verifies them, so a flipped or cut-off file is found before it is used.
+sums, and reading verifies them, so a cut-off file and changed contents are found before they are used
+(the few bytes of zip headers between the records carry no sum).
 
-    {"format", "version", "step", "config", "model", "optimizer", "scheduler", "loss", "loader", "rng"}
+    {"format", "version", "step", "config", "data", "model", "optimizer", "scheduler", "loss", "loader",
+     "rng"}
 
-`loss` is the state of the loss module (the SIGReg step), `rng` a list with one entry per rank.
+`data` says which images the run trains on (`resume.data_identity`), `loss` is the state of the loss module
+(the SIGReg step), `rng` a list with one entry per rank.
+
+Reading changes nothing on the disk: another program may read a run that is still being written. Only the
+trainer cleans up, in its own folder (`newest_checkpoint(..., own=True)`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
-import pickle
 import random
 import re
 import zipfile
@@ -63,53 +69,77 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
     return path
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint onto the CPU; UnreadableCheckpointError if it is damaged or something else.
+class _RememberingReader(io.FileIO):
+    """A file that keeps the OSError of a read: PyTorch's reader may report another error instead."""
 
-    Nothing in the file is executed.
+    error: OSError | None = None
+
+    def readinto(self, buffer: Any) -> int | None:
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint onto the CPU. Nothing in the file is executed, and nothing on the disk changes.
+
+    Raises UnreadableCheckpointError if it is damaged or something else, RunError if the disk or the rights
+    do not let it be read (it may be good), UsageError if a newer version wrote it.
     """
+    raw: _RememberingReader | None = None
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load itself ignores the sums
-        if damaged is not None:
-            raise UnreadableCheckpointError(f"checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UnreadableCheckpointError(error.strerror or str(error)) from error
-    except (
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        ValueError,
-        NotImplementedError,
-    ) as error:
+        raw = _RememberingReader(path)
+        with io.BufferedReader(raw) as file:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()  # torch.load itself ignores the sums
+            if damaged is not None:
+                raise UnreadableCheckpointError(f"checksum of {damaged} is wrong")
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except (UnreadableCheckpointError, MemoryError):
+        raise
+    except Exception as error:  # a damaged archive makes its readers raise anything
+        refused = error if isinstance(error, OSError) else raw.error if raw else None
+        if refused is not None:
+            raise RunError(
+                f"cannot read {path}: {refused.strerror or refused}; it is left as it is: "
+                "run the same command again once it can be read"
+            ) from error
         text = str(error).strip().splitlines()
         raise UnreadableCheckpointError(text[0] if text else type(error).__name__) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UnreadableCheckpointError("not a checkpoint of lejepa_fast's trainer")
-    if state["version"] > VERSION:
-        raise UnreadableCheckpointError(
-            f"written by a newer version (format {state['version']}, known: {VERSION}); update lejepa_fast"
+    version = state.get("version")
+    if not isinstance(version, int):
+        raise UnreadableCheckpointError(f"expected the number of its format version, got {version!r}")
+    if version > VERSION:
+        raise UsageError(
+            f"checkpoint {path} was written by a newer version (format {version}, known: {VERSION}); "
+            "update lejepa_fast, or choose another --out"
         )
     return state
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def newest_checkpoint(folder: Path, *, own: bool = False) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that can be read, or None where there is none at all.
 
-    A damaged file is renamed to `*.damaged`, with a warning, and the one before it is tried: under its
-    own name it would count among the newest kept. RunError where files exist and none can be read.
+    A damaged file is passed over with a warning. `own`: the caller is the trainer that writes to `folder`,
+    and a damaged file is also renamed to `*.damaged`, since under its own name it would count among the
+    newest kept; files that a killed trainer left unfinished are removed.
+    Raises RunError where files exist and none can be read, and what `read_checkpoint` raises.
     """
-    remove_unfinished(folder)
+    if own:
+        remove_unfinished(folder)
     paths = list_checkpoints(folder)
     for path in reversed(paths):
         try:
             return path, read_checkpoint(path)
         except UnreadableCheckpointError as error:
             log.warning("checkpoint %s cannot be read (%s): trying the one before it", path, error)
-            path.rename(path.with_name(path.name + ".damaged"))
+            if own:
+                _set_aside(path)
     if paths:
         raise RunError(
             f"no checkpoint in {folder} can be read (tried {len(paths)}); "
@@ -118,8 +148,18 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def _set_aside(path: Path) -> None:
+    try:
+        path.rename(path.with_name(path.name + ".damaged"))
+    except OSError as error:
+        raise RunError(f"cannot rename the damaged {path}: {error.strerror}; move it away") from error
+
+
 def find_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that a user named: a file, a run folder or its `checkpoints`. UsageError if none."""
+    """The checkpoint that a user named: a file, a run folder or its `checkpoints`.
+
+    Changes nothing on the disk. UsageError if there is none, and what `read_checkpoint` raises.
+    """
     path = Path(where)
     if path.is_dir():
         for folder in (path / "checkpoints", path):

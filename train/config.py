@@ -1,6 +1,6 @@
 """The configuration of a run: nested dataclasses, filled from a preset or a JSON file and the command line.
 
-Every field is read somewhere; an unknown key is an error (tyro's, or ours for JSON files), exit code 2.
+Every field is read somewhere; an unknown key is an error, exit code 2.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import os
 import re
 import types
@@ -22,6 +23,7 @@ import tyro
 
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.errors import UsageError
+from lejepa_fast.train.command_line import parse_options
 
 EMBEDDED_DATA = "trashnet96"
 
@@ -134,7 +136,8 @@ def parse(argv: Sequence[str]) -> Config:
     """Command line -> Config. Base: `--config FILE.json`, else `--preset NAME`, else by the data.
 
     Without either option the embedded set gets the preset `laptop` and all other data `default`.
-    tyro exits with code 2 on an unknown key or a value of the wrong type; UsageError for the rest.
+    From `--config` come the settings of a run, and neither its folder nor what it was resumed from.
+    UsageError for an unknown key or a value of the wrong type.
     """
     from lejepa_fast.train.presets import PRESETS
 
@@ -145,7 +148,7 @@ def parse(argv: Sequence[str]) -> Config:
     if known.preset is not None and known.config is not None:
         raise UsageError("--preset and --config both name a base configuration; give one of them")
     if known.config is not None:
-        base = load_json(known.config)
+        base = dataclasses.replace(load_json(known.config), out=None, resume="auto")
     else:
         name = known.preset or ("laptop" if _data_argument(rest) == EMBEDDED_DATA else "default")
         if name not in PRESETS:
@@ -156,7 +159,7 @@ def parse(argv: Sequence[str]) -> Config:
         f"({', '.join(PRESETS)}; without it, laptop for the embedded images and default for other data) "
         "or --config FILE.json (the config.json of an earlier run)."
     )
-    return tyro.cli(Config, default=base, args=rest, description=description)
+    return parse_options(Config, rest, default=base, description=description)
 
 
 def _data_argument(argv: Sequence[str]) -> str:
@@ -176,11 +179,13 @@ def resolve(cfg: Config) -> Config:
 def validate(cfg: Config, world_size: int = 1) -> None:
     """Raise UsageError for values that cannot work; names the field, what is expected and what came."""
     cfg.crops.validate()
-    at_least: list[tuple[str, float | None, float]] = [
+    at_least: list[tuple[str, Any, float]] = [
         ("data.workers", cfg.data.workers, 0),
         ("model.img_size", cfg.model.img_size, 1),
+        ("model.register_tokens", cfg.model.register_tokens, 0),
         ("loss.num_slices", cfg.loss.num_slices, 1),
         ("optim.lr", cfg.optim.lr, 0),
+        ("optim.weight_decay", None if cfg.optim.weight_decay == "auto" else cfg.optim.weight_decay, 0),
         ("optim.clip_grad_norm", cfg.optim.clip_grad_norm, 0),
         ("eval.every", cfg.eval.every, 0),
         ("eval.image_size", cfg.eval.image_size, 1),
@@ -194,8 +199,20 @@ def validate(cfg: Config, world_size: int = 1) -> None:
         ("keep_checkpoints", cfg.keep_checkpoints, 1),
     ]
     for name, value, low in at_least:
-        if value is not None and not value >= low:
+        if value is not None and not low <= value < math.inf:
             raise UsageError(f"{name}: expected at least {low}, got {value}")
+    if cfg.seed >= 2**63:
+        raise UsageError(f"seed: expected a number below 2**63, got {cfg.seed}")
+    if not 0 < cfg.eval.temperature < math.inf:
+        raise UsageError(f"eval.temperature: expected a number above 0, got {cfg.eval.temperature}")
+    below_one = [
+        ("model.drop_path", cfg.model.drop_path),
+        ("optim.betas", cfg.optim.betas[0]),
+        ("optim.betas", cfg.optim.betas[1]),
+    ]
+    for name, value in below_one:
+        if not 0 <= value < 1:
+            raise UsageError(f"{name}: expected numbers from 0 to below 1, got {value}")
     shares = [
         ("data.val_fraction", cfg.data.val_fraction),
         ("loss.lambd", cfg.loss.lambd if cfg.loss.form == "convex" else 0.0),

@@ -6,6 +6,12 @@ trained and the untrained encoder, at the end. Command: `python train/evaluate.p
 
 from __future__ import annotations
 
+import os
+
+if __name__ == "__main__":
+    # Before anything loads OpenMP; see pretrain.py.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import dataclasses
 import statistics
 import sys
@@ -15,13 +21,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from lejepa_fast.data import ImageSource, MultiCropRecipe, eval_loader, multicrop_loader, open_source
-from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.errors import UsageError
 from lejepa_fast.train.checkpoint import find_checkpoint
 from lejepa_fast.train.collapse import Verdict, effective_rank, embedding_std, sigreg_statistic, verdict
+from lejepa_fast.train.command_line import log_to_stderr, parse_options, run_command
 from lejepa_fast.train.config import (
     Config,
     DataConfig,
@@ -44,6 +50,7 @@ __all__ = [
     "EvalResult",
     "calibrate_batchnorm",
     "calibrate_on_source",
+    "check_validation_images",
     "embed_source",
     "evaluate_model",
     "evaluate_untrained",
@@ -138,11 +145,7 @@ def evaluate_model(
         UsageError: a source without images, or fewer than 2 validation images.
         RunError: the model gives NaN or infinite embeddings.
     """
-    if len(val_source) < 2:
-        raise UsageError(
-            f"evaluation needs at least 2 validation images, and {val_source.name} has {len(val_source)}; "
-            "raise data.val_fraction or give more images"
-        )
+    check_validation_images(val_source)
     device = torch.device(device)
     image_size = cfg.image_size or recipe.global_size
 
@@ -203,6 +206,15 @@ def evaluate_model(
     )
 
 
+def check_validation_images(source: ImageSource) -> None:
+    """UsageError where there are too few to take statistics over."""
+    if len(source) < 2:
+        raise UsageError(
+            f"evaluation needs at least 2 validation images, and {source.name} has {len(source)}; "
+            "raise --data.val-fraction or give more images"
+        )
+
+
 def _no_labels(train_source: ImageSource, val_source: ImageSource) -> str | None:
     """Why the sources cannot be probed by class, as a sentence for the report; None if they can."""
     for role, source in (("training", train_source), ("validation", val_source)):
@@ -234,7 +246,7 @@ def calibrate_on_source(
     loader = eval_loader(
         source.subset(chosen.numpy()),
         image_size=cfg.image_size or recipe.global_size,
-        batch_size=min(cfg.batch_size, len(chosen)),
+        batch_size=min(max(cfg.batch_size, 2), len(chosen)),  # statistics over one image are none
         num_workers=num_workers,
         mean=recipe.mean,
         std=recipe.std,
@@ -332,14 +344,11 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0, 1 for a failed run or 2 for a usage error (one line each)."""
-    options = tyro.cli(Options, args=argv, description=Options.__doc__)
-    try:
-        evaluate_checkpoint(options)
-    except (UsageError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
+    """The command. Returns the exit code: 0, 1 for a failed run, 2 for a usage error, 130 after Ctrl-C."""
+    log_to_stderr()
+    given = sys.argv[1:] if argv is None else argv
+    description = Options.__doc__ or ""
+    return run_command(lambda: evaluate_checkpoint(parse_options(Options, given, description=description)))
 
 
 def evaluate_checkpoint(options: Options) -> Path:

@@ -23,12 +23,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 import lejepa_fast
 from lejepa_fast import LeJEPALoss, SIGReg
 from lejepa_fast.data import multicrop_loader
-from lejepa_fast.errors import UsageError
-from lejepa_fast.train import checkpoint, config, files
+from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.train import checkpoint, config, files, resume
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.evaluate import (
     EvalResult,
     calibrate_on_source,
+    check_validation_images,
     evaluate_model,
     format_table,
     open_splits,
@@ -45,6 +46,7 @@ from lejepa_fast.train.parallelize import (
     from_main,
     gather_to_main,
     mean_over_ranks,
+    on_all,
     on_main,
     parallelize,
 )
@@ -61,13 +63,16 @@ class Trainer:
     """
 
     def __init__(self, cfg: Config, world: World):
-        config.validate(cfg, world.size)
+        on_all(world, lambda: config.validate(cfg, world.size))
         self.cfg = cfg = config.resolve(cfg)
         self.world = world
         assert cfg.out is not None  # resolve() fills it in
         self.run_dir: Path = cfg.out
-        self._open_data()
-        self._build()
+        on_all(world, self._open_data)
+        on_all(world, self._build)
+        self.parallel = parallelize(self.model, world)
+        self.optimizer = build_optimizer(self.model, cfg.optim, world.device)
+        self.guard = StepGuard(self.model, self.optimizer, world)
         self.step = 0  # finished steps
         self.total_steps = config.total_steps(cfg, len(self.loader))
         self.scheduler = build_scheduler(self.optimizer, cfg.optim, self.total_steps)
@@ -78,6 +83,8 @@ class Trainer:
     def _open_data(self) -> None:
         cfg, world = self.cfg, self.world
         self.train_source, self.val_source = open_splits(cfg.data)
+        check_validation_images(self.val_source)  # now, and not when the training is done
+        self.data = resume.data_identity(self.train_source, self.val_source)
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.workers = config.loader_workers(cfg, here, world.device.type == "cuda")
         # One CPU core, forward + backward at 48 and 32 px, seconds, channels first -> last: resnet10t
@@ -100,10 +107,7 @@ class Trainer:
         cfg, world = self.cfg, self.world
         self.amp_dtype = _autocast_dtype(cfg, world.device)
         self.model = self._place(build_model(cfg))
-        self.parallel = parallelize(self.model, world)
         self.loss_fn = build_loss(cfg).to(world.device)
-        self.optimizer = build_optimizer(self.model, cfg.optim, world.device)
-        self.guard = StepGuard(self.model, self.optimizer, world)
         # What is random in training (drop path) differs between ranks and not between runs.
         checkpoint.seed_rng(cfg.seed + 7919 * world.rank)
 
@@ -177,8 +181,9 @@ class Trainer:
         self.model.train()
         self.meter = Meter()
         while self.step < self.total_steps:
-            epoch = self.step // len(self.loader)
-            self._evaluate_if_due(epoch)
+            epoch, batch = self._position()
+            if batch == 0:
+                self._evaluate_if_due(epoch)
             self.loader.set_epoch(epoch)
             for views, waited in self._batches():
                 self._train_step(views, epoch)
@@ -192,12 +197,26 @@ class Trainer:
                     break
         self.save()
 
+    def _position(self) -> tuple[int, int]:
+        """Epoch, and batches taken of it, fewer than it has. The loader's own count: after a resume with
+        another batch size, the number of steps does not tell."""
+        state = self.loader.state_dict()
+        epoch, batch = state["epoch"], state["batch"]
+        return (epoch + 1, 0) if batch == len(self.loader) else (epoch, batch)
+
     def _batches(self) -> Iterator[tuple[list[Tensor], float]]:
         """The rest of the epoch: views, and the seconds that the training waited for them."""
         batches = iter(self.loader)
         while True:
             asked = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except RunError:
+                # A signal to the whole process group may end the workers before this process looks at it.
+                # Several ranks cannot leave here: the others are in the middle of a step.
+                if self.signals.requested and not self.world.distributed:
+                    self._leave()
+                raise
             if batch is None:
                 return
             yield batch[0], time.perf_counter() - asked
@@ -262,6 +281,7 @@ class Trainer:
     def _write_checkpoint(self, rng: list[dict[str, Any]] | None) -> None:
         state = {
             "config": config.to_dict(self.cfg),
+            "data": self.data,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -282,39 +302,28 @@ class Trainer:
         )
 
     def _resume(self) -> None:
-        found = on_main(self.world, self._find_checkpoint)
+        run_dir, current = self.run_dir, config.to_dict(self.cfg)
+        found = on_main(self.world, lambda: resume.choose_checkpoint(run_dir, self.cfg.resume))
         path = from_main(self.world, found[0] if found else None)
         if path is None:
             return
         # The other ranks read rank 0's choice: the run folder lies on a file system that all of them see.
         state = found[1] if found else checkpoint.find_checkpoint(path)[1]
-        checkpoint.check_same_model(state["config"], config.to_dict(self.cfg), path)
+        checkpoint.check_same_model(state["config"], current, path)
+        on_main(self.world, lambda: resume.check_same_run(state, current, self.data, path, run_dir))
         self._load(state, path)
         self.step = state["step"]
-        if path.parent == self.run_dir / "checkpoints":
+        if resume.is_own(path, run_dir):
             self._saved_step = self.step
         log.info("resuming from %s, step %d of %d", path, self.step, self.total_steps)
         if self.step >= self.total_steps:
             log.info("training is complete: only evaluating; to train anew, choose another --out")
-        _tell_changes(state["config"], config.to_dict(self.cfg))
-
-    def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to resume from, on rank 0."""
-        own = self.run_dir / "checkpoints"
-        if self.cfg.resume == "auto":
-            return checkpoint.newest_checkpoint(own)
-        if checkpoint.list_checkpoints(own) and self.cfg.resume == "none":
-            raise UsageError(
-                f"--resume none: {self.run_dir} holds checkpoints of an earlier run; nothing is overwritten; "
-                "choose another --out, or --resume auto to continue that run"
-            )
-        return None if self.cfg.resume == "none" else checkpoint.find_checkpoint(self.cfg.resume)
+        resume.tell_changes(state["config"], current)
 
     def _load(self, state: dict[str, Any], path: Path) -> None:
         try:
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
+            resume.load_optimizer(self.optimizer, self.scheduler, state)
             self.loss_fn.load_state_dict(state["loss"])
         except (RuntimeError, ValueError, KeyError) as error:
             first = str(error).splitlines()[0]
@@ -332,8 +341,7 @@ class Trainer:
     def _evaluate_if_due(self, epoch: int) -> None:
         """kNN between epochs. No trace stays in the training: no gradient, mode, buffer or random state."""
         every = self.cfg.eval.every
-        between_epochs = self.step == epoch * len(self.loader)
-        if not every or not epoch or epoch % every or not between_epochs or self.step in self._evaluated:
+        if not every or not epoch or epoch % every or self.step in self._evaluated:
             return
         began = time.perf_counter()
         self.save()  # so that a signal need not wait for the evaluation
@@ -384,7 +392,8 @@ class Trainer:
         cfg = self.cfg
         export_encoder(self.model.encoder, cfg, self.step, self.run_dir)
         log.info("evaluating the trained and the untrained encoder")
-        trained = self._evaluate(self.model, -(-self.step // len(self.loader)), linear=True)
+        epoch, batch = self._position()
+        trained = self._evaluate(self.model, epoch + (batch > 0), linear=True)
         with self.signals.leaving_at_once("stopped by a signal during the evaluation; the training is saved"):
             baseline = self._place(build_model(cfg))
             calibrate_on_source(
@@ -441,13 +450,3 @@ def _autocast_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
             raise UsageError("precision: this GPU has no bfloat16; use --precision fp32")
         return None
     return torch.bfloat16
-
-
-def _tell_changes(saved: dict[str, Any], current: dict[str, Any], where: str = "") -> None:
-    """Log every setting that differs from the checkpoint's: a resumed run may then take another course."""
-    for key in sorted(saved.keys() | current.keys()):
-        before, now = saved.get(key), current.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            _tell_changes(before, now, f"{where}{key}.")
-        elif before != now and key not in ("out", "resume"):
-            log.warning("%s%s: the checkpoint has %s, this run %s", where, key, before, now)

@@ -13,20 +13,26 @@ Rows of metrics.jsonl (one JSON object a line; a value that is not finite is wri
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from lejepa_fast.errors import RunError
+from lejepa_fast.train.files import write_atomically
 
 log = logging.getLogger("lejepa_fast.train")
+
+_WAY_OUT = "free some space or choose another --out"
 
 
 class Metrics:
@@ -43,34 +49,29 @@ class Metrics:
         self._bar: tqdm | None = None
         if not enabled:
             return
-        try:
+        with _refusals_named(self.path):
             _drop_rows_after(self.path, step)
-            # Line buffered: each row reaches the file as a whole.
-            self._file = self.path.open("a", encoding="utf-8", buffering=1)
-        except OSError as error:
-            raise RunError(_cannot_write(self.path, error)) from error
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._board_path = run_dir / "tensorboard"
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+            self._board = _open_board(self._board_path, purge_step=step + 1)
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
         self._total_steps = total_steps
         self._started, self._first_step = time.perf_counter(), step
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Add a row, and its numbers to TensorBoard under `kind/name`."""
+        """Add a row, and its numbers to TensorBoard under `kind/name`. RunError if the disk refuses."""
         if not self._enabled:
             return
         row = {"kind": kind, "step": step, **{key: _json_number(value) for key, value in values.items()}}
-        try:
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        except OSError as error:
-            raise RunError(_cannot_write(self.path, error)) from error
+        with _refusals_named(self.path):
+            _append_whole(self._file, (json.dumps(row, allow_nan=False) + "\n").encode())
         if self._board is not None:
-            for key, value in values.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "epoch":
-                    self._board.add_scalar(f"{kind}/{key}", value, step)
+            with _refusals_named(self._board_path):
+                for key, value in values.items():
+                    if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "epoch":
+                        self._board.add_scalar(f"{kind}/{key}", value, step)
         if kind == "train":
             self._show(step, values)
 
@@ -80,13 +81,16 @@ class Metrics:
             self._bar.update()
 
     def close(self) -> None:
+        """Never an error: rows are in the file already, and TensorBoard's last are worth no traceback."""
         if not self._enabled:
             return
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
-            self._board.close()
-        self._file.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
+        with contextlib.suppress(OSError):
+            os.close(self._file)
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
         parts = (
@@ -148,14 +152,46 @@ def _drop_rows_after(path: Path, step: int) -> None:
     text = "".join(json.dumps(row) + "\n" for row in kept)
     if text == path.read_text(encoding="utf-8"):
         return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: file.write(text.encode()), way_out=_WAY_OUT)
+
+
+def _append_whole(descriptor: int, row: bytes) -> None:
+    """Append the row to the file, or nothing of it and raise OSError: half a row would spoil the next one."""
+    end = os.fstat(descriptor).st_size
+    try:
+        left = memoryview(row)
+        while left:
+            left = left[os.write(descriptor, left) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, end)
+        raise
+
+
+def _open_board(folder: Path, *, purge_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with _refusals_named(folder):
+        board = SummaryWriter(str(folder), purge_step=purge_step)
+    # It writes in a thread, passes an error on to the next call and lets Python print a traceback as well.
+    report = threading.excepthook
+
+    def report_others(end: Any) -> None:
+        if not (issubclass(end.exc_type, OSError) and type(end.thread).__name__ == "_AsyncWriterThread"):
+            report(end)
+
+    threading.excepthook = report_others
+    return board
 
 
 def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _cannot_write(path: Path, error: OSError) -> str:
-    return f"cannot write {path}: {error.strerror or error}; free some space or choose another --out"
+@contextlib.contextmanager
+def _refusals_named(path: Path) -> Iterator[None]:
+    """RunError, naming the path, for an OSError inside."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; {_WAY_OUT}") from error

@@ -37,6 +37,23 @@ SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Arguments of timm.create_model that `model.kwargs` must not set, and what to do instead.
+_FROM_SCRATCH = "the encoder starts from random weights, which is what the untrained baseline compares with"
+_FIXED = "the trainer fixes it; leave it out"
+_OWN_OPTIONS = {
+    "model_name": "use --model",
+    "img_size": "use --model.img-size",
+    "dynamic_img_size": _FIXED,
+    "drop_path_rate": "use --model.drop-path",
+    "reg_tokens": "use --model.register-tokens",
+    "in_chans": "images have 3 channels; leave it out",
+    "num_classes": "the encoder has no classifier; leave it out",
+    "features_only": "the encoder returns pooled features; leave it out",
+    **dict.fromkeys(("pretrained", "pretrained_cfg", "pretrained_cfg_overlay"), _FROM_SCRATCH),
+    **dict.fromkeys(("checkpoint_path", "cache_dir"), _FROM_SCRATCH),
+}
+
+
 def resolve_name(name: str) -> tuple[str, dict[str, Any]]:
     """timm's name and extra arguments for a model name; UsageError with the nearest names if unknown."""
     if name in SHORT_NAMES:
@@ -102,6 +119,9 @@ def parse_kwargs(text: str) -> dict[str, Any]:
         raise UsageError(f"model.kwargs: expected a JSON object, got {text!r} ({error})") from error
     if not isinstance(values, dict):
         raise UsageError(f"model.kwargs: expected a JSON object, got {text!r}")
+    for key in values:
+        if key in _OWN_OPTIONS:
+            raise UsageError(f"model.kwargs: {key!r} cannot be given here; {_OWN_OPTIONS[key]}")
     return values
 
 

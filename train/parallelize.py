@@ -15,7 +15,8 @@ import gc
 import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -131,8 +132,8 @@ def has_batchnorm(model: nn.Module) -> bool:
 def on_main(world: World, work: Callable[[], T]) -> T | None:
     """Run `work` on rank 0 while the others wait; returns its result there and None elsewhere.
 
-    An expected end of rank 0 (UsageError, RunError, Interrupted) is raised on every rank with the same
-    text, so that all of them end, instead of waiting for a rank that has gone.
+    What rank 0 raises ends every rank, instead of leaving them waiting for one that has gone: UsageError,
+    RunError and Interrupted with the same text, anything else as a RunError that points to rank 0.
     """
     if not world.distributed:
         return work()
@@ -142,12 +143,9 @@ def on_main(world: World, work: Callable[[], T]) -> T | None:
     if world.is_main:
         try:
             result = work()
-        except (UsageError, RunError) as caught:
+        except (Exception, Interrupted) as caught:
             error = caught
-            failure = [("usage" if isinstance(caught, UsageError) else "run", str(caught), 0)]
-        except Interrupted as caught:
-            error = caught
-            failure = [("interrupted", str(caught), caught.signum)]
+            failure = [_described(caught)]
     dist.broadcast_object_list(failure, src=0, device=world.device)
     if error is not None:
         raise error
@@ -155,8 +153,76 @@ def on_main(world: World, work: Callable[[], T]) -> T | None:
         kind, text, signum = failure[0]
         if kind == "interrupted":
             raise Interrupted(text, signum)
-        raise (UsageError if kind == "usage" else RunError)(text)
+        with the_same_on_every_rank():
+            raise (UsageError if kind == "usage" else RunError)(text)
     return result
+
+
+def _described(error: BaseException) -> tuple[str, str, int]:
+    if isinstance(error, Interrupted):
+        return "interrupted", str(error), error.signum
+    if isinstance(error, (UsageError, RunError)):
+        return ("usage" if isinstance(error, UsageError) else "run"), str(error), 0
+    return "run", f"rank 0 failed with {type(error).__name__}; see its message", 0
+
+
+def on_all(world: World, work: Callable[[], T]) -> T:
+    """Run `work`, which must not communicate, on every rank; if one fails, all end together.
+
+    Each rank raises its own error; a rank that has none raises one that names those which have.
+    """
+    if not world.distributed:
+        return work()
+    result: T | None = None
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    ends: list[tuple[str, str, int] | None] = [None] * world.size
+    dist.all_gather_object(ends, None if error is None else _described(error))
+    if error is not None:
+        if all(end == ends[0] for end in ends):
+            with the_same_on_every_rank():
+                raise error
+        raise error
+    failed = {str(rank): end[0] for rank, end in enumerate(ends) if end}
+    if failed:
+        kind = RunError if "run" in failed.values() else UsageError
+        raise kind(f"rank {', '.join(failed)} failed; see the message there")
+    return result  # type: ignore[return-value]
+
+
+_SAID_BY_RANK_0 = "lejepa_fast_said_by_rank_0"
+
+
+@contextmanager
+def the_same_on_every_rank() -> Iterator[None]:
+    """An error raised in here is raised on rank 0 with the same text: it is enough if that one prints it."""
+    try:
+        yield
+    except (UsageError, RunError) as error:
+        setattr(error, _SAID_BY_RANK_0, True)
+        raise
+
+
+def is_said_by_rank_0(error: Exception) -> bool:
+    return getattr(error, _SAID_BY_RANK_0, False)
+
+
+@contextmanager
+def one_line_for_a_lost_peer() -> Iterator[None]:
+    """Where another rank has gone, its own message says why: RunError for the collective that failed."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError) as error:
+        if isinstance(error, RunError) or not (dist.is_initialized() and dist.get_world_size() > 1):
+            raise
+        text = str(error).lower()
+        signs = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "remote process")
+        if not isinstance(error, (ConnectionError, dist.DistError)) and not any(s in text for s in signs):
+            raise
+        raise RunError("another rank failed; see its message above") from error
 
 
 def from_main(world: World, value: T) -> T:

@@ -18,6 +18,10 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
 )
 
+# What Pillow may try on a file, whatever its suffix says. Not all it knows: for EPS it runs Ghostscript.
+# (MPO, several JPEG pictures in one file, opens as JPEG.)
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+
 # Keys of `Image.info` under which a file may carry an orientation.
 _ORIENTATION_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
@@ -60,7 +64,12 @@ def _wide_to_rgb(image: Image.Image) -> Image.Image:
 
 def open_encoded(data: bytes) -> Image.Image:
     """Open an image file held in memory; pixels are decoded on first use."""
-    return Image.open(io.BytesIO(data))
+    return Image.open(io.BytesIO(data), formats=_FORMATS)
+
+
+def printable(text: str) -> str:
+    """`text` for a one-line message: line breaks and bytes that are not UTF-8 in names become escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def unreadable(where: str, error: Exception) -> RunError:
@@ -68,4 +77,6 @@ def unreadable(where: str, error: Exception) -> RunError:
     # Pillow's own text ends in "<_io.BytesIO object at 0x...>", which tells nobody anything.
     reason = "not an image" if "cannot identify image file" in str(error) else str(error)
     reason = re.sub(r"\s+", " ", reason).strip() or type(error).__name__
-    return RunError(f"cannot read image {where}: {reason}; repair it, or remove it from the data set")
+    return RunError(
+        f"cannot read image {printable(where)}: {reason}; repair it, or remove it from the data set"
+    )

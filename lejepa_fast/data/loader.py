@@ -50,9 +50,10 @@ class MultiCropLoader:
         dtype: torch.dtype,
         channels_last: bool,
     ) -> None:
-        self._backend, self._schedule, self._recipe = backend, schedule, recipe
+        self._backend, self._schedule = backend, schedule
         self._labelled, self._device, self._dtype = labelled, device, dtype
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        self._mean, self._std = channel_values(recipe.mean, device), channel_values(recipe.std, device)
         self._epoch = 0
         self._batch = 0  # batches of this epoch that the trainer has taken
         self._resuming = False
@@ -90,10 +91,14 @@ class MultiCropLoader:
         self._epoch, self._batch = epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        """Position of the batches handed out: valid inside the loop body and between epochs."""
+        """Position of the batches handed out: valid inside the loop body and between epochs.
+
+        After the last batch of an epoch, also within the loop body, it is the start of the next epoch.
+        """
+        complete = self._batch == len(self)
         return {
-            "epoch": self._epoch,
-            "batch": self._batch,
+            "epoch": self._epoch + complete,
+            "batch": 0 if complete else self._batch,
             "seed": self._schedule.seed,
             "global_batch": self._schedule.global_batch,
             "images": self._schedule.num_images,
@@ -128,7 +133,7 @@ class MultiCropLoader:
 
     def _finish(self, raw: RawBatch) -> tuple[list[Tensor], Tensor | None]:
         views = [
-            normalise(view, self._recipe.mean, self._recipe.std, self._device, self._dtype, self._layout)
+            normalise(view, self._mean, self._std, dtype=self._dtype, layout=self._layout)
             for view in raw.views
         ]
         if not self._labelled:
@@ -150,7 +155,8 @@ class EvalLoader:
         device: torch.device | None,
     ) -> None:
         self._backend, self._num_images, self._batch_size = backend, num_images, batch_size
-        self._mean, self._std, self._device = mean, std, device
+        self._mean, self._std = channel_values(mean, device), channel_values(std, device)
+        self._device = device
 
     def __len__(self) -> int:
         """Batches, the last one possibly shorter."""
@@ -160,7 +166,7 @@ class EvalLoader:
         starts = range(0, self._num_images, self._batch_size)
         keys = (BatchKey(0, tuple(range(s, min(s + self._batch_size, self._num_images)))) for s in starts)
         for raw in self._backend.batches(keys):
-            images = normalise(raw.views[0], self._mean, self._std, self._device, torch.float32)
+            images = normalise(raw.views[0], self._mean, self._std)
             yield images, raw.targets.to(self._device, non_blocking=True) if self._device else raw.targets
 
 
@@ -255,23 +261,31 @@ def eval_loader(
     return EvalLoader(made, len(source), batch_size, mean=mean, std=std, device=device)
 
 
+def channel_values(values: tuple[float, float, float], device: torch.device | None) -> Tensor:
+    """One number per channel as (3, 1, 1) float32 on `device`.
+
+    Made once per loader: making it from Python numbers on a GPU waits for the GPU.
+    """
+    # "cpu" by name: None would be the caller's default device.
+    return torch.tensor(values, dtype=torch.float32, device=device or "cpu").view(3, 1, 1)
+
+
 def normalise(
     pixels: Tensor,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    device: torch.device | None = None,
+    mean: Tensor,
+    std: Tensor,
+    *,
     dtype: torch.dtype = torch.float32,
     layout: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """(B, 3, H, W) uint8 pixels as (x / 255 - mean) / std on `device`, computed in float32.
+    """(B, 3, H, W) uint8 pixels as (x / 255 - mean) / std, computed in float32 on the device of `mean`.
 
-    dtype=torch.uint8 returns the pixels as they are.
+    mean, std: from `channel_values`. dtype=torch.uint8 returns the pixels as they are.
     """
-    if device is not None:
-        pixels = pixels.to(device, non_blocking=True)
+    pixels = pixels.to(mean.device, non_blocking=True)
     if dtype is not torch.uint8:
         scaled = F.to_dtype(pixels, torch.float32, scale=True)
-        pixels = F.normalize(scaled, list(mean), list(std), inplace=True).to(dtype)
+        pixels = scaled.sub_(mean).div_(std).to(dtype)
     return pixels.contiguous(memory_format=layout)
 
 

@@ -13,12 +13,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 from PIL import Image
 
-from lejepa_fast.data.decode import IMAGE_SUFFIXES, open_encoded, to_rgb, unreadable
+from lejepa_fast.data.decode import IMAGE_SUFFIXES, open_encoded, printable, to_rgb, unreadable
 from lejepa_fast.data.draws import HOLDOUT, permutation
 from lejepa_fast.errors import RunError, UsageError
 
@@ -278,6 +278,12 @@ def _open_plain(
         raise UsageError(f"{root} is a file; give a folder of images, or a .tar shard")
     if not shards:
         return FolderSource(root, classes=classes)
+    other = _first_image(root) if root.is_dir() else None
+    if other is not None:
+        raise UsageError(
+            f"{root} holds both shards ({shards[0].name}) and images ({printable(other)}); "
+            "move the shards or the images elsewhere"
+        )
     return ShardSource(shards, classes=classes or shard_classes or _read_classes(shards[0].parent))
 
 
@@ -301,10 +307,22 @@ def _read_classes(root: Path) -> list[str] | None:
     file = root / "classes.txt"
     if not file.is_file():
         return None
-    names = file.read_text(encoding="utf-8").splitlines()
+    try:
+        names = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not UTF-8 text; save it in UTF-8") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}; check its rights") from error
     if not names or len(set(names)) < len(names) or "" in names:
         raise UsageError(f"{file} must hold one distinct class name per line")
     return names
+
+
+def _first_image(root: Path) -> str | None:
+    """An image in `root` or below one of its folders, relative to it; None when there is none."""
+    folders, files = _listing(root)
+    below = (os.path.join(folder, image) for folder in folders for image in _walk_images(root / folder))
+    return next((file for file in files if _is_image(file)), None) or next(below, None)
 
 
 def _is_image(name: str) -> bool:
@@ -319,17 +337,21 @@ def _listing(folder: Path) -> tuple[list[str], list[str]]:
             folders = sorted(entry.name for entry in visible if entry.is_dir())
             files = sorted(entry.name for entry in visible if entry.is_file())
     except OSError as error:
-        raise UsageError(
-            f"cannot list the folder {folder}: {error.strerror}; check the path and rights"
-        ) from error
+        _refuse_folder(error)
     return folders, files
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    """A folder that cannot be listed must not go missing from the data set without a word."""
+    name = printable(str(error.filename))
+    raise UsageError(f"cannot list the folder {name}: {error.strerror}; check the path and rights") from error
 
 
 def _walk_images(folder: Path) -> list[str]:
     """Paths of all images below `folder`, relative to it, sorted. Links are followed, cycles are not."""
     found = []
     seen: set[tuple[int, int]] = set()
-    for current, folders, files in os.walk(folder, followlinks=True):
+    for current, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_folder):
         status = os.stat(current)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
@@ -348,9 +370,9 @@ def check_image_size(width: int, height: int, smallest: int, where: str) -> None
     """Raise `UsageError` when an image's short side is below `smallest` px (0 or 1: never)."""
     if min(width, height) < smallest:
         raise UsageError(
-            f"image smaller than the crop: {where} is {width} x {height} px, the crops need a short side of "
-            f"{smallest}; use a smaller --crops.global-size (now at most {min(width, height)}), or allow "
-            "enlarging with --crops.min-image-size 1"
+            f"image smaller than the crop: {printable(where)} is {width} x {height} px, the crops need "
+            f"a short side of {smallest}; use a smaller --crops.global-size (now at most "
+            f"{min(width, height)}), or allow enlarging with --crops.min-image-size 1"
         )
 
 

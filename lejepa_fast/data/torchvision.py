@@ -10,10 +10,8 @@ either. Views stay uint8 until they have left the worker: a quarter of the bytes
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +24,7 @@ from lejepa_fast.data.draws import ViewParams, sample_views
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.data.sources import ImageSource, check_image_size
+from lejepa_fast.data.workers import init_function, is_death, starting, without_sigchld_handler
 from lejepa_fast.errors import RunError, UsageError
 
 _JITTER = {
@@ -140,9 +139,21 @@ class EvalBatches(_BatchDataset):
         for row, index in enumerate(key.indices):
             image, targets[row] = self.source[index]
             with torch.inference_mode():
-                pixels = F.resize(to_tensor(image), [size], antialias=True)
+                pixels = F.resize(_without_far_ends(to_tensor(image)), [size], antialias=True)
                 images[row].copy_(F.center_crop(pixels, [size, size]))
         return RawBatch([images], targets)
+
+
+def _without_far_ends(pixels: Tensor) -> Tensor:
+    """The middle of a very long image (1 x 10,000 px): resized as a whole it would need gigabytes.
+
+    What is kept exceeds the centre by more than the resizing filter reaches; images of up to 4:1 stay whole.
+    """
+    height, width = pixels.shape[-2:]
+    longest = 4 * min(height, width)
+    if max(height, width) <= longest:
+        return pixels
+    return F.center_crop(pixels, [min(height, longest), min(width, longest)])
 
 
 class _Feed(Sampler):
@@ -173,7 +184,7 @@ class TorchvisionBackend:
         if self._num_workers:
             workers = {
                 "persistent_workers": True,
-                "worker_init_fn": _start_worker,
+                "worker_init_fn": init_function(self._start_method),
                 "multiprocessing_context": self._start_method,
             }
         return DataLoader(
@@ -187,20 +198,27 @@ class TorchvisionBackend:
             **workers,
         )
 
+    def _start_pass(self) -> Iterator[RawBatch | _Failure]:
+        with without_sigchld_handler():
+            if self._loader is not None:
+                return iter(self._loader)
+            loader = self._make_loader()
+            with starting(self._start_method) if self._num_workers else nullcontext():
+                iterator = iter(loader)
+            self._loader = loader
+            return iterator
+
     def batches(self, keys: Iterable[BatchKey]) -> Iterator[RawBatch]:
         """Batches in the order of `keys`. Raises the worker's own UsageError or RunError, in one line."""
         self._feed.keys = keys
-        if self._loader is None:
-            self._loader = self._make_loader()
         try:
-            with _without_sigchld_handler():
-                iterator = iter(self._loader)
+            iterator = self._start_pass()
             for batch in iterator:
                 if isinstance(batch, _Failure):
                     raise (UsageError if batch.usage else RunError)(batch.message)
                 yield batch
         except (RuntimeError, EOFError, ConnectionError) as error:
-            if not self._num_workers or not _is_death(error):
+            if not self._num_workers or not is_death(error):
                 raise
             self._loader = None  # the next pass starts new workers
             reason = str(error).partition("\n")[0] or type(error).__name__
@@ -208,32 +226,6 @@ class TorchvisionBackend:
                 f"a data-loading worker died ({reason}); if its own output above does not say why, "
                 "memory or /dev/shm ran out: use fewer workers, or 0"
             ) from error
-
-
-def _is_death(error: Exception) -> bool:
-    """Whether a worker is gone, as opposed to an exception that it raised and passed on."""
-    if isinstance(error, RuntimeError):
-        return str(error).startswith("DataLoader worker")
-    # Died after it announced a batch and before its memory was fetched from it.
-    return not str(error).startswith("Caught ")
-
-
-@contextmanager
-def _without_sigchld_handler() -> Iterator[None]:
-    """Keep torch from installing its handler for the death of a worker.
-
-    It raises in the middle of whatever the main thread does - a step, a checkpoint - again and again
-    whenever any child process ends. Without it a death is noticed within 5 s when the next batch is
-    fetched, which is the one place that can report it.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # torch installs none there either
-        return
-    previous = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if previous is None else previous)
 
 
 @contextmanager
@@ -249,10 +241,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)
 
 
 def _unchanged(batch: Any) -> Any:

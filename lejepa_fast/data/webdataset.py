@@ -17,13 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lejepa_fast.data.decode import IMAGE_SUFFIXES
+from lejepa_fast.data.decode import IMAGE_SUFFIXES, printable
 from lejepa_fast.data.sources import EncodedSource
 from lejepa_fast.errors import RunError, UsageError
 
 # Captions and metadata that other packers add. They are inert text and never read.
 _IGNORED_SUFFIXES = frozenset({".txt", ".json"})
 _MAX_LABEL_BYTES = 32
+_MAX_UNNAMED_CLASSES = 65_536
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"(\xb5/\xfd": "unzstd"}
 
 
@@ -58,7 +59,8 @@ class ShardSource(EncodedSource):
         self._shard_of = np.repeat(np.arange(len(per_shard), dtype=np.int32), [len(m) for m in per_shard])
         self._offsets = np.array([member.offset for member in members], dtype=np.int64)
         self._sizes = np.array([member.size for member in members], dtype=np.int64)
-        names = [(member.key + member.suffix).encode() for member in members]
+        # As file names: they need not be UTF-8.
+        names = [os.fsencode(member.key + member.suffix) for member in members]
         self._names = b"".join(names)
         self._name_ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         self._files: dict[int, int] = {}
@@ -74,7 +76,7 @@ class ShardSource(EncodedSource):
 
     def describe(self, index: int) -> str:
         start = int(self._name_ends[index - 1]) if index else 0
-        name = self._names[start : int(self._name_ends[index])].decode()
+        name = os.fsdecode(self._names[start : int(self._name_ends[index])])
         return f"{self._shards[self._shard_of[index]]}: {name}"
 
     def encoded(self, index: int) -> bytes:
@@ -134,15 +136,18 @@ def index_shard(path: Path) -> list[Member]:
                         images[key] = (suffix, info.offset_data, info.size)
                 end = tar.offset
             _check_complete(path, file.fileno(), end)
-    except tarfile.TarError as error:
+    except UsageError:
+        raise
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # the last two: numbers in its headers
+        reason = printable(str(error))
         raise UsageError(
-            f"{path} is not a complete tar file ({error}); copy or pack the shard again"
+            f"{path} is not a complete tar file ({reason}); copy or pack the shard again"
         ) from error
     except OSError as error:
         raise UsageError(f"cannot read the shard {path}: {error.strerror}") from error
     orphan = next((key for key in labels if key not in images), None)
     if orphan is not None:
-        raise UsageError(f"{path}: {orphan}.cls has no image beside it; pack the shard again")
+        raise UsageError(f"{path}: {printable(orphan)}.cls has no image beside it; pack the shard again")
     return [Member(key, *place, labels.get(key)) for key, place in images.items()]
 
 
@@ -194,13 +199,19 @@ def _check_labels(
     unlabelled: str | None = None
     for shard, members in zip(shards, per_shard, strict=True):
         for member in members:
-            where = f"{shard}: {member.key}{member.suffix}"
+            where = printable(f"{shard}: {member.key}{member.suffix}")
             if member.target is None:
                 unlabelled = unlabelled or where
             elif classes is not None and member.target >= len(classes):
                 raise UsageError(
                     f"{where} has class {member.target}, but classes.txt names {len(classes)} classes "
                     f"(0 to {len(classes) - 1})"
+                )
+            elif classes is None and member.target >= _MAX_UNNAMED_CLASSES:
+                # A slip: probes and votes allocate memory per class up to the largest index.
+                raise UsageError(
+                    f"{where} has class {member.target}; without a classes.txt indices are below "
+                    f"{_MAX_UNNAMED_CLASSES}: correct the label, or name the classes"
                 )
             else:
                 targets.append(member.target)

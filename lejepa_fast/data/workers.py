@@ -1,0 +1,113 @@
+"""Life and death of the worker processes: which signals reach them, and what ends them.
+
+SIGTERM and Ctrl-C often go to a whole process group (torchrun, a job scheduler, a terminal). The
+trainer then still needs batches to finish its step and save, so a worker leaves only when
+- the trainer says so: by its queue, or by SIGTERM, which torch and multiprocessing send to what
+  remains at the end (a SIGTERM from any other sender is ignored);
+- the trainer has died, in whatever way;
+- somebody kills it, which the trainer then reports.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import resource_tracker
+
+import torch
+
+_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def init_function(start_method: str | None) -> Callable[[int], None]:
+    """The `worker_init_fn` for workers that this thread starts by `start_method` (None: Python's default)."""
+    if (start_method or multiprocessing.get_start_method()) == "forkserver":
+        # Their parent is the fork server.
+        return partial(_start_worker, None, True)
+    # The kernel's "parent" is the thread that forked: workers that another thread than the main one
+    # starts may outlive it. (When the trainer dies, torch's own watch ends those within seconds.)
+    tied = threading.current_thread() is threading.main_thread()
+    return partial(_start_worker, os.getpid(), tied)
+
+
+@contextmanager
+def starting(start_method: str | None) -> Iterator[None]:
+    """Hold SIGTERM and SIGINT back while workers start, so that they begin life with both blocked.
+
+    A signal for the trainer itself arrives at the end of the context.
+    """
+    if (start_method or multiprocessing.get_start_method()) != "fork":
+        resource_tracker.ensure_running()  # starting it later would unblock both
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(parent: int | None, tied: bool, worker: int) -> None:
+    """Runs first in each worker. parent: must still be there; tied: die with the forking thread."""
+    torch.set_num_threads(1)
+    if tied and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)  # it died before the line above: no signal will come
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Waited for rather than handled, because only that tells the sender. The threads that this one
+    # starts from now on inherit the mask; a fork server that was running before has not given it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_await_parents_sigterm, daemon=True).start()
+    if parent is None:
+        threading.Thread(target=_await_trainers_death, daemon=True).start()
+
+
+def _await_trainers_death() -> None:
+    """Under a fork server, which need not end while its workers live, the trainer itself is watched."""
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
+
+
+def _await_parents_sigterm() -> None:
+    # Under a fork server the trainer is the grandparent.
+    trainer = multiprocessing.parent_process()
+    allowed = {os.getppid(), trainer.pid if trainer else None}
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in allowed:
+        pass
+    os._exit(0)  # as torch's own handler; the trainer wants no more of this worker
+
+
+@contextmanager
+def without_sigchld_handler() -> Iterator[None]:
+    """Keep torch from installing its handler for the death of a worker.
+
+    It raises in the middle of whatever the main thread does - a step, a checkpoint - again and again
+    whenever any child process ends. Without it a death is noticed within 5 s when the next batch is
+    fetched, which is the one place that can report it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # torch installs none there either
+        return
+    previous = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if previous is None else previous)
+
+
+def is_death(error: Exception) -> bool:
+    """Whether a worker is gone, as opposed to an exception that it raised and passed on."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker")
+    # Died after it announced a batch and before its memory was fetched from it.
+    return not str(error).startswith("Caught ")

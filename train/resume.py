@@ -1,0 +1,136 @@
+"""What a resumed run takes from its checkpoint, what from its own settings, and what must be the same."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from lejepa_fast.data import ImageSource
+from lejepa_fast.errors import UsageError
+from lejepa_fast.train import checkpoint
+
+log = logging.getLogger("lejepa_fast.train")
+
+_NAMED_IMAGES = 10_000  # at most, of each split: enough to tell data sets apart without reading them
+
+
+def is_own(path: Path, run_dir: Path) -> bool:
+    """Whether a checkpoint is one of this run folder."""
+    return path.resolve().parent == (run_dir / "checkpoints").resolve()
+
+
+def choose_checkpoint(run_dir: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that a run starts from, by `--resume`; None: it starts anew.
+
+    Raises UsageError where later checkpoints of another course would be mixed with this run's: the newest
+    are kept by their step, so they would outlive it.
+    """
+    own = run_dir / "checkpoints"
+    if resume == "auto":
+        return checkpoint.newest_checkpoint(own, own=True)
+    there = checkpoint.list_checkpoints(own)
+    if resume == "none":
+        if there:
+            raise UsageError(
+                f"--resume none: {run_dir} holds checkpoints of an earlier run; nothing is overwritten; "
+                "choose another --out, or --resume auto to continue that run"
+            )
+        return None
+    path, state = checkpoint.find_checkpoint(resume)
+    if there and there[-1].resolve() != path.resolve():
+        raise UsageError(
+            f"--resume {resume}: {run_dir} holds {there[-1].name}, which is not of that course; nothing is "
+            "overwritten; choose another --out, or --resume auto to continue the run in there"
+        )
+    return path, state
+
+
+def data_identity(train: ImageSource, val: ImageSource) -> dict[str, Any]:
+    """Which images a run trains on and which it holds out: counts and a digest of their names.
+
+    Names count from the point where they begin to differ, so a folder that was moved stays the same.
+    """
+    names = {"train": _names(train), "val": _names(val)}
+    every = [*names["train"], *names["val"]]
+    first, last = min(every, default=""), max(every, default="")
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    digest = hashlib.sha256()
+    for split, group in names.items():
+        digest.update(f"{split}\0".encode())
+        for name in group:
+            digest.update(name[shared:].encode("utf-8", "surrogateescape") + b"\0")
+    return {"train_images": len(train), "val_images": len(val), "names_sha256": digest.hexdigest()}
+
+
+def _names(source: ImageSource) -> list[str]:
+    stride = -(-len(source) // _NAMED_IMAGES) or 1
+    return [source.describe(index) for index in range(0, len(source), stride)]
+
+
+def check_same_run(
+    state: Mapping[str, Any], current: Mapping[str, Any], data: Mapping[str, Any], path: Path, run_dir: Path
+) -> None:
+    """UsageError where the run folder is that of another seed or of other images.
+
+    `current` is the configuration as `config.to_dict` gives it, `data` the run's `data_identity`. From a
+    checkpoint of another run folder a run may go on with other images; then a warning says what it means.
+    """
+    if is_own(path, run_dir) and state["config"]["seed"] != current["seed"]:
+        raise UsageError(
+            f"seed: {run_dir} holds a run with seed {state['config']['seed']}, and this one has "
+            f"{current['seed']}; choose another --out, or continue that run with its seed"
+        )
+    before = state.get("data")
+    if before is None or before == dict(data):
+        return
+    theirs, ours = state["config"]["data"]["path"], current["data"]["path"]
+    difference = (
+        f"the checkpoint {path} was trained on other images ({_counted(before)} of {theirs}) than this run "
+        f"has ({_counted(data)} of {ours})"
+    )
+    if is_own(path, run_dir):
+        raise UsageError(
+            f"data: {difference}; choose another --out, or continue with the same --data and "
+            "--data.val-fraction"
+        )
+    log.warning("%s: some that are held out now may have been trained on", difference)
+
+
+def _counted(data: Mapping[str, Any]) -> str:
+    return f"{data['train_images']} for training, {data['val_images']} held out"
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, state: Mapping[str, Any]) -> None:
+    """Load moments and position of the schedule; rate, decay and betas stay those of this run's settings.
+
+    (PyTorch would bring back the old ones along with the moments.) The rate of the next step follows from
+    the schedule of this run, which may be longer than that of the checkpoint.
+    """
+    settings = ("initial_lr", "weight_decay", "betas")
+    wanted = [{key: group[key] for key in settings} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    scheduler.base_lrs = [group["initial_lr"] for group in wanted]
+    rates = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, values, rate in zip(optimizer.param_groups, wanted, rates, strict=True):
+        group.update(values, lr=rate)
+    scheduler._last_lr = rates
+
+
+def tell_changes(saved: dict[str, Any], current: dict[str, Any], where: str = "") -> None:
+    """Log every setting that differs from the checkpoint's: a resumed run may then take another course."""
+    for key in sorted(saved.keys() | current.keys()):
+        before, now = saved.get(key), current.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            tell_changes(before, now, f"{where}{key}.")
+        elif before != now and key not in ("out", "resume"):
+            log.warning("%s%s: the checkpoint has %s, this run %s", where, key, before, now)
