@@ -15,6 +15,8 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
+from . import triton_ops
+
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 # Philox multipliers, written as 2**32 minus a 30-bit number so that int64 products cannot overflow.
@@ -53,6 +55,27 @@ def sample_directions(
 
     Source: LeJEPA, arXiv 2511.08544, Algorithm 1 (random slices, resampled at every step).
     """
+    return sample_unit_directions(dim, num_slices, step=step, seed=seed, device=device, dtype=dtype)[0]
+
+
+def sample_unit_directions(
+    dim: int,
+    num_slices: int,
+    *,
+    step: int | Tensor,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """`sample_directions` and the scale that makes the rounded columns unit vectors again.
+
+    For `sigreg(x, A, ..., scale=scale)` with half-precision x: the tensor cores multiply with A as it is,
+    and the scale corrects the projections, so the rounding of A costs no accuracy. It only makes the
+    direction another one, by 2^-9 in bf16.
+
+    Returns:
+        directions (dim, num_slices) in `dtype`; scale (num_slices,), float32 or float64.
+    """
     for name, value in (("dim", dim), ("num_slices", num_slices)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -66,17 +89,26 @@ def sample_directions(
 # An operator of its own, so that torch.compile does not look inside: its CPU code generator (seen with
 # torch 2.15) evaluates products of an arange in too few bits, and the directions would differ.
 @torch.library.custom_op("lejepa_fast::sample_directions", mutates_args=())
-def _sample_directions(step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """`sample_directions` for checked arguments and a 0-dim int64 step on the target device."""
+def _sample_directions(
+    step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`sample_unit_directions` for checked arguments and a 0-dim int64 step on the target device."""
+    if step.is_cuda and triton_ops.why_not(step.device, dtype) is None:
+        from .kernels.directions import sample_directions
+
+        return sample_directions(step, dim, num_slices, seed, dtype)
     normals = _normals(dim, num_slices, step, seed)
     if dtype == torch.float64:
         normals = normals.double()
-    return (normals / torch.linalg.vector_norm(normals, dim=0, keepdim=True)).to(dtype)
+    A = (normals / torch.linalg.vector_norm(normals, dim=0, keepdim=True)).to(dtype)
+    rounded = A if dtype == torch.float64 else A.float()
+    return A, 1 / torch.linalg.vector_norm(rounded, dim=0)
 
 
 @_sample_directions.register_fake
-def _(step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype) -> Tensor:
-    return step.new_empty(dim, num_slices, dtype=dtype)
+def _(step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return step.new_empty(dim, num_slices, dtype=dtype), step.new_empty(num_slices, dtype=scale_dtype)
 
 
 def _step_tensor(step: int | Tensor, device: torch.device | str | None) -> Tensor:

@@ -8,8 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .directions import sample_directions
-from .ops import Implementation, Reduction, is_recomputing, resolve_implementation, sigreg
+from .directions import sample_unit_directions
+from .ops import (
+    IMPLEMENTATIONS,
+    Implementation,
+    Precision,
+    Reduction,
+    is_recomputing,
+    resolve_implementation,
+    sigreg,
+)
 from .reference import Knots, standard_normal_knots
 
 
@@ -44,6 +52,7 @@ class SIGReg(nn.Module):
             instead of a statistic for each view.
         knots: quadrature to use instead of `t_max` and `n_points`, for other targets or windows; phi and
             weights may have shape (J, M).
+        precision: of float32 products with the Triton kernels, see `lejepa_fast.sigreg`.
 
     Shape:
         z: (..., N, K), any floating dtype.
@@ -73,6 +82,7 @@ class SIGReg(nn.Module):
         scale_by_n: bool = True,
         pool_views: bool = False,
         knots: Knots | None = None,
+        precision: Precision | None = None,
     ):
         super().__init__()
         if num_slices < 1:
@@ -85,13 +95,15 @@ class SIGReg(nn.Module):
         self.process_group = process_group
         self.sync = sync
         self.impl: Implementation = impl
+        self.precision: Precision | None = precision
         self.seed = seed
         self.scale_by_n = scale_by_n
         self.pool_views = pool_views
         self._knots = standard_normal_knots(t_max, n_points) if knots is None else knots
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._register_knots(self.step.device)
-        resolve_implementation(impl, self.step.device)  # an unknown name fails here, not in training
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
 
     @property
     def chosen_impl(self) -> str:
@@ -112,13 +124,14 @@ class SIGReg(nn.Module):
         if self.pool_views:
             z = z.flatten(0, -2)
         with torch.no_grad():
-            A = sample_directions(
+            # In the dtype of z, for its tensor cores; in half precision the scale undoes the rounding.
+            A, scale = sample_unit_directions(
                 z.shape[-1],
                 self.num_slices,
                 step=self._next_step() if step is None else step,
                 seed=self.seed,
                 device=z.device,
-                dtype=torch.float64 if z.dtype == torch.float64 else torch.float32,
+                dtype=z.dtype if z.dtype.is_floating_point else torch.float32,
             )
         loss = sigreg(
             z,
@@ -133,6 +146,8 @@ class SIGReg(nn.Module):
             sync=self.sync,
             impl=self.impl,
             spacing=self._knots.spacing,
+            scale=scale if z.dtype.itemsize == 2 else None,
+            precision=self.precision,
         )
         return loss.float()
 

@@ -461,7 +461,7 @@ def _bad(**changes):
         (_bad(weights=torch.ones(17, 3)), ValueError, r"^weights: expected shape .*got \(17, 3\)"),
         (_bad(reduction="max"), ValueError, "^reduction: expected .* got 'max'"),
         (_bad(impl="cuda"), ValueError, "^impl: expected one of .* got 'cuda'"),
-        (_bad(impl="triton"), ValueError, "^impl: 'triton' .* use impl='torch'"),
+        (_bad(impl="triton"), ValueError, "^x: expected on a GPU for impl='triton' .* use impl='torch'"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, message):
