@@ -6,7 +6,7 @@ loss_fn = LeJEPALoss(lambd=0.05, sigreg=SIGReg(num_slices=1024))
 loss = loss_fn(global_z, all_z).total       # (Vg, N, K), (V, N, K)
 """
 
-from .directions import sample_directions
+from .directions import sample_directions, sample_unit_directions
 from .loss import LeJEPALoss, LeJEPAOutput
 from .reference import Knots, standard_normal_knots, symmetric_knots
 from .sigreg import SIGReg
@@ -22,6 +22,7 @@ __all__ = [
     "LeJEPAOutput",
     "SIGReg",
     "sample_directions",
+    "sample_unit_directions",
     "sigreg",
     "standard_normal_knots",
     "symmetric_knots",

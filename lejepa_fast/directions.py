@@ -15,6 +15,7 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
+from . import triton_ops
 from .checks import check_integer
 
 _MASK = 0xFFFFFFFF
@@ -57,6 +58,27 @@ def sample_directions(
 
     Source: LeJEPA, arXiv 2511.08544, Algorithm 1 (random slices, resampled at every step).
     """
+    return sample_unit_directions(dim, num_slices, step=step, seed=seed, device=device, dtype=dtype)[0]
+
+
+def sample_unit_directions(
+    dim: int,
+    num_slices: int,
+    *,
+    step: int | Tensor,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """`sample_directions` and the scale that makes the rounded columns unit vectors again.
+
+    For `sigreg(x, A, ..., scale=scale)` with half-precision x: the tensor cores multiply with A as it is,
+    and the scale corrects the projections, so the rounding of A costs no accuracy. It only makes the
+    direction another one, by 2^-9 in bf16.
+
+    Returns:
+        directions (dim, num_slices) in `dtype`; scale (num_slices,), float32 or float64.
+    """
     check_integer("dim", dim, at_least=1)
     check_integer("num_slices", num_slices, at_least=1)
     check_integer("seed", seed)
@@ -72,19 +94,28 @@ def sample_directions(
 @torch.library.custom_op(
     "lejepa_fast::sample_directions",
     mutates_args=(),
-    schema="(Tensor step, int dim, int num_slices, int seed, ScalarType dtype) -> Tensor",
+    schema="(Tensor step, int dim, int num_slices, int seed, ScalarType dtype) -> (Tensor, Tensor)",
 )
-def _sample_directions(step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """`sample_directions` for checked arguments and a 0-dim int64 step on the target device."""
+def _sample_directions(
+    step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`sample_unit_directions` for checked arguments and a 0-dim int64 step on the target device."""
+    if triton_ops.TAKEN_BY_AUTO and step.is_cuda and triton_ops.why_not(step.device, dtype) is None:
+        from .kernels.directions import sample_directions
+
+        return sample_directions(step, dim, num_slices, seed, dtype)
     normals = _normals(dim, num_slices, step, seed)
     if dtype == torch.float64:
         normals = normals.double()
-    return (normals / torch.linalg.vector_norm(normals, dim=0, keepdim=True)).to(dtype)
+    A = (normals / torch.linalg.vector_norm(normals, dim=0, keepdim=True)).to(dtype)
+    rounded = A if dtype == torch.float64 else A.float()
+    return A, 1 / torch.linalg.vector_norm(rounded, dim=0)
 
 
 @_sample_directions.register_fake
-def _(step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype) -> Tensor:
-    return step.new_empty(dim, num_slices, dtype=dtype)
+def _(step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return step.new_empty(dim, num_slices, dtype=dtype), step.new_empty(num_slices, dtype=scale_dtype)
 
 
 def _step_tensor(step: int | Tensor, device: torch.device | str | None) -> Tensor:

@@ -25,15 +25,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import _functional_collectives as funcol
 
-from . import reference, streaming
+from . import reference, streaming, triton_ops
 from .checks import check_count, check_embeddings, check_number
 from .reference import full_precision, statistic_from_sums
 
 Implementation = Literal["auto", "torch", "triton", "reference"]
 Reduction = Literal["mean", "sum"] | None
+Precision = Literal["ieee", "tf32x3", "tf32"]
 
 logger = logging.getLogger("lejepa_fast")
-_IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 # A rank's count travels as two words in the buffer of the sums, so that both are exact in float32.
 _COUNT_WORD = 1 << 16
 
@@ -52,6 +53,8 @@ def sigreg(
     sync: bool = True,
     impl: Implementation = "auto",
     spacing: float | Literal["auto"] | None = "auto",
+    scale: Tensor | None = None,
+    precision: Precision | None = None,
 ) -> Tensor:
     """Sliced Epps-Pulley statistic of embeddings for any knots, target, weights and directions.
 
@@ -77,6 +80,12 @@ def sigreg(
         spacing: the knots' distance when t[j] = j * spacing (faster), None for arbitrary knots, "auto"
             to look. Only knots on the CPU can be looked at without a synchronisation; "auto" takes
             knots on another device as arbitrary.
+        scale: multiplies the columns of A, shape (M,), float32. It lets half-precision directions be
+            exact unit vectors: `sample_unit_directions`. With impl="triton", A in the half-precision dtype
+            of x meets it on the tensor cores of that dtype; other pairs are multiplied as float32.
+        precision: of float32 products with impl="triton": "ieee", "tf32x3" (three products of tf32 parts,
+            about as accurate) or "tf32" (an error of 2^-11 in each factor). None: "tf32x3", or "ieee"
+            where the compiler lacks it. The other implementations follow PyTorch's own settings.
 
     Returns:
         scalar for "mean" and "sum", shape (..., M) for None; float64 for float64 x, else float32.
@@ -87,19 +96,30 @@ def sigreg(
 
     Source: LeJEPA, arXiv 2511.08544, Algorithm 1 and section 4.
     """
-    _check_inputs(x, A, t, phi, weights, reduction)
+    _check_inputs(x, A, t, phi, weights, reduction, scale, precision)
     group = resolve_group(process_group, sync)
     if group is None:  # a rank of a group may hold few samples, or none
         check_count("x", x.shape[-2], unbiased=unbiased)
-    chosen = resolve_implementation(impl, x.device)
+    chosen = resolve_implementation(impl, x.device, x.dtype)
     if chosen != "reference":
-        _refuse_gradients(chosen, A=A, t=t)
+        _refuse_gradients(chosen, A=A, t=t, scale=scale)
     spacing = check_spacing(spacing, t)
 
     compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with full_precision(x.device):
-        A, t, phi, weights = (a.to(x.device, compute_dtype) for a in (A, t, phi, weights))
+        t, phi, weights = (a.to(x.device, compute_dtype) for a in (t, phi, weights))
         views = x.reshape(x.shape[:-2].numel(), *x.shape[-2:])  # numel: -1 is ambiguous for N = 0
+        if chosen == "triton":
+            factor = {"mean": 1 / (views.shape[0] * A.shape[1]), "sum": 1.0, None: None}[reduction]
+            value = _triton_statistic(
+                views, A, scale, t, phi, weights, spacing, group, unbiased, scale_by_n, factor, precision
+            )
+            if reduction is None:
+                value = value.reshape(*x.shape[:-2], A.shape[1])
+            return sum_gradient_over_ranks(value, group)
+        A = A.to(compute_dtype)
+        if scale is not None:
+            A = A * scale.to(compute_dtype)
         if chosen == "reference":
             sums = reference.ecf_sums(views.to(compute_dtype), A, t)
         else:
@@ -115,25 +135,61 @@ def sigreg(
         return sum_gradient_over_ranks(statistic, group)
 
 
-def resolve_implementation(impl: str, device: torch.device) -> str:
-    """The implementation that `impl` means on `device`; what "auto" chose is logged once per device type.
+def _triton_statistic(
+    x: Tensor,
+    A: Tensor,
+    scale: Tensor | None,
+    t: Tensor,
+    phi: Tensor,
+    weights: Tensor,
+    spacing: float | None,
+    group: dist.ProcessGroup | None,
+    unbiased: bool,
+    scale_by_n: bool,
+    factor: float | None,
+    precision: str | None,
+) -> Tensor:
+    """T (V, M) of views x (V, N, K), or its sum times `factor`."""
+    if A.dtype not in (torch.float32, x.dtype):
+        A = A.float()
+    precision = precision or triton_ops.default_precision(x.device)
+    table = torch.ops.lejepa_fast.triton_table(x.detach(), A, scale, t, spacing, precision)
+    count, N = None, x.shape[-2]
+    if group is not None:
+        table, count = all_reduce_sums(table.sum(0, keepdim=True), N, group)
+    value, _ = torch.ops.lejepa_fast.triton_statistic(
+        x, A, scale, table, count, N, t, phi, weights, spacing, unbiased, scale_by_n, factor, precision
+    )
+    return value
+
+
+def resolve_implementation(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The implementation that `impl` means for tensors of a device and dtype.
+
+    "auto" takes the Triton kernels on a GPU that can run them (see `triton_ops.TAKEN_BY_AUTO`), else the
+    streaming implementation; what it chose is logged once per device type.
 
     Raises:
-        ValueError: unknown name, or an implementation that this installation does not have.
+        ValueError, TypeError: unknown name, or an implementation that cannot run here; says which can.
     """
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
     if impl == "triton":
-        raise ValueError(
-            "impl: 'triton' kernels are not part of this version of lejepa_fast; "
-            "use impl='torch', which runs on every device, or impl='auto'"
-        )
+        problem = triton_ops.why_not(device, dtype)
+        if problem is not None:
+            raise (TypeError if dtype not in triton_ops.DTYPES else ValueError)(problem)
     if impl != "auto":
         return impl
+    chosen, why = "torch", "no kernels for this device"
+    if device.type == "cuda":
+        problem = triton_ops.why_not(device, dtype)
+        if problem is None and not triton_ops.TAKEN_BY_AUTO:
+            problem = "the Triton kernels have not been run on GPUs yet; choose impl='triton' to try them"
+        chosen, why = ("triton", "kernels") if problem is None else ("torch", problem)
     if not torch.compiler.is_compiling() and device.type not in _logged_devices:
         _logged_devices.add(device.type)
-        logger.info("SIGReg impl='auto' takes 'torch' (streaming) on %s", device.type)
-    return "torch"
+        logger.info("SIGReg impl='auto' takes %r on %s: %s", chosen, device.type, why)
+    return chosen
 
 
 _logged_devices: set[str] = set()
@@ -174,7 +230,14 @@ def _readable(t: Tensor) -> bool:
 
 
 def _check_inputs(
-    x: Tensor, A: Tensor, t: Tensor, phi: Tensor, weights: Tensor, reduction: str | None
+    x: Tensor,
+    A: Tensor,
+    t: Tensor,
+    phi: Tensor,
+    weights: Tensor,
+    reduction: str | None,
+    scale: Tensor | None,
+    precision: str | None,
 ) -> None:
     check_embeddings("x", x)
     if A.dim() != 2 or A.shape[0] != x.shape[-1] or A.shape[1] < 1:
@@ -192,11 +255,21 @@ def _check_inputs(
         raise ValueError(f"A: expected on the device of x, {x.device}, got {A.device}")
     if reduction not in ("mean", "sum", None):
         raise ValueError(f"reduction: expected 'mean', 'sum' or None, got {reduction!r}")
+    if scale is not None and (
+        scale.shape != A.shape[1:] or scale.dtype not in (torch.float32, torch.float64)
+    ):
+        got = f"{scale.dtype} of shape {tuple(scale.shape)}"
+        raise ValueError(f"scale: expected float32 of shape ({A.shape[1]},), got {got}")
+    if scale is not None and scale.device != x.device:
+        raise ValueError(f"scale: expected on the device of x, {x.device}, got {scale.device}")
+    if precision not in (*triton_ops.PRECISIONS, None):
+        expected = ", ".join(map(repr, triton_ops.PRECISIONS))
+        raise ValueError(f"precision: expected one of {expected} or None, got {precision!r}")
 
 
-def _refuse_gradients(chosen: str, **arguments: Tensor) -> None:
+def _refuse_gradients(chosen: str, **arguments: Tensor | None) -> None:
     for name, tensor in arguments.items():
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name}: expected a tensor without gradient for impl={chosen!r}, got requires_grad=True; "
                 "detach it or choose impl='reference'"

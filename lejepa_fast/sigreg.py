@@ -9,9 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checks import check_count, check_embeddings, check_integer
-from .directions import sample_directions
+from .directions import sample_unit_directions
 from .ops import (
+    IMPLEMENTATIONS,
     Implementation,
+    Precision,
     Reduction,
     check_spacing,
     is_recomputing,
@@ -56,6 +58,7 @@ class SIGReg(nn.Module):
             instead of a statistic for each view.
         knots: quadrature to use instead of `t_max` and `n_points`, for other targets or windows; phi and
             weights may have shape (J, M).
+        precision: of float32 products with the Triton kernels, see `lejepa_fast.sigreg`.
 
     Shape:
         z: (..., N, K), any floating dtype.
@@ -85,6 +88,7 @@ class SIGReg(nn.Module):
         scale_by_n: bool = True,
         pool_views: bool = False,
         knots: Knots | None = None,
+        precision: Precision | None = None,
     ):
         super().__init__()
         check_integer("num_slices", num_slices, at_least=1)
@@ -97,13 +101,15 @@ class SIGReg(nn.Module):
         self.process_group = process_group
         self.sync = sync
         self.impl: Implementation = impl
+        self.precision: Precision | None = precision
         self.seed = seed
         self.scale_by_n = scale_by_n
         self.pool_views = pool_views
         self._knots = standard_normal_knots(t_max, n_points) if knots is None else _checked(knots)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._register_knots(self.step.device)
-        resolve_implementation(impl, self.step.device)  # an unknown name fails here, not in training
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
         # What activation checkpointing needs to know: calls since a backward pass began or recomputed.
         self._calls = 0
         self._backward_began = False
@@ -130,13 +136,14 @@ class SIGReg(nn.Module):
         # The buffers are float32; float64 embeddings get knots to match.
         knots = self._knots if z.dtype == torch.float64 else self
         with torch.no_grad():
-            A = sample_directions(
+            # In the dtype of z, for its tensor cores; in half precision the scale undoes the rounding.
+            A, scale = sample_unit_directions(
                 z.shape[-1],
                 self.num_slices,
                 step=self._next_step() if step is None else step,
                 seed=self.seed,
                 device=z.device,
-                dtype=torch.float64 if z.dtype == torch.float64 else torch.float32,
+                dtype=z.dtype if z.dtype.is_floating_point else torch.float32,
             )
         loss = sigreg(
             z,
@@ -151,6 +158,8 @@ class SIGReg(nn.Module):
             sync=self.sync,
             impl=self.impl,
             spacing=self._knots.spacing,
+            scale=scale if z.dtype.itemsize == 2 else None,
+            precision=self.precision,
         )
         if loss.requires_grad and not torch.compiler.is_compiling():
             loss.register_hook(self._note_backward)

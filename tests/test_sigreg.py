@@ -386,7 +386,7 @@ def _bad(**changes):
         (_bad(spacing="no"), TypeError, "^spacing: expected a number, got 'no'"),
         (_bad(reduction="max"), ValueError, "^reduction: expected .* got 'max'"),
         (_bad(impl="cuda"), ValueError, "^impl: expected one of .* got 'cuda'"),
-        (_bad(impl="triton"), ValueError, "^impl: 'triton' .* use impl='torch'"),
+        (_bad(impl="triton"), ValueError, "^x: expected on a GPU for impl='triton' .* use impl='torch'"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, message):

@@ -1,0 +1,275 @@
+"""Sums of the table's products over samples, without the projected matrix (maths: `series.py`).
+
+One program takes BLOCK_M directions, a range of samples of one view (a split) and a chunk of the table. It
+projects BLOCK_N samples at a time on the tensor cores and accumulates the products in registers; every
+program writes its partial table once, so two runs agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import Config
+from .layout import Plan, count_splits
+from .runtime import empty, kernel_device
+from .series import (
+    baby_steps,
+    complex_mul,
+    complex_square,
+    cos_sin,
+    load_directions,
+    project,
+    scaled_factor,
+    split_columns,
+    stride_from_babies,
+)
+
+
+@triton.jit
+def _add_products(
+    sums,
+    p,
+    part_mask,
+    f_hi,
+    f_lo,
+    g_hi,
+    g_lo,
+    B: tl.constexpr,
+    G: tl.constexpr,
+    FAR: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """`sums` plus the products of one column of samples; p and `part_mask` have shape (BLOCK_M, LANES)."""
+    c1, s1 = cos_sin(p, f_hi, f_lo)
+    babies = baby_steps(c1, s1, B)
+    giants = ()
+    if FAR:
+        # Giant steps far from 0 start at a sine and cosine of their own: powers lose a digit in ten.
+        c_a, s_a = cos_sin(p, g_hi, g_lo)
+        c7, s7 = stride_from_babies(babies)
+        c_b, s_b = complex_mul(c_a, s_a, c7, s7)
+        giants = (c_a, s_a, c_b, s_b)
+    elif G > 0:
+        c_a, s_a = stride_from_babies(babies)
+        giants = (c_a, s_a)
+        if G > 1:
+            c_b, s_b = complex_square(c_a, s_a)
+            giants = (c_a, s_a, c_b, s_b)
+    if MASK:
+        babies = _masked(babies, part_mask)
+        giants = _masked(giants, part_mask)
+    new = ()
+    for b in tl.static_range(2 * B):
+        new = new + (sums[b] + babies[b],)
+    for r in tl.static_range(2 * G):
+        new = new + (sums[(r + 1) * (1 + 2 * B) - 1] + giants[r],)
+        for b in tl.static_range(2 * B):
+            new = new + (tl.fma(giants[r], babies[b], sums[(r + 1) * (1 + 2 * B) + b]),)
+    return new
+
+
+@triton.jit
+def _masked(values, mask):
+    out = ()
+    for i in tl.static_range(len(values)):
+        out = out + (tl.where(mask, values[i], 0.0),)
+    return out
+
+
+@triton.jit
+def _add_knots(sums, p, part_mask, factors_hi, factors_lo, MASK: tl.constexpr):
+    """`sums` plus cosine and sine of every knot of the chunk."""
+    new = ()
+    for j in tl.static_range(len(factors_hi)):
+        c, s = cos_sin(p, factors_hi[j], factors_lo[j])
+        if MASK:
+            c = tl.where(part_mask, c, 0.0)
+            s = tl.where(part_mask, s, 0.0)
+        new = new + (sums[2 * j] + c, sums[2 * j + 1] + s)
+    return new
+
+
+@triton.jit
+def _sigreg_fwd_kernel(
+    x_ptr,  # (V, N, K)
+    a_ptr,  # (K, M)
+    scale_ptr,  # (M,) float32, multiplies the columns of A
+    t_ptr,  # (J,) float32, direct path
+    out_ptr,  # (splits, V, rows, M) float32
+    views,
+    N,
+    K,
+    M,
+    J,
+    factor_hi,
+    factor_lo,
+    splits,
+    tiles_per_split,
+    stride_xv,
+    stride_xn,
+    stride_xk,
+    stride_ak,
+    stride_am,
+    HAS_SCALE: tl.constexpr,
+    EQUIDISTANT: tl.constexpr,
+    B: tl.constexpr,  # baby steps
+    G: tl.constexpr,  # giant steps of a chunk
+    ROWS: tl.constexpr,  # rows of the whole table
+    CHUNKS: tl.constexpr,
+    CHUNK_KNOTS: tl.constexpr,  # direct path
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SINGLE_K: tl.constexpr,  # K <= BLOCK_K: the directions are loaded once
+    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
+    EVEN_N: tl.constexpr,  # N is a multiple of BLOCK_N
+    PRECISION: tl.constexpr,
+):
+    LANES: tl.constexpr = 4
+    # Programs next to each other share samples: their tile of x comes from the cache.
+    pid = tl.program_id(0)
+    m_blocks = tl.cdiv(M, BLOCK_M)
+    m = (pid % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pid = pid // m_blocks
+    chunk = pid % CHUNKS
+    pid = pid // CHUNKS
+    split = pid % splits
+    view = pid // splits
+
+    f_hi, f_lo = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
+    g_hi, g_lo = f_hi, f_lo
+    factors_hi = ()
+    factors_lo = ()
+    zero = tl.zeros((BLOCK_M, LANES), tl.float32)
+    sums = ()
+    if EQUIDISTANT:
+        COUNT: tl.constexpr = (1 + 2 * G) * (1 + 2 * B) - 1
+        if CHUNKS > 1:
+            first = ((2 * chunk + 1) * (2 * B + 1)).to(tl.float32)
+            g_hi = f_hi * first
+            g_lo = tl.fma(f_hi, first, -g_hi) + f_lo * first
+    else:
+        COUNT: tl.constexpr = 2 * CHUNK_KNOTS
+        for j in tl.static_range(CHUNK_KNOTS):
+            knot = chunk * CHUNK_KNOTS + j
+            t = tl.load(t_ptr + knot, mask=knot < J, other=0.0)
+            h_hi = f_hi * t
+            factors_hi = factors_hi + (h_hi,)
+            factors_lo = factors_lo + (tl.fma(f_hi, t, -h_hi) + f_lo * t,)
+    for _ in tl.static_range(COUNT):
+        sums = sums + (zero,)
+
+    x_ptr += view.to(tl.int64) * stride_xv
+    a = zero
+    if SINGLE_K:
+        k = tl.arange(0, BLOCK_K)
+        a_ptrs = a_ptr + m[:, None].to(tl.int64) * stride_am + k[None, :] * stride_ak
+        a = load_directions(a_ptrs, m, k, M, K, EVEN_K)
+    start = split * tiles_per_split * BLOCK_N
+    stop = tl.minimum(N, start + tiles_per_split * BLOCK_N)
+    full_stop = stop if EVEN_N else start + (stop - start) // BLOCK_N * BLOCK_N
+    for n0 in range(start, full_stop, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        p = project(x_ptr, a_ptr, a, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
+            BLOCK_M, BLOCK_N, BLOCK_K, SINGLE_K, EVEN_K, False, PRECISION)  # fmt: skip
+        parts = split_columns(p, BLOCK_M, BLOCK_N, LANES)
+        for i in tl.static_range(len(parts)):
+            if EQUIDISTANT:
+                sums = _add_products(sums, parts[i], zero, f_hi, f_lo, g_hi, g_lo, B, G, CHUNKS > 1, False)
+            else:
+                sums = _add_knots(sums, parts[i], zero, factors_hi, factors_lo, False)
+    if not EVEN_N:
+        for n0 in range(full_stop, stop, BLOCK_N):
+            n = n0 + tl.arange(0, BLOCK_N)
+            p = project(x_ptr, a_ptr, a, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
+                BLOCK_M, BLOCK_N, BLOCK_K, SINGLE_K, EVEN_K, True, PRECISION)  # fmt: skip
+            parts = split_columns(p, BLOCK_M, BLOCK_N, LANES)
+            valid = tl.broadcast_to((n < N)[None, :].to(tl.int32), (BLOCK_M, BLOCK_N))
+            masks = split_columns(valid, BLOCK_M, BLOCK_N, LANES)
+            for i in tl.static_range(len(parts)):
+                mask = masks[i] != 0
+                if EQUIDISTANT:
+                    sums = _add_products(sums, parts[i], mask, f_hi, f_lo, g_hi, g_lo, B, G, CHUNKS > 1, True)
+                else:
+                    sums = _add_knots(sums, parts[i], mask, factors_hi, factors_lo, True)
+
+    out_ptr += (split.to(tl.int64) * views + view) * ROWS * M + m
+    if EQUIDISTANT:
+        # Sum i is entry i + 1 of the chunk's table: row 0 is shared, the others follow chunk by chunk.
+        W: tl.constexpr = 1 + 2 * B
+        shared = m < tl.where(chunk == 0, M, 0)
+        tl.store(out_ptr, tl.zeros((BLOCK_M,), tl.float32) + (stop - start), mask=shared)
+        for i in tl.static_range(2 * B):
+            tl.store(out_ptr + (i + 1) * M, tl.sum(sums[i], 1), mask=shared)
+        for i in tl.static_range(2 * B, COUNT):
+            row = i + 1 + chunk * (2 * G * W)
+            tl.store(out_ptr + row * M, tl.sum(sums[i], 1), mask=m < tl.where(row < ROWS, M, 0))
+    else:
+        for i in tl.static_range(COUNT):
+            row = i + chunk * (2 * CHUNK_KNOTS)
+            tl.store(out_ptr + row * M, tl.sum(sums[i], 1), mask=m < tl.where(row < ROWS, M, 0))
+
+
+def table_sums(
+    x: Tensor, A: Tensor, scale: Tensor | None, t: Tensor, plan: Plan, config: Config, precision: str
+) -> Tensor:
+    """Partial tables of every view.
+
+    Args:
+        x: embeddings, shape (V, N, K), float32, bf16 or fp16, any strides.
+        A: directions, shape (K, M). Of the dtype of x they meet on the tensor cores of that dtype;
+            else both are multiplied as float32.
+        scale: multiplies the columns of A, shape (M,) float32, or None.
+        t: knots, shape (J,) float32; read on the device, for arbitrary knots only.
+        plan: layout of the table.
+        config: tile sizes.
+        precision: of float32 products: "ieee", "tf32x3" or "tf32".
+
+    Returns:
+        shape (splits, V, rows, M), float32, to be summed over the splits.
+    """
+    (views, N, K), M = x.shape, A.shape[1]
+    tile = config.forward
+    block_k = min(tile.block_k, max(16, triton.next_power_of_2(K)))
+    splits, tiles_per_split = count_splits(views, N, M, plan, tile[:2], config.programs)
+    programs = views * triton.cdiv(M, tile.block_m) * plan.chunks * splits
+    out = empty(x, (splits, views, plan.rows, M), torch.float32)
+    with kernel_device(x):
+        _sigreg_fwd_kernel[(programs,)](
+            x,
+            A,
+            A if scale is None else scale,
+            t,
+            out,
+            views,
+            N,
+            K,
+            M,
+            plan.J,
+            plan.factor_hi,
+            plan.factor_lo,
+            splits,
+            tiles_per_split,
+            *x.stride(),
+            *A.stride(),
+            HAS_SCALE=scale is not None,
+            EQUIDISTANT=plan.equidistant,
+            B=plan.B,
+            G=plan.chunk_giants,
+            ROWS=plan.rows,
+            CHUNKS=plan.chunks,
+            CHUNK_KNOTS=plan.chunk_knots,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=block_k,
+            SINGLE_K=K <= block_k,
+            EVEN_K=K % block_k == 0,
+            EVEN_N=N % tile.block_n == 0,
+            PRECISION=precision,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return out

@@ -1,0 +1,90 @@
+"""How the sums of J knots are laid out in a table and shared between programs (maths: `series.py`)."""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import NamedTuple
+
+_BABIES = 3
+_CHUNK_GIANTS = 2  # 34 running sums a direction: more do not fit into registers
+_CHUNK_KNOTS = 8
+
+
+class Plan(NamedTuple):
+    """Table of a set of knots.
+
+    Attributes:
+        equidistant: knots `j * spacing` by baby and giant steps, else one sine and cosine a knot.
+        J: number of knots.
+        B: baby steps.
+        G: giant steps.
+        chunk_giants: giant steps of one program (equidistant knots).
+        chunk_knots: knots of one program (arbitrary knots).
+        chunks: programs that share the table.
+        rows: entries of the table for one view and direction.
+        factor_hi, factor_lo: half turns per unit of projection (equidistant) or per unit of t p, as the
+            sum of two float32 numbers.
+        giant_factor: the same for one giant step.
+    """
+
+    equidistant: bool
+    J: int
+    B: int
+    G: int
+    chunk_giants: int
+    chunk_knots: int
+    chunks: int
+    rows: int
+    factor_hi: float
+    factor_lo: float
+    giant_factor: tuple[float, float]
+
+
+def make_plan(J: int, spacing: float | None) -> Plan:
+    """The table for J knots, `spacing` apart from 0 or, with None, anywhere."""
+    if spacing is None or J < 2:
+        chunk_knots = min(J, _CHUNK_KNOTS)
+        chunks = -(-J // chunk_knots)
+        return Plan(False, J, 0, 0, 0, chunk_knots, chunks, 2 * J, *_two_floats(1 / math.pi), (0.0, 0.0))
+    degree = J - 1
+    B = min(degree, _BABIES)
+    G = -(-max(0, degree - B) // (2 * B + 1))
+    chunk_giants = min(G, _CHUNK_GIANTS)
+    chunks = -(-G // chunk_giants) if G else 1
+    rows = (1 + 2 * G) * (1 + 2 * B)
+    turns = spacing / math.pi
+    giant = _two_floats((2 * B + 1) * turns)
+    return Plan(True, J, B, G, chunk_giants, 0, chunks, rows, *_two_floats(turns), giant)
+
+
+def count_splits(
+    views: int, N: int, M: int, plan: Plan, tile: tuple[int, int], programs: int
+) -> tuple[int, int]:
+    """How the samples of a view are shared: (number of splits, tiles of samples in each).
+
+    Args:
+        views, N, M: sizes of the batch and the number of directions.
+        plan: layout of the table.
+        tile: directions and samples of a tile.
+        programs: programs to start at least, as far as there are tiles.
+    """
+    block_m, block_n = tile
+    base = views * ceil_div(M, block_m) * plan.chunks
+    tiles = max(1, ceil_div(N, block_n))
+    tiles_per_split = ceil_div(tiles, min(tiles, ceil_div(programs, base)))
+    return ceil_div(tiles, tiles_per_split), tiles_per_split
+
+
+def ceil_div(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def _two_floats(value: float) -> tuple[float, float]:
+    """Two float32 numbers whose sum is `value` to about 48 bits."""
+    high = _to_float32(value)
+    return high, _to_float32(value - high)
+
+
+def _to_float32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]

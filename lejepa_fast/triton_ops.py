@@ -1,0 +1,220 @@
+"""Registered operators around the Triton kernels, and whether they can run.
+
+    x, A --[triton_table]--> partial sums --[sum over splits, all-reduce]--> --[triton_statistic]--> loss
+                                                                     grad --[triton_gradient]--> dx
+
+`triton_statistic` is where the gradient lives: it returns the coefficients of dT/dp beside the value and
+hands them to `triton_gradient`, so nothing of the size of the sums is differentiated, and x enters
+`triton_table` detached. Without ranks to add up, the splits are summed inside `triton_statistic`.
+
+Triton is imported when an operator runs, not with this module.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels.configs import Config, get_config, target_of
+from .kernels.layout import Plan, count_splits, make_plan
+from .kernels.runtime import interpreting
+
+# The kernels pass their tests in the interpreter and compile for every target, but have not run on a GPU
+# yet. Until bench/ holds such a run, only impl="triton" takes them.
+TAKEN_BY_AUTO = False
+MIN_TRITON = (3, 6)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot take a tensor: "argument: expected ..., got ...", or None if they can."""
+    if dtype not in DTYPES:
+        return f"x: expected float32, bfloat16 or float16 for impl='triton', got {dtype}; use impl='torch'"
+    version = _triton_version()
+    if version is None:
+        return "impl: 'triton' needs the package triton, which is not installed; use impl='torch'"
+    if version < MIN_TRITON:
+        needed, got = (".".join(map(str, v)) for v in (MIN_TRITON, version))
+        return f"impl: 'triton' needs triton {needed} or newer, got {got}; use impl='torch'"
+    if device.type == "cuda":
+        try:
+            target_of(device)
+        except ValueError as error:
+            return str(error)
+        return None
+    if device.type == "cpu" and interpreting():
+        return None
+    return (
+        f"x: expected on a GPU for impl='triton' (or TRITON_INTERPRET=1 in the environment), got {device}; "
+        "use impl='torch'"
+    )
+
+
+def _triton_version() -> tuple[int, ...] | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
+
+
+def default_precision(device: torch.device) -> str:
+    """How float32 is multiplied unless told otherwise: as accurately as float32, on tensor cores if possible.
+
+    "tf32x3" splits each factor into two tf32 numbers; AMD's compiler does not have it.
+    """
+    return "ieee" if device.type == "cpu" or torch.version.hip else "tf32x3"
+
+
+def tile_itemsize(x: Tensor, A: Tensor) -> int:
+    """Bytes of an element as it is multiplied: x and A of different dtypes meet as float32."""
+    return x.element_size() if x.dtype == A.dtype else 4
+
+
+def _layout(x: Tensor, A: Tensor, J: int, spacing: float | None) -> tuple[Plan, Config]:
+    return make_plan(J, spacing), get_config(x.device, tile_itemsize(x, A))
+
+
+@torch.library.custom_op("lejepa_fast::triton_table", mutates_args=())
+def triton_table(
+    x: Tensor, A: Tensor, scale: Tensor | None, t: Tensor, spacing: float | None, precision: str
+) -> Tensor:
+    """x (V, N, K), A (K, M), scale (M,), t (J,) -> sums (splits, V, rows, M), see `kernels/forward.py`."""
+    from .kernels.forward import table_sums
+
+    plan, config = _layout(x, A, t.shape[0], spacing)
+    return table_sums(x, A, scale, t, plan, config, precision)
+
+
+@triton_table.register_fake
+def _(x: Tensor, A: Tensor, scale: Tensor | None, t: Tensor, spacing: float | None, precision: str) -> Tensor:
+    plan, config = _layout(x, A, t.shape[0], spacing)
+    views, N, M = x.shape[0], x.shape[1], A.shape[1]
+    splits, _ = count_splits(views, N, M, plan, config.forward[:2], config.programs)
+    return x.new_empty(splits, views, plan.rows, M, dtype=torch.float32)
+
+
+@torch.library.custom_op("lejepa_fast::triton_statistic", mutates_args=())
+def triton_statistic(
+    x: Tensor,
+    A: Tensor,
+    scale: Tensor | None,
+    table: Tensor,
+    count: Tensor | None,
+    local_count: int,
+    t: Tensor,
+    phi: Tensor,
+    weights: Tensor,
+    spacing: float | None,
+    unbiased: bool,
+    scale_by_n: bool,
+    factor: float | None,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """Statistic (V, M), or its sum times `factor`, and coefficients (V, M, rows), see `kernels/finish.py`.
+
+    x is not read: it is here because the gradient goes to it. `count` is the number of samples behind the
+    table if ranks were added, else `local_count` is.
+    """
+    from .kernels.finish import finish
+
+    return finish(
+        table,
+        local_count if count is None else count,
+        scale,
+        t,
+        phi,
+        weights,
+        make_plan(t.shape[0], spacing),
+        unbiased=unbiased,
+        scale_by_n=scale_by_n,
+        factor=factor,
+    )
+
+
+@triton_statistic.register_fake
+def _(
+    x: Tensor,
+    A: Tensor,
+    scale: Tensor | None,
+    table: Tensor,
+    count: Tensor | None,
+    local_count: int,
+    t: Tensor,
+    phi: Tensor,
+    weights: Tensor,
+    spacing: float | None,
+    unbiased: bool,
+    scale_by_n: bool,
+    factor: float | None,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    _, views, rows, M = table.shape
+    value = table.new_empty((views, M) if factor is None else ())
+    return value, table.new_empty(views, M, rows)
+
+
+@torch.library.custom_op("lejepa_fast::triton_gradient", mutates_args=())
+def triton_gradient(
+    grad: Tensor,
+    factor: float,
+    coef: Tensor,
+    x: Tensor,
+    A: Tensor,
+    scale: Tensor | None,
+    t: Tensor,
+    spacing: float | None,
+    precision: str,
+) -> Tensor:
+    """Gradient in x, shape and dtype of x, contiguous, see `kernels/backward.py`."""
+    from .kernels.backward import gradient
+
+    plan, config = _layout(x, A, t.shape[0], spacing)
+    return gradient(grad, factor, coef, x, A, scale, t, plan, config, precision)
+
+
+@triton_gradient.register_fake
+def _(
+    grad: Tensor,
+    factor: float,
+    coef: Tensor,
+    x: Tensor,
+    A: Tensor,
+    scale: Tensor | None,
+    t: Tensor,
+    spacing: float | None,
+    precision: str,
+) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, A, scale, _, _, _, t, _, _, ctx.spacing, _, _, factor, ctx.precision = inputs
+    ctx.factor = 1.0 if factor is None else factor
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], x, A, scale, t)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    dx = None
+    if grad is not None:
+        coef, x, A, scale, t = ctx.saved_tensors
+        dx = torch.ops.lejepa_fast.triton_gradient(
+            grad, ctx.factor, coef, x, A, scale, t, ctx.spacing, ctx.precision
+        )
+    return (dx, *[None] * 13)
+
+
+def _refuse_double_backward(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError(
+        "sigreg: double backward is supported by impl='reference' only; choose it to differentiate twice"
+    )
+
+
+triton_statistic.register_autograd(_backward, setup_context=_setup_context)
+triton_gradient.register_autograd(_refuse_double_backward)
