@@ -20,7 +20,7 @@ def report():
 
     def get(target: str) -> list[dict]:
         if target not in reports:
-            reports[target] = kernel_report.report(target, ["bf16"])
+            reports[target] = kernel_report.report(target, ["bf16", "fp32"])
         return reports[target]
 
     return get
