@@ -26,11 +26,12 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from benchlib import print_table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from lejepa_fast.kernels import backward, directions, finish, forward
 from lejepa_fast.kernels.configs import TARGETS, Tile, shipped_config
 from lejepa_fast.kernels.layout import Plan, make_plan
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 BUDGETS = Path(__file__).parent / "kernel_budgets.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -7,6 +7,7 @@ import json
 
 import kernel_report
 import pytest
+
 from lejepa_fast.kernels.configs import TARGETS
 from lejepa_fast.kernels.runtime import interpreting
 
