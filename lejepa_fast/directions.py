@@ -108,8 +108,9 @@ def _sample_directions(
     if dtype == torch.float64:
         normals = normals.double()
     A = (normals / torch.linalg.vector_norm(normals, dim=0, keepdim=True)).to(dtype)
-    rounded = A if dtype == torch.float64 else A.float()
-    return A, 1 / torch.linalg.vector_norm(rounded, dim=0)
+    if dtype.itemsize > 2:  # unit vectors already, to their own rounding
+        return A, A.new_ones(num_slices)
+    return A, 1 / torch.linalg.vector_norm(A.float(), dim=0)
 
 
 @_sample_directions.register_fake

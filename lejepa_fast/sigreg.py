@@ -143,7 +143,7 @@ class SIGReg(nn.Module):
                 step=self._next_step() if step is None else step,
                 seed=self.seed,
                 device=z.device,
-                dtype=z.dtype if z.dtype.is_floating_point else torch.float32,
+                dtype=z.dtype,
             )
         loss = sigreg(
             z,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accuracy import COMPILE_BACKEND
 
-from lejepa_fast import sample_directions
+from lejepa_fast import sample_directions, sample_unit_directions
 from lejepa_fast.directions import philox_4x32
 
 GOLDEN = [
@@ -46,6 +46,17 @@ def test_columns_are_unit_vectors(dim, dtype):
     assert A.dtype == dtype
     tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     torch.testing.assert_close(A.double().norm(dim=0), torch.ones(33).double(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_scale_makes_rounded_columns_unit_vectors(dtype):
+    A, scale = sample_unit_directions(40, 33, step=5, dtype=dtype)
+    assert torch.equal(A, sample_directions(40, 33, step=5, dtype=dtype))
+    torch.testing.assert_close(
+        (A.double() * scale.double()).norm(dim=0), torch.ones(33).double(), rtol=0, atol=5e-7
+    )
+    if dtype.itemsize > 2:
+        assert torch.equal(scale, torch.ones(33, dtype=dtype))
 
 
 def test_directions_are_isotropic():

@@ -68,6 +68,7 @@ def train_rows(cfg: Config) -> list[dict[str, Any]]:
         (["--resume", "{tmp}/nowhere"], "checkpoint {tmp}/nowhere does not exist"),
         (["--lambda", "2"], "loss.lambd: expected a number from 0 to 1"),
         (["--loss.t-max", "-1"], "loss: t_max"),
+        (["--loss.impl", "triton"], "expected on a GPU for impl='triton'"),
         (["--data.backend", "dali"], "dali"),
     ],
 )

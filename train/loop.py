@@ -107,7 +107,7 @@ class Trainer:
         cfg, world = self.cfg, self.world
         self.amp_dtype = _autocast_dtype(cfg, world.device)
         self.model = self._place(build_model(cfg))
-        self.loss_fn = build_loss(cfg).to(world.device)
+        self.loss_fn = build_loss(cfg, world.device)
         # What is random in training (drop path) differs between ranks and not between runs.
         checkpoint.seed_rng(cfg.seed + 7919 * world.rank)
 
@@ -425,8 +425,8 @@ class Trainer:
         return [view[:6].cpu() for view in next(iter(self.loader))[0]]
 
 
-def build_loss(cfg: Config) -> LeJEPALoss:
-    """The loss of a run; UsageError for values that it refuses."""
+def build_loss(cfg: Config, device: torch.device) -> LeJEPALoss:
+    """The loss of a run on its device; UsageError for values that it refuses, or an `impl` not to be had."""
     options = cfg.loss
     try:
         sigreg = SIGReg(
@@ -437,9 +437,12 @@ def build_loss(cfg: Config) -> LeJEPALoss:
             impl=options.impl,
             seed=cfg.seed,
         )
-        return LeJEPALoss(lambd=options.lambd, sigreg=sigreg, center=options.center, form=options.form)
-    except (ValueError, TypeError, NotImplementedError) as error:
+        loss_fn = LeJEPALoss(lambd=options.lambd, sigreg=sigreg, center=options.center, form=options.form)
+        loss_fn.to(device)
+        _ = sigreg.chosen_impl  # raises where the implementation cannot run, before the run folder is made
+    except (ValueError, TypeError) as error:
         raise UsageError(f"loss: {error}") from error
+    return loss_fn
 
 
 def _autocast_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:

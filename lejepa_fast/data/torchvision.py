@@ -2,10 +2,10 @@
 
 Each image is decoded once and all its views are cut from the decoded pixels. Every pixel operation
 is a function of `torchvision.transforms.v2.functional`; of its two implementations the faster one is
-used per operation. On crops of 32-224 px its Pillow kernels do colour jitter about twice as fast as
-its tensor kernels (hue at 64 px: 121 against 266 us on one core), while resizing, blur and solarize
-are faster on uint8 tensors. Both are what the authors' own pipeline may run, as v2 transforms take
-either. Views stay uint8 until they have left the worker: a quarter of the bytes to move.
+used per operation. On crops of 32-224 px its Pillow kernels do colour jitter faster than its tensor
+kernels, while resizing, blur and solarize are faster on uint8 tensors. Both are what the authors' own
+pipeline may run, as v2 transforms take either. Views stay uint8 until they have left the worker: a
+quarter of the bytes to move.
 """
 
 from __future__ import annotations
@@ -232,8 +232,8 @@ class TorchvisionBackend:
 def _one_thread() -> Iterator[None]:
     """One intra-op thread while making a batch, in a worker and without workers alike.
 
-    A team of threads costs more than a crop of 10,000 pixels is worth (with num_workers=0 on two busy
-    cores it was slower by a factor of 8), and OpenMP teams do not survive a fork.
+    A team of threads costs more than a crop of 10,000 pixels is worth, most of all on busy cores, and
+    OpenMP teams do not survive a fork.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
