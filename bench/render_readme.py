@@ -1,7 +1,7 @@
-"""Write the README's measured tables from bench/results: python bench/render_readme.py [--check]
+"""Write the measured tables of README.md and docs/kernels.md: python bench/render_readme.py [--check]
 
 Tables stand between `<!-- NAME -->` and `<!-- /NAME -->`; what is between is replaced. With --check
-nothing is written, and the exit code is 1 when the README is not what the rows say.
+nothing is written, and the exit code is 1 when a document is not what the rows say.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from accuracy_bench import cells as error_cells
 from benchlib import RESULTS
 from sigreg_bench import BASELINE
 
@@ -91,17 +92,28 @@ def recipe(row: Row) -> Row:
     return {key: value for key, value in row["config"].items() if key not in ("seed", "out", "resume")}
 
 
+def accuracy_table() -> str:
+    """Errors over J and |p|: the newest rows of compiled kernels, or of interpreted ones."""
+    rows = read("sigreg_accuracy.jsonl")
+    rows = latest([row for row in rows if row["kernels"] == "compiled"] or rows)
+    header = ["", "J", *(f"\\|p\\| ~ {scale:g}" for scale in rows[0]["scales"])]
+    table = [[row["variant"], str(row["J"]), *error_cells(row)] for row in rows]
+    size = ", ".join(f"{name} = {value}" for name, value in rows[0]["size"].items())
+    return markdown(header, table) + f"\n\n{size}, kernels {rows[0]['kernels']}. {origin(rows[0])}"
+
+
 TABLES: dict[str, Callable[[], str]] = {"sigreg": sigreg_table, "pretrain": pretrain_table}
+DOCUMENTS = {README: TABLES, README.parent / "docs" / "kernels.md": {"accuracy": accuracy_table}}
 
 
-def render(text: str) -> str:
-    for name, table in TABLES.items():
+def render(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
+    for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         content = table().replace("\\", r"\\") + "\n"
         text, count = re.subn(pattern, rf"\g<1>{content}\g<2>", text, flags=re.DOTALL)
         if count != 1:
             raise SystemExit(
-                f"error: README.md must have one <!-- {name} --> ... <!-- /{name} -->, has {count}"
+                f"error: the document must have one <!-- {name} --> ... <!-- /{name} -->, has {count}"
             )
     return text
 
@@ -111,20 +123,21 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; fail if the README is out of date"
+        "--check", action="store_true", help="write nothing; fail if a document is out of date"
     )
     options = parser.parse_args()
-    before = README.read_text(encoding="utf-8")
-    after = render(before)
-    if not options.check:
-        README.write_text(after, encoding="utf-8")
-    elif before != after:
-        print(
-            "error: README.md is not what bench/results says; run python bench/render_readme.py",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    outdated = []
+    for document, tables in DOCUMENTS.items():
+        before = document.read_text(encoding="utf-8")
+        after = render(before, tables)
+        if not options.check:
+            document.write_text(after, encoding="utf-8")
+        elif before != after:
+            outdated.append(document.name)
+    if outdated:
+        what = "is not what bench/results says; run python bench/render_readme.py"
+        print(f"error: {', '.join(outdated)} {what}", file=sys.stderr)
+    return int(bool(outdated))
 
 
 if __name__ == "__main__":

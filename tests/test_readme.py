@@ -16,6 +16,14 @@ def test_tables_are_what_the_rows_say():
     assert render_readme.render(README) == README, "run python bench/render_readme.py"
 
 
+def test_tables_of_the_other_documents_are_what_the_rows_say():
+    for document, tables in render_readme.DOCUMENTS.items():
+        text = document.read_text(encoding="utf-8")
+        assert render_readme.render(text, tables) == text, (
+            f"{document.name}: run python bench/render_readme.py"
+        )
+
+
 def test_empty_tables_are_filled():
     empty = re.sub(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", r"\1\3", README, flags=re.DOTALL)
     assert empty != README
