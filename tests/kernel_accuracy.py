@@ -97,17 +97,6 @@ def test_target_and_weights_per_direction():
     check_accuracy(normal(2, 20, 6), directions(6, 9), knots, impl="triton")
 
 
-def test_strided_inputs():
-    A, knots, base = directions(6, 10), standard_normal_knots(), normal(4, 20, 12)
-    transposed = directions(10, 6).t()
-    for x in (base[1:3, ::2, 3:9], base[..., :6].transpose(0, 1), base[:1, :, :6].expand(3, 20, 6)):
-        assert not x.is_contiguous()
-        for a in (A, transposed):
-            strided, plain = (evaluate(v, a, knots, impl="triton") for v in (x, x.contiguous()))
-            torch.testing.assert_close(strided.value, plain.value, rtol=1e-6, atol=0)
-            torch.testing.assert_close(strided.grad, plain.grad, rtol=1e-5, atol=1e-8)
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("J", [1, 2, 17, 25])
 def test_non_finite_input_gives_nan(bad, J):
