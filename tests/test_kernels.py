@@ -40,7 +40,8 @@ def interpreted():
     yield processes
     for process in processes.values():
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 @no_gpu
