@@ -11,9 +11,9 @@ Without the git history, LEJEPA_COMMIT=HASH in the environment names the commit 
 Exit codes: 0 all stages ran and all targets are met (of a rehearsal: all stages ran), 1 something failed, was
 stopped or missed its target, 2 wrong usage, such as no GPU.
 
-Adding a stage: an entry in `STAGES` below. A benchmark follows one rule, `python bench/X.py --out DIR`: it appends
-its rows to DIR as they come, prints by lines, and its exit code says whether it worked. One that also knows
---rehearse, for a few seconds on a CPU, can be part of the rehearsal.
+Adding a stage: an entry in `STAGES` below. A benchmark follows one rule, `python bench/X.py --out DIR`: it
+appends its rows to DIR as they come, prints by lines, and its exit code says whether it worked. One that also
+knows --rehearse, for a few seconds on a CPU, can be part of the rehearsal.
 """
 
 from __future__ import annotations
@@ -107,6 +107,12 @@ def _pytest(*selection: str, rehearsed: str | None = None) -> Callable[[Run], li
     return command
 
 
+def _tiles(run: Run) -> list[str] | str:
+    if not (ROOT / "kernels" / "autotune.py").is_file():
+        return "no kernels/autotune.py in this checkout"
+    return _script("tiles_bench.py")(run)
+
+
 def _smoke(run: Run) -> list[str]:
     small = ["--steps", "2", "--device", "cpu", "--impl", "torch"]
     return [str(BENCH / "pretrain_smoke.py"), *(small if run.rehearse else []), *run.extra]
@@ -127,6 +133,7 @@ STAGES = (
     Stage("pretraining, 50 steps", 90, _smoke),
     Stage("accuracy", 60, _script("accuracy_bench.py"), rehearsed=False),
     Stage("large kernel tests", 60, _pytest("-m", "gpu"), rehearsed=False),
+    Stage("tiles", 90, _tiles),
     Stage("loader", 60, _script("loader_bench.py"), rehearsed=False),
     Stage("training", 60, _script("train_bench.py"), rehearsed=False),
     _sigreg("minimal-bfloat16"),
@@ -204,33 +211,26 @@ def stop(process: subprocess.Popen[str]) -> None:
             return
 
 
-def make_environment(rehearse: bool, folder: Path) -> dict[str, str]:
-    """The environment of the stages; the package itself from this checkout where it is not installed."""
+def make_environment(rehearse: bool, site: Path) -> dict[str, str]:
+    """The environment of the stages, which import the package from `site`."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
     environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the kernel tests ask for determinism
     if rehearse:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if site := link_checkout(folder):
-        sys.path.insert(0, str(site))
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     return environment
 
 
-def link_checkout(folder: Path) -> Path | None:
-    """A folder to import lejepa_fast from, laid out as an installation would; None where it is installed.
+def link_checkout(site: Path) -> None:
+    """Make `site` a folder to import this checkout's lejepa_fast from, laid out as an installation would.
 
-    `kernels/` and `train/` lie beside the package and are imported as parts of it (setup.py).
+    `kernels/` and `train/` lie beside the package and are imported as parts of it (setup.py). So nothing
+    needs to be installed, and what is installed from elsewhere is not what is checked.
     """
-    with contextlib.suppress(ImportError):
-        if importlib.util.find_spec("lejepa_fast.kernels"):
-            return None
-    for name in [name for name in sys.modules if name.partition(".")[0] == "lejepa_fast"]:
-        del sys.modules[name]
-    package = folder / "site" / "lejepa_fast"
+    package = site / "lejepa_fast"
     package.mkdir(parents=True)
     for entry in [*(ROOT / "lejepa_fast").iterdir(), ROOT / "kernels", ROOT / "train"]:
         (package / entry.name).symlink_to(entry)
-    return package.parent
 
 
 # --- The check ------------------------------------------------------------------------------------
@@ -243,8 +243,10 @@ class Check:
         self.run = run
         self.folder = folder
         self.deadline = time.monotonic() + 60 * minutes
-        self.environment = make_environment(run.rehearse, folder)
-        import benchlib  # only now: PyTorch, and with it the package, can be imported
+        link_checkout(folder / "site")
+        self.environment = make_environment(run.rehearse, folder / "site")
+        sys.path.insert(0, str(folder / "site"))
+        import benchlib  # only now: without PyTorch, --help still answers
 
         self.lib = benchlib
         self.about = benchlib.machine()

@@ -7,24 +7,18 @@ nothing is written, and the exit code is 1 when a document is not what the rows 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from accuracy_bench import cells as error_cells
-from benchlib import RESULTS
-from sigreg_bench import BASELINE
+from benchlib import RESULTS, read_rows
+from sigreg_variants import BASELINE, COMPILED, CPU_SIZE, TRITON
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 Row = dict[str, Any]
-
-
-def read(name: str) -> list[Row]:
-    lines = (RESULTS / name).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line]
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
@@ -46,9 +40,15 @@ def where(row: Row) -> str:
 
 
 def sigreg_table() -> str:
-    """The reference CPU size: the last complete measurement of it."""
-    size = {"V": 1, "N": 2048, "K": 512, "M": 1024, "J": 17}
-    rows = latest([r for r in read("sigreg.jsonl") if all(r[k] == v for k, v in size.items())])
+    """The sizes of a GPU where there are such rows, else the reference CPU size; each as last measured."""
+    rows = [row for row in read_rows(RESULTS / "sigreg.jsonl") if not row.get("rehearsal")]
+    on_gpu = [row for row in rows if "wall" in row]
+    return gpu_table(on_gpu) if on_gpu else cpu_table(rows)
+
+
+def cpu_table(rows: Sequence[Row]) -> str:
+    size = CPU_SIZE._asdict()
+    rows = latest([r for r in rows if all(r[k] == v for k, v in size.items()) and r["dtype"] == "float32"])
     base = next(row for row in rows if row["variant"] == BASELINE)
     if not base["correct"]:
         raise SystemExit(f"error: the newest rows of {BASELINE!r} are not correct; measure again")
@@ -69,9 +69,56 @@ def sigreg_table() -> str:
     return markdown(header, table) + f"\n\n{origin(base)}"
 
 
+# Case, dtype, what is compared: the wall clock where launches are what takes the time.
+GPU_LINES = [
+    ("reference", "bfloat16", "forward_backward"),
+    ("reference", "float32", "forward_backward"),
+    ("giant", "bfloat16", "forward_backward"),
+    ("minimal", "float32", "wall"),
+]
+
+
+def gpu_table(everything: Sequence[Row]) -> str:
+    """A line for each size: the authors' formulation, torch.compile of it, ours; directions included."""
+    table, newest = [], {}
+    for case, dtype, phase in GPU_LINES:
+        wanted = {"case": case, "dtype": dtype, "directions": "drawn"}
+        rows = [row for row in everything if all(row[k] == v for k, v in wanted.items())]
+        found = {row["variant"]: row for row in latest(rows)} if rows else {}
+        ours = found.get(TRITON)
+        if ours is None or not ours["correct"]:
+            continue
+        newest[ours["date"]] = ours
+        size = "{V} x {N} x {K}, {M} slices, {J} knots".format(**ours)
+        kind = f"{'bf16' if dtype == 'bfloat16' else dtype}{', wall clock' if phase == 'wall' else ''}"
+        others = [found.get(name) for name in (BASELINE, COMPILED)]
+        times = [_time(row, phase) for row in others]
+        mine = ours[phase]["median_ms"]
+        speeds = [f"{row[phase]['median_ms'] / mine:.1f}x" if _ran(row) else "-" for row in others]
+        peaks = [f"{row['peak_extra_mib']:.0f} MiB" if _ran(row) else "-" for row in (others[0], ours)]
+        table.append([f"{size}, {kind}", *times, f"**{_time(ours, phase)}**", *speeds, *peaks])
+    if not table:
+        raise SystemExit(f"error: no row of {TRITON!r} on a GPU is correct; measure again")
+    header = ["SIGReg, forward + backward", "authors' formulation", "torch.compile of it", TRITON]
+    header += ["speed", "against compiled", "memory, authors'", "memory, ours"]
+    row = newest[max(newest)]
+    machine = f"{row['device']}, driver {row['driver']}, torch {row['torch']}, triton {row['triton']}"
+    return markdown(header, table) + f"\n\n{machine}, {row['date'][:10]}: `python bench/sigreg_bench.py`"
+
+
+def _ran(row: Row | None) -> TypeGuard[Row]:
+    return row is not None and row["correct"]
+
+
+def _time(row: Row | None, phase: str) -> str:
+    if row is None:
+        return "-"
+    return f"{row[phase]['median_ms']:.3g} ms" if row["correct"] else row["problem"].partition(":")[0]
+
+
 def pretrain_table() -> str:
     """The newest run of every seed, of the configuration that was run last."""
-    everything = read("pretrain.jsonl")
+    everything = read_rows(RESULTS / "pretrain.jsonl")
     rows = {row["seed"]: row for row in everything if recipe(row) == recipe(everything[-1])}
     table = []
     for seed, row in sorted(rows.items()):
@@ -94,7 +141,7 @@ def recipe(row: Row) -> Row:
 
 def accuracy_table() -> str:
     """Errors over J and |p|: the newest rows of compiled kernels, or of interpreted ones."""
-    rows = read("sigreg_accuracy.jsonl")
+    rows = read_rows(RESULTS / "sigreg_accuracy.jsonl")
     rows = latest([row for row in rows if row["kernels"] == "compiled"] or rows)
     header = ["", "J", *(f"\\|p\\| ~ {scale:g}" for scale in rows[0]["scales"])]
     table = [[row["variant"], str(row["J"]), *error_cells(row)] for row in rows]

@@ -9,13 +9,13 @@ On a GPU: the sizes of the targets, device time and wall clock, launches, share 
 measured: `gpu_timing.py`). Without one, or with --device cpu: one CPU size, and it says so. Variants take
 turns in one process, over rotated inputs. A variant whose value or gradient is off is reported as wrong
 and not timed. Who takes part, in which dtypes, with whose directions: `sigreg_variants.py`. Peak memory is
-the allocator's on a GPU; on the CPU it is that of a fresh process for each variant.
+the allocator's on a GPU; on the CPU it is that of a fresh process for each variant. The exit code is 1 when
+an implementation of ours failed or is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import subprocess
 import sys
@@ -37,7 +37,7 @@ from benchlib import (
     print_table,
     summary,
 )
-from sigreg_variants import BASELINE, COMPILED, GRAPH, REDUCED, TRITON, Case, Run, Size
+from sigreg_variants import BASELINE, COMPILED, GRAPH, REDUCED, TRITON, Case, Run, Size, Truth
 from torch import Tensor
 
 Row = dict[str, Any]
@@ -66,9 +66,9 @@ def measure(case: Case, setting: Setting, repeats: int) -> list[Row]:
     xs = variants.make_inputs(case, clock.buffers(bytes_each) if clock else 8, device)
     rows: dict[str, Row] = {}
     calls: dict[str, Timed] = {}
-    truths = functools.lru_cache(maxsize=1)(lambda A: variants.exact(xs[0], A, case.size.J))
+    truth = variants.Truth(xs[0], case.size.J)
     for name in case.variants:
-        rows[name], run = checked(case, name, xs[0], truths, device)
+        rows[name], run = checked(case, name, xs[0], truth, device)
         if run is not None:
             calls[name] = Timed(lambda repeat: xs[repeat % len(xs)].detach().requires_grad_(), run)
     if clock:
@@ -90,9 +90,7 @@ def measure(case: Case, setting: Setting, repeats: int) -> list[Row]:
     return [{**row, **marks, **about} for row in rows.values()]
 
 
-def checked(
-    case: Case, name: str, x: Tensor, truths: Callable[[Tensor], Any], device: torch.device
-) -> tuple[Row, Run | None]:
+def checked(case: Case, name: str, x: Tensor, truth: Truth, device: torch.device) -> tuple[Row, Run | None]:
     """The row of a variant so far, and its training step if it ran and its result is right."""
     row: Row = {"benchmark": "sigreg", "case": case.name, "variant": name.strip(), **case.size._asdict()}
     row |= {"dtype": variants.dtype_name(case.dtype), "directions": case.directions}
@@ -100,7 +98,7 @@ def checked(
     problem = too_large(case, name, device)
     if problem is None:
         try:
-            run, error = build_and_compare(case, name, x, truths, device)
+            run, error = build_and_compare(case, name, x, truth, device)
         except torch.OutOfMemoryError:
             problem = "does not fit into memory"
         except Exception as failure:  # a compiler or a peer that does not work here; others go on
@@ -135,7 +133,7 @@ def too_large(case: Case, name: str, device: torch.device) -> str | None:
 
 
 def build_and_compare(
-    case: Case, name: str, x: Tensor, truths: Callable[[Tensor], Any], device: torch.device
+    case: Case, name: str, x: Tensor, truth: Truth, device: torch.device
 ) -> tuple[Run, float]:
     given = variants.given_directions(case, device)
     loss = variants.VARIANTS[name](case, given, device)
@@ -147,7 +145,7 @@ def build_and_compare(
         keeping(x.flip(1).detach().requires_grad_(), lambda: None)
     got = keeping(leaf, lambda: None)
     # Before the next call overwrites them: results of a graph live in its pool.
-    error = variants.relative_error((got[0].clone(), got[1].clone()), truths(loss.directions()))
+    error = variants.relative_error((got[0].clone(), got[1].clone()), truth(loss.directions()))
     loss.forget()
     return run, error
 
@@ -352,13 +350,13 @@ def gpu_setting(device: torch.device) -> Setting:
     return Setting(device, clock, ceilings)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     device = _device(options)
     cases = choose_cases(options, device)
     if options.peak_memory_of:
         print(peak_memory_here(cases[0], options.peak_memory_of))
-        return
+        return 0
     where = f"the {'GPU' if device.type == 'cuda' else 'CPU'}: {machine(device)['device']}"
     print(f"SIGReg on {where}, {torch.get_num_threads()} threads", flush=True)
     setting = gpu_setting(device) if device.type == "cuda" else Setting(device, rehearsal=options.rehearse)
@@ -378,8 +376,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for case in cases if not options.sweep_only else []:
         rows += run(case, options.repeats)
     if options.sweep:
-        sweep(cases[0], rows, run, device, options)
+        rows += sweep(cases[0], rows, run, device, options)
     print(f"rows: {path}", flush=True)
+    failed = [row for row in rows if row["variant"].startswith("our") and not row["correct"]]
+    if any("does not fit" not in row["problem"] for row in failed):
+        print("error: an implementation of ours failed or is wrong, see above", file=sys.stderr)
+        return 1
+    return 0
 
 
 def sweep(
@@ -388,17 +391,20 @@ def sweep(
     run: Callable[[Case, int], list[Row]],
     device: torch.device,
     options: argparse.Namespace,
-) -> None:
+) -> list[Row]:
     """Vary N and M around a case, and plot with the rows that there already are."""
     sweeps = variants.SWEEPS[device.type]
     base = case._replace(variants=variants.SWEEP_VARIANTS[device.type])
-    found = [row for row in rows if row["directions"] == case.directions and row["case"] == case.name]
+    wanted = {"case": case.name, "dtype": variants.dtype_name(case.dtype), "directions": case.directions}
+    found = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+    added: list[Row] = []
     for size in dict.fromkeys(base.size._replace(**{a: v}) for a, vs in sweeps.items() for v in vs):
         if size != base.size or not found:
-            found += run(base._replace(name="sweep", size=size), max(2, options.repeats // 3))
-    plot([r for r in found if r["dtype"] == found[0]["dtype"]], base, sweeps, options.out / "sigreg.png")
+            added += run(base._replace(name="sweep", size=size), max(2, options.repeats // 3))
+    plot([*found, *added], base, sweeps, options.out / "sigreg.png")
     print(f"\nplot: {options.out / 'sigreg.png'}", flush=True)
+    return added
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

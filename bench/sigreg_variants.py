@@ -26,7 +26,7 @@ from lejepa_fast.ops import Implementation
 T_MAX = 3.0
 # Largest error relative to float64, of value and of gradient. bf16: two operands of 8 bits, and a result
 # rounded to 8 bits.
-MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 class Size(NamedTuple):
@@ -335,6 +335,19 @@ def exact(x: Tensor, A: Tensor, J: int) -> tuple[Tensor, Tensor]:
         value += part.detach()
     assert x.grad is not None
     return value, x.grad
+
+
+class Truth:
+    """`exact` for an input; the directions that it was asked for last need no second computation."""
+
+    def __init__(self, x: Tensor, J: int):
+        self._x, self._J = x, J
+        self._last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+
+    def __call__(self, A: Tensor) -> tuple[Tensor, Tensor]:
+        if self._last is None or not torch.equal(A, self._last[0]):
+            self._last = A, exact(self._x, A, self._J)
+        return self._last[1]
 
 
 def relative_error(got: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> float:
