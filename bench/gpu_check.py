@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 BENCH, TESTS = ROOT / "bench", ROOT / "tests"
 LEAST_SECONDS = 5  # a stage is not begun with less
+LAST_SECONDS = 10  # kept to stop what runs and to print the tables
 # What the stages use beyond PyTorch and pytest; without them they do less, and say so.
 HELPFUL = (
     "triton",
@@ -120,7 +121,7 @@ def _smoke(run: Run) -> list[str]:
 
 def _sigreg(case: str) -> Stage:
     command = _script("sigreg_bench.py", "--cases", case, "--repeats", "30")
-    return Stage(f"sigreg {case}", 100, command, cases=(case,), rehearsed=False)
+    return Stage(f"sigreg {case}", 120, command, cases=(case,), rehearsed=False)
 
 
 STAGES = (
@@ -239,10 +240,10 @@ def link_checkout(site: Path) -> None:
 class Check:
     """Runs the stages and keeps the rows."""
 
-    def __init__(self, run: Run, minutes: float, folder: Path):
+    def __init__(self, run: Run, minutes: float, folder: Path, began: float):
         self.run = run
         self.folder = folder
-        self.deadline = time.monotonic() + 60 * minutes
+        self.deadline = began + 60 * minutes - LAST_SECONDS
         link_checkout(folder / "site")
         self.environment = make_environment(run.rehearse, folder / "site")
         sys.path.insert(0, str(folder / "site"))
@@ -352,6 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="in small, on the CPU")
     parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    began = time.monotonic()
     if options.describe:
         print_environment()
         return 0
@@ -370,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory() as folder:
-        check = Check(Run(options.out.resolve(), options.rehearse), options.minutes, Path(folder))
+        check = Check(Run(options.out.resolve(), options.rehearse), options.minutes, Path(folder), began)
         for stage in check.stages():
             check.carry_out(stage)
         return check.summarise()

@@ -324,7 +324,7 @@ def _device(options: argparse.Namespace) -> torch.device:
 
 def choose_cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
     if options.size:
-        takes_part = variants.GPU_CASES[0].variants if device.type == "cuda" else variants.CPU_CASE.variants
+        takes_part = variants.EVERYONE if device.type == "cuda" else variants.CPU_CASE.variants
         dtype = getattr(torch, options.dtype or "float32")
         return [Case("custom", Size(*options.size), dtype, options.directions or "given", takes_part)]
     cases = [c for c in variants.GPU_CASES if options.cases is None or c.key in options.cases]
@@ -376,7 +376,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in cases if not options.sweep_only else []:
         rows += run(case, options.repeats)
     if options.sweep:
-        rows += sweep(cases[0], rows, run, device, options)
+        around = next((case for case in cases if case.directions == "drawn"), cases[0])
+        rows += sweep(around, rows, run, device, options)
     print(f"rows: {path}", flush=True)
     failed = [row for row in rows if row["variant"].startswith("our") and not row["correct"]]
     if any("does not fit" not in row["problem"] for row in failed):

@@ -1,8 +1,8 @@
 """Times of the candidate tiles of each kernel: python bench/tiles_bench.py --out DIR
 
 On a GPU at the sizes of the targets, on the CPU (`--rehearse`, with TRITON_INTERPRET=1) at a tiny one.
-Appends the rows of `lejepa_fast.kernels.autotune.time_candidates` to DIR/kernel_tiles.jsonl, size by size, and
-prints for each kernel its fastest tile beside the shipped one: candidates for `kernels/configs.py`.
+Appends the rows of `lejepa_fast.kernels.autotune.time_candidates` to DIR/kernel_tiles.jsonl, size by size,
+and prints for each kernel its fastest tile beside the shipped one: candidates for `kernels/configs.py`.
 """
 
 from __future__ import annotations
@@ -75,8 +75,10 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def tile_name(row: Row) -> str:
-    tile = row["tile"]
-    return "{block_m}x{block_n}x{block_k} w{num_warps} s{num_stages}".format(**tile)
+    """`block_m x block_n x block_k`, then what else there is to a tile."""
+    tile = dict(row["tile"])
+    blocks = "x".join(str(tile.pop(f"block_{axis}")) for axis in "mnk")
+    return " ".join([blocks, *(f"{name} {value}" for name, value in tile.items())])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -98,9 +98,9 @@ def check(tmp_path, monkeypatch):
     """A check of small stages; the path of the process as it was afterwards."""
     monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def make(minutes, rehearse=False):
-        run = gpu_check.Run(tmp_path / "rows", rehearse)
-        return gpu_check.Check(run, minutes, tmp_path / f"folder{minutes}")
+    def make(minutes):
+        run = gpu_check.Run(tmp_path / "rows", False)
+        return gpu_check.Check(run, minutes, tmp_path / f"folder{minutes}", time.monotonic())
 
     monkeypatch.setattr(gpu_check, "link_checkout", lambda site: site.mkdir(parents=True))
     return make
