@@ -50,6 +50,8 @@ HELPFUL = (
     "lightly",
     "lejepa",
 )
+NO_TESTS = {"kernel_helpers"}
+NEED_HYPOTHESIS = {"kernel_generated"}
 
 
 class Run(NamedTuple):
@@ -92,11 +94,13 @@ def _script(name: str, *arguments: str) -> Callable[[Run], list[str] | str]:
 
 
 def _pytest(*selection: str, rehearsed: str | None = None) -> Callable[[Run], list[str] | str]:
-    """The kernel tests. Without conftest.py, whose fixtures are the trainer's: they need none of it."""
+    """The kernel tests: those that also run in the interpreter, and the ones that need a GPU."""
 
     def command(run: Run) -> list[str] | str:
-        files = [str(path) for path in sorted(TESTS.glob("kernel_*.py"))]
-        options = ["-q", "--no-header", "--noconftest", "-p", "no:cacheprovider", "-rf", "--tb=short"]
+        left_out = NO_TESTS | (set() if importlib.util.find_spec("hypothesis") else NEED_HYPOTHESIS)
+        files = [str(path) for path in sorted(TESTS.glob("kernel_*.py")) if path.stem not in left_out]
+        files += [] if run.rehearse else [str(TESTS / "test_kernels_gpu.py")]
+        options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rf", "--tb=short"]
         # Not those of pyproject.toml, which ask for plugins that may not be there.
         options += ["-o", "addopts=--import-mode=importlib", "-c", str(ROOT / "pyproject.toml")]
         if run.rehearse and rehearsed:

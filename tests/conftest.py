@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,7 +14,9 @@ from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.kernels.runtime import interpreting
-from lejepa_fast.train.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig
+
+if TYPE_CHECKING:
+    from lejepa_fast.train.config import Config
 
 TRAIN_IMAGES, VAL_IMAGES = 32, 12
 # Without a GPU, test_kernels.py runs these in the interpreter.
@@ -44,6 +46,8 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(image_folder: Path, tmp_path: Path) -> Callable[..., Config]:
     """Makes a configuration of 12 steps in 3 epochs; keywords replace fields, dicts those of a section."""
+    # Not above: the tests of the kernels run without the trainer's command line.
+    from lejepa_fast.train.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig
 
     def make(**changes: Any) -> Config:
         cfg = Config(
