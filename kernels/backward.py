@@ -4,83 +4,136 @@ With the coefficients of `finish.py`, the derivative of T at a projection p is t
 
     dT/dp = sum over table entries (r, c) of coef[r, c] * giant[r](p) * baby[c](p)         (see `series.py`)
 
-and dx[n] = sum over m of dT/dp[n, m] * scale[m] * A[:, m]. One program owns BLOCK_N samples and walks over
-all directions, so dx is a sum in a fixed order, held in registers as dx^T (K, BLOCK_N) while K fits.
-For larger K the kernel writes dT/dp of a chunk of samples instead, and a matrix product follows.
+and dx[n] = sum over m of dT/dp[n, m] * scale[m] * A[:, m]. While K is small enough for dx^T (K, BLOCK_N) to
+stay in registers, one program owns BLOCK_N samples and walks over all directions (`_sigreg_bwd_kernel`). For
+larger K one kernel writes dT/dp of a chunk of samples and a matrix product follows (`_sigreg_dp_kernel`,
+`_sigreg_dx_kernel`). Either way dx is a sum in a fixed order.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .autotune import Problem, choose
 from .configs import Config, Tile
-from .layout import Plan
+from .derivative import derivative, load_coefficients
+from .layout import Plan, count_splits
 from .runtime import empty, kernel_device
 from .series import (
-    baby_steps,
-    complex_mul,
-    complex_square,
-    cos_sin,
     dot,
-    join_columns,
     load_directions,
     load_samples,
+    multiply,
     project,
     scaled_factor,
-    split_columns,
-    stride_from_babies,
     to_dtype,
 )
 
-
-@triton.jit
-def _table_row(babies, coef_ptrs, mask, ROW: tl.constexpr, B: tl.constexpr):
-    """sum over c of coef[ROW, c] * baby[c], baby[0] = 1."""
-    FIRST: tl.constexpr = ROW * (1 + 2 * B)
-    total = tl.load(coef_ptrs + FIRST, mask=mask, other=0.0)
-    for b in tl.static_range(2 * B):
-        total = tl.fma(tl.load(coef_ptrs + (FIRST + b + 1), mask=mask, other=0.0), babies[b], total)
-    return total
+# A table of up to two giant steps fits into registers beside everything else.
+_COEF_IN_REGISTERS = 35
 
 
 @triton.jit
-def _series(p, coef_ptrs, mask, f_hi, f_lo, g_hi, g_lo, B: tl.constexpr, G: tl.constexpr, FAR: tl.constexpr):
-    """dT/dp for projections p (BLOCK_M, LANES); `coef_ptrs` and `mask` have shape (BLOCK_M, 1)."""
-    c1, s1 = cos_sin(p, f_hi, f_lo)
-    babies = baby_steps(c1, s1, B)
-    total = _table_row(babies, coef_ptrs, mask, 0, B)
-    if G > 0:
-        if FAR:
-            c_s, s_s = cos_sin(p, g_hi, g_lo)
+def _sigreg_dp_kernel(
+    x_ptr,  # (V, N, K)
+    a_ptr,  # (K, M)
+    scale_ptr,  # (M,) float32, multiplies the columns of A
+    t_ptr,  # (J,) float32, arbitrary knots
+    coef_ptr,  # (V, M, ROWS) float32, scale included
+    grad_ptr,  # float32: gradient of the loss (), or of T (V, M) with SLICE_GRAD
+    out_ptr,  # dT/dp (views of this launch, n_stop - n_first, M), times the gradient with SLICE_GRAD
+    first_view,
+    n_first,
+    n_stop,
+    splits,
+    split_samples,  # a multiple of BLOCK_N
+    K,
+    M,
+    J,
+    factor_hi,
+    factor_lo,
+    giant_hi,
+    giant_lo,
+    turns,  # TURNS, at run time
+    stride_xv,
+    stride_xn,
+    stride_xk,
+    stride_ak,
+    stride_am,
+    stride_gv,
+    stride_gm,
+    HAS_SCALE: tl.constexpr,
+    SLICE_GRAD: tl.constexpr,
+    EQUIDISTANT: tl.constexpr,
+    B: tl.constexpr,
+    G: tl.constexpr,
+    FAR: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RESIDENT: tl.constexpr,  # tiles that hold the directions during the whole program, or 0
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,  # n_stop - n_first is a multiple of BLOCK_N
+    COEF_IN_REGISTERS: tl.constexpr,
+    LANES: tl.constexpr,
+    TURNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Programs are those of the forward kernel: BLOCK_M directions and a split of the samples of a view."""
+    pid = tl.program_id(0)
+    m_blocks = tl.cdiv(M, BLOCK_M)
+    m = (pid % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pid = pid // m_blocks
+    start = n_first + (pid % splits) * split_samples
+    stop = tl.minimum(n_stop, start + split_samples)
+    launch_view = (pid // splits).to(tl.int64)
+    view = first_view + launch_view
+    x_ptr += view * stride_xv
+    coef_ptr += view * M * ROWS
+    out_ptr += launch_view * (n_stop - n_first) * M
+    m_mask = (m < M)[:, None]
+    coef_ptrs = coef_ptr + m[:, None] * ROWS
+    coef = ()
+    if COEF_IN_REGISTERS:
+        coef = load_coefficients(coef_ptrs, m_mask, ROWS)
+    f_hi, f_lo = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
+    g_hi, g_lo = f_hi, f_lo
+    if FAR:
+        g_hi, g_lo = scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
+    if SLICE_GRAD:
+        grad = tl.load(grad_ptr + view * stride_gv + m[:, None] * stride_gm, mask=m_mask, other=0.0)
+    a = ()
+    p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if RESIDENT > 0:
+        a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, RESIDENT, EVEN_K)
+        n = start + tl.arange(0, BLOCK_N)
+        x = load_samples(x_ptr, n, n_stop, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, not EVEN_N)
+        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
+    last = start + (stop - start - 1) // BLOCK_N * BLOCK_N
+    for n0 in range(start, stop, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        if RESIDENT > 0:
+            # The next tile travels while this one is worked on; after the last one it is not used.
+            ahead = tl.minimum(n0 + BLOCK_N, last) + tl.arange(0, BLOCK_N)
+            x = load_samples(x_ptr, ahead, n_stop, K, stride_xn, stride_xk,
+                BLOCK_K, RESIDENT, EVEN_K, not EVEN_N)  # fmt: skip
         else:
-            c_s, s_s = stride_from_babies(babies)
-        c_a, s_a = c_s, s_s
-        for g in tl.static_range(G):
-            if g == 1:
-                c_a, s_a = complex_square(c_s, s_s)
-            elif g > 1:
-                c_a, s_a = complex_mul(c_a, s_a, c_s, s_s)
-            total = tl.fma(c_a, _table_row(babies, coef_ptrs, mask, 2 * g + 1, B), total)
-            total = tl.fma(s_a, _table_row(babies, coef_ptrs, mask, 2 * g + 2, B), total)
-    return total
-
-
-@triton.jit
-def _knot_series(p, coef_ptrs, t_ptr, mask, f_hi, f_lo, J):
-    """dT/dp by a sine and cosine for every knot, for a whole tile of projections."""
-    total = tl.zeros_like(p)
-    for j in range(J):
-        t = tl.load(t_ptr + j)
-        h_hi = f_hi * t
-        c, s = cos_sin(p, h_hi, tl.fma(f_hi, t, -h_hi) + f_lo * t)
-        total = tl.fma(tl.load(coef_ptrs + 2 * j, mask=mask, other=0.0), c, total)
-        total = tl.fma(tl.load(coef_ptrs + 2 * j + 1, mask=mask, other=0.0), s, total)
-    return total
+            p = project(x_ptr, a_ptr, a, m, n, n_stop, K, M, stride_xn, stride_xk, stride_ak, stride_am,
+                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, EVEN_K, not EVEN_N, PRECISION)  # fmt: skip
+        dp = derivative(p, coef, coef_ptrs, t_ptr, m_mask, f_hi, f_lo, g_hi, g_lo, J, turns,
+            EQUIDISTANT, B, G, FAR, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
+        if SLICE_GRAD:
+            dp *= grad
+        out_ptrs = out_ptr + (n - n_first)[None, :].to(tl.int64) * M + m[:, None]
+        tl.store(out_ptrs, to_dtype(dp, out_ptr.dtype.element_ty), mask=m_mask & (n < n_stop)[None, :])
+        if RESIDENT > 0:
+            p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
 
 
 @triton.jit
@@ -91,10 +144,8 @@ def _sigreg_bwd_kernel(
     t_ptr,  # (J,) float32, arbitrary knots
     coef_ptr,  # (V, M, ROWS) float32, scale included
     grad_ptr,  # float32: gradient of the loss (), or of T (V, M) with SLICE_GRAD
-    out_ptr,  # dx (V, N, K); with STORE_DP dT/dp (views of this launch, n_stop - n_first, M)
-    first_view,
-    n_first,
-    n_stop,
+    out_ptr,  # dx (V, N, K)
+    N,
     K,
     M,
     J,
@@ -103,6 +154,7 @@ def _sigreg_bwd_kernel(
     giant_hi,
     giant_lo,
     out_factor,  # multiplies dx
+    turns,  # TURNS, at run time
     stride_xv,
     stride_xn,
     stride_xk,
@@ -112,7 +164,6 @@ def _sigreg_bwd_kernel(
     stride_gm,
     HAS_SCALE: tl.constexpr,
     SLICE_GRAD: tl.constexpr,
-    STORE_DP: tl.constexpr,
     EQUIDISTANT: tl.constexpr,
     B: tl.constexpr,
     G: tl.constexpr,
@@ -120,76 +171,45 @@ def _sigreg_bwd_kernel(
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # at least K unless STORE_DP
-    SINGLE_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # at least K
     EVEN_K: tl.constexpr,
+    LANES: tl.constexpr,
+    TURNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    LANES: tl.constexpr = 4
     pid = tl.program_id(0)
-    m_start = 0
-    m_stop = M
-    if STORE_DP:
-        m_blocks = tl.cdiv(M, BLOCK_M)
-        m_start = (pid % m_blocks) * BLOCK_M
-        m_stop = m_start + 1
-        pid = pid // m_blocks
-    n_blocks = tl.cdiv(n_stop - n_first, BLOCK_N)
-    n = n_first + (pid % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    launch_view = pid // n_blocks
-    view = (first_view + launch_view).to(tl.int64)
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    n = (pid % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    view = (pid // n_blocks).to(tl.int64)
     x_ptr += view * stride_xv
     coef_ptr += view * M * ROWS
     k = tl.arange(0, BLOCK_K)
-    if not STORE_DP:
-        x_ptrs = x_ptr + n[None, :].to(tl.int64) * stride_xn + k[:, None] * stride_xk
-        x = load_samples(x_ptrs, n, k, n_stop, K, EVEN_K, True)
-        dx = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, 1, EVEN_K, True)
+    dx = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
 
-    for m0 in range(m_start, m_stop, BLOCK_M):
+    for m0 in range(0, M, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         m_mask = (m < M)[:, None]
         coef_ptrs = coef_ptr + m[:, None] * ROWS
         f_hi, f_lo = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
-        a_ptrs = a_ptr + m[:, None].to(tl.int64) * stride_am + k[None, :] * stride_ak
-        if STORE_DP:
-            a = tl.zeros((BLOCK_M, BLOCK_K), a_ptr.dtype.element_ty)
-            if SINGLE_K:
-                a = load_directions(a_ptrs, m, k, M, K, EVEN_K)
-            p = project(x_ptr, a_ptr, a, m, n, n_stop, K, M, stride_xn, stride_xk, stride_ak, stride_am,
-                BLOCK_M, BLOCK_N, BLOCK_K, SINGLE_K, EVEN_K, True, PRECISION)  # fmt: skip
-        else:
-            a = load_directions(a_ptrs, m, k, M, K, EVEN_K)
-            p = dot(a, x, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-        if EQUIDISTANT:
-            g_hi, g_lo = f_hi, f_lo
-            if FAR:
-                g_hi, g_lo = scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
-            parts = split_columns(p, BLOCK_M, BLOCK_N, LANES)
-            columns = ()
-            for i in tl.static_range(len(parts)):
-                columns = columns + (_series(parts[i], coef_ptrs, m_mask, f_hi, f_lo, g_hi, g_lo, B, G, FAR),)
-            dp = join_columns(columns, BLOCK_M, BLOCK_N, LANES)
-        else:
-            dp = _knot_series(p, coef_ptrs, t_ptr, m_mask, f_hi, f_lo, J)
+        g_hi, g_lo = f_hi, f_lo
+        if FAR:
+            g_hi, g_lo = scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
+        a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, 1, EVEN_K)
+        p = multiply(a, x, BLOCK_M, BLOCK_N, 1, PRECISION)
+        dp = derivative(p, (), coef_ptrs, t_ptr, m_mask, f_hi, f_lo, g_hi, g_lo, J, turns,
+            EQUIDISTANT, B, G, FAR, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if SLICE_GRAD:
             dp *= tl.load(grad_ptr + view * stride_gv + m[:, None] * stride_gm, mask=m_mask, other=0.0)
-        if STORE_DP:
-            rows = launch_view.to(tl.int64) * (n_stop - n_first) + (n - n_first)
-            out_ptrs = out_ptr + rows[None, :] * M + m[:, None]
-            tl.store(out_ptrs, to_dtype(dp, out_ptr.dtype.element_ty), mask=m_mask & (n < n_stop)[None, :])
-        elif SLICE_GRAD or x.dtype != a.dtype:
-            dx = dot(tl.trans(a), dp, dx, PRECISION)  # in float32: the gradients may span any range
-        else:
-            dx = dot(tl.trans(a), to_dtype(dp, a.dtype), dx, PRECISION)
+        if not SLICE_GRAD and x[0].dtype == a[0].dtype:
+            dp = to_dtype(dp, a[0].dtype)  # else in float32: the gradients may span any range
+        dx = dot(tl.trans(a[0]), dp, dx, PRECISION)
 
-    if not STORE_DP:
-        if not SLICE_GRAD:
-            out_factor *= tl.load(grad_ptr)
-        rows = view * n_stop + n
-        out_ptrs = out_ptr + rows[None, :] * K + k[:, None]
-        mask = (n < n_stop)[None, :] & (k < K)[:, None]
-        tl.store(out_ptrs, to_dtype(dx * out_factor, out_ptr.dtype.element_ty), mask=mask)
+    if not SLICE_GRAD:
+        out_factor *= tl.load(grad_ptr)
+    out_ptrs = out_ptr + (view * N + n)[None, :] * K + k[:, None]
+    mask = (n < N)[None, :] & (k < K)[:, None]
+    tl.store(out_ptrs, to_dtype(dx * out_factor, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -217,14 +237,14 @@ def _sigreg_dx_kernel(
     n = (pid // k_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     dp_ptrs = dp_ptr + n[:, None] * M + m[None, :]
-    a_ptrs = a_ptr + m[:, None].to(tl.int64) * stride_am + k[None, :] * stride_ak
+    a_ptrs = a_ptr + m[:, None].to(tl.int64) * stride_am + k[None, :].to(tl.int64) * stride_ak
     dx = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for m0 in range(0, M, BLOCK_M):
         dp = tl.load(dp_ptrs, mask=(n < rows)[:, None] & (m < M - m0)[None, :], other=0.0)
         a = tl.load(a_ptrs, mask=(m < M - m0)[:, None] & (k < K)[None, :], other=0.0)
         dx = dot(dp, a, dx, PRECISION)
         dp_ptrs += BLOCK_M
-        a_ptrs += BLOCK_M * stride_am
+        a_ptrs += BLOCK_M * tl.cast(stride_am, tl.int64)
     if not SLICE_GRAD:
         out_factor *= tl.load(grad_ptr)
     mask = (n < rows)[:, None] & (k < K)[None, :]
@@ -256,28 +276,25 @@ def gradient(
     dx = empty(x, (views, N, K), x.dtype)
     if N == 0:
         return dx
-    slice_grad = grad.dim() == 2
-    common = _Launch(grad, factor, coef, x, A, scale, t, plan, precision, slice_grad)
+    common = _Launch(grad, factor, coef, x, A, scale, t, plan, config, precision, grad.dim() == 2)
     with kernel_device(x):
         if K <= config.fused_max_dim:
-            block_k = max(16, triton.next_power_of_2(K))
-            _launch(common, dx, config.fused, block_k, range(views), range(N), store_dp=False)
+            _launch_fused(common, dx)
             return dx
         # Products of gradients per direction span any range: they stay in float32.
-        dtype = A.dtype if A.dtype == x.dtype and not slice_grad else torch.float32
+        dtype = A.dtype if A.dtype == x.dtype and not common.slice_grad else torch.float32
         chunk_views, chunk_samples = _chunk(views, N, M * dtype.itemsize)
         buffer = empty(x, (chunk_views * chunk_samples, M), dtype)
-        block_k = min(config.gradient.block_k, max(16, triton.next_power_of_2(K)))
         for v in range(0, views, chunk_views):
             for n in range(0, N, chunk_samples):
                 chunk = range(v, min(views, v + chunk_views)), range(n, min(N, n + chunk_samples))
-                _launch(common, buffer, config.gradient, block_k, *chunk, store_dp=True)
-                _launch_product(common, buffer, dx, config, *chunk)
+                _launch_dp(common, buffer, *chunk)
+                _launch_product(common, buffer, dx, *chunk)
     return dx
 
 
 # Bytes of dT/dp at a time: large enough to fill a GPU many times over, small beside any batch.
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES = 32 << 20
 _CHUNK_STEP = 128
 
 
@@ -300,78 +317,115 @@ class _Launch(NamedTuple):
     scale: Tensor | None
     t: Tensor
     plan: Plan
+    config: Config
     precision: str
     slice_grad: bool
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        scale = self.A if self.scale is None else self.scale
+        return self.x, self.A, scale, self.t, self.coef, self.grad
 
-def _launch(
-    c: _Launch, out: Tensor, tile: Tile, block_k: int, views: range, samples: range, *, store_dp: bool
-) -> None:
-    plan, K, M = c.plan, c.x.shape[2], c.A.shape[1]
-    giant_hi, giant_lo = plan.giant_factor
-    programs = len(views) * triton.cdiv(len(samples), tile.block_n)
-    if store_dp:
-        programs *= triton.cdiv(M, tile.block_m)
-    _sigreg_bwd_kernel[(programs,)](
-        c.x,
-        c.A,
-        c.A if c.scale is None else c.scale,
-        c.t,
-        c.coef,
-        c.grad,
-        out,
-        views.start,
-        samples.start,
-        samples.stop,
-        K,
-        M,
-        plan.J,
-        plan.factor_hi,
-        plan.factor_lo,
-        giant_hi,
-        giant_lo,
-        c.factor,
-        *c.x.stride(),
-        *c.A.stride(),
-        *(c.grad.stride() if c.slice_grad else (0, 0)),
-        HAS_SCALE=c.scale is not None,
-        SLICE_GRAD=c.slice_grad,
-        STORE_DP=store_dp,
-        EQUIDISTANT=plan.equidistant,
-        B=plan.B,
-        G=plan.G,
-        FAR=plan.chunks > 1,
-        ROWS=plan.rows,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=block_k,
-        SINGLE_K=block_k >= K,
-        EVEN_K=K % block_k == 0,
-        PRECISION=c.precision,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    def scalars(self) -> tuple[int | float, ...]:
+        plan = self.plan
+        return self.A.shape[1], plan.J, plan.factor_hi, plan.factor_lo, *plan.giant_factor
+
+    def strides(self) -> tuple[int, ...]:
+        return *self.x.stride(), *self.A.stride(), *(self.grad.stride() if self.slice_grad else (0, 0))
+
+    def constants(self, tile: Tile) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "HAS_SCALE": self.scale is not None,
+            "SLICE_GRAD": self.slice_grad,
+            "EQUIDISTANT": plan.equidistant,
+            "B": plan.B,
+            "G": plan.G,
+            "FAR": plan.chunks > 1,
+            "ROWS": plan.rows,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "LANES": self.config.lanes,
+            "TURNS": tile.turns,
+            "PRECISION": self.precision,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        }
 
 
-def _launch_product(c: _Launch, dp: Tensor, dx: Tensor, config: Config, views: range, samples: range) -> None:
-    K, M, tile = c.x.shape[2], c.A.shape[1], config.product
+def _launch_fused(c: _Launch, dx: Tensor) -> None:
+    views, N, K = c.x.shape
+    block_k = max(16, triton.next_power_of_2(K))
+
+    def launch(tile: Tile) -> None:
+        _sigreg_bwd_kernel[(views * triton.cdiv(N, tile.block_n),)](
+            *c.tensors(),
+            dx,
+            N,
+            K,
+            *c.scalars(),
+            c.factor,
+            tile.turns,
+            *c.strides(),
+            **c.constants(tile),
+            BLOCK_K=block_k,
+            EVEN_K=block_k == K,
+        )
+
+    launch(choose(c.config, "fused", Problem(c.x, c.A, c.plan), launch))
+
+
+def _launch_dp(c: _Launch, dp: Tensor, views: range, samples: range) -> None:
+    K, M = c.x.shape[2], c.A.shape[1]
+    splits, split_samples = count_splits(len(views), len(samples), M, 1, c.config.split)
+
+    def launch(tile: Tile) -> None:
+        block_k, resident = tile.steps(K)
+        _sigreg_dp_kernel[(len(views) * splits * triton.cdiv(M, tile.block_m),)](
+            *c.tensors(),
+            dp,
+            views.start,
+            samples.start,
+            samples.stop,
+            splits,
+            split_samples,
+            K,
+            *c.scalars(),
+            tile.turns,
+            *c.strides(),
+            **c.constants(tile),
+            BLOCK_K=block_k,
+            RESIDENT=resident,
+            EVEN_K=K % block_k == 0,
+            EVEN_N=len(samples) % tile.block_n == 0,
+            COEF_IN_REGISTERS=c.plan.equidistant and c.plan.rows <= _COEF_IN_REGISTERS,
+        )
+
+    launch(choose(c.config, "gradient", Problem(c.x, c.A, c.plan), launch))
+
+
+def _launch_product(c: _Launch, dp: Tensor, dx: Tensor, views: range, samples: range) -> None:
+    K, M = c.x.shape[2], c.A.shape[1]
     rows = len(views) * len(samples)
     out = dx.view(-1, K)[views.start * dx.shape[1] + samples.start :]  # whole views, or a part of one
-    _sigreg_dx_kernel[(triton.cdiv(rows, tile.block_n) * triton.cdiv(K, tile.block_k),)](
-        dp,
-        c.A,
-        c.grad,
-        out,
-        rows,
-        K,
-        M,
-        c.factor,
-        *c.A.stride(),
-        SLICE_GRAD=c.slice_grad,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        PRECISION=c.precision,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+
+    def launch(tile: Tile) -> None:
+        _sigreg_dx_kernel[(triton.cdiv(rows, tile.block_n) * triton.cdiv(K, tile.block_k),)](
+            dp,
+            c.A,
+            c.grad,
+            out,
+            rows,
+            K,
+            M,
+            c.factor,
+            *c.A.stride(),
+            SLICE_GRAD=c.slice_grad,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            PRECISION=c.precision,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+    launch(choose(c.config, "product", Problem(c.x, c.A, c.plan), launch))

@@ -1,11 +1,16 @@
-"""Tile sizes of the shipped configurations, one per architecture.
+"""Tile sizes of the shipped configurations, one set per architecture and element size.
 
-Source of the choices. No timing stands behind any of them yet. sm_90 in half precision was chosen from
-the compiler's output (`bench/kernel_report.py`: no spills, tensor-core instructions, fewest instructions
-per projected sample). The others are the same tiles with the pipeline depth that their shared memory
-holds (99 KB a block on sm_89, 163 KB on sm_80, 64 KB on gfx942), compiled but neither run nor tuned:
-the report shows spills for float32 (forward on sm_80 and sm_89, fused on sm_90 and sm_100) and for
-forward on sm_100.
+Source of the choices: the compiler's output (`bench/kernel_report.py`). No timing stands behind any of them
+yet. In order: no spills, tensor-core instructions, then for sm_90 the least floor of the report, else the
+least traffic among the tiles that were compiled.
+
+- sm_90, half precision, K <= 512: directions resident, two programs a multiprocessor. Beyond: 128 x 128.
+- sm_90, float32: 128 x 64; 128 x 128 spills, and so does a fused backward of K > 32.
+- sm_80, sm_89: 128 x 64; float32 spills from 64 samples on, hence 128 x 32.
+- sm_100: 64 directions; with 128, a thread holds a row of the accumulator and spills. 64 samples for the
+  gradient and for float32, 128 for the sums.
+- gfx942: 64 x 64, two turns: 128 x 32 on 8 warps spills.
+- fused: dx for K > 128 (half precision) does not fit beside the coefficients without spills.
 """
 
 from __future__ import annotations
@@ -14,79 +19,228 @@ from typing import NamedTuple
 
 import torch
 
+from .layout import Split, ceil_div
+
 
 class Tile(NamedTuple):
-    """Sizes of one kernel's tile: directions, samples, dimensions; warps and pipeline stages."""
+    """Sizes of one launch.
+
+    Attributes:
+        block_m, block_n, block_k: directions, samples, dimensions of a tile. `block_k` is the step along K;
+            in `product` a tile of dx is (block_n, block_k) and `block_m` the step along the directions.
+            `fused` holds all of K and does not read it.
+        num_warps, num_stages: of Triton.
+        turns: a tile of projections is worked on in so many turns. A turn needs registers.
+        resident: the directions of a program stay in shared memory, all of K, and only samples are read.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    turns: int = 1
+    resident: bool = False
+
+    def steps(self, K: int) -> tuple[int, int]:
+        """Step along K, and the tiles that cover K if the directions are resident, else 0."""
+        block_k = min(self.block_k, max(16, 1 << (K - 1).bit_length()))
+        return block_k, ceil_div(K, block_k) if self.resident else 0
+
+
+class Choice(NamedTuple):
+    """The tile for K up to `max_dim`."""
+
+    max_dim: int
+    tile: Tile
 
 
 class Config(NamedTuple):
-    """Tiles of one architecture and element size.
+    """Tiles of one architecture and element size, each kernel's by ascending `max_dim`.
 
     Attributes:
-        forward: sums; `block_k` is the step along K.
+        forward: sums of the table.
         gradient: dT/dp of a chunk of samples.
-        product: dx = dT/dp A^T; `block_m` is the step along the directions, `block_k` a tile of dx.
-        fused: backward in one kernel, for K up to `fused_max_dim`, whose dx stays in registers.
-        fused_max_dim: largest such K.
-        programs: programs to start at least, by splitting the samples of a view.
+        product: dx = dT/dp A^T.
+        fused: backward in one kernel; beyond its last `max_dim`, `gradient` and `product`.
+        split: how samples are shared.
+        lanes: threads that share a row of an accumulator; see `split_columns`.
+        others: (kernel, tile) pairs that autotuning times beside the shipped tile.
     """
 
-    forward: Tile
-    gradient: Tile
-    product: Tile
-    fused: Tile
-    fused_max_dim: int
-    programs: int
+    forward: tuple[Choice, ...]
+    gradient: tuple[Choice, ...]
+    product: tuple[Choice, ...]
+    fused: tuple[Choice, ...]
+    split: Split
+    lanes: int = 4
+    others: tuple[tuple[str, Tile], ...] = ()
+
+    @property
+    def fused_max_dim(self) -> int:
+        return self.fused[-1].max_dim if self.fused else 0
+
+    def tile(self, kernel: str, K: int) -> Tile:
+        """The shipped tile of "forward", "gradient", "product" or "fused" for K dimensions."""
+        choices: tuple[Choice, ...] = getattr(self, kernel)
+        return next(choice.tile for choice in choices if choice.max_dim >= K)
+
+    def candidates(self, kernel: str, K: int) -> list[Tile]:
+        """The shipped tile, then the others to time."""
+        shipped = self.tile(kernel, K)
+        others = [tile for name, tile in self.others if name == kernel and tile != shipped]
+        return [shipped, *(tile for tile in others if K <= RESIDENT_MAX_DIM or not tile.resident)]
 
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+ANY = 1 << 62
+# 64 directions of two bytes an element then fill a third of an sm_90's shared memory.
+RESIDENT_MAX_DIM = 512
 
 
-def _config(stages: int, programs: int) -> Config:
-    return Config(
-        forward=Tile(64, 64, 64, 4, stages),
-        gradient=Tile(128, 32, 64, 8, stages),
-        product=Tile(64, 64, 64, 4, stages),
-        fused=Tile(64, 32, 64, 4, 1),
-        fused_max_dim=64,
-        programs=programs,
-    )
+def _always(tile: Tile) -> tuple[Choice, ...]:
+    return (Choice(ANY, tile),)
 
 
-# Half precision: two-byte elements. `programs`: about four a multiprocessor.
+def _up_to(max_dim: int, tile: Tile, beyond: Tile) -> tuple[Choice, ...]:
+    return Choice(max_dim, tile), Choice(ANY, beyond)
+
+
+# Directions stay, two programs fit a multiprocessor and overlap; and the tile with the least traffic of those
+# that fit into registers, for a K beyond that.
+_RESIDENT = Tile(64, 32, 64, 4, 1, turns=2, resident=True)
+_WIDE = Tile(128, 128, 64, 8, 3, turns=4)
+_HALF_OTHERS = (
+    ("forward", _RESIDENT),
+    ("forward", Tile(128, 64, 64, 8, 1, turns=2, resident=True)),
+    ("forward", Tile(64, 64, 64, 4, 3)),
+    ("forward", Tile(64, 128, 64, 4, 3, turns=2)),
+    ("forward", Tile(128, 64, 64, 8, 3, turns=2)),
+    ("forward", _WIDE),
+    ("gradient", _RESIDENT),
+    ("gradient", Tile(64, 64, 64, 4, 3, turns=2)),
+    ("gradient", Tile(128, 64, 64, 8, 3, turns=2)),
+    ("gradient", _WIDE),
+    ("product", Tile(64, 64, 64, 4, 3)),
+    ("product", Tile(64, 128, 128, 8, 3)),
+    ("product", Tile(64, 128, 256, 8, 3)),
+    ("product", Tile(64, 128, 256, 8, 4)),
+    ("fused", Tile(64, 32, 64, 4, 1)),
+    ("fused", Tile(64, 32, 64, 4, 2, turns=2)),
+    ("fused", Tile(64, 64, 64, 4, 2, turns=4)),
+)
+_SINGLE_OTHERS = (
+    ("forward", Tile(64, 64, 32, 4, 3)),
+    ("forward", Tile(128, 32, 32, 8, 3)),
+    ("forward", Tile(128, 64, 32, 8, 3, turns=2)),
+    ("gradient", Tile(64, 64, 32, 4, 3, turns=2)),
+    ("gradient", Tile(128, 32, 32, 8, 3)),
+    ("gradient", Tile(128, 64, 32, 8, 3, turns=2)),
+    ("product", Tile(32, 64, 64, 4, 3)),
+    ("product", Tile(32, 128, 64, 8, 3)),
+    ("product", Tile(32, 128, 128, 8, 3)),
+    ("fused", Tile(64, 32, 32, 4, 1)),
+    ("fused", Tile(64, 16, 32, 4, 1)),
+)
+
+
+def _config(
+    programs: int,
+    forward: tuple[Choice, ...],
+    gradient: tuple[Choice, ...],
+    product: Tile,
+    fused: Choice,
+    others: tuple[tuple[str, Tile], ...],
+) -> Config:
+    return Config(forward, gradient, _always(product), (fused,), Split(64, 128, programs), others=others)
+
+
+# `programs`: two a multiprocessor.
+_FUSED = Tile(64, 32, 64, 4, 2, turns=2)
+_MIDDLE = Tile(128, 64, 64, 8, 3, turns=2)
+_SMALL = Tile(64, 64, 64, 4, 3, turns=2)
+_AMPERE = (_always(_MIDDLE), _always(_MIDDLE), Tile(64, 128, 128, 8, 3), Choice(128, _FUSED), _HALF_OTHERS)
 _HALF = {
-    "sm_80": _config(3, 432),
-    "sm_89": _config(3, 568),
-    "sm_90": _config(3, 528),
-    "sm_100": _config(3, 592),
-    "gfx942": _config(2, 1216),
+    "sm_80": _config(216, *_AMPERE),
+    "sm_89": _config(284, *_AMPERE),
+    "sm_90": _config(
+        264,
+        _up_to(RESIDENT_MAX_DIM, _RESIDENT, _WIDE),
+        _up_to(RESIDENT_MAX_DIM, _RESIDENT, _WIDE),
+        Tile(64, 128, 256, 8, 3),
+        Choice(128, _FUSED),
+        _HALF_OTHERS,
+    ),
+    "sm_100": _config(
+        296,
+        _always(Tile(64, 128, 64, 4, 3, turns=4)),
+        _always(_SMALL),
+        Tile(64, 128, 256, 8, 3),
+        Choice(128, _FUSED),
+        _HALF_OTHERS,
+    ),
+    "gfx942": _config(
+        608,
+        _always(_SMALL._replace(num_stages=2)),
+        _always(_SMALL._replace(num_stages=2)),
+        Tile(64, 128, 128, 8, 2),
+        Choice(128, _FUSED),
+        _HALF_OTHERS,
+    ),
 }
-
-
-def _single(half: Config) -> Config:
-    """The same for four-byte elements: half the step along K."""
-    return half._replace(
-        forward=half.forward._replace(block_k=32),
-        gradient=half.gradient._replace(block_k=32),
-        product=half.product._replace(block_m=32),
-    )
-
-
-_SINGLE = {target: _single(config) for target, config in _HALF.items()}
+_NARROW = Tile(128, 32, 32, 8, 3)
+_MIDDLE_SINGLE = _MIDDLE._replace(block_k=32)
+_SMALL_SINGLE = _SMALL._replace(block_k=32)
+_AMPERE_SINGLE = (
+    _always(_NARROW),
+    _always(_NARROW),
+    Tile(32, 128, 64, 8, 3),
+    Choice(32, _FUSED),
+    _SINGLE_OTHERS,
+)
+_SINGLE = {
+    "sm_80": _config(216, *_AMPERE_SINGLE),
+    "sm_89": _config(284, *_AMPERE_SINGLE),
+    "sm_90": _config(
+        264,
+        _always(_MIDDLE_SINGLE),
+        _always(_MIDDLE_SINGLE),
+        Tile(32, 128, 128, 8, 3),
+        Choice(32, _FUSED),
+        _SINGLE_OTHERS,
+    ),
+    "sm_100": _config(
+        296,
+        _always(_SMALL_SINGLE),
+        _always(_SMALL_SINGLE),
+        Tile(32, 128, 128, 8, 3),
+        Choice(32, _FUSED),
+        _SINGLE_OTHERS,
+    ),
+    "gfx942": _config(
+        608,
+        _always(_SMALL_SINGLE._replace(num_stages=2)),
+        _always(_SMALL_SINGLE._replace(num_stages=2)),
+        Tile(32, 128, 128, 8, 2),
+        Choice(64, _FUSED),
+        _SINGLE_OTHERS,
+    ),
+}
+_STEP = Tile(16, 16, 16, 1, 1)
 # Small enough for a few milliseconds a tile in Triton's interpreter, which runs NumPy.
 _INTERPRETER = Config(
-    forward=Tile(16, 16, 16, 1, 1),
-    gradient=Tile(16, 16, 16, 1, 1),
-    product=Tile(16, 16, 16, 1, 1),
-    fused=Tile(16, 16, 16, 1, 1),
-    fused_max_dim=32,
-    programs=6,
+    forward=_up_to(32, _STEP._replace(resident=True), _STEP._replace(turns=2)),
+    gradient=_up_to(48, _STEP._replace(resident=True), _STEP._replace(turns=2)),
+    product=_always(_STEP),
+    fused=(Choice(16, _STEP._replace(turns=2)), Choice(32, _STEP)),
+    split=Split(16, 32, 6),
+    others=(
+        ("forward", _STEP._replace(resident=True)),
+        ("forward", _STEP._replace(block_m=32, block_n=32)),
+        ("gradient", _STEP._replace(block_n=32, turns=4)),
+        ("product", _STEP._replace(block_k=32)),
+        ("fused", _STEP._replace(block_n=32)),
+    ),
 )
 
 

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config
+from .autotune import Problem, choose
+from .configs import Config, Tile
 from .layout import Plan, count_splits
 from .runtime import empty, kernel_device
 from .series import (
@@ -21,7 +22,10 @@ from .series import (
     complex_square,
     cos_sin,
     load_directions,
+    load_samples,
+    multiply,
     project,
+    rotate,
     scaled_factor,
     split_columns,
     stride_from_babies,
@@ -93,6 +97,48 @@ def _add_knots(sums, p, part_mask, factors_hi, factors_lo, MASK: tl.constexpr):
 
 
 @triton.jit
+def _add_tile(
+    sums,
+    p,
+    valid,  # (BLOCK_M, BLOCK_N) int32, 0 for samples outside the batch; read with MASK
+    factors_hi,
+    factors_lo,
+    g_hi,
+    g_lo,
+    turns,
+    EQUIDISTANT: tl.constexpr,
+    B: tl.constexpr,
+    G: tl.constexpr,
+    FAR: tl.constexpr,
+    MASK: tl.constexpr,
+    TURNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """`sums` plus a tile of projections p (BLOCK_M, BLOCK_N), in `turns` turns."""
+    parts = split_columns(p, BLOCK_M, BLOCK_N, LANES)
+    masks = parts
+    if MASK:
+        masks = split_columns(valid, BLOCK_M, BLOCK_N, LANES)
+    COUNT: tl.constexpr = BLOCK_N // LANES // TURNS
+    for _turn in range(turns):
+        for i in tl.static_range(COUNT):
+            mask = masks[i] != 0
+            if EQUIDISTANT:
+                sums = _add_products(
+                    sums, parts[i], mask, factors_hi[0], factors_lo[0], g_hi, g_lo, B, G, FAR, MASK
+                )
+            else:
+                sums = _add_knots(sums, parts[i], mask, factors_hi, factors_lo, MASK)
+        if TURNS > 1:
+            parts = rotate(parts, COUNT)
+            if MASK:
+                masks = rotate(masks, COUNT)
+    return sums
+
+
+@triton.jit
 def _sigreg_fwd_kernel(
     x_ptr,  # (V, N, K)
     a_ptr,  # (K, M)
@@ -107,7 +153,8 @@ def _sigreg_fwd_kernel(
     factor_hi,
     factor_lo,
     splits,
-    tiles_per_split,
+    split_samples,  # a multiple of BLOCK_N
+    turns,  # TURNS, at run time
     stride_xv,
     stride_xn,
     stride_xk,
@@ -123,12 +170,13 @@ def _sigreg_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SINGLE_K: tl.constexpr,  # K <= BLOCK_K: the directions are loaded once
+    RESIDENT: tl.constexpr,  # tiles that hold the directions during the whole program, or 0
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
     EVEN_N: tl.constexpr,  # N is a multiple of BLOCK_N
+    LANES: tl.constexpr,
+    TURNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    LANES: tl.constexpr = 4
     # Programs next to each other share samples: their tile of x comes from the cache.
     pid = tl.program_id(0)
     m_blocks = tl.cdiv(M, BLOCK_M)
@@ -141,8 +189,8 @@ def _sigreg_fwd_kernel(
 
     f_hi, f_lo = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
     g_hi, g_lo = f_hi, f_lo
-    factors_hi = ()
-    factors_lo = ()
+    factors_hi = (f_hi,)
+    factors_lo = (f_lo,)
     zero = tl.zeros((BLOCK_M, LANES), tl.float32)
     sums = ()
     if EQUIDISTANT:
@@ -153,6 +201,8 @@ def _sigreg_fwd_kernel(
             g_lo = tl.fma(f_hi, first, -g_hi) + f_lo * first
     else:
         COUNT: tl.constexpr = 2 * CHUNK_KNOTS
+        factors_hi = ()
+        factors_lo = ()
         for j in tl.static_range(CHUNK_KNOTS):
             knot = chunk * CHUNK_KNOTS + j
             t = tl.load(t_ptr + knot, mask=knot < J, other=0.0)
@@ -163,38 +213,39 @@ def _sigreg_fwd_kernel(
         sums = sums + (zero,)
 
     x_ptr += view.to(tl.int64) * stride_xv
-    a = zero
-    if SINGLE_K:
-        k = tl.arange(0, BLOCK_K)
-        a_ptrs = a_ptr + m[:, None].to(tl.int64) * stride_am + k[None, :] * stride_ak
-        a = load_directions(a_ptrs, m, k, M, K, EVEN_K)
-    start = split * tiles_per_split * BLOCK_N
-    stop = tl.minimum(N, start + tiles_per_split * BLOCK_N)
+    a = ()
+    if RESIDENT > 0:
+        a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, RESIDENT, EVEN_K)
+    start = split * split_samples
+    stop = tl.minimum(N, start + split_samples)
     full_stop = stop if EVEN_N else start + (stop - start) // BLOCK_N * BLOCK_N
+    valid = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if RESIDENT > 0:
+        n = start + tl.arange(0, BLOCK_N)
+        x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, True)
+        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
     for n0 in range(start, full_stop, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        p = project(x_ptr, a_ptr, a, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
-            BLOCK_M, BLOCK_N, BLOCK_K, SINGLE_K, EVEN_K, False, PRECISION)  # fmt: skip
-        parts = split_columns(p, BLOCK_M, BLOCK_N, LANES)
-        for i in tl.static_range(len(parts)):
-            if EQUIDISTANT:
-                sums = _add_products(sums, parts[i], zero, f_hi, f_lo, g_hi, g_lo, B, G, CHUNKS > 1, False)
-            else:
-                sums = _add_knots(sums, parts[i], zero, factors_hi, factors_lo, False)
+        if RESIDENT > 0:
+            # The next tile travels while this one is summed; after the last one it is not used.
+            n = tl.minimum(n0 + BLOCK_N, full_stop - BLOCK_N) + tl.arange(0, BLOCK_N)
+            x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, False)
+        else:
+            n = n0 + tl.arange(0, BLOCK_N)
+            p = project(x_ptr, a_ptr, a, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
+                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, EVEN_K, False, PRECISION)  # fmt: skip
+        sums = _add_tile(sums, p, valid, factors_hi, factors_lo, g_hi, g_lo, turns, EQUIDISTANT, B, G,
+            CHUNKS > 1, False, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
+        if RESIDENT > 0:
+            p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
     if not EVEN_N:
         for n0 in range(full_stop, stop, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
             p = project(x_ptr, a_ptr, a, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
-                BLOCK_M, BLOCK_N, BLOCK_K, SINGLE_K, EVEN_K, True, PRECISION)  # fmt: skip
-            parts = split_columns(p, BLOCK_M, BLOCK_N, LANES)
+                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, EVEN_K, True, PRECISION)  # fmt: skip
             valid = tl.broadcast_to((n < N)[None, :].to(tl.int32), (BLOCK_M, BLOCK_N))
-            masks = split_columns(valid, BLOCK_M, BLOCK_N, LANES)
-            for i in tl.static_range(len(parts)):
-                mask = masks[i] != 0
-                if EQUIDISTANT:
-                    sums = _add_products(sums, parts[i], mask, f_hi, f_lo, g_hi, g_lo, B, G, CHUNKS > 1, True)
-                else:
-                    sums = _add_knots(sums, parts[i], mask, factors_hi, factors_lo, True)
+            sums = _add_tile(sums, p, valid, factors_hi, factors_lo, g_hi, g_lo, turns, EQUIDISTANT, B, G,
+                CHUNKS > 1, True, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
 
     out_ptr += (split.to(tl.int64) * views + view) * ROWS * M + m
     if EQUIDISTANT:
@@ -232,12 +283,12 @@ def table_sums(
         shape (splits, V, rows, M), float32, to be summed over the splits.
     """
     (views, N, K), M = x.shape, A.shape[1]
-    tile = config.forward
-    block_k = min(tile.block_k, max(16, triton.next_power_of_2(K)))
-    splits, tiles_per_split = count_splits(views, N, M, plan, tile[:2], config.programs)
-    programs = views * triton.cdiv(M, tile.block_m) * plan.chunks * splits
+    splits, split_samples = count_splits(views, N, M, plan.chunks, config.split)
     out = empty(x, (splits, views, plan.rows, M), torch.float32)
-    with kernel_device(x):
+
+    def launch(tile: Tile) -> None:
+        block_k, resident = tile.steps(K)
+        programs = views * triton.cdiv(M, tile.block_m) * plan.chunks * splits
         _sigreg_fwd_kernel[(programs,)](
             x,
             A,
@@ -252,7 +303,8 @@ def table_sums(
             plan.factor_hi,
             plan.factor_lo,
             splits,
-            tiles_per_split,
+            split_samples,
+            tile.turns,
             *x.stride(),
             *A.stride(),
             HAS_SCALE=scale is not None,
@@ -265,11 +317,16 @@ def table_sums(
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_K=block_k,
-            SINGLE_K=K <= block_k,
+            RESIDENT=resident,
             EVEN_K=K % block_k == 0,
             EVEN_N=N % tile.block_n == 0,
+            LANES=config.lanes,
+            TURNS=tile.turns,
             PRECISION=precision,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
+
+    with kernel_device(x):
+        launch(choose(config, "forward", Problem(x, A, plan), launch))
     return out

@@ -58,22 +58,40 @@ def make_plan(J: int, spacing: float | None) -> Plan:
     return Plan(True, J, B, G, chunk_giants, 0, chunks, rows, *_two_floats(turns), giant)
 
 
-def count_splits(
-    views: int, N: int, M: int, plan: Plan, tile: tuple[int, int], programs: int
-) -> tuple[int, int]:
-    """How the samples of a view are shared: (number of splits, tiles of samples in each).
+class Split(NamedTuple):
+    """How samples are shared between programs: the same for every tile, so that sizes do not depend on it.
+
+    Attributes:
+        block_m: directions of a program, about.
+        samples: least samples of a split, a multiple of the samples of every tile.
+        programs: programs that run at a time.
+    """
+
+    block_m: int
+    samples: int
+    programs: int
+
+
+# Later programs fill the gaps of earlier ones: up to so many for each that runs at a time, ...
+_WAVES = 8
+# ... as long as a split has so many times the least samples, because starting a program costs too.
+_MIN_SHARE = 4
+
+
+def count_splits(views: int, N: int, M: int, chunks: int, split: Split) -> tuple[int, int]:
+    """How the samples of a view are shared: (number of splits, samples in each but the last).
 
     Args:
         views, N, M: sizes of the batch and the number of directions.
-        plan: layout of the table.
-        tile: directions and samples of a tile.
-        programs: programs to start at least, as far as there are tiles.
+        chunks: programs that share a table.
+        split: of the configuration.
     """
-    block_m, block_n = tile
-    base = views * ceil_div(M, block_m) * plan.chunks
-    tiles = max(1, ceil_div(N, block_n))
-    tiles_per_split = ceil_div(tiles, min(tiles, ceil_div(programs, base)))
-    return ceil_div(tiles, tiles_per_split), tiles_per_split
+    base = views * ceil_div(M, split.block_m) * chunks
+    units = max(1, ceil_div(N, split.samples))
+    fill = split.programs // base
+    smooth = min(_WAVES * split.programs // base, units // _MIN_SHARE)
+    share = ceil_div(units, min(units, max(1, fill, smooth)))
+    return ceil_div(units, share), share * split.samples
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -125,6 +125,28 @@ def split_columns(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.con
 
 
 @triton.jit
+def rotate(parts, COUNT: tl.constexpr):
+    """The tuple with its first COUNT parts moved to the end.
+
+    A loop over a tile in turns takes COUNT parts from the front each time. Unrolled, the compiler would start
+    all parts of a large tile at once and run out of registers.
+    """
+    out = ()
+    for i in tl.static_range(len(parts)):
+        out = out + (parts[(i + COUNT) % len(parts)],)
+    return out
+
+
+@triton.jit
+def replace_front(parts, new):
+    """`rotate`, with `new` instead of what was taken."""
+    out = ()
+    for i in tl.static_range(len(parts) - len(new)):
+        out = out + (parts[i + len(new)],)
+    return out + new
+
+
+@triton.jit
 def join_columns(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr):
     """The tile (ROWS, COLUMNS) whose `split_columns` is `columns`."""
     parts = ()
@@ -158,7 +180,7 @@ def scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE: tl.constexpr
 def project(
     x_ptr,  # (N, K) of one view
     a_ptr,  # (K, M)
-    a,  # (BLOCK_M, BLOCK_K) if SINGLE_K
+    a,  # `load_directions`, or () to step through K
     m,
     n,
     N,
@@ -171,49 +193,97 @@ def project(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SINGLE_K: tl.constexpr,
+    RESIDENT: tl.constexpr,
     EVEN_K: tl.constexpr,
     MASK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Projections of samples n on directions m, (BLOCK_M, BLOCK_N) float32; 0 outside the batch."""
-    k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + n[None, :].to(tl.int64) * stride_xn + k[:, None] * stride_xk
-    p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if SINGLE_K:
-        p = dot(a, load_samples(x_ptrs, n, k, N, K, EVEN_K, MASK_N), p, PRECISION)
+    if RESIDENT > 0:
+        x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, MASK_N)
+        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
     else:
-        a_ptrs = a_ptr + m[:, None].to(tl.int64) * stride_am + k[None, :] * stride_ak
+        k = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + n[None, :].to(tl.int64) * stride_xn + k[:, None].to(tl.int64) * stride_xk
+        a_ptrs = a_ptr + m[:, None].to(tl.int64) * stride_am + k[None, :].to(tl.int64) * stride_ak
+        p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in range(0, K, BLOCK_K):
-            x = load_samples(x_ptrs, n, k, N, K - k0, EVEN_K, MASK_N)
-            p = dot(load_directions(a_ptrs, m, k, M, K - k0, EVEN_K), x, p, PRECISION)
-            x_ptrs += BLOCK_K * stride_xk
-            a_ptrs += BLOCK_K * stride_ak
+            x = load_tile(x_ptrs, n[None, :] < N, k[:, None] < K - k0, MASK_N, not EVEN_K)
+            a_step = load_tile(a_ptrs, m[:, None] < M, k[None, :] < K - k0, True, not EVEN_K)
+            p = dot(a_step, x, p, PRECISION)
+            x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
+            a_ptrs += BLOCK_K * tl.cast(stride_ak, tl.int64)
     return p
 
 
 @triton.jit
-def load_samples(x_ptrs, n, k, N, K, EVEN_K: tl.constexpr, MASK_N: tl.constexpr):
-    """A tile (BLOCK_K, BLOCK_N) of x, transposed; 0 outside."""
-    if MASK_N and EVEN_K:
-        x = tl.load(x_ptrs, mask=(n < N)[None, :], other=0.0)
-    elif MASK_N:
-        x = tl.load(x_ptrs, mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
-    elif EVEN_K:
-        x = tl.load(x_ptrs)
-    else:
-        x = tl.load(x_ptrs, mask=(k < K)[:, None], other=0.0)
+def multiply(
+    a, x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Sum of the products of COUNT tiles, (BLOCK_M, BLOCK_N) float32."""
+    p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in tl.static_range(COUNT):
+        p = dot(a[i], x[i], p, PRECISION)
+    return p
+
+
+@triton.jit
+def load_samples(
+    x_ptr,
+    n,
+    N,
+    K,
+    stride_xn,
+    stride_xk,
+    BLOCK_K: tl.constexpr,
+    COUNT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    MASK_N: tl.constexpr,
+):
+    """Samples n, transposed: tuple of COUNT tiles (BLOCK_K, BLOCK_N) that cover K; 0 outside."""
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + n[None, :].to(tl.int64) * stride_xn + k[:, None].to(tl.int64) * stride_xk
+    x = ()
+    for i in tl.static_range(COUNT):
+        x = x + (load_tile(x_ptrs, n[None, :] < N, k[:, None] < K - i * BLOCK_K, MASK_N, not EVEN_K),)
+        x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
     return x
 
 
 @triton.jit
-def load_directions(a_ptrs, m, k, M, K, EVEN_K: tl.constexpr):
-    """A tile (BLOCK_M, BLOCK_K) of the directions, transposed; 0 outside."""
-    if EVEN_K:
-        a = tl.load(a_ptrs, mask=(m < M)[:, None], other=0.0)
-    else:
-        a = tl.load(a_ptrs, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+def load_directions(
+    a_ptr,
+    m,
+    M,
+    K,
+    stride_ak,
+    stride_am,
+    BLOCK_K: tl.constexpr,
+    COUNT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """Directions m, transposed: tuple of COUNT tiles (BLOCK_M, BLOCK_K) that cover K; 0 outside."""
+    k = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + m[:, None].to(tl.int64) * stride_am + k[None, :].to(tl.int64) * stride_ak
+    a = ()
+    for i in tl.static_range(COUNT):
+        a = a + (load_tile(a_ptrs, m[:, None] < M, k[None, :] < K - i * BLOCK_K, True, not EVEN_K),)
+        a_ptrs += BLOCK_K * tl.cast(stride_ak, tl.int64)
     return a
+
+
+@triton.jit
+def load_tile(ptrs, row_mask, column_mask, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
+    """A tile, 0 where a mask that counts is false."""
+    if MASK_ROWS and MASK_COLUMNS:
+        tile = tl.load(ptrs, mask=row_mask & column_mask, other=0.0)
+    elif MASK_ROWS:
+        tile = tl.load(ptrs, mask=row_mask, other=0.0)
+    elif MASK_COLUMNS:
+        tile = tl.load(ptrs, mask=column_mask, other=0.0)
+    else:
+        tile = tl.load(ptrs)
+    return tile
 
 
 @triton.jit

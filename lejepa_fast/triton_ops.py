@@ -98,7 +98,7 @@ def triton_table(
 def _(x: Tensor, A: Tensor, scale: Tensor | None, t: Tensor, spacing: float | None, precision: str) -> Tensor:
     plan, config = _layout(x, A, t.shape[0], spacing)
     views, N, M = x.shape[0], x.shape[1], A.shape[1]
-    splits, _ = count_splits(views, N, M, plan, config.forward[:2], config.programs)
+    splits, _ = count_splits(views, N, M, plan.chunks, config.split)
     return x.new_empty(splits, views, plan.rows, M, dtype=torch.float32)
 
 

@@ -1,0 +1,121 @@
+"""Choosing tiles by timing: with a clock of our own, so without a GPU and without running a kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton.runtime.errors import OutOfResources
+
+from lejepa_fast.kernels import autotune
+from lejepa_fast.kernels.configs import TARGETS, Config, Tile, shipped_config
+from lejepa_fast.kernels.layout import count_splits, make_plan
+
+CONFIG = shipped_config("sm_90", 2)
+
+
+@pytest.fixture(autouse=True)
+def _tuner(monkeypatch):
+    monkeypatch.setattr(autotune, "_chosen", {})
+    monkeypatch.setenv("LEJEPA_AUTOTUNE", "1")
+
+
+def problem(N: int = 2048, K: int = 512, J: int = 17) -> autotune.Problem:
+    x, A = torch.empty(8, N, K, device="meta"), torch.empty(K, 1024, device="meta")
+    return autotune.Problem(x, A, make_plan(J, 3 / (J - 1)))
+
+
+class Clock:
+    """Times a launch by its tile: the n-th best of `order` takes n seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, order: list[Tile]):
+        self.order = order
+        self.launched: list[Tile] = []
+        monkeypatch.setattr(autotune, "measure", self.measure)
+
+    def measure(self, call) -> float:
+        call()
+        return float(self.order.index(self.launched[-1]))
+
+    def choose(self, problem: autotune.Problem, config: Config = CONFIG) -> Tile:
+        return autotune.choose(config, "forward", problem, self.launched.append)
+
+
+def test_the_fastest_tile_is_kept(monkeypatch):
+    tiles = CONFIG.candidates("forward", 512)
+    assert tiles[0] == CONFIG.tile("forward", 512), "the shipped tile comes first"
+    assert len(set(tiles)) == len(tiles) > 3
+    clock = Clock(monkeypatch, tiles[::-1])
+    assert clock.choose(problem()) == tiles[-1]
+    assert clock.launched == tiles
+    clock.order = tiles  # what is fast later does not matter
+    assert clock.choose(problem(N=3000)) == tiles[-1], "the same power of two of rows"
+    assert len(clock.launched) == len(tiles)
+    for other in (problem(N=5000), problem(K=256), problem(J=9)):
+        assert clock.choose(other) == tiles[0]
+
+
+@pytest.mark.parametrize("value", ["", "0", None])
+def test_off_nothing_is_launched(monkeypatch, value):
+    if value is None:
+        monkeypatch.delenv("LEJEPA_AUTOTUNE")
+    else:
+        monkeypatch.setenv("LEJEPA_AUTOTUNE", value)
+    clock = Clock(monkeypatch, [])
+    assert clock.choose(problem()) == CONFIG.tile("forward", 512)
+    assert clock.launched == []
+
+
+def test_other_values_are_refused(monkeypatch):
+    monkeypatch.setenv("LEJEPA_AUTOTUNE", "yes")
+    with pytest.raises(ValueError, match=r"^LEJEPA_AUTOTUNE: expected 0 or 1 in the environment, got 'yes'$"):
+        Clock(monkeypatch, []).choose(problem())
+
+
+def test_a_graph_capture_is_never_timed(monkeypatch):
+    tiles = CONFIG.candidates("forward", 512)
+    clock = Clock(monkeypatch, tiles[::-1])
+    monkeypatch.setattr(autotune, "_capturing", lambda x: True)
+    assert clock.choose(problem()) == tiles[0]
+    assert clock.launched == []
+    monkeypatch.setattr(autotune, "_capturing", lambda x: False)
+    assert clock.choose(problem()) == tiles[-1], "the capture has left no choice behind"
+    monkeypatch.setattr(autotune, "_capturing", lambda x: True)
+    assert clock.choose(problem()) == tiles[-1], "a capture takes a choice made before"
+
+
+def test_tiles_that_do_not_fit_the_device_are_passed_over(monkeypatch):
+    tiles = CONFIG.candidates("forward", 512)
+    clock = Clock(monkeypatch, tiles[::-1])
+
+    def launch(tile: Tile) -> None:
+        if tile == tiles[-1]:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        clock.launched.append(tile)
+
+    assert autotune.choose(CONFIG, "forward", problem(), launch) == tiles[-2]
+
+
+def test_large_dimensions_get_no_resident_tile():
+    assert not any(tile.resident for tile in CONFIG.candidates("gradient", 1536))
+    assert any(tile.resident for tile in CONFIG.candidates("gradient", 512))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_split_is_made_of_whole_tiles(target, itemsize):
+    """What lets the number of splits, and so every size, ignore the tile."""
+    config = shipped_config(target, itemsize)
+    for kernel in ("forward", "gradient"):
+        for tile in (tile for K in (64, 1536) for tile in config.candidates(kernel, K)):
+            assert config.split.samples % tile.block_n == 0
+
+
+@pytest.mark.parametrize("N", [0, 1, 127, 128, 129, 2048, 5000, 10_000_000])
+@pytest.mark.parametrize(("views", "M"), [(1, 16), (8, 1024), (10, 16384)])
+def test_splits_cover_every_sample_once(N, views, M):
+    splits, samples = count_splits(views, N, M, 1, CONFIG.split)
+    assert splits * samples >= N
+    assert N == 0 or (splits - 1) * samples < N, "no split is empty"
+    assert splits == 1 or splits * views * M <= 8 * CONFIG.split.programs * (CONFIG.split.block_m + M)

@@ -1,0 +1,142 @@
+"""Kernels with every candidate tile, with large offsets, and how much memory they ask for.
+
+Run by `test_kernel_tiles.py`, in Triton's interpreter where there is no GPU; see `kernel_cases.py`.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+import torch
+
+from lejepa_fast import sample_directions, sample_unit_directions
+from lejepa_fast.kernels import autotune, backward, finish, forward
+from lejepa_fast.kernels.configs import get_config
+from lejepa_fast.kernels.layout import make_plan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+t = torch.arange(17, device=DEVICE) * 0.1875
+PHI = torch.exp(-t.square() / 2)
+PLAN = make_plan(17, 0.1875)
+
+
+def forward_backward(x, A, scale=None, precision="ieee"):
+    """Loss and gradient in x, straight from the kernels: nothing copies x or A on the way."""
+    config = get_config(x.device, x.element_size() if x.dtype == A.dtype else 4)
+    table = forward.table_sums(x, A, scale, t, PLAN, config, precision)
+    options = {"unbiased": False, "scale_by_n": True, "factor": 1.0}
+    value, coef = finish.finish(table, x.shape[1], scale, t, PHI, PHI, PLAN, **options)
+    one = torch.ones((), device=x.device)
+    return value, backward.gradient(one, 1.0, coef, x, A, scale, t, PLAN, config, precision)
+
+
+# Fused, and gradient with product.
+@pytest.mark.parametrize(("N", "K", "M", "dtype"), [(35, 13, 9, torch.bfloat16), (35, 40, 9, torch.float32)])
+def test_every_candidate_gives_the_same_result(monkeypatch, N, K, M, dtype):
+    monkeypatch.setenv("LEJEPA_AUTOTUNE", "1")
+    x = torch.randn(1, N, K).to(DEVICE, dtype)
+    A, scale = sample_unit_directions(K, M, step=1, device=DEVICE, dtype=dtype)
+    exact = None
+    for pick in range(3):  # the first, second, third candidate of each kernel, or the first
+        timed = []
+
+        def measure(call, pick=pick, timed=timed):
+            call()
+            timed.append(call)
+            return abs(len(timed) - 1 - pick)
+
+        monkeypatch.setattr(autotune, "_chosen", {})
+        monkeypatch.setattr(autotune, "measure", measure)
+        value, grad = forward_backward(x, A, scale)
+        assert len(timed) >= 2 * len(autotune._chosen) >= 4
+        exact = exact or (value, grad)
+        torch.testing.assert_close(value, exact[0], rtol=1e-5, atol=0)
+        tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(
+            grad, exact[1], rtol=tolerance, atol=tolerance * exact[1].abs().max().item()
+        )
+
+
+def test_candidates_for_a_benchmark():
+    x, A = torch.randn(2, 20, 8, device=DEVICE), sample_directions(8, 9, step=0, device=DEVICE)
+    calls = []
+    rows = autotune.time_candidates(x, A, timer=lambda call: calls.append(call()) or 0.5)
+    assert len(rows) == len(calls)
+    assert {row["kernel"] for row in rows} == {"forward", "fused"}
+    assert all(row["seconds"] == 0.5 and row["error"] is None for row in rows)
+    assert sum(row["shipped"] for row in rows) == 2
+    rows = autotune.time_candidates(x, A, fused=False, timer=lambda call: 0.5)
+    assert {row["kernel"] for row in rows} == {"forward", "gradient", "product"}
+
+
+def spread(values: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """The same numbers with huge strides: address space only, pages without numbers are never touched."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True))
+    memory = mmap.mmap(-1, extent * values.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flat = torch.frombuffer(memory, dtype=values.dtype)
+    return flat.as_strided(values.shape, strides).copy_(values)
+
+
+FAR = (1 << 31) + 64
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs address space without memory behind it")
+@pytest.mark.parametrize(
+    "K", [16, 35]
+)  # fused, and gradient with product; forward with and without residence
+@pytest.mark.parametrize(
+    "strides",
+    [
+        lambda V, N, K: (FAR, K, 1),  # a view far from the first
+        lambda V, N, K: (K, FAR // (N - 1), 1),  # samples far apart
+        lambda V, N, K: (N, 1, FAR // (K - 1)),  # transposed: dimensions far apart
+    ],
+    ids=["views", "samples", "dimensions"],
+)
+def test_offsets_past_two_to_the_31(K, strides):
+    V, N, M = 2, 9, 5
+    x = torch.randn(V, N, K, dtype=torch.bfloat16)
+    A, scale = sample_unit_directions(K, M, step=1, dtype=torch.bfloat16)
+    far = spread(x, strides(V, N, K))
+    assert (torch.tensor(far.shape) - 1) @ torch.tensor(far.stride()) >= 1 << 31
+    for got, expected in zip(forward_backward(far, A, scale), forward_backward(x, A, scale), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs address space without memory behind it")
+@pytest.mark.parametrize("K", [16, 35])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_offsets_of_directions_past_two_to_the_31(K, transposed):
+    M = 5
+    x = torch.randn(1, 9, K, dtype=torch.bfloat16)
+    A, scale = sample_unit_directions(K, M, step=1, dtype=torch.bfloat16)
+    far = spread(A, (1, FAR // (M - 1)) if transposed else (FAR // (K - 1), 1))
+    for got, expected in zip(forward_backward(x, far, scale), forward_backward(x, A, scale), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("V", "N", "K", "M", "dtype"),
+    [(1, 20, 8, 5, torch.float32), (2, 100, 8, 33, torch.bfloat16), (1, 70, 40, 17, torch.bfloat16)],
+)
+def test_memory_is_what_the_documentation_says(monkeypatch, V, N, K, M, dtype):
+    """Beyond inputs and dx: 4 (splits + 1) rows M V bytes, sums of blocks, and dT/dp unless fused."""
+    sizes = []
+
+    def empty(like, shape, dtype):
+        sizes.append(torch.Size(shape).numel() * dtype.itemsize)
+        return torch.empty(shape, dtype=dtype, device=like.device)
+
+    for module in (forward, finish, backward):
+        monkeypatch.setattr(module, "empty", empty)
+    x = torch.randn(V, N, K).to(DEVICE, dtype)
+    A, scale = sample_unit_directions(K, M, step=1, device=DEVICE, dtype=dtype)
+    config = get_config(x.device, x.element_size())
+    forward_backward(x, A, scale)
+    splits, _ = forward.count_splits(V, N, M, 1, config.split)
+    expected = 4 * (splits + 1) * 35 * M * V + 4 * (V * -(-M // 32) + 1)
+    expected += x.numel() * x.element_size()  # dx
+    if config.fused_max_dim < K:
+        expected += min(V * N * M * x.element_size(), 32 << 20)
+    assert sum(sizes) == expected
