@@ -1,7 +1,4 @@
-"""Kernels with every candidate tile, with large offsets, and how much memory they ask for.
-
-Run by `test_kernel_tiles.py`, in Triton's interpreter where there is no GPU; see `kernel_cases.py`.
-"""
+"""Kernels with every candidate tile, with large offsets, and how much memory they ask for."""
 
 from __future__ import annotations
 
@@ -9,13 +6,13 @@ import mmap
 
 import pytest
 import torch
+from kernel_helpers import DEVICE
 
 from lejepa_fast import sample_directions, sample_unit_directions
 from lejepa_fast.kernels import autotune, backward, finish, forward
 from lejepa_fast.kernels.configs import get_config
 from lejepa_fast.kernels.layout import make_plan
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 t = torch.arange(17, device=DEVICE) * 0.1875
 PHI = torch.exp(-t.square() / 2)
 PLAN = make_plan(17, 0.1875)
