@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import queue
 import threading
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +39,12 @@ log = logging.getLogger("lejepa_fast.data")
 _IN_FLIGHT = 2  # batches inside DALI: one decodes while the views of the one before are made
 _READ_AHEAD = 2  # batches of encoded bytes beyond those
 _PATIENCE = 0.1  # seconds between two looks at whether somebody still wants the batches
+
+
+# A forked process has none of a pipeline's threads: destroying its copy there would wait for them for ever.
+_pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
+_immortal: list[Any] = []
+os.register_at_fork(after_in_child=lambda: _immortal.extend(_pipelines))
 
 
 @dataclass
@@ -257,6 +265,7 @@ class DaliBackend:
                 f"DALI cannot build its pipeline: {dali_reason(error)}; "
                 "use another build of DALI, or backend='torchvision'"
             ) from error
+        _pipelines.add(pipe)
         return pipe
 
 

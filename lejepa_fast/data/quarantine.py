@@ -41,13 +41,15 @@ class Quarantine:
         file: str | os.PathLike[str] | None = None,
         *,
         max_bad_fraction: float = DEFAULT_MAX_BAD_FRACTION,
+        log_each: bool = True,
     ) -> None:
         if not 0.0 <= max_bad_fraction <= 1.0:
             raise UsageError(f"max_bad_fraction must lie in [0, 1]; got {max_bad_fraction}")
         self._source = source
         self._file = None if file is None else Path(file)
-        self._max_bad_fraction = max_bad_fraction
+        self._max_bad_fraction, self._log_each = max_bad_fraction, log_each
         self.known: set[int] = set()
+        self._read_bytes = 0
         self._read()
 
     def add(self, index: int, reason: str) -> None:
@@ -57,7 +59,7 @@ class Quarantine:
         if index not in self.known:
             self.known.add(index)
             name = printable(self._source.describe(index))
-            log.warning("quarantined %s: %s", name, reason)
+            log.log(logging.WARNING if self._log_each else logging.DEBUG, "quarantined %s: %s", name, reason)
             self._write(f"{name}\t{index}\t{printable(reason)}\n")
         self._check(index, reason)
 
@@ -67,7 +69,8 @@ class Quarantine:
 
     def _check(self, index: int, reason: str) -> None:
         count, total = len(self.known), len(self._source)
-        if count <= self._max_bad_fraction * total:
+        # A single file never stops a run that allows for any.
+        if count <= max(self._max_bad_fraction * total, self._max_bad_fraction > 0):
             return
         share = f"{100 * self._max_bad_fraction:g} %"
         raise RunError(
@@ -77,13 +80,17 @@ class Quarantine:
         )
 
     def _read(self) -> None:
+        """Take over the lines that have been added since the last look, by whichever rank."""
         if self._file is None or not self._file.exists():
             return
         try:
-            lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines()
+            with open(self._file, "rb") as file:
+                file.seek(self._read_bytes)
+                added = file.read()
         except OSError as error:
             raise UsageError(f"cannot read {self._file}: {error.strerror}; choose another file") from error
-        for line in lines:
+        self._read_bytes += len(added)
+        for line in added.decode("utf-8", errors="replace").splitlines():
             name, _, rest = line.partition("\t")
             number = rest.partition("\t")[0]
             index = int(number) if number.isdecimal() else -1
