@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import gc
@@ -20,11 +21,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+_ROOT = Path(__file__).resolve().parents[1]
+RESULTS = _ROOT / "bench" / "results"
 
 
-def machine() -> dict[str, Any]:
-    """Where and with what a row was measured."""
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Where and with what a row was measured; without a device, on the GPU if there is one.
+
+    A copy of the files without their git history has no commit of its own: LEJEPA_COMMIT can name it.
+    """
     row: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": _cpu_name(),
@@ -34,12 +39,18 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _triton_version(),
         "commit": _commit(),
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0], _ROOT), *sys.argv[1:]]),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
         row["device"] = torch.cuda.get_device_name()
-        row["driver"] = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+        row["driver"] = nvidia_smi("driver_version")
     return row
+
+
+def nvidia_smi(field: str) -> str | None:
+    """What nvidia-smi says about the first GPU, or None where there is no nvidia-smi."""
+    answer = _output(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"])
+    return answer.splitlines()[0].strip() if answer else None
 
 
 def _cpu_name() -> str:
@@ -60,6 +71,8 @@ def _triton_version() -> str | None:
 
 
 def _commit() -> str | None:
+    if os.environ.get("LEJEPA_COMMIT"):
+        return os.environ["LEJEPA_COMMIT"]
     commit = _output(["git", "rev-parse", "--short", "HEAD"])
     dirty = _output(["git", "status", "--porcelain", "--untracked-files=no"])
     return f"{commit}+changes" if commit and dirty else commit
@@ -73,25 +86,55 @@ def _output(command: Sequence[str]) -> str | None:
     return run.stdout.strip() or None
 
 
+Mark = Callable[[], None]
+
+
 class Timed(NamedTuple):
-    """What is timed: `run` of what `prepare` makes, untimed, from the number of the repetition."""
+    """What is timed: `run` of what `prepare` makes, untimed, from the number of the repetition.
+
+    `run` calls the function that it gets beside its input between forward and backward.
+    """
 
     prepare: Callable[[int], Any]
-    run: Callable[[Any], Any]
+    run: Callable[[Any, Mark], Any]
 
 
-def interleaved_times(calls: Mapping[str, Timed], repeats: int) -> dict[str, list[float]]:
+class Times(NamedTuple):
+    """Seconds of the repetitions of one call; no parts where the call does not mark them."""
+
+    forward: list[float]
+    backward: list[float]
+    forward_backward: list[float]
+
+
+def cpu_time(call: Timed, repeat: int) -> tuple[float | None, float | None, float]:
+    """Seconds of one repetition: forward, backward, both."""
+    prepared = call.prepare(repeat)
+    marks: list[float] = []
+    start = time.perf_counter()
+    call.run(prepared, lambda: marks.append(time.perf_counter()))
+    end = time.perf_counter()
+    if not marks:
+        return None, None, end - start
+    return marks[0] - start, end - marks[0], end - start
+
+
+def interleaved_times(
+    calls: Mapping[str, Timed],
+    repeats: int,
+    once: Callable[[Timed, int], tuple[float | None, float | None, float]] = cpu_time,
+    warm_up: int = 2,
+) -> dict[str, Times]:
     """Seconds of each call, taking turns so that a slow spell of the machine hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():  # warm-up: compilation, allocator, caches
-        for repeat in range(2):
-            call.run(call.prepare(repeat))
+    times = {name: Times([], [], []) for name in calls}
+    for call in calls.values():  # compilation, allocator, caches
+        for repeat in range(warm_up):
+            once(call, repeat)
     for repeat in range(repeats):
         for name, call in calls.items():
-            prepared = call.prepare(repeat)
-            start = time.perf_counter()
-            call.run(prepared)
-            times[name].append(time.perf_counter() - start)
+            for kept, seconds in zip(times[name], once(call, repeat), strict=True):
+                if seconds is not None:
+                    kept.append(seconds)
     return times
 
 
@@ -132,9 +175,18 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; none without the file, and none of a line that was not finished."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print columns: the first left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, ["-" * w for w in widths], *rows]:
         cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join(cells).rstrip())
+        print("  ".join(cells).rstrip(), flush=True)

@@ -1,29 +1,24 @@
-"""Write the README's measured tables from bench/results: python bench/render_readme.py [--check]
+"""Write the measured tables of README.md and docs/kernels.md: python bench/render_readme.py [--check]
 
 Tables stand between `<!-- NAME -->` and `<!-- /NAME -->`; what is between is replaced. With --check
-nothing is written, and the exit code is 1 when the README is not what the rows say.
+nothing is written, and the exit code is 1 when a document is not what the rows say.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from benchlib import RESULTS
-from sigreg_bench import BASELINE
+from accuracy_bench import cells as error_cells
+from benchlib import RESULTS, read_rows
+from sigreg_variants import BASELINE, COMPILED, CPU_SIZE, TRITON
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 Row = dict[str, Any]
-
-
-def read(name: str) -> list[Row]:
-    lines = (RESULTS / name).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line]
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
@@ -45,9 +40,15 @@ def where(row: Row) -> str:
 
 
 def sigreg_table() -> str:
-    """The reference CPU size: the last complete measurement of it."""
-    size = {"V": 1, "N": 2048, "K": 512, "M": 1024, "J": 17}
-    rows = latest([r for r in read("sigreg.jsonl") if all(r[k] == v for k, v in size.items())])
+    """The sizes of a GPU where there are such rows, else the reference CPU size; each as last measured."""
+    rows = [row for row in read_rows(RESULTS / "sigreg.jsonl") if not row.get("rehearsal")]
+    on_gpu = [row for row in rows if "wall" in row]
+    return gpu_table(on_gpu) if on_gpu else cpu_table(rows)
+
+
+def cpu_table(rows: Sequence[Row]) -> str:
+    size = CPU_SIZE._asdict()
+    rows = latest([r for r in rows if all(r[k] == v for k, v in size.items()) and r["dtype"] == "float32"])
     base = next(row for row in rows if row["variant"] == BASELINE)
     if not base["correct"]:
         raise SystemExit(f"error: the newest rows of {BASELINE!r} are not correct; measure again")
@@ -68,9 +69,56 @@ def sigreg_table() -> str:
     return markdown(header, table) + f"\n\n{origin(base)}"
 
 
+# Case, dtype, what is compared: the wall clock where launches are what takes the time.
+GPU_LINES = [
+    ("reference", "bfloat16", "forward_backward"),
+    ("reference", "float32", "forward_backward"),
+    ("giant", "bfloat16", "forward_backward"),
+    ("minimal", "float32", "wall"),
+]
+
+
+def gpu_table(everything: Sequence[Row]) -> str:
+    """A line for each size: the authors' formulation, torch.compile of it, ours; directions included."""
+    table, newest = [], {}
+    for case, dtype, phase in GPU_LINES:
+        wanted = {"case": case, "dtype": dtype, "directions": "drawn"}
+        rows = [row for row in everything if all(row[k] == v for k, v in wanted.items())]
+        found = {row["variant"]: row for row in latest(rows)} if rows else {}
+        ours = found.get(TRITON)
+        if ours is None or not ours["correct"]:
+            continue
+        newest[ours["date"]] = ours
+        size = "{V} x {N} x {K}, {M} slices, {J} knots".format(**ours)
+        kind = f"{'bf16' if dtype == 'bfloat16' else dtype}{', wall clock' if phase == 'wall' else ''}"
+        others = [found.get(name) for name in (BASELINE, COMPILED)]
+        times = [_time(row, phase) for row in others]
+        mine = ours[phase]["median_ms"]
+        speeds = [f"{row[phase]['median_ms'] / mine:.1f}x" if _ran(row) else "-" for row in others]
+        peaks = [f"{row['peak_extra_mib']:.0f} MiB" if _ran(row) else "-" for row in (others[0], ours)]
+        table.append([f"{size}, {kind}", *times, f"**{_time(ours, phase)}**", *speeds, *peaks])
+    if not table:
+        raise SystemExit(f"error: no row of {TRITON!r} on a GPU is correct; measure again")
+    header = ["SIGReg, forward + backward", "authors' formulation", "torch.compile of it", TRITON]
+    header += ["speed", "against compiled", "memory, authors'", "memory, ours"]
+    row = newest[max(newest)]
+    machine = f"{row['device']}, driver {row['driver']}, torch {row['torch']}, triton {row['triton']}"
+    return markdown(header, table) + f"\n\n{machine}, {row['date'][:10]}: `python bench/sigreg_bench.py`"
+
+
+def _ran(row: Row | None) -> TypeGuard[Row]:
+    return row is not None and row["correct"]
+
+
+def _time(row: Row | None, phase: str) -> str:
+    if row is None:
+        return "-"
+    return f"{row[phase]['median_ms']:.3g} ms" if row["correct"] else row["problem"].partition(":")[0]
+
+
 def pretrain_table() -> str:
     """The newest run of every seed, of the configuration that was run last."""
-    everything = read("pretrain.jsonl")
+    everything = read_rows(RESULTS / "pretrain.jsonl")
     rows = {row["seed"]: row for row in everything if recipe(row) == recipe(everything[-1])}
     table = []
     for seed, row in sorted(rows.items()):
@@ -91,17 +139,28 @@ def recipe(row: Row) -> Row:
     return {key: value for key, value in row["config"].items() if key not in ("seed", "out", "resume")}
 
 
+def accuracy_table() -> str:
+    """Errors over J and |p|: the newest rows of compiled kernels, or of interpreted ones."""
+    rows = read_rows(RESULTS / "sigreg_accuracy.jsonl")
+    rows = latest([row for row in rows if row["kernels"] == "compiled"] or rows)
+    header = ["", "J", *(f"\\|p\\| ~ {scale:g}" for scale in rows[0]["scales"])]
+    table = [[row["variant"], str(row["J"]), *error_cells(row)] for row in rows]
+    size = ", ".join(f"{name} = {value}" for name, value in rows[0]["size"].items())
+    return markdown(header, table) + f"\n\n{size}, kernels {rows[0]['kernels']}. {origin(rows[0])}"
+
+
 TABLES: dict[str, Callable[[], str]] = {"sigreg": sigreg_table, "pretrain": pretrain_table}
+DOCUMENTS = {README: TABLES, README.parent / "docs" / "kernels.md": {"accuracy": accuracy_table}}
 
 
-def render(text: str) -> str:
-    for name, table in TABLES.items():
+def render(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
+    for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         content = table().replace("\\", r"\\") + "\n"
         text, count = re.subn(pattern, rf"\g<1>{content}\g<2>", text, flags=re.DOTALL)
         if count != 1:
             raise SystemExit(
-                f"error: README.md must have one <!-- {name} --> ... <!-- /{name} -->, has {count}"
+                f"error: the document must have one <!-- {name} --> ... <!-- /{name} -->, has {count}"
             )
     return text
 
@@ -111,20 +170,21 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; fail if the README is out of date"
+        "--check", action="store_true", help="write nothing; fail if a document is out of date"
     )
     options = parser.parse_args()
-    before = README.read_text(encoding="utf-8")
-    after = render(before)
-    if not options.check:
-        README.write_text(after, encoding="utf-8")
-    elif before != after:
-        print(
-            "error: README.md is not what bench/results says; run python bench/render_readme.py",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    outdated = []
+    for document, tables in DOCUMENTS.items():
+        before = document.read_text(encoding="utf-8")
+        after = render(before, tables)
+        if not options.check:
+            document.write_text(after, encoding="utf-8")
+        elif before != after:
+            outdated.append(document.name)
+    if outdated:
+        what = "is not what bench/results says; run python bench/render_readme.py"
+        print(f"error: {', '.join(outdated)} {what}", file=sys.stderr)
+    return int(bool(outdated))
 
 
 if __name__ == "__main__":

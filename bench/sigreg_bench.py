@@ -1,24 +1,31 @@
 """Time and memory of SIGReg implementations, after checking that their results are right.
 
-    python bench/sigreg_bench.py                    # one size, table, rows in bench/results/sigreg.jsonl
+    python bench/sigreg_bench.py                    # this machine's table, rows in bench/results/sigreg.jsonl
     python bench/sigreg_bench.py --sweep            # also against N and M, with a plot
+    python bench/sigreg_bench.py --cases giant-bfloat16 --out DIR
+    python bench/sigreg_bench.py --size 4 512 256 512 17 --dtype bfloat16
 
-Variants take turns in one process, over rotated input buffers. A variant whose value or gradient is off
-is reported as wrong and not timed. Peak memory is taken in a fresh process for each variant. On a
-machine without a GPU all this happens on the CPU, at a CPU size, and the table says so.
+On a GPU: the sizes of the targets, device time and wall clock, launches, share of the floor (how each is
+measured: `gpu_timing.py`). Without one, or with --device cpu: one CPU size, and it says so. Variants take
+turns in one process, over rotated inputs. A variant whose value or gradient is off is reported as wrong
+and not timed. Who takes part, in which dtypes, with whose directions: `sigreg_variants.py`. Peak memory is
+the allocator's on a GPU; on the CPU it is that of a fresh process for each variant. The exit code is 1 when
+an implementation of ours failed or is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpu_timing
+import sigreg_variants as variants
 import torch
 from benchlib import (
     RESULTS,
@@ -30,227 +37,218 @@ from benchlib import (
     print_table,
     summary,
 )
+from sigreg_variants import BASELINE, COMPILED, GRAPH, REDUCED, TRITON, Case, Run, Size, Truth
 from torch import Tensor
 
-from lejepa_fast import sample_directions, sigreg, standard_normal_knots
-from lejepa_fast.ops import Implementation
+Row = dict[str, Any]
+# Their results and buffers live in a memory pool of the graph: the allocator's peak says nothing about them.
+GRAPH_POOLS = (REDUCED, GRAPH)
 
 
-class Size(NamedTuple):
-    """Views, samples per view, dimensions, slices, knots."""
+class Setting(NamedTuple):
+    """Where: on a GPU with its clock and ceilings, or on the CPU; a rehearsal counts for nothing."""
 
-    V: int
-    N: int
-    K: int
-    M: int
-    J: int
-
-    def __str__(self) -> str:
-        return f"V {self.V}, N {self.N}, K {self.K}, M {self.M}, J {self.J}"
-
-
-CPU_SIZE = Size(1, 2048, 512, 1024, 17)
-SWEEPS = {"N": [256, 512, 1024, 2048, 4096], "M": [128, 256, 512, 1024, 2048]}
-BUFFERS = 8  # inputs taken in turns: at the CPU size together larger than the last-level cache
-MAX_ERROR = 1e-4  # relative, value and gradient, against float64
-
-Loss = Callable[[Tensor], Tensor]
-
-
-# --- Variants -------------------------------------------------------------------------------------
-
-
-def authors_formulation(size: Size, A: Tensor) -> Loss:
-    """The statistic as the paper's code writes it: cos and sin of all N x M x J phases."""
-    t, phi, weights = (a.float() for a in standard_normal_knots(3.0, size.J)[:3])
-
-    def loss(x: Tensor) -> Tensor:
-        phase = (x @ A).unsqueeze(-1) * t
-        error = (phase.cos().mean(-3) - phi).square() + phase.sin().mean(-3).square()
-        return ((error @ weights) * x.shape[-2]).mean()
-
-    return loss
-
-
-def ours(impl: Implementation) -> Callable[[Size, Tensor], Loss]:
-    def build(size: Size, A: Tensor) -> Loss:
-        knots = standard_normal_knots(3.0, size.J)
-        t, phi, weights = (a.float() for a in knots[:3])
-        return lambda x: sigreg(x, A, t, phi, weights, impl=impl, spacing=knots.spacing)
-
-    return build
-
-
-def compiled(build: Callable[[Size, Tensor], Loss]) -> Callable[[Size, Tensor], Loss]:
-    return lambda size, A: torch.compile(build(size, A), dynamic=False)
-
-
-def lightly_peer(size: Size, A: Tensor) -> Loss:
-    from lightly.loss.lejepa_loss import SIGReg
-
-    module = SIGReg(knots=size.J, t_max=3.0, num_vectors=size.M)
-    # The same directions for all, so that results can be compared and sampling is not timed.
-    module._generate_unit_vectors = lambda device, dtype, num_features: A.to(device, dtype)
-    return module
-
-
-VARIANTS: dict[str, Callable[[Size, Tensor], Loss]] = {
-    "authors' formulation": authors_formulation,
-    "  torch.compile of it": compiled(authors_formulation),
-    "our reference": ours("reference"),
-    "our impl='torch'": ours("torch"),
-}
-BASELINE = "authors' formulation"
-if importlib.util.find_spec("lightly") and importlib.util.find_spec("lightly.loss.lejepa_loss"):
-    VARIANTS["lightly"] = lightly_peer
+    device: torch.device
+    clock: gpu_timing.GpuClock | None = None
+    ceilings: gpu_timing.Ceilings | None = None
+    rehearsal: bool = False
 
 
 # --- Measurements ---------------------------------------------------------------------------------
 
 
-def inputs(size: Size, count: int) -> tuple[list[Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    xs = [torch.randn(size.V, size.N, size.K, generator=generator) for _ in range(count)]
-    return xs, sample_directions(size.K, size.M, step=0)
-
-
-def exact(size: Size) -> tuple[Tensor, Tensor]:
-    """Value and gradient by the reference in float64, a few directions at a time."""
-    (x,), A = inputs(size, 1)
-    x, knots = x.double().requires_grad_(), standard_normal_knots(3.0, size.J)
-    value = torch.zeros((), dtype=torch.float64)
-    for chunk in A.double().split(64, dim=1):
-        part = sigreg(x, chunk, *knots[:3], reduction="sum", impl="reference") / (size.V * size.M)
-        part.backward()
-        value += part.detach()
-    assert x.grad is not None
-    return value, x.grad
-
-
-def relative_error(loss: Loss, size: Size, value: Tensor, grad: Tensor) -> float:
-    """Larger of the relative errors of value and gradient."""
-    (x,), _ = inputs(size, 1)
-    x.requires_grad_()
-    got = loss(x)
-    got.backward()
-    assert x.grad is not None
-    return max(abs(got.item() / value.item() - 1), ((x.grad - grad).norm() / grad.norm()).item())
-
-
-def measure_times(size: Size, names: list[str], repeats: int) -> list[dict[str, Any]]:
+def measure(case: Case, setting: Setting, repeats: int) -> list[Row]:
+    """All variants of a case: a row for each, with what went wrong where something did."""
     # Else the sizes of a sweep add up to torch.compile's recompilation limit, and it goes on in eager mode.
     torch._dynamo.reset()
-    xs, A = inputs(size, BUFFERS)
-    losses = {name: VARIANTS[name](size, A) for name in names}
-    truth = exact(size)
-    errors: dict[str, float | None] = {}
-    for name, loss in losses.items():
+    device, clock = setting.device, setting.clock
+    bytes_each = case.size.V * case.size.N * case.size.K * case.dtype.itemsize
+    xs = variants.make_inputs(case, clock.buffers(bytes_each) if clock else 8, device)
+    rows: dict[str, Row] = {}
+    calls: dict[str, Timed] = {}
+    truth = variants.Truth(xs[0], case.size.J)
+    for name in case.variants:
+        rows[name], run = checked(case, name, xs[0], truth, device)
+        if run is not None:
+            calls[name] = Timed(lambda repeat: xs[repeat % len(xs)].detach().requires_grad_(), run)
+    if clock:
+        times = interleaved_times(calls, repeats, once=clock.once, warm_up=4)
+        for name, seconds in gpu_timing.wall_times(calls).items():
+            rows[name]["wall"] = summary(seconds)
+    else:
+        times = interleaved_times(calls, repeats, warm_up=0 if setting.rehearsal else 2)
+    for name, parts in times.items():
+        rows[name] |= {phase: summary(v) for phase, v in parts._asdict().items() if v}
+    for name, call in calls.items():
+        rows[name] |= memory_and_launches(case, name, call, setting)
+        if setting.ceilings and gpu_timing.has_floor(case):
+            floor = gpu_timing.floors(case.size, case.dtype.itemsize, setting.ceilings)
+            share = floor["floor_ms"] / rows[name]["forward_backward"]["median_ms"]
+            rows[name] |= {**floor, "share_of_floor": share, "ceilings": setting.ceilings._asdict()}
+    marks = {"rehearsal": True} if setting.rehearsal else {}
+    about = machine(device)
+    return [{**row, **marks, **about} for row in rows.values()]
+
+
+def checked(case: Case, name: str, x: Tensor, truth: Truth, device: torch.device) -> tuple[Row, Run | None]:
+    """The row of a variant so far, and its training step if it ran and its result is right."""
+    row: Row = {"benchmark": "sigreg", "case": case.name, "variant": name.strip(), **case.size._asdict()}
+    row |= {"dtype": variants.dtype_name(case.dtype), "directions": case.directions}
+    row |= {"relative_error": None, "correct": False}
+    problem = too_large(case, name, device)
+    if problem is None:
         try:
-            errors[name] = relative_error(loss, size, *truth)
-        except RuntimeError as error:  # torch.compile without a C++ compiler, a peer of another version
-            print(f"{name.strip()}: not available here: {str(error).strip().splitlines()[0]}")
-            errors[name] = None
-    right = {n: loss for n, loss in losses.items() if (e := errors[n]) is not None and e <= MAX_ERROR}
-
-    def no_grad(loss: Loss) -> Callable[[Tensor], Tensor]:
-        return torch.no_grad()(loss)
-
-    def leaf(repeat: int) -> Tensor:
-        return xs[repeat % BUFFERS].detach().requires_grad_()
-
-    phases = {
-        "forward": {n: Timed(leaf, no_grad(loss)) for n, loss in right.items()},
-        "backward": {
-            n: Timed(lambda repeat, loss=loss: loss(leaf(repeat)), Tensor.backward)  # type: ignore[misc]
-            for n, loss in right.items()
-        },
-        "forward_backward": {
-            n: Timed(leaf, lambda x, loss=loss: loss(x).backward())  # type: ignore[misc]
-            for n, loss in right.items()
-        },
-    }
-    times = {phase: interleaved_times(calls, repeats) for phase, calls in phases.items()}
-    rows = []
-    for name in names:
-        row: dict[str, Any] = {"variant": name.strip(), **size._asdict(), "dtype": "float32"}
-        row |= {"relative_error": errors[name], "correct": name in right}
-        if name in right:
-            row |= {phase: summary(times[phase][name]) for phase in phases}
-        rows.append(row)
-    return rows
+            run, error = build_and_compare(case, name, x, truth, device)
+        except torch.OutOfMemoryError:
+            problem = "does not fit into memory"
+        except Exception as failure:  # a compiler or a peer that does not work here; others go on
+            problem = f"not available here: {_first_line(failure)}"
+            if name.startswith("our"):
+                traceback.print_exc()
+        else:
+            most = variants.MAX_ERROR[case.dtype]
+            row |= {"relative_error": error, "correct": error <= most}
+            if row["correct"]:
+                return row, run
+            problem = f"WRONG (error {error:.1e}, at most {most:.0e})"
+    print(f"{name.strip()}: {problem}", flush=True)
+    if device.type == "cuda":
+        gpu_timing.free_memory()
+    return row | {"problem": problem}, None
 
 
-def measure_memory(size: Size, name: str) -> int:
+def _first_line(failure: Exception) -> str:
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0][:200]}" if lines else type(failure).__name__
+
+
+def too_large(case: Case, name: str, device: torch.device) -> str | None:
+    """Why a variant that materialises all phases is not tried, or None."""
+    if device.type != "cuda" or name not in variants.MATERIALISING:
+        return None
+    needed, free = variants.estimated_bytes(case.size), torch.cuda.mem_get_info(device)[0]
+    if needed <= free:
+        return None
+    return f"does not fit: needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
+
+
+def build_and_compare(
+    case: Case, name: str, x: Tensor, truth: Truth, device: torch.device
+) -> tuple[Run, float]:
+    given = variants.given_directions(case, device)
+    loss = variants.VARIANTS[name](case, given, device)
+    keeping, run = variants.step_of(loss, keep_directions=True), variants.step_of(loss)
+    if name == GRAPH:
+        keeping = run = gpu_timing.graphed(run, device)
+    leaf = x.detach().requires_grad_()
+    if name == GRAPH:  # the second call is a replay with another input than the captured one
+        keeping(x.flip(1).detach().requires_grad_(), lambda: None)
+    got = keeping(leaf, lambda: None)
+    # Before the next call overwrites them: results of a graph live in its pool.
+    error = variants.relative_error((got[0].clone(), got[1].clone()), truth(loss.directions()))
+    loss.forget()
+    return run, error
+
+
+def memory_and_launches(case: Case, name: str, timed: Timed, setting: Setting) -> Row:
+    """Peak memory above the inputs and what was launched: measured last, so that a failure costs no time."""
+
+    def call() -> Any:
+        return timed.run(timed.prepare(0), lambda: None)
+
+    if setting.rehearsal:
+        return {"peak_extra_mib": peak_extra_bytes(call) / 2**20, **interpreted(name, call)}
+    if setting.clock is None:
+        return {"peak_extra_mib": measure_memory(case, name) / 2**20}
+    found: Row = {}
+    if name not in GRAPH_POOLS:
+        found["peak_extra_mib"] = gpu_timing.peak_extra_bytes(call) / 2**20
+    try:
+        kernels = gpu_timing.launches(call)
+    except Exception as failure:  # a profiler that may not look at the device
+        print(f"{name.strip()}: launches not counted: {_first_line(failure)}", flush=True)
+        return found
+    return found | ({"launches": sum(kernels.values()), "kernels": kernels} if kernels else {})
+
+
+def interpreted(name: str, call: Callable[[], Any]) -> dict[str, Any]:
+    if name != TRITON:
+        return {}
+    counts: dict[str, int] = {}
+    with gpu_timing.interpreted_launches(counts):
+        call()
+    return {"launches": sum(counts.values()), "kernels": counts}
+
+
+def measure_memory(case: Case, name: str) -> int:
     """Peak resident bytes above the inputs, forward and backward, in a fresh process."""
-    command = [sys.executable, __file__, "--peak-memory-of", name, "--size", *map(str, size)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, __file__, "--peak-memory-of", name, "--size", *map(str, case.size)]
+    command += ["--dtype", variants.dtype_name(case.dtype), "--directions", case.directions]
+    run = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(f"measuring the memory of {name.strip()!r} failed: {run.stderr.strip()[-300:]}")
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def peak_memory_here(size: Size, name: str) -> int:
-    (x,), A = inputs(size, 1)
-    loss = VARIANTS[name](size, A)
+def peak_memory_here(case: Case, name: str) -> int:
+    device = torch.device("cpu")
+    (x,) = variants.make_inputs(case, 1, device)
+    run = variants.step_of(variants.VARIANTS[name](case, variants.given_directions(case, device), device))
 
     def call() -> None:
-        loss(x.detach().requires_grad_()).backward()
+        run(x.detach().requires_grad_(), lambda: None)
 
     call()  # compilation and thread pools are not the variant's memory
     return peak_extra_bytes(call)
 
 
-def measure(size: Size, names: list[str], repeats: int) -> list[dict[str, Any]]:
-    rows = measure_times(size, names, repeats)
-    for row, name in zip(rows, names, strict=True):
-        if row["correct"]:
-            row["peak_extra_mib"] = measure_memory(size, name) / 2**20
-    about = machine()
-    return [{"benchmark": "sigreg", **row, **about} for row in rows]
-
-
 # --- Output ---------------------------------------------------------------------------------------
 
 
-def show(rows: list[dict[str, Any]], names: list[str]) -> None:
-    baseline = rows[names.index(BASELINE)]
+def show(rows: Sequence[Row]) -> None:
+    """A case as a table: times in milliseconds, relative to the authors' formulation where that ran."""
+    base = next((row for row in rows if row["variant"] == BASELINE and row["correct"]), None)
+    on_gpu = any("wall" in row for row in rows)
+    header = [
+        rows[0]["dtype"],
+        "fwd ms",
+        "bwd ms",
+        "both ms",
+        "p20 .. p80",
+        "speed",
+        "peak MiB",
+        "of baseline",
+    ]
+    header += ["wall ms", "launches", "of floor"] if on_gpu else []
     table = []
-    for name, row in zip(names, rows, strict=True):
+    for row in rows:
         if not row["correct"]:
-            error = row["relative_error"]
-            table.append(
-                [name, "not available" if error is None else f"WRONG (error {error:.1e})", *[""] * 6]
-            )
+            table.append([row["variant"], row["problem"].split(":")[0], *[""] * (len(header) - 2)])
             continue
         both = row["forward_backward"]
-        speed = memory = ""
-        if baseline["correct"]:
-            speed = f"{baseline['forward_backward']['median_ms'] / both['median_ms']:.2f}x"
-            memory = f"{row['peak_extra_mib'] / baseline['peak_extra_mib']:.3f}"
-        table.append(
-            [
-                name,
-                f"{row['forward']['median_ms']:.1f}",
-                f"{row['backward']['median_ms']:.1f}",
-                f"{both['median_ms']:.1f}",
-                f"{both['p20_ms']:.1f} .. {both['p80_ms']:.1f}",
-                speed,
-                f"{row['peak_extra_mib']:.0f}",
-                memory,
-            ]
-        )
-    header = ["float32", "fwd ms", "bwd ms", "both ms", "p20 .. p80", "speed", "peak MiB", "of baseline"]
+        parts = [f"{row[p]['median_ms']:.3g}" if p in row else "-" for p in ("forward", "backward")]
+        cells = [row["variant"], *parts, f"{both['median_ms']:.3g}"]
+        cells.append(f"{both['p20_ms']:.3g} .. {both['p80_ms']:.3g}")
+        cells.append(f"{base['forward_backward']['median_ms'] / both['median_ms']:.2f}x" if base else "")
+        peak = row.get("peak_extra_mib")
+        cells.append("-" if peak is None else f"{peak:.0f}")
+        cells.append(f"{peak / base['peak_extra_mib']:.3f}" if base and peak is not None else "")
+        if on_gpu:
+            share = row.get("share_of_floor")
+            cells += [f"{row['wall']['median_ms']:.3g}", str(row.get("launches", "-"))]
+            cells.append("-" if share is None else f"{100 * share:.0f} %")
+        table.append(cells)
     print_table(header, table)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: Sequence[Row], base: Case, sweeps: dict[str, list[int]], path: Path) -> None:
     """Time and peak memory against N and against M, one line a variant."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
-    for column, (axis, values) in enumerate(SWEEPS.items()):
-        fixed = {k: v for k, v in CPU_SIZE._asdict().items() if k != axis}
+    for column, (axis, values) in enumerate(sweeps.items()):
+        fixed = {k: v for k, v in base.size._asdict().items() if k != axis}
         for variant in dict.fromkeys(row["variant"] for row in rows):
             picked = {
                 row[axis]: row
@@ -261,7 +259,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             style = {"marker": "o", "linewidth": 2.5 if variant.startswith("our impl") else 1.2}
             times = [picked[v]["forward_backward"]["median_ms"] for v in xs]
             axes[0][column].plot(xs, times, label=variant, **style)
-            axes[1][column].plot(xs, [max(picked[v]["peak_extra_mib"], 0.1) for v in xs], **style)
+            peaks = {v: picked[v]["peak_extra_mib"] for v in xs if "peak_extra_mib" in picked[v]}
+            axes[1][column].plot(list(peaks), [max(peak, 0.1) for peak in peaks.values()], **style)
         axes[1][column].set_xlabel({"N": "samples N", "M": "slices M"}[axis])
         axes[0][column].set_title(", ".join(f"{k} {v}" for k, v in fixed.items()), fontsize=10)
     for ax in axes.flat:
@@ -271,54 +270,142 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes[0][0].set_ylabel("forward + backward, ms")
     axes[1][0].set_ylabel("peak memory above inputs, MiB")
     axes[0][0].legend(fontsize=9)
-    figure.suptitle(f"SIGReg in float32 on {rows[0]['device']}")
+    figure.suptitle(f"SIGReg in {rows[0]['dtype']} on {rows[0]['device']}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
-def parse() -> argparse.Namespace:
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", type=int, nargs=5, metavar=tuple("VNKMJ"), default=CPU_SIZE)
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
+    keys = list(dict.fromkeys(case.key for case in variants.GPU_CASES))
+    parser.add_argument("--cases", nargs="+", choices=keys, metavar="CASE", help=f"of {', '.join(keys)}")
+    parser.add_argument("--size", type=int, nargs=5, metavar=tuple("VNKMJ"), help="one other size")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of --size")
+    parser.add_argument("--directions", choices=["drawn", "given"], help="of --size: inside the call or not")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of each variant")
     parser.add_argument("--sweep", action="store_true", help="also vary N and M, and plot")
+    parser.add_argument("--sweep-only", action="store_true", help="the sweep alone")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for sigreg.jsonl and sigreg.png")
-    parser.add_argument("--peak-memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="the cases of a GPU at a tiny size on the CPU, for TRITON_INTERPRET=1: no figure means anything",
+    )
+    parser.add_argument("--peak-memory-of", choices=variants.VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
     if options.repeats < 2:
         parser.error(f"--repeats: expected at least 2, got {options.repeats}")
-    if min(options.size) < 1:
+    if options.size and min(options.size) < 1:
         parser.error(f"--size: expected five positive numbers, got {options.size}")
+    if options.size is None and (options.dtype or options.directions):
+        parser.error("--dtype and --directions belong to --size")
+    if options.size and options.cases:
+        parser.error("--size and --cases both choose what is measured; give one of them")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: expected a GPU for cuda, PyTorch finds none; use --device cpu")
+    if options.cases and not options.rehearse and _device(options).type == "cpu":
+        parser.error("--cases: these sizes need a GPU; use --size for one on the CPU")
+    options.sweep |= options.sweep_only
     return options
 
 
-def main() -> None:
-    options = parse()
-    size = Size(*options.size)
-    if options.peak_memory_of:
-        print(peak_memory_here(size, options.peak_memory_of))
-        return
-    names = list(VARIANTS)
-    where = (
-        "CPU" if not torch.cuda.is_available() else "CPU (this benchmark's GPU part comes with the kernels)"
+def _device(options: argparse.Namespace) -> torch.device:
+    available = torch.cuda.is_available() and not options.rehearse
+    if (options.device or ("cuda" if available else "cpu")) == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def choose_cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
+    if options.size:
+        takes_part = variants.EVERYONE if device.type == "cuda" else variants.CPU_CASE.variants
+        dtype = getattr(torch, options.dtype or "float32")
+        return [Case("custom", Size(*options.size), dtype, options.directions or "given", takes_part)]
+    cases = [c for c in variants.GPU_CASES if options.cases is None or c.key in options.cases]
+    if options.rehearse:
+        tiny = Size(1, 20, 16, 16, 17)
+        left_out = (COMPILED, REDUCED, GRAPH)
+        return [
+            c._replace(size=tiny, variants=tuple(v for v in c.variants if v not in left_out)) for c in cases
+        ]
+    return cases if device.type == "cuda" else [variants.CPU_CASE]
+
+
+def gpu_setting(device: torch.device) -> Setting:
+    clock = gpu_timing.GpuClock(device)
+    ceilings = gpu_timing.measure_ceilings(clock, device)
+    print(
+        f"ceilings: bf16 matmul {ceilings.matmul_flops / 1e12:.0f} TFLOP/s, "
+        f"copy {ceilings.copy_bytes / 1e12:.2f} TB/s, "
+        f"FP32 {ceilings.fp32_rate / 1e12:.1f} T instructions/s (clock: {ceilings.clock_source})",
+        flush=True,
     )
-    print(f"SIGReg on the {where}: {machine()['device']}, {torch.get_num_threads()} threads\n{size}\n")
-    rows = measure(size, names, options.repeats)
-    show(rows, names)
+    gpu_timing.free_memory()
+    return Setting(device, clock, ceilings)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    device = _device(options)
+    cases = choose_cases(options, device)
+    if options.peak_memory_of:
+        print(peak_memory_here(cases[0], options.peak_memory_of))
+        return 0
+    where = f"the {'GPU' if device.type == 'cuda' else 'CPU'}: {machine(device)['device']}"
+    print(f"SIGReg on {where}, {torch.get_num_threads()} threads", flush=True)
+    setting = gpu_setting(device) if device.type == "cuda" else Setting(device, rehearsal=options.rehearse)
+    path = options.out / "sigreg.jsonl"
+
+    def run(case: Case, repeats: int) -> list[Row]:
+        print(f"\n{case}", flush=True)
+        rows = measure(case, setting, repeats)
+        append_rows(path, rows)  # at once: what comes later may be stopped
+        show(rows)
+        if device.type == "cuda":
+            torch._dynamo.reset()
+            gpu_timing.free_memory()
+        return rows
+
+    rows: list[Row] = []
+    for case in cases if not options.sweep_only else []:
+        rows += run(case, options.repeats)
     if options.sweep:
-        for axis, values in SWEEPS.items():
-            for value in values:
-                if (other := size._replace(**{axis: value})) != size:
-                    print(f"\n{other}")
-                    more = measure(other, names, max(2, options.repeats // 3))
-                    show(more, names)
-                    rows += more
-        plot(rows, options.out / "sigreg.png")
-        print(f"\nplot: {options.out / 'sigreg.png'}")
-    append_rows(options.out / "sigreg.jsonl", rows)
-    print(f"rows: {options.out / 'sigreg.jsonl'}")
+        around = next((case for case in cases if case.directions == "drawn"), cases[0])
+        rows += sweep(around, rows, run, device, options)
+    print(f"rows: {path}", flush=True)
+    failed = [row for row in rows if row["variant"].startswith("our") and not row["correct"]]
+    if any("does not fit" not in row["problem"] for row in failed):
+        print("error: an implementation of ours failed or is wrong, see above", file=sys.stderr)
+        return 1
+    return 0
+
+
+def sweep(
+    case: Case,
+    rows: list[Row],
+    run: Callable[[Case, int], list[Row]],
+    device: torch.device,
+    options: argparse.Namespace,
+) -> list[Row]:
+    """Vary N and M around a case, and plot with the rows that there already are."""
+    sweeps = variants.SWEEPS[device.type]
+    base = case._replace(variants=variants.SWEEP_VARIANTS[device.type])
+    wanted = {"case": case.name, "dtype": variants.dtype_name(case.dtype), "directions": case.directions}
+    found = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+    added: list[Row] = []
+    for size in dict.fromkeys(base.size._replace(**{a: v}) for a, vs in sweeps.items() for v in vs):
+        if size != base.size or not found:
+            added += run(base._replace(name="sweep", size=size), max(2, options.repeats // 3))
+    plot([*found, *added], base, sweeps, options.out / "sigreg.png")
+    print(f"\nplot: {options.out / 'sigreg.png'}", flush=True)
+    return added
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -230,6 +230,7 @@ def to_dtype(value, dtype: tl.constexpr):
     """float32 `value` rounded to nearest even; the interpreter's own conversion to bf16 truncates."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
+        # The lower half is cleared: the interpreter turns subnormal numbers into others.
+        bits = (bits + (0x7FFF + ((bits >> 16) & 1))) & -65536
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
     return value.to(dtype)

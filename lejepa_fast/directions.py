@@ -69,12 +69,18 @@ def sample_unit_directions(
     seed: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`sample_directions` and the scale that makes the rounded columns unit vectors again.
 
     For `sigreg(x, A, ..., scale=scale)` with half-precision x: the tensor cores multiply with A as it is,
     and the scale corrects the projections, so the rounding of A costs no accuracy. It only makes the
     direction another one, by 2^-9 in bf16.
+
+    Args:
+        dim, num_slices, step, seed, device, dtype: as in `sample_directions`.
+        impl: "auto" draws by the Triton kernel on GPUs that can run it, "triton" also in Triton's
+            interpreter; any other name draws in PyTorch operations.
 
     Returns:
         directions (dim, num_slices) in `dtype`; scale (num_slices,), float32 or float64.
@@ -86,7 +92,9 @@ def sample_unit_directions(
         raise ValueError(f"dtype: expected a floating dtype, got {dtype}")
     signed_seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # operators take signed 64-bit integers
     step = _step_tensor(step, device)
-    return torch.ops.lejepa_fast.sample_directions(step, dim, num_slices, signed_seed, dtype)
+    by_kernel = impl == "triton" or (impl == "auto" and step.is_cuda)
+    by_kernel = by_kernel and triton_ops.why_not(step.device, dtype) is None
+    return torch.ops.lejepa_fast.sample_directions(step, dim, num_slices, signed_seed, dtype, by_kernel)
 
 
 # An operator of its own, so that torch.compile does not look inside: its CPU code generator (seen with
@@ -94,13 +102,14 @@ def sample_unit_directions(
 @torch.library.custom_op(
     "lejepa_fast::sample_directions",
     mutates_args=(),
-    schema="(Tensor step, int dim, int num_slices, int seed, ScalarType dtype) -> (Tensor, Tensor)",
+    schema="(Tensor step, int dim, int num_slices, int seed, ScalarType dtype, bool by_kernel) "
+    "-> (Tensor, Tensor)",
 )
 def _sample_directions(
-    step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype
+    step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype, by_kernel: bool
 ) -> tuple[Tensor, Tensor]:
     """`sample_unit_directions` for checked arguments and a 0-dim int64 step on the target device."""
-    if triton_ops.TAKEN_BY_AUTO and step.is_cuda and triton_ops.why_not(step.device, dtype) is None:
+    if by_kernel:
         from .kernels.directions import sample_directions
 
         return sample_directions(step, dim, num_slices, seed, dtype)
@@ -114,7 +123,9 @@ def _sample_directions(
 
 
 @_sample_directions.register_fake
-def _(step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _(
+    step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype, by_kernel: bool
+) -> tuple[Tensor, Tensor]:
     scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return step.new_empty(dim, num_slices, dtype=dtype), step.new_empty(num_slices, dtype=scale_dtype)
 

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.distributed import _functional_collectives as funcol
 
@@ -30,6 +31,7 @@ from .checks import check_count, check_embeddings, check_number
 from .reference import full_precision, statistic_from_sums
 
 Implementation = Literal["auto", "torch", "triton", "reference"]
+Chosen = Literal["torch", "triton", "reference"]
 Reduction = Literal["mean", "sum"] | None
 Precision = Literal["ieee", "tf32x3", "tf32"]
 
@@ -75,8 +77,9 @@ def sigreg(
         process_group: ranks that share the batch; None is the default group.
         sync: True takes the statistic of the batch of all ranks of the group. Without an initialised
             process group, or with False, the statistic is local.
-        impl: "triton", "torch" (streaming, any device), "reference" (materialises N x M x J, allows
-            double backward and directions that require grad), or "auto".
+        impl: "triton" (fused kernels for GPUs), "torch" (streaming, any device), "reference"
+            (materialises N x M x J; allows double backward, forward mode, `torch.func` and directions
+            that require grad), or "auto": "triton" on a GPU that can run it, else "torch".
         spacing: the knots' distance when t[j] = j * spacing (faster), None for arbitrary knots, "auto"
             to look. Only knots on the CPU can be looked at without a synchronisation; "auto" takes
             knots on another device as arbitrary.
@@ -89,10 +92,14 @@ def sigreg(
 
     Returns:
         scalar for "mean" and "sum", shape (..., M) for None; float64 for float64 x, else float32.
+        A rank without samples adds nothing and gets the value of the others. NaN if no rank has any:
+        to raise instead, the count would have to be waited for.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what was given.
-        RuntimeError: on double backward, except for impl="reference" without a process group.
+        RuntimeError: on double backward, except for impl="reference" without a process group; inside
+            `torch.func` transforms and forward-mode differentiation, except for impl="reference"
+            without a process group.
 
     Source: LeJEPA, arXiv 2511.08544, Algorithm 1 and section 4.
     """
@@ -101,6 +108,11 @@ def sigreg(
     if group is None:  # a rank of a group may hold few samples, or none
         check_count("x", x.shape[-2], unbiased=unbiased)
     chosen = resolve_implementation(impl, x.device, x.dtype)
+    if check_transforms(chosen) and group is not None:
+        raise RuntimeError(
+            "sync: expected False inside torch.func transforms and forward-mode differentiation, got True on "
+            "several ranks, which they do not reach"
+        )
     if chosen != "reference":
         _refuse_gradients(chosen, A=A, t=t, scale=scale)
     spacing = check_spacing(spacing, t)
@@ -163,11 +175,12 @@ def _triton_statistic(
     return value
 
 
-def resolve_implementation(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+def resolve_implementation(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Chosen:
     """The implementation that `impl` means for tensors of a device and dtype.
 
-    "auto" takes the Triton kernels on a GPU that can run them (see `triton_ops.TAKEN_BY_AUTO`), else the
-    streaming implementation; what it chose is logged once per device type.
+    "auto" takes the Triton kernels on a GPU (CUDA or ROCm) that can run them on this dtype, else the
+    streaming implementation. What it chose is logged once, with the reason, as a warning where a GPU
+    has to do without the kernels.
 
     Raises:
         ValueError, TypeError: unknown name, or an implementation that cannot run here; says which can.
@@ -178,21 +191,24 @@ def resolve_implementation(impl: str, device: torch.device, dtype: torch.dtype =
         problem = triton_ops.why_not(device, dtype)
         if problem is not None:
             raise (TypeError if dtype not in triton_ops.DTYPES else ValueError)(problem)
-    if impl != "auto":
-        return impl
-    chosen, why = "torch", "no kernels for this device"
-    if device.type == "cuda":
+        return "triton"
+    if impl in ("torch", "reference"):
+        return impl  # type: ignore[return-value]
+    chosen: Chosen
+    if device.type == "cuda":  # ROCm calls itself so, too
         problem = triton_ops.why_not(device, dtype)
-        if problem is None and not triton_ops.TAKEN_BY_AUTO:
-            problem = "the Triton kernels have not been run on GPUs yet; choose impl='triton' to try them"
-        chosen, why = ("triton", "kernels") if problem is None else ("torch", problem)
-    if not torch.compiler.is_compiling() and device.type not in _logged_devices:
-        _logged_devices.add(device.type)
-        logger.info("SIGReg impl='auto' takes %r on %s: %s", chosen, device.type, why)
+        chosen, why = ("triton", "kernels for this GPU") if problem is None else ("torch", problem)
+    else:
+        chosen, why = "torch", "the kernels are for GPUs"
+    if not torch.compiler.is_compiling() and (device.type, why) not in _logged_choices:
+        _logged_choices.add((device.type, why))
+        level = logging.WARNING if device.type == "cuda" and chosen != "triton" else logging.INFO
+        why = why.removesuffix("; use impl='torch'")
+        logger.log(level, "SIGReg impl='auto' takes %r on %s: %s", chosen, device.type, why)
     return chosen
 
 
-_logged_devices: set[str] = set()
+_logged_choices: set[tuple[str, str]] = set()
 
 
 def find_spacing(t: Tensor) -> float | None:
@@ -265,6 +281,27 @@ def _check_inputs(
     if precision not in (*triton_ops.PRECISIONS, None):
         expected = ", ".join(map(repr, triton_ops.PRECISIONS))
         raise ValueError(f"precision: expected one of {expected} or None, got {precision!r}")
+
+
+def check_transforms(chosen: str) -> bool:
+    """Whether a `torch.func` transform or forward-mode differentiation is active.
+
+    Raises:
+        RuntimeError: for any implementation but the reference. Operators take no part in transforms:
+            some raise from deep inside, and forward mode would drop the tangent without a word.
+    """
+    if torch._C._are_functorch_transforms_active():
+        what = "torch.func transforms (grad, vmap, jvp, jacrev, ...) are"
+    elif forward_ad._current_level >= 0:
+        what = "forward-mode differentiation is"
+    else:
+        return False
+    if chosen != "reference":
+        raise RuntimeError(
+            f"sigreg: {what} supported by impl='reference' only, got impl={chosen!r}; choose 'reference', "
+            "or take the gradient by backward() or torch.autograd.grad"
+        )
+    return True
 
 
 def _refuse_gradients(chosen: str, **arguments: Tensor | None) -> None:

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .checks import check_integer, check_number
 
@@ -134,7 +135,10 @@ def ecf_sums(x: Tensor, A: Tensor, t: Tensor) -> Tensor:
     Returns:
         shape (V, 2, J, M): cosine sums at index 0, sine sums at index 1 of the second dimension.
     """
-    phase = _Projection.apply(x, A).unsqueeze(-1) * t  # (V, N, M, J)
+    # Transforms know plain operations only; under autocast their gradient of the product is then lowered.
+    transforming = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    p = x @ A if transforming else _Projection.apply(x, A)
+    phase = p.unsqueeze(-1) * t  # (V, N, M, J)
     sums = torch.stack([phase.cos().sum(1), phase.sin().sum(1)], dim=1)  # (V, 2, M, J)
     return sums.transpose(-1, -2)
 

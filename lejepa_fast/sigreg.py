@@ -16,6 +16,7 @@ from .ops import (
     Precision,
     Reduction,
     check_spacing,
+    check_transforms,
     is_recomputing,
     resolve_group,
     resolve_implementation,
@@ -51,7 +52,8 @@ class SIGReg(nn.Module):
         reduction: "mean" or "sum" over views and slices, or None for a statistic of each.
         process_group: ranks that share a batch; None is the default group, looked up at every call.
         sync: take the statistic of the batch of all ranks; False keeps it local.
-        impl: "triton", "torch", "reference" or "auto"; `chosen_impl` tells what "auto" takes.
+        impl: "triton", "torch", "reference" or "auto", see `lejepa_fast.sigreg`; `chosen_impl` tells what
+            "auto" takes.
         seed: selects the sequence of directions.
         scale_by_n: multiply by the number of samples, as the paper does.
         pool_views: treat all leading dimensions as one sample of V * N embeddings (stable-pretraining)
@@ -116,7 +118,7 @@ class SIGReg(nn.Module):
 
     @property
     def chosen_impl(self) -> str:
-        """The implementation in use on the module's device: what "auto" means there."""
+        """The implementation in use on the module's device: what "auto" means there for float32."""
         return resolve_implementation(self.impl, self.step.device)
 
     def forward(self, z: Tensor, step: int | Tensor | None = None) -> Tensor:
@@ -131,6 +133,13 @@ class SIGReg(nn.Module):
             z = z.flatten(0, -2)
         if resolve_group(self.process_group, self.sync) is None:
             check_count("z", z.shape[-2], unbiased=self.unbiased)
+        chosen = resolve_implementation(self.impl, z.device, z.dtype)
+        transforming = check_transforms(chosen)
+        if transforming and self.training and step is None:
+            raise RuntimeError(
+                "step: expected an explicit step in training mode under torch.func transforms, which cannot "
+                "advance the module's counter, got None; call it with step=..., or after eval()"
+            )
         if z.device != self.step.device and z.device.type != "meta" and not torch.compiler.is_compiling():
             self.to(z.device)  # once, instead of copying the knots at every call
         # The buffers are float32; float64 embeddings get knots to match.
@@ -144,6 +153,7 @@ class SIGReg(nn.Module):
                 seed=self.seed,
                 device=z.device,
                 dtype=z.dtype,
+                impl=chosen,
             )
         loss = sigreg(
             z,
@@ -156,12 +166,12 @@ class SIGReg(nn.Module):
             scale_by_n=self.scale_by_n,
             process_group=self.process_group,
             sync=self.sync,
-            impl=self.impl,
+            impl=chosen,
             spacing=self._knots.spacing,
             scale=scale if z.dtype.itemsize == 2 else None,
             precision=self.precision,
         )
-        if loss.requires_grad and not torch.compiler.is_compiling():
+        if loss.requires_grad and not (transforming or torch.compiler.is_compiling()):
             loss.register_hook(self._note_backward)
         return loss.float()
 

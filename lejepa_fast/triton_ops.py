@@ -12,6 +12,7 @@ Triton is imported when an operator runs, not with this module.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -22,16 +23,18 @@ from .kernels.configs import Config, get_config, target_of
 from .kernels.layout import Plan, count_splits, make_plan
 from .kernels.runtime import interpreting
 
-# The kernels pass their tests in the interpreter and compile for every target, but have not run on a GPU
-# yet. Until bench/ holds such a run, only impl="triton" takes them.
-TAKEN_BY_AUTO = False
 MIN_TRITON = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 
+@torch.compiler.assume_constant_result
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot take a tensor: "argument: expected ..., got ...", or None if they can."""
+    """Why the kernels cannot take a tensor: "argument: expected ..., got ...", or None if they can.
+
+    Any number of dimensions K is taken: where a configuration cannot hold dx in registers, the backward
+    goes through chunks of dT/dp.
+    """
     if dtype not in DTYPES:
         return f"x: expected float32, bfloat16 or float16 for impl='triton', got {dtype}; use impl='torch'"
     version = _triton_version()
@@ -54,6 +57,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     )
 
 
+@functools.cache
 def _triton_version() -> tuple[int, ...] | None:
     try:
         import triton

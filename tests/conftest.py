@@ -1,20 +1,30 @@
-"""Fixtures of the trainer's tests: a small image folder and a configuration that trains in seconds."""
+"""Fixtures: an image folder and a configuration that trains in seconds; poisoned memory for the kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe
-from lejepa_fast.train.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig
+from lejepa_fast.kernels.runtime import interpreting
+
+if TYPE_CHECKING:
+    from lejepa_fast.train.config import Config
 
 TRAIN_IMAGES, VAL_IMAGES = 32, 12
+# Without a GPU, test_kernels.py runs these in the interpreter.
+collect_ignore_glob = [] if torch.cuda.is_available() or interpreting() else ["kernel_*.py"]
+if interpreting():
+    from interpreter_speed import patch_language_once
+
+    patch_language_once()
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +46,8 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(image_folder: Path, tmp_path: Path) -> Callable[..., Config]:
     """Makes a configuration of 12 steps in 3 epochs; keywords replace fields, dicts those of a section."""
+    # Not above: the tests of the kernels run without the trainer's command line.
+    from lejepa_fast.train.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig
 
     def make(**changes: Any) -> Config:
         cfg = Config(
@@ -63,3 +75,13 @@ def tiny(image_folder: Path, tmp_path: Path) -> Callable[..., Config]:
         return cfg
 
     return make
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN: an output that no program wrote shows. Also seeds the generator."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)

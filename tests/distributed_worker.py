@@ -23,7 +23,7 @@ CASES = [
     for impl in ("reference", "torch")
     for dtype in (torch.float64, torch.float32)
     for unbiased in (False, True)
-]
+] + [("triton", torch.float32, unbiased) for unbiased in (False, True)]  # in the interpreter
 
 
 def batch(dtype: torch.dtype) -> torch.Tensor:
@@ -108,6 +108,11 @@ def collect(rank: int, world_size: int, modules: dict[str, Any]) -> dict[Any, An
     if rank == world_size - 1:
         poisoned[0, 0, 0] = float("nan")
     results["poisoned"] = functional_loss(poisoned, "torch", False)
+    for impl in ("reference", "torch", "triton") if world_size > 1 else ():
+        nothing = x[:, :0].float().requires_grad_()
+        value = functional_loss(nothing, impl, False)
+        value.backward()
+        results["nothing", impl] = {"value": value.detach(), "grad": nothing.grad}
     if world_size == 2:
         compiled = torch.compile(lejepa_loss(), fullgraph=True, backend=COMPILE_BACKEND)
         results["compiled"] = value_and_gradient(DistributedDataParallel(encoder(torch.float64)), x, compiled)

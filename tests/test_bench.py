@@ -1,52 +1,104 @@
-"""The SIGReg benchmark: its gate, its measurements and its output, at a tiny size."""
+"""The SIGReg benchmark: its gate, its measurements and its output, at tiny sizes."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from pathlib import Path
+import time
+import types
 
 import benchlib
+import gpu_timing
 import pytest
 import sigreg_bench
+import sigreg_variants
 import torch
+from sigreg_bench import Setting
+from sigreg_variants import BASELINE, STREAMING, TRITON, Case, Loss, Size
 
-TINY = sigreg_bench.Size(1, 64, 8, 16, 17)
-EAGER = "authors' formulation"
+TINY = Case("custom", Size(1, 64, 8, 16, 17), torch.float32, "given", (BASELINE, STREAMING))
+CPU = torch.device("cpu")
+H200 = gpu_timing.Ceilings(780e12, 4.3e12, 132 * 128 * 1.98e9, 1.98e9, "test")
 
 
-def test_a_wrong_variant_is_reported_and_not_timed(monkeypatch, capsys):
-    def biased(size, A):
-        right = sigreg_bench.ours("torch")(size, A)
-        return lambda x: right(x * 1.01)
+@pytest.fixture
+def in_process(monkeypatch):
+    """Peak memory without a process for each variant."""
+    monkeypatch.setattr(sigreg_bench, "measure_memory", sigreg_bench.peak_memory_here)
 
-    monkeypatch.setitem(sigreg_bench.VARIANTS, "wrong", biased)
-    names = [EAGER, "our impl='torch'", "wrong"]
-    rows = sigreg_bench.measure_times(TINY, names, repeats=2)
-    assert [row["correct"] for row in rows] == [True, True, False]
-    assert "forward" not in rows[2]
-    for row in rows[:2]:
-        row["peak_extra_mib"] = 1.0
-    sigreg_bench.show(rows, names)
+
+def with_variant(monkeypatch, name, build):
+    monkeypatch.setitem(sigreg_variants.VARIANTS, name, build)
+    return TINY._replace(variants=(BASELINE, name))
+
+
+# --- The gate -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("directions", ["given", "drawn"])
+@pytest.mark.parametrize("name", [BASELINE, STREAMING, "our reference"])
+def test_right_variants_pass_on_their_own_directions(name, directions, dtype):
+    case = TINY._replace(directions=directions, dtype=dtype)
+    (x,) = sigreg_variants.make_inputs(case, 1, CPU)
+    truth = sigreg_variants.Truth(x, case.size.J)
+    run, error = sigreg_bench.build_and_compare(case, name, x, truth, CPU)
+    assert error <= sigreg_variants.MAX_ERROR[dtype]
+    _, again = sigreg_bench.build_and_compare(case, name, x, lambda A: truth(A.flip(0)), CPU)
+    assert again > sigreg_variants.MAX_ERROR[dtype], "other directions have another result"
+    first, second = run(x.requires_grad_(), lambda: None), run(x, lambda: None)
+    assert torch.equal(first[1], second[1]) == (directions == "given"), "drawn directions are fresh"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_variant_is_reported_and_not_timed(monkeypatch, capsys, in_process, dtype):
+    def biased(case, given, device):
+        right = sigreg_variants.ours("torch")(case, given, device)
+        return Loss(lambda x: right(x * 1.03), right.directions)
+
+    case = with_variant(monkeypatch, "wrong", biased)._replace(dtype=dtype)
+    rows = sigreg_bench.measure(case, Setting(CPU), repeats=2)
+    assert [row["correct"] for row in rows] == [True, False]
+    assert "forward" not in rows[1]
+    sigreg_bench.show(rows)
     assert "WRONG" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_a_variant_that_cannot_run_is_left_out(monkeypatch, capsys):
-    def broken(size, A):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("no C++ compiler\nmore"), "not available here: RuntimeError: no C++ compiler"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "does not fit into memory"),
+    ],
+)
+def test_a_variant_that_cannot_run_is_left_out(monkeypatch, capsys, in_process, error, message):
+    def broken(case, given, device):
         def loss(x):
-            raise RuntimeError("no C++ compiler\nmore")
+            raise error
 
-        return loss
+        return Loss(loss)
 
-    monkeypatch.setitem(sigreg_bench.VARIANTS, "broken", broken)
-    rows = sigreg_bench.measure_times(TINY, [EAGER, "broken"], repeats=2)
+    rows = sigreg_bench.measure(with_variant(monkeypatch, "broken", broken), Setting(CPU), repeats=2)
     assert [row["correct"] for row in rows] == [True, False]
-    rows[0]["peak_extra_mib"] = 1.0
-    sigreg_bench.show(rows, [EAGER, "broken"])
+    assert rows[1]["problem"] == message
+    sigreg_bench.show(rows)
     out = capsys.readouterr().out
-    assert "broken: not available here: no C++ compiler" in out
-    assert "not available" in out.splitlines()[-1]
+    assert f"broken: {message}" in out
+    assert message.split(":")[0] in out.splitlines()[-1]
+
+
+def test_what_cannot_fit_is_not_tried(monkeypatch):
+    giant = next(case for case in sigreg_variants.GPU_CASES if case.name == "giant")
+    free = 60 << 30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
+    gpu = torch.device("cuda", 0)
+    assert "does not fit: needs about" in (sigreg_bench.too_large(giant, BASELINE, gpu) or "")
+    assert sigreg_bench.too_large(giant, TRITON, gpu) is None
+    assert sigreg_bench.too_large(giant._replace(size=sigreg_variants.REFERENCE), BASELINE, gpu) is None
+
+
+# --- Measuring ------------------------------------------------------------------------------------
 
 
 def test_peak_memory_sees_what_is_allocated_and_freed():
@@ -58,10 +110,21 @@ def test_peak_memory_sees_what_is_allocated_and_freed():
 
 def test_calls_take_turns():
     order: list[str] = []
-    calls = {name: benchlib.Timed(lambda repeat, n=name: f"{n}{repeat}", order.append) for name in "ab"}
-    times = benchlib.interleaved_times(calls, repeats=2)
+
+    def timed(name):
+        return benchlib.Timed(lambda repeat: f"{name}{repeat}", lambda item, between: order.append(item))
+
+    times = benchlib.interleaved_times({name: timed(name) for name in "ab"}, repeats=2)
     assert order == ["a0", "a1", "b0", "b1", "a0", "b0", "a1", "b1"]
-    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
+    assert {name: len(t.forward_backward) for name, t in times.items()} == {"a": 2, "b": 2}
+    assert times["a"].forward == [], "nothing marked where forward ends"
+
+
+def test_the_mark_parts_forward_and_backward(monkeypatch):
+    clock = iter([1.0, 4.0, 9.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    call = benchlib.Timed(lambda repeat: None, lambda _, between: between())
+    assert benchlib.cpu_time(call, 0) == (3.0, 5.0, 8.0)
 
 
 def test_summary_is_in_milliseconds():
@@ -70,20 +133,102 @@ def test_summary_is_in_milliseconds():
     )
 
 
-def test_command_line_writes_rows_with_their_origin(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        sigreg_bench, "VARIANTS", {k: sigreg_bench.VARIANTS[k] for k in (EAGER, "our impl='torch'")}
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """torch.cuda as far as the timing uses it, on the CPU; returns what was called, in order."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    properties = types.SimpleNamespace(
+        L2_cache_size=1 << 16, clock_rate=1_980_000, multi_processor_count=132, major=9, minor=0
     )
-    monkeypatch.setattr(sigreg_bench, "SWEEPS", {"N": [32, 64], "M": [8, 16]})
-    monkeypatch.setattr(sigreg_bench, "CPU_SIZE", TINY)
-    arguments = ["--size", *map(str, TINY), "--repeats", "2", "--sweep", "--out", str(tmp_path)]
+    fakes = {
+        "Event": Event,
+        "_sleep": lambda cycles: log.append(f"sleep {type(cycles).__name__}"),
+        "synchronize": lambda: log.append("synchronize"),
+        "get_device_properties": lambda device: properties,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 1 << 20,
+        "max_memory_allocated": lambda: 3 << 20,
+    }
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(gpu_timing, "nvidia_smi", lambda field: None)
+    return log
+
+
+def test_the_stream_is_busy_before_the_clock_starts(fake_gpu):
+    clock = gpu_timing.GpuClock(CPU)
+    assert (clock.hertz, clock.hertz_source) == (1.98e9, "device properties")
+    call = benchlib.Timed(lambda repeat: None, lambda _, between: between())
+    forward, backward, both = clock.once(call, 0)
+    assert fake_gpu == ["sleep int", "record", "record", "record", "synchronize"]
+    assert forward is not None
+    assert backward is not None
+    assert both == pytest.approx(forward + backward)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_all_that_a_gpu_row_holds(fake_gpu):
+    case = TINY._replace(name="reference", dtype=torch.bfloat16, directions="drawn")
+    setting = Setting(CPU, gpu_timing.GpuClock(CPU), H200)
+    rows = sigreg_bench.measure(case, setting, repeats=3)
+    for row in rows:
+        assert all(row[key]["median_ms"] > 0 for key in ("forward", "backward", "forward_backward", "wall"))
+        assert row["peak_extra_mib"] == 2
+        assert row["share_of_floor"] == row["floor_ms"] / row["forward_backward"]["median_ms"]
+        assert row["ceilings"]["matmul_flops"] == 780e12
+    sigreg_bench.show(rows)
+    ceilings = gpu_timing.measure_ceilings(setting.clock, CPU, side=32)
+    assert ceilings.fp32_rate == pytest.approx(132 * 128 * 1.98e9)
+    assert 0 < ceilings.matmul_flops < 1e13
+
+
+def test_the_floor_of_the_reference_size():
+    """kernels.md: near 80 us where the pipes overlap, about 150 us where they take turns."""
+    floor = gpu_timing.floors(sigreg_variants.REFERENCE, 2, H200)
+    assert floor["floor_ms"] == pytest.approx(0.080, rel=0.1)
+    assert floor["serial_floor_ms"] == pytest.approx(0.150, rel=0.1)
+
+
+def test_buffers_are_larger_than_the_cache(fake_gpu):
+    clock = gpu_timing.GpuClock(CPU)  # 64 KiB of L2
+    assert clock.buffers(1 << 16) * (1 << 16) >= 4 * clock.l2_bytes
+    assert clock.buffers(1 << 20) == 2, "at least two take turns"
+    assert clock.buffers(64) == 16, "the flush does the rest"
+
+
+def test_kernels_copies_and_fills_count_as_launches():
+    def event(category, name):
+        return {"cat": category, "name": name, "ph": "X"}
+
+    trace = [event("kernel", "_fwd"), event("kernel", "_fwd"), event("gpu_memset", "Memset")]
+    trace += [event("gpu_user_annotation", "region"), event("cpu_op", "aten::add"), {"name": "no category"}]
+    assert gpu_timing.kernels_of(trace) == {"_fwd": 2, "Memset": 1}
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def test_command_line_writes_rows_with_their_origin(tmp_path, monkeypatch, capsys, in_process):
+    monkeypatch.setattr(sigreg_variants, "CPU_CASE", TINY._replace(name="cpu"))
+    monkeypatch.setattr(sigreg_variants, "SWEEPS", {"cpu": {"N": [32, 64], "M": [8, 16]}})
+    monkeypatch.setattr(sigreg_variants, "SWEEP_VARIANTS", {"cpu": TINY.variants})
+    arguments = ["--device", "cpu", "--repeats", "2", "--sweep", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["bench/sigreg_bench.py", *arguments])
-    monkeypatch.setattr(sigreg_bench, "measure_memory", sigreg_bench.peak_memory_here)
-    sigreg_bench.main()
-    out = capsys.readouterr().out
-    assert "SIGReg on the" in out
-    assert "CPU" in out
-    rows = [json.loads(line) for line in (tmp_path / "sigreg.jsonl").read_text().splitlines()]
+    assert sigreg_bench.main() == 0
+    assert "SIGReg on the CPU" in capsys.readouterr().out
+    rows = benchlib.read_rows(tmp_path / "sigreg.jsonl")
     assert {(row["N"], row["M"]) for row in rows} == {(64, 16), (32, 16), (64, 8)}
     for row in rows:
         assert row["correct"]
@@ -92,13 +237,42 @@ def test_command_line_writes_rows_with_their_origin(tmp_path, monkeypatch, capsy
     assert (tmp_path / "sigreg.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_implementation_of_ours_that_fails_is_an_error(tmp_path, monkeypatch, capsys, in_process):
+    case = TINY._replace(name="cpu", variants=(BASELINE, TRITON))  # no GPU, and no interpreter
+    monkeypatch.setattr(sigreg_variants, "CPU_CASE", case)
+    assert sigreg_bench.main(["--device", "cpu", "--repeats", "2", "--out", str(tmp_path)]) == 1
+    assert "error: an implementation of ours failed" in capsys.readouterr().err
+
+
+def test_unfinished_rows_are_passed_over(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"a": 1}) + '\n{"a": ')
+    assert benchlib.read_rows(tmp_path / "rows.jsonl") == [{"a": 1}]
+    assert benchlib.read_rows(tmp_path / "none.jsonl") == []
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--size", "1", "2", "3", "4", "0"], ["--repeats", "1"], ["--colour", "red"]]
+    ("arguments", "message"),
+    [
+        (["--size", "1", "2", "3", "4", "0"], "--size: expected five positive numbers"),
+        (["--repeats", "1"], "--repeats: expected at least 2, got 1"),
+        (["--colour", "red"], "--colour"),
+        (["--dtype", "bfloat16"], "--dtype and --directions belong to --size"),
+        (["--device", "cpu", "--cases", "giant-bfloat16"], "--cases: these sizes need a GPU"),
+    ],
 )
-def test_bad_arguments_exit_with_code_2(arguments):
-    script = Path(sigreg_bench.__file__)
+def test_bad_arguments_exit_with_code_2(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sigreg_bench.main(arguments)
+    assert f"error: {message}" in capsys.readouterr().err.replace("unrecognized arguments: ", "")
+
+
+def test_memory_is_measured_in_a_process_of_its_own():
+    size = ["--size", "1", "512", "8", "64", "17", "--dtype", "bfloat16", "--directions", "drawn"]
     run = subprocess.run(
-        [sys.executable, str(script), *arguments], capture_output=True, text=True, check=False
+        [sys.executable, sigreg_bench.__file__, "--peak-memory-of", BASELINE, "--device", "cpu", *size],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert run.returncode == 2
-    assert "error:" in run.stderr
+    phases = 512 * 64 * 17 * 4
+    assert 2 * phases < int(run.stdout) < 40 * phases

@@ -113,7 +113,7 @@ def test_the_result_lives_where_the_step_does():
 
 def test_operator_contract():
     step = torch.tensor(3)
-    torch.library.opcheck(torch.ops.lejepa_fast.sample_directions, (step, 8, 16, 0, torch.float32))
+    torch.library.opcheck(torch.ops.lejepa_fast.sample_directions, (step, 8, 16, 0, torch.float32, False))
 
 
 @pytest.mark.parametrize(

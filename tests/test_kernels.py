@@ -1,12 +1,13 @@
-"""The Triton kernels: on the GPU if there is one, else the same tests in Triton's interpreter.
+"""The Triton kernels: tests of `kernel_*.py` in Triton's interpreter, and when the kernels are taken.
 
-Triton decides at import whether it interprets, and other tests need it as it is: without a GPU the tests of
-`kernel_cases.py` run in a process of their own.
+Triton decides at import whether it interprets, and other tests need it as it is: without a GPU the
+`kernel_*.py` run in processes of their own, here. With one, pytest collects them itself.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,31 +15,47 @@ from pathlib import Path
 import pytest
 import torch
 
-from lejepa_fast import SIGReg, sigreg, standard_normal_knots, triton_ops
+from lejepa_fast import SIGReg, ops, sigreg, standard_normal_knots, triton_ops
 
-if torch.cuda.is_available():
-    pytest.register_assert_rewrite("kernel_cases")
-    from kernel_cases import *  # noqa: F403
-else:
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+MODULES = ("kernel_accuracy", "kernel_generated", "kernel_memory", "kernel_operators")
 
-    def test_cases_in_the_interpreter():
-        cases = Path(__file__).with_name("kernel_cases.py")
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", str(cases), "-q", "--no-header", "-p", "no:cacheprovider"],
-            cwd=cases.parents[1],
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """A process for each module; they run side by side."""
+    folder = Path(__file__).parent
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    processes = {}
+    for module in MODULES:
+        command = [sys.executable, "-m", "pytest", str(folder / f"{module}.py"), "-q", "--no-header"]
+        processes[module] = subprocess.Popen(
+            [*command, "-p", "no:cacheprovider"],
+            cwd=folder.parent,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            check=False,
         )
-        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@no_gpu
+@pytest.mark.parametrize("module", MODULES)
+def test_in_the_interpreter(interpreted, module):
+    output, _ = interpreted[module].communicate()
+    assert interpreted[module].returncode == 0, output[-8000:]
 
 
 def test_the_module_can_be_made_before_it_moves_to_a_gpu():
     assert SIGReg(num_slices=4, impl="triton").impl == "triton"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@no_gpu
 def test_tensors_on_the_cpu_are_refused():
     knots = standard_normal_knots()
     with pytest.raises(
@@ -62,6 +79,44 @@ def test_missing_or_old_triton_is_refused(monkeypatch, version, message):
 
 def test_old_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    problem = triton_ops.why_not(torch.device("cuda"), torch.float32)
-    assert problem is not None
-    assert "8.0 or newer, got 7.5; use impl='torch'" in problem
+    with pytest.raises(ValueError, match=r"^impl: .*8\.0 or newer, got 7\.5; use impl='torch'"):
+        ops.resolve_implementation("triton", torch.device("cuda"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "version", "chosen", "reason"),
+    [
+        ((9, 0), torch.bfloat16, (3, 6), "triton", "kernels for this GPU"),
+        ((12, 0), torch.float32, (3, 6), "triton", "kernels for this GPU"),
+        ((7, 5), torch.float32, (3, 6), "torch", "impl: .* 8.0 or newer, got 7.5$"),
+        ((9, 0), torch.float64, (3, 6), "torch", "x: expected float32, .* got torch.float64$"),
+        ((9, 0), torch.float32, (3, 5), "torch", "impl: .* triton 3.6 or newer, got 3.5$"),
+        ((9, 0), torch.float32, None, "torch", "impl: .* not installed$"),
+    ],
+)
+def test_auto_takes_the_kernels_on_gpus_that_can(
+    monkeypatch, caplog, capability, dtype, version, chosen, reason
+):
+    """Elsewhere the streaming implementation, with one line that says why; also in compiled code."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(triton_ops, "_triton_version", lambda: version)
+    monkeypatch.setattr(ops, "_logged_choices", set())
+    gpu = torch.device("cuda")
+    with caplog.at_level("INFO", logger="lejepa_fast"):
+        for _ in range(2):
+            assert ops.resolve_implementation("auto", gpu, dtype) == chosen
+    (record,) = caplog.records
+    assert re.search(f"impl='auto' takes '{chosen}' on cuda: {reason}", record.message)
+    assert record.levelname == ("INFO" if chosen == "triton" else "WARNING")
+
+    torch.compiler.reset()  # the answer is a constant of the graph
+
+    def compiled_choice(x):
+        return x + (ops.resolve_implementation("auto", gpu, dtype) == "triton")
+
+    compiled = torch.compile(compiled_choice, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(())) == (chosen == "triton")
+
+
+def test_auto_on_the_cpu_stays_in_pytorch_operations():
+    assert ops.resolve_implementation("auto", torch.device("cpu")) == "torch"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import COMPILE_BACKEND
+from host_reads import host_reads
 from torch.utils.checkpoint import checkpoint
 
-from lejepa_fast import Knots, LeJEPALoss, SIGReg, standard_normal_knots, symmetric_knots
+from lejepa_fast import Knots, LeJEPALoss, SIGReg, ops, standard_normal_knots, symmetric_knots
 
 both = pytest.mark.parametrize("impl", ["reference", "torch"])
 
@@ -130,9 +131,7 @@ def test_compiles_to_one_graph(impl):
 def test_logging_the_choice_does_not_recompile():
     from torch._dynamo.testing import CompileCounter
 
-    from lejepa_fast import ops
-
-    ops._logged_devices.clear()
+    ops._logged_choices.clear()
     counter, x = CompileCounter(), torch.randn(20, 4)
     compiled = torch.compile(SIGReg(num_slices=8), fullgraph=True, backend=counter)
     compiled(x)
@@ -163,9 +162,7 @@ def test_module_returns_a_float32_scalar(dtype):
 
 
 def test_auto_is_readable_and_logged_once(caplog):
-    from lejepa_fast import ops
-
-    ops._logged_devices.clear()
+    ops._logged_choices.clear()
     with caplog.at_level("INFO", logger="lejepa_fast"):
         reg = SIGReg(num_slices=4)
         assert reg.chosen_impl == "torch"
@@ -197,6 +194,15 @@ def test_two_runs_are_equal_bit_for_bit():
         return loss.detach(), z.grad
 
     assert all(map(torch.equal, run(), run()))
+
+
+@both
+def test_the_host_never_reads_from_the_device(impl, monkeypatch):
+    """In eager mode, operators and backward pass included; a CPU stands for the device."""
+    monkeypatch.setattr(ops, "_readable", lambda t: False)  # knots on a device are not looked at
+    reg, x = SIGReg(num_slices=8, impl=impl), torch.randn(2, 20, 4, requires_grad=True)
+    assert host_reads(lambda: reg(x).backward()) == set()
+    assert host_reads(lambda: reg.step.item()), "reads are not seen"
 
 
 def test_works_on_meta_and_fake_tensors():

@@ -1,0 +1,154 @@
+"""Measured error of SIGReg's implementations against float64: python bench/accuracy_bench.py
+
+Relative errors, in the Euclidean norm, of the statistic of every direction and of the gradient, over the
+number of knots J and the size of the projections |p|. Every variant gets the same numbers; the rounding of
+half-precision inputs is taken as given. Rows go to bench/results/sigreg_accuracy.jsonl.
+
+On a GPU the kernels are compiled. Without one they run in Triton's interpreter, at a size of one tile, where
+float32 is multiplied as such whatever the precision.
+
+"recurrence" is what the kernels do not do: cos(k u) and sin(k u) by c[k+1] = 2 c[1] c[k] - c[k-1] in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from benchlib import RESULTS, append_rows, machine, print_table
+from torch import Tensor
+
+from lejepa_fast import Knots, sample_directions, sample_unit_directions, sigreg, standard_normal_knots
+from lejepa_fast.kernels.runtime import interpreting
+from lejepa_fast.reference import statistic_from_sums
+
+KNOTS = (3, 5, 9, 17, 33, 65)
+SCALES = (1.0, 10.0, 100.0, 1e3, 1e4)
+SIZES = {"cpu": {"N": 16, "K": 16, "M": 16}, "cuda": {"N": 2048, "K": 512, "M": 256}}
+Errors = tuple[float, float]
+
+
+class Variant(NamedTuple):
+    """One line of the table: what computes, on which inputs, for which numbers of knots."""
+
+    name: str
+    dtype: torch.dtype
+    impl: str | None  # None: the recurrence
+    precision: str | None = None
+    knots: Sequence[int] = KNOTS
+
+
+def variants(device: str) -> Iterator[Variant]:
+    """On a GPU each variant and J is compiled: the default precision at every J, the others at 17."""
+    yield Variant("plain float32", torch.float32, "reference")
+    yield Variant("recurrence", torch.float32, None)
+    yield Variant("impl='torch'", torch.float32, "torch")
+    if device == "cpu" or torch.version.hip:
+        yield Variant("impl='triton'", torch.float32, "triton", "ieee")
+    else:
+        yield Variant("impl='triton'", torch.float32, "triton", "tf32x3")
+        yield Variant("impl='triton', ieee", torch.float32, "triton", "ieee", knots=(17,))
+        yield Variant("impl='triton', tf32", torch.float32, "triton", "tf32", knots=(17,))
+    yield Variant("impl='triton', bf16", torch.bfloat16, "triton", knots=(17, 65))
+    yield Variant("impl='triton', fp16", torch.float16, "triton", knots=(17,))
+
+
+def recurrence(x: Tensor, A: Tensor, knots: Knots) -> tuple[Tensor, Tensor]:
+    """Statistic (M,) and gradient of its sum, float32, with powers by the three-term recurrence."""
+    assert knots.spacing is not None
+    p = x @ A
+    t, phi, weights = (a.to(x.device, x.dtype) for a in knots[:3])
+    u = p * knots.spacing
+    cos, sin = [torch.ones_like(u), u.cos()], [torch.zeros_like(u), u.sin()]
+    for _ in range(2, len(t)):
+        cos.append(2 * cos[1] * cos[-1] - cos[-2])
+        sin.append(2 * cos[1] * sin[-1] - sin[-2])
+    sums = torch.stack([torch.stack([c.sum(0) for c in powers]) for powers in (cos, sin)])  # (2, J, M)
+    sums.requires_grad_()
+    value = statistic_from_sums(sums[None], x.shape[0], phi, weights)[0]
+    (grad,) = torch.autograd.grad(value.sum(), sums)
+    dp = torch.zeros_like(p)
+    for j, (c, s) in enumerate(zip(cos, sin, strict=True)):
+        dp += t[j] * (grad[1, j] * c - grad[0, j] * s)
+    return value.detach(), dp @ A.T
+
+
+def evaluate(x: Tensor, A: Tensor, knots: Knots, **options: Any) -> tuple[Tensor, Tensor]:
+    """Statistic of every direction, and the gradient of their sum."""
+    x = x.detach().clone().requires_grad_()
+    value = sigreg(x, A, *knots[:3], spacing=knots.spacing, reduction=None, **options)
+    (grad,) = torch.autograd.grad(value.sum(), x)
+    return value.detach(), grad
+
+
+def errors(variant: Variant, J: int, scale: float, device: str) -> Errors:
+    """Relative error of the statistic and of the gradient."""
+    size = SIZES[device]
+    generator = torch.Generator().manual_seed(J)
+    x = (scale * torch.randn(size["N"], size["K"], generator=generator)).to(device, variant.dtype)
+    knots, unit = standard_normal_knots(3.0, J), None
+    if variant.dtype.itemsize == 2:
+        A, unit = sample_unit_directions(
+            size["K"], size["M"], step=0, device=device, dtype=variant.dtype, impl="torch"
+        )
+    else:
+        # The same on every device: normals of one generator, not of its kernel.
+        A = sample_directions(size["K"], size["M"], step=0).to(device)
+    exact = evaluate(x.double(), A.double(), knots, impl="reference", scale=unit)
+    if variant.impl is None:
+        got = recurrence(x, A, knots)
+    else:
+        got = evaluate(x, A, knots, impl=variant.impl, precision=variant.precision, scale=unit)
+    value, grad = (((g.double() - e).norm() / e.norm()).item() for g, e in zip(got, exact, strict=True))
+    return value, grad
+
+
+def measure(device: str) -> Iterator[dict[str, Any]]:
+    for J in KNOTS:
+        for variant in variants(device):
+            if J not in variant.knots:
+                continue
+            results = [errors(variant, J, scale, device) for scale in SCALES]
+            yield {
+                "variant": variant.name,
+                "dtype": str(variant.dtype).removeprefix("torch."),
+                "precision": variant.precision,
+                "J": J,
+                "size": SIZES[device],
+                "scales": list(SCALES),
+                "value_errors": [value for value, _ in results],
+                "gradient_errors": [grad for _, grad in results],
+            }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows (default: %(default)s)")
+    folder = parser.parse_args().out
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not interpreting():  # which Triton decides when it is imported
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+    where = machine() | {"kernels": "compiled" if device == "cuda" else "interpreted"}
+    rows = [row | where for row in measure(device)]
+    append_rows(folder / "sigreg_accuracy.jsonl", rows)
+    header = ["variant", "J", *(f"|p| ~ {scale:g}" for scale in SCALES)]
+    print("relative error of the statistic / of the gradient, against float64")
+    print_table(header, [[row["variant"], str(row["J"]), *cells(row)] for row in rows])
+    return 0
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One for each size of projections: error of the statistic / of the gradient."""
+    return [f"{v:.0e} / {g:.0e}" for v, g in zip(row["value_errors"], row["gradient_errors"], strict=True)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

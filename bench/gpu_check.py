@@ -1,0 +1,386 @@
+"""Everything that is to be known about lejepa_fast on a GPU, in one command of at most nine minutes.
+
+    python bench/gpu_check.py --out DIR             # with a GPU; the package need not be installed
+    python bench/gpu_check.py --out DIR --rehearse  # the same stages in small on the CPU; measures nothing
+
+Stages run one after another, the most important first, each in a process of its own with a limit of time. One
+that fails or overruns is reported, and the later ones still run, as far as the minutes reach. DIR gets the
+rows of the benchmarks as they are measured, and `gpu_check.jsonl` with a row for each stage and each target.
+Without the git history, LEJEPA_COMMIT=HASH in the environment names the commit that the rows carry.
+
+Exit codes: 0 all stages ran and all targets are met (of a rehearsal: all stages ran), 1 something failed, was
+stopped or missed its target, 2 wrong usage, such as no GPU.
+
+Adding a stage: an entry in `STAGES` below. A benchmark follows one rule, `python bench/X.py --out DIR`: it
+appends its rows to DIR as they come, prints by lines, and its exit code says whether it worked. One that also
+knows --rehearse, for a few seconds on a CPU, can be part of the rehearsal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCH, TESTS = ROOT / "bench", ROOT / "tests"
+LEAST_SECONDS = 5  # a stage is not begun with less
+LAST_SECONDS = 10  # kept to stop what runs and to print the tables
+# What the stages use beyond PyTorch and pytest; without them they do less, and say so.
+HELPFUL = (
+    "triton",
+    "tyro",
+    "timm",
+    "xdist",
+    "pytest_timeout",
+    "hypothesis",
+    "matplotlib",
+    "lightly",
+    "lejepa",
+)
+NO_TESTS = {"kernel_helpers"}
+NEED_HYPOTHESIS = {"kernel_generated"}
+
+
+class Run(NamedTuple):
+    """What is run: on which machine, and whether it counts."""
+
+    out: Path
+    rehearse: bool
+
+    @property
+    def extra(self) -> list[str]:
+        return ["--out", str(self.out), *(["--rehearse"] if self.rehearse else [])]
+
+
+class Stage(NamedTuple):
+    """One step of the check.
+
+    Attributes:
+        name: as it is reported.
+        seconds: when it is stopped.
+        command: arguments of Python, or a sentence that says why there is nothing to run.
+        cases: cases of `sigreg_bench.py` whose targets can be judged when it is done.
+        rehearsed: whether a rehearsal runs it: with --rehearse, it takes seconds on a CPU.
+    """
+
+    name: str
+    seconds: int
+    command: Callable[[Run], list[str] | str]
+    cases: tuple[str, ...] = ()
+    rehearsed: bool = True
+
+
+def _script(name: str, *arguments: str) -> Callable[[Run], list[str] | str]:
+    """A benchmark of this folder, where the checkout has it."""
+
+    def command(run: Run) -> list[str] | str:
+        path = BENCH / name
+        return [str(path), *arguments, *run.extra] if path.is_file() else f"no bench/{name} in this checkout"
+
+    return command
+
+
+def _pytest(*selection: str, rehearsed: str | None = None) -> Callable[[Run], list[str] | str]:
+    """The kernel tests: those that also run in the interpreter, and the ones that need a GPU."""
+
+    def command(run: Run) -> list[str] | str:
+        left_out = NO_TESTS | (set() if importlib.util.find_spec("hypothesis") else NEED_HYPOTHESIS)
+        files = [str(path) for path in sorted(TESTS.glob("kernel_*.py")) if path.stem not in left_out]
+        files += [] if run.rehearse else [str(TESTS / "test_kernels_gpu.py")]
+        options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rf", "--tb=short"]
+        # Not those of pyproject.toml, which ask for plugins that may not be there.
+        options += ["-o", "addopts=--import-mode=importlib", "-c", str(ROOT / "pyproject.toml")]
+        if run.rehearse and rehearsed:
+            return ["-m", "pytest", *files, *options, "-k", rehearsed]
+        workers = min(12, os.cpu_count() or 1)  # they share the GPU; compiling the kernels takes the time
+        parallel = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
+        return ["-m", "pytest", *files, *options, *parallel, *selection]
+
+    return command
+
+
+def _tiles(run: Run) -> list[str] | str:
+    if not (ROOT / "kernels" / "autotune.py").is_file():
+        return "no kernels/autotune.py in this checkout"
+    return _script("tiles_bench.py")(run)
+
+
+def _smoke(run: Run) -> list[str]:
+    small = ["--steps", "2", "--device", "cpu", "--impl", "torch"]
+    return [str(BENCH / "pretrain_smoke.py"), *(small if run.rehearse else []), *run.extra]
+
+
+def _sigreg(case: str) -> Stage:
+    command = _script("sigreg_bench.py", "--cases", case, "--repeats", "30")
+    return Stage(f"sigreg {case}", 120, command, cases=(case,), rehearsed=False)
+
+
+STAGES = (
+    Stage("environment", 30, lambda run: [str(Path(__file__)), "--describe", *run.extra]),
+    Stage("kernel tests", 170, _pytest("-m", "not gpu", rehearsed="double_backward")),
+    _sigreg("reference-bfloat16"),
+    _sigreg("giant-bfloat16"),
+    _sigreg("minimal-float32"),
+    _sigreg("reference-float32"),
+    Stage("pretraining, 50 steps", 90, _smoke),
+    Stage("accuracy", 60, _script("accuracy_bench.py"), rehearsed=False),
+    Stage("large kernel tests", 60, _pytest("-m", "gpu"), rehearsed=False),
+    Stage("tiles", 90, _tiles),
+    Stage("loader", 60, _script("loader_bench.py"), rehearsed=False),
+    Stage("training", 60, _script("train_bench.py"), rehearsed=False),
+    _sigreg("minimal-bfloat16"),
+    Stage("sigreg against N and M", 90, _script("sigreg_bench.py", "--sweep-only"), rehearsed=False),
+)
+# The cases of the benchmark are rehearsed in one process.
+REHEARSAL = (
+    Stage(
+        "sigreg, all cases",
+        90,
+        _script("sigreg_bench.py", "--cases", "minimal-float32", "--repeats", "2"),
+        cases=("reference-bfloat16", "giant-bfloat16", "minimal-float32", "reference-float32"),
+    ),
+)
+
+
+# --- Running a stage ------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """`status`: ok, failed, stopped (overran its time), skipped (no time left) or absent (nothing to run)."""
+
+    status: str
+    seconds: float
+    problem: str | None = None
+
+
+def execute(arguments: Sequence[str], limit: float, environment: dict[str, str], folder: Path) -> Outcome:
+    """Run Python with `arguments`, pass its lines on as they come, and stop it after `limit` seconds."""
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        cwd=folder,
+        start_new_session=True,  # so that its own processes can be stopped with it
+    )
+    last: collections.deque[str] = collections.deque(maxlen=40)
+
+    def forward() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            last.append(line.rstrip())
+            print(f"  {line.rstrip()}", flush=True)
+
+    reader = threading.Thread(target=forward, daemon=True)
+    reader.start()
+    try:
+        code = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        stop(process)
+        return Outcome("stopped", time.monotonic() - began, f"not done after {limit:.0f} s")
+    except BaseException:  # Ctrl-C, or the end of the whole check: leave nothing running
+        stop(process)
+        raise
+    reader.join(5)
+    seconds = time.monotonic() - began
+    if code == 0:
+        return Outcome("ok", seconds)
+    if "pytest" in arguments and code == 5:
+        return Outcome("absent", seconds, "no such tests")
+    said = next((line.strip() for line in reversed(last) if line.strip()), "nothing was printed")
+    return Outcome("failed", seconds, f"exit code {code}: {said[:300]}")
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+            return
+
+
+def make_environment(rehearse: bool, site: Path) -> dict[str, str]:
+    """The environment of the stages, which import the package from `site`."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
+    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the kernel tests ask for determinism
+    if rehearse:
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    return environment
+
+
+def link_checkout(site: Path) -> None:
+    """Make `site` a folder to import this checkout's lejepa_fast from, laid out as an installation would.
+
+    `kernels/` and `train/` lie beside the package and are imported as parts of it (setup.py). So nothing
+    needs to be installed, and what is installed from elsewhere is not what is checked.
+    """
+    package = site / "lejepa_fast"
+    package.mkdir(parents=True)
+    for entry in [*(ROOT / "lejepa_fast").iterdir(), ROOT / "kernels", ROOT / "train"]:
+        (package / entry.name).symlink_to(entry)
+
+
+# --- The check ------------------------------------------------------------------------------------
+
+
+class Check:
+    """Runs the stages and keeps the rows."""
+
+    def __init__(self, run: Run, minutes: float, folder: Path, began: float):
+        self.run = run
+        self.folder = folder
+        self.deadline = began + 60 * minutes - LAST_SECONDS
+        link_checkout(folder / "site")
+        self.environment = make_environment(run.rehearse, folder / "site")
+        sys.path.insert(0, str(folder / "site"))
+        import benchlib  # only now: without PyTorch, --help still answers
+
+        self.lib = benchlib
+        self.about = benchlib.machine()
+        self.began = self.about["date"]
+        self.path = run.out / "gpu_check.jsonl"
+        self.outcomes: dict[str, Outcome] = {}
+        self.judged: list[dict[str, Any]] = []
+
+    def stages(self) -> list[Stage]:
+        if not self.run.rehearse:
+            return list(STAGES)
+        return [*REHEARSAL, *(stage for stage in STAGES if stage.rehearsed)]
+
+    def carry_out(self, stage: Stage) -> None:
+        left = self.deadline - time.monotonic()
+        limit = min(stage.seconds, left)
+        print(f"\n=== {stage.name}: at most {max(0, limit):.0f} s", flush=True)
+        command = stage.command(self.run)
+        if isinstance(command, str):
+            outcome = Outcome("absent", 0.0, command)
+        elif left < LEAST_SECONDS:
+            outcome = Outcome("skipped", 0.0, "no time is left")
+        else:
+            outcome = execute(command, limit, self.environment, self.folder)
+        self.outcomes[stage.name] = outcome
+        print(f"=== {stage.name}: {describe(outcome)}", flush=True)
+        self._append({"stage": stage.name, **outcome._asdict()})
+        self._judge(stage)
+
+    def _judge(self, stage: Stage) -> None:
+        """The targets that this stage was for: their rows are kept now, whatever happens later."""
+        import gpu_targets
+
+        targets = [target for target in gpu_targets.TARGETS if target.case in stage.cases]
+        if not targets:
+            return
+        rows = self.lib.read_rows(self.run.out / "sigreg.jsonl")
+        judged = gpu_targets.judge([row for row in rows if row["date"] >= self.began], targets)
+        self.judged += judged
+        for row in judged:
+            self._append(row)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        marks = {"rehearsal": True} if self.run.rehearse else {}
+        self.lib.append_rows(self.path, [{"benchmark": "gpu_check", **row, **marks, **self.about}])
+
+    def summarise(self) -> int:
+        """Print both tables; the exit code."""
+        import gpu_targets
+
+        print()
+        stages = [[name, o.status, f"{o.seconds:.0f} s"] for name, o in self.outcomes.items()]
+        self.lib.print_table(["stage", "", "time"], stages)
+        print()
+        self.lib.print_table(["target", "goal", "figure", "met or not"], gpu_targets.table_of(self.judged))
+        notes = [(row["target"], row["reason"] or row.get("note")) for row in self.judged]
+        if self.run.rehearse:
+            notes = [("no target is measured", "this was a rehearsal")]
+        for name, note in [*((n, o.problem) for n, o in self.outcomes.items()), *notes]:
+            if note:
+                print(f"{name}: {note}", flush=True)
+        print(f"rows: {self.run.out}", flush=True)
+        failed = any(outcome.status not in ("ok", "absent") for outcome in self.outcomes.values())
+        missed = any(not row["met"] for row in self.judged)
+        return 1 if failed or (missed and not self.run.rehearse) else 0
+
+
+def describe(outcome: Outcome) -> str:
+    return f"{outcome.status} after {outcome.seconds:.0f} s" + (
+        f" ({outcome.problem})" if outcome.problem else ""
+    )
+
+
+def print_environment() -> None:
+    import benchlib
+    import torch
+
+    import lejepa_fast
+
+    for key, value in benchlib.machine().items():
+        print(f"{key}: {value}")
+    print(f"lejepa_fast: {Path(lejepa_fast.__file__).parent}")
+    print(f"not installed: {', '.join(n for n in HELPFUL if not importlib.util.find_spec(n)) or '-'}")
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), "none, and Triton needs one")
+    print(f"C compiler: {compiler}")
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        print(f"memory: {free / 2**30:.0f} GiB free of {total / 2**30:.0f} GiB")
+        for name in ("clocks.sm", "clocks.max.sm"):
+            print(f"{name}: {benchlib.nvidia_smi(name)} MHz")
+        x = torch.randn(64, 8, device="cuda").requires_grad_()
+        loss = lejepa_fast.SIGReg(num_slices=16, impl="triton").to("cuda")(x)
+        loss.backward()
+        print(f"impl='triton' works: SIGReg of 64 normal samples is {loss.item():.3f}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for all rows")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together")
+    parser.add_argument("--rehearse", action="store_true", help="in small, on the CPU")
+    parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    began = time.monotonic()
+    if options.describe:
+        print_environment()
+        return 0
+    if options.minutes <= 0:
+        parser.error(f"--minutes: expected a positive number, got {options.minutes}")
+    if not options.rehearse:
+        import torch
+
+        if not torch.cuda.is_available():
+            print("error: PyTorch finds no GPU here; --rehearse runs the stages on the CPU", file=sys.stderr)
+            return 2
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: --out: cannot write to {options.out}: {error.strerror}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    with tempfile.TemporaryDirectory() as folder:
+        check = Check(Run(options.out.resolve(), options.rehearse), options.minutes, Path(folder), began)
+        for stage in check.stages():
+            check.carry_out(stage)
+        return check.summarise()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

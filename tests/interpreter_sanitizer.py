@@ -1,0 +1,120 @@
+"""Out-of-bounds and race check of Triton kernels in Triton's interpreter.
+
+Every load and store of every program is looked at: its addresses must lie inside the tensors that the launch
+was given, and no address may be stored to by two programs, or stored to by one and loaded by another.
+Programs of a launch run at the same time in any order on a GPU, so either is a race. Atomics are not
+looked at; our kernels have none.
+
+Why not triton-viz, which has a sanitizer too. Its newest release, 3.0, cannot be imported with Triton 3.9:
+"AttributeError: 'InterpreterBuilder' object has no attribute 'create_make_block_ptr'". With that name put
+back, and with Triton 3.6 as well, its symbolic evaluation stops at our kernels: "NotImplementedError:
+Concretize for op idiv is not implemented" for the forward kernel, and "op_raw_load_overrider() missing 1
+required positional argument: 'is_volatile'" for the directions. And it has no check for races.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+
+class FindingError(AssertionError):
+    """An access that a kernel must not make."""
+
+
+class _Launch:
+    """Accesses of one launch: addresses and the program that made each."""
+
+    def __init__(self, kernel: str, tensors: list[torch.Tensor]):
+        self.kernel = kernel
+        spans = sorted(_span(tensor) for tensor in tensors)
+        self.starts = np.array([start for start, _ in spans], dtype=np.int64)
+        self.stops = np.maximum.accumulate(np.array([stop for _, stop in spans], dtype=np.int64))
+        self.accesses: dict[str, list[tuple[np.ndarray, int]]] = {"load": [], "store": []}
+
+    def record(self, kind: str, pointers: Any, mask: Any, program: tuple[int, ...]) -> None:
+        data = np.atleast_1d(pointers.data)
+        addresses = data[np.broadcast_to(mask.data, data.shape)].astype(np.int64)
+        itemsize = pointers.get_element_ty().primitive_bitwidth // 8
+        buffer = np.searchsorted(self.starts, addresses, side="right") - 1
+        outside = (buffer < 0) | (addresses + itemsize > self.stops[buffer])
+        if outside.any():
+            raise FindingError(f"{self.kernel}: {kind} out of bounds in program {program}")
+        if kind == "store" and len(np.unique(addresses)) < len(addresses):
+            raise FindingError(f"{self.kernel}: one store writes an address twice in program {program}")
+        x, y, z = program
+        self.accesses[kind].append((addresses, (x << 40) | (y << 20) | z))
+
+    def check_races(self) -> None:
+        stored, writers = self._flat("store")
+        order = np.argsort(stored, kind="stable")
+        stored, writers = stored[order], writers[order]
+        if ((stored[1:] == stored[:-1]) & (writers[1:] != writers[:-1])).any():
+            raise FindingError(f"{self.kernel}: race, two programs store to one address")
+        loaded, readers = self._flat("load")
+        if not (len(stored) and len(loaded)):
+            return
+        position = np.searchsorted(stored, loaded).clip(max=len(stored) - 1)
+        if ((stored[position] == loaded) & (writers[position] != readers)).any():
+            raise FindingError(f"{self.kernel}: race, a program loads what another stores")
+
+    def _flat(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        parts = self.accesses[kind]
+        addresses = np.concatenate([part for part, _ in parts] or [np.empty(0, np.int64)])
+        programs = [np.full(len(part), program, np.int64) for part, program in parts]
+        return addresses, np.concatenate(programs or [np.empty(0, np.int64)])
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First and last address of a tensor's elements, the last exclusive."""
+    if tensor.numel() == 0:
+        return tensor.data_ptr(), tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+@contextlib.contextmanager
+def sanitize() -> Iterator[list[str]]:
+    """Checks every launch inside; gives the list of the kernels launched.
+
+    Raises:
+        FindingError: a race, when the launch ends. Accesses out of bounds stop the launch before they are
+            made, and arrive inside the error that the interpreter turns everything into.
+    """
+    kernels: list[str] = []
+    launches: list[_Launch] = []
+    call = GridExecutor.__call__
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def checked_call(self: Any, *args: Any, **kwargs: Any) -> None:
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        kernels.append(self.fn.__name__)
+        launches.append(_Launch(self.fn.__name__, tensors))
+        try:
+            call(self, *args, **kwargs)
+            launches[-1].check_races()
+        finally:
+            launches.pop()
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
+        launches[-1].record("load", pointers, mask, self.grid_idx)
+        return load(self, pointers, mask, *args)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any) -> Any:
+        launches[-1].record("store", pointers, mask, self.grid_idx)
+        return store(self, pointers, value, mask, *args)
+
+    GridExecutor.__call__ = checked_call
+    InterpreterBuilder.create_masked_load = checked_load
+    InterpreterBuilder.create_masked_store = checked_store
+    try:
+        yield kernels
+    finally:
+        GridExecutor.__call__ = call
+        InterpreterBuilder.create_masked_load = load
+        InterpreterBuilder.create_masked_store = store

@@ -1,0 +1,124 @@
+"""Values and gradients of the Triton kernels against float64 truth (see `kernel_helpers.py`)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_within_rule, check_accuracy, evaluate, plain_float32, truth
+from kernel_helpers import DEVICE, arbitrary_knots, directions, normal
+
+from lejepa_fast import SIGReg, sample_unit_directions, sigreg, standard_normal_knots
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+SHAPES = [
+    ((2, 32, 16), 32),  # whole tiles only
+    ((1, 16), 8),  # one sample
+    ((3, 37, 5), 7),  # nothing a multiple of a tile, K below the least tile
+    ((33, 1), 1),  # one dimension, one direction
+    ((2, 130, 20), 17),  # several splits, one direction more than a tile, K not a multiple of the tile
+    ((40, 33), 20),  # K above the limit of the fused backward, not a multiple of the tile
+    ((2, 1, 17, 48), 33),  # two leading dimensions, K of three whole tiles
+    ((3, 2100), 5),  # K > 2048
+]
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize(("shape", "M"), SHAPES)
+def test_accuracy_over_shapes(shape, M, unbiased):
+    if unbiased and shape[-2] < 2:
+        pytest.skip("the unbiased statistic needs two samples")
+    x, A = normal(*shape), directions(shape[-1], M)
+    check_accuracy(x, A, standard_normal_knots(), impl="triton", unbiased=unbiased)
+
+
+# Around each change of the table: baby steps only, one giant step, two, several chunks, the last not full.
+@pytest.mark.parametrize("J", [1, 2, 3, 4, 5, 11, 12, 17, 18, 19, 25, 33, 65])
+def test_accuracy_over_numbers_of_knots(J):
+    knots = standard_normal_knots(3.0, J)
+    check_accuracy(normal(50, 8), directions(8, 12), knots, impl="triton", reduction=None)
+
+
+@pytest.mark.parametrize("J", [1, 7, 8, 9, 17])  # around the eight knots of a chunk
+@pytest.mark.parametrize("K", [8, 40])
+def test_accuracy_of_arbitrary_knots(J, K):
+    check_accuracy(normal(2, 20, K), directions(K, 9), arbitrary_knots(J), impl="triton")
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 10.0, 1e3, 1e4])
+@pytest.mark.parametrize("J", [17, 65])
+def test_accuracy_over_sizes_of_projections(scale, J):
+    x, A = scale * normal(60, 16), directions(16, 12)
+    check_accuracy(x, A, standard_normal_knots(3.0, J), impl="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("K", [16, 40])
+@pytest.mark.parametrize("exact_directions", [False, True])
+def test_accuracy_of_half_precision_inputs(dtype, K, exact_directions):
+    """float32 directions multiply as float32; half-precision ones with their scale on the tensor cores."""
+    x, knots = normal(2, 50, K, dtype=dtype), standard_normal_knots()
+    if not exact_directions:
+        check_accuracy(x, directions(K, 20), knots, impl="triton")
+        return
+    A, scale = sample_unit_directions(K, 20, step=1, device=DEVICE, dtype=dtype)
+    for reduction in ("mean", None):
+        check_accuracy(x, A, knots, impl="triton", scale=scale, reduction=reduction)
+
+
+@pytest.mark.parametrize("K", [6, 40])
+def test_gradient_per_direction(K):
+    """reduction=None with an arbitrary gradient for every view and direction, of very different sizes."""
+    x, A, knots = normal(2, 20, K), directions(K, 9), standard_normal_knots()
+    upstream = torch.logspace(-6, 6, 18).view(2, 9).to(DEVICE)
+    grads = {}
+    runs = [("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)]
+    for impl, dtype in runs:
+        v = x.detach().clone().to(dtype).requires_grad_()
+        value = sigreg(v, A.to(dtype), *knots[:3], spacing=knots.spacing, reduction=None, impl=impl)
+        value.backward(upstream.to(dtype))
+        grads[impl, dtype] = v.grad
+    exact = grads["reference", torch.float64]
+    got, reference = grads["triton", torch.float32], grads["reference", torch.float32]
+    assert_within_rule(got, reference, exact, "gradient")
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale_by_n": False}, {"scale_by_n": False, "unbiased": True}, {"reduction": "sum"}]
+)
+def test_options(options):
+    check_accuracy(normal(2, 20, 6), directions(6, 9), standard_normal_knots(), impl="triton", **options)
+
+
+def test_target_and_weights_per_direction():
+    knots = standard_normal_knots()
+    phi = torch.exp(-knots.t[:, None] * torch.linspace(0.5, 2, 9).double())
+    knots = knots._replace(phi=phi, weights=torch.rand(9, 17, dtype=torch.float64).t())  # also transposed
+    check_accuracy(normal(2, 20, 6), directions(6, 9), knots, impl="triton")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("J", [1, 2, 17, 25])
+def test_non_finite_input_gives_nan(bad, J):
+    x = normal(2, 30, 4)
+    x[1, 7, 2] = bad
+    each = SIGReg(num_slices=6, n_points=J, impl="triton", reduction=None).to(DEVICE)(x)
+    assert each[1].isnan().all()
+    assert each[0].isfinite().all(), "the other view is not touched"
+
+
+def test_projections_without_a_phase_stay_bounded():
+    """Beyond 2**22 half turns float32 has no phase: |C|, |S| <= 1 must still hold."""
+    knots = standard_normal_knots()
+    value = sigreg(1e12 * normal(20, 4), directions(4, 6), *knots[:3], spacing=knots.spacing, impl="triton")
+    bound = 20 * (knots.weights * (1 + knots.phi).square() + knots.weights).sum()
+    assert 0 <= value <= bound
+
+
+def test_the_accuracy_rule_can_fail():
+    x, A, knots = normal(40, 8), directions(8, 12), standard_normal_knots()
+    exact, reference = truth(x, A, knots), plain_float32(x, A, knots)
+    wrong = evaluate(x * (1 + 1e-5), A, knots, impl="triton")
+    for part in ("value", "grad"):
+        with pytest.raises(AssertionError):
+            assert_within_rule(getattr(wrong, part), getattr(reference, part), getattr(exact, part), part)

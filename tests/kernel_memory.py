@@ -1,0 +1,160 @@
+"""What memory the Triton kernels touch and how much they ask for (see `kernel_helpers.py`)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import evaluate
+from kernel_helpers import DEVICE, arbitrary_knots, directions, normal
+
+from lejepa_fast import Knots, sigreg, standard_normal_knots
+from lejepa_fast.kernels import backward, finish, forward
+from lejepa_fast.kernels import directions as kernel_directions
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+ALLOCATORS = (forward, backward, finish, kernel_directions)
+
+
+class Guards:
+    """Allocator that surrounds every output by numbers of its own, and counts bytes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.buffers: list[torch.Tensor] = []
+        self.sizes: list[int] = []
+        for module in ALLOCATORS:
+            monkeypatch.setattr(module, "empty", self.empty)
+
+    def empty(self, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        count, margin = torch.Size(shape).numel(), 4096
+        buffer = torch.full((count + 2 * margin,), 7.0, dtype=dtype, device=like.device)
+        inside = buffer[margin : margin + count]
+        inside.fill_(float("nan"))
+        self.buffers.append(buffer)
+        self.sizes.append(count * dtype.itemsize)
+        return inside.view(shape)
+
+    def check(self) -> None:
+        for buffer in self.buffers:
+            assert (buffer[:4096] == 7).all(), "written before the start"
+            assert (buffer[-4096:] == 7).all(), "written past the end"
+
+
+def surrounded(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers inside a buffer of NaN: a read out of bounds spoils the result."""
+    buffer = torch.full((tensor.numel() + 8192,), float("nan"), dtype=tensor.dtype, device=tensor.device)
+    inside = buffer[4096:-4096].view(tensor.shape)
+    return inside.copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("J", [3, 17, 25, None])
+@pytest.mark.parametrize(("N", "K", "M"), [(37, 5, 7), (17, 40, 33)])
+def test_nothing_outside_the_buffers_is_touched(monkeypatch, N, K, M, J, dtype):
+    guards = Guards(monkeypatch)
+    knots = arbitrary_knots(9) if J is None else standard_normal_knots(3.0, J)
+    knots = Knots(*(surrounded(a.float().to(DEVICE)) for a in knots[:3]), knots.spacing)
+    A, scale = kernel_directions.sample_directions(torch.tensor(3, device=DEVICE), K, M, 0, dtype)
+    x = surrounded(normal(2, N, K, dtype=dtype)).requires_grad_()
+    value = sigreg(
+        x, surrounded(A), *knots[:3], spacing=knots.spacing, scale=surrounded(scale), impl="triton"
+    )
+    value.backward()
+    assert value.isfinite()
+    assert x.grad.isfinite().all()
+    assert len(guards.buffers) >= 7
+    guards.check()
+
+
+@pytest.mark.parametrize(
+    "fault", ["write past the end", "write before the start", "read past the end", "hole"]
+)
+def test_the_guards_find_planted_faults(monkeypatch, fault):
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def copy(in_ptr, out_ptr, count, SHIFT_IN: tl.constexpr, SHIFT_OUT: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.arange(0, BLOCK)
+        tl.store(out_ptr + i + SHIFT_OUT, tl.load(in_ptr + i + SHIFT_IN, mask=i < count), mask=i < count)
+
+    guards = Guards(monkeypatch)
+    source = surrounded(normal(60))
+    out = forward.empty(source, (60,), torch.float32)
+    shift_in = {"read past the end": 1}.get(fault, 0)
+    shift_out = {"write past the end": 1, "write before the start": -1}.get(fault, 0)
+    copy[(1,)](source, out, 59 if fault == "hole" else 60, SHIFT_IN=shift_in, SHIFT_OUT=shift_out, BLOCK=64)
+    if "write" in fault:
+        with pytest.raises(AssertionError, match="written"):
+            guards.check()
+    else:
+        guards.check()
+        assert out.isnan().any()
+
+
+PLANTED = {
+    "load out of bounds": {"SHIFT_IN": 1},
+    "store out of bounds": {"SHIFT_OUT": 1},
+    "race, two programs store": {"STEP_OUT": 31},
+    "race, a program loads what another stores": {"IN_PLACE": True},
+    "one store writes an address twice": {"DOUBLE": True},
+}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="looks at the interpreter's loads and stores")
+@pytest.mark.parametrize("fault", [None, *PLANTED])
+def test_the_sanitizer_finds_planted_faults(fault):
+    """Faults that leave every guard and every value as they should be."""
+    import triton
+    import triton.language as tl
+    from interpreter_sanitizer import sanitize
+
+    @triton.jit
+    def copy(
+        in_ptr,
+        out_ptr,
+        SHIFT_IN: tl.constexpr = 0,
+        SHIFT_OUT: tl.constexpr = 0,
+        STEP_OUT: tl.constexpr = 32,
+        IN_PLACE: tl.constexpr = False,
+        DOUBLE: tl.constexpr = False,
+    ):
+        i = tl.arange(0, 32)
+        value = tl.load(in_ptr + tl.program_id(0) * 32 + i + SHIFT_IN)
+        if IN_PLACE:
+            value = tl.load(out_ptr + (1 - tl.program_id(0)) * 32 + i)
+        if DOUBLE:
+            i = i // 2 * 2
+        tl.store(out_ptr + tl.program_id(0) * STEP_OUT + i + SHIFT_OUT, value)
+
+    source, out = torch.zeros(65)[:64], torch.zeros(65)[:64]
+    with sanitize() as kernels:
+        if fault is None:
+            copy[(2,)](source, out)
+        else:
+            with pytest.raises(Exception, match=f"copy: {fault}"):
+                copy[(2,)](source, out, **PLANTED[fault])
+    assert kernels == ["copy"]
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 40, 100])  # a part of a view, one view, two views
+def test_gradient_in_chunks(monkeypatch, chunk_rows):
+    x, A, knots = normal(3, 40, 40), directions(40, 9), standard_normal_knots()
+    whole = evaluate(x, A, knots, impl="triton").grad
+    monkeypatch.setattr(backward, "_CHUNK_BYTES", chunk_rows * 9 * 4)
+    monkeypatch.setattr(backward, "_CHUNK_STEP", 16)
+    torch.testing.assert_close(evaluate(x, A, knots, impl="triton").grad, whole, rtol=1e-5, atol=1e-8)
+
+
+def test_memory_does_not_grow_with_the_samples(monkeypatch):
+    """Beyond dx: O(J M splits) floats, and a bounded buffer where dx does not fit into registers."""
+    knots, A = standard_normal_knots(), directions(40, 20)
+    monkeypatch.setattr(backward, "_CHUNK_BYTES", 16 * 20 * 4)
+    monkeypatch.setattr(backward, "_CHUNK_STEP", 16)
+    extra = {}
+    for N in (100, 400):
+        guards = Guards(monkeypatch)
+        evaluate(normal(1, N, 40), A, knots, impl="triton")
+        extra[N] = sum(guards.sizes) - N * 40 * 4
+    splits = 6
+    assert extra[100] <= (splits + 1) * 35 * 20 * 4 + 16 * 20 * 4 + 64
+    assert extra[400] <= extra[100] + 35 * 20 * 4  # a split more at most

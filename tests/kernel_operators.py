@@ -1,0 +1,143 @@
+"""The Triton kernels as operators and in the module (see `kernel_helpers.py`)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import evaluate
+from host_reads import host_reads
+from kernel_helpers import DEVICE, directions, normal
+
+from lejepa_fast import SIGReg, ops, sample_directions, sample_unit_directions, sigreg, standard_normal_knots
+from lejepa_fast.kernels import directions as kernel_directions
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+# --- Directions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("K", "M"), [(1, 1), (3, 5), (130, 33)])
+def test_directions_are_those_of_the_torch_implementation(K, M, dtype):
+    for step, seed in ((0, 0), (5 + (1 << 33), -7), (2, (1 << 40) + 1)):
+        got, scale = kernel_directions.sample_directions(torch.tensor(step, device=DEVICE), K, M, seed, dtype)
+        expected, expected_scale = sample_unit_directions(K, M, step=step, seed=seed, dtype=dtype)
+        # Half precision: a float32 rounding can tip an entry to the next number.
+        ulp = 2e-7 if dtype == torch.float32 else torch.finfo(dtype).eps
+        torch.testing.assert_close(got.cpu().double(), expected.double(), rtol=ulp, atol=2e-7)
+        assert (got.cpu() != expected).float().mean() < (1 if dtype == torch.float32 else 0.01)
+        norms = (got.cpu().double() * scale.cpu().double()).norm(dim=0)
+        torch.testing.assert_close(norms, torch.ones(M).double(), rtol=0, atol=3e-7)
+        torch.testing.assert_close(scale.cpu(), expected_scale, rtol=1e-4, atol=0)
+
+
+# --- As operators and as a module -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("K", [6, 40])
+def test_two_runs_agree_bit_for_bit(K):
+    x, A, knots = normal(2, 40, K), directions(K, 20), standard_normal_knots()
+    first, second = (evaluate(x, A, knots, impl="triton") for _ in range(2))
+    assert torch.equal(first.value, second.value)
+    assert torch.equal(first.grad, second.grad)
+
+
+def test_operators_contract():
+    x, A, scale = normal(2, 20, 4).requires_grad_(), directions(4, 6), torch.ones(6, device=DEVICE)
+    t, phi, weights = (a.float().to(DEVICE) for a in standard_normal_knots()[:3])
+    registered = torch.ops.lejepa_fast
+    torch.library.opcheck(registered.triton_table, (x.detach(), A, scale, t, 0.1875, "ieee"))
+    table = registered.triton_table(x.detach(), A, None, t, 0.1875, "ieee")
+    for factor in (None, 0.5):
+        arguments = (x, A, None, table, None, 20, t, phi, weights, 0.1875, False, True, factor, "ieee")
+        torch.library.opcheck(registered.triton_statistic, arguments)
+        _, coef = registered.triton_statistic(*arguments)
+    grad = torch.ones((), device=DEVICE)
+    torch.library.opcheck(
+        registered.triton_gradient, (grad, 0.5, coef, x.detach(), A, None, t, 0.1875, "ieee")
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_module_agrees_with_the_other_implementations(dtype):
+    x = normal(2, 30, 6, dtype=dtype)
+    modules = {impl: SIGReg(num_slices=9, impl=impl).to(DEVICE) for impl in ("triton", "torch", "reference")}
+    losses = {impl: module(x) for impl, module in modules.items()}
+    assert modules["triton"].chosen_impl == "triton"
+    for loss in losses.values():
+        torch.testing.assert_close(loss, losses["reference"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", None])
+def test_compiles_to_one_graph(reduction):
+    x = normal(2, 20, 4).requires_grad_()
+    eager, module = (SIGReg(num_slices=8, impl="triton", reduction=reduction).to(DEVICE) for _ in range(2))
+    compiled = torch.compile(module, fullgraph=True)
+    for _ in range(2):
+        expected, got = eager(x), compiled(x)
+        assert torch.equal(got, expected)
+        (g,), (h,) = (torch.autograd.grad(v.sum(), x) for v in (expected, got))
+        assert torch.equal(h, g)
+    assert module.step.item() == 2
+
+
+def test_autocast_and_checkpointing_change_nothing():
+    from torch.utils.checkpoint import checkpoint
+
+    x, weight = normal(20, 4), torch.eye(4, device=DEVICE, requires_grad=True)
+    plain, other = (SIGReg(num_slices=8, impl="triton").to(DEVICE) for _ in range(2))
+    expected = plain(x @ weight)
+    (grad,) = torch.autograd.grad(expected, weight)
+    got = checkpoint(lambda w: other(x @ w), weight, use_reentrant=False)
+    assert torch.equal(got, expected)
+    assert torch.equal(torch.autograd.grad(got, weight)[0], grad)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(plain(x, step=0), expected.detach())
+
+
+def test_torch_func_is_refused_clearly():
+    reg, x = SIGReg(num_slices=4, impl="triton").to(DEVICE), normal(2, 10, 3)
+    for transformed in (torch.func.grad(reg), torch.func.vmap(reg)):
+        with pytest.raises(RuntimeError, match=r"^sigreg: .* impl='reference' only, got impl='triton'"):
+            transformed(x)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the GPU's own check is in test_kernels_gpu.py")
+def test_the_host_never_reads_from_the_device(monkeypatch):
+    monkeypatch.setattr(ops, "_readable", lambda t: False)  # knots on a GPU are not looked at
+    reg, x = SIGReg(num_slices=9, impl="triton"), normal(2, 20, 4).requires_grad_()
+    assert host_reads(lambda: reg(x).backward()) == set()
+    assert host_reads(lambda: reg.step.item()), "reads are not seen"
+
+
+def test_double_backward_is_refused_clearly():
+    x = normal(10, 3).requires_grad_()
+    loss = SIGReg(num_slices=4, impl="triton").to(DEVICE)(x)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="impl='reference'"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"x": torch.randn(9, 3, device=DEVICE).double()},
+            TypeError,
+            "^x: expected float32, bfloat16 or float16.*float64",
+        ),
+        ({"precision": "fp32"}, ValueError, "^precision: expected one of .* got 'fp32'"),
+        ({"scale": torch.ones(5)}, ValueError, r"^scale: expected float32 of shape \(4,\), got .*\(5,\)"),
+        ({"scale": torch.ones(4, device="meta")}, ValueError, "^scale: expected on the device of x"),
+        ({"scale": torch.ones(4).requires_grad_()}, ValueError, "^scale: .*impl='reference'"),
+    ],
+)
+def test_bad_arguments_are_named(changes, error, message):
+    knots = standard_normal_knots()
+    arguments = {"x": torch.randn(9, 3), "A": sample_directions(3, 4, step=0), "t": knots.t}
+    arguments |= {"phi": knots.phi, "weights": knots.weights} | changes
+    for name in {"x", "A"} - set(changes):
+        arguments[name] = arguments[name].to(DEVICE)
+    with pytest.raises(error, match=message):
+        sigreg(**arguments, impl="triton")
