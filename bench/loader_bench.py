@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -45,7 +46,7 @@ from lejepa_fast.data.choice import dali_fault
 from lejepa_fast.data.sources import FolderSource
 
 CPU_TARGET, GPU_TARGET, GPU_SHARE = 2.2, 8.0, 0.6
-MEMORY_EPOCHS, MEMORY_LIMIT = 5, 1.05
+MEMORY_EPOCHS, MEMORY_COPIES, MEMORY_LIMIT = 5, 2, 1.05
 DAMAGE_BATCH, DAMAGE_LIMIT = 40, 1.10
 HW_LOADS = (0.0, 0.25, 0.5, 0.65, 0.8, 1.0)
 
@@ -84,6 +85,8 @@ def measure_speed(setting: Setting, repeats: int, deadline: float) -> list[dict[
         for name, run in running.items():
             found[name].append(timed(run, setting))
         longest = max(longest, time.monotonic() - begun)
+    running.clear()
+    gc.collect()  # ends their workers: forks to come would inherit them
     rows = [_speed_row(name, values) for name, values in found.items()]
     base = max((row["images_per_s"] for row in rows if row["contender"].startswith(PLAIN)), default=0.0)
     table = [
@@ -140,8 +143,8 @@ def resident_mib() -> float:
 
 
 def memory_by_epoch(setting: Setting, backend: str) -> list[float]:
-    """Resident memory after each epoch."""
-    run = ours(setting, backend)
+    """Resident memory after each epoch; long ones, for the allocator to have settled in the first."""
+    run = ours(setting, backend, copies=MEMORY_COPIES)
     found = []
     for _ in range(MEMORY_EPOCHS):
         run()

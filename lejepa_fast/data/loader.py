@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from lejepa_fast.data.backend import Backend, RawBatch
 from lejepa_fast.data.choice import make_backend
+from lejepa_fast.data.memory import give_memory_back
 from lejepa_fast.data.plan import EvalPlan, TrainPlan
 from lejepa_fast.data.quarantine import DEFAULT_MAX_BAD_FRACTION, Omission, Quarantine, Substitutes
 from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe
@@ -84,6 +85,7 @@ class MultiCropLoader:
             self._batch += 1
             yield batch
         self._epoch, self._batch = epoch + 1, 0
+        give_memory_back()
 
     @property
     def quarantined(self) -> list[int]:

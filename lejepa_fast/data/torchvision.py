@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as F
 from lejepa_fast.data.backend import Fault, FaultHandler, RawBatch
 from lejepa_fast.data.decode import UnreadableImageError
 from lejepa_fast.data.draws import ViewParams, sample_views
+from lejepa_fast.data.memory import give_memory_back
 from lejepa_fast.data.plan import LONGEST_RATIO, EvalPlan, TrainPlan
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey
@@ -82,8 +83,12 @@ class _Batches(Dataset):
 
     def __init__(self, plan: TrainPlan | EvalPlan) -> None:
         self.plan = plan
+        self._epoch: int | None = None
 
     def __getitem__(self, key: BatchKey) -> RawBatch | _Failure:
+        if key.epoch != self._epoch:  # of this worker, for which nothing else marks the end of an epoch
+            self._epoch = key.epoch
+            give_memory_back()
         try:
             with _one_thread():
                 return self.make(key)
