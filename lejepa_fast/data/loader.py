@@ -230,7 +230,7 @@ def multicrop_loader(
     if dtype not in _DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {dtype}")
     bad = Quarantine(source, quarantine, max_bad_fraction=max_bad_fraction)
-    check_sizes(source, recipe.smallest_image, max_bad_fraction)
+    check_sizes(source, recipe.smallest_image, max_bad_fraction, bad.known)
     device = None if device is None else torch.device(device)
     made, reason = make_backend(
         backend,

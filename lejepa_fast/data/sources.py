@@ -11,7 +11,7 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -397,20 +397,27 @@ def spread(count: int, wanted: int) -> list[int]:
     return list(range(0, count, step))
 
 
-def check_sizes(source: ImageSource, smallest: int, max_bad_fraction: float) -> None:
+def check_sizes(
+    source: ImageSource, smallest: int, max_bad_fraction: float, known: Collection[int] = ()
+) -> None:
     """Find data that is too small, or broken, as a whole, by 64 images spread over it.
 
-    Raises `UsageError` or `RunError` for the first bad one if more than `max_bad_fraction` of them are bad; a
-    few bad ones are left to the quarantine.
+    Raises `UsageError` or `RunError` for the first bad one if there are more than a share of
+    `max_bad_fraction` explains; a few are left to the quarantine. known: images that are not looked at.
     """
     probed = spread(len(source), _PROBED_IMAGES)
     first: Exception | None = None
     bad = 0
     for index in probed:
+        if index in known:
+            continue
         try:
             check_image_size(*source.image_size(index), smallest, source.describe(index))
         except (UsageError, UnreadableImageError) as error:
             bad += 1
             first = first or error
-    if first is not None and bad > max_bad_fraction * len(probed):
+    allowed = max_bad_fraction * len(probed)
+    if len(probed) < len(source):  # a sample: three standard deviations more
+        allowed += 3 * math.sqrt(allowed * (1 - max_bad_fraction))
+    if first is not None and bad > max(allowed, max_bad_fraction > 0):
         raise first
