@@ -42,9 +42,16 @@ _PATIENCE = 0.1  # seconds between two looks at whether somebody still wants the
 
 
 # A forked process has none of a pipeline's threads: destroying its copy there would wait for them for ever.
+# So references are held from before the fork on, even to pipelines that are already garbage: a collection may
+# run in the child before any hook of ours does.
 _pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
+_held: list[Any] = []
 _immortal: list[Any] = []
-os.register_at_fork(after_in_child=lambda: _immortal.extend(_pipelines))
+os.register_at_fork(
+    before=lambda: _held.extend(_pipelines),
+    after_in_parent=_held.clear,
+    after_in_child=lambda: _immortal.extend(_held),
+)
 
 
 @dataclass
