@@ -1,4 +1,4 @@
-"""Write the measured tables of README.md and docs/kernels.md: python bench/render_readme.py [--check]
+"""Write the measured tables of README.md and docs/: python bench/render_readme.py [--check]
 
 Tables stand between `<!-- NAME -->` and `<!-- /NAME -->`; what is between is replaced. With --check
 nothing is written, and the exit code is 1 when a document is not what the rows say.
@@ -149,8 +149,55 @@ def accuracy_table() -> str:
     return markdown(header, table) + f"\n\n{size}, kernels {rows[0]['kernels']}. {origin(rows[0])}"
 
 
+def loader_rows(kind: str, *, gpu: bool = False) -> list[Row]:
+    """Rows of one kind of the newest run of loader_bench.py."""
+    rows = [row for row in read_rows(RESULTS / "loader.jsonl") if not row.get("rehearsal")]
+    rows = [row for row in rows if row["gpu"] == gpu]
+    return [row for row in latest(rows) if row["kind"] == kind]
+
+
+def loader_origin(row: Row) -> str:
+    files = f"{row['files']}, {row['file_kib']:.0f} KiB each; {row['views']}, batches of {row['batch_size']}"
+    return f"{files}, {row['workers']} workers or threads. {origin(row)}"
+
+
+def loader_speed_table() -> str:
+    """All contenders, fastest loader first, then the ceilings; on a CPU and, where measured, on a GPU."""
+    parts = []
+    for gpu in (False, True):
+        rows = loader_rows("speed", gpu=gpu) if gpu is False or _has_gpu_rows() else []
+        if not rows:
+            continue
+        base = max(row["images_per_s"] for row in rows if row["contender"].startswith("torchvision v2"))
+        table = []
+        for row in sorted(rows, key=lambda row: row["images_per_s"]):
+            speed = row["images_per_s"]
+            table.append([row["contender"], f"{speed:,.0f}", f"{speed / base:.1f}x"])
+        header = ["loader", "images/s", "against torchvision v2"]
+        parts.append(markdown(header, table) + f"\n\n{loader_origin(rows[0])}")
+    return "\n\n".join(parts)
+
+
+def _has_gpu_rows() -> bool:
+    return any(row["gpu"] for row in read_rows(RESULTS / "loader.jsonl") if not row.get("rehearsal"))
+
+
+def loader_targets_table() -> str:
+    rows = loader_rows("target")
+    table = [
+        [row["target"], f"{row['wanted']:g}", f"{row['figure']:.2f}", "met" if row["met"] else "missed"]
+        for row in rows
+    ]
+    return markdown(["target, on a CPU", "wanted", "measured", ""], table)
+
+
 TABLES: dict[str, Callable[[], str]] = {"sigreg": sigreg_table, "pretrain": pretrain_table}
-DOCUMENTS = {README: TABLES, README.parent / "docs" / "kernels.md": {"accuracy": accuracy_table}}
+DOCS = README.parent / "docs"
+DOCUMENTS = {
+    README: TABLES,
+    DOCS / "kernels.md": {"accuracy": accuracy_table},
+    DOCS / "loader.md": {"speed": loader_speed_table, "targets": loader_targets_table},
+}
 
 
 def render(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:

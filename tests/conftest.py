@@ -51,7 +51,7 @@ def tiny(image_folder: Path, tmp_path: Path) -> Callable[..., Config]:
 
     def make(**changes: Any) -> Config:
         cfg = Config(
-            data=DataConfig(path=str(image_folder), batch_size=8, workers=0),
+            data=DataConfig(path=str(image_folder), batch_size=8, workers=0, backend="torchvision"),
             crops=MultiCropRecipe(global_size=32, local_crops=1, local_size=16, blur_kernel=3),
             model=ModelConfig(
                 name="test_vit",

@@ -208,22 +208,52 @@ def test_unreadable_files_are_named(tmp_path, how, monkeypatch):
     assert "\n" not in text
 
 
-def test_no_image_runs_ghostscript(tmp_path, monkeypatch):
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.fixture
+def ghostscript(tmp_path, monkeypatch) -> Path:
+    """A Ghostscript that leaves a file behind when it runs; returns that file's path."""
     ran, program = tmp_path / "ran", tmp_path / "bin" / "gs"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\ntouch {ran}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return ran
+
+
+def test_no_image_runs_ghostscript(tmp_path, ghostscript):
     file = tmp_path / "images" / "5.jpg"
     file.parent.mkdir()
-    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    file.write_bytes(POSTSCRIPT)
     with pytest.raises(RunError, match=r"5\.jpg: not an image"):
         FolderSource(file.parent)[0]
-    assert not ran.exists()
+    assert not ghostscript.exists()
     with pytest.raises(OSError), Image.open(file) as image:
         image.load()
-    assert ran.exists()  # the trap does work
+    assert ghostscript.exists()  # the trap does work
+
+
+def test_no_torchvision_set_runs_ghostscript(tmp_path, ghostscript):
+    for name in ("Forest", "River"):
+        write_images(tmp_path / "eurosat" / "2750" / name, 3)
+    (tmp_path / "eurosat" / "2750" / "Forest" / "000.png").write_bytes(POSTSCRIPT)
+    source = open_source(f"torchvision:EuroSAT:{tmp_path}", "train", val_fraction=0.4)
+    unreadable = 0
+    for index in range(len(source)):
+        try:
+            source[index]
+        except RunError:
+            unreadable += 1
+    held_out = open_source(f"torchvision:EuroSAT:{tmp_path}", "val", val_fraction=0.4)
+    for index in range(len(held_out)):
+        try:
+            held_out[index]
+        except RunError:
+            unreadable += 1
+    assert unreadable == 1
+    assert not ghostscript.exists()
 
 
 def test_unreadable_class_folders_are_named(class_folders, monkeypatch):

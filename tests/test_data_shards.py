@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 from lejepa_fast.data import open_source
+from lejepa_fast.data.index import index_path
+from lejepa_fast.data.index import main as index_main
 from lejepa_fast.data.pack import main, pack_folder
 from lejepa_fast.data.sources import EMBEDDED, EncodedSource
 from lejepa_fast.data.webdataset import ShardSource
@@ -244,6 +246,74 @@ def test_tar_without_images(tmp_path):
     write_tar(tmp_path / "a.tar", {"readme.txt": b"nothing"})
     with pytest.raises(UsageError, match=r"no images in .*a\.tar"):
         open_source(str(tmp_path), "train")
+
+
+# --- index files --------------------------------------------------------------------------------
+
+
+def same_source(one: ShardSource, other: ShardSource) -> bool:
+    return one.targets == other.targets and all(
+        one.encoded(i) == other.encoded(i) and one.describe(i) == other.describe(i) for i in range(len(one))
+    )
+
+
+@pytest.fixture
+def no_walk(monkeypatch):
+    """Walking through a shard is an error."""
+
+    def refuse(*_):
+        raise AssertionError("the shard was walked through")
+
+    monkeypatch.setattr("lejepa_fast.data.webdataset.index_shard", refuse)
+
+
+def test_index_files_save_the_walk(tmp_path, capsys, request):
+    name = os.fsdecode(b"caf\xe9\n")
+    shards = [
+        write_tar(tmp_path / "a.tar", samples(4)),
+        write_tar(tmp_path / "deep" / "b.tar", {f"{name}.png": picture(7), f"{name}.cls": b"2"}),
+    ]
+    walked = ShardSource(shards)
+    assert index_main([str(tmp_path)]) == 0
+    assert "2 index files written for 5 images" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.rglob("*.idx")) == ["a.tar.idx", "b.tar.idx"]
+    request.getfixturevalue("no_walk")
+    assert same_source(ShardSource(shards), walked)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda shard, index: os.utime(shard, ns=(0, 0)),
+        lambda shard, index: index.write_text("not json"),
+        lambda shard, index: index.write_bytes(index.read_bytes()[:-9]),
+        lambda shard, index: index.write_text(index.read_text().replace(".png", ".pkl")),
+        lambda shard, index: index.write_text(re.sub(r"(\.png\", )\d+", r"\g<1>99999", index.read_text())),
+        lambda shard, index: index.write_text(re.sub(r", 0\]", ", true]", index.read_text())),
+        lambda shard, index: index.unlink(),
+    ],
+    ids=["stale", "text", "cut", "suffix", "beyond", "label", "gone"],
+)
+def test_index_files_that_do_not_fit_are_not_used(tmp_path, change, request):
+    shard = write_tar(tmp_path / "a.tar", samples(3))
+    walked = ShardSource([shard])
+    assert index_main([str(shard)]) == 0
+    change(shard, index_path(shard))
+    assert same_source(ShardSource([shard]), walked)
+    request.getfixturevalue("no_walk")
+    with pytest.raises(AssertionError, match="walked through"):
+        ShardSource([shard])
+
+
+def test_index_command_names_what_is_wrong(tmp_path, capsys):
+    assert index_main([str(tmp_path)]) == 2
+    assert "no .tar shards in" in capsys.readouterr().err
+    write_tar(tmp_path / "a.tar", {"../x.png": b""})
+    assert index_main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "points outside" in error
+    assert not list(tmp_path.glob("*.idx"))
 
 
 # --- packing ------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny_config(data: Path) -> Config:
     return Config(
-        data=DataConfig(path=str(data), batch_size=8, workers=0),
+        data=DataConfig(path=str(data), batch_size=8, workers=0, backend="torchvision"),
         crops=MultiCropRecipe(global_size=32, local_size=16, local_crops=2, blur_kernel=3),
         model=ModelConfig(name="test_resnet", projector_hidden=16, projector_layers=2, projector_dim=8),
         eval=EvalConfig(batch_size=8, k=5),

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import lejepa_fast.train
+from lejepa_fast.data import choice
 from lejepa_fast.errors import RunError
 from lejepa_fast.train import config, pretrain
 from lejepa_fast.train.checkpoint import read_checkpoint
@@ -69,12 +70,19 @@ def train_rows(cfg: Config) -> list[dict[str, Any]]:
         (["--lambda", "2"], "loss.lambd: expected a number from 0 to 1"),
         (["--loss.t-max", "-1"], "loss: t_max"),
         (["--loss.impl", "triton"], "expected on a GPU for impl='triton'"),
-        (["--data.backend", "dali"], "dali"),
+        (["--data.backend", "dali"], "backend 'dali': DALI is not installed: pip install nvidia-dali-cuda1"),
+        (["--data.max-bad-fraction", "2"], "data.max_bad_fraction: expected a number from 0 to 1, got 2"),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_with_2(
-    arguments: list[str], message: str, tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tiny: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(choice, "_is_installed", lambda: False)  # DALI
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     (tmp_path / "empty").mkdir()
@@ -92,21 +100,44 @@ def test_usage_errors_are_one_line_and_exit_with_2(
     assert not cfg.out.exists()
 
 
-def test_an_unreadable_image_is_one_line_and_exits_with_1(
-    tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """33 images without labels, one of which is cut short."""
     folder = tmp_path / "data" / "train"
     folder.mkdir(parents=True)
-    for index in range(8):
-        Image.new("RGB", (40, 40), (index * 20, 0, 0)).save(folder / f"{index}.jpg")
-        Image.new("RGB", (40, 40), (0, index * 20, 0)).save(folder / f"good{index}.jpg")
-    damaged = folder / "3.jpg"
-    damaged.write_bytes(damaged.read_bytes()[:150])
-    cfg = tiny(data={"path": str(tmp_path / "data")})
+    for index in range(33):
+        Image.new("RGB", (40, 40), (index * 5, 99, 200 - index)).save(folder / f"{index}.jpg")
+    file = folder / "30.jpg"
+    file.write_bytes(file.read_bytes()[:150])
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("backend", ["torchvision", "dali"])
+def test_an_unreadable_image_is_listed_and_the_run_goes_on(
+    backend: str, damaged: Path, tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "dali" and choice.dali_fault(False):
+        pytest.skip(str(choice.dali_fault(False)))
+    cfg = tiny(data={"path": str(damaged), "backend": backend}, epochs=2)
+    trainer = Trainer(cfg, World(torch.device("cpu")))
+    trainer.run()
+    assert cfg.out is not None
+    lines = (cfg.out / "quarantine.txt").read_text().splitlines()
+    assert len(lines) == 1
+    assert lines[0].split("\t")[0].endswith("30.jpg")
+    assert [
+        row["loader_backend"] for row in read_rows(cfg.out / "metrics.jsonl") if row["kind"] == "run"
+    ] == [backend]
+
+
+def test_too_many_unreadable_images_are_one_line_and_exit_with_1(
+    damaged: Path, tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = tiny(data={"path": str(damaged), "max_bad_fraction": 0.0})
     assert pretrain.main(arguments_of(cfg, tmp_path / "configs")) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "3.jpg" in errors[0]
+    assert "30.jpg" in errors[0]
 
 
 def test_a_checkpoint_of_another_model_exits_with_2(

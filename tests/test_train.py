@@ -48,17 +48,32 @@ def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch, signum: int = si
 
 
 @pytest.mark.parametrize(
-    ("model", "stop", "workers"),
+    ("model", "stop", "workers", "backend"),
     [
-        ({"name": "test_vit", "drop_path": 0.3}, 5, 0),  # drop path draws from the global generator
-        ({"name": "test_resnet", "projector_norm": "batch"}, 5, 2),  # running statistics; prefetching workers
-        ({"name": "test_vit"}, 4, 0),  # exactly between two epochs
+        (
+            {"name": "test_vit", "drop_path": 0.3},
+            5,
+            0,
+            "torchvision",
+        ),  # drop path draws from the global generator
+        # Running statistics; workers that are ahead of the training.
+        ({"name": "test_resnet", "projector_norm": "batch"}, 5, 2, "torchvision"),
+        ({"name": "test_vit"}, 4, 0, "torchvision"),  # exactly between two epochs
+        ({"name": "test_vit"}, 5, 2, "dali"),
     ],
 )
 def test_resume_is_exact(
-    model: dict, stop: int, workers: int, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: dict,
+    stop: int,
+    workers: int,
+    backend: str,
+    tiny: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    changes = {"model": model, "data": {"workers": workers}}
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    changes = {"model": model, "data": {"workers": workers, "backend": backend}}
     straight = tiny(out=tmp_path / "straight", **changes)
     whole = train_only(straight)
 

@@ -41,7 +41,11 @@ class DataConfig:
     """Share of each class held out for evaluation where the data has no val split of its own."""
     workers: int | None = None
     """Loader worker processes per training process; 0: load in the training process; None: by CPU count."""
-    backend: Literal["auto", "torchvision", "dali"] = "auto"
+    backend: Literal["auto", "dali", "torchvision"] = "auto"
+    """What decodes and augments. auto: DALI where it is installed and runs on the GPU, or with numba on the
+    CPU; else torchvision."""
+    max_bad_fraction: float = 0.05
+    """Unreadable images are listed in RUN/quarantine.txt and replaced; more than this share stops the run."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,7 @@ def validate(cfg: Config, world_size: int = 1) -> None:
             raise UsageError(f"{name}: expected numbers from 0 to below 1, got {value}")
     shares = [
         ("data.val_fraction", cfg.data.val_fraction),
+        ("data.max_bad_fraction", cfg.data.max_bad_fraction),
         ("loss.lambd", cfg.loss.lambd if cfg.loss.form == "convex" else 0.0),
         ("optim.warmup_fraction", cfg.optim.warmup_fraction),
         ("optim.final_lr_fraction", cfg.optim.final_lr_fraction),

@@ -124,6 +124,8 @@ def evaluate_model(
     seed: int = 0,
     num_workers: int = 0,
     amp_dtype: torch.dtype | None = None,
+    data: DataConfig | None = None,
+    quarantine: Path | None = None,
 ) -> EvalResult:
     """Score the frozen model: fit on the training images, measure on the validation images.
 
@@ -138,8 +140,10 @@ def evaluate_model(
         device: of the model; the probes run there, too.
         linear: fit the linear probe as well.
         seed: of the linear probe's held-out choice and batch order.
-        num_workers: loader processes.
+        num_workers: loader processes or threads.
         amp_dtype: autocast dtype of the forward pass; None computes in the dtype of the weights.
+        data: `backend` and `max_bad_fraction` are read (None: their defaults).
+        quarantine: file that lists unreadable images, which are left out.
 
     Raises:
         UsageError: a source without images, or fewer than 2 validation images.
@@ -157,11 +161,13 @@ def evaluate_model(
             num_workers=num_workers,
             mean=recipe.mean,
             std=recipe.std,
+            **_loading(data, device, quarantine),
         )
         return embed_source(model, loader, device, amp_dtype=amp_dtype)
 
     val = embedded(val_source)
     reason = _no_labels(train_source, val_source)
+    train = None
     knn = rate = linear_accuracy = num_classes = majority = None
     if reason is None:
         train = embedded(train_source)
@@ -196,8 +202,8 @@ def evaluate_model(
         sigreg=sigreg_statistic(val.z),
         z_val=val.z,
         features_val=val.features,
-        n_train=len(train_source),
-        n_val=len(val_source),
+        n_train=len(train_source) if train is None else len(train.targets),
+        n_val=len(val.targets),
         num_classes=num_classes,
         majority=majority,
         no_labels_because=reason,
@@ -236,6 +242,7 @@ def calibrate_on_source(
     recipe: MultiCropRecipe,
     device: torch.device | str,
     num_workers: int = 0,
+    data: DataConfig | None = None,
 ) -> int:
     """`calibrate_batchnorm` on the training images at the size that `evaluate_model` uses; images seen.
 
@@ -250,8 +257,20 @@ def calibrate_on_source(
         num_workers=num_workers,
         mean=recipe.mean,
         std=recipe.std,
+        **_loading(data, torch.device(device), None),  # the numbers of a subset are not those of a list
     )
     return calibrate_batchnorm(model, loader, device)
+
+
+def _loading(data: DataConfig | None, device: torch.device, quarantine: Path | None) -> dict[str, Any]:
+    """How `eval_loader` loads for a run."""
+    data = data or DataConfig()
+    return {
+        "backend": data.backend,
+        "device": device,
+        "quarantine": quarantine,
+        "max_bad_fraction": data.max_bad_fraction,
+    }
 
 
 def open_splits(data: DataConfig) -> tuple[ImageSource, ImageSource]:
@@ -277,7 +296,13 @@ def evaluate_untrained(
     """The baseline of a run: its encoder at the starting weights, BatchNorm calibrated, scored alike."""
     model = build_model(cfg).to(device)
     calibrate_on_source(
-        model, train_source, cfg.eval, recipe=cfg.crops, device=device, num_workers=num_workers
+        model,
+        train_source,
+        cfg.eval,
+        recipe=cfg.crops,
+        device=device,
+        num_workers=num_workers,
+        data=cfg.data,
     )
     return evaluate_model(
         model,
@@ -290,6 +315,7 @@ def evaluate_untrained(
         seed=cfg.seed,
         num_workers=num_workers,
         amp_dtype=amp_dtype,
+        data=cfg.data,
     )
 
 
@@ -363,7 +389,14 @@ def evaluate_checkpoint(options: Options) -> Path:
     setting = {"device": device, "linear": options.linear, "num_workers": workers}
     untrained = evaluate_untrained(cfg, train_source, val_source, **setting)
     trained = evaluate_model(
-        model.to(device), train_source, val_source, cfg.eval, recipe=cfg.crops, seed=cfg.seed, **setting
+        model.to(device),
+        train_source,
+        val_source,
+        cfg.eval,
+        recipe=cfg.crops,
+        seed=cfg.seed,
+        data=cfg.data,
+        **setting,
     )
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     out = options.out or run_dir / "evaluation" / path.stem
@@ -416,7 +449,7 @@ def _example_views(source: ImageSource, cfg: Config) -> list[Tensor]:
     """The views of a few training images, for the report's figure; small images are enlarged."""
     recipe = dataclasses.replace(cfg.crops, min_image_size=1)
     count = min(len(source), 6)
-    loader = multicrop_loader(source, recipe, batch_size=count, seed=cfg.seed)
+    loader = multicrop_loader(source, recipe, batch_size=count, seed=cfg.seed, backend="torchvision")
     return next(iter(loader))[0]
 
 

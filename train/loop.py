@@ -82,6 +82,7 @@ class Trainer:
 
     def _open_data(self) -> None:
         cfg, world = self.cfg, self.world
+        self._quarantine = self.run_dir / "quarantine.txt"
         self.train_source, self.val_source = open_splits(cfg.data)
         check_validation_images(self.val_source)  # now, and not when the training is done
         self.data = resume.data_identity(self.train_source, self.val_source)
@@ -100,6 +101,8 @@ class Trainer:
             num_workers=self.workers,
             backend=cfg.data.backend,
             device=world.device,
+            quarantine=self._quarantine,
+            max_bad_fraction=cfg.data.max_bad_fraction,
             channels_last=self.channels_last,
         )
 
@@ -367,6 +370,8 @@ class Trainer:
                 seed=self.cfg.seed,
                 num_workers=self.workers,
                 amp_dtype=self.amp_dtype,
+                data=self.cfg.data,
+                quarantine=self._quarantine,
             )
         if model is self.model and self.step not in self._evaluated:
             self.metrics.write(
@@ -403,6 +408,7 @@ class Trainer:
                 recipe=cfg.crops,
                 device=self.world.device,
                 num_workers=self.workers,
+                data=cfg.data,
             )
         untrained = self._evaluate(baseline, 0, linear=True)
         history = read_rows(self.metrics.path)

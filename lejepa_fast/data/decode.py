@@ -14,6 +14,17 @@ from PIL import Image, ImageOps
 
 from lejepa_fast.errors import RunError
 
+
+class UnreadableImageError(RunError):
+    """An image file that cannot be used. `reason` is the short form for a list of such files."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(
+            f"cannot read image {printable(where)}: {reason}; repair it, or remove it from the data set"
+        )
+        self.reason = reason
+
+
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
 )
@@ -72,11 +83,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def unreadable(where: str, error: Exception) -> RunError:
+def unreadable(where: str, error: Exception) -> UnreadableImageError:
     """The error for a file that cannot be decoded: one line, with its name and the way out."""
     # Pillow's own text ends in "<_io.BytesIO object at 0x...>", which tells nobody anything.
-    reason = "not an image" if "cannot identify image file" in str(error) else str(error)
-    reason = re.sub(r"\s+", " ", reason).strip() or type(error).__name__
-    return RunError(
-        f"cannot read image {printable(where)}: {reason}; repair it, or remove it from the data set"
-    )
+    text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    reason = "not an image" if "cannot identify image file" in text else text
+    return UnreadableImageError(where, re.sub(r"\s+", " ", reason).strip() or type(error).__name__)

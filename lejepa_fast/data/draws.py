@@ -10,6 +10,7 @@ guarantees their stability across versions, which it does not for its distributi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import permutations
 from typing import NamedTuple
@@ -29,7 +30,7 @@ _GRAY, _BLUR, _SIGMA, _SOLARIZE = range(_FACTORS + 4, _FACTORS + 8)
 _WORDS_PER_VIEW = 36  # a few spare words, so that a new operation need not shift the others
 
 JITTER_OPS = ("brightness", "contrast", "saturation", "hue")
-_SEQUENCES = tuple(permutations(range(len(JITTER_OPS))))
+_SEQUENCE_TABLE = np.array(list(permutations(range(len(JITTER_OPS)))))
 
 
 class ViewParams(NamedTuple):
@@ -68,6 +69,17 @@ def permutation(seed: int, stream: int, epoch: int, index: int, count: int) -> n
     return np.argsort(raw_words(seed, stream, epoch, index, count), kind="stable")
 
 
+# Columns of `view_table`. The window is in pixels of the upright image and need not be whole; the four
+# codes say which colour operation comes first, second, ...; sigma 0 means no blur.
+COLUMN_TOP, COLUMN_LEFT, COLUMN_HEIGHT, COLUMN_WIDTH, COLUMN_FLIP = range(5)
+COLUMN_CODES, COLUMN_FACTORS = 5, 9
+COLUMN_GRAY, COLUMN_SIGMA, COLUMN_SOLARIZE = 13, 14, 15
+# 1: the window is cut out after resizing, so the resizing filter may read beyond it (evaluation).
+COLUMN_WHOLE = 16
+COLUMNS = 17
+SKIP, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(5)
+
+
 def sample_views(
     recipe: MultiCropRecipe, *, seed: int, epoch: int, index: int, width: int, height: int
 ) -> list[ViewParams]:
@@ -75,30 +87,33 @@ def sample_views(
 
     Globals come first. The distributions are those of torchvision's v2 transforms of the same names.
     """
-    table = uniforms(seed, AUGMENT, epoch, index, recipe.num_views * _WORDS_PER_VIEW)
-    scale_low, scale_high, ratio_low, ratio_high = _crop_bounds(recipe)
-    table = table.reshape(recipe.num_views, _WORDS_PER_VIEW)
-    area = scale_low + (scale_high - scale_low) * table[:, :_CROP_TRIES]
-    area *= width * height
-    ratio = np.exp(ratio_low + (ratio_high - ratio_low) * table[:, _CROP_TRIES : 2 * _CROP_TRIES])
-    widths = np.rint(np.sqrt(area * ratio)).tolist()
-    heights = np.rint(np.sqrt(area / ratio)).tolist()
-    views = []
-    for u, tried_widths, tried_heights in zip(table.tolist(), widths, heights, strict=True):
-        box = _crop_box(recipe, u, tried_widths, tried_heights, width, height)
-        sigma_low, sigma_high = recipe.blur_sigma
-        sigma = sigma_low + (sigma_high - sigma_low) * u[_SIGMA] if u[_BLUR] < recipe.blur_prob else None
-        views.append(
-            ViewParams(
-                *box,
-                flip=u[_FLIP] < recipe.flip_prob,
-                jitter=_jitter(recipe, u) if u[_JITTER] < recipe.jitter_prob else (),
-                grayscale=u[_GRAY] < recipe.grayscale_prob,
-                blur_sigma=sigma,
-                solarize=u[_SOLARIZE] < recipe.solarize_prob,
-            )
-        )
-    return views
+    table = view_table(recipe, seed=seed, epoch=epoch, indices=[index], sizes=[(width, height)])
+    return [_as_params(row) for row in table[0].tolist()]
+
+
+def view_table(
+    recipe: MultiCropRecipe,
+    *,
+    seed: int,
+    epoch: int,
+    indices: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+) -> np.ndarray:
+    """`sample_views` for many images at once, as numbers: (B, V, COLUMNS) float64.
+
+    indices: numbers of the images; sizes: their (width, height) in px.
+    """
+    words = [uniforms(seed, AUGMENT, epoch, i, recipe.num_views * _WORDS_PER_VIEW) for i in indices]
+    u = np.stack(words).reshape(len(words), recipe.num_views, _WORDS_PER_VIEW)
+    table = np.zeros((len(words), recipe.num_views, COLUMNS))
+    _draw_windows(recipe, u, np.asarray(sizes, dtype=np.float64), table)
+    table[..., COLUMN_FLIP] = u[..., _FLIP] < recipe.flip_prob
+    _draw_jitter(recipe, u, table)
+    table[..., COLUMN_GRAY] = u[..., _GRAY] < recipe.grayscale_prob
+    low, high = recipe.blur_sigma
+    table[..., COLUMN_SIGMA] = (u[..., _BLUR] < recipe.blur_prob) * (low + (high - low) * u[..., _SIGMA])
+    table[..., COLUMN_SOLARIZE] = u[..., _SOLARIZE] < recipe.solarize_prob
+    return table
 
 
 @lru_cache(maxsize=16)
@@ -110,38 +125,54 @@ def _crop_bounds(recipe: MultiCropRecipe) -> tuple[np.ndarray, np.ndarray, float
     return table[:, :1], table[:, 1:], math.log(low), math.log(high)
 
 
-def _crop_box(
-    recipe: MultiCropRecipe,
-    u: list[float],
-    widths: list[float],
-    heights: list[float],
-    width: int,
-    height: int,
-) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the first of ten tries that fits, else a central crop."""
-    for w, h in zip(widths, heights, strict=True):
-        if 0 < w <= width and 0 < h <= height:
-            top = int(u[_TOP] * (height - h + 1))
-            left = int(u[_LEFT] * (width - w + 1))
-            return top, left, int(h), int(w)
+def _draw_windows(recipe: MultiCropRecipe, u: np.ndarray, sizes: np.ndarray, table: np.ndarray) -> None:
+    """Of ten tries per view the first window that fits, else a central one."""
+    scale_low, scale_high, ratio_low, ratio_high = _crop_bounds(recipe)
+    width, height = sizes[:, None, 0], sizes[:, None, 1]  # (B, 1), against (B, V) below
+    area = scale_low + (scale_high - scale_low) * u[..., :_CROP_TRIES]
+    area *= (width * height)[..., None]
+    ratio = np.exp(ratio_low + (ratio_high - ratio_low) * u[..., _CROP_TRIES : 2 * _CROP_TRIES])
+    widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (widths > 0) & (widths <= width[..., None]) & (heights > 0) & (heights <= height[..., None])
+    first = fits.argmax(axis=-1)[..., None]
+    w = np.take_along_axis(widths, first, -1)[..., 0]
+    h = np.take_along_axis(heights, first, -1)[..., 0]
+    top, left = np.floor(u[..., _TOP] * (height - h + 1)), np.floor(u[..., _LEFT] * (width - w + 1))
     # Very long or very small images: the largest central region with a legal aspect ratio.
     low, high = recipe.aspect_ratio
-    w = max(1, min(width, round(height * high)))
-    h = max(1, min(height, round(width / low)))
-    return (height - h) // 2, (width - w) // 2, h, w
+    middle_w = np.maximum(1, np.minimum(width, np.rint(height * high)))
+    middle_h = np.maximum(1, np.minimum(height, np.rint(width / low)))
+    fitted = fits.any(axis=-1)
+    table[..., COLUMN_TOP] = np.where(fitted, top, (height - middle_h) // 2)
+    table[..., COLUMN_LEFT] = np.where(fitted, left, (width - middle_w) // 2)
+    table[..., COLUMN_HEIGHT] = np.where(fitted, h, middle_h)
+    table[..., COLUMN_WIDTH] = np.where(fitted, w, middle_w)
 
 
-def _jitter(recipe: MultiCropRecipe, u: list[float]) -> tuple[tuple[str, float], ...]:
+def _draw_jitter(recipe: MultiCropRecipe, u: np.ndarray, table: np.ndarray) -> None:
     """The colour operations with their factors, in random order; those of range 0 are left out."""
-    chosen = []
-    for which in _SEQUENCES[int(u[_SEQUENCE] * len(_SEQUENCES))]:
-        name = JITTER_OPS[which]
-        spread: float = getattr(recipe, name)
-        if spread == 0:
-            continue
-        if name == "hue":
-            low, high = -spread, spread
-        else:
-            low, high = max(0.0, 1.0 - spread), 1.0 + spread
-        chosen.append((name, low + (high - low) * u[_FACTORS + which]))
-    return tuple(chosen)
+    spreads = np.array([getattr(recipe, name) for name in JITTER_OPS])
+    low, high = np.maximum(0.0, 1.0 - spreads), 1.0 + spreads
+    low[HUE - 1], high[HUE - 1] = -recipe.hue, recipe.hue
+    factors = low + (high - low) * u[..., _FACTORS : _FACTORS + len(JITTER_OPS)]
+    order = _SEQUENCE_TABLE[(u[..., _SEQUENCE] * len(_SEQUENCE_TABLE)).astype(np.int64)]  # (B, V, 4)
+    jittered = u[..., _JITTER, None] < recipe.jitter_prob
+    chosen = jittered & (spreads[order] > 0)
+    table[..., COLUMN_CODES : COLUMN_CODES + 4] = chosen * (order + 1)
+    table[..., COLUMN_FACTORS : COLUMN_FACTORS + 4] = chosen * np.take_along_axis(factors, order, -1)
+
+
+def _as_params(row: list[float]) -> ViewParams:
+    codes = row[COLUMN_CODES : COLUMN_CODES + 4]
+    factors = row[COLUMN_FACTORS : COLUMN_FACTORS + 4]
+    return ViewParams(
+        int(row[COLUMN_TOP]),
+        int(row[COLUMN_LEFT]),
+        int(row[COLUMN_HEIGHT]),
+        int(row[COLUMN_WIDTH]),
+        flip=bool(row[COLUMN_FLIP]),
+        jitter=tuple((JITTER_OPS[int(c) - 1], f) for c, f in zip(codes, factors, strict=True) if c != SKIP),
+        grayscale=bool(row[COLUMN_GRAY]),
+        blur_sigma=row[COLUMN_SIGMA] or None,
+        solarize=bool(row[COLUMN_SOLARIZE]),
+    )

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from lejepa_fast.data.backend import Backend, RawBatch
+from lejepa_fast.data.choice import make_backend
+from lejepa_fast.data.memory import give_memory_back
+from lejepa_fast.data.plan import EvalPlan, TrainPlan
+from lejepa_fast.data.quarantine import DEFAULT_MAX_BAD_FRACTION, Omission, Quarantine, Substitutes
 from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey, EpochSchedule
-from lejepa_fast.data.sources import ImageSource, check_image_size, spread
-from lejepa_fast.data.torchvision import EvalBatches, RawBatch, TorchvisionBackend, TrainBatches
+from lejepa_fast.data.sources import ImageSource, check_sizes
 from lejepa_fast.errors import UsageError
 
 log = logging.getLogger("lejepa_fast.data")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-_PROBED_IMAGES = 64
-
-
-class Backend(Protocol):
-    """Makes the pixels. The loader decides which images make up which batch, and normalises."""
-
-    name: str
-
-    def batches(self, keys: Iterable[BatchKey]) -> Iterator[RawBatch]:
-        """One uint8 batch per key, in order. May be called again after an abandoned pass."""
-        ...
 
 
 class MultiCropLoader:
@@ -44,13 +38,14 @@ class MultiCropLoader:
         backend: Backend,
         schedule: EpochSchedule,
         recipe: MultiCropRecipe,
+        quarantine: Quarantine,
         *,
         labelled: bool,
         device: torch.device | None,
         dtype: torch.dtype,
         channels_last: bool,
     ) -> None:
-        self._backend, self._schedule = backend, schedule
+        self._backend, self._schedule, self._quarantine = backend, schedule, quarantine
         self._labelled, self._device, self._dtype = labelled, device, dtype
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._mean, self._std = channel_values(recipe.mean, device), channel_values(recipe.std, device)
@@ -84,13 +79,20 @@ class MultiCropLoader:
         start = self._batch if self._resuming else 0
         epoch = self._epoch
         self._batch, self._resuming = start, False
-        for raw in self._backend.batches(self._schedule.keys(epoch, start)):
+        substitutes = Substitutes(self._schedule, epoch, start, self._quarantine)
+        for raw in self._backend.batches(self._schedule.keys(epoch, start), substitutes):
             batch = self._finish(raw)
             self._batch += 1
             yield batch
         self._epoch, self._batch = epoch + 1, 0
+        give_memory_back()
 
-    def state_dict(self) -> dict[str, int]:
+    @property
+    def quarantined(self) -> list[int]:
+        """Numbers of the images that are known to be bad, ascending."""
+        return sorted(self._quarantine.known)
+
+    def state_dict(self) -> dict[str, Any]:
         """Position of the batches handed out: valid inside the loop body and between epochs.
 
         After the last batch of an epoch, also within the loop body, it is the start of the next epoch.
@@ -102,6 +104,7 @@ class MultiCropLoader:
             "seed": self._schedule.seed,
             "global_batch": self._schedule.global_batch,
             "images": self._schedule.num_images,
+            "bad": self.quarantined,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -129,6 +132,8 @@ class MultiCropLoader:
             raise UsageError(
                 f"loader state is at batch {batch} of an epoch of {len(self)}; it is of another run"
             )
+        if state.get("images") == mine["images"]:
+            self._quarantine.learn(state.get("bad", ()))
         self._epoch, self._batch, self._resuming = epoch, batch, True
 
     def _finish(self, raw: RawBatch) -> tuple[list[Tensor], Tensor | None]:
@@ -153,10 +158,17 @@ class EvalLoader:
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         device: torch.device | None,
+        quarantine: Quarantine,
     ) -> None:
         self._backend, self._num_images, self._batch_size = backend, num_images, batch_size
+        self._quarantine = quarantine
         self._mean, self._std = channel_values(mean, device), channel_values(std, device)
         self._device = device
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use."""
+        return self._backend.name
 
     def __len__(self) -> int:
         """Batches, the last one possibly shorter."""
@@ -165,7 +177,9 @@ class EvalLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         starts = range(0, self._num_images, self._batch_size)
         keys = (BatchKey(0, tuple(range(s, min(s + self._batch_size, self._num_images)))) for s in starts)
-        for raw in self._backend.batches(keys):
+        for raw in self._backend.batches(keys, Omission(self._quarantine)):
+            if not len(raw.targets):
+                continue
             images = normalise(raw.views[0], self._mean, self._std)
             yield images, raw.targets.to(self._device, non_blocking=True) if self._device else raw.targets
 
@@ -185,6 +199,10 @@ def multicrop_loader(
     channels_last: bool = False,
     shuffle: bool = True,
     start_method: str | None = None,
+    prefetch: int = 2,
+    hw_decoder_load: float = 0.65,
+    quarantine: str | os.PathLike[str] | None = None,
+    max_bad_fraction: float = DEFAULT_MAX_BAD_FRACTION,
 ) -> MultiCropLoader:
     """Loader of multi-crop batches for one rank.
 
@@ -193,37 +211,46 @@ def multicrop_loader(
     std (with dtype=torch.uint8: raw pixels, not normalised); `targets` is (batch_size,) int64, or
     None when the source has no labels. The last incomplete batch of an epoch is dropped.
 
-    batch_size: images per rank and step. num_workers: processes that decode and augment (0: none, in
-    this process). backend: "auto" or "torchvision". device: where the tensors go (None: stay on the
-    CPU). shuffle=False takes images in the order of the source. start_method: how workers start
-    ("fork", "spawn", "forkserver"; None: Python's default).
+    batch_size: images per rank and step. num_workers: processes (torchvision; 0: none, in this process) or
+    threads (DALI; at least 1) that decode and augment. backend: "dali", "torchvision", or "auto": DALI
+    where it is installed and the batches go to a GPU, or where numba is installed, too. device: where the
+    tensors go (None: stay on the CPU). shuffle=False takes images in the order of the source. start_method:
+    how workers start ("fork", "spawn", "forkserver"; None: Python's default). prefetch: finished batches
+    that wait (per worker with torchvision). hw_decoder_load: share of JPEGs for a GPU's hardware decoder.
+    quarantine: file that lists bad images; max_bad_fraction: share of bad images that stops the run. See
+    `quarantine.Quarantine`; the place of a bad image is taken by another one (`quarantine.Substitutes`).
 
     The crops and colours of an image are a function of (seed, epoch, index of the image), whatever the
-    number of workers and ranks and the batch size; the images of step s are the same for every
-    world_size of equal `batch_size * world_size`. Global random generators are not touched.
-    Raises `UsageError` for settings or data that cannot work, `RunError` for an unreadable image.
+    backend, the number of workers and ranks and the batch size; the images of step s are the same for
+    every world_size of equal `batch_size * world_size`. Global random generators are not touched.
+    Raises `UsageError` for settings or data that cannot work, `RunError` when too many images are bad.
     """
     recipe.validate()
     schedule = EpochSchedule(len(source), batch_size, seed, rank, world_size, shuffle)
     if dtype not in _DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {dtype}")
-    # Finds data that is too small as a whole before the run starts; single small files are met on the way.
-    for index in spread(len(source), _PROBED_IMAGES):
-        check_image_size(*source.image_size(index), recipe.smallest_image, source.describe(index))
+    bad = Quarantine(source, quarantine, max_bad_fraction=max_bad_fraction)
+    check_sizes(source, recipe.smallest_image, max_bad_fraction, bad.known)
     device = None if device is None else torch.device(device)
-    made = make_backend(
+    made, reason = make_backend(
         backend,
-        TrainBatches(source, recipe, seed),
+        TrainPlan(source, recipe, seed),
+        batch_size=batch_size,
         num_workers=num_workers,
         device=device,
         start_method=start_method,
+        prefetch=prefetch,
+        hw_decoder_load=hw_decoder_load,
     )
     if rank == 0:
-        log.info("multi-crop loader: %s backend, %d workers, %s", made.name, num_workers, source.name)
+        log.info(
+            "multi-crop loader: %s backend (%s), %d workers, %s", made.name, reason, num_workers, source.name
+        )
     return MultiCropLoader(
         made,
         schedule,
         recipe,
+        bad,
         labelled=source.targets is not None,
         device=device,
         dtype=dtype,
@@ -239,26 +266,36 @@ def eval_loader(
     num_workers: int = 0,
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = IMAGENET_STD,
+    backend: str = "auto",
     device: torch.device | str | None = None,
     start_method: str | None = None,
+    prefetch: int = 2,
+    hw_decoder_load: float = 0.65,
+    quarantine: str | os.PathLike[str] | None = None,
+    max_bad_fraction: float = DEFAULT_MAX_BAD_FRACTION,
 ) -> EvalLoader:
     """Loader of every image once, in order, without randomness.
 
     Yields (images (B, 3, image_size, image_size) float32 normalised, targets (B,) int64, -1 where
     unlabelled); the last batch may be shorter. Each image's short side is resized to `image_size` px
-    (bilinear, antialiased; small images are enlarged) and the centre is cut out.
+    (bilinear, antialiased; small images are enlarged) and the centre is cut out. Bad images are left out,
+    so their batch is shorter; all other arguments are those of `multicrop_loader`.
     """
     if image_size < 1 or batch_size < 1:
         raise UsageError(f"image_size and batch_size must be positive; got {image_size} and {batch_size}")
     device = None if device is None else torch.device(device)
-    made = make_backend(
-        "torchvision",
-        EvalBatches(source, image_size),
+    made, _ = make_backend(
+        backend,
+        EvalPlan(source, image_size),
+        batch_size=batch_size,
         num_workers=num_workers,
         device=device,
         start_method=start_method,
+        prefetch=prefetch,
+        hw_decoder_load=hw_decoder_load,
     )
-    return EvalLoader(made, len(source), batch_size, mean=mean, std=std, device=device)
+    bad = Quarantine(source, quarantine, max_bad_fraction=max_bad_fraction)
+    return EvalLoader(made, len(source), batch_size, mean=mean, std=std, device=device, quarantine=bad)
 
 
 def channel_values(values: tuple[float, float, float], device: torch.device | None) -> Tensor:
@@ -287,26 +324,3 @@ def normalise(
         scaled = F.to_dtype(pixels, torch.float32, scale=True)
         pixels = scaled.sub_(mean).div_(std).to(dtype)
     return pixels.contiguous(memory_format=layout)
-
-
-def make_backend(
-    name: str,
-    dataset: TrainBatches | EvalBatches,
-    *,
-    num_workers: int,
-    device: torch.device | None,
-    start_method: str | None,
-) -> Backend:
-    """The place where a further backend goes in."""
-    if num_workers < 0:
-        raise UsageError(f"num_workers must be 0 or more; got {num_workers}")
-    if start_method not in (None, "fork", "spawn", "forkserver"):
-        raise UsageError(f"start_method must be 'fork', 'spawn', 'forkserver' or None; got {start_method!r}")
-    if name == "dali":
-        raise UsageError("backend 'dali' is not available yet; use 'torchvision' or 'auto'")
-    if name not in ("auto", "torchvision"):
-        raise UsageError(f"unknown backend {name!r}; expected 'auto' or 'torchvision'")
-    pin_memory = device is not None and device.type == "cuda"
-    return TorchvisionBackend(
-        dataset, num_workers=num_workers, pin_memory=pin_memory, start_method=start_method
-    )

@@ -67,10 +67,19 @@ class EpochSchedule:
 
     def keys(self, epoch: int, start: int = 0) -> Iterator[BatchKey]:
         """This rank's batches of `epoch` from batch number `start` on."""
-        if self.shuffle:
-            order = permutation(self.seed, ORDER, epoch, 0, self.num_images)
-        else:
-            order = np.arange(self.num_images)
+        order = self._order(epoch)
         for batch in range(start, len(self)):
             first = batch * self.global_batch + self.rank * self.batch_size
             yield BatchKey(epoch, tuple(order[first : first + self.batch_size].tolist()))
+
+    def places(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(this rank's images in their order, its share of the images that no batch of `epoch` holds)."""
+        order = self._order(epoch)
+        whole = len(self) * self.global_batch
+        own = order[:whole].reshape(len(self), self.world_size, self.batch_size)[:, self.rank]
+        return own.reshape(-1), order[whole:][self.rank :: self.world_size]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self.shuffle:
+            return permutation(self.seed, ORDER, epoch, 0, self.num_images)
+        return np.arange(self.num_images)

@@ -11,14 +11,21 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
 import numpy as np
 from PIL import Image
 
-from lejepa_fast.data.decode import IMAGE_SUFFIXES, open_encoded, printable, to_rgb, unreadable
+from lejepa_fast.data.decode import (
+    IMAGE_SUFFIXES,
+    UnreadableImageError,
+    open_encoded,
+    printable,
+    to_rgb,
+    unreadable,
+)
 from lejepa_fast.data.draws import HOLDOUT, permutation
 from lejepa_fast.errors import RunError, UsageError
 
@@ -26,6 +33,7 @@ Split = Literal["train", "val"]
 
 EMBEDDED = {"trashnet96": Path(__file__).with_name("trashnet96")}
 _SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_PROBED_IMAGES = 64
 _VAL_NAMES = ("val", "valid", "validation", "test")
 
 
@@ -366,9 +374,16 @@ def _walk_images(folder: Path) -> list[str]:
     return sorted(found)
 
 
+def size_fault(width: int, height: int, smallest: int) -> str | None:
+    """Why an image of this size cannot be used; None if it can."""
+    if min(width, height) >= smallest:
+        return None
+    return f"{width} x {height} px, the crops need a short side of {smallest} px"
+
+
 def check_image_size(width: int, height: int, smallest: int, where: str) -> None:
     """Raise `UsageError` when an image's short side is below `smallest` px (0 or 1: never)."""
-    if min(width, height) < smallest:
+    if size_fault(width, height, smallest):
         raise UsageError(
             f"image smaller than the crop: {printable(where)} is {width} x {height} px, the crops need "
             f"a short side of {smallest}; use a smaller --crops.global-size (now at most "
@@ -380,3 +395,29 @@ def spread(count: int, wanted: int) -> list[int]:
     """At most `wanted` indices spread evenly over `count` images."""
     step = max(1, math.ceil(count / wanted))
     return list(range(0, count, step))
+
+
+def check_sizes(
+    source: ImageSource, smallest: int, max_bad_fraction: float, known: Collection[int] = ()
+) -> None:
+    """Find data that is too small, or broken, as a whole, by 64 images spread over it.
+
+    Raises `UsageError` or `RunError` for the first bad one if there are more than a share of
+    `max_bad_fraction` explains; a few are left to the quarantine. known: images that are not looked at.
+    """
+    probed = spread(len(source), _PROBED_IMAGES)
+    first: Exception | None = None
+    bad = 0
+    for index in probed:
+        if index in known:
+            continue
+        try:
+            check_image_size(*source.image_size(index), smallest, source.describe(index))
+        except (UsageError, UnreadableImageError) as error:
+            bad += 1
+            first = first or error
+    allowed = max_bad_fraction * len(probed)
+    if len(probed) < len(source):  # a sample: three standard deviations more
+        allowed += 3 * math.sqrt(allowed * (1 - max_bad_fraction))
+    if first is not None and bad > max(allowed, max_bad_fraction > 0):
+        raise first

@@ -20,10 +20,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
+from lejepa_fast.data.backend import Fault, FaultHandler, RawBatch
+from lejepa_fast.data.decode import UnreadableImageError
 from lejepa_fast.data.draws import ViewParams, sample_views
+from lejepa_fast.data.memory import give_memory_back
+from lejepa_fast.data.plan import LONGEST_RATIO, EvalPlan, TrainPlan
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey
-from lejepa_fast.data.sources import ImageSource, check_image_size
+from lejepa_fast.data.sources import size_fault
 from lejepa_fast.data.workers import init_function, is_death, starting, without_sigchld_handler
 from lejepa_fast.errors import RunError, UsageError
 
@@ -33,16 +37,6 @@ _JITTER = {
     "saturation": F.adjust_saturation,
     "hue": F.adjust_hue,
 }
-
-
-class RawBatch(NamedTuple):
-    """What a backend hands to the loader: uint8 pixels and labels, on the CPU (possibly pinned).
-
-    views: V tensors (B, 3, S, S) uint8; targets: (B,) int64, -1 where unlabelled.
-    """
-
-    views: list[Tensor]
-    targets: Tensor
 
 
 class _Failure(NamedTuple):
@@ -84,10 +78,17 @@ def _colour(view: Tensor, params: ViewParams) -> Image.Image:
     return F.rgb_to_grayscale(image, num_output_channels=3) if params.grayscale else image
 
 
-class _BatchDataset(Dataset):
+class _Batches(Dataset):
     """Maps a `BatchKey` to a finished batch, so that a worker returns few large tensors."""
 
+    def __init__(self, plan: TrainPlan | EvalPlan) -> None:
+        self.plan = plan
+        self._epoch: int | None = None
+
     def __getitem__(self, key: BatchKey) -> RawBatch | _Failure:
+        if key.epoch != self._epoch:  # of this worker, for which nothing else marks the end of an epoch
+            self._epoch = key.epoch
+            give_memory_back()
         try:
             with _one_thread():
                 return self.make(key)
@@ -97,51 +98,50 @@ class _BatchDataset(Dataset):
             return _Failure(False, str(error))
 
     def make(self, key: BatchKey) -> RawBatch:
+        plan, count = self.plan, len(key.indices)
+        # Allocated outside inference mode: the caller may use the tensors in autograd.
+        views = [torch.empty((count, 3, size, size), dtype=torch.uint8) for size in plan.sizes]
+        targets = torch.empty(count, dtype=torch.int64)
+        faults = []
+        for row, index in enumerate(key.indices):
+            try:
+                image, targets[row] = plan.source[index]
+            except UnreadableImageError as error:
+                faults.append(Fault(row, index, error.reason))
+                continue
+            fault = size_fault(*image.size, plan.smallest_image)
+            if fault:
+                faults.append(Fault(row, index, fault))
+                continue
+            with torch.inference_mode():  # saves a third of the time of small operations
+                self.fill([view[row] for view in views], image, key.epoch, index)
+        return RawBatch(views, targets, key.epoch, tuple(faults))
+
+    def fill(self, rows: list[Tensor], image: Image.Image, epoch: int, index: int) -> None:
+        """Write the views (3, S, S) uint8 of one image to `rows`."""
         raise NotImplementedError
 
 
-class TrainBatches(_BatchDataset):
-    """Multi-crop batches; the randomness of an image depends on (seed, epoch, image) only."""
+class TrainBatches(_Batches):
+    plan: TrainPlan
 
-    def __init__(self, source: ImageSource, recipe: MultiCropRecipe, seed: int) -> None:
-        self.source, self.recipe, self.seed = source, recipe, seed
-
-    def make(self, key: BatchKey) -> RawBatch:
-        sizes = self.recipe.view_sizes()
-        count = len(key.indices)
-        # Allocated outside inference mode: the caller may use the tensors in autograd.
-        views = [torch.empty((count, 3, size, size), dtype=torch.uint8) for size in sizes]
-        targets = torch.empty(count, dtype=torch.int64)
-        for row, index in enumerate(key.indices):
-            image, targets[row] = self.source[index]
-            width, height = image.size
-            check_image_size(width, height, self.recipe.smallest_image, self.source.describe(index))
-            params = sample_views(
-                self.recipe, seed=self.seed, epoch=key.epoch, index=index, width=width, height=height
-            )
-            with torch.inference_mode():  # saves a third of the time of small operations
-                pixels = to_tensor(image)
-                for view, size, param in zip(views, sizes, params, strict=True):
-                    view[row].copy_(apply_view(pixels, param, size, self.recipe))
-        return RawBatch(views, targets)
+    def fill(self, rows: list[Tensor], image: Image.Image, epoch: int, index: int) -> None:
+        recipe = self.plan.recipe
+        params = sample_views(
+            recipe, seed=self.plan.seed, epoch=epoch, index=index, width=image.width, height=image.height
+        )
+        pixels = to_tensor(image)
+        for row, size, param in zip(rows, self.plan.sizes, params, strict=True):
+            row.copy_(apply_view(pixels, param, size, recipe))
 
 
-class EvalBatches(_BatchDataset):
-    """One deterministic view per image: short side resized to `image_size`, then the centre."""
+class EvalBatches(_Batches):
+    plan: EvalPlan
 
-    def __init__(self, source: ImageSource, image_size: int) -> None:
-        self.source, self.image_size = source, image_size
-
-    def make(self, key: BatchKey) -> RawBatch:
-        size = self.image_size
-        images = torch.empty((len(key.indices), 3, size, size), dtype=torch.uint8)
-        targets = torch.empty(len(key.indices), dtype=torch.int64)
-        for row, index in enumerate(key.indices):
-            image, targets[row] = self.source[index]
-            with torch.inference_mode():
-                pixels = F.resize(_without_far_ends(to_tensor(image)), [size], antialias=True)
-                images[row].copy_(F.center_crop(pixels, [size, size]))
-        return RawBatch([images], targets)
+    def fill(self, rows: list[Tensor], image: Image.Image, epoch: int, index: int) -> None:
+        size = self.plan.image_size
+        pixels = F.resize(_without_far_ends(to_tensor(image)), [size], antialias=True)
+        rows[0].copy_(F.center_crop(pixels, [size, size]))
 
 
 def _without_far_ends(pixels: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _without_far_ends(pixels: Tensor) -> Tensor:
     What is kept exceeds the centre by more than the resizing filter reaches; images of up to 4:1 stay whole.
     """
     height, width = pixels.shape[-2:]
-    longest = 4 * min(height, width)
+    longest = LONGEST_RATIO * min(height, width)
     if max(height, width) <= longest:
         return pixels
     return F.center_crop(pixels, [min(height, longest), min(width, longest)])
@@ -172,10 +172,17 @@ class TorchvisionBackend:
     name = "torchvision"
 
     def __init__(
-        self, dataset: _BatchDataset, *, num_workers: int, pin_memory: bool, start_method: str | None
+        self,
+        plan: TrainPlan | EvalPlan,
+        *,
+        num_workers: int,
+        pin_memory: bool,
+        start_method: str | None,
+        prefetch: int = 2,
     ) -> None:
-        self._dataset, self._num_workers = dataset, num_workers
-        self._pin_memory, self._start_method = pin_memory, start_method
+        self._dataset = TrainBatches(plan) if isinstance(plan, TrainPlan) else EvalBatches(plan)
+        self._num_workers = num_workers
+        self._pin_memory, self._start_method, self._prefetch = pin_memory, start_method, prefetch
         self._feed = _Feed()
         self._loader: DataLoader | None = None
 
@@ -184,6 +191,7 @@ class TorchvisionBackend:
         if self._num_workers:
             workers = {
                 "persistent_workers": True,
+                "prefetch_factor": self._prefetch,
                 "worker_init_fn": init_function(self._start_method),
                 "multiprocessing_context": self._start_method,
             }
@@ -208,15 +216,13 @@ class TorchvisionBackend:
             self._loader = loader
             return iterator
 
-    def batches(self, keys: Iterable[BatchKey]) -> Iterator[RawBatch]:
+    def batches(self, keys: Iterable[BatchKey], faults: FaultHandler) -> Iterator[RawBatch]:
         """Batches in the order of `keys`. Raises the worker's own UsageError or RunError, in one line."""
         self._feed.keys = keys
         try:
             iterator = self._start_pass()
             for batch in iterator:
-                if isinstance(batch, _Failure):
-                    raise (UsageError if batch.usage else RunError)(batch.message)
-                yield batch
+                yield self._mended(_checked(batch), faults)
         except (RuntimeError, EOFError, ConnectionError) as error:
             if not self._num_workers or not is_death(error):
                 raise
@@ -226,6 +232,34 @@ class TorchvisionBackend:
                 f"a data-loading worker died ({reason}); if its own output above does not say why, "
                 "memory or /dev/shm ran out: use fewer workers, or 0"
             ) from error
+
+    def _mended(self, batch: RawBatch, faults: FaultHandler) -> RawBatch:
+        """Bad rows replaced or, where nothing takes their place, left out. Made here: they are few."""
+        omitted = []
+        for fault in batch.faults:
+            row, index, reason = fault.row, fault.index, fault.reason
+            while True:
+                substitute = faults.replace(index, reason)
+                if substitute is None:
+                    omitted.append(row)
+                    break
+                one = _checked(self._dataset[BatchKey(batch.epoch, (substitute,))])
+                if not one.faults:
+                    for view, made in zip(batch.views, one.views, strict=True):
+                        view[row] = made[0]
+                    batch.targets[row] = one.targets[0]
+                    break
+                index, reason = one.faults[0].index, one.faults[0].reason
+        if not omitted:
+            return batch
+        kept = [row for row in range(len(batch.targets)) if row not in set(omitted)]
+        return batch._replace(views=[view[kept] for view in batch.views], targets=batch.targets[kept])
+
+
+def _checked(batch: RawBatch | _Failure) -> RawBatch:
+    if isinstance(batch, _Failure):
+        raise (UsageError if batch.usage else RunError)(batch.message)
+    return batch
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torchvision import datasets
 
 from lejepa_fast.data.sources import ImageSource, Split
@@ -75,6 +75,9 @@ class TorchvisionSource(ImageSource):
         return f"number {index} of torchvision's {self.name}"
 
     def open_image(self, index: int) -> Image.Image:
+        # torchvision lets Pillow try all formats, and for EPS Pillow runs Ghostscript. For this process it is
+        # not there any more; assigned here, so in worker processes as well.
+        EpsImagePlugin.gs_binary = False
         return self._dataset[index][0]
 
 

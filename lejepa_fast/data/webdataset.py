@@ -13,11 +13,12 @@ import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import numpy as np
 
 from lejepa_fast.data.decode import IMAGE_SUFFIXES, printable
+from lejepa_fast.data.index import read_index
+from lejepa_fast.data.members import Member
 from lejepa_fast.data.sources import EncodedSource
 from lejepa_fast.errors import RunError, UsageError
 
@@ -26,16 +27,6 @@ _IGNORED_SUFFIXES = frozenset({".txt", ".json"})
 _MAX_LABEL_BYTES = 32
 _MAX_UNNAMED_CLASSES = 65_536
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"(\xb5/\xfd": "unzstd"}
-
-
-class Member(NamedTuple):
-    """One image of a shard: byte range in the tar, and its class index (None when unlabelled)."""
-
-    key: str
-    suffix: str
-    offset: int
-    size: int
-    target: int | None
 
 
 class ShardSource(EncodedSource):
@@ -47,7 +38,7 @@ class ShardSource(EncodedSource):
 
     def __init__(self, shards: Sequence[Path], *, classes: Sequence[str] | None = None) -> None:
         self._shards = [Path(shard) for shard in shards]
-        per_shard = [index_shard(shard) for shard in self._shards]
+        per_shard = [known if (known := read_index(s)) is not None else index_shard(s) for s in self._shards]
         members = [member for shard in per_shard for member in shard]
         folder = self._shards[0].parent
         if not members:

@@ -1,0 +1,358 @@
+"""The DALI backend: one thread drives a DALI pipeline a few batches ahead of the trainer.
+
+Files are read and their headers checked in Python threads (`reading`), so which images make up a batch, what
+is quarantined and where a run resumes is the same as with torchvision. DALI decodes. On a GPU it also makes
+the views (`dali_graph`); on the CPU compiled kernels do (`cpu_kernels`), because DALI's own CPU operators
+for resizing and colour are slower than torchvision's. Without Numba the graph runs on the CPU, too.
+
+A failure inside DALI ends a pipeline for good. Should one happen in spite of the checks, the pipeline is made
+anew and the batch runs again from pixels that Pillow has decoded; what Pillow refuses is quarantined.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import queue
+import threading
+import weakref
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lejepa_fast.data.backend import FaultHandler, RawBatch
+from lejepa_fast.data.draws import COLUMNS
+from lejepa_fast.data.plan import EvalPlan, TrainPlan
+from lejepa_fast.data.reading import Bad, Encoded, PendingRead, Reader
+from lejepa_fast.data.sampler import BatchKey
+from lejepa_fast.errors import RunError, UsageError
+
+log = logging.getLogger("lejepa_fast.data")
+
+_IN_FLIGHT = 2  # batches inside DALI: one decodes while the views of the one before are made
+_READ_AHEAD = 2  # batches of encoded bytes beyond those
+_PATIENCE = 0.1  # seconds between two looks at whether somebody still wants the batches
+
+
+# A forked process has none of a pipeline's threads: destroying its copy there would wait for them for ever.
+# So references are held from before the fork on, even to pipelines that are already garbage: a collection may
+# run in the child before any hook of ours does.
+_pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
+_held: list[Any] = []
+_immortal: list[Any] = []
+os.register_at_fork(
+    before=lambda: _held.extend(_pipelines),
+    after_in_parent=_held.clear,
+    after_in_child=lambda: _immortal.extend(_held),
+)
+
+
+@dataclass
+class _Batch:
+    """A batch on its way through DALI. position: substitutes used up before it."""
+
+    key: BatchKey
+    images: list[Encoded | Bad]
+    position: int
+    rows: list[Encoded] = field(default_factory=list)
+    table: np.ndarray = field(default_factory=lambda: np.empty((0, 0, COLUMNS)))
+
+
+class DaliBackend:
+    """Makes batches with DALI on `threads` threads. See `backend.Backend` for the contract.
+
+    device: a CUDA device decodes and augments there; else everything happens on the CPU. prefetch: finished
+    batches that wait for the trainer. hw_decoder_load: share of JPEGs for the GPU's hardware decoder.
+    """
+
+    name = "dali"
+
+    def __init__(
+        self,
+        plan: TrainPlan | EvalPlan,
+        *,
+        batch_size: int,
+        threads: int,
+        device: torch.device | None,
+        prefetch: int = 2,
+        hw_decoder_load: float = 0.65,
+    ) -> None:
+        self._plan, self._batch_size, self._prefetch = plan, batch_size, prefetch
+        self._threads = max(1, threads)
+        self._gpu = device if device is not None and device.type == "cuda" else None
+        self._hw_decoder_load = hw_decoder_load
+        self._compiled = self._gpu is None and has_numba()
+        self._reader = Reader(plan.source, plan.smallest_image, self._threads)
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="lejepa-views")
+        self._stream = torch.cuda.Stream(self._gpu) if self._gpu is not None else None
+        self._pipe: Any = None
+        self._pass: _Pass | None = None
+
+    def batches(self, keys: Iterable[BatchKey], faults: FaultHandler) -> Iterator[RawBatch]:
+        """Batches in the order of `keys`; a pass that was begun before ends."""
+        if self._pass is not None:
+            self._pass.stop()
+        current = self._pass = _Pass(self, keys, faults, self._prefetch)
+        try:
+            yield from current
+        finally:
+            current.stop()
+
+    # ---- in the driving thread -------------------------------------------------------------------
+
+    def produce(
+        self, keys: Iterator[BatchKey], faults: FaultHandler, wanted: _Pass
+    ) -> Generator[Any, None, None]:
+        """All batches with the CUDA events that say when they are ready (None on the CPU)."""
+        reads: deque[tuple[BatchKey, PendingRead]] = deque()
+        running: deque[_Batch] = deque()
+        try:
+            while not wanted.stopped():
+                while len(reads) < _READ_AHEAD and (key := next(keys, None)) is not None:
+                    reads.append((key, self._reader.read(key.indices)))
+                if reads and len(running) < _IN_FLIGHT:
+                    key, pending = reads.popleft()
+                    batch = _Batch(key, pending.result(), faults.position)
+                    self._start(batch, faults)
+                    running.append(batch)
+                elif running:
+                    yield self._finish(running, faults)
+                else:
+                    return
+        finally:
+            for _, pending in reads:
+                pending.cancel()
+            self._drain(running)
+
+    def _start(self, batch: _Batch, faults: FaultHandler, *, careful: bool = False) -> None:
+        """Put good images in the places of bad ones and send the batch on its way."""
+        batch.position, batch.rows = faults.position, []
+        for found in batch.images:
+            image: Encoded | Bad = found
+            while isinstance(image, Bad):
+                substitute = faults.replace(image.index, image.reason)
+                if substitute is None:
+                    break
+                image = self._reader.one(substitute, careful=careful)
+            if isinstance(image, Encoded):
+                batch.rows.append(image)
+        if not batch.rows:
+            return
+        rows = batch.rows
+        batch.table = self._plan.table(
+            batch.key.epoch, [row.index for row in rows], [(row.width, row.height) for row in rows]
+        )
+        if self._pipe is None:
+            self._pipe = self._build()
+        try:
+            self._feed(batch)
+        except Exception as error:  # an earlier batch has broken the pipeline; its turn comes in `_finish`
+            log.debug("DALI refuses a batch: %s", error)
+
+    def _feed(self, batch: _Batch) -> None:
+        pipe, table = self._pipe, batch.table
+        pipe.feed_input("encoded", [np.frombuffer(row.data, dtype=np.uint8) for row in batch.rows])
+        if not self._compiled:
+            from lejepa_fast.data.dali_graph import colour_tables, window_table
+
+            pipe.feed_input("windows", window_table(table))
+            if self._plan.recipe is not None:
+                colour, matrices = colour_tables(table)
+                pipe.feed_input("colour", colour)
+                pipe.feed_input("matrices", matrices)
+        pipe.schedule_run()
+
+    def _finish(self, running: deque[_Batch], faults: FaultHandler) -> Any:
+        batch = running.popleft()
+        try:
+            return self._collect(batch)
+        except Exception as error:  # DALI raises several kinds
+            reason = dali_reason(error)
+        log.warning("DALI failed (%s); decoding this batch with Pillow", reason)
+        self._pipe = None
+        faults.position = batch.position
+        batch.images = list(
+            self._pool.map(lambda image: self._reader.one(image.index, careful=True), batch.images)
+        )
+        self._start(batch, faults, careful=True)
+        try:
+            made = self._collect(batch)
+        except Exception as error:
+            raise RunError(f"DALI fails on a batch that Pillow can read: {dali_reason(error)}") from error
+        for later in running:  # they were lost with the pipeline, and substitutes may have changed
+            self._start(later, faults)
+        return made
+
+    def _drain(self, running: deque[_Batch]) -> None:
+        """Let what is in flight come out, so that the pipeline can be used again."""
+        try:
+            for batch in running:
+                if batch.rows and self._pipe is not None:
+                    self._pipe.share_outputs()
+                    self._pipe.release_outputs()
+        except Exception as error:
+            log.debug("DALI failed on an abandoned batch: %s", error)
+            self._pipe = None
+
+    def _collect(self, batch: _Batch) -> tuple[RawBatch, Any]:
+        count = len(batch.rows)
+        targets = torch.tensor([self._plan.source.target(row.index) for row in batch.rows], dtype=torch.int64)
+        event = None
+        if not count:
+            views = [torch.empty((0, 3, size, size), dtype=torch.uint8) for size in self._plan.sizes]
+        elif self._compiled:
+            images = self._pipe.share_outputs()[0]
+            views = self._render([np.asarray(images[row]) for row in range(count)], batch.table)
+            del images
+            self._pipe.release_outputs()
+        elif self._stream is None:
+            outputs = self._pipe.share_outputs()
+            views = [_as_views(torch.from_numpy(np.array(out.as_tensor()))) for out in outputs]
+            del outputs
+            self._pipe.release_outputs()
+        else:
+            with torch.cuda.stream(self._stream):
+                outputs = self._pipe.share_outputs(cuda_stream=self._stream)
+                # Copies, because DALI uses its buffers again.
+                views = [_as_views(torch.from_dlpack(out.as_tensor()).clone()) for out in outputs]
+                event = self._stream.record_event()
+                self._pipe.release_outputs()
+        return RawBatch(views, targets, batch.key.epoch), event
+
+    def _render(self, images: Sequence[np.ndarray], table: np.ndarray) -> list[Tensor]:
+        """The views of decoded images, by compiled kernels that do not hold the interpreter's lock."""
+        from lejepa_fast.data.cpu_kernels import render_view
+
+        sizes = self._plan.sizes
+        recipe = self._plan.recipe
+        kernel, threshold = (recipe.blur_kernel, recipe.solarize_threshold) if recipe else (1, 256)
+        parameters = table.astype(np.float32)
+        made = [torch.empty((len(images), size, size, 3), dtype=torch.uint8) for size in sizes]
+        arrays = [view.numpy() for view in made]
+
+        def render(row: int) -> None:
+            for v, out in enumerate(arrays):
+                render_view(images[row], parameters[row, v], kernel, threshold, out[row])
+
+        for _ in self._pool.map(render, range(len(images))):
+            pass
+        return [_as_views(view) for view in made]
+
+    def _build(self) -> Any:
+        from lejepa_fast.data.dali_graph import decode_pipeline, view_pipeline
+
+        recipe = self._plan.recipe
+        options: dict[str, Any] = {
+            "batch_size": self._batch_size,
+            "num_threads": self._threads,
+            "device_id": None if self._gpu is None else (self._gpu.index or 0),
+            "prefetch_queue_depth": 1,  # the loader counts itself what is in flight
+            "device": "cpu" if self._gpu is None else "gpu",
+            "hw_decoder_load": self._hw_decoder_load,
+        }
+        if not self._compiled:
+            options |= {
+                "sizes": self._plan.sizes,
+                "kernel_size": recipe.blur_kernel if recipe else 1,
+                "threshold": recipe.solarize_threshold if recipe else 256,
+                "augment": recipe is not None,
+            }
+        try:
+            pipe = (decode_pipeline if self._compiled else view_pipeline)(**options)
+            pipe.build()
+        except Exception as error:
+            raise UsageError(
+                f"DALI cannot build its pipeline: {dali_reason(error)}; "
+                "use another build of DALI, or backend='torchvision'"
+            ) from error
+        _pipelines.add(pipe)
+        return pipe
+
+
+class _Pass:
+    """One pass over the keys: a thread that makes batches and a short queue of finished ones."""
+
+    def __init__(
+        self, backend: DaliBackend, keys: Iterable[BatchKey], faults: FaultHandler, prefetch: int
+    ) -> None:
+        self._queue: queue.Queue[Any] = queue.Queue(max(1, prefetch))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(backend, iter(keys), faults), name="lejepa-dali"
+        )
+        self._thread.start()
+
+    def stopped(self) -> bool:
+        """Whether nobody wants further batches. The interpreter waits for this thread when it ends."""
+        return self._stop.is_set() or not threading.main_thread().is_alive()
+
+    def stop(self) -> None:
+        """End the thread and wait for it."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self, backend: DaliBackend, keys: Iterator[BatchKey], faults: FaultHandler) -> None:
+        made = backend.produce(keys, faults, self)
+        try:
+            for item in made:
+                self._put(item)
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+        finally:
+            made.close()
+
+    def _put(self, item: Any) -> None:
+        while not self.stopped():
+            try:
+                self._queue.put(item, timeout=_PATIENCE)
+                return
+            except queue.Full:
+                continue
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        while not self._stop.is_set():
+            try:
+                item = self._queue.get(timeout=_PATIENCE)
+            except queue.Empty:
+                if self._thread.is_alive() or not self._queue.empty():
+                    continue
+                raise RunError("the thread that drives DALI has ended without a word") from None
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            batch, event = item
+            if event is not None:
+                stream = torch.cuda.current_stream(batch.views[0].device)
+                stream.wait_event(event)
+                for view in batch.views:
+                    view.record_stream(stream)
+            yield batch
+        raise RunError("another pass over the same loader has begun; make a loader for each")
+
+
+def _as_views(pixels: Tensor) -> Tensor:
+    """(B, S, S, 3) as (B, 3, S, S), which is then channels last in memory."""
+    return pixels.permute(0, 3, 1, 2)
+
+
+def has_numba() -> bool:
+    """Whether the compiled CPU kernels can be used."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def dali_reason(error: Exception) -> str:
+    """The line of a DALI error that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if line.startswith("[") or "rror" in line]
+    skip = ("Critical error", "Error in ", "Stacktrace", "[frame")
+    telling = [line for line in telling if not line.startswith(skip)]
+    return (telling or lines or [type(error).__name__])[0]

@@ -1,0 +1,106 @@
+"""Reading image files ahead, in threads, for a backend that decodes encoded bytes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from PIL import Image
+
+from lejepa_fast.data.decode import UnreadableImageError, open_encoded, to_rgb, unreadable
+from lejepa_fast.data.headers import plain_size
+from lejepa_fast.data.sources import EncodedSource, ImageSource, size_fault
+from lejepa_fast.errors import RunError, UsageError
+
+_FILES_PER_TASK = 8
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An image file fit for any decoder. plain: its bytes are as stored, not converted by Pillow."""
+
+    index: int
+    data: bytes
+    width: int
+    height: int
+    plain: bool
+
+
+@dataclass(frozen=True)
+class Bad:
+    """An image that cannot be used."""
+
+    index: int
+    reason: str
+
+
+def read_image(source: ImageSource, index: int, smallest: int, *, careful: bool = False) -> Encoded | Bad:
+    """Image `index`, as stored if it is plain, else decoded by Pillow and packed as PPM.
+
+    careful: always through Pillow, which proves that it can be decoded.
+    """
+    try:
+        encoded = _read(source, index, careful)
+    except UnreadableImageError as error:
+        return Bad(index, error.reason)
+    fault = size_fault(encoded.width, encoded.height, smallest)
+    return Bad(index, fault) if fault else encoded
+
+
+def _read(source: ImageSource, index: int, careful: bool) -> Encoded:
+    if not isinstance(source, EncodedSource):
+        return _as_ppm(index, source[index][0])
+    try:
+        data = source.encoded(index)
+        size = None if careful else plain_size(data)
+        if size is not None:
+            return Encoded(index, data, *size, plain=True)
+        return _as_ppm(index, to_rgb(open_encoded(data)))
+    except (RunError, UsageError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
+        raise unreadable(source.describe(index), error) from error
+
+
+def _as_ppm(index: int, image: Image.Image) -> Encoded:
+    header = f"P6\n{image.width} {image.height}\n255\n".encode()
+    return Encoded(index, header + image.tobytes(), image.width, image.height, plain=False)
+
+
+class Reader:
+    """Reads images in a few threads. `read` returns at once; `result()` of its answer waits."""
+
+    def __init__(self, source: ImageSource, smallest: int, threads: int) -> None:
+        self.source, self._smallest = source, smallest
+        # More threads than cores do no harm: most of the time they wait for the disk.
+        self._pool = ThreadPoolExecutor(max(2, min(threads, 16)), thread_name_prefix="lejepa-read")
+
+    def read(self, indices: Sequence[int]) -> PendingRead:
+        """Start reading these images."""
+        parts = [indices[i : i + _FILES_PER_TASK] for i in range(0, len(indices), _FILES_PER_TASK)]
+        return PendingRead([self._pool.submit(self._read_part, part) for part in parts])
+
+    def one(self, index: int, *, careful: bool = False) -> Encoded | Bad:
+        """Read one image now."""
+        return read_image(self.source, index, self._smallest, careful=careful)
+
+    def _read_part(self, indices: Sequence[int]) -> list[Encoded | Bad]:
+        return [self.one(index) for index in indices]
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class PendingRead:
+    """Images that are being read."""
+
+    def __init__(self, parts: list[Future[list[Encoded | Bad]]]) -> None:
+        self._parts = parts
+
+    def result(self) -> list[Encoded | Bad]:
+        return [image for part in self._parts for image in part.result()]
+
+    def cancel(self) -> None:
+        for part in self._parts:
+            part.cancel()

@@ -1,0 +1,350 @@
+"""What is DALI's own: the choice of it, sorting files for it, its failures and threads; torchvision alike."""
+
+from __future__ import annotations
+
+import gc
+import io
+import logging
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lejepa_fast.data import MultiCropRecipe, choice, eval_loader, multicrop_loader
+from lejepa_fast.data.decode import open_encoded, to_rgb
+from lejepa_fast.data.headers import plain_size
+from lejepa_fast.data.sources import FolderSource
+from lejepa_fast.errors import UsageError
+
+RECIPE = MultiCropRecipe(global_crops=1, global_size=24, local_crops=1, local_size=16, blur_kernel=3)
+needs_dali = pytest.mark.skipif(choice.dali_fault(False) is not None, reason=str(choice.dali_fault(False)))
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def picture(number: int = 0, size: tuple[int, int] = (48, 32)) -> Image.Image:
+    rng = np.random.default_rng(number)
+    small = Image.fromarray(rng.integers(0, 256, (4, 6, 3), dtype=np.uint8))
+    return small.resize(size, Image.Resampling.BILINEAR)
+
+
+class Numbered(FolderSource):
+    """The label of an image is its number."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._targets = np.arange(len(self))
+
+
+def folder(root: Path, count: int, **replaced: bytes) -> Numbered:
+    """`count` PNG files; keywords n0, n7, ... give the contents of single ones."""
+    root.mkdir(parents=True)
+    for number in range(count):
+        data = replaced.get(f"n{number}") or saved(picture(number), "PNG")
+        (root / f"{number:03d}.png").write_bytes(data)
+    return Numbered(root)
+
+
+def broken_png() -> bytes:
+    """Its header and its end are fine; what lies between is not."""
+    data = bytearray(saved(picture(), "PNG"))
+    start = data.index(b"IDAT") + 10
+    data[start : start + 8] = b"\xff" * 8
+    return bytes(data)
+
+
+# --- the choice ---------------------------------------------------------------------------------
+
+
+def test_auto_takes_what_is_there(monkeypatch):
+    cpu, gpu = None, torch.device("cuda", 0)
+    monkeypatch.setattr(choice, "dali_fault", lambda on_gpu: None)
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: object())
+    assert choice.choose_backend("auto", cpu).name == choice.choose_backend("auto", gpu).name == "dali"
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    chosen = choice.choose_backend("auto", cpu)
+    assert chosen.name == "torchvision"
+    assert "pip install numba" in chosen.reason
+    assert choice.choose_backend("auto", gpu).name == "dali"
+    monkeypatch.setattr(choice, "dali_fault", lambda on_gpu: "it is broken" if on_gpu else None)
+    assert choice.choose_backend("auto", gpu) == ("torchvision", "it is broken")
+    assert choice.choose_backend("dali", cpu).name == "dali"
+    with pytest.raises(UsageError, match=r"backend 'dali': it is broken, or use backend='torchvision'"):
+        choice.choose_backend("dali", gpu)
+
+
+def test_dali_that_is_missing_or_broken_is_explained(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(choice, "_is_installed", lambda: False)
+    assert choice.dali_fault(False) == "DALI is not installed: pip install nvidia-dali-cuda120"
+    monkeypatch.setattr(choice, "_is_installed", lambda: True)
+
+    def refuse(name):
+        raise OSError("libcudart.so.11: cannot open shared object file\nmore")
+
+    monkeypatch.setattr(choice.importlib, "import_module", refuse)
+    fault = choice.dali_fault(False)
+    assert fault.startswith(
+        "DALI cannot be loaded (libcudart.so.11: cannot open shared object file): pip inst"
+    )
+
+
+@pytest.mark.parametrize(
+    ("built", "available", "driver", "text"),
+    [
+        ("13.0", True, 13010, None),
+        ("12.9", True, 13000, None),
+        (
+            "13.0",
+            True,
+            12080,
+            "built for CUDA 13, the driver supports CUDA 12.8: pip install nvidia-dali-cuda120",
+        ),
+        ("13000", True, 12040, "built for CUDA 13"),
+        ("13.0", False, 13000, "no CUDA device"),
+        ("", True, 0, None),
+    ],
+)
+def test_builds_for_another_cuda_are_named(built, available, driver, text):
+    fault = choice.cuda_fault(built, available, driver)
+    assert fault is None if text is None else text in fault
+    assert choice.wanted_package("13.2") == choice.wanted_package(None) == "nvidia-dali-cuda130"
+
+
+@needs_dali
+def test_the_choice_is_logged_with_its_reason(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="lejepa_fast.data"):
+        made = multicrop_loader(folder(tmp_path / "a", 8), RECIPE, batch_size=4)
+    assert f"{made.backend} backend (" in caplog.text
+
+
+# --- sorting files ------------------------------------------------------------------------------
+
+
+def exif(orientation: int) -> Image.Exif:
+    made = Image.Exif()
+    made[0x0112] = orientation
+    return made
+
+
+PLAIN = {
+    "jpeg": saved(picture(), "JPEG"),
+    "gray jpeg": saved(picture().convert("L"), "JPEG"),
+    "progressive": saved(picture(), "JPEG", progressive=True, subsampling=2),
+    "upright": saved(picture(), "JPEG", exif=exif(1)),
+    "turned": saved(picture(), "JPEG", exif=exif(6)),
+    "mirrored": saved(picture(), "JPEG", exif=exif(2)),
+    "png": saved(picture(), "PNG"),
+    "gray png": saved(picture().convert("L"), "PNG"),
+    "padded": saved(picture(), "JPEG") + bytes(100),
+}
+UNUSUAL = {
+    "cmyk": saved(picture().convert("CMYK"), "JPEG"),
+    "palette": saved(picture().quantize(8), "PNG"),
+    "16 bit": saved(Image.fromarray(np.full((9, 9), 700, np.uint16)), "PNG"),
+    "alpha": saved(picture().convert("RGBA"), "PNG"),
+    "animation": saved(picture().quantize(8), "GIF", save_all=True, append_images=[picture(1).quantize(8)]),
+    "turned png": saved(picture(), "PNG", exif=exif(6)),
+    "webp": saved(picture(), "WEBP"),
+    "tiff": saved(picture(), "TIFF"),
+    "empty": b"",
+    "text": b"no image",
+    "start": b"\xff\xd8\xff",
+    "half": PLAIN["jpeg"][: len(PLAIN["jpeg"]) // 2],
+    "no end": PLAIN["jpeg"][:-2],
+    "half png": PLAIN["png"][: len(PLAIN["png"]) // 2],
+    "bad table": PLAIN["jpeg"].replace(
+        PLAIN["jpeg"][PLAIN["jpeg"].index(b"\xff\xc4") :][:21], b"\xff\xc4\0\x1f\0" + b"\xff" * 16
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_plain_files_go_the_short_way(kind):
+    assert plain_size(PLAIN[kind]) == to_rgb(open_encoded(PLAIN[kind])).size
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_files_do_not(kind):
+    assert plain_size(UNUSUAL[kind]) is None
+
+
+def test_bombs_do_not(monkeypatch):
+    assert plain_size(PLAIN["jpeg"]) == (48, 32)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 32 - 1)
+    assert plain_size(PLAIN["jpeg"]) is None
+
+
+def test_sorting_survives_any_bytes():
+    rng = random.Random(0)
+    for data in [*PLAIN.values(), *UNUSUAL.values()]:
+        for _ in range(60):
+            changed = bytearray(data)
+            for _ in range(rng.randrange(1, 6)):
+                if changed:
+                    changed[rng.randrange(min(len(changed), 400))] = rng.randrange(256)
+            size = plain_size(
+                bytes(changed[: rng.randrange(len(changed) + 1)] if rng.random() < 0.3 else changed)
+            )
+            assert size is None or min(size) >= 1
+
+
+# --- equality with torchvision ------------------------------------------------------------------
+
+
+def labels(loader) -> list[list[int]]:
+    return [targets.tolist() for _, targets in loader]
+
+
+@needs_dali
+def test_bad_files_are_replaced_alike_and_positions_are_exchangeable(tmp_path, caplog):
+    bad = {"n3": b"no image", "n11": broken_png(), "n17": UNUSUAL["half png"], "n29": broken_png()}
+    source = folder(tmp_path / "images", 42, **bad)
+
+    def made(backend):
+        return multicrop_loader(source, RECIPE, batch_size=4, backend=backend, max_bad_fraction=0.5, seed=1)
+
+    whole = made("torchvision")
+    whole.set_epoch(5)
+    expected = labels(whole)
+    assert all(len(batch) == 4 for batch in expected)
+    dali = made("dali")
+    dali.set_epoch(5)
+    assert labels(dali) == expected
+    assert dali.quarantined == whole.quarantined
+    assert "DALI failed" in caplog.text  # it did meet the files that only decoding finds out
+    flat = [label for batch in expected for label in batch]
+    assert not {3, 11, 17, 29} & set(flat)
+    repeated = 40 - len(set(flat))
+    assert repeated <= 2  # 38 good images fill 40 places
+    for first, second in (("dali", "torchvision"), ("torchvision", "dali")):
+        begun = made(first)
+        begun.set_epoch(5)
+        for taken, _ in enumerate(begun, start=1):
+            state = begun.state_dict()
+            if taken == 6:
+                break
+        other = made(second)
+        other.load_state_dict(state)
+        assert labels(other) == expected[6:]
+
+
+@needs_dali
+def test_too_many_bad_files_stop_the_run(tmp_path):
+    source = folder(tmp_path / "images", 40, **{f"n{i}": broken_png() for i in range(5)})
+    for backend in ("dali", "torchvision"):
+        loader = multicrop_loader(source, RECIPE, batch_size=8, backend=backend, max_bad_fraction=0.1)
+        with pytest.raises(
+            RuntimeError, match=r"5 of 40 images are bad, more than the allowed 10 %"
+        ) as caught:
+            list(loader)
+        assert "\n" not in str(caught.value)
+
+
+@needs_dali
+@pytest.mark.parametrize("size", [(61, 47), (47, 61), (300, 20), (20, 333), (16, 16), (5, 7)])
+def test_evaluation_views_equal_torchvisions(tmp_path, size):
+    root = tmp_path / "images"
+    root.mkdir()
+    for number in range(3):
+        picture(number, size).save(root / f"{number}.png")
+    (root / "2.png").write_bytes(b"no image")
+    batches = {}
+    for backend in ("dali", "torchvision"):
+        options = {"mean": (0, 0, 0), "std": (1, 1, 1), "backend": backend, "max_bad_fraction": 1.0}
+        batches[backend] = list(eval_loader(Numbered(root), image_size=16, batch_size=2, **options))
+    assert (
+        [t.tolist() for _, t in batches["dali"]]
+        == [t.tolist() for _, t in batches["torchvision"]]
+        == [[0, 1]]
+    )
+    gap = (batches["dali"][0][0] - batches["torchvision"][0][0]).abs() * 255
+    assert gap.max() <= 2
+    assert gap.mean() <= 0.6
+
+
+# --- threads and processes ----------------------------------------------------------------------
+
+
+def threads() -> set[str]:
+    return {t.name for t in threading.enumerate() if t.name.startswith("lejepa")}
+
+
+@needs_dali
+def test_a_loader_that_is_left_early_frees_its_threads(tmp_path):
+    source = folder(tmp_path / "images", 40)
+    gc.collect()
+    before = threading.active_count(), len(os.listdir("/proc/self/task"))
+    loader = multicrop_loader(source, RECIPE, batch_size=2, num_workers=2, backend="dali")
+    batches = iter(loader)
+    next(batches)
+    assert "lejepa-dali" in threads()
+    second = iter(loader)  # ends the first pass
+    next(second)
+    with pytest.raises(RuntimeError, match="another pass"):
+        list(batches)
+    second.close()
+    assert "lejepa-dali" not in threads()
+    del batches, second, loader
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("lejepa"):
+            thread.join(10)
+    assert threading.active_count() == before[0]
+    assert len(os.listdir("/proc/self/task")) <= before[1] + 1
+
+
+@needs_dali
+def test_forked_processes_do_not_wait_for_dalis_threads(tmp_path):
+    """Not even when the child collects garbage before anything else: some other hook may set that off."""
+    folder(tmp_path / "images", 8)
+    script = (
+        "import gc, multiprocessing, os, sys\n"
+        "os.register_at_fork(after_in_child=gc.collect)\n"
+        "from lejepa_fast.data import MultiCropRecipe, multicrop_loader, open_source\n"
+        "recipe = MultiCropRecipe(global_crops=1, global_size=24, local_crops=0)\n"
+        "source = open_source(sys.argv[1], 'train')\n"
+        "holder = {'loader': multicrop_loader(source, recipe, batch_size=2, backend='dali')}\n"
+        "list(holder['loader'])\n"
+        "holder['itself'] = holder\n"
+        "gc.disable()\n"
+        "del holder\n"
+        "for again in range(2):\n"
+        "    child = multiprocessing.get_context('fork').Process(target=gc.collect)\n"
+        "    child.start()\n"
+        "    child.join(30)\n"
+        "    print(child.exitcode)\n"
+        "    child.kill()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "images")], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "0\n0\n"), done.stderr
+
+
+@needs_dali
+def test_the_interpreter_ends_with_a_pass_under_way(tmp_path):
+    folder(tmp_path / "images", 40)
+    script = (
+        "import sys\n"
+        "from lejepa_fast.data import MultiCropRecipe, multicrop_loader, open_source\n"
+        "recipe = MultiCropRecipe(global_crops=1, global_size=24, local_crops=0)\n"
+        "source = open_source(sys.argv[1], 'train')\n"
+        "batches = iter(multicrop_loader(source, recipe, batch_size=2, backend='dali'))\n"
+        "print(len(next(batches)[0]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "images")], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
