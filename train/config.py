@@ -130,6 +130,8 @@ class Config:
     """Steps between checkpoints; one is always written at the end and on SIGTERM or Ctrl-C."""
     keep_checkpoints: int = 3
     tensorboard: bool = True
+    profile: bool = False
+    """Record a few steps after the first ones: profiler trace and memory snapshot in RUN/profile/."""
 
 
 def parse(argv: Sequence[str]) -> Config:

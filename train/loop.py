@@ -36,9 +36,10 @@ from lejepa_fast.train.evaluate import (
     training_speed,
 )
 from lejepa_fast.train.export import export_encoder
+from lejepa_fast.train.flops import count_flops, peak_flops
 from lejepa_fast.train.guard import StepGuard
 from lejepa_fast.train.interruption import Interrupted, SignalWatch
-from lejepa_fast.train.metrics import Meter, Metrics, read_rows
+from lejepa_fast.train.metrics import Meter, Metrics, peak_memory_gib, read_rows
 from lejepa_fast.train.model import LeJEPAModel, build_model, is_convolutional
 from lejepa_fast.train.optimization import build_optimizer, build_scheduler
 from lejepa_fast.train.parallelize import (
@@ -50,6 +51,7 @@ from lejepa_fast.train.parallelize import (
     on_main,
     parallelize,
 )
+from lejepa_fast.train.profiling import StepProfiler
 from lejepa_fast.train.report import write_report
 
 log = logging.getLogger("lejepa_fast.train")
@@ -77,7 +79,10 @@ class Trainer:
         self.total_steps = config.total_steps(cfg, len(self.loader))
         self.scheduler = build_scheduler(self.optimizer, cfg.optim, self.total_steps)
         self.signals = SignalWatch()
-        self.meter = Meter()
+        self.flops_per_image = count_flops(cfg).per_image
+        peak = peak_flops(world.device)
+        self.meter = Meter(flops_per_image=self.flops_per_image, peak_flops=peak and peak * world.size)
+        self.profiler = StepProfiler(self.run_dir, world.device, enabled=cfg.profile and world.is_main)
         self._saved_step = -1
 
     def _open_data(self) -> None:
@@ -125,6 +130,7 @@ class Trainer:
                 self.train()
                 return self.finish()
             finally:
+                self.profiler.close()
                 self.metrics.close()
                 # The wrapper holds the process group; alive at the interpreter's exit, gloo's threads abort.
                 self.parallel = self.model
@@ -152,6 +158,7 @@ class Trainer:
             "loader_backend": self.loader.backend,
             "loader_workers": self.workers,
             "parameters": sum(p.numel() for p in self.model.parameters()),
+            "gflops_per_image": round(self.flops_per_image / 1e9, 3),
             "torch": torch.__version__,
             "lejepa_fast": lejepa_fast.__version__,
         }
@@ -179,7 +186,7 @@ class Trainer:
     def train(self) -> None:
         """Train up to `total_steps` and save the last checkpoint; nothing to do for a finished run."""
         self.model.train()
-        self.meter = Meter()
+        self.meter.restart()
         while self.step < self.total_steps:
             epoch, batch = self._position()
             if batch == 0:
@@ -189,6 +196,7 @@ class Trainer:
                 self._train_step(views, epoch)
                 self.meter.add(self.cfg.data.batch_size, waited)
                 self._log_if_due()
+                self.profiler.step(self.step)
                 if self.guard.stop:
                     self._leave()
                 if self.step % self.cfg.checkpoint_every == 0:
@@ -250,8 +258,8 @@ class Trainer:
             return
         last = self._last
         spread = last["z"].float().std(dim=1).mean()  # over samples, within each view and dimension
-        values = mean_over_ranks(self.world, torch.stack([*last["parts"], spread]))
-        loss, prediction, sigreg, embedding_std = values.tolist()
+        values = mean_over_ranks(self.world, torch.stack([*last["parts"], spread, last["grad_norm"]]))
+        loss, prediction, sigreg, embedding_std, grad_norm = values.tolist()  # the one wait for the device
         self.metrics.write(
             "train",
             self.step,
@@ -260,8 +268,9 @@ class Trainer:
             prediction=prediction,
             sigreg=sigreg,
             lr=last["lr"],
-            grad_norm=last["grad_norm"].item(),
+            grad_norm=grad_norm,
             embedding_std=embedding_std,
+            memory_gib=peak_memory_gib(self.world.device),
             **self.meter.read(),
         )
 
