@@ -121,7 +121,7 @@ def test_waits_are_seen(stepped: Trainer, monkeypatch: pytest.MonkeyPatch, read:
     not torch.cuda.is_available(), reason="needs a GPU: PyTorch reports waits for it only there"
 )
 def test_a_step_never_waits_for_the_gpu(tiny: Make) -> None:
-    from lejepa_fast.train.parallelize import setup_world
+    from lejepa_fast.train.world import setup_world
 
     trainer = Trainer(tiny(log_every=10, device="cuda"), setup_world("cuda"))
     trainer._prepare()

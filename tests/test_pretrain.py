@@ -27,7 +27,7 @@ from lejepa_fast.train.config import Config
 from lejepa_fast.train.interruption import Interrupted
 from lejepa_fast.train.loop import Trainer
 from lejepa_fast.train.metrics import read_rows
-from lejepa_fast.train.parallelize import World
+from lejepa_fast.train.world import World
 
 SCRIPT = Path(lejepa_fast.train.__path__[0]) / "pretrain.py"
 
@@ -285,7 +285,7 @@ import sys
 import torch
 from lejepa_fast.train import config
 from lejepa_fast.train.loop import Trainer
-from lejepa_fast.train.parallelize import close_world, setup_world
+from lejepa_fast.train.world import close_world, setup_world
 from lejepa_fast.train.command_line import log_to_stderr
 
 def say(line):

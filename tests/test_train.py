@@ -19,14 +19,31 @@ from training import CPU, Make, course_of, rows_of, train_only
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.train import checkpoint, files, optimization
-from lejepa_fast.train.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig
+from lejepa_fast.train.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+)
 from lejepa_fast.train.evaluate import open_splits
 from lejepa_fast.train.interruption import Interrupted
 from lejepa_fast.train.loop import Trainer
 from lejepa_fast.train.metrics import Meter, Metrics
-from lejepa_fast.train.parallelize import setup_world
+from lejepa_fast.train.world import setup_world
 
-SECTIONS = (Config, DataConfig, MultiCropRecipe, ModelConfig, LossConfig, OptimConfig, EvalConfig)
+SECTIONS = (
+    Config,
+    DataConfig,
+    MultiCropRecipe,
+    ModelConfig,
+    LossConfig,
+    OptimConfig,
+    ParallelConfig,
+    EvalConfig,
+)
 
 
 def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch, signum: int = signal.SIGTERM) -> None:

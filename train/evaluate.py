@@ -41,9 +41,9 @@ from lejepa_fast.train.embeddings import Embeddings, calibrate_batchnorm, embed_
 from lejepa_fast.train.files import make_folder
 from lejepa_fast.train.metrics import read_rows
 from lejepa_fast.train.model import LeJEPAModel, build_model
-from lejepa_fast.train.parallelize import choose_device
 from lejepa_fast.train.probes import fit_linear_probe, knn_accuracy, linear_probe
 from lejepa_fast.train.report import write_report
+from lejepa_fast.train.world import choose_device
 
 __all__ = [
     "Embeddings",

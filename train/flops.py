@@ -55,8 +55,7 @@ def count_flops(cfg: Config, model: LeJEPAModel | None = None) -> Flops:
     About two seconds on one core for ViT-gigantic. Raises UsageError as `build_model` does.
     """
     if model is None:
-        with torch.device("meta"):
-            model = build_model(cfg)
+        model = build_model(cfg, meta=True)
     crops = cfg.crops
     features, of_global = _encoder(model.encoder, crops.global_size)
     of_local = _encoder(model.encoder, crops.local_size)[1] if crops.local_crops else 0.0

@@ -38,21 +38,27 @@ from lejepa_fast.train.evaluate import (
 from lejepa_fast.train.export import export_encoder
 from lejepa_fast.train.flops import count_flops, peak_flops
 from lejepa_fast.train.guard import StepGuard
+from lejepa_fast.train.initialize import memory_format
 from lejepa_fast.train.interruption import Interrupted, SignalWatch
 from lejepa_fast.train.metrics import Meter, Metrics, peak_memory_gib, read_rows
-from lejepa_fast.train.model import LeJEPAModel, build_model, is_convolutional
+from lejepa_fast.train.model import LeJEPAModel, build_model
 from lejepa_fast.train.optimization import build_optimizer, build_scheduler
 from lejepa_fast.train.parallelize import (
+    choose_strategy,
+    compute_dtype,
+    make_mesh,
+    parallelize,
+)
+from lejepa_fast.train.profiling import StepProfiler
+from lejepa_fast.train.report import write_report
+from lejepa_fast.train.world import (
     World,
     from_main,
     gather_to_main,
     mean_over_ranks,
     on_all,
     on_main,
-    parallelize,
 )
-from lejepa_fast.train.profiling import StepProfiler
-from lejepa_fast.train.report import write_report
 
 log = logging.getLogger("lejepa_fast.train")
 
@@ -72,7 +78,10 @@ class Trainer:
         self.run_dir: Path = cfg.out
         on_all(world, self._open_data)
         on_all(world, self._build)
-        self.parallel = parallelize(self.model, world)
+        mesh = make_mesh(cfg.parallel, world.device.type)
+        self.parallel = parallelize(self.model, cfg, mesh, world.device)
+        # What is random in training (drop path) differs between ranks and not between runs.
+        checkpoint.seed_rng(cfg.seed + 7919 * world.rank)
         self.optimizer = build_optimizer(self.model, cfg.optim, world.device)
         self.guard = StepGuard(self.model, self.optimizer, world)
         self.step = 0  # finished steps
@@ -92,9 +101,6 @@ class Trainer:
         self.data = resume.data_identity(self.train_source, self.val_source)
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.workers = config.loader_workers(cfg, here, world.device.type == "cuda")
-        # One CPU core, forward + backward at 48 and 32 px, seconds, channels first -> last: resnet10t
-        # 0.27 -> 0.25, resnet18 0.41 -> 0.44, convnextv2_atto 0.33 -> 0.30, efficientnet_b0 0.66 -> 0.33.
-        self.channels_last = is_convolutional(cfg.model.name)
         self.loader = multicrop_loader(
             self.train_source,
             cfg.crops,
@@ -105,20 +111,18 @@ class Trainer:
             num_workers=self.workers,
             backend=cfg.data.backend,
             device=world.device,
-            channels_last=self.channels_last,
+            channels_last=memory_format(cfg) is torch.channels_last,
         )
 
     def _build(self) -> None:
         cfg, world = self.cfg, self.world
-        self.amp_dtype = _autocast_dtype(cfg, world.device)
-        self.model = self._place(build_model(cfg))
+        self.amp_dtype = compute_dtype(cfg, world.device)
         self.loss_fn = build_loss(cfg, world.device)
-        # What is random in training (drop path) differs between ranks and not between runs.
-        checkpoint.seed_rng(cfg.seed + 7919 * world.rank)
-
-    def _place(self, model: LeJEPAModel) -> LeJEPAModel:
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return model.to(self.world.device, memory_format=layout)
+        self.model = build_model(cfg, meta=True)
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.strategy = choose_strategy(cfg.parallel, parameters, distributed=world.distributed)
+        if self.strategy != "fsdp":  # every process holds all of it anyway
+            self.model = build_model(cfg)
 
     # ---- the run ---------------------------------------------------------------------------------
 
@@ -404,7 +408,7 @@ class Trainer:
         epoch, batch = self._position()
         trained = self._evaluate(self.model, epoch + (batch > 0), linear=True)
         with self.signals.leaving_at_once("stopped by a signal during the evaluation; the training is saved"):
-            baseline = self._place(build_model(cfg))
+            baseline = build_model(cfg).to(self.world.device, memory_format=memory_format(cfg))
             calibrate_on_source(
                 baseline,
                 self.train_source,
@@ -452,13 +456,3 @@ def build_loss(cfg: Config, device: torch.device) -> LeJEPALoss:
     except (ValueError, TypeError) as error:
         raise UsageError(f"loss: {error}") from error
     return loss_fn
-
-
-def _autocast_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
-    if cfg.precision == "fp32" or (cfg.precision == "auto" and device.type == "cpu"):
-        return None
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        if cfg.precision == "bf16":
-            raise UsageError("precision: this GPU has no bfloat16; use --precision fp32")
-        return None
-    return torch.bfloat16
