@@ -259,7 +259,7 @@ def _validate_batch(batch_size: int, world_size: int) -> None:
         raise UsageError(
             f"data.batch_size: {batch_size} over {world_size} process(es) leaves {batch_size // world_size} "
             "image(s) for each, and BatchNorm and SIGReg take statistics over at least 2; "
-            f"use --batch-size {2 * world_size} or more"
+            f"use --batch-size {2 * world_size} or more (rule of thumb: 256 or more in all)"
         )
 
 

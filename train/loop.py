@@ -239,7 +239,6 @@ class Trainer:
         with torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             global_z, all_z = self.parallel(views)
         out = self.loss_fn(global_z, all_z)
-        self.optimizer.zero_grad(set_to_none=True)
         out.total.backward()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -249,6 +248,7 @@ class Trainer:
             clip_grads_with_norm_(parameters, self.cfg.optim.clip_grad_norm, grad_norm)
         lr = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # here, so that none are held during the next forward
         self.scheduler.step()
         self.step += 1
         self.metrics.advance()
