@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import CPU, Make, rows_of, train_only
 
+from lejepa_fast.errors import RunError
 from lejepa_fast.train import flops
 from lejepa_fast.train.loop import Trainer
 from lejepa_fast.train.metrics import Meter, Metrics, peak_memory_gib
@@ -189,3 +190,38 @@ def test_a_run_without_profile_writes_none(tiny: Make) -> None:
     train_only(cfg)
     assert cfg.out is not None
     assert not (cfg.out / "profile").exists()
+
+
+def test_out_of_gpu_memory_says_which_settings_help(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny(max_steps=2), CPU)
+
+    def full(views: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr(trainer, "parallel", full)
+    with pytest.raises(RunError) as refusal:
+        trainer.run()
+    text = str(refusal.value)
+    assert "\n" not in text
+    assert "--parallel.activation-checkpointing selective or full (now none)" in text
+    assert "a smaller --batch-size (now 8, 8 images per process)" in text
+    assert "python train/plan.py --model test_vit --gpus 1 --batch 8" in text
+
+
+def test_the_machine_runs_out_of_memory(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny(max_steps=2, parallel={"activation_checkpointing": "full"}), CPU)
+    monkeypatch.setattr(trainer, "parallel", lambda views: torch.empty(2**60))  # no machine has that
+    with pytest.raises(RunError, match=r"^out of memory; what helps: a smaller --batch-size"):
+        trainer.run()
+
+
+def test_other_errors_keep_their_text(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny(max_steps=2), CPU)
+
+    def broken(views: Any) -> Any:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(trainer, "parallel", broken)
+    with pytest.raises(RuntimeError, match="^shapes do not fit$") as refusal:
+        trainer.run()
+    assert not isinstance(refusal.value, RunError)

@@ -136,7 +136,7 @@ def test_a_refused_export_exits_with_1(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: cannot write {cfg.out}/encoder.safetensors: No space left on device; ")
     assert cfg.out is not None
-    assert (cfg.out / "checkpoints" / "step-00000001.pt").exists()
+    assert (cfg.out / "checkpoints" / "step-00000001").exists()
     assert not (cfg.out / "encoder.safetensors").exists()
 
 
@@ -257,7 +257,7 @@ def test_two_processes_equal_one(tiny: Make, tmp_path: Path) -> None:
     check_same_course(one, two, first=1)
 
     assert one.out is not None
-    resumed = replace(one, out=tmp_path / "resumed", resume=str(one.out / "checkpoints" / "step-00000005.pt"))
+    resumed = replace(one, out=tmp_path / "resumed", resume=str(one.out / "checkpoints" / "step-00000005"))
     result = torchrun(SCRIPT, *arguments_of(resumed, tmp_path / "configs"))
     assert result.returncode == 0, result.stderr
     check_same_course(one, resumed, first=6)

@@ -2,7 +2,8 @@
 
 timm's families name their blocks differently (`blocks.3`, `layer2.0`, `stages.1.blocks.2`), so they are found
 by structure: the members of a list (`Sequential`, `ModuleList`) all of whose members have modules of their
-own, and no such list inside. Families that hold their blocks in another way (RegNet, DenseNet) are cut by size.
+own, and no such list inside. Families that hold their blocks in another way (RegNet, DenseNet) are cut by
+size.
 """
 
 from __future__ import annotations

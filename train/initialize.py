@@ -32,11 +32,7 @@ def initialize(model: LeJEPAModel, cfg: Config, device: torch.device) -> None:
         model.to(device, memory_format=memory_format(cfg))
         return
     _refuse_shared_parameters(model, cfg.model.name)
-    model.to_empty(device=device)
-    for module in model.modules():
-        for name, tensor in _plain_tensors(module):
-            if tensor.is_meta:
-                setattr(module, name, torch.empty_like(tensor, device=device))
+    _allocate(model, device)
     fill_with_nan(model)
     rank = dist.get_rank() if dist.is_initialized() else 0
     world = World(device, rank=rank, size=dist.get_world_size() if dist.is_initialized() else 1)
@@ -94,11 +90,34 @@ def copy_from_main(model: nn.Module, reference: nn.Module | None, world: World) 
             target.copy_(whole)
 
 
+@torch.no_grad()
+def whole_model(model: LeJEPAModel, cfg: Config, world: World) -> LeJEPAModel | None:
+    """A copy of a sharded model that is not sharded, on rank 0; None elsewhere. All ranks call it."""
+    whole: LeJEPAModel | None = None
+    if world.is_main:
+        whole = build_model(cfg, meta=True)
+        _allocate(whole, world.device)
+    targets = dict(named_tensors(whole)) if whole is not None else {}
+    for name, tensor in named_tensors(model):
+        gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if whole is not None:
+            targets[name].copy_(gathered)
+    return whole
+
+
 def check_initialized(model: nn.Module) -> None:
     """RuntimeError naming a tensor that still holds NaN."""
     for name, tensor in named_tensors(model):
         if tensor.is_floating_point() and bool(_local(tensor).isnan().any()):
             raise RuntimeError(f"{name}: no value after initialisation; this is a defect of lejepa_fast")
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    model.to_empty(device=device)
+    for module in model.modules():
+        for name, tensor in _plain_tensors(module):
+            if tensor.is_meta:
+                setattr(module, name, torch.empty_like(tensor, device=device))
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -198,11 +198,11 @@ class _Tracker(FSDPMemTracker):
             finally:
                 self._paused = False
 
-        ShardingPropagator._propagate_tensor_meta_non_cached = uncounted  # type: ignore[method-assign]
+        ShardingPropagator._propagate_tensor_meta_non_cached = uncounted  # type: ignore
         try:
             yield
         finally:
-            ShardingPropagator._propagate_tensor_meta_non_cached = original  # type: ignore[method-assign]
+            ShardingPropagator._propagate_tensor_meta_non_cached = original  # type: ignore
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         # The original walks through all modules at every operator: three quarters of the time.
