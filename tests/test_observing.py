@@ -222,6 +222,6 @@ def test_other_errors_keep_their_text(tiny: Make, monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(trainer, "parallel", broken)
-    with pytest.raises(RuntimeError, match="^shapes do not fit$") as refusal:
+    with pytest.raises(RuntimeError, match=r"^shapes do not fit$") as refusal:
         trainer.run()
     assert not isinstance(refusal.value, RunError)
