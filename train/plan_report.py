@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,10 +138,10 @@ def plot_memory(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], *
 
     from lejepa_fast.train.plots import TARGET, TRAINED, UNTRAINED, report_figure
 
-    colours = (TRAINED, UNTRAINED, TARGET, "#2f8f5b", "#8e44ad")
-    with report_figure(path, 7.2, 4.2) as drawing:
+    colours = (TRAINED, UNTRAINED, TARGET, "#2f8f5b", "#8e44ad", "#c0392b")
+    with report_figure(path, 7.6, 4.6) as drawing:
         axes = drawing.subplots()
-        for (label, points), colour in zip(curves.items(), colours, strict=False):
+        for (label, points), colour in zip(curves.items(), itertools.cycle(colours), strict=False):
             gpus, gib = zip(*points, strict=True)
             axes.plot(gpus, gib, marker="o", markersize=4, color=colour, label=label)
         axes.set_xscale("log", base=2)
@@ -150,4 +151,4 @@ def plot_memory(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], *
         axes.set_xlabel("GPUs")
         axes.set_ylabel("peak GiB per GPU")
         axes.set_title(title)
-        axes.legend()
+        axes.legend(fontsize=8.5)
