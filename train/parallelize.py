@@ -46,6 +46,8 @@ Strategy = Literal["none", "ddp", "fsdp"]
 # gradients and two moments in float32), here 8 GB, and sums all gradients in float32.
 FSDP_FROM_PARAMETERS = 500_000_000
 
+COMPILE_BACKEND = "inductor"
+
 # Running statistics are equal on all ranks (GPU), or rank 0's are the ones saved (CPU): broadcasting the
 # buffers at each forward would be one more collective for nothing. The option's name changed in torch 2.15.
 _DDP_OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -154,6 +156,9 @@ def recompute(blocks: Iterable[nn.Module], mode: Literal["none", "selective", "f
     if mode == "selective":
         options["context_fn"] = _selective_contexts
     for block in blocks:
+        for module in block.modules() if mode == "selective" else ():
+            if getattr(module, "inplace", False):  # an activation that would change what is kept
+                module.inplace = False  # type: ignore[assignment]
         block.forward = functools.partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
 
 
@@ -187,12 +192,14 @@ def compile_blocks(blocks: list[nn.Module]) -> None:
     occurs at every step; a shape that varies (an evaluation's last batch) runs uncompiled, see `eagerly`.
     """
     config = torch._dynamo.config
-    # Blocks that differ in a constant (drop path rises from block to block) count as recompilations.
-    config.recompile_limit = max(config.recompile_limit, 4 * len(blocks) + 8)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 16 * len(blocks) + 64)
+    # Blocks that differ (in drop path from block to block, in width from stage to stage) count as
+    # recompilations of one function, and each has a graph for each size.
+    config.recompile_limit += 4 * len(blocks)
+    config.accumulated_recompile_limit += 4 * len(blocks)
     config.optimize_ddp = False  # it would cut the graphs at DDP's buckets; a block's is smaller than one
     for block in blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+        compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=COMPILE_BACKEND)
+        block.forward = compiled  # type: ignore[method-assign]
 
 
 def eagerly() -> Any:
