@@ -47,14 +47,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for plan.jsonl and plan.png")
     parser.add_argument("--models", nargs="+", default=MODELS, help="any timm names or short names")
     options = parser.parse_args()
-    curves: dict[str, list[tuple[int, float]]] = {}
+    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for model in options.models:
         for mode in ("none", "full"):
             rows = rows_of(model, mode)
             append_rows(options.out / "plan.jsonl", rows)
-            label = f"{model}, {'no' if mode == 'none' else 'full'} checkpointing"
-            curves[label] = [(row["gpus"], row["peak_gib"]) for row in rows]
-            print(f"{label}: " + ", ".join(f"{gib:.1f} GiB on {gpus}" for gpus, gib in curves[label]))
+            points = [(row["gpus"], row["peak_gib"]) for row in rows]
+            curves[model, f"{'no' if mode == 'none' else mode} checkpointing"] = points
+            said = ", ".join(f"{gib:.1f} GiB on {gpus}" for gpus, gib in points)
+            print(f"{model}, activation checkpointing {mode}: {said}")
     title = f"Planned peak memory, FSDP2, bf16, {IMAGES} images per GPU"
     plot_memory(options.out / "plan.png", curves, title=title)
     print(f"figure: {options.out / 'plan.png'}")

@@ -172,8 +172,8 @@ def test_a_plan_leaves_nothing_behind() -> None:
 
 
 def test_the_figure(tmp_path: Path) -> None:
-    curves = {"one": [(1, 80.0), (8, 10.0)], "two": [(8, 40.0), (64, 5.0)]}
+    curves = {("one", "plain"): [(1, 80.0), (8, 10.0)], ("two", "plain"): [(8, 40.0), (64, 5.0)]}
     plot_memory(tmp_path / "plan.png", curves, title="memory")
-    empty = tmp_path / "empty.png"
-    plot_memory(empty, {"one": [(1, 1.0)]}, title="memory")
-    assert (tmp_path / "plan.png").read_bytes() != empty.read_bytes()
+    less = tmp_path / "less.png"
+    plot_memory(less, {("one", "plain"): [(1, 1.0)]}, title="memory")
+    assert (tmp_path / "plan.png").read_bytes() != less.read_bytes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lejepa_fast.train.accelerators import GIB
 
@@ -132,18 +132,27 @@ def _gib(size: float) -> str:
     return f"{size / GIB:,.2f}" if size < 10 * GIB else f"{size / GIB:,.1f}"
 
 
-def plot_memory(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], *, title: str) -> None:
-    """Peak GiB per GPU against the number of GPUs: one curve of (GPUs, GiB) for each label."""
+def plot_memory(
+    path: Path, curves: Mapping[tuple[str, str], Sequence[tuple[int, float]]], *, title: str
+) -> None:
+    """Peak GiB per GPU against the number of GPUs: a curve of (GPUs, GiB) for each (model, variant).
+
+    A model has one colour, and each of its variants another line.
+    """
     from matplotlib.ticker import FuncFormatter
 
     from lejepa_fast.train.plots import TARGET, TRAINED, UNTRAINED, report_figure
 
-    colours = (TRAINED, UNTRAINED, TARGET, "#2f8f5b", "#8e44ad", "#c0392b")
-    with report_figure(path, 7.6, 4.6) as drawing:
+    models = list(dict.fromkeys(model for model, _ in curves))
+    variants = list(dict.fromkeys(variant for _, variant in curves))
+    colours = dict(zip(models, itertools.cycle((TRAINED, UNTRAINED, TARGET)), strict=False))
+    lines = dict(zip(variants, itertools.cycle(("-", "--", ":")), strict=False))
+    with report_figure(path, 7.6, 5.0) as drawing:
         axes = drawing.subplots()
-        for (label, points), colour in zip(curves.items(), itertools.cycle(colours), strict=False):
+        for (model, variant), points in curves.items():
             gpus, gib = zip(*points, strict=True)
-            axes.plot(gpus, gib, marker="o", markersize=4, color=colour, label=label)
+            look: dict[str, Any] = {"color": colours[model], "linestyle": lines[variant]}
+            axes.plot(gpus, gib, marker="o", markersize=4, label=f"{model}, {variant}", **look)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         for axis in (axes.xaxis, axes.yaxis):
@@ -151,4 +160,4 @@ def plot_memory(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], *
         axes.set_xlabel("GPUs")
         axes.set_ylabel("peak GiB per GPU")
         axes.set_title(title)
-        axes.legend(fontsize=8.5)
+        drawing.legend(loc="outside lower center", ncols=max(1, len(models)), fontsize=8)
