@@ -134,7 +134,8 @@ class _Noise:
 class SyntheticTrainer(Trainer):
     def _open_data(self) -> None:
         self.train_source = self.val_source = _Noise()  # type: ignore[assignment]
-        self.data, self.workers = {}, 0
+        self.data: dict[str, Any] = {}
+        self.workers = 0
         self.loader = _Views(self.cfg, self.world.device)  # type: ignore[assignment]
 
 

@@ -29,6 +29,7 @@ def measure(rank: int, world_size: int, folder: str, cases: list[dict[str, Any]]
 
 def allocator_peak(cfg: Config, images: int) -> int:
     """The most bytes of the second step: all allocations and releases since before the model was made."""
+    gc.collect()  # what is left of another case must not be released, and so subtracted, in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step = PlannedStep(cfg, images, fake=False)
         step.run()
@@ -36,6 +37,7 @@ def allocator_peak(cfg: Config, images: int) -> int:
         with torch.profiler.record_function("measured step"):
             step.run()
         del step
+        gc.collect()
     events = recorded.profiler.kineto_results.events()
     window = next(event for event in events if event.name() == "measured step")
     sizes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")

@@ -24,9 +24,13 @@ def test_a_case_measures_the_real_trainer() -> None:
     assert row["checkpoint_seconds"] > 0
 
 
-def test_a_case_that_fails_is_a_row_with_its_error() -> None:
-    row = train_bench.run_case(dataclasses.replace(TINY, model="vit_unknown"), timeout=300)
-    assert "no model is called 'vit_unknown'" in row["error"]
+def test_a_case_that_fails_is_a_row_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = tmp_path / "case.py"
+    failing.write_text("import sys; sys.exit('Traceback ...\\nlast line')")
+    monkeypatch.setattr(train_bench, "CASE", failing)
+    assert train_bench.run_case(TINY, timeout=60) == {"error": "last line"}
+    failing.write_text("import time; time.sleep(60)")
+    assert train_bench.run_case(TINY, timeout=0.5) == {"error": "not done in 0 s"}
 
 
 def test_out_of_memory_is_a_row_and_half_the_images_are_tried(
