@@ -35,6 +35,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.blocks import find_blocks
 from lejepa_fast.train.config import Config, ParallelConfig
+from lejepa_fast.train.drop_path import share_drop_path
 from lejepa_fast.train.initialize import initialize
 from lejepa_fast.train.model import LeJEPAModel
 
@@ -123,7 +124,7 @@ def parallelize(
     blocks = list(find_blocks(model.encoder).values())
     recompute(blocks, cfg.parallel.activation_checkpointing)
     if compiles(cfg, device):
-        compile_blocks(blocks)
+        compile_blocks(blocks, device)
     if strategy == "fsdp":
         assert mesh is not None
         shard(model, blocks, mesh, compute_dtype(cfg, device))
@@ -185,19 +186,20 @@ def compiles(cfg: Config, device: torch.device) -> bool:
     return cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
 
 
-def compile_blocks(blocks: list[nn.Module]) -> None:
+def compile_blocks(blocks: list[nn.Module], device: torch.device) -> None:
     """Compile the forward of each block: equal blocks share their graphs, one for each size of crops.
 
     The hooks of FSDP2 and DDP stay outside. Sizes are constants of the graphs, since a run has two and each
     occurs at every step; a shape that varies (an evaluation's last batch) runs uncompiled, see `eagerly`.
     """
     config = torch._dynamo.config
-    # Blocks that differ (in drop path from block to block, in width from stage to stage) count as
-    # recompilations of one function, and each has a graph for each size.
+    # Blocks that differ (in width from stage to stage) count as recompilations of one function, and each has
+    # a graph for each size.
     config.recompile_limit += 4 * len(blocks)
     config.accumulated_recompile_limit += 4 * len(blocks)
     config.optimize_ddp = False  # it would cut the graphs at DDP's buckets; a block's is smaller than one
     for block in blocks:
+        share_drop_path(block, device)
         compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=COMPILE_BACKEND)
         block.forward = compiled  # type: ignore[method-assign]
 
