@@ -137,12 +137,10 @@ class Trainer:
                 try:
                     self.train()
                     return self.finish()
-                except BaseException:
-                    self.saver.end()
-                    raise
                 finally:
                     self.metrics.close()
             finally:
+                self.saver.close()
                 self.lock.release()
                 # The wrapper holds the process group; alive at the interpreter's exit, gloo's threads abort.
                 self.parallel = self.model
