@@ -144,13 +144,11 @@ class Trainer:
                 try:
                     self.train()
                     return self.finish()
-                except BaseException:
-                    self.saver.end()
-                    raise
                 finally:
                     self.profiler.close()
                     self.metrics.close()
             finally:
+                self.saver.close()
                 self.lock.release()
                 # The wrapper holds the process group; alive at the interpreter's exit, gloo's threads abort.
                 self.parallel = self.model

@@ -23,6 +23,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from lejepa_fast.errors import RunError
 from lejepa_fast.train.checkpoint import (
@@ -52,6 +55,7 @@ class Saver:
         # Of its own: the thread's collectives must not meet those of the training.
         self._group: Any = dist.new_group(backend="gloo") if world.distributed else None
         self._saving: Future[Any] | None = None
+        self._stager = _Stager(pinned=world.device.type == "cuda")
         self._path = folder
 
     def start(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -65,7 +69,11 @@ class Saver:
         whole = {"format": FORMAT, "version": VERSION, "step": step, **state}
         writer = _PublishingWriter(self._path, whole, keep=self._keep)
         saving = dcp.async_save(
-            tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None
+            tensors,
+            storage_writer=writer,
+            process_group=self._group,
+            async_stager=self._stager,
+            no_dist=self._group is None,
         )
         assert isinstance(saving, Future)
         self._saving = saving
@@ -93,12 +101,16 @@ class Saver:
             with the_same_on_every_rank():
                 raise RunError(f"cannot write {self._path}: {reason}; {_WAY_OUT}") from error
 
-    def end(self) -> None:
-        """Wait for the save under way where something else went wrong: its failure is only logged."""
+    def close(self) -> None:
+        """Wait for a save that is still under way, since something else ended the run, and release memory.
+
+        Its failure is only logged.
+        """
         try:
             self.wait()
         except (Exception, CheckpointException) as error:
             log.warning("%s", error)
+        self._stager.close()
 
 
 def unfinished(path: Path) -> Path:
@@ -110,6 +122,52 @@ def _failures(error: BaseException) -> list[BaseException]:
     if not isinstance(error, CheckpointException):
         return []
     return [failure[0] for failure in error.failures.values()]
+
+
+class _Stager(AsyncStager):
+    """Copies a flat state dict to the CPU, into contiguous memory that is kept from save to save.
+
+    From a GPU it is pinned memory, which takes the copy at full speed. (DCP's own stager cannot be used twice
+    with torch 2.11, and keeps layouts that safetensors refuses.)
+    """
+
+    _synchronize_after_execute = False
+
+    def __init__(self, *, pinned: bool):
+        self._pinned = pinned
+        self._memory: dict[str, Tensor] = {}
+        self._meshes: dict[DeviceMesh, DeviceMesh] = {}
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        staged = {name: self._copy(name, tensor) for name, tensor in state_dict.items()}
+        if self._pinned:
+            torch.cuda.synchronize()
+        return staged
+
+    def synchronize_staging(self) -> None:
+        """Nothing to do: `stage` returns when the copy is there."""
+
+    def close(self) -> None:
+        self._memory.clear()
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        kept = self._memory.get(name)
+        if kept is None or kept.shape != own.shape or kept.dtype != own.dtype:
+            kept = torch.empty(own.shape, dtype=own.dtype, pin_memory=self._pinned)
+            self._memory[name] = kept
+        kept.copy_(own, non_blocking=self._pinned)
+        if not isinstance(tensor, DTensor):
+            return kept
+        mesh = self._on_the_cpu(tensor.device_mesh)
+        shape, stride = tensor.shape, tensor.stride()
+        return DTensor.from_local(kept, mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+
+    def _on_the_cpu(self, mesh: DeviceMesh) -> DeviceMesh:
+        if mesh not in self._meshes:
+            self._meshes[mesh] = DeviceMesh("cpu", mesh.mesh)
+        return self._meshes[mesh]
 
 
 @dataclasses.dataclass(frozen=True)
