@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import pickle
@@ -19,35 +20,72 @@ import pytest
 import torch
 
 from lejepa_fast.errors import RunError, UsageError
-from lejepa_fast.train import checkpoint, files
+from lejepa_fast.train import checkpoint, files, random_state
 from lejepa_fast.train.checkpoint import UnreadableCheckpointError
+from lejepa_fast.train.saving import Saver, unfinished
+from lejepa_fast.train.world import World
 
-
-def some_state(value: float = 0.0) -> dict[str, Any]:
-    weights = torch.full((50_000,), value)  # 200 kB: larger than any buffer on the way to the disk
-    return {
-        "model": {"weight": weights},
-        "rng": [checkpoint.capture_rng()],
-        "config": {"out": None, "lr": 0.1},
-    }
+WORLD = World(torch.device("cpu"))
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
 def save(folder: Path, step: int, keep: int = 3) -> Path:
-    return checkpoint.save_checkpoint(folder, step, some_state(step), keep=keep)
+    saver = Saver(folder, WORLD, keep=keep)
+    tensors = {"model.weight": torch.full((50_000,), float(step)), "loss.step": torch.tensor(step)}
+    state = {"rng": [random_state.capture_rng()], "config": {"out": None, "lr": 0.1}}
+    saver.start(step, tensors, state)
+    saver.wait()
+    return checkpoint.checkpoint_path(folder, step)
 
 
 def test_round_trip(tmp_path: Path) -> None:
     path = save(tmp_path, 7)
-    assert path.name == "step-00000007.pt"
+    assert path.name == "step-00000007"
     state = checkpoint.read_checkpoint(path)
     assert (state["step"], state["config"]) == (7, {"out": None, "lr": 0.1})
-    assert torch.equal(state["model"]["weight"], torch.full((50_000,), 7.0))
+    assert torch.equal(checkpoint.load_model(path)["weight"], torch.full((50_000,), 7.0))
+    saved = checkpoint.saved_tensors(path)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in saved.items()} == {
+        "model.weight": ((50_000,), torch.float32),
+        "loss.step": ((), torch.int64),
+    }
+
+
+def test_training_goes_on_while_it_is_written(tmp_path: Path) -> None:
+    """What changes after `start` is not in the checkpoint."""
+    saver = Saver(tmp_path, WORLD, keep=3)
+    weight = torch.ones(50_000)
+    saver.start(1, {"model.weight": weight}, {})
+    weight.zero_()
+    saver.wait()
+    assert torch.equal(checkpoint.load_model(tmp_path / "step-00000001")["weight"], torch.ones(50_000))
+
+
+def test_the_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    check = subprocess.run(["sha256sum", "-c", checkpoint.MANIFEST], cwd=path, capture_output=True, text=True)
+    assert check.returncode == 0
+    assert sorted(check.stdout.split()) == sorted(["OK", "OK", f"{SHARD}:", "state.json:"])
+
+
+def test_a_save_of_the_same_step_replaces_and_takes_nothing_from_a_killed_one(tmp_path: Path) -> None:
+    """Also where more ranks had begun it: their files are not of the new one."""
+    path = save(tmp_path, 1)
+    left = unfinished(path)
+    left.mkdir()
+    (left / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b"half")
+    saver = Saver(tmp_path, WORLD, keep=3)
+    saver.start(1, {"model.weight": torch.zeros(3)}, {})
+    saver.wait()
+    assert checkpoint.read_checkpoint(path)["step"] == 1
+    assert torch.equal(checkpoint.load_model(path)["weight"], torch.zeros(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_the_last_k_are_kept_in_the_order_of_steps(tmp_path: Path) -> None:
     for step in (5, 20, 100, 1000):
         save(tmp_path, step, keep=2)
-    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-00000100.pt", "step-00001000.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000100", "step-00001000"]
 
 
 def test_random_states_come_back() -> None:
@@ -55,12 +93,12 @@ def test_random_states_come_back() -> None:
         return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
 
     np.random.standard_normal()  # noqa: NPY002 - leaves numpy with a spare Gaussian, which is state as well
-    state = checkpoint.capture_rng()
+    state = random_state.capture_rng()
     expected = draws()
     assert draws() != expected
-    checkpoint.restore_rng(state)
+    random_state.restore_rng(state)
     assert draws() == expected
-    with checkpoint.preserved_rng():
+    with random_state.preserved_rng():
         inside = draws()
     assert draws() == inside
 
@@ -68,120 +106,157 @@ def test_random_states_come_back() -> None:
 def test_random_states_survive_the_file(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     expected = (random.random(), float(np.random.rand()), float(torch.rand(())))  # noqa: NPY002
-    checkpoint.restore_rng(checkpoint.read_checkpoint(path)["rng"][0])
+    random_state.restore_rng(checkpoint.read_checkpoint(path)["rng"][0])
     assert (random.random(), float(np.random.rand()), float(torch.rand(()))) == expected  # noqa: NPY002
 
 
-def flip_a_byte_of_the_weights(path: Path) -> None:
-    data = bytearray(path.read_bytes())
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    file.write_bytes(data)
 
 
-def cut_off(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1000])
+def cut_off(file: Path) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
 
 
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
 
 
-def replace_by_text(path: Path) -> None:
-    path.write_text("no checkpoint")
+def replace_by_text(file: Path) -> None:
+    file.write_text("no checkpoint")
 
 
-DAMAGES = [flip_a_byte_of_the_weights, cut_off, empty, replace_by_text]
+def delete(file: Path) -> None:
+    file.unlink()
 
 
+DAMAGES = [flip_a_bit, cut_off, empty, replace_by_text, delete]
+
+
+@pytest.mark.parametrize("file", [SHARD, checkpoint.STATE, checkpoint.MANIFEST])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_found_and_the_one_before_is_taken(
-    damage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(
+    damage: Any, file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)  # the command switches it off
     save(tmp_path, 1)
     bad = save(tmp_path, 2)
-    damage(bad)
-    with pytest.raises(UnreadableCheckpointError):
+    damage(bad / file)
+    # A manifest that lost lines or a digit is whole in itself: the file that it then disagrees with is named.
+    named = "|".join([SHARD, checkpoint.STATE, checkpoint.MANIFEST]) if file == checkpoint.MANIFEST else file
+    with pytest.raises(UnreadableCheckpointError, match=named):
         checkpoint.read_checkpoint(bad)
-    with pytest.raises(UsageError, match=r"step-00000002\.pt cannot be read"):
+    with pytest.raises(UsageError, match=r"step-00000002 cannot be read"):
         checkpoint.find_checkpoint(bad)
     with caplog.at_level(logging.WARNING):
         found = checkpoint.newest_checkpoint(tmp_path, own=True)
     assert found is not None
     assert found[1]["step"] == 1
-    assert "step-00000002.pt cannot be read" in caplog.text
+    assert "step-00000002 cannot be read" in caplog.text
     # It no longer counts among the newest, so that pruning cannot leave it as the only one.
     save(tmp_path, 3, keep=1)
-    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".pt"] == ["step-00000003.pt"]
-    assert (tmp_path / "step-00000002.pt.damaged").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002.damaged", "step-00000003"]
+
+
+def test_every_single_bit_of_the_manifest_counts(tmp_path: Path) -> None:
+    """Its own bits have no sum: a change must show in what it says."""
+    path = save(tmp_path, 1)
+    manifest = path / checkpoint.MANIFEST
+    good = manifest.read_bytes()
+    for bit in range(8 * len(good)):
+        data = bytearray(good)
+        data[bit // 8] ^= 1 << bit % 8
+        manifest.write_bytes(data)
+        with pytest.raises(UnreadableCheckpointError):
+            checkpoint.read_checkpoint(path)
+
+
+def test_a_file_too_many_is_named(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (path / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b"")
+    with pytest.raises(UnreadableCheckpointError, match=r"shard-00002.* is not of this checkpoint"):
+        checkpoint.read_checkpoint(path)
 
 
 def test_nothing_readable_is_an_error_and_no_fresh_start(tmp_path: Path) -> None:
     assert checkpoint.newest_checkpoint(tmp_path) is None
-    cut_off(save(tmp_path, 1))
+    cut_off(save(tmp_path, 1) / SHARD)
     with pytest.raises(RunError, match=r"no checkpoint in .* can be read"):
         checkpoint.newest_checkpoint(tmp_path)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_reading_changes_nothing(tmp_path: Path) -> None:
     """As the evaluation of a live run reads it: its trainer's unfinished file, and a damaged one, stay."""
     folder = tmp_path / "checkpoints"
     save(folder, 1)
-    cut_off(save(folder, 2))
-    (folder / f".step-00000003.pt.4711{files.UNFINISHED}").write_bytes(b"half")
+    cut_off(save(folder, 2) / SHARD)
+    unfinished(folder / "step-00000003").mkdir()
+    (unfinished(folder / "step-00000003") / SHARD).write_bytes(b"half")
     before = contents(folder)
     assert checkpoint.find_checkpoint(tmp_path)[1]["step"] == 1
     assert checkpoint.newest_checkpoint(folder)[1]["step"] == 1  # type: ignore[index]
     assert contents(folder) == before
     assert checkpoint.newest_checkpoint(folder, own=True)[1]["step"] == 1  # type: ignore[index]
-    assert sorted(contents(folder)) == ["step-00000001.pt", "step-00000002.pt.damaged"]
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000001", "step-00000002.damaged"]
 
 
-@pytest.mark.parametrize("after", [0, 3, 5])
+@pytest.mark.parametrize("file", [SHARD, checkpoint.STATE, checkpoint.MANIFEST])
 def test_a_disk_that_does_not_read_is_no_damage(
-    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the first read and at later ones, in the sums and in torch.load: nothing is renamed."""
+    """Nothing is renamed: the checkpoint may be good."""
     save(tmp_path, 1)
     save(tmp_path, 2)
     before = contents(tmp_path)
-    reads = 0
-    readinto = checkpoint._RememberingReader.readinto
+    opened = Path.open
 
-    def refuse(self: Any, buffer: Any) -> int | None:
-        nonlocal reads
-        reads += 1
-        if reads > after:
-            self.error = OSError(errno.EIO, os.strerror(errno.EIO))
-            raise self.error
-        return readinto(self, buffer)
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self.name == file:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return opened(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint._RememberingReader, "readinto", refuse)
-        with pytest.raises(RunError, match=r"cannot read .*step-00000002\.pt: Input/output error"):
+        patch.setattr(Path, "open", refuse)
+        with pytest.raises(RunError, match=rf"cannot read .*step-00000002/{file}: Input/output error"):
             checkpoint.newest_checkpoint(tmp_path, own=True)
     assert contents(tmp_path) == before
     assert checkpoint.newest_checkpoint(tmp_path)[1]["step"] == 2  # type: ignore[index]
 
 
+def with_state(path: Path, **changes: Any) -> Path:
+    """The checkpoint with another state.json, and sums that fit."""
+    state = {**checkpoint.read_checkpoint(path), **changes}
+    (path / checkpoint.STATE).write_text(json.dumps(state))
+    sign(path)
+    return path
+
+
+def sign(path: Path) -> None:
+    sums = [(checkpoint.sha256_of(f), f.name) for f in path.iterdir() if f.name != checkpoint.MANIFEST]
+    (path / checkpoint.MANIFEST).write_text("".join(f"{digest}  {name}\n" for digest, name in sums))
+
+
 def test_a_newer_version_is_left_alone(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    newer = tmp_path / "step-00000002.pt"
-    torch.save({"format": checkpoint.FORMAT, "version": 99, "step": 2}, newer)
-    with pytest.raises(UsageError, match=r"step-00000002\.pt was written by a newer version"):
+    newer = with_state(save(tmp_path, 2), version=99)
+    with pytest.raises(UsageError, match=r"step-00000002 was written by a newer version \(format 99.*update"):
         checkpoint.newest_checkpoint(tmp_path, own=True)
     assert newer.exists()
 
 
-def test_a_file_without_a_version_is_unreadable(tmp_path: Path) -> None:
-    path = tmp_path / "step-00000001.pt"
-    torch.save({"format": checkpoint.FORMAT}, path)
+def test_foreign_states_are_named(tmp_path: Path) -> None:
     with pytest.raises(UnreadableCheckpointError, match="format version, got None"):
-        checkpoint.read_checkpoint(path)
+        checkpoint.read_checkpoint(with_state(save(tmp_path, 1), version=None))
+    with pytest.raises(UnreadableCheckpointError, match="not a checkpoint of lejepa_fast"):
+        checkpoint.read_checkpoint(with_state(save(tmp_path, 1), format="other"))
 
 
 class _Intruder:
@@ -193,34 +268,30 @@ class _Intruder:
 
 
 def test_code_in_a_checkpoint_never_runs(tmp_path: Path) -> None:
-    sentinel, path = tmp_path / "it-ran", tmp_path / "step-00000001.pt"
-    torch.save({"format": checkpoint.FORMAT, "version": 1, "model": _Intruder(sentinel)}, path)
-    with pytest.raises(UnreadableCheckpointError):
+    """In place of any file, with sums that fit, and as the index that DCP would unpickle."""
+    sentinel = tmp_path / "it-ran"
+    armed = pickle.dumps(_Intruder(sentinel))
+    path = save(tmp_path / "run", 1)
+    (path / checkpoint.STATE).write_bytes(armed)
+    sign(path)
+    with pytest.raises(UnreadableCheckpointError, match="no JSON"):
         checkpoint.read_checkpoint(path)
-    path.write_bytes(pickle.dumps(_Intruder(sentinel)))
-    with pytest.raises(UnreadableCheckpointError):
-        checkpoint.read_checkpoint(path)
+    path = save(tmp_path / "run", 1)
+    (path / SHARD).write_bytes(armed)
+    sign(path)
+    with pytest.raises(UsageError, match="no safetensors"):
+        checkpoint.load_model(path)
+    path = save(tmp_path / "run", 1)
+    (path / ".metadata").write_bytes(armed)
+    sign(path)
+    checkpoint.read_checkpoint(path)
+    assert len(checkpoint.load_model(path)["weight"]) == 50_000
     assert not sentinel.exists()
-    torch.load(tmp_path / _armed(sentinel, tmp_path), weights_only=False)
+    pickle.loads(armed)
     assert sentinel.exists()  # the trap itself works
 
 
-def _armed(sentinel: Path, folder: Path) -> str:
-    torch.save(_Intruder(sentinel), folder / "armed.pt")
-    return "armed.pt"
-
-
-def test_foreign_and_newer_files_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "step-00000001.pt"
-    torch.save({"state_dict": {}}, path)
-    with pytest.raises(UnreadableCheckpointError, match=r"not a checkpoint of lejepa_fast"):
-        checkpoint.read_checkpoint(path)
-    torch.save({"format": checkpoint.FORMAT, "version": 99}, path)
-    with pytest.raises(UsageError, match=r"format 99.*update lejepa_fast"):
-        checkpoint.read_checkpoint(path)
-
-
-def test_a_run_folder_or_a_file_can_be_named(tmp_path: Path) -> None:
+def test_a_run_folder_or_a_checkpoint_can_be_named(tmp_path: Path) -> None:
     save(tmp_path / "checkpoints", 1)
     newest = save(tmp_path / "checkpoints", 2)
     for where in (tmp_path, tmp_path / "checkpoints", newest, str(newest)):
@@ -237,7 +308,7 @@ def test_another_model_is_named() -> None:
         options = {"name": "resnet18", "img_size": None, "drop_path": 0.0, "projector_dim": 64, **model}
         return {"model": options, "crops": {"global_size": 48}}
 
-    path = Path("step-00000001.pt")
+    path = Path("step-00000001")
     checkpoint.check_same_model(
         configured(), configured(img_size=48, drop_path=0.2), path
     )  # the same weights
@@ -252,16 +323,16 @@ def test_another_model_is_named() -> None:
 
 def check_a_refused_save(folder: Path) -> None:
     """With a checkpoint of step 1 in place and a disk that refuses: what must hold for step 2."""
-    with pytest.raises(RunError, match=r"cannot write .*step-00000002\.pt: .*free some space") as refusal:
+    with pytest.raises(RunError, match=r"cannot write .*step-00000002: .*free some space") as refusal:
         save(folder, 2)
     assert "\n" not in str(refusal.value)
-    assert [p.name for p in folder.iterdir() if p.name != "ballast"] == ["step-00000001.pt"]
+    assert [p.name for p in folder.iterdir() if p.name != "ballast"] == ["step-00000001"]
     found = checkpoint.newest_checkpoint(folder)
     assert found is not None
     assert found[1]["step"] == 1
 
 
-@pytest.mark.parametrize("fails_at", ["write", "fsync"])
+@pytest.mark.parametrize("fails_at", ["fsync", "replace", "rename"])
 def test_full_disk(fails_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
 
@@ -269,20 +340,10 @@ def test_full_disk(fails_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        if fails_at == "write":
-            written = []
-            original = files._RememberingFile.write
-
-            def write_a_little(self: Any, data: bytes) -> int:
-                written.append(len(data))
-                if sum(written) > 100_000:
-                    self.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    raise self.error
-                return original(self, data)
-
-            patch.setattr(files._RememberingFile, "write", write_a_little)
+        if fails_at == "replace":
+            patch.setattr("lejepa_fast.train.saving._write_synced", refuse)
         else:
-            patch.setattr(os, "fsync", refuse)
+            patch.setattr(os, fails_at, refuse)
         check_a_refused_save(tmp_path)
     save(tmp_path, 2)  # with space again, it goes through
     assert checkpoint.newest_checkpoint(tmp_path)[1]["step"] == 2  # type: ignore[index]
@@ -315,7 +376,7 @@ def test_a_small_file_system(tmp_path: Path) -> None:
     try:
         save(folder, 1)
         space = os.statvfs(folder)
-        half_of_one = (folder / "step-00000001.pt").stat().st_size // 2
+        half_of_one = (folder / "step-00000001" / SHARD).stat().st_size // 2
         (folder / "ballast").write_bytes(bytes(space.f_bavail * space.f_bsize - half_of_one))
         check_a_refused_save(folder)
     finally:
@@ -323,11 +384,13 @@ def test_a_small_file_system(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    half = tmp_path / f".step-00000002.pt.4711{files.UNFINISHED}"
-    half.write_bytes(b"half")
+    path = save(tmp_path, 1)
+    half = unfinished(tmp_path / "step-00000002")
+    half.mkdir()
+    (half / SHARD).write_bytes(b"half")
+    (tmp_path / f".config.json.4711{files.UNFINISHED}").write_bytes(b"half")
     assert checkpoint.newest_checkpoint(tmp_path, own=True)[1]["step"] == 1  # type: ignore[index]
-    assert not half.exists()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from lejepa_fast.train import checkpoint, evaluate
 from lejepa_fast.train.config import Config, DataConfig, EvalConfig, ModelConfig, to_dict
 from lejepa_fast.train.embeddings import calibrate_batchnorm, embed_source
 from lejepa_fast.train.model import LeJEPAModel, build_model
+from lejepa_fast.train.saving import Saver
+from lejepa_fast.train.world import World
 
 SCRIPT = Path(__file__).parents[1] / "train" / "evaluate.py"
 
@@ -291,7 +293,6 @@ def save_run(run_dir: Path, cfg: Config, *, step: int = 12) -> Path:
     calibrate_batchnorm(model, loader, "cpu")
     with torch.no_grad():
         model.projector[-1].bias += 1.0
-    state = {"config": to_dict(cfg), "model": model.state_dict()}
     (run_dir / "metrics.jsonl").parent.mkdir(parents=True, exist_ok=True)
     (run_dir / "metrics.jsonl").write_text(
         '{"kind": "train", "step": 5, "loss": 1.0, "images_per_second": 10.0}\n'
@@ -299,7 +300,15 @@ def save_run(run_dir: Path, cfg: Config, *, step: int = 12) -> Path:
         '{"kind": "train", "step": 99, "loss": 0.1, "images_per_second": 900.0}\n',
         encoding="utf-8",
     )
-    return checkpoint.save_checkpoint(run_dir / "checkpoints", step, state, keep=2)
+    return save_model(run_dir / "checkpoints", step, model, cfg)
+
+
+def save_model(folder: Path, step: int, model: LeJEPAModel, cfg: Config) -> Path:
+    saver = Saver(folder, World(torch.device("cpu")), keep=2)
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    saver.start(step, tensors, {"config": to_dict(cfg)})
+    saver.wait()
+    return checkpoint.checkpoint_path(folder, step)
 
 
 def test_command_evaluates_a_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,7 +330,7 @@ def test_command_evaluates_a_run(images: Path, tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "run" / "report").exists()
 
 
-def test_command_takes_a_file_other_data_and_another_folder(
+def test_command_takes_a_checkpoint_other_data_and_another_folder(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = save_run(tmp_path / "run", tiny_config(images))
@@ -339,16 +348,11 @@ def foreign_files(folder: Path, cfg: Config) -> dict[str, tuple[Path, str]]:
     torch.save({"state_dict": {}}, other)
     (folder / "empty").mkdir()
     wide = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, projector_dim=9))
-    mixed = checkpoint.save_checkpoint(
-        folder / "mixed",
-        1,
-        {"config": to_dict(wide), "model": build_model(cfg).state_dict()},
-        keep=1,
-    )
+    mixed = save_model(folder / "mixed", 1, build_model(cfg), wide)
     return {
         "missing": (folder / "nowhere", "does not exist"),
         "empty folder": (folder / "empty", "holds no checkpoint"),
-        "text": (text, "cannot be read"),
+        "text": (text, "not a checkpoint of lejepa_fast"),
         "another program's": (other, "not a checkpoint of lejepa_fast"),
         "weights of another model": (mixed, "does not hold the model"),
     }
@@ -380,7 +384,7 @@ def test_script_runs_by_its_path_and_exits_with_2(tmp_path: Path) -> None:
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr == f"error: checkpoint {tmp_path / 'nowhere'} does not exist; " + (
-        "give a run folder, or a file checkpoints/step-*.pt\n"
+        "give a run folder, or a folder checkpoints/step-*\n"
     )
 
 

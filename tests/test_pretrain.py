@@ -28,7 +28,7 @@ from lejepa_fast.train.config import Config
 from lejepa_fast.train.interruption import Interrupted
 from lejepa_fast.train.loop import Trainer
 from lejepa_fast.train.metrics import read_rows
-from lejepa_fast.train.parallelize import World
+from lejepa_fast.train.world import World
 
 SCRIPT = Path(lejepa_fast.train.__path__[0]) / "pretrain.py"
 
@@ -167,7 +167,7 @@ def test_a_refused_export_exits_with_1(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: cannot write {cfg.out}/encoder.safetensors: No space left on device; ")
     assert cfg.out is not None
-    assert (cfg.out / "checkpoints" / "step-00000001.pt").exists()
+    assert (cfg.out / "checkpoints" / "step-00000001").exists()
     assert not (cfg.out / "encoder.safetensors").exists()
 
 
@@ -288,7 +288,7 @@ def test_two_processes_equal_one(tiny: Make, tmp_path: Path) -> None:
     check_same_course(one, two, first=1)
 
     assert one.out is not None
-    resumed = replace(one, out=tmp_path / "resumed", resume=str(one.out / "checkpoints" / "step-00000005.pt"))
+    resumed = replace(one, out=tmp_path / "resumed", resume=str(one.out / "checkpoints" / "step-00000005"))
     result = torchrun(SCRIPT, *arguments_of(resumed, tmp_path / "configs"))
     assert result.returncode == 0, result.stderr
     check_same_course(one, resumed, first=6)
@@ -316,7 +316,7 @@ import sys
 import torch
 from lejepa_fast.train import config
 from lejepa_fast.train.loop import Trainer
-from lejepa_fast.train.parallelize import close_world, setup_world
+from lejepa_fast.train.world import close_world, setup_world
 from lejepa_fast.train.command_line import log_to_stderr
 
 def say(line):

@@ -95,11 +95,11 @@ def test_a_folder_with_other_checkpoints_takes_none_from_elsewhere(tiny: Make, t
     assert cfg.out is not None
     folder = cfg.out / "checkpoints"
     names = sorted(path.name for path in folder.iterdir())
-    for path in (source.out, folder / "step-00000002.pt"):
-        with pytest.raises(UsageError, match=r"holds step-00000006\.pt.*choose another --out"):
+    for path in (source.out, folder / "step-00000002"):
+        with pytest.raises(UsageError, match=r"holds step-00000006.*choose another --out"):
             train_only(tiny(max_steps=8, resume=str(path)))
     assert sorted(path.name for path in folder.iterdir()) == names
-    train_only(tiny(max_steps=8, resume=str(folder / "step-00000006.pt")))
+    train_only(tiny(max_steps=8, resume=str(folder / "step-00000006")))
     assert rows_of(cfg)[-1]["step"] == 8
 
 
@@ -138,6 +138,6 @@ def test_workers_that_a_signal_ended_are_no_failure(
         else:
             with pytest.raises(RunError, match="worker died"):
                 trainer.run()
-    assert (trainer.run_dir / "checkpoints" / "step-00000002.pt").exists() == signalled
+    assert (trainer.run_dir / "checkpoints" / "step-00000002").exists() == signalled
     train_only(cfg)
     assert [row["step"] for row in rows_of(cfg)] == list(range(1, 13))

@@ -18,15 +18,32 @@ from training import CPU, Make, course_of, rows_of, train_only
 
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.errors import RunError, UsageError
-from lejepa_fast.train import checkpoint, files, optimization
-from lejepa_fast.train.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig
+from lejepa_fast.train import checkpoint, files, optimization, saving
+from lejepa_fast.train.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+)
 from lejepa_fast.train.evaluate import open_splits
 from lejepa_fast.train.interruption import Interrupted
 from lejepa_fast.train.loop import Trainer
 from lejepa_fast.train.metrics import Meter, Metrics
-from lejepa_fast.train.parallelize import setup_world
+from lejepa_fast.train.world import setup_world
 
-SECTIONS = (Config, DataConfig, MultiCropRecipe, ModelConfig, LossConfig, OptimConfig, EvalConfig)
+SECTIONS = (
+    Config,
+    DataConfig,
+    MultiCropRecipe,
+    ModelConfig,
+    LossConfig,
+    OptimConfig,
+    ParallelConfig,
+    EvalConfig,
+)
 
 
 def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch, signum: int = signal.SIGTERM) -> None:
@@ -138,13 +155,13 @@ def test_a_damaged_checkpoint_costs_one_interval(
     cfg = tiny(checkpoint_every=2, max_steps=6)
     train_only(cfg)
     assert cfg.out is not None
-    newest = cfg.out / "checkpoints" / "step-00000006.pt"
+    newest = next((cfg.out / "checkpoints" / "step-00000006").glob("shard-*"))
     newest.write_bytes(newest.read_bytes()[:5000])
     before = course_of(cfg)
     with caplog.at_level(logging.INFO):
         train_only(cfg)
-    assert "step-00000006.pt cannot be read" in caplog.text
-    assert "step-00000004.pt, step 4 of 6" in caplog.text
+    assert "step-00000006 cannot be read" in caplog.text
+    assert "step-00000004, step 4 of 6" in caplog.text
     assert course_of(cfg) == before
 
 
@@ -388,21 +405,20 @@ def test_a_save_that_fails_ends_the_run_and_leaves_the_last_one(
     tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = tiny(checkpoint_every=4)
-    save = torch.save
+    write = saving._write_synced
 
-    def full_on_the_second(state: Any, file: Any) -> None:
-        if state["step"] == 8:
-            file.write(b"some of it")
+    def full_on_the_second(path: Path, data: bytes) -> None:
+        if "step-00000008" in str(path):
             raise OSError(28, "No space left on device")
-        save(state, file)
+        write(path, data)
 
-    monkeypatch.setattr(torch, "save", full_on_the_second)
-    with pytest.raises(RunError, match=r"step-00000008\.pt: No space left on device; .*free some space"):
+    monkeypatch.setattr(saving, "_write_synced", full_on_the_second)
+    with pytest.raises(RunError, match=r"step-00000008: No space left on device; .*free some space"):
         train_only(cfg)
     assert cfg.out is not None
     folder = cfg.out / "checkpoints"
-    assert [path.name for path in folder.iterdir()] == ["step-00000004.pt"]
-    assert checkpoint.read_checkpoint(folder / "step-00000004.pt")["step"] == 4
+    assert [path.name for path in folder.iterdir()] == ["step-00000004"]
+    assert checkpoint.read_checkpoint(folder / "step-00000004")["step"] == 4
 
 
 # ---- pieces ------------------------------------------------------------------------------------------

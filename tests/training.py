@@ -11,7 +11,7 @@ import torch
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.loop import Trainer
 from lejepa_fast.train.metrics import read_rows
-from lejepa_fast.train.parallelize import World
+from lejepa_fast.train.world import World
 
 CPU = World(torch.device("cpu"))
 

@@ -1,15 +1,16 @@
-"""Checkpoints: written whole or not at all, found again, and checked before they are used.
+"""Checkpoints: found, and checked before they are used.
 
-A checkpoint is one file, `checkpoints/step-00000123.pt`, written by rank 0 with `torch.save` and read
-with `weights_only=True`: tensors, numbers, strings and containers, no code. Its records carry CRC-32
-sums, and reading verifies them, so a cut-off file and changed contents are found before they are used
-(the few bytes of zip headers between the records carry no sum).
+A checkpoint is a folder, `checkpoints/step-00000123`, written by `saving.py`:
 
-    {"format", "version", "step", "config", "data", "model", "optimizer", "scheduler", "loss", "loader",
-     "rng"}
+    shard-*.safetensors   the tensors, by `torch.distributed.checkpoint`: each rank's share in its own file.
+                          "model.NAME", "optimizer.NAME.SLOT" (moments and step of a parameter), "loss.NAME"
+    state.json            {"format", "version", "step", "config", "data", "scheduler", "loader", "rng"}:
+                          `data` says which images the run trains on (`resume.data_identity`), `rng` is a list
+                          with an entry for each rank
+    manifest.sha256       the SHA-256 sum of every other file, as `sha256sum -c` reads it
 
-`data` says which images the run trains on (`resume.data_identity`), `loss` is the state of the loss module
-(the SIGReg step), `rng` a list with one entry per rank.
+Any number of processes may read it. No file is a pickle, so no code in one can run: DCP's own format has a
+pickled index and unpickles it without restriction (torch 2.11 to 2.15), its safetensors format has none.
 
 Reading changes nothing on the disk: another program may read a run that is still being written. Only the
 trainer cleans up, in its own folder (`newest_checkpoint(..., own=True)`).
@@ -17,98 +18,83 @@ trainer cleans up, in its own folder (`newest_checkpoint(..., own=True)`).
 
 from __future__ import annotations
 
-import contextlib
-import io
+import hashlib
+import json
 import logging
-import random
+import os
 import re
-import zipfile
-from collections.abc import Iterator
+import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 
 from lejepa_fast.errors import RunError, UsageError
-from lejepa_fast.train.files import remove_unfinished, write_atomically
+from lejepa_fast.train.files import remove_unfinished
 
 log = logging.getLogger("lejepa_fast.train")
 
+# DCP says so at each save and load of a single process, and it is no news.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
 FORMAT = "lejepa_fast.checkpoint"
-VERSION = 1
-_NAME = re.compile(r"step-(\d{8,})\.pt")
+VERSION = 2  # 1 was a single file, step-*.pt, and only ever in development versions
+STATE, MANIFEST = "state.json", "manifest.sha256"
+_NAME = re.compile(r"step-(\d{8,})")
+_LINE = re.compile(r"([0-9a-f]{64})  (\S+)")
 
 
 class UnreadableCheckpointError(Exception):
-    """The file is damaged or no checkpoint of this trainer. `args[0]` is the reason, without the path."""
+    """The checkpoint is damaged or none of this trainer. `args[0]` is the reason; it names the file in it."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}.pt"
+    return folder / f"step-{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first; [] if there is no such folder."""
-    found = [(int(m.group(1)), p) for p in folder.glob("step-*.pt") if (m := _NAME.fullmatch(p.name))]
+    found = [(int(m.group(1)), p) for p in folder.glob("step-*") if (m := _NAME.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
-    """Write the checkpoint of `step`, then remove all but the `keep` newest; RunError if the disk refuses."""
-    path = checkpoint_path(folder, step)
-    whole = {"format": FORMAT, "version": VERSION, "step": step, **state}
-    write_atomically(
-        path,
-        lambda file: torch.save(whole, file),
-        way_out="earlier checkpoints are untouched; free some space and run the same command again",
-    )
-    for old in list_checkpoints(folder)[:-keep]:
-        old.unlink(missing_ok=True)
-    remove_unfinished(folder)
-    return path
-
-
-class _RememberingReader(io.FileIO):
-    """A file that keeps the OSError of a read: PyTorch's reader may report another error instead."""
-
-    error: OSError | None = None
-
-    def readinto(self, buffer: Any) -> int | None:
-        try:
-            return super().readinto(buffer)
-        except OSError as error:
-            self.error = error
-            raise
+# ---- reading -----------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint onto the CPU. Nothing in the file is executed, and nothing on the disk changes.
+    """Check every file of a checkpoint and return what is no tensor, `state.json`; changes nothing on disk.
 
     Raises UnreadableCheckpointError if it is damaged or something else, RunError if the disk or the rights
     do not let it be read (it may be good), UsageError if a newer version wrote it.
     """
-    raw: _RememberingReader | None = None
     try:
-        raw = _RememberingReader(path)
-        with io.BufferedReader(raw) as file:
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()  # torch.load itself ignores the sums
-            if damaged is not None:
-                raise UnreadableCheckpointError(f"checksum of {damaged} is wrong")
-            file.seek(0)
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except (UnreadableCheckpointError, MemoryError):
-        raise
-    except Exception as error:  # a damaged archive makes its readers raise anything
-        refused = error if isinstance(error, OSError) else raw.error if raw else None
-        if refused is not None:
-            raise RunError(
-                f"cannot read {path}: {refused.strerror or refused}; it is left as it is: "
-                "run the same command again once it can be read"
-            ) from error
-        text = str(error).strip().splitlines()
-        raise UnreadableCheckpointError(text[0] if text else type(error).__name__) from error
+        return _read_checked(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        missing = Path(error.filename).name if error.filename else path.name
+        raise UnreadableCheckpointError(f"{missing} is missing") from error
+    except OSError as error:
+        raise RunError(
+            f"cannot read {error.filename or path}: {error.strerror or error}; it is left as it is: "
+            "run the same command again once it can be read"
+        ) from error
+
+
+def _read_checked(path: Path) -> dict[str, Any]:
+    sums = _read_manifest(path / MANIFEST)
+    raw = (path / STATE).read_bytes()
+    if hashlib.sha256(raw).hexdigest() != sums.get(STATE):
+        raise UnreadableCheckpointError(f"{STATE} is not what its SHA-256 sum says")
+    try:
+        state = json.loads(raw)
+    except ValueError as error:
+        raise UnreadableCheckpointError(f"{STATE} is no JSON: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UnreadableCheckpointError("not a checkpoint of lejepa_fast's trainer")
     version = state.get("version")
@@ -119,20 +105,98 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"checkpoint {path} was written by a newer version (format {version}, known: {VERSION}); "
             "update lejepa_fast, or choose another --out"
         )
+    there = {file.name for file in path.iterdir()} - {MANIFEST}
+    if there != set(sums):
+        odd = sorted(there ^ set(sums))[0]
+        raise UnreadableCheckpointError(f"{odd} is {'not of this checkpoint' if odd in there else 'missing'}")
+    names = sorted(there - {STATE})
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for name, digest in zip(names, pool.map(lambda n: sha256_of(path / n), names), strict=True):
+            if digest != sums[name]:
+                raise UnreadableCheckpointError(f"{name} is not what its SHA-256 sum says")
     return state
+
+
+def _read_manifest(path: Path) -> dict[str, str]:
+    try:
+        text = path.read_bytes().decode("ascii")
+        lines = [_LINE.fullmatch(line) for line in text.removesuffix("\n").split("\n")]
+    except UnicodeDecodeError as error:
+        raise UnreadableCheckpointError(f"{path.name} is no list of SHA-256 sums") from error
+    found = [line for line in lines if line is not None]
+    if not found or len(found) != len(lines):
+        raise UnreadableCheckpointError(f"{path.name} is no list of SHA-256 sums")
+    return {line.group(2): line.group(1) for line in found}
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def saved_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, on the meta device: shapes and dtypes.
+
+    UsageError for files that are no safetensors, though their sums say that they were written so.
+    """
+    try:
+        found = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    except SafetensorError as error:
+        raise UsageError(f"checkpoint {path} holds files that are no safetensors: {error}") from error
+    return {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")  # type: ignore[union-attr]
+        for name, entry in found.items()
+    }
+
+
+def load_tensors(path: Path, into: dict[str, Tensor]) -> None:
+    """Fill these tensors, DTensors or not, from a checkpoint of any number of ranks. All ranks call it.
+
+    UsageError where the checkpoint lacks a name or has it in another shape.
+    """
+    try:
+        dcp.load(
+            into,  # type: ignore[arg-type]
+            storage_reader=HuggingFaceStorageReader(str(path)),
+            no_dist=not dist.is_initialized(),
+        )
+    except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
+        failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+        cause = next((failure[0] for failure in failures), error)
+        first = str(cause).splitlines()[0]
+        raise UsageError(f"checkpoint {path} does not fit this run: {first}; choose another --out") from error
+
+
+def load_model(path: Path) -> dict[str, Tensor]:
+    """The whole model of a checkpoint on the CPU, by the names of its state dict; for one process."""
+    saved = saved_tensors(path)
+    whole = {n: torch.empty_like(t, device="cpu") for n, t in saved.items() if n.startswith("model.")}
+    load_tensors(path, whole)
+    return {name.removeprefix("model."): tensor for name, tensor in whole.items()}
+
+
+# ---- choosing ----------------------------------------------------------------------------------------
 
 
 def newest_checkpoint(folder: Path, *, own: bool = False) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that can be read, or None where there is none at all.
 
-    A damaged file is passed over with a warning. `own`: the caller is the trainer that writes to `folder`,
-    and a damaged file is also renamed to `*.damaged`, since under its own name it would count among the
-    newest kept; files that a killed trainer left unfinished are removed.
-    Raises RunError where files exist and none can be read, and what `read_checkpoint` raises.
+    A damaged one is passed over with a warning. `own`: the caller is the trainer that writes to `folder`,
+    and a damaged one is also renamed to `*.damaged`, since under its own name it would count among the
+    newest kept; what a killed trainer left unfinished is removed.
+    Raises RunError where checkpoints exist and none can be read, and what `read_checkpoint` raises.
     """
     if own:
         remove_unfinished(folder)
     paths = list_checkpoints(folder)
+    if not paths and any(folder.glob("step-*.pt")):
+        raise UsageError(
+            f"{folder} holds checkpoints of an earlier development version (format 1, step-*.pt), which this "
+            "one does not read; choose another --out"
+        )
     for path in reversed(paths):
         try:
             return path, read_checkpoint(path)
@@ -149,28 +213,35 @@ def newest_checkpoint(folder: Path, *, own: bool = False) -> tuple[Path, dict[st
 
 
 def _set_aside(path: Path) -> None:
+    aside = path.with_name(path.name + ".damaged")
     try:
-        path.rename(path.with_name(path.name + ".damaged"))
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
     except OSError as error:
         raise RunError(f"cannot rename the damaged {path}: {error.strerror}; move it away") from error
 
 
 def find_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that a user named: a file, a run folder or its `checkpoints`.
+    """The checkpoint that a user named: itself, a run folder or its `checkpoints`.
 
     Changes nothing on the disk. UsageError if there is none, and what `read_checkpoint` raises.
     """
     path = Path(where)
-    if path.is_dir():
+    if not path.exists():
+        raise UsageError(
+            f"checkpoint {path} does not exist; give a run folder, or a folder checkpoints/step-*"
+        )
+    if not path.is_dir():
+        raise UsageError(
+            f"checkpoint {path} is a file, not a checkpoint of lejepa_fast; give a run folder, or a folder "
+            "checkpoints/step-*"
+        )
+    if not _NAME.fullmatch(path.name):
         for folder in (path / "checkpoints", path):
             found = newest_checkpoint(folder)
             if found is not None:
                 return found
-        raise UsageError(f"{path} holds no checkpoint; give a run folder, or a file checkpoints/step-*.pt")
-    if not path.exists():
-        raise UsageError(
-            f"checkpoint {path} does not exist; give a run folder, or a file checkpoints/step-*.pt"
-        )
+        raise UsageError(f"{path} holds no checkpoint; give a run folder, or a folder checkpoints/step-*")
     try:
         return path, read_checkpoint(path)
     except UnreadableCheckpointError as error:
@@ -200,43 +271,3 @@ def check_same_model(saved: dict[str, Any], current: dict[str, Any], path: Path)
         f"checkpoint {path} is of model {named(theirs, ours)}, and this run is of {named(ours, theirs)}; "
         "choose another --out, or the checkpoint's model"
     )
-
-
-def capture_rng() -> dict[str, Any]:
-    """All random states of this process, as `torch.load(weights_only=True)` accepts them."""
-    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": (kind, np.asarray(keys).tolist(), *rest),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_rng(state: dict[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-@contextlib.contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Whatever happens inside, the random states afterwards are those from before."""
-    state = capture_rng()
-    try:
-        yield
-    finally:
-        restore_rng(state)
-
-
-def seed_rng(seed: int) -> None:
-    """Set all random states of this process."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    torch.manual_seed(seed)

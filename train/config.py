@@ -98,6 +98,18 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """How processes share the model. auto: without torchrun none; with it, FSDP2 from half a billion
+    parameters and DDP below."""
+    replicate: int = 1
+    """Groups of processes that each hold the whole model under FSDP2 (HSDP); divides their number."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again, block by block. selective: everything but attention and every
+    second matrix product; full: everything."""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     every: int = 10
     """Epochs between kNN evaluations during training; 0: only at the end."""
@@ -115,6 +127,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     out: Path | None = None
     """Run folder; None: runs/DATA-MODEL."""
@@ -125,6 +138,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast on GPUs, float32 on the CPU. The loss is float32 always."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of each block of the encoder. auto: on GPUs, where it pays for its minutes."""
     resume: str = "auto"
     """auto: continue from the newest readable checkpoint of the run folder, if any; none: start anew;
     PATH: a checkpoint file or another run folder."""
@@ -134,6 +149,8 @@ class Config:
     """Steps between checkpoints; one is always written at the end and on SIGTERM or Ctrl-C."""
     keep_checkpoints: int = 3
     tensorboard: bool = True
+    profile: bool = False
+    """Record a few steps after the first ones: profiler trace and memory snapshot in RUN/profile/."""
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -191,6 +208,7 @@ def validate(cfg: Config, world_size: int = 1) -> None:
         ("optim.lr", cfg.optim.lr, 0),
         ("optim.weight_decay", None if cfg.optim.weight_decay == "auto" else cfg.optim.weight_decay, 0),
         ("optim.clip_grad_norm", cfg.optim.clip_grad_norm, 0),
+        ("parallel.replicate", cfg.parallel.replicate, 1),
         ("eval.every", cfg.eval.every, 0),
         ("eval.image_size", cfg.eval.image_size, 1),
         ("eval.batch_size", cfg.eval.batch_size, 1),
@@ -227,6 +245,11 @@ def validate(cfg: Config, world_size: int = 1) -> None:
     for name, value in shares:
         if not 0 <= value <= 1:
             raise UsageError(f"{name}: expected a number from 0 to 1, got {value}")
+    if world_size % cfg.parallel.replicate:
+        raise UsageError(
+            f"parallel.replicate: {world_size} processes cannot be split evenly into "
+            f"{cfg.parallel.replicate} groups; use a divisor of their number"
+        )
     _validate_batch(cfg.data.batch_size, world_size)
 
 
@@ -241,7 +264,7 @@ def _validate_batch(batch_size: int, world_size: int) -> None:
         raise UsageError(
             f"data.batch_size: {batch_size} over {world_size} process(es) leaves {batch_size // world_size} "
             "image(s) for each, and BatchNorm and SIGReg take statistics over at least 2; "
-            f"use --batch-size {2 * world_size} or more"
+            f"use --batch-size {2 * world_size} or more (rule of thumb: 256 or more in all)"
         )
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lejepa_fast.data import ImageSource, MultiCropRecipe, eval_loader, multicrop_loader, open_source
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.checkpoint import find_checkpoint
+from lejepa_fast.train.checkpoint import find_checkpoint, load_model
 from lejepa_fast.train.collapse import Verdict, effective_rank, embedding_std, sigreg_statistic, verdict
 from lejepa_fast.train.command_line import log_to_stderr, parse_options, run_command
 from lejepa_fast.train.config import (
@@ -41,9 +41,9 @@ from lejepa_fast.train.embeddings import Embeddings, calibrate_batchnorm, embed_
 from lejepa_fast.train.files import make_folder
 from lejepa_fast.train.metrics import read_rows
 from lejepa_fast.train.model import LeJEPAModel, build_model
-from lejepa_fast.train.parallelize import choose_device
 from lejepa_fast.train.probes import fit_linear_probe, knn_accuracy, linear_probe
 from lejepa_fast.train.report import write_report
+from lejepa_fast.train.world import choose_device
 
 __all__ = [
     "Embeddings",
@@ -353,7 +353,7 @@ class Options:
     """Evaluate a checkpoint against the untrained encoder, and write a report."""
 
     checkpoint: Path
-    """A run folder (its newest checkpoint is taken) or a file checkpoints/step-*.pt."""
+    """A run folder (its newest checkpoint is taken) or a folder checkpoints/step-*."""
     data: str | None = None
     """Images to evaluate on, in any form that training takes; None: those of the run."""
     image_size: int | None = None
@@ -385,7 +385,7 @@ def evaluate_checkpoint(options: Options) -> Path:
     train_source, val_source = open_splits(cfg.data)
     workers = loader_workers(cfg, processes_here=1, on_gpu=device.type == "cuda")
     model = build_model(cfg)
-    _load(model, state["model"], path)
+    _load(model, load_model(path), path)
     setting = {"device": device, "linear": options.linear, "num_workers": workers}
     untrained = evaluate_untrained(cfg, train_source, val_source, **setting)
     trained = evaluate_model(
@@ -399,7 +399,7 @@ def evaluate_checkpoint(options: Options) -> Path:
         **setting,
     )
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    out = options.out or run_dir / "evaluation" / path.stem
+    out = options.out or run_dir / "evaluation" / path.name
     history = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("step", 0) <= state["step"]]
     speed = training_speed(history)
     if options.data is not None or options.image_size is not None:

@@ -3,18 +3,71 @@
 settings = json.load(open("encoder.json"))
 encoder = timm.create_model(**settings["model"])
 encoder.load_state_dict(safetensors.torch.load_file("encoder.safetensors"))
+
+The trainer writes both at the end of a run. From a checkpoint, while a run goes on or after it has ended:
+
+    python train/export.py --checkpoint RUN --out encoder.safetensors
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
-from lejepa_fast.train.config import Config
+from lejepa_fast.errors import UsageError
+from lejepa_fast.train.checkpoint import find_checkpoint, load_tensors, saved_tensors
+from lejepa_fast.train.command_line import log_to_stderr, parse_options, run_command
+from lejepa_fast.train.config import Config, from_dict
 from lejepa_fast.train.files import write_atomically
+from lejepa_fast.train.model import build_model
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write the encoder of a checkpoint to a safetensors file, and beside it how timm builds the model."""
+
+    checkpoint: Path
+    """A run folder (its newest checkpoint is taken) or a folder checkpoints/step-*."""
+    out: Path = Path("encoder.safetensors")
+    """The file to write; the settings go beside it, to the same name with .json."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 done, 1 the disk refuses, 2 wrong usage."""
+    log_to_stderr()
+    given = sys.argv[1:] if argv is None else argv
+    return run_command(lambda: convert(parse_options(Options, given, description=Options.__doc__ or "")))
+
+
+def convert(options: Options) -> Path:
+    """Write the two files of a checkpoint; returns the path of the weights. Reads the encoder alone."""
+    if options.out.suffix != ".safetensors":
+        raise UsageError(f"out: expected a file name that ends in .safetensors, got {options.out}")
+    path, state = find_checkpoint(options.checkpoint)
+    cfg = from_dict(state["config"], where=f"checkpoint {path}")
+    prefix = "model.encoder."
+    found = {name: tensor for name, tensor in saved_tensors(path).items() if name.startswith(prefix)}
+    weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in found.items()}
+    load_tensors(path, weights)
+    encoder = build_model(cfg, meta=True).encoder
+    odd = sorted(encoder.state_dict().keys() ^ {name.removeprefix(prefix) for name in weights})
+    if odd:
+        raise UsageError(
+            f"checkpoint {path} does not hold the encoder that its configuration describes ({odd[0]}); "
+            "it was written by another version: convert it with that one"
+        )
+    plain = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    _write(plain, encoder.encoder_args, cfg, state["step"], options.out, way_out="choose another --out")
+    print(f"step {state['step']} of {path}: {options.out}")
+    return options.out
 
 
 def export_encoder(encoder: nn.Module, cfg: Config, step: int, run_dir: Path) -> Path:
@@ -23,9 +76,18 @@ def export_encoder(encoder: nn.Module, cfg: Config, step: int, run_dir: Path) ->
     `encoder.json`: "model" (arguments of `timm.create_model`), "input" (size, mean and std of the images
     that it was evaluated on, RGB in 0-1 before normalisation) and "step".
     """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    way_out = "free some space and run the same command again: a finished run goes straight to this step"
+    path = run_dir / "encoder.safetensors"
+    _write(encoder.state_dict(), encoder.encoder_args, cfg, step, path, way_out=way_out)
+    return path
+
+
+def _write(
+    weights: Mapping[str, Tensor], encoder_args: Any, cfg: Config, step: int, path: Path, *, way_out: str
+) -> None:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     settings = {
-        "model": encoder.encoder_args,
+        "model": encoder_args,
         "input": {
             "size": cfg.eval.image_size or cfg.crops.global_size,
             "mean": list(cfg.crops.mean),
@@ -34,9 +96,10 @@ def export_encoder(encoder: nn.Module, cfg: Config, step: int, run_dir: Path) ->
         "trained_with": "lejepa_fast",
         "step": step,
     }
-    way_out = "free some space and run the same command again: a finished run goes straight to this step"
-    path = run_dir / "encoder.safetensors"
-    write_atomically(path, lambda file: file.write(save(weights)), way_out=way_out)
+    write_atomically(path, lambda file: file.write(save(plain)), way_out=way_out)
     text = json.dumps(settings, indent=2) + "\n"
-    write_atomically(run_dir / "encoder.json", lambda file: file.write(text.encode()), way_out=way_out)
-    return path
+    write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()), way_out=way_out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -49,7 +50,7 @@ def write_atomically(path: Path, fill: Callable[[IO[bytes]], object], *, way_out
             raw.flush()
             os.fsync(raw.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -62,7 +63,10 @@ def write_atomically(path: Path, fill: Callable[[IO[bytes]], object], *, way_out
 def remove_unfinished(folder: Path) -> None:
     """Remove what a killed process left half written in `folder`."""
     for path in folder.glob(f".*{UNFINISHED}"):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:
@@ -73,7 +77,7 @@ def make_folder(path: Path) -> None:
         raise RunError(f"cannot make the folder {path}: {error.strerror}; choose another --out") from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename itself survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

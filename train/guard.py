@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lejepa_fast.errors import RunError
-from lejepa_fast.train.parallelize import World
+from lejepa_fast.train.world import World
 
 log = logging.getLogger("lejepa_fast.train")
 

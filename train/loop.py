@@ -7,6 +7,7 @@ of finished steps; the epoch and the batch within it follow from it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -18,13 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import lejepa_fast
 from lejepa_fast import LeJEPALoss, SIGReg
 from lejepa_fast.data import multicrop_loader
 from lejepa_fast.errors import RunError, UsageError
-from lejepa_fast.train import checkpoint, config, files, resume
+from lejepa_fast.train import checkpoint, config, files, random_state, resume
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.evaluate import (
     EvalResult,
@@ -36,21 +38,34 @@ from lejepa_fast.train.evaluate import (
     training_speed,
 )
 from lejepa_fast.train.export import export_encoder
+from lejepa_fast.train.flops import count_flops, peak_flops
 from lejepa_fast.train.guard import StepGuard
+from lejepa_fast.train.initialize import memory_format, whole_model
 from lejepa_fast.train.interruption import Interrupted, SignalWatch
-from lejepa_fast.train.metrics import Meter, Metrics, read_rows
-from lejepa_fast.train.model import LeJEPAModel, build_model, is_convolutional
+from lejepa_fast.train.lock import RunLock
+from lejepa_fast.train.metrics import Meter, Metrics, peak_memory_gib, read_rows
+from lejepa_fast.train.model import LeJEPAModel, build_model
 from lejepa_fast.train.optimization import build_optimizer, build_scheduler
+from lejepa_fast.train.out_of_memory import settings_that_help
 from lejepa_fast.train.parallelize import (
+    choose_strategy,
+    compiles,
+    compute_dtype,
+    eagerly,
+    make_mesh,
+    parallelize,
+)
+from lejepa_fast.train.profiling import StepProfiler
+from lejepa_fast.train.report import write_report
+from lejepa_fast.train.saving import Saver
+from lejepa_fast.train.world import (
     World,
     from_main,
     gather_to_main,
     mean_over_ranks,
     on_all,
     on_main,
-    parallelize,
 )
-from lejepa_fast.train.report import write_report
 
 log = logging.getLogger("lejepa_fast.train")
 
@@ -70,14 +85,23 @@ class Trainer:
         self.run_dir: Path = cfg.out
         on_all(world, self._open_data)
         on_all(world, self._build)
-        self.parallel = parallelize(self.model, world)
+        mesh = make_mesh(cfg.parallel, world.device.type)
+        with settings_that_help(cfg, world):
+            self.parallel = parallelize(self.model, cfg, mesh, world.device)
+        # What is random in training (drop path) differs between ranks and not between runs.
+        random_state.seed_rng(cfg.seed + 7919 * world.rank)
         self.optimizer = build_optimizer(self.model, cfg.optim, world.device)
         self.guard = StepGuard(self.model, self.optimizer, world)
         self.step = 0  # finished steps
         self.total_steps = config.total_steps(cfg, len(self.loader))
         self.scheduler = build_scheduler(self.optimizer, cfg.optim, self.total_steps)
+        self.saver = Saver(self.run_dir / "checkpoints", world, keep=cfg.keep_checkpoints)
+        self.lock = RunLock(self.run_dir)
         self.signals = SignalWatch()
-        self.meter = Meter()
+        self.flops_per_image = count_flops(cfg).per_image
+        peak = peak_flops(world.device)
+        self.meter = Meter(flops_per_image=self.flops_per_image, peak_flops=peak and peak * world.size)
+        self.profiler = StepProfiler(self.run_dir, world.device, enabled=cfg.profile and world.is_main)
         self._saved_step = -1
 
     def _open_data(self) -> None:
@@ -88,9 +112,6 @@ class Trainer:
         self.data = resume.data_identity(self.train_source, self.val_source)
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.workers = config.loader_workers(cfg, here, world.device.type == "cuda")
-        # One CPU core, forward + backward at 48 and 32 px, seconds, channels first -> last: resnet10t
-        # 0.27 -> 0.25, resnet18 0.41 -> 0.44, convnextv2_atto 0.33 -> 0.30, efficientnet_b0 0.66 -> 0.33.
-        self.channels_last = is_convolutional(cfg.model.name)
         self.loader = multicrop_loader(
             self.train_source,
             cfg.crops,
@@ -103,40 +124,45 @@ class Trainer:
             device=world.device,
             quarantine=self._quarantine,
             max_bad_fraction=cfg.data.max_bad_fraction,
-            channels_last=self.channels_last,
+            channels_last=memory_format(cfg) is torch.channels_last,
         )
 
     def _build(self) -> None:
         cfg, world = self.cfg, self.world
-        self.amp_dtype = _autocast_dtype(cfg, world.device)
-        self.model = self._place(build_model(cfg))
+        self.amp_dtype = compute_dtype(cfg, world.device)
         self.loss_fn = build_loss(cfg, world.device)
-        # What is random in training (drop path) differs between ranks and not between runs.
-        checkpoint.seed_rng(cfg.seed + 7919 * world.rank)
-
-    def _place(self, model: LeJEPAModel) -> LeJEPAModel:
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return model.to(self.world.device, memory_format=layout)
+        self.model = build_model(cfg, meta=True)
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.strategy = choose_strategy(cfg.parallel, parameters, distributed=world.distributed)
+        if self.strategy != "fsdp":  # every process holds all of it anyway
+            self.model = build_model(cfg)
 
     # ---- the run ---------------------------------------------------------------------------------
 
     def run(self) -> Path:
         """Resume or start, train, evaluate, export, report. Returns the path of the report."""
-        with self.signals:
-            self._prepare()
+        with self.signals, settings_that_help(self.cfg, self.world):
             try:
-                self.train()
-                return self.finish()
+                self._prepare()
+                try:
+                    self.train()
+                    return self.finish()
+                finally:
+                    self.profiler.close()
+                    self.metrics.close()
             finally:
-                self.metrics.close()
+                self.saver.close()
+                self.lock.release()
                 # The wrapper holds the process group; alive at the interpreter's exit, gloo's threads abort.
                 self.parallel = self.model
 
     def _prepare(self) -> None:
         """Resume if there is something to resume, then open the run folder for writing."""
         cfg, world = self.cfg, self.world
+        on_main(world, self._lock)  # before anything in the folder changes
         self._resume()
         on_main(world, self._write_config)
+        on_main(world, self._lock)
         self.metrics = Metrics(
             self.run_dir,
             enabled=world.is_main,
@@ -155,6 +181,7 @@ class Trainer:
             "loader_backend": self.loader.backend,
             "loader_workers": self.workers,
             "parameters": sum(p.numel() for p in self.model.parameters()),
+            "gflops_per_image": round(self.flops_per_image / 1e9, 3),
             "torch": torch.__version__,
             "lejepa_fast": lejepa_fast.__version__,
         }
@@ -170,6 +197,10 @@ class Trainer:
             self.run_dir,
         )
 
+    def _lock(self) -> None:
+        if self.run_dir.is_dir():
+            self.lock.take()
+
     def _write_config(self) -> None:
         files.make_folder(self.run_dir)
         text = json.dumps(config.to_dict(self.cfg), indent=2) + "\n"
@@ -182,7 +213,7 @@ class Trainer:
     def train(self) -> None:
         """Train up to `total_steps` and save the last checkpoint; nothing to do for a finished run."""
         self.model.train()
-        self.meter = Meter()
+        self.meter.restart()
         while self.step < self.total_steps:
             epoch, batch = self._position()
             if batch == 0:
@@ -192,6 +223,7 @@ class Trainer:
                 self._train_step(views, epoch)
                 self.meter.add(self.cfg.data.batch_size, waited)
                 self._log_if_due()
+                self.profiler.step(self.step)
                 if self.guard.stop:
                     self._leave()
                 if self.step % self.cfg.checkpoint_every == 0:
@@ -199,6 +231,7 @@ class Trainer:
                 if self.step >= self.total_steps:
                     break
         self.save()
+        self.saver.wait()
 
     def _position(self) -> tuple[int, int]:
         """Epoch, and batches taken of it, fewer than it has. The loader's own count: after a resume with
@@ -230,16 +263,19 @@ class Trainer:
         with torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             global_z, all_z = self.parallel(views)
         out = self.loss_fn(global_z, all_z)
-        self.optimizer.zero_grad(set_to_none=True)
         out.total.backward()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
         own_part = all_z.detach().sum(dtype=torch.float32)
-        self.guard.check(out.total.detach(), own_part, grad_norm, stop=self.signals.requested)
+        stop = self.signals.requested or self.saver.failed
+        self.guard.check(out.total.detach(), own_part, grad_norm, stop=stop)
         if self.cfg.optim.clip_grad_norm > 0:
             clip_grads_with_norm_(parameters, self.cfg.optim.clip_grad_norm, grad_norm)
         lr = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # here, so that none are held during the next forward
         self.scheduler.step()
         self.step += 1
         self.metrics.advance()
@@ -253,8 +289,8 @@ class Trainer:
             return
         last = self._last
         spread = last["z"].float().std(dim=1).mean()  # over samples, within each view and dimension
-        values = mean_over_ranks(self.world, torch.stack([*last["parts"], spread]))
-        loss, prediction, sigreg, embedding_std = values.tolist()
+        values = mean_over_ranks(self.world, torch.stack([*last["parts"], spread, last["grad_norm"]]))
+        loss, prediction, sigreg, embedding_std, grad_norm = values.tolist()  # the one wait for the device
         self.metrics.write(
             "train",
             self.step,
@@ -263,40 +299,39 @@ class Trainer:
             prediction=prediction,
             sigreg=sigreg,
             lr=last["lr"],
-            grad_norm=last["grad_norm"].item(),
+            grad_norm=grad_norm,
             embedding_std=embedding_std,
+            memory_gib=peak_memory_gib(self.world.device),
             **self.meter.read(),
         )
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, unless there is one. RunError on every rank if it fails."""
+        """Begin to save the present step, unless that is done: the training goes on while it is written.
+
+        RunError on every rank if the save before failed; `self.saver.wait` tells of this one.
+        """
         if self._saved_step == self.step:
             return
         began = time.perf_counter()
         self.guard.flush()
-        rng = gather_to_main(self.world, checkpoint.capture_rng())
-        on_main(self.world, lambda: self._write_checkpoint(rng))
-        self._saved_step = self.step
-        self.meter.pause(time.perf_counter() - began)
-
-    def _write_checkpoint(self, rng: list[dict[str, Any]] | None) -> None:
         state = {
             "config": config.to_dict(self.cfg),
             "data": self.data,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "loss": self.loss_fn.state_dict(),
             "loader": self.loader.state_dict(),
-            "rng": rng,
+            "rng": gather_to_main(self.world, random_state.capture_rng()),
         }
-        folder = self.run_dir / "checkpoints"
-        checkpoint.save_checkpoint(folder, self.step, state, keep=self.cfg.keep_checkpoints)
+        tensors = resume.tensors_of(self.model, self.optimizer, self.loss_fn)
+        self.saver.start(self.step, tensors, state)
+        self._saved_step = self.step
+        self.meter.pause(time.perf_counter() - began)
 
     def _leave(self) -> None:
+        self.saver.wait()  # one that failed is why we leave
         self.save()
+        self.saver.wait()
         signum = from_main(self.world, self.signals.signum) or signal.SIGTERM
         raise Interrupted(
             f"stopped by {signal.Signals(signum).name} after step {self.step} of {self.total_steps}; "
@@ -310,8 +345,8 @@ class Trainer:
         path = from_main(self.world, found[0] if found else None)
         if path is None:
             return
-        # The other ranks read rank 0's choice: the run folder lies on a file system that all of them see.
-        state = found[1] if found else checkpoint.find_checkpoint(path)[1]
+        state = from_main(self.world, found[1] if found else None)
+        assert state is not None
         checkpoint.check_same_model(state["config"], current, path)
         on_main(self.world, lambda: resume.check_same_run(state, current, self.data, path, run_dir))
         self._load(state, path)
@@ -324,20 +359,13 @@ class Trainer:
         resume.tell_changes(state["config"], current)
 
     def _load(self, state: dict[str, Any], path: Path) -> None:
-        try:
-            self.model.load_state_dict(state["model"])
-            resume.load_optimizer(self.optimizer, self.scheduler, state)
-            self.loss_fn.load_state_dict(state["loss"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            first = str(error).splitlines()[0]
-            raise UsageError(
-                f"checkpoint {path} does not fit this run: {first}; choose another --out"
-            ) from error
+        resume.load_tensors_of(path, self.model, self.optimizer, self.loss_fn)
+        resume.load_schedule(self.optimizer, self.scheduler, state["scheduler"])
         self.loader.load_state_dict(state["loader"])
         if self.world.rank < len(state["rng"]):
-            checkpoint.restore_rng(state["rng"][self.world.rank])
+            random_state.restore_rng(state["rng"][self.world.rank])
         else:  # more ranks than before: the new ones start a stream of their own
-            checkpoint.seed_rng(self.cfg.seed + 7919 * self.world.rank + state["step"])
+            random_state.seed_rng(self.cfg.seed + 7919 * self.world.rank + state["step"])
 
     # ---- evaluation ------------------------------------------------------------------------------
 
@@ -348,17 +376,26 @@ class Trainer:
             return
         began = time.perf_counter()
         self.save()  # so that a signal need not wait for the evaluation
-        on_main(self.world, lambda: self._evaluate(self.model, epoch, linear=False))
+        model = self._whole_model()
+        on_main(self.world, lambda: self._evaluate(model, epoch, linear=False))
         self._evaluated.add(self.step)
         self.meter.pause(time.perf_counter() - began)
 
-    def _evaluate(self, model: LeJEPAModel, epoch: int, *, linear: bool) -> EvalResult:
-        """Evaluate `model` on rank 0, leaving at once on a signal: the training is saved."""
+    def _whole_model(self) -> LeJEPAModel | None:
+        """The model with all its weights on rank 0, to evaluate and export there. All ranks call it."""
+        return whole_model(self.model, self.cfg, self.world) if self.strategy == "fsdp" else self.model
+
+    def _evaluate(
+        self, model: LeJEPAModel | None, epoch: int, *, linear: bool, row: bool = True
+    ) -> EvalResult:
+        """Evaluate on rank 0, leaving at once on a signal: the training is saved. `row`: for the metrics."""
+        assert model is not None  # on rank 0
+        uncompiled = eagerly() if compiles(self.cfg, self.world.device) else contextlib.nullcontext()
         message = (
             f"stopped by a signal during the evaluation after step {self.step} of {self.total_steps}; "
             f"checkpoint saved in {self.run_dir}; run the same command again to continue"
         )
-        with self.signals.leaving_at_once(message), checkpoint.preserved_rng():
+        with self.signals.leaving_at_once(message), random_state.preserved_rng(), uncompiled:
             result = evaluate_model(
                 model,
                 self.train_source,
@@ -373,7 +410,7 @@ class Trainer:
                 data=self.cfg.data,
                 quarantine=self._quarantine,
             )
-        if model is self.model and self.step not in self._evaluated:
+        if row and self.step not in self._evaluated:
             self.metrics.write(
                 "eval",
                 self.step,
@@ -390,17 +427,19 @@ class Trainer:
 
     def finish(self) -> Path:
         """Export the encoder, evaluate it beside the untrained one, write the report; returns its path."""
-        report = on_main(self.world, self._finish)
+        model = self._whole_model()
+        report = on_main(self.world, lambda: self._finish(model))
         return from_main(self.world, report)
 
-    def _finish(self) -> Path:
+    def _finish(self, model: LeJEPAModel | None) -> Path:
         cfg = self.cfg
-        export_encoder(self.model.encoder, cfg, self.step, self.run_dir)
+        assert model is not None  # on rank 0
+        export_encoder(model.encoder, cfg, self.step, self.run_dir)
         log.info("evaluating the trained and the untrained encoder")
         epoch, batch = self._position()
-        trained = self._evaluate(self.model, epoch + (batch > 0), linear=True)
+        trained = self._evaluate(model, epoch + (batch > 0), linear=True)
         with self.signals.leaving_at_once("stopped by a signal during the evaluation; the training is saved"):
-            baseline = self._place(build_model(cfg))
+            baseline = build_model(cfg).to(self.world.device, memory_format=memory_format(cfg))
             calibrate_on_source(
                 baseline,
                 self.train_source,
@@ -410,7 +449,7 @@ class Trainer:
                 num_workers=self.workers,
                 data=cfg.data,
             )
-        untrained = self._evaluate(baseline, 0, linear=True)
+        untrained = self._evaluate(baseline, 0, linear=True, row=False)
         history = read_rows(self.metrics.path)
         page = write_report(
             self.run_dir,
@@ -449,13 +488,3 @@ def build_loss(cfg: Config, device: torch.device) -> LeJEPALoss:
     except (ValueError, TypeError) as error:
         raise UsageError(f"loss: {error}") from error
     return loss_fn
-
-
-def _autocast_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
-    if cfg.precision == "fp32" or (cfg.precision == "auto" and device.type == "cpu"):
-        return None
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        if cfg.precision == "bf16":
-            raise UsageError("precision: this GPU has no bfloat16; use --precision fp32")
-        return None
-    return torch.bfloat16

@@ -4,11 +4,16 @@ Rows of metrics.jsonl (one JSON object a line; a value that is not finite is wri
 
     {"kind": "run", "step", "device", "world_size", ...}     at each start of the program
     {"kind": "train", "step", "epoch", "loss", "prediction", "sigreg", "lr", "images_per_second",
-     "data_wait", "grad_norm", "embedding_std"}              every `log_every` steps
+     "data_wait", "mfu", "memory_gib", "eta_seconds", "grad_norm", "embedding_std"}
+                                                             every `log_every` steps
     {"kind": "eval", "step", "epoch", "knn", ...}            every `eval.every` epochs and at the end
 
 `step` counts finished steps, `data_wait` is the share of wall time spent waiting for the loader, and
 `images_per_second` counts images (not views) over all ranks; both are over the steps since the last row.
+`mfu`, model flops utilisation, is the share of the devices' dense bf16 peak that the model's operations
+make (see flops.py and accelerators.py); where the peak is not known there is none. `memory_gib` is the most
+that rank 0 has held since the program started: of the allocator on a GPU, else of the process.
+`eta_seconds` is the time left at the pace since this start.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import json
 import logging
 import math
 import os
+import resource
 import sys
 import threading
 import time
@@ -25,6 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from lejepa_fast.errors import RunError
@@ -64,6 +71,8 @@ class Metrics:
         """Add a row, and its numbers to TensorBoard under `kind/name`. RunError if the disk refuses."""
         if not self._enabled:
             return
+        if kind == "train":
+            values["eta_seconds"] = self._seconds_left(step)
         row = {"kind": kind, "step": step, **{key: _json_number(value) for key, value in values.items()}}
         with _refusals_named(self.path):
             _append_whole(self._file, (json.dumps(row, allow_nan=False) + "\n").encode())
@@ -92,24 +101,39 @@ class Metrics:
         with contextlib.suppress(OSError):
             os.close(self._file)
 
+    def _seconds_left(self, step: int) -> float:
+        pace = (time.perf_counter() - self._started) / max(1, step - self._first_step)
+        return pace * max(0, self._total_steps - step)
+
     def _show(self, step: int, values: dict[str, Any]) -> None:
         parts = (
             f"loss {values['loss']:.4f} "
             f"(prediction {values['prediction']:.4f}, sigreg {values['sigreg']:.3f})"
-            f" | {values['images_per_second']:.0f} images/s | data wait {values['data_wait']:.0%}"
+            f" | {values['images_per_second']:.0f} images/s"
         )
+        if "mfu" in values:
+            parts += f" | MFU {values['mfu']:.1%}"
+        parts += f" | data wait {values['data_wait']:.0%} | {values['memory_gib']:.1f} GiB"
         if self._bar is not None:
             self._bar.set_postfix_str(parts)
             return
-        pace = (time.perf_counter() - self._started) / max(1, step - self._first_step)
-        left = tqdm.format_interval(int(pace * (self._total_steps - step)))
+        left = tqdm.format_interval(int(values["eta_seconds"]))
         log.info("step %d/%d | %s | %s left", step, self._total_steps, parts, left)
 
 
 class Meter:
-    """Wall time, waiting time and images since the last reading."""
+    """Wall time, waiting time and images since the last reading.
 
-    def __init__(self) -> None:
+    `flops_per_image` are operations of the model and `peak_flops` those that all devices together can do in
+    a second; without either there is no MFU.
+    """
+
+    def __init__(self, *, flops_per_image: float | None = None, peak_flops: float | None = None) -> None:
+        self._share_per_image = flops_per_image / peak_flops if flops_per_image and peak_flops else None
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was counted."""
         self._images, self._waited = 0, 0.0
         self._since = time.perf_counter()
 
@@ -119,16 +143,26 @@ class Meter:
         self._waited += waited
 
     def read(self) -> dict[str, float]:
-        """`images_per_second` and `data_wait` (a share, 0 to 1) since the last call; starts anew."""
+        """`images_per_second`, `data_wait` and, if known, `mfu` (shares, 0 to 1) since the last call."""
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
         values = {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
+        if self._share_per_image is not None:
+            values["mfu"] = values["images_per_second"] * self._share_per_image
         self._images, self._waited, self._since = 0, 0.0, now
         return values
 
     def pause(self, seconds: float) -> None:
         """Leave out time that was not training: evaluation, saving."""
         self._since += seconds
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has held: tensors on a GPU (allocator's count), else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -174,12 +174,23 @@ class LeJEPAModel(nn.Module):
         return features, self.projector(features)
 
 
-def build_model(cfg: Config) -> LeJEPAModel:
+def build_model(cfg: Config, *, meta: bool = False) -> LeJEPAModel:
     """The model of a run, on the CPU. Its weights depend on `cfg.seed` and nothing else.
 
-    The caller's random state is left as it was. Raises UsageError for an unknown model, for options that
-    it does not have and for crop sizes that it cannot take.
+    `meta`: on the meta device instead, without memory and weights, for `parallelize`. The caller's random
+    state is left as it was. Raises UsageError for an unknown model, for options that it does not have and for
+    crop sizes that it cannot take.
     """
+    if not meta:
+        return _build_model(cfg)
+    try:
+        with torch.device("meta"):
+            return _build_model(cfg)
+    except UsageError:  # wrong usage, or a model that needs values while it is built
+        return _build_model(cfg).to("meta")
+
+
+def _build_model(cfg: Config) -> LeJEPAModel:
     options = cfg.model
     generator_state = torch.get_rng_state()
     torch.default_generator.manual_seed(cfg.seed)  # this one only: torch.manual_seed would touch the GPUs'

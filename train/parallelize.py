@@ -1,37 +1,53 @@
-"""Processes and devices: one device without a process group, or one process per device under DDP.
+"""From a model on the meta device to one that trains: recomputation, compilation, sharding, weights.
 
-`torchrun` starts W processes and sets RANK, LOCAL_RANK and WORLD_SIZE; without these variables the run
-is a single process and no process group exists. NCCL connects GPUs and gloo connects CPUs.
+`parallelize` works in torchtitan's order (https://github.com/pytorch/torchtitan): activation checkpointing of
+each block, `torch.compile` of each block around it, FSDP2's `fully_shard` of each block around that, and only
+then memory and weights (`initialize.py`), so that no process ever holds more than its share of a model.
 
-The loss is already exact under DDP's gradient averaging (see `lejepa_fast.sigreg`), so nothing here
-scales gradients. Batch normalisation: on GPUs its statistics are made global (SyncBatchNorm); PyTorch
-has no SyncBatchNorm for CPU tensors, so under gloo every rank normalises by its own share of the batch,
-and `parallelize` says so once.
+Blocks (`blocks.py`) keep their names: recomputation and compilation replace a block's `forward` and wrap no
+module, so a state dict is the same under every setting.
+
+The loss is already exact under the averaging of gradients over ranks (see `lejepa_fast.sigreg`), so nothing
+here scales gradients. Batch normalisation: on GPUs its statistics are made global (SyncBatchNorm); PyTorch
+has no SyncBatchNorm for CPU tensors, so under gloo every rank normalises by its own share of the batch, and
+`parallelize` says so once.
 """
 
 from __future__ import annotations
 
-import gc
+import functools
 import inspect
+import itertools
 import logging
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, TypeVar
+import warnings
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lejepa_fast.errors import RunError, UsageError
-from lejepa_fast.train.interruption import Interrupted
+from lejepa_fast.errors import UsageError
+from lejepa_fast.train.blocks import find_blocks
+from lejepa_fast.train.config import Config, ParallelConfig
+from lejepa_fast.train.drop_path import share_drop_path
+from lejepa_fast.train.initialize import initialize
+from lejepa_fast.train.model import LeJEPAModel
 
 log = logging.getLogger("lejepa_fast.train")
 
-T = TypeVar("T")
+Strategy = Literal["none", "ddp", "fsdp"]
+
+# `--parallel.strategy auto` takes FSDP2 from here on. DDP keeps 16 bytes a parameter on every GPU (weights,
+# gradients and two moments in float32), here 8 GB, and sums all gradients in float32.
+FSDP_FROM_PARAMETERS = 500_000_000
+
+COMPILE_BACKEND = "inductor"
 
 # Running statistics are equal on all ranks (GPU), or rank 0's are the ones saved (CPU): broadcasting the
 # buffers at each forward would be one more collective for nothing. The option's name changed in torch 2.15.
@@ -40,212 +56,211 @@ _BUFFER_OPTION: str = (
     "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
 )
 
-# Rank 0 evaluates and writes the report while the others wait in a collective: they must outwait it.
-COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
+def choose_strategy(options: ParallelConfig, parameters: int, *, distributed: bool) -> Strategy:
+    """What `parallel.strategy` means for a model of this many parameters; UsageError if it cannot be had.
 
-@dataclass(frozen=True)
-class World:
-    """Where this process stands: its rank among `size` processes, and the device that it computes on."""
-
-    device: torch.device
-    rank: int = 0
-    local_rank: int = 0
-    size: int = 1
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def distributed(self) -> bool:
-        """True when a process group exists: also with torchrun and one process."""
-        return dist.is_initialized()
-
-
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Resolve `auto`, `cpu` or `cuda` for the process with this local rank; UsageError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UsageError("device: cuda was asked for and PyTorch sees no GPU; use --device cpu or auto")
-    count = torch.cuda.device_count()
-    if local_rank >= count:
-        raise UsageError(
-            f"torchrun: {local_rank + 1} or more processes on this machine and {count} GPU(s); "
-            f"use --nproc-per-node {count}"
-        )
-    return torch.device("cuda", local_rank)
-
-
-def setup_world(device: str = "auto") -> World:
-    """Choose the device and, under torchrun, join the process group. Pair it with `close_world`."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = choose_device(device, local_rank)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-        torch.backends.cudnn.benchmark = True  # a run has two input sizes at most
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return World(chosen)
-    if chosen.type == "cuda":
-        dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=chosen)
-    else:
-        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
-    return World(chosen, rank=dist.get_rank(), local_rank=local_rank, size=dist.get_world_size())
-
-
-def close_world() -> None:
-    """Leave the process group. DDP modules must be gone by then: one that still holds the group when the
-    interpreter exits lets gloo's threads abort the process (seen with torch 2.15)."""
-    if dist.is_initialized():
-        gc.collect()
-        dist.destroy_process_group()
-
-
-def parallelize(model: nn.Module, world: World) -> nn.Module:
-    """The module to call in the training step. `model` is already on `world.device`.
-
-    Returns `model` itself on one process and a DDP wrapper over it otherwise. The wrapper shares the
-    parameters, and SyncBatchNorm keeps the names in the state dict, so checkpoints do not depend on it.
+    `distributed`: there is a process group, of one process or more.
     """
-    if not world.distributed:
+    if options.strategy == "auto":
+        if not distributed:
+            chosen: Strategy = "none"
+        elif options.replicate > 1 or parameters >= FSDP_FROM_PARAMETERS:
+            chosen = "fsdp"
+        else:
+            chosen = "ddp"
+    else:
+        chosen = options.strategy
+    if distributed and chosen == "none" and dist.get_world_size() > 1:
+        raise UsageError(
+            f"parallel.strategy: none trains {dist.get_world_size()} separate models; use ddp, fsdp or auto"
+        )
+    if not distributed and chosen != "none":
+        raise UsageError(
+            f"parallel.strategy: {chosen} needs processes that know each other; start with "
+            "torchrun --nproc-per-node N train/pretrain.py, or use --parallel.strategy auto"
+        )
+    if options.replicate > 1 and chosen != "fsdp":
+        raise UsageError(
+            f"parallel.replicate: {options.replicate} groups are for FSDP, and this run uses {chosen}; use "
+            "--parallel.strategy fsdp under torchrun, or leave it out"
+        )
+    return chosen
+
+
+def make_mesh(options: ParallelConfig, device_type: str) -> DeviceMesh | None:
+    """The mesh of all ranks: ("shard",), or ("replicate", "shard") for HSDP; None without a process group.
+
+    `parallel.replicate` divides their number (`config.validate`).
+    """
+    if not dist.is_initialized():
+        return None
+    size = dist.get_world_size()
+    if options.replicate == 1:
+        return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
+    shape = (options.replicate, size // options.replicate)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def parallelize(
+    model: LeJEPAModel,
+    cfg: Config,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    *,
+    weights: bool = True,
+) -> nn.Module:
+    """The module to call in the training step, on `device`.
+
+    `model` may be on the meta device (`build_model(cfg, meta=True)`); it then gets memory and the weights of
+    `cfg.seed`, the same for every number of ranks. With `weights=False` it stays there: enough to plan with.
+    It is changed in place, and stays the module that holds parameters and state dict: sharded DTensors
+    under FSDP2. Returns `model` itself, or a DDP wrapper over it. `mesh` is that of `make_mesh`.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    strategy = choose_strategy(cfg.parallel, parameters, distributed=mesh is not None)
+    if mesh is not None:
+        model = _with_global_batchnorm(model, device, mesh.size())
+    blocks = list(find_blocks(model.encoder).values())
+    recompute(blocks, cfg.parallel.activation_checkpointing)
+    if compiles(cfg, device):
+        compile_blocks(blocks, device)
+    if strategy == "fsdp":
+        assert mesh is not None
+        shard(model, blocks, mesh, compute_dtype(cfg, device))
+    if weights:
+        initialize(model, cfg, device)
+    if strategy != "ddp":
         return model
-    if has_batchnorm(model):
-        if world.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        elif world.size > 1 and world.is_main:
-            log.warning(
-                "BatchNorm statistics are per rank: PyTorch has no SyncBatchNorm on CPU tensors, so the "
-                "losses differ slightly from those of one process with the same global batch"
-            )
-    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    device_ids = [device.index] if device.type == "cuda" else None
     options: dict[str, Any] = {"gradient_as_bucket_view": True, _BUFFER_OPTION: False}
     return DistributedDataParallel(model, device_ids=device_ids, **options)
 
 
-def has_batchnorm(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+# ---- activation checkpointing ----------------------------------------------------------------------------
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.convolution.default}
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
 
 
-def on_main(world: World, work: Callable[[], T]) -> T | None:
-    """Run `work` on rank 0 while the others wait; returns its result there and None elsewhere.
+def recompute(blocks: Iterable[nn.Module], mode: Literal["none", "selective", "full"]) -> None:
+    """Let the backward pass compute the activations of each block again, all or the cheap ones."""
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = _selective_contexts
+    for block in blocks:
+        for module in block.modules() if mode == "selective" else ():
+            if getattr(module, "inplace", False):  # an activation that would change what is kept
+                module.inplace = False  # type: ignore[assignment]
+        block.forward = functools.partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
 
-    What rank 0 raises ends every rank, instead of leaving them waiting for one that has gone: UsageError,
-    RunError and Interrupted with the same text, anything else as a RunError that points to rank 0.
+
+def _selective_contexts() -> tuple[Any, Any]:
+    """Keeps attention and every second matrix product or convolution: most of the time, half the memory."""
+    counts = {False: 0, True: 0}  # in the forward pass, in the recomputation
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in _ATTENTION:
+            return CheckpointPolicy.MUST_SAVE
+        if op in _PRODUCTS:
+            counts[context.is_recompute] += 1
+            if counts[context.is_recompute] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+# ---- compilation -----------------------------------------------------------------------------------------
+
+
+def compiles(cfg: Config, device: torch.device) -> bool:
+    return cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
+
+
+def compile_blocks(blocks: list[nn.Module], device: torch.device) -> None:
+    """Compile the forward of each block: equal blocks share their graphs, one for each size of crops.
+
+    The hooks of FSDP2 and DDP stay outside. Sizes are constants of the graphs, since a run has two and each
+    occurs at every step; a shape that varies (an evaluation's last batch) runs uncompiled, see `eagerly`.
     """
-    if not world.distributed:
-        return work()
-    result: T | None = None
-    failure: list[tuple[str, str, int] | None] = [None]
-    error: BaseException | None = None
-    if world.is_main:
-        try:
-            result = work()
-        except (Exception, Interrupted) as caught:
-            error = caught
-            failure = [_described(caught)]
-    dist.broadcast_object_list(failure, src=0, device=world.device)
-    if error is not None:
-        raise error
-    if failure[0] is not None:
-        kind, text, signum = failure[0]
-        if kind == "interrupted":
-            raise Interrupted(text, signum)
-        with the_same_on_every_rank():
-            raise (UsageError if kind == "usage" else RunError)(text)
-    return result
+    config = torch._dynamo.config
+    # Blocks that differ (in width from stage to stage) count as recompilations of one function, and each has
+    # a graph for each size.
+    config.recompile_limit += 4 * len(blocks)
+    config.accumulated_recompile_limit += 4 * len(blocks)
+    config.optimize_ddp = False  # it would cut the graphs at DDP's buckets; a block's is smaller than one
+    for block in blocks:
+        share_drop_path(block, device)
+        compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=COMPILE_BACKEND)
+        block.forward = compiled  # type: ignore[method-assign]
 
 
-def _described(error: BaseException) -> tuple[str, str, int]:
-    if isinstance(error, Interrupted):
-        return "interrupted", str(error), error.signum
-    if isinstance(error, (UsageError, RunError)):
-        return ("usage" if isinstance(error, UsageError) else "run"), str(error), 0
-    return "run", f"rank 0 failed with {type(error).__name__}; see its message", 0
+def eagerly() -> Any:
+    """A context in which compiled blocks run uncompiled: no graphs for sizes that occur once."""
+    return torch.compiler.set_stance("force_eager")
 
 
-def on_all(world: World, work: Callable[[], T]) -> T:
-    """Run `work`, which must not communicate, on every rank; if one fails, all end together.
+# ---- sharding --------------------------------------------------------------------------------------------
 
-    Each rank raises its own error; a rank that has none raises one that names those which have.
+
+def shard(model: LeJEPAModel, blocks: list[nn.Module], mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
+    """FSDP2: a unit for each block, one for the projector, and one for what remains of the model.
+
+    Parameters and moments are float32 and sharded; a unit is gathered in `dtype` (None: float32) for its
+    forward and again for its backward, and gradients are summed in float32.
     """
-    if not world.distributed:
-        return work()
-    result: T | None = None
-    error: Exception | None = None
-    try:
-        result = work()
-    except Exception as caught:
-        error = caught
-    ends: list[tuple[str, str, int] | None] = [None] * world.size
-    dist.all_gather_object(ends, None if error is None else _described(error))
-    if error is not None:
-        if all(end == ends[0] for end in ends):
-            with the_same_on_every_rank():
-                raise error
-        raise error
-    failed = {str(rank): end[0] for rank, end in enumerate(ends) if end}
-    if failed:
-        kind = RunError if "run" in failed.values() else UsageError
-        raise kind(f"rank {', '.join(failed)} failed; see the message there")
-    return result  # type: ignore[return-value]
+    # The embeddings are views of one tensor, and nothing changes them in place.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
+    units: list[nn.Module] = [*blocks, model.projector, model]
+    done: set[nn.Module] = set()
+    for unit in units:
+        own = [module for module in unit.modules() if module not in done]
+        done.update(own)
+        # BatchNorm's running statistics are float32, and its parameters must be what they are.
+        gathered = None if any(map(_is_batchnorm, own)) else dtype
+        policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
+        # The backward pass begins where the forward pass ends, so these are gathered once.
+        keep = unit in (model.projector, model)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep)
+    # The next block is gathered while this one computes. The backward pass does the same by itself, from the
+    # order of the forward pass.
+    for block, following in itertools.pairwise(blocks):
+        assert isinstance(block, FSDPModule)
+        block.set_modules_to_forward_prefetch([following])  # type: ignore[list-item]
 
 
-_SAID_BY_RANK_0 = "lejepa_fast_said_by_rank_0"
+def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the run computes in it, else None; UsageError if the device has none."""
+    if cfg.precision == "fp32" or (cfg.precision == "auto" and device.type == "cpu"):
+        return None
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        if cfg.precision == "bf16":
+            raise UsageError("precision: this GPU has no bfloat16; use --precision fp32")
+        return None
+    return torch.bfloat16
 
 
-@contextmanager
-def the_same_on_every_rank() -> Iterator[None]:
-    """An error raised in here is raised on rank 0 with the same text: it is enough if that one prints it."""
-    try:
-        yield
-    except (UsageError, RunError) as error:
-        setattr(error, _SAID_BY_RANK_0, True)
-        raise
+def _with_global_batchnorm(model: LeJEPAModel, device: torch.device, ranks: int) -> LeJEPAModel:
+    if not any(map(_is_batchnorm, model.modules())):
+        return model
+    if device.type == "cuda":
+        return convert_sync_batchnorm(model)  # timm's, which keeps the activation that some of its norms hold
+    if ranks > 1 and dist.get_rank() == 0:
+        log.warning(
+            "BatchNorm statistics are per rank: PyTorch has no SyncBatchNorm on CPU tensors, so the "
+            "losses differ slightly from those of one process with the same global batch"
+        )
+    return model
 
 
-def is_said_by_rank_0(error: Exception) -> bool:
-    return getattr(error, _SAID_BY_RANK_0, False)
-
-
-@contextmanager
-def one_line_for_a_lost_peer() -> Iterator[None]:
-    """Where another rank has gone, its own message says why: RunError for the collective that failed."""
-    try:
-        yield
-    except (RuntimeError, ConnectionError) as error:
-        if isinstance(error, RunError) or not (dist.is_initialized() and dist.get_world_size() > 1):
-            raise
-        text = str(error).lower()
-        signs = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "remote process")
-        if not isinstance(error, (ConnectionError, dist.DistError)) and not any(s in text for s in signs):
-            raise
-        raise RunError("another rank failed; see its message above") from error
-
-
-def from_main(world: World, value: T) -> T:
-    """Rank 0's `value` on every rank."""
-    if not world.distributed:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=world.device)
-    return box[0]
-
-
-def gather_to_main(world: World, value: Any) -> list[Any] | None:
-    """Every rank's `value`, in the order of ranks, on rank 0; None elsewhere."""
-    if not world.distributed:
-        return [value]
-    box: list[Any] | None = [None] * world.size if world.is_main else None
-    dist.gather_object(value, box, dst=0)
-    return box
-
-
-def mean_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:
-    """The mean of a small float32 tensor over the ranks (in place where there is more than one)."""
-    if world.distributed:
-        dist.all_reduce(values)
-        values /= world.size
-    return values
+def _is_batchnorm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)

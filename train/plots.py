@@ -51,7 +51,7 @@ _DPI = 130
 
 
 @contextmanager
-def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+def report_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     """A figure of width x height inches in the report's style, saved to `path` at the end."""
     with matplotlib.style.context(["default", _STYLE]):
         figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained", facecolor="white")
@@ -82,7 +82,7 @@ def plot_losses(path: Path, rows: Rows, *, sigreg_floor: float) -> None:
         ("sigreg", "SIGReg", sigreg_floor, f"N(0, I): {sigreg_floor:.2f}"),
         ("embedding_std", "embedding std", 1.0, "target: 1"),
     ]
-    with _figure(path, 10.0, 5.6) as figure:
+    with report_figure(path, 10.0, 5.6) as figure:
         for ax, (key, title, level, label) in zip(figure.subplots(2, 2).flat, panels, strict=True):
             steps, values = series(rows, "train", key)
             ax.set_title(title)
@@ -134,7 +134,7 @@ def plot_knn(
     between = (at > 0) & (at < steps)  # the ends come from the closing evaluation of both encoders
     at = np.concatenate([[0], at[between], [steps]])
     values = np.concatenate([[untrained], values[between], [trained]])
-    with _figure(path, 8.4, 4.2) as figure:
+    with report_figure(path, 8.4, 4.2) as figure:
         ax = figure.subplots()
         ax.plot(at, values, color=TRAINED, marker="o", markersize=5, label="trained", zorder=3)
         ax.axhline(untrained, color=UNTRAINED, linestyle="--", label=f"untrained encoder: {untrained:.1f} %")
@@ -186,7 +186,7 @@ def plot_views(
             top = row * (largest + gap) + (largest - len(image)) // 2
             canvas[top : top + len(image), left[column] : left[column] + image.shape[1]] = image
     scale = min(10.0 / canvas.shape[1], 8.5 / canvas.shape[0])  # inches per pixel
-    with _figure(path, scale * canvas.shape[1], scale * canvas.shape[0] + 0.3) as figure:
+    with report_figure(path, scale * canvas.shape[1], scale * canvas.shape[0] + 0.3) as figure:
         ax = figure.subplots()
         ax.imshow(canvas)
         ax.set_axis_off()
@@ -209,7 +209,7 @@ def plot_projections(
     generator = torch.Generator().manual_seed(seed)
     A = torch.randn(trained.shape[1], directions, generator=generator, dtype=torch.float64)
     A = A / A.norm(dim=0)
-    with _figure(path, 10.0, 4.2) as figure:
+    with report_figure(path, 10.0, 4.2) as figure:
         panels = figure.subplots(1, 2)
         for ax, z, name, color in zip(
             panels, (untrained, trained), ("untrained", "trained"), (UNTRAINED, TRAINED), strict=True
@@ -270,7 +270,7 @@ def plot_spectrum(path: Path, trained: Tensor, untrained: Tensor, *, seed: int =
         (trained, "trained", TRAINED, "-", 2.0),
     ]
     shown = min(trained.shape[1], trained.shape[0] - 1)
-    with _figure(path, 8.4, 4.4) as figure:
+    with report_figure(path, 8.4, 4.4) as figure:
         ax = figure.subplots()
         lowest, largest = math.inf, 0.0
         for z, label, color, line, width in curves:

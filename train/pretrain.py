@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from lejepa_fast.train import config
 from lejepa_fast.train.command_line import log_to_stderr, run_command
 from lejepa_fast.train.loop import Trainer
-from lejepa_fast.train.parallelize import (
+from lejepa_fast.train.world import (
     close_world,
     is_said_by_rank_0,
     one_line_for_a_lost_peer,

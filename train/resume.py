@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lejepa_fast.data import ImageSource
@@ -106,23 +107,65 @@ def _counted(data: Mapping[str, Any]) -> str:
     return f"{data['train_images']} for training, {data['val_images']} held out"
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, state: Mapping[str, Any]) -> None:
-    """Load moments and position of the schedule; rate, decay and betas stay those of this run's settings.
+def tensors_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: nn.Module
+) -> dict[str, torch.Tensor]:
+    """The tensors that a checkpoint holds, by their names in it; they share memory with the run's."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"loss.{name}": tensor for name, tensor in loss_fn.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for slot, tensor in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{slot}"] = tensor
+    return tensors
 
-    (PyTorch would bring back the old ones along with the moments.) The rate of the next step follows from
-    the schedule of this run, which may be longer than that of the checkpoint.
+
+def load_tensors_of(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: nn.Module
+) -> None:
+    """The inverse of `tensors_of`, from a checkpoint of any number of ranks; all ranks call it.
+
+    UsageError naming a tensor that the run or the checkpoint does not have, or has in another shape.
     """
-    settings = ("initial_lr", "weight_decay", "betas")
-    wanted = [{key: group[key] for key in settings} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    scheduler.base_lrs = [group["initial_lr"] for group in wanted]
+    saved = checkpoint.saved_tensors(path)
+    optimizer.state.clear()
+    wanted = tensors_of(model, optimizer, loss_fn)
+    parameters = dict(model.named_parameters())
+    slots: list[tuple[torch.nn.Parameter, str, str]] = []
+    for name in saved.keys() - wanted.keys():
+        section, _, rest = name.partition(".")
+        parameter, _, slot = rest.rpartition(".")
+        if section != "optimizer" or parameter not in parameters:
+            raise UsageError(
+                f"checkpoint {path} does not fit this run: it holds {name}, which this model does not have; "
+                "choose another --out"
+            )
+        slots.append((parameters[parameter], slot, name))
+    for owner, slot, name in sorted(slots, key=lambda entry: entry[2]):
+        like = saved[name]
+        wanted[name] = (
+            torch.empty_like(owner, dtype=like.dtype)
+            if like.ndim and like.shape == owner.shape
+            else torch.empty_like(like, device=owner.device)
+        )
+        optimizer.state[owner][slot] = wanted[name]
+    checkpoint.load_tensors(path, wanted)
+
+
+def load_schedule(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, saved: Mapping[str, Any]) -> None:
+    """Load the position in the schedule; rate, decay and betas stay those of this run's settings.
+
+    The rate of the next step follows from the schedule of this run, which may be longer than that of the
+    checkpoint.
+    """
+    base_lrs = scheduler.base_lrs
+    scheduler.load_state_dict(dict(saved))
+    scheduler.base_lrs = base_lrs
     rates = [
         base * factor(scheduler.last_epoch)
         for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     ]
-    for group, values, rate in zip(optimizer.param_groups, wanted, rates, strict=True):
-        group.update(values, lr=rate)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
     scheduler._last_lr = rates
 
 

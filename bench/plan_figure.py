@@ -1,0 +1,65 @@
+"""Memory per GPU against the number of GPUs, planned: python bench/plan_figure.py [--out DIR]
+
+Plans ViT-L, giant and gigantic (2 x 224 + 6 x 98 px, bf16, FSDP2, 16 images per GPU, with and without
+activation checkpointing) for 1 to 256 GPUs by train/plan.py's means; no GPU is used. Appends a row for each
+point to plan.jsonl and draws plan.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchlib import RESULTS, append_rows, machine
+
+from lejepa_fast.train.plan import PlanOptions, run_config
+from lejepa_fast.train.plan_memory import plan_memory
+from lejepa_fast.train.plan_report import plot_memory
+
+MODELS = ("vit_large", "vit_giant", "vit_gigantic")
+GPUS = tuple(2**power for power in range(9))
+IMAGES = 16
+
+
+def rows_of(model: str, mode: str) -> list[dict[str, Any]]:
+    options = PlanOptions(model=model, gpus=8, activation_checkpointing=mode)  # type: ignore[arg-type]
+    found = plan_memory(run_config(options, 8 * IMAGES), shards=8, images=IMAGES)
+    return [
+        {
+            "benchmark": "plan",
+            "model": model,
+            "activation_checkpointing": mode,
+            "images_per_gpu": IMAGES,
+            "gpus": gpus,
+            "peak_gib": found.peak(gpus, IMAGES) / 2**30,
+            "sent_gb": found.traffic.sent(gpus, 1) / 1e9,
+            **machine(),
+        }
+        for gpus in GPUS
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for plan.jsonl and plan.png")
+    parser.add_argument("--models", nargs="+", default=MODELS, help="any timm names or short names")
+    options = parser.parse_args()
+    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for model in options.models:
+        for mode in ("none", "full"):
+            rows = rows_of(model, mode)
+            append_rows(options.out / "plan.jsonl", rows)
+            points = [(row["gpus"], row["peak_gib"]) for row in rows]
+            curves[model, f"{'no' if mode == 'none' else mode} checkpointing"] = points
+            said = ", ".join(f"{gib:.1f} GiB on {gpus}" for gpus, gib in points)
+            print(f"{model}, activation checkpointing {mode}: {said}")
+    title = f"Planned peak memory, FSDP2, bf16, {IMAGES} images per GPU"
+    plot_memory(options.out / "plan.png", curves, title=title)
+    print(f"figure: {options.out / 'plan.png'}")
+
+
+if __name__ == "__main__":
+    main()

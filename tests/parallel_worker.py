@@ -1,0 +1,198 @@
+"""What each rank runs for test_parallel.py; imported by spawned processes."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lejepa_fast.data import MultiCropRecipe
+from lejepa_fast.train.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+)
+from lejepa_fast.train.initialize import named_tensors
+from lejepa_fast.train.loop import Trainer
+from lejepa_fast.train.model import build_model
+from lejepa_fast.train.parallelize import make_mesh, parallelize
+from lejepa_fast.train.world import World
+
+STEPS = 20
+CPU = torch.device("cpu")
+
+# Small members of each family: timm's name, arguments, size of the local crops.
+FAMILIES: dict[str, tuple[str, int]] = {
+    "resnet50": ('{"layers": [1, 1, 1, 1], "channels": [4, 8, 12, 16]}', 32),
+    "convnextv2_nano": ('{"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}', 32),
+    "swin_tiny_patch4_window7_224": (
+        '{"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, '
+        '"strict_img_size": false}',
+        32,
+    ),
+    "maxvit_tiny_rw_224": ('{"embed_dim": [32, 64], "depths": [1, 1]}', 64),
+    "efficientnet_b0": ("{}", 32),
+    "vit_small_patch16_224": ('{"embed_dim": 32, "depth": 2, "num_heads": 2, "reg_tokens": 2}', 32),
+}
+
+
+def family_config(name: str, **parallel: Any) -> Config:
+    kwargs, local_size = FAMILIES[name]
+    if name.startswith("vit"):
+        kwargs = kwargs.replace(', "reg_tokens": 2', "")
+    return Config(
+        crops=MultiCropRecipe(global_size=64, local_crops=2, local_size=local_size),
+        model=ModelConfig(
+            name=name,
+            register_tokens=2 if name.startswith("vit") else 0,
+            kwargs=kwargs,
+            projector_hidden=32,
+            projector_dim=16,
+        ),
+        parallel=ParallelConfig(**parallel),
+    )
+
+
+def run_config(images: str, out: Path, **changes: Any) -> Config:
+    """20 steps of a small transformer, with clipping that acts."""
+    cfg = Config(
+        data=DataConfig(path=images, batch_size=8, workers=0),
+        crops=MultiCropRecipe(global_size=32, local_crops=1, local_size=16, blur_kernel=3),
+        model=ModelConfig(
+            name="test_vit",
+            kwargs='{"depth": 3}',
+            projector_hidden=32,
+            projector_layers=2,
+            projector_dim=16,
+            projector_norm="layer",
+        ),
+        loss=LossConfig(num_slices=32),
+        optim=OptimConfig(lr=2e-4, clip_grad_norm=0.5),
+        eval=EvalConfig(every=0, batch_size=16, k=3),
+        out=out,
+        max_steps=STEPS,
+        device="cpu",
+        log_every=1,
+        checkpoint_every=10,
+        tensorboard=False,
+    )
+    return replace(cfg, **changes)
+
+
+FSDP = ParallelConfig(strategy="fsdp")
+
+
+def jobs(images: str, folder: Path) -> dict[str, Config]:
+    """The runs on two ranks. Those that resume do so from a run on one rank, `folder/one`."""
+
+    def run(name: str, **changes: Any) -> Config:
+        return run_config(images, folder / name, **changes)
+
+    middle = str(folder / "one" / "checkpoints" / "step-00000010")
+    recomputing = replace(FSDP, activation_checkpointing="selective")
+    return {
+        "ddp": run("ddp", parallel=ParallelConfig(strategy="ddp")),
+        "fsdp": run("fsdp", parallel=FSDP),
+        "hsdp": run("hsdp", parallel=ParallelConfig(replicate=2)),
+        "compiled": run("compiled", parallel=recomputing, compile="on"),
+        "one to fsdp": run("one to fsdp", parallel=FSDP, resume=middle),
+        "one to ddp": run("one to ddp", parallel=ParallelConfig(strategy="ddp"), resume=middle),
+    }
+
+
+def run(rank: int, size: int, folder: str, images: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=size)
+    world = World(CPU, rank=rank, local_rank=rank, size=size)
+    results: dict[str, Any] = {}
+    try:
+        for name, cfg in jobs(images, Path(folder)).items():
+            results[name] = train(cfg, world, whole=name == "fsdp")
+        spoiled = run_config(images, Path(folder) / "nan", parallel=FSDP, max_steps=4)
+        results["nan"] = with_a_nan(spoiled, world)
+        for name in FAMILIES:
+            results[name] = {kind: family_step(name, kind, rank) for kind in ("ddp", "fsdp")}
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
+    torch.save(results, Path(folder) / f"rank{rank}.pt")
+
+
+def train(cfg: Config, world: World, *, whole: bool = False) -> dict[str, Any]:
+    trainer = Trainer(cfg, world)
+    if not whole:
+        trainer.finish = lambda: Path()  # type: ignore[method-assign]
+    graphs: list[int] = []
+    step = trainer._train_step
+
+    def counted(views: list[Tensor], epoch: int) -> None:
+        step(views, epoch)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    if cfg.compile == "on":
+        trainer._train_step = counted  # type: ignore[method-assign]
+    trainer.run()
+    sharded = sum(isinstance(p, DTensor) for p in trainer.model.parameters())
+    return {"sigreg step": int(trainer.loss_fn.sigreg.step), "sharded": sharded, "graphs": graphs}
+
+
+def with_a_nan(cfg: Config, world: World) -> dict[str, Any]:
+    """On rank 1 the images of step 2 are NaN: what has changed after each step, in this rank's shards."""
+    trainer = Trainer(cfg, world)
+    trainer.finish = lambda: Path()  # type: ignore[method-assign]
+    step = trainer._train_step
+    changed: list[bool] = []
+
+    def state() -> list[Tensor]:
+        slots = [t for per in trainer.optimizer.state.values() for t in per.values()]
+        return [local(t).clone() for t in [*trainer.model.parameters(), *slots]]
+
+    def spoiled(views: list[Tensor], epoch: int) -> None:
+        if trainer.step == 1 and world.rank == 1:
+            views[0][0] = torch.nan
+        before = state()
+        step(views, epoch)
+        after = state()
+        same = len(before) == len(after) and all(map(torch.equal, before, after))
+        changed.append(not same)
+
+    trainer._train_step = spoiled  # type: ignore[method-assign]
+    trainer.run()
+    return {"changed": changed, "skipped": trainer.guard.skipped}
+
+
+def family_step(name: str, kind: str, rank: int) -> dict[str, Any]:
+    """Weights after building from the meta device, then loss and gradients of one step."""
+    cfg = family_config(name, strategy=kind, activation_checkpointing="full" if kind == "fsdp" else "none")
+    model = build_model(cfg, meta=True)
+    called = parallelize(model, cfg, make_mesh(cfg.parallel, "cpu"), CPU)
+    weights = {n: full(t).clone() for n, t in named_tensors(model)}
+    generator = torch.Generator().manual_seed(rank)
+    sizes = [cfg.crops.global_size] * 2 + [cfg.crops.local_size] * 2
+    views = [torch.randn(2, 3, size, size, generator=generator) for size in sizes]
+    torch.manual_seed(rank)  # drop path, which swin has by default
+    _, z = called(views)
+    loss = z.square().mean() + z[0].mean()
+    loss.backward()
+    grads = {n: full(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"weights": weights, "loss": loss.detach(), "grads": grads}
+
+
+def full(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,26 @@
+"""What the processes run that test_saving.py kills: few imports, since it starts forty of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from lejepa_fast.train.saving import Saver
+from lejepa_fast.train.world import World
+
+
+def save_without_end(rank: int, folder: str, attempt: int, step: int) -> None:
+    """One of two ranks: saves steps `step`, `step + 1`, ..., a tensor full of its step, half on each rank."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{attempt}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    saver = Saver(Path(folder) / "checkpoints", World(torch.device("cpu"), rank=rank, size=2), keep=2)
+    while True:
+        whole = torch.full((1000, 300), float(step))
+        saver.start(step, {"model.weight": distribute_tensor(whole, mesh, [Shard(0)])}, {"config": {}})
+        saver.wait()
+        step += 1

@@ -1,0 +1,182 @@
+"""The plan: memory against two real processes, any number of GPUs from three traces, traffic, bad options."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import plan_worker
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from lejepa_fast.data import MultiCropRecipe
+from lejepa_fast.train import config, plan, plan_memory
+from lejepa_fast.train.accelerators import GIB
+from lejepa_fast.train.blocks import find_blocks
+from lejepa_fast.train.config import Config, LossConfig, ModelConfig, ParallelConfig
+from lejepa_fast.train.model import build_model
+from lejepa_fast.train.plan_memory import Traffic, trace_step
+from lejepa_fast.train.plan_memory import plan_memory as plan_of
+from lejepa_fast.train.plan_report import plot_memory
+
+SMALL = Config(
+    model=ModelConfig(name="vit_tiny", kwargs='{"depth": 4}', projector_hidden=256, projector_dim=64),
+    crops=MultiCropRecipe(global_size=112, local_size=56, local_crops=2),
+    loss=LossConfig(num_slices=128, impl="torch"),
+    parallel=ParallelConfig(strategy="fsdp"),
+    precision="fp32",
+    device="cpu",
+    compile="off",
+)
+
+
+def small(*, mode: str = "none", precision: str = "fp32", replicate: int = 1) -> Config:
+    parallel = dataclasses.replace(SMALL.parallel, activation_checkpointing=mode, replicate=replicate)
+    return dataclasses.replace(SMALL, parallel=parallel, precision=precision)
+
+
+def test_memory_of_two_real_processes(tmp_path: Path) -> None:
+    """Fake tensors on one fake rank of two against PyTorch's CPU allocator in two gloo processes.
+
+    What is measured holds gloo's own copies of a block too, which NCCL does not make.
+    """
+    cases = [small(), small(mode="full", precision="bf16")]
+    values = [config.to_dict(config.resolve(case)) for case in cases]
+    mp.spawn(plan_worker.measure, (2, str(tmp_path), values, 24), nprocs=2)
+    planned = [trace_step(case, shards=2, images=24).peak for case in cases]
+    assert len(set(planned)) == 2
+    for rank in (0, 1):
+        measured = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert planned == pytest.approx(measured, rel=0.1)
+
+
+def test_any_number_of_gpus_from_three_traces() -> None:
+    cfg = small(precision="bf16")
+    found = plan_of(cfg, shards=4, images=4)
+    assert found.peak(4, 4) == pytest.approx(found.traced.peak, rel=1e-9)
+    for shards, images in ((1, 16), (16, 1), (32, 8)):
+        direct = trace_step(cfg, shards=shards, images=images).peak
+        assert found.peak(shards, images) == pytest.approx(direct, rel=0.03)
+
+
+@pytest.mark.parametrize("replicate", [1, 4])
+def test_state_is_sharded_within_a_group(replicate: int) -> None:
+    cfg = small(replicate=replicate)
+    trace = trace_step(cfg, shards=4, images=2)
+    parameters = sum(p.numel() for p in build_model(cfg, meta=True).parameters())
+    assert trace.at_peak["Sharded Param"] == pytest.approx(4 * parameters / 4, rel=0.02)
+    assert trace.at_peak["OptState"] == pytest.approx(8 * parameters / 4, rel=0.02)
+    assert trace.traffic.scattered == pytest.approx(4 * parameters, rel=0.02)
+    assert trace.traffic.summed == pytest.approx(4 * parameters if replicate > 1 else 0, rel=0.02)
+
+
+def test_blocks_are_gathered_twice_for_each_size_of_crops() -> None:
+    cfg = small(precision="bf16", mode="full")
+    model = build_model(cfg, meta=True)
+    blocks = sum(p.numel() for block in find_blocks(model.encoder).values() for p in block.parameters())
+    gathered = trace_step(cfg, shards=2, images=2).traffic.gathered
+    # Forward and backward of two sizes; what is outside of the blocks is gathered once.
+    rest = sum(p.numel() for p in model.parameters()) - blocks
+    assert 2 * 4 * blocks <= gathered <= 2 * 5 * blocks + 4 * rest
+
+
+def test_what_a_rank_sends() -> None:
+    traffic = Traffic(gathered=800, scattered=400, summed=400)
+    assert traffic.sent(shards=1, replicas=1) == 0
+    assert traffic.sent(shards=4, replicas=1) == 900  # 3/4 of 1200
+    assert traffic.sent(shards=4, replicas=2) == 900 + 2 * 100 * 0.5  # a shard of 100, there and back
+
+
+def test_gigantic_over_64_ranks() -> None:
+    cfg = plan.run_config(
+        plan.PlanOptions(model="vit_gigantic", activation_checkpointing="full", gpus=64), batch=512
+    )
+    trace = trace_step(cfg, shards=64, images=8)
+    parameters = 1_851_500_000  # encoder 1,842.8 M and projector 8.7 M
+    assert trace.at_peak["OptState"] == pytest.approx(8 * parameters / 64, rel=0.02)
+    assert trace.traffic.scattered == pytest.approx(4 * parameters, rel=0.02)
+    assert trace.peak < 8 * GIB
+
+
+@pytest.fixture(scope="module")
+def tight() -> plan.Plan:
+    """ViT-tiny where only a hundredth of an L4 may be used."""
+    return plan.Plan(plan.PlanOptions(model="vit_tiny", gpus=8, gpu="l4", batch=256, reserve=0.98))
+
+
+def test_the_smallest_that_fits(tight: plan.Plan) -> None:
+    smallest = tight.smallest()
+    assert smallest is not None
+    assert smallest.peak <= 0.02 * 22 * GIB
+    fewer = [gpus for gpus in tight.possible() if gpus < smallest.gpus]
+    assert fewer
+    assert all(tight.row(gpus).peak > 0.02 * 22 * GIB for gpus in fewer)
+
+
+def test_times_follow_from_flops_and_bytes(tight: plan.Plan) -> None:
+    row = tight.row(16)
+    assert row.images == 16
+    assert row.compute_seconds == pytest.approx(tight.flops.per_image * 16 / (121e12 * 0.4))
+    assert row.network_seconds == pytest.approx(row.sent / 12.5e9)  # beyond one machine
+    assert tight.row(8).network_seconds == pytest.approx(tight.row(8).sent / 32e9)
+    assert row.step_seconds == max(row.compute_seconds, row.network_seconds)
+
+
+def test_the_report(tight: plan.Plan) -> None:
+    from lejepa_fast.train.plan_report import report
+
+    text = report(tight)
+    steps = 100 * (1_281_167 // 256)
+    assert f"{steps:,} steps" in text
+    assert "5.5 M encoder" in text
+    assert f"smallest number of GPUs that fits this batch: {tight.smallest().gpus}" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert {"8*", "16", "32"} <= {line[0] for line in lines if line}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "vit_gigantik"], "did you mean vit_gigantic"),
+        (["--gpu", "h2000"], "did you mean h200? known: a10, a100"),
+        (["--gpus", "6", "--batch", "512"], "cannot be split evenly over 6 processes"),
+        (["--gpus", "8", "--replicate", "3"], "8 GPUs cannot be split evenly into 3 groups"),
+        (["--gpus", "64", "--batch", "64"], "rule of thumb: 256 or more in all"),
+        (["--batch", "512", "--batch-per-gpu", "8"], "give one of them"),
+        (["--mfu", "40"], "mfu: expected a share between 0 and 1, got 40"),
+        (["--bandwidth", "0"], "bandwidth: expected a number above 0"),
+        (["--gpus", "0"], "gpus: expected at least 1, got 0"),
+        (["--model", "vit_tiny", "--local-size", "100"], "multiple of its patch size 14"),
+        (["--batchsize", "512"], "did you mean --batch-size?"),
+    ],
+)
+def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_few_images_for_sigreg() -> None:
+    assert plan.small_batch_warning(256) is None
+    assert "rule of thumb: at least 256 (linear accuracy of the paper's ViT-L: 72.2 % with 128" in str(
+        plan.small_batch_warning(255)
+    )
+
+
+def test_a_plan_leaves_nothing_behind() -> None:
+    before = plan_memory.ShardingPropagator._propagate_tensor_meta_non_cached
+    trace_step(small(), shards=2, images=2)
+    assert not torch.distributed.is_initialized()
+    assert plan_memory.ShardingPropagator._propagate_tensor_meta_non_cached is before
+
+
+def test_the_figure(tmp_path: Path) -> None:
+    curves = {("one", "plain"): [(1, 80.0), (8, 10.0)], ("two", "plain"): [(8, 40.0), (64, 5.0)]}
+    plot_memory(tmp_path / "plan.png", curves, title="memory")
+    less = tmp_path / "less.png"
+    plot_memory(less, {("one", "plain"): [(1, 1.0)]}, title="memory")
+    assert (tmp_path / "plan.png").read_bytes() != less.read_bytes()

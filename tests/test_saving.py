@@ -1,0 +1,134 @@
+"""Saving under fire: processes killed in the middle, a disk that fills up in the background, two trainers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import saving_worker
+import torch
+from training import CPU, Make, rows_of, train_only
+
+from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.train import checkpoint, saving
+from lejepa_fast.train.lock import RunLock
+from lejepa_fast.train.loop import Trainer
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
+    """Every start finds the newest step, whole. In every second round one rank is killed before the other."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.tensor", "lejepa_fast.train.saving"])
+    folder = tmp_path / "checkpoints"
+    moments = random.Random(0)
+    newest = 0
+    unfinished = 0
+    for attempt in range(20):
+        arguments = (str(tmp_path), attempt, newest + 1)
+        processes = [
+            context.Process(target=saving_worker.save_without_end, args=(rank, *arguments), daemon=True)
+            for rank in range(2)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            wait_for_a_checkpoint_after(folder, newest, processes)
+            time.sleep(moments.uniform(0, 0.05))
+            for process in reversed(processes):
+                process.kill()
+                time.sleep(0.2 * (attempt % 2))
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        unfinished += any(folder.glob(".*"))
+        there = checkpoint.list_checkpoints(folder)[-1]
+        found = checkpoint.newest_checkpoint(folder, own=True)
+        assert found is not None
+        path, state = found
+        assert path == there  # none was passed over
+        assert state["step"] > newest
+        newest = state["step"]
+        weight = checkpoint.load_model(path)["weight"]
+        assert torch.equal(weight, torch.full((1000, 300), float(newest)))
+        assert not list(folder.glob(".*"))
+    assert not list(folder.glob("*.damaged"))
+    assert unfinished > 5  # the moments were in the middle of saves
+
+
+def wait_for_a_checkpoint_after(folder: Path, step: int, processes: list[Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not any(path.name > f"step-{step:08d}" for path in checkpoint.list_checkpoints(folder)):
+        assert time.monotonic() < deadline
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.005)
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not when the next checkpoint is due, 100 steps later."""
+    write = saving._write_synced
+
+    def full(path: Path, data: bytes) -> None:
+        if "step-00000002" in str(path):
+            raise OSError(28, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(saving, "_write_synced", full)
+    cfg = tiny(max_steps=200, checkpoint_every=2)
+    trainer = Trainer(cfg, CPU)
+    start = trainer.saver.start
+
+    def start_and_let_it_fail(*args: Any) -> None:
+        start(*args)
+        object.__setattr__(trainer, "cfg", tiny(max_steps=200, checkpoint_every=100))
+        deadline = time.monotonic() + 30
+        while not trainer.saver.failed:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    monkeypatch.setattr(trainer.saver, "start", start_and_let_it_fail)
+    with pytest.raises(RunError, match=r"cannot write .*step-00000002: No space left"):
+        trainer.run()
+    assert rows_of(cfg)[-1]["step"] == 3
+    assert list((trainer.run_dir / "checkpoints").iterdir()) == []
+
+
+def test_a_second_trainer_in_the_folder_is_refused(tiny: Make) -> None:
+    cfg = tiny(max_steps=2)
+    assert cfg.out is not None
+    cfg.out.mkdir()
+    code = (
+        "import sys, time; from pathlib import Path; from lejepa_fast.train.lock import RunLock\n"
+        "lock = RunLock(Path(sys.argv[1])); lock.take(); print('taken', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(cfg.out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "taken\n"
+        with pytest.raises(UsageError, match=rf"another trainer \(process {other.pid} on .*another --out"):
+            train_only(cfg)
+        assert not (cfg.out / "metrics.jsonl").exists()
+    finally:
+        other.kill()
+        other.wait()
+    train_only(cfg)  # the lock died with its holder
+
+
+def test_the_lock_is_given_back(tmp_path: Path) -> None:
+    first, second = RunLock(tmp_path), RunLock(tmp_path)
+    first.take()
+    first.take()  # it is its own
+    with pytest.raises(UsageError, match="another trainer"):
+        second.take()
+    first.release()
+    second.take()
+    second.release()

@@ -1,0 +1,51 @@
+"""Out of memory: one line that says which settings help, instead of the allocator's report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from lejepa_fast.errors import RunError
+from lejepa_fast.train.config import Config
+from lejepa_fast.train.world import World
+
+_CPU_ALLOCATOR = "DefaultCPUAllocator"
+
+
+@contextmanager
+def settings_that_help(cfg: Config, world: World) -> Iterator[None]:
+    """RunError for an allocation inside that the GPU, or the machine, has no room for."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and _CPU_ALLOCATOR not in str(error):
+            raise
+        raise RunError(describe(cfg, world)) from error
+
+
+def describe(cfg: Config, world: World) -> str:
+    """What ran out, and the settings that need less, the cheapest first."""
+    images = cfg.data.batch_size // world.size
+    ways = []
+    mode = cfg.parallel.activation_checkpointing
+    if mode != "full":
+        better = "full" if mode == "selective" else "selective or full"
+        ways.append(f"--parallel.activation-checkpointing {better} (now {mode})")
+    if cfg.parallel.strategy != "fsdp" and world.size > 1:
+        ways.append("--parallel.strategy fsdp")
+    if cfg.parallel.replicate > 1:
+        ways.append(f"fewer groups than --parallel.replicate {cfg.parallel.replicate}")
+    ways.append(f"a smaller --batch-size (now {cfg.data.batch_size}, {images} images per process)")
+    ways.append("more processes with --parallel.strategy fsdp")
+    plan = f"python train/plan.py --model {cfg.model.name} --gpus {world.size} --batch {cfg.data.batch_size}"
+    return f"{_what(world)}; what helps: {', '.join(ways)}; what fits: {plan}"
+
+
+def _what(world: World) -> str:
+    if world.device.type != "cuda":
+        return "out of memory"
+    held = torch.cuda.max_memory_allocated(world.device) / 2**30
+    total = torch.cuda.get_device_properties(world.device).total_memory / 2**30
+    return f"out of GPU memory (up to {held:.1f} of {total:.1f} GiB in tensors)"

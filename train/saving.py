@@ -1,0 +1,237 @@
+"""Writing checkpoints while the training goes on: published whole or not at all.
+
+The tensors are copied to the CPU, which is all that the training waits for; a thread then writes them with
+`torch.distributed.checkpoint`, every rank its own share as safetensors, into a folder with another name. When
+all ranks have written and synced theirs, rank 0 adds what is no tensor and the SHA-256 sums of all files, and
+renames the folder. See `checkpoint.py` for the format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from lejepa_fast.errors import RunError
+from lejepa_fast.train.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    STATE,
+    VERSION,
+    checkpoint_path,
+    list_checkpoints,
+    sha256_of,
+)
+from lejepa_fast.train.files import UNFINISHED, sync_folder
+from lejepa_fast.train.world import World, the_same_on_every_rank
+
+log = logging.getLogger("lejepa_fast.train")
+
+_WAY_OUT = "earlier checkpoints are untouched; free some space and run the same command again"
+
+
+class Saver:
+    """Saves checkpoints of one run, one at a time, in the background. All ranks call every method."""
+
+    def __init__(self, folder: Path, world: World, *, keep: int):
+        self._folder = folder
+        self._keep = keep
+        self._world = world
+        # Of its own: the thread's collectives must not meet those of the training.
+        self._group: Any = dist.new_group(backend="gloo") if world.distributed else None
+        self._saving: Future[Any] | None = None
+        self._stager = _Stager(pinned=world.device.type == "cuda")
+        self._path = folder
+
+    def start(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Begin to save; returns as soon as the training may change the tensors again.
+
+        `tensors` are the same names on all ranks, DTensors or equal copies. `state` is everything else, as
+        JSON has it; that of rank 0 is written. Raises what `wait` does, for the save before.
+        """
+        self.wait()
+        self._path = checkpoint_path(self._folder, step)
+        whole = {"format": FORMAT, "version": VERSION, "step": step, **state}
+        writer = _PublishingWriter(self._path, whole, keep=self._keep)
+        saving = dcp.async_save(
+            tensors,
+            storage_writer=writer,
+            process_group=self._group,
+            async_stager=self._stager,
+            no_dist=self._group is None,
+        )
+        assert isinstance(saving, Future)
+        self._saving = saving
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save under way has failed already; `wait` then says why."""
+        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
+
+    def wait(self) -> None:
+        """Wait for the save under way. RunError on every rank if it failed on one."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            saving.result()
+        except (Exception, CheckpointException) as error:  # the latter is none of the former
+            if self._world.is_main:
+                shutil.rmtree(unfinished(self._path), ignore_errors=True)
+            causes = [error, *_failures(error)]
+            refused = next((cause for cause in causes if isinstance(cause, OSError)), None)
+            if refused is None:
+                raise
+            reason = refused.strerror or refused
+            with the_same_on_every_rank():
+                raise RunError(f"cannot write {self._path}: {reason}; {_WAY_OUT}") from error
+
+    def close(self) -> None:
+        """Wait for a save that is still under way, since something else ended the run, and release memory.
+
+        Its failure is only logged.
+        """
+        try:
+            self.wait()
+        except (Exception, CheckpointException) as error:
+            log.warning("%s", error)
+        self._stager.close()
+
+
+def unfinished(path: Path) -> Path:
+    """Where a checkpoint is written before it gets its name, and where it goes before it is deleted."""
+    return path.with_name(f".{path.name}{UNFINISHED}")
+
+
+def _failures(error: BaseException) -> list[BaseException]:
+    if not isinstance(error, CheckpointException):
+        return []
+    return [failure[0] for failure in error.failures.values()]
+
+
+class _Stager(AsyncStager):
+    """Copies a flat state dict to the CPU, into contiguous memory that is kept from save to save.
+
+    From a GPU it is pinned memory, which takes the copy at full speed. (DCP's own stager cannot be used twice
+    with torch 2.11, and keeps layouts that safetensors refuses.)
+    """
+
+    _synchronize_after_execute = False
+
+    def __init__(self, *, pinned: bool):
+        self._pinned = pinned
+        self._memory: dict[str, Tensor] = {}
+        self._meshes: dict[DeviceMesh, DeviceMesh] = {}
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        staged = {name: self._copy(name, tensor) for name, tensor in state_dict.items()}
+        if self._pinned:
+            torch.cuda.synchronize()
+        return staged
+
+    def synchronize_staging(self) -> None:
+        """Nothing to do: `stage` returns when the copy is there."""
+
+    def close(self) -> None:
+        self._memory.clear()
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        kept = self._memory.get(name)
+        if kept is None or kept.shape != own.shape or kept.dtype != own.dtype:
+            kept = torch.empty(own.shape, dtype=own.dtype, pin_memory=self._pinned)
+            self._memory[name] = kept
+        kept.copy_(own, non_blocking=self._pinned)
+        if not isinstance(tensor, DTensor):
+            return kept
+        mesh = self._on_the_cpu(tensor.device_mesh)
+        shape, stride = tensor.shape, tensor.stride()
+        return DTensor.from_local(kept, mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+
+    def _on_the_cpu(self, mesh: DeviceMesh) -> DeviceMesh:
+        if mesh not in self._meshes:
+            self._meshes[mesh] = DeviceMesh("cpu", mesh.mesh)
+        return self._meshes[mesh]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """What a rank tells of a file: its name in the checkpoint and its sum."""
+
+    name: str
+    sha256: str
+
+
+class _PublishingWriter(HuggingFaceStorageWriter):
+    """DCP's writer of safetensors that sums its files, and publishes the folder when all ranks are done."""
+
+    def __init__(self, path: Path, state: dict[str, Any], *, keep: int):
+        self._final, self._temporary = path, unfinished(path)
+        self._state, self._keep = state, keep
+        super().__init__(str(self._temporary), save_distributed=True)
+
+    def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
+        # On one rank, before any writes: what an earlier, killed save left here is not of this checkpoint.
+        for left in self._temporary.iterdir():
+            left.unlink()
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: Any, planner: Any) -> torch.futures.Future[list[Any]]:
+        results = super().write_data(plan, planner).wait()
+        names = {result.storage_data.relative_path for result in results}
+        written = {name: _Written(name, sha256_of(self._temporary / name)) for name in names}
+        summed: torch.futures.Future[list[Any]] = torch.futures.Future()
+        summed.set_result(
+            [
+                dataclasses.replace(result, storage_data=written[result.storage_data.relative_path])
+                for result in results
+            ]
+        )
+        return summed
+
+    def finish(self, metadata: Any, results: list[list[Any]]) -> None:
+        """On rank 0, when every rank has written."""
+        sums = {result.storage_data.name: result.storage_data.sha256 for part in results for result in part}
+        text = (json.dumps(self._state, allow_nan=False) + "\n").encode()
+        _write_synced(self._temporary / STATE, text)
+        sums[STATE] = hashlib.sha256(text).hexdigest()
+        manifest = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+        _write_synced(self._temporary / MANIFEST, manifest.encode())
+        sync_folder(self._temporary)
+        if self._final.exists():
+            discard(self._final)
+        os.rename(self._temporary, self._final)
+        sync_folder(self._final.parent)
+        for old in list_checkpoints(self._final.parent)[: -self._keep]:
+            discard(old)
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint. Killed in the middle, it leaves no half one under a checkpoint's name."""
+    gone = path.with_name(f".{path.name}.old{UNFINISHED}")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
