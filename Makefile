@@ -19,9 +19,10 @@ pretrain: $(VENV)/.installed
 	@$(BIN)/python train/pretrain.py --preset laptop --out $(RUN) $(ARGS)
 
 # Tests start many processes: idle OpenMP threads must sleep and not spin on the cores of the others.
+# The files are shared between two test processes; most tests keep one core busy.
 test: export OMP_WAIT_POLICY ?= PASSIVE
 test: lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/python -m ruff check .
