@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 BENCH, TESTS = ROOT / "bench", ROOT / "tests"
 LEAST_SECONDS = 5  # a stage is not begun with less
-LAST_SECONDS = 10  # kept to stop what runs and to print the tables
+LAST_SECONDS = 20  # kept to stop what runs and to print the tables
 # What the stages use beyond PyTorch and pytest; without them they do less, and say so.
 HELPFUL = (
     "triton",
@@ -123,25 +123,25 @@ def _smoke(run: Run) -> list[str]:
     return [str(BENCH / "pretrain_smoke.py"), *(small if run.rehearse else []), *run.extra]
 
 
-def _sigreg(case: str) -> Stage:
+def _sigreg(case: str, seconds: int) -> Stage:
     command = _script("sigreg_bench.py", "--cases", case, "--repeats", "30")
-    return Stage(f"sigreg {case}", 120, command, cases=(case,), rehearsed=False)
+    return Stage(f"sigreg {case}", seconds, command, cases=(case,), rehearsed=False)
 
 
 STAGES = (
     Stage("environment", 30, lambda run: [str(Path(__file__)), "--describe", *run.extra]),
-    Stage("kernel tests", 170, _pytest("-m", "not gpu", rehearsed="double_backward")),
-    _sigreg("reference-bfloat16"),
-    _sigreg("giant-bfloat16"),
-    _sigreg("minimal-float32"),
-    _sigreg("reference-float32"),
-    Stage("pretraining, 50 steps", 90, _smoke),
+    Stage("kernel tests", 120, _pytest("-m", "not gpu", rehearsed="double_backward")),
+    _sigreg("reference-bfloat16", 100),
+    _sigreg("minimal-float32", 80),
+    Stage("pretraining, 50 steps", 50, _smoke),
     Stage("accuracy", 60, _script("accuracy_bench.py"), rehearsed=False),
+    _sigreg("giant-bfloat16", 50),
+    _sigreg("reference-float32", 80),
     Stage("large kernel tests", 60, _pytest("-m", "gpu"), rehearsed=False),
     Stage("tiles", 90, _tiles),
-    Stage("loader", 60, _script("loader_bench.py"), rehearsed=False),
-    Stage("training", 60, _script("train_bench.py"), rehearsed=False),
-    _sigreg("minimal-bfloat16"),
+    Stage("loader", 60, _script("loader_bench.py", "--budget-minutes", "0.8"), rehearsed=False),
+    Stage("training", 60, _script("train_bench.py", "--budget-minutes", "0.8"), rehearsed=False),
+    _sigreg("minimal-bfloat16", 80),
     Stage("sigreg against N and M", 90, _script("sigreg_bench.py", "--sweep-only"), rehearsed=False),
 )
 # The cases of the benchmark are rehearsed in one process.
@@ -193,6 +193,7 @@ def execute(arguments: Sequence[str], limit: float, environment: dict[str, str],
         code = process.wait(limit)
     except subprocess.TimeoutExpired:
         stop(process)
+        reader.join(5)
         return Outcome("stopped", time.monotonic() - began, f"not done after {limit:.0f} s")
     except BaseException:  # Ctrl-C, or the end of the whole check: leave nothing running
         stop(process)
@@ -208,12 +209,15 @@ def execute(arguments: Sequence[str], limit: float, environment: dict[str, str],
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    # At the first one pytest still tells what failed so far.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(5)
-            return
+            break
+    with contextlib.suppress(ProcessLookupError):  # what it started may not have followed it
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def make_environment(rehearse: bool, site: Path) -> dict[str, str]:

@@ -72,6 +72,7 @@ def measure(case: Case, setting: Setting, repeats: int) -> list[Row]:
         if run is not None:
             calls[name] = Timed(lambda repeat: xs[repeat % len(xs)].detach().requires_grad_(), run)
     if clock:
+        drop_what_does_not_fit(calls, rows, clock)
         times = interleaved_times(calls, repeats, once=clock.once, warm_up=4)
         for name, seconds in gpu_timing.wall_times(calls).items():
             rows[name]["wall"] = summary(seconds)
@@ -88,6 +89,18 @@ def measure(case: Case, setting: Setting, repeats: int) -> list[Row]:
     marks = {"rehearsal": True} if setting.rehearsal else {}
     about = machine(device)
     return [{**row, **marks, **about} for row in rows.values()]
+
+
+def drop_what_does_not_fit(calls: dict[str, Timed], rows: dict[str, Row], clock: gpu_timing.GpuClock) -> None:
+    """Beside the others a variant may lack memory that it had alone: then it goes, and they stay."""
+    for name in list(calls):
+        try:
+            clock.once(calls[name], 0)
+        except torch.OutOfMemoryError:
+            del calls[name]
+            rows[name] |= {"correct": False, "problem": "does not fit into memory beside the others"}
+            print(f"{name.strip()}: {rows[name]['problem']}", flush=True)
+            gpu_timing.free_memory()
 
 
 def checked(case: Case, name: str, x: Tensor, truth: Truth, device: torch.device) -> tuple[Row, Run | None]:

@@ -164,6 +164,8 @@ def _triton_statistic(
     """T (V, M) of views x (V, N, K), or its sum times `factor`."""
     if A.dtype not in (torch.float32, x.dtype):
         A = A.float()
+    # The kernels read neighbouring elements of both.
+    t, scale = t.contiguous(), None if scale is None else scale.float().contiguous()
     precision = precision or triton_ops.default_precision(x.device)
     table = torch.ops.lejepa_fast.triton_table(x.detach(), A, scale, t, spacing, precision)
     count, N = None, x.shape[-2]
@@ -275,7 +277,7 @@ def _check_inputs(
         scale.shape != A.shape[1:] or scale.dtype not in (torch.float32, torch.float64)
     ):
         got = f"{scale.dtype} of shape {tuple(scale.shape)}"
-        raise ValueError(f"scale: expected float32 of shape ({A.shape[1]},), got {got}")
+        raise ValueError(f"scale: expected float32 or float64 of shape ({A.shape[1]},), got {got}")
     if scale is not None and scale.device != x.device:
         raise ValueError(f"scale: expected on the device of x, {x.device}, got {scale.device}")
     if precision not in (*triton_ops.PRECISIONS, None):

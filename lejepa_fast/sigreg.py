@@ -144,17 +144,23 @@ class SIGReg(nn.Module):
             self.to(z.device)  # once, instead of copying the knots at every call
         # The buffers are float32; float64 embeddings get knots to match.
         knots = self._knots if z.dtype == torch.float64 else self
+        advances = step is None and self.training
+        recomputed = advances and self._recomputed()
+        if step is None:
+            step = self.step - 1 if recomputed else self.step
         with torch.no_grad():
             # In the dtype of z, for its tensor cores; in half precision the scale undoes the rounding.
             A, scale = sample_unit_directions(
                 z.shape[-1],
                 self.num_slices,
-                step=self._next_step() if step is None else step,
+                step=step,
                 seed=self.seed,
                 device=z.device,
                 dtype=z.dtype,
                 impl=chosen,
             )
+            if advances and not recomputed:
+                self.step.add_(1)  # after its use: a copy would be one more launch
         loss = sigreg(
             z,
             A,
@@ -175,20 +181,14 @@ class SIGReg(nn.Module):
             loss.register_hook(self._note_backward)
         return loss.float()
 
-    def _next_step(self) -> Tensor:
-        """The step of this call; advances the counter in training mode."""
-        if not self.training:
-            return self.step.clone()
-        if not torch.compiler.is_compiling():
-            if is_recomputing():
-                return self._recomputed_step()
+    def _recomputed(self) -> bool:
+        """Whether activation checkpointing makes this call a second time; counts the others."""
+        if torch.compiler.is_compiling():
+            return False
+        if not is_recomputing():
             self._calls = 1 if self._backward_began else self._calls + 1
             self._backward_began = False
-        step = self.step.clone()
-        self.step.add_(1)
-        return step
-
-    def _recomputed_step(self) -> Tensor:
+            return False
         if self._calls != 1:
             raise RuntimeError(
                 "step: expected an explicit step where activation checkpointing recomputes one of "
@@ -196,7 +196,7 @@ class SIGReg(nn.Module):
                 "outside the checkpointed region"
             )
         self._backward_began = True
-        return self.step - 1
+        return True
 
     def _note_backward(self, grad: Tensor) -> None:
         self._backward_began = True

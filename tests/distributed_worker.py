@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from accuracy import COMPILE_BACKEND
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lejepa_fast import LeJEPALoss, SIGReg, sample_directions, sigreg, standard_normal_knots
@@ -85,6 +87,16 @@ def run(rank: int, world_size: int, folder: str) -> None:
     torch.save(results, Path(folder) / f"rank{rank}.pt")
 
 
+def fully_sharded(x: torch.Tensor, impl: str) -> dict[str, torch.Tensor]:
+    """Value, and the whole gradient, of an encoder whose parameters FSDP2 has sharded."""
+    model = encoder(torch.float32)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    value = functional_loss(model(x), impl, False)
+    value.backward()
+    grads = [p.grad.full_tensor().flatten() for p in model.parameters()]  # type: ignore[union-attr]
+    return {"value": value.detach(), "grad": torch.cat(grads)}
+
+
 def collect(rank: int, world_size: int, modules: dict[str, Any]) -> dict[Any, Any]:
     results: dict[Any, Any] = {}
     for name, sizes in (("equal", EQUAL[world_size]), ("unequal", UNEQUAL[world_size])):
@@ -114,6 +126,8 @@ def collect(rank: int, world_size: int, modules: dict[str, Any]) -> dict[Any, An
         value.backward()
         results["nothing", impl] = {"value": value.detach(), "grad": nothing.grad}
     if world_size == 2:
+        for impl in ("torch", "triton"):
+            results["fsdp", impl] = fully_sharded(shard(batch(torch.float32), UNEQUAL[2], rank), impl)
         compiled = torch.compile(lejepa_loss(), fullgraph=True, backend=COMPILE_BACKEND)
         results["compiled"] = value_and_gradient(DistributedDataParallel(encoder(torch.float64)), x, compiled)
         # More samples than bf16 can count (257 is none of its numbers), in bf16, under autocast.

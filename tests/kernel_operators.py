@@ -8,7 +8,15 @@ from accuracy import evaluate
 from host_reads import host_reads
 from kernel_helpers import DEVICE, directions, normal
 
-from lejepa_fast import SIGReg, ops, sample_directions, sample_unit_directions, sigreg, standard_normal_knots
+from lejepa_fast import (
+    Knots,
+    SIGReg,
+    ops,
+    sample_directions,
+    sample_unit_directions,
+    sigreg,
+    standard_normal_knots,
+)
 from lejepa_fast.kernels import directions as kernel_directions
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -96,6 +104,27 @@ def test_autocast_and_checkpointing_change_nothing():
         assert torch.equal(plain(x, step=0), expected.detach())
 
 
+def test_knots_and_scale_may_have_any_strides():
+    x, A = normal(30, 5), directions(5, 6)
+    t, phi, weights = (a.float().to(DEVICE) for a in standard_normal_knots()[:3])
+    scale = torch.rand(6, device=DEVICE) + 0.5
+    cases = [
+        (t, torch.stack([scale, scale], dim=1)[:, 0]),  # every other number
+        (t, scale[:1].expand(6)),
+        (t, scale.double()),
+        (torch.stack([t, t], dim=1)[:, 0], scale),
+    ]
+    for spacing in (0.1875, None):
+        for knots, factors in cases:
+            plain = factors.float().contiguous()
+            expected, got = (
+                evaluate(x, A, Knots(k, phi, weights, spacing), impl="triton", scale=s)
+                for k, s in ((t, plain), (knots, factors))
+            )
+            assert torch.equal(got.value, expected.value)
+            assert torch.equal(got.grad, expected.grad)
+
+
 def test_torch_func_is_refused_clearly():
     reg, x = SIGReg(num_slices=4, impl="triton").to(DEVICE), normal(2, 10, 3)
     for transformed in (torch.func.grad(reg), torch.func.vmap(reg)):
@@ -128,7 +157,11 @@ def test_double_backward_is_refused_clearly():
             "^x: expected float32, bfloat16 or float16.*float64",
         ),
         ({"precision": "fp32"}, ValueError, "^precision: expected one of .* got 'fp32'"),
-        ({"scale": torch.ones(5)}, ValueError, r"^scale: expected float32 of shape \(4,\), got .*\(5,\)"),
+        (
+            {"scale": torch.ones(5)},
+            ValueError,
+            r"^scale: expected float32 or float64 of shape \(4,\), got .*\(5,\)",
+        ),
         ({"scale": torch.ones(4, device="meta")}, ValueError, "^scale: expected on the device of x"),
         ({"scale": torch.ones(4).requires_grad_()}, ValueError, "^scale: .*impl='reference'"),
     ],

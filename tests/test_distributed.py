@@ -57,6 +57,15 @@ def test_lejepa_loss_is_that_of_the_whole_batch(ranks, sizes, impl):
         torch.testing.assert_close(got["grad"], expected["grad"], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_fsdp_gets_the_gradient_of_the_whole_batch(ranks, impl):
+    if len(ranks) != 2:
+        pytest.skip("sharded over two ranks only, to save time")
+    expected = single_process(lambda z: worker.functional_loss(z, "reference", False), torch.float32)
+    for results in ranks:
+        assert_same(results["fsdp", impl], expected, torch.float32)
+
+
 def test_ranks_may_weigh_their_losses_differently(ranks):
     """The gradient is that of the mean of the ranks' losses, whatever each multiplies its own with."""
     mean_weight = (1 + len(ranks)) / 2

@@ -169,7 +169,7 @@ def test_nothing_waits_for_the_gpu():
 
 @pytest.mark.parametrize("size", [REFERENCE, ((4, 256, 16), 256)])
 def test_at_most_six_launches(size):
-    """Directions, forward and backward; PyTorch adds a copy and an addition for the step, and the ones."""
+    """Directions, forward and backward; PyTorch adds the addition for the step, and the ones."""
     from torch.profiler import ProfilerActivity, profile
 
     shape, M = size
@@ -191,7 +191,7 @@ def test_at_most_six_launches(size):
     ]
     ours = [name for name in launched if name.startswith(OURS)]
     assert 4 <= len(ours) <= 6, launched
-    assert len(launched) - len(ours) <= 3, launched
+    assert len(launched) - len(ours) <= 2, launched
 
 
 # dx in registers, and through chunks
