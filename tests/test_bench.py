@@ -281,6 +281,7 @@ def test_memory_is_measured_in_a_process_of_its_own():
 def test_loader_bench_rehearsal(tmp_path, monkeypatch, capsys):
     """Everything it measures, in small; a loader that cannot run is left out and said so."""
     import loader_bench
+    import loader_files
 
     def unavailable(setting):
         raise RuntimeError("no such thing\nmore")
@@ -290,6 +291,7 @@ def test_loader_bench_rehearsal(tmp_path, monkeypatch, capsys):
         loader_bench, "contenders", lambda s: {**everything(s), "broken": lambda: unavailable(s)}
     )
     monkeypatch.setattr(loader_bench, "measure_memory", lambda setting, deadline: [])  # a process each
+    monkeypatch.setattr(loader_bench, "damage", lambda path: loader_files.damage(path, huge=(80, 60)))
     arguments = ["--rehearse", "--device", "cpu", "--workers", "1", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["bench/loader_bench.py", *arguments])
     loader_bench.main()
