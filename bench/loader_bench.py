@@ -322,7 +322,7 @@ def main() -> None:
             append_rows(options.out / "loader.jsonl", [{**row, **about} for row in measured])
 
         keep(measure_speed(setting, repeats, deadline))
-        keep(measure_damage(setting, good, min(repeats, 3), deadline))
+        keep(measure_damage(setting, good, repeats, deadline))
         keep(measure_memory(setting, deadline))
         if gpu:
             keep(sweep_hardware_decoder(setting, deadline))

@@ -276,3 +276,46 @@ def test_memory_is_measured_in_a_process_of_its_own():
     )
     phases = 512 * 64 * 17 * 4
     assert 2 * phases < int(run.stdout) < 40 * phases
+
+
+def test_loader_bench_rehearsal(tmp_path, monkeypatch, capsys):
+    """Everything it measures, in small; a loader that cannot run is left out and said so."""
+    import loader_bench
+    import loader_files
+
+    def unavailable(setting):
+        raise RuntimeError("no such thing\nmore")
+
+    everything = loader_bench.contenders
+    monkeypatch.setattr(
+        loader_bench, "contenders", lambda s: {**everything(s), "broken": lambda: unavailable(s)}
+    )
+    monkeypatch.setattr(loader_bench, "measure_memory", lambda setting, deadline: [])  # a process each
+    monkeypatch.setattr(loader_bench, "damage", lambda path: loader_files.damage(path, huge=(80, 60)))
+    arguments = ["--rehearse", "--device", "cpu", "--workers", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["bench/loader_bench.py", *arguments])
+    loader_bench.main()
+    rows = [json.loads(line) for line in (tmp_path / "loader.jsonl").read_text().splitlines()]
+    speeds = {row["contender"]: row["images_per_s"] for row in rows if row["kind"] == "speed"}
+    assert {"torchvision v2", "backend torchvision", "bytes only"} <= speeds.keys()
+    assert all(speed > 0 for speed in speeds.values())
+    assert all(row["rehearsal"] and row["commit"] for row in rows)
+    assert "broken: not available here: no such thing" in capsys.readouterr().out
+
+
+def test_loader_targets_are_judged():
+    import loader_bench
+
+    def judged(dali: float, memory: list[float], seconds: float) -> list[bool]:
+        rows = [
+            {"kind": "speed", "contender": "torchvision v2", "images_per_s": 90.0},
+            {"kind": "speed", "contender": "torchvision v2, tensors", "images_per_s": 100.0},
+            {"kind": "speed", "contender": "backend dali", "images_per_s": dali},
+            {"kind": "memory", "contender": "backend dali", "growth": max(memory) / min(memory)},
+            {"kind": "damage", "contender": "backend dali", "ratio": seconds},
+        ]
+        return [row["met"] for row in loader_bench.targets(rows, on_gpu=False)]
+
+    assert judged(221.0, [100.0, 104.0], 1.09) == [True, True, True]
+    # Against the faster of the two ways to write it.
+    assert judged(219.0, [100.0, 106.0], 1.11) == [False, False, False]

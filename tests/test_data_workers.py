@@ -49,7 +49,8 @@ if __name__ == "__main__":
     print("ready", flush=True)
     recipe = MultiCropRecipe(global_size=16, local_crops=0)
     loader = multicrop_loader(
-        Source(task != "whole"), recipe, batch_size=2, num_workers=2, start_method=method, shuffle=False
+        Source(task != "whole"), recipe, batch_size=2, num_workers=2, start_method=method, shuffle=False,
+        backend="torchvision",
     )
     batches = iter(loader)
     if task == "whole":
@@ -174,7 +175,9 @@ class NoiseSource(ImageSource):
 
 def test_workers_survive_the_thread_that_started_them():
     recipe = MultiCropRecipe(global_size=16, local_crops=0)
-    loader = multicrop_loader(NoiseSource(), recipe, batch_size=4, num_workers=1, start_method="fork")
+    loader = multicrop_loader(
+        NoiseSource(), recipe, batch_size=4, num_workers=1, start_method="fork", backend="torchvision"
+    )
     seen: list[list[int]] = []
 
     def one_pass() -> None:

@@ -46,8 +46,8 @@ _TO_BYTE = np.float32(255.999 / 255)
 
 @njit(**_JIT)
 def render_view(image, p, kernel_size, threshold, out):
-    """Make one view `out` (S, S, 3) uint8 of `image` (H, W, 3) uint8; `p`: its parameters, float32."""
-    size = out.shape[0]
+    """Make one view `out` (3, S, S) uint8 of `image` (H, W, 3) uint8; `p`: its parameters, float32."""
+    size = out.shape[1]
     planes = np.empty((3, size, size), np.float32)
     resample(image, p, planes)
     for step in range(4):
@@ -251,16 +251,14 @@ def _mirrored(i, size):
 
 @njit(**_FAST)
 def store(planes, flip, threshold, out):
-    """Write `planes` to `out` (S, S, 3) uint8, mirrored left to right, values >= threshold inverted."""
+    """Write `planes` to `out` (3, S, S) uint8, mirrored left to right, values >= threshold inverted."""
     size = planes.shape[1]
-    first, step = (3 * (size - 1), -3) if flip else (0, 3)
     limit = np.float32(threshold)
-    for i in range(size):
-        row = out[i].reshape(3 * size)
-        for c in range(3):
-            values = planes[c, i]
-            place = first + c
+    for c in range(3):
+        for i in range(size):
+            values, row = planes[c, i], out[c, i]
+            if flip:
+                values = values[::-1]
             for j in range(size):
                 value = values[j]
-                row[place] = np.uint8(_FULL - value if value >= limit else value)
-                place += step
+                row[j] = np.uint8(_FULL - value if value >= limit else value)

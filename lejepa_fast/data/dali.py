@@ -234,7 +234,7 @@ class DaliBackend:
         recipe = self._plan.recipe
         kernel, threshold = (recipe.blur_kernel, recipe.solarize_threshold) if recipe else (1, 256)
         parameters = table.astype(np.float32)
-        made = [torch.empty((len(images), size, size, 3), dtype=torch.uint8) for size in sizes]
+        made = [torch.empty((len(images), 3, size, size), dtype=torch.uint8) for size in sizes]
         arrays = [view.numpy() for view in made]
 
         def render(row: int) -> None:
@@ -243,7 +243,7 @@ class DaliBackend:
 
         for _ in self._pool.map(render, range(len(images))):
             pass
-        return [_as_views(view) for view in made]
+        return made
 
     def _build(self) -> Any:
         from lejepa_fast.data.dali_graph import decode_pipeline, view_pipeline
@@ -252,7 +252,7 @@ class DaliBackend:
         options: dict[str, Any] = {
             "batch_size": self._batch_size,
             "num_threads": self._threads,
-            "device_id": None if self._gpu is None else (self._gpu.index or 0),
+            "device_id": None if self._stream is None else self._stream.device.index,
             "prefetch_queue_depth": 1,  # the loader counts itself what is in flight
             "device": "cpu" if self._gpu is None else "gpu",
             "hw_decoder_load": self._hw_decoder_load,
