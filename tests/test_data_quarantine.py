@@ -1,0 +1,78 @@
+"""Bad images in the middle of a run: written down, and replaced by others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lejepa_fast.data import MultiCropRecipe, multicrop_loader
+from lejepa_fast.data.choice import dali_fault
+from lejepa_fast.data.sources import FolderSource
+from lejepa_fast.errors import RunError
+
+
+@pytest.fixture(params=["torchvision", "dali"])
+def backend(request) -> str:
+    if request.param == "dali" and dali_fault(False):
+        pytest.skip(str(dali_fault(False)))
+    return request.param
+
+
+def flat_folder(root: Path, count: int = 70) -> Path:
+    root.mkdir()
+    for number in range(count):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(root / f"{number:03d}.png")
+    return root
+
+
+def read_quarantine(file: Path) -> dict[str, str]:
+    """Reasons by file name."""
+    rows = [line.split("\t") for line in file.read_text().splitlines()]
+    assert all(len(row) == 3 for row in rows)
+    assert len({row[0] for row in rows}) == len(rows)
+    return {Path(row[0]).name: row[2] for row in rows}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_and_small_images_are_quarantined_and_replaced(tmp_path, backend, workers):
+    source = FolderSource(flat_folder(tmp_path / "images", 70))
+    listing = tmp_path / "run" / "quarantine.txt"
+    options = {
+        "batch_size": 8,
+        "num_workers": workers,
+        "backend": backend,
+        "dtype": torch.uint8,
+        "quarantine": listing,
+    }
+    recipe = MultiCropRecipe(
+        global_size=24, local_crops=0, jitter_prob=0, grayscale_prob=0, blur_prob=0, solarize_prob=0
+    )
+
+    def numbers(made) -> list[int]:  # the red channel tells which image it is
+        return [int(value) for views, _ in made for value in views[0][:, 0, 12, 12]]
+
+    Path(source.describe(3)).write_bytes(b"no image at all")
+    Image.new("RGB", (40, 23)).save(source.describe(9))
+    seen = numbers(multicrop_loader(source, recipe, **options))
+    # 64 places, 68 good images: nobody is seen twice, and no bad one at all.
+    assert len(seen) == len(set(seen)) == 64
+    assert not {3, 9} & set(seen)
+    reasons = {"003.png": "not an image", "009.png": "40 x 23 px, the crops need a short side of 24 px"}
+    found = read_quarantine(listing)
+    assert found.items() <= reasons.items()  # those that this epoch would have dropped are not met
+    # What the file lists is not written again, and other places stay as they were.
+    before = listing.read_text()
+    assert numbers(multicrop_loader(source, recipe, **options)) == seen
+    assert listing.read_text() == before
+    one = multicrop_loader(source, recipe, **options)
+    plain = [key.indices for key in one._schedule.keys(0)]
+    differing = [a for a, b in zip([i for key in plain for i in key], seen, strict=True) if a != b]
+    assert set(differing) <= {3, 9}
+    with pytest.raises(
+        RunError, match=r"1 of 70 images are bad, more than the allowed 0 % \(max_bad_f"
+    ) as caught:
+        list(multicrop_loader(source, recipe, **{**options, "quarantine": None}, max_bad_fraction=0.0))
+    assert "\n" not in str(caught.value)
