@@ -47,6 +47,8 @@ from lejepa_fast.data.sources import FolderSource
 
 CPU_TARGET, GPU_TARGET, GPU_SHARE = 2.2, 8.0, 0.6
 MEMORY_EPOCHS, MEMORY_COPIES, MEMORY_LIMIT = 5, 2, 1.05
+# A batch of 32 is 60 MB, a tenth of what is resident: one more or less in flight would decide. So small ones.
+MEMORY_BATCH = 8
 DAMAGE_BATCH, DAMAGE_LIMIT = 40, 1.10
 HW_LOADS = (0.0, 0.25, 0.5, 0.65, 0.8, 1.0)
 
@@ -159,7 +161,8 @@ def measure_memory(setting: Setting, deadline: float) -> list[dict[str, Any]]:
         if time.monotonic() > deadline:
             print("memory is not measured: the budget is spent")
             break
-        arguments = ["--files", str(setting.folder.path), "--batch-size", str(setting.batch_size)]
+        batch_size = min(MEMORY_BATCH, setting.batch_size)
+        arguments = ["--files", str(setting.folder.path), "--batch-size", str(batch_size)]
         arguments += ["--workers", str(setting.workers), "--device", str(setting.device)]
         arguments += [
             "--memory-of",
@@ -175,6 +178,7 @@ def measure_memory(setting: Setting, deadline: float) -> list[dict[str, Any]]:
         epochs = json.loads(child.stdout.splitlines()[-1])
         growth = max(epochs[1:]) / min(epochs[1:])
         rows.append({"kind": "memory", "contender": name, "epoch_mib": epochs, "growth": growth})
+        rows[-1]["memory_batch_size"] = batch_size
         print(
             f"memory of {name}: {', '.join(f'{m:.0f}' for m in epochs)} MiB after epochs 1 to {len(epochs)}"
         )
