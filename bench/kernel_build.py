@@ -50,14 +50,17 @@ def tiled_kernel(
         arguments |= {"G": plan.chunk_giants, "CHUNKS": plan.chunks, "CHUNK_KNOTS": plan.chunk_knots}
         return Kernel(name, forward._sigreg_fwd_kernel, arguments, tile)
     arguments |= {"G": plan.G, "FAR": plan.chunks > 1, "SLICE_GRAD": False, "out_ptr": f"*{dtype}"}
-    arguments |= {"coef_ptr": "*fp32", "grad_ptr": "*fp32", "dp_ptr": f"*{dtype}"}
+    arguments |= {"coef_ptr": "*fp32", "grad_ptr": "*fp32", "peak_ptr": "*fp32", "dp_ptr": f"*{dtype}"}
+    arguments |= {"NORMALIZE": dtype == "fp16", "first_view": 0}
     if name == "fused":
         return Kernel(name, backward._sigreg_bwd_kernel, arguments, tile)
     if name == "product":
-        return Kernel(name, backward._sigreg_dx_kernel, arguments | {"rows": size.V * size.N}, tile)
+        arguments |= {"rows": size.V * size.N, "view_rows": size.N, "TABLE_ROWS": plan.rows}
+        return Kernel(name, backward._sigreg_dx_kernel, arguments, tile)
     splits, samples = count_splits(size.V, size.N, size.M, 1, config.split)
-    arguments |= {"splits": splits, "split_samples": samples, "first_view": 0, "n_first": 0}
-    arguments |= {"n_stop": size.N, "COEF_IN_REGISTERS": plan.rows <= backward._COEF_IN_REGISTERS}
+    arguments |= {"splits": splits, "split_samples": samples, "n_first": 0, "n_stop": size.N}
+    in_registers = plan.equidistant and plan.rows <= backward._COEF_IN_REGISTERS
+    arguments["COEF_IN_REGISTERS"] = in_registers
     return Kernel(name, backward._sigreg_dp_kernel, arguments, tile)
 
 
@@ -123,7 +126,8 @@ def compile_kernel(kernel: Kernel, target: str) -> Any:
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(kernel.function.params):
         value = kernel.arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or one:
             constants[parameter.name] = value
             signature[parameter.name] = "constexpr"
         elif isinstance(value, str):

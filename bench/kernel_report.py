@@ -6,7 +6,8 @@
 
 Kernels are compiled with their shipped configuration for the reference size (V 8, N 2048, K 512, M 1024,
 J 17), for the giant one (V 10, N 4096, K 1536, M 4096) where that takes another tile, and `fused` for its
-largest K. Instructions are counted in the hot loop: the stretch of machine code between two branches
+largest K; for sm_90 and bf16 also for odd sizes and J 33, where spills are recorded rather than excluded.
+Instructions are counted in the hot loop: the stretch of machine code between two branches
 that holds the range reductions. One range reduction belongs to one projected sample, and its constant
 can be found in the code, so `per sample` means: of that stretch, divided by its range reductions.
 
@@ -39,6 +40,7 @@ from lejepa_fast.kernels.layout import Plan, count_splits, make_plan
 BUDGETS = Path(__file__).parent / "kernel_budgets.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REFERENCE, GIANT, KNOTS = Size(8, 2048, 512, 1024), Size(10, 4096, 1536, 4096), 17
+ODD, MANY_KNOTS = (Size(8, 2001, 500, 1000), Size(8, 2001, 768, 1024)), 33
 # The names that end in 2 are Blackwell's packed instructions: two operations, issued once.
 FP32 = ("FADD", "FMUL", "FFMA", "FSEL", "FSETP", "FMNMX", "FCHK", "FADD2", "FMUL2", "FFMA2")
 TENSOR = ("HGMMA", "HMMA", "UTCHMMA", "UTCOMMA")
@@ -62,6 +64,18 @@ def shipped_kernels(target: str, dtype: str, plan: Plan) -> list[tuple[Size, Ker
         found.append((reference, tiled_kernel(name, target, dtype, plan, reference)))
         if name != "fused" and config.tile(name, GIANT.K) != config.tile(name, REFERENCE.K):
             found.append((GIANT, tiled_kernel(name, target, dtype, plan, GIANT)))
+    return found
+
+
+def uneven_kernels(target: str) -> list[tuple[str, Plan, Size, Kernel]]:
+    """What the shipped tiles were not chosen for, in bf16: masks along every dimension, and more knots."""
+    cases = [(f"N {s.N} K {s.K} M {s.M}", KNOTS, name, s) for s in ODD for name in ("forward", "gradient")]
+    cases.append((f"J {MANY_KNOTS}", MANY_KNOTS, "gradient", REFERENCE))
+    cases.append((f"J {MANY_KNOTS}", MANY_KNOTS, "fused", REFERENCE._replace(K=128)))
+    found = []
+    for what, knots, name, size in cases:
+        plan = make_plan(knots, 3 / (knots - 1))
+        found.append((what, plan, size, tiled_kernel(name, target, "bf16", plan, size)))
     return found
 
 
@@ -157,30 +171,39 @@ def report(target: str, dtypes: list[str]) -> list[dict[str, Any]]:
     plan = make_plan(KNOTS, 3 / (KNOTS - 1))
     rows = []
     for dtype in dtypes:
-        for size, kernel in shipped_kernels(target, dtype, plan):
-            row = {"kernel": kernel.name, "target": target, "dtype": dtype, **size._asdict()}
-            row |= {**kernel.tile._asdict(), **inspect(compile_kernel(kernel, target), target)}
-            if kernel.name not in TILED:
-                row.pop("per_sample", None)  # it draws normals and projects nothing
-            elif target == "sm_90":
-                row["floor_h200"] = floors(row, kernel, size, plan)
-            rows.append(row)
+        cases = [("", plan, *found) for found in shipped_kernels(target, dtype, plan)]
+        if (target, dtype) == ("sm_90", "bf16"):
+            cases += uneven_kernels(target)
+        rows += [_row(target, dtype, *case) for case in cases]
     return rows
 
 
+def _row(target: str, dtype: str, uneven: str, plan: Plan, size: Size, kernel: Kernel) -> dict[str, Any]:
+    row = {"kernel": kernel.name, "uneven": uneven, "target": target, "dtype": dtype, **size._asdict()}
+    row |= {**kernel.tile._asdict(), **inspect(compile_kernel(kernel, target), target)}
+    if kernel.name not in TILED:
+        row.pop("per_sample", None)  # it draws normals and projects nothing
+    elif target == "sm_90":
+        row["floor_h200"] = floors(row, kernel, size, plan)
+    return row
+
+
 def budget_key(row: dict[str, Any]) -> str:
-    return f"{row['target']} {row['dtype']} {row['kernel']} {row['K']}"
+    return f"{row['target']} {row['dtype']} {row['kernel']} {row['uneven'] or row['K']}"
 
 
 def violations(rows: list[dict[str, Any]], budgets: dict[str, Any]) -> list[str]:
-    """What breaks the rules: a spill, no tensor-core instructions, 10 % more instructions than recorded."""
+    """What breaks the rules: more spills than recorded (none, if none are), no tensor-core instructions,
+    10 % more FP32 instructions than recorded.
+    """
     found = []
     for row in rows:
         budget = budgets.get(budget_key(row))
         if budget is None:
             continue
-        name = f"{row['kernel']} ({row['dtype']}, {row['target']}, K {row['K']})"
-        if row["spills"] or row["stack_bytes"]:
+        name = f"{row['kernel']} ({row['dtype']}, {row['target']}, {row['uneven'] or 'K ' + str(row['K'])})"
+        allowed = budget.get("spills", 0)
+        if row["spills"] > allowed or (row["stack_bytes"] and not allowed):
             found.append(f"{name}: {row['spills']} spill instructions, {row['stack_bytes']} bytes of stack")
         if budget.get("tensor_kind") != row["tensor_kind"]:
             found.append(f"{name}: {row['tensor_kind']} instructions instead of {budget.get('tensor_kind')}")
@@ -192,14 +215,21 @@ def violations(rows: list[dict[str, Any]], budgets: dict[str, Any]) -> list[str]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    header = ["kernel", "K", "target", "dtype", "tile", "regs", "spills", "shared", "tensor"]
+    header = ["kernel", "size", "target", "dtype", "tile", "regs", "spills", "shared", "tensor"]
     header += ["fp32/smp", "shfl", "all/smp", "fp32 us", "matmul us", "l2 us", "floor us"]
     table = []
     for row in rows:
         tile = f"{row['block_m']}x{row['block_n']}x{row['block_k']} w{row['num_warps']} s{row['num_stages']}"
         tile += f" t{row['turns']}" + " resident" * row["resident"]
         each, floor = row.get("per_sample"), row.get("floor_h200")
-        cells = [row["kernel"], str(row["K"]), row["target"], row["dtype"], tile, str(row["registers"])]
+        cells = [
+            row["kernel"],
+            row["uneven"] or f"K {row['K']}",
+            row["target"],
+            row["dtype"],
+            tile,
+            str(row["registers"]),
+        ]
         cells += [str(row["spills"]), str(row["shared_bytes"]), row["tensor_kind"] or "-"]
         cells += [f"{each[k]:.1f}" for k in ("fp32", "shfl", "total")] if each else ["-"] * 3
         names = ("fp32_us", "matmul_us", "l2_us", "floor_us")

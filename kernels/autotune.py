@@ -2,7 +2,7 @@
 
 The first launch of a kernel for a (device, dtypes, K, M, knots, power of two of rows) times the candidates of
 its configuration, the shipped tile first, and the process keeps the fastest. Off, nothing is timed and a
-cold start never pauses.
+cold start never pauses. A candidate that cannot run is passed over.
 
 - Timing synchronises with the device, so nothing is timed while a CUDA graph is captured: an untimed launch
   takes the shipped tile there. Run once before capturing, as graphs ask for anyway.
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from .configs import ANY, Choice, Config, Tile, get_config
 from .layout import Plan, make_plan
@@ -38,6 +38,8 @@ Timer = Callable[[Callable[[], None]], float]
 Launch = Callable[[Tile], None]
 
 _REPEATS = 10
+# Too large for the device or its memory, or beyond the compiler, whose passes raise RuntimeError.
+_CANNOT_RUN = (TritonError, RuntimeError)
 _chosen: dict[Hashable, Tile] = {}
 _rows: list[dict[str, Any]] | None = None  # where `time_candidates` collects
 
@@ -69,18 +71,24 @@ def enabled() -> bool:
 
 def choose(config: Config, kernel: str, problem: Problem, launch: Launch) -> Tile:
     """The tile to launch a kernel with; `launch` may be called with candidates and must bear repetition."""
-    K = problem.x.shape[2]
+    shipped = config.tile(kernel, problem.x.shape[2])
     if _rows is not None:
-        _rows.extend(_time_all(config, kernel, problem, launch))
-    elif enabled():
+        timed = _time_all(config, kernel, problem, launch)
+        _rows.extend(timed)
+        return shipped if timed[0]["error"] is None else _fastest(timed)
+    if enabled():
         key = (kernel, problem.key())
         if key in _chosen:
             return _chosen[key]
         if not _capturing(problem.x):
-            timed = _time_all(config, kernel, problem, launch)
-            best = min((row for row in timed if row["error"] is None), key=lambda row: row["seconds"])
-            return _chosen.setdefault(key, Tile(**best["tile"]))
-    return config.tile(kernel, K)
+            return _chosen.setdefault(key, _fastest(_time_all(config, kernel, problem, launch)))
+    return shipped
+
+
+def _fastest(timed: list[dict[str, Any]]) -> Tile:
+    """The fastest tile; the shipped one if none can run, so that its launch raises the reason."""
+    able = [row for row in timed if row["error"] is None]
+    return Tile(**(min(able, key=lambda row: row["seconds"]) if able else timed[0])["tile"])
 
 
 def _capturing(x: Tensor) -> bool:
@@ -94,18 +102,18 @@ def _time_all(config: Config, kernel: str, problem: Problem, launch: Launch) -> 
     for tile in config.candidates(kernel, K):
         seconds, error = None, None
         try:
-            seconds = measure(lambda tile=tile: launch(tile))  # type: ignore[misc]
-        except OutOfResources as failure:  # more shared memory than the device has
-            error = str(failure)
+            seconds = measure(lambda tile=tile: launch(tile), problem.x)  # type: ignore[misc]
+        except _CANNOT_RUN as failure:
+            error = f"{type(failure).__name__}: {failure}"
         row = {"tile": tile._asdict(), "shipped": not rows, "seconds": seconds, "error": error}
         rows.append({"kernel": kernel, **size, **row})
     return rows
 
 
-def measure(call: Callable[[], None]) -> float:
-    """Seconds of a call on the current device, after a first one that compiles."""
+def measure(call: Callable[[], None], x: Tensor) -> float:
+    """Seconds of a call on the device of x, the current one, after a first call that compiles."""
     call()
-    if not torch.cuda.is_available():
+    if not x.is_cuda:
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
@@ -149,15 +157,17 @@ def time_candidates(
     t = torch.arange(J, device=x.device, dtype=torch.float32) * (t_max / max(1, J - 1))
     phi = torch.exp(-t.square() / 2)
     plan = make_plan(J, t_max / (J - 1) if J > 1 else None)
-    before, _rows, rows = measure, [], []
+    before, _rows = measure, []
     if timer is not None:
-        measure = timer
+        measure = lambda call, x: timer(call)  # noqa: E731
     try:
         table = forward.table_sums(x, A, scale, t, plan, config, precision)
         options = {"unbiased": False, "scale_by_n": True, "factor": 1.0}
         value, coef = finish.finish(table, x.shape[1], scale, t, phi, phi, plan, **options)  # type: ignore[arg-type]
         backward.gradient(torch.ones_like(value), 1.0, coef, x, A, scale, t, plan, config, precision)
-        rows = _rows
+    except _CANNOT_RUN:  # no tile of a kernel can run: the rows say why
+        if all(row["error"] is None for row in _rows):
+            raise
     finally:
-        measure, _rows = before, None
+        measure, rows, _rows = before, _rows, None
     return rows

@@ -8,10 +8,15 @@ and dx[n] = sum over m of dT/dp[n, m] * scale[m] * A[:, m]. While K is small eno
 stay in registers, one program owns BLOCK_N samples and walks over all directions (`_sigreg_bwd_kernel`). For
 larger K one kernel writes dT/dp of a chunk of samples and a matrix product follows (`_sigreg_dp_kernel`,
 `_sigreg_dx_kernel`). Either way dx is a sum in a fixed order.
+
+The second product takes dT/dp in the dtype of x and A. float16 holds a few orders of magnitude only, and
+dT/dp has no fixed size (weights, `scale_by_n`): it is multiplied with a power of two for each view (`_power`,
+NORMALIZE), taken back in float32.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .autotune import Problem, choose
-from .configs import Config, Tile
+from .configs import Config, Tile, get_config
 from .derivative import derivative, load_coefficients
 from .layout import Plan, count_splits
 from .runtime import empty, kernel_device
@@ -39,6 +44,20 @@ _COEF_IN_REGISTERS = 35
 
 
 @triton.jit
+def _power(peak_ptr, ROWS: tl.constexpr):
+    """The power of two that takes dT/dp to the upper end of float16.
+
+    |dT/dp| <= ROWS * peak, the largest coefficient of the view; times the power it is below 2**15. Within
+    2**100 either way its inverse is exact, and both leave float32 room for what they multiply.
+    """
+    bound = tl.load(peak_ptr) * ROWS
+    exponent = bound.to(tl.int32, bitcast=True) >> 23  # biased by 127; bound < 2**(exponent - 126)
+    power = tl.minimum(tl.maximum(127 + 15 + 126 - exponent, 27), 227)
+    return (power << 23).to(tl.float32, bitcast=True)
+
+
+# A value of 1 or a multiple of 16 would be a compilation of its own, for nothing.
+@triton.jit(do_not_specialize=["first_view", "splits"])
 def _sigreg_dp_kernel(
     x_ptr,  # (V, N, K)
     a_ptr,  # (K, M)
@@ -46,6 +65,7 @@ def _sigreg_dp_kernel(
     t_ptr,  # (J,) float32, arbitrary knots
     coef_ptr,  # (V, M, ROWS) float32, scale included
     grad_ptr,  # float32: gradient of the loss (), or of T (V, M) with SLICE_GRAD
+    peak_ptr,  # (V,) float32, largest coefficients, with NORMALIZE
     out_ptr,  # dT/dp (views of this launch, n_stop - n_first, M), times the gradient with SLICE_GRAD
     first_view,
     n_first,
@@ -69,6 +89,7 @@ def _sigreg_dp_kernel(
     stride_gm,
     HAS_SCALE: tl.constexpr,
     SLICE_GRAD: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     EQUIDISTANT: tl.constexpr,
     B: tl.constexpr,
     G: tl.constexpr,
@@ -108,6 +129,8 @@ def _sigreg_dp_kernel(
         g_hi, g_lo = scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
     if SLICE_GRAD:
         grad = tl.load(grad_ptr + view * stride_gv + m[:, None] * stride_gm, mask=m_mask, other=0.0)
+    if NORMALIZE:
+        power = _power(peak_ptr + view, ROWS)
     a = ()
     p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if RESIDENT > 0:
@@ -130,6 +153,8 @@ def _sigreg_dp_kernel(
             EQUIDISTANT, B, G, FAR, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if SLICE_GRAD:
             dp *= grad
+        if NORMALIZE:
+            dp *= power
         out_ptrs = out_ptr + (n - n_first)[None, :].to(tl.int64) * M + m[:, None]
         tl.store(out_ptrs, to_dtype(dp, out_ptr.dtype.element_ty), mask=m_mask & (n < n_stop)[None, :])
         if RESIDENT > 0:
@@ -144,6 +169,7 @@ def _sigreg_bwd_kernel(
     t_ptr,  # (J,) float32, arbitrary knots
     coef_ptr,  # (V, M, ROWS) float32, scale included
     grad_ptr,  # float32: gradient of the loss (), or of T (V, M) with SLICE_GRAD
+    peak_ptr,  # (V,) float32, largest coefficients, with NORMALIZE
     out_ptr,  # dx (V, N, K)
     N,
     K,
@@ -164,6 +190,7 @@ def _sigreg_bwd_kernel(
     stride_gm,
     HAS_SCALE: tl.constexpr,
     SLICE_GRAD: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     EQUIDISTANT: tl.constexpr,
     B: tl.constexpr,
     G: tl.constexpr,
@@ -186,6 +213,8 @@ def _sigreg_bwd_kernel(
     k = tl.arange(0, BLOCK_K)
     x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, 1, EVEN_K, True)
     dx = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    if NORMALIZE:
+        power = _power(peak_ptr + view, ROWS)
 
     for m0 in range(0, M, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
@@ -201,10 +230,14 @@ def _sigreg_bwd_kernel(
             EQUIDISTANT, B, G, FAR, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if SLICE_GRAD:
             dp *= tl.load(grad_ptr + view * stride_gv + m[:, None] * stride_gm, mask=m_mask, other=0.0)
+        if NORMALIZE:
+            dp *= power
         if not SLICE_GRAD and x[0].dtype == a[0].dtype:
             dp = to_dtype(dp, a[0].dtype)  # else in float32: the gradients may span any range
         dx = dot(tl.trans(a[0]), dp, dx, PRECISION)
 
+    if NORMALIZE:
+        dx *= 1.0 / power
     if not SLICE_GRAD:
         out_factor *= tl.load(grad_ptr)
     out_ptrs = out_ptr + (view * N + n)[None, :] * K + k[:, None]
@@ -212,12 +245,15 @@ def _sigreg_bwd_kernel(
     tl.store(out_ptrs, to_dtype(dx * out_factor, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_view", "view_rows", "rows"])
 def _sigreg_dx_kernel(
     dp_ptr,  # (rows, M)
     a_ptr,  # (K, M)
     grad_ptr,  # () float32, without SLICE_GRAD
+    peak_ptr,  # (V,) float32, largest coefficients, with NORMALIZE
     out_ptr,  # (rows, K)
+    first_view,
+    view_rows,  # of this launch in each view
     rows,
     K,
     M,
@@ -225,6 +261,8 @@ def _sigreg_dx_kernel(
     stride_ak,
     stride_am,
     SLICE_GRAD: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    TABLE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -245,6 +283,9 @@ def _sigreg_dx_kernel(
         dx = dot(dp, a, dx, PRECISION)
         dp_ptrs += BLOCK_M
         a_ptrs += BLOCK_M * tl.cast(stride_am, tl.int64)
+    if NORMALIZE:
+        view = first_view + tl.minimum(n, rows - 1) // view_rows
+        dx *= 1.0 / _power(peak_ptr + view, TABLE_ROWS)[:, None]
     if not SLICE_GRAD:
         out_factor *= tl.load(grad_ptr)
     mask = (n < rows)[:, None] & (k < K)[None, :]
@@ -276,13 +317,17 @@ def gradient(
     dx = empty(x, (views, N, K), x.dtype)
     if N == 0:
         return dx
-    common = _Launch(grad, factor, coef, x, A, scale, t, plan, config, precision, grad.dim() == 2)
+    slice_grad = grad.dim() == 2
+    peak = None
+    if x.dtype == A.dtype == torch.float16 and not slice_grad:
+        peak = torch.linalg.vector_norm(coef, math.inf, dim=(1, 2))
+    common = _Launch(grad, factor, coef, x, A, scale, t, plan, config, precision, slice_grad, peak)
     with kernel_device(x):
         if K <= config.fused_max_dim:
             _launch_fused(common, dx)
             return dx
         # Products of gradients per direction span any range: they stay in float32.
-        dtype = A.dtype if A.dtype == x.dtype and not common.slice_grad else torch.float32
+        dtype = A.dtype if A.dtype == x.dtype and not slice_grad else torch.float32
         chunk_views, chunk_samples = _chunk(views, N, M * dtype.itemsize)
         buffer = empty(x, (chunk_views * chunk_samples, M), dtype)
         for v in range(0, views, chunk_views):
@@ -303,7 +348,7 @@ def _chunk(views: int, N: int, sample_bytes: int) -> tuple[int, int]:
     samples = max(1, _CHUNK_BYTES // sample_bytes)
     if samples >= N:
         return min(views, samples // N), N
-    return 1, max(_CHUNK_STEP, samples // _CHUNK_STEP * _CHUNK_STEP)
+    return 1, min(N, max(_CHUNK_STEP, samples // _CHUNK_STEP * _CHUNK_STEP))
 
 
 class _Launch(NamedTuple):
@@ -320,10 +365,14 @@ class _Launch(NamedTuple):
     config: Config
     precision: str
     slice_grad: bool
+    peak: Tensor | None
 
     def tensors(self) -> tuple[Tensor, ...]:
         scale = self.A if self.scale is None else self.scale
-        return self.x, self.A, scale, self.t, self.coef, self.grad
+        return self.x, self.A, scale, self.t, self.coef, self.grad, self.peaks()
+
+    def peaks(self) -> Tensor:
+        return self.coef if self.peak is None else self.peak
 
     def scalars(self) -> tuple[int | float, ...]:
         plan = self.plan
@@ -337,6 +386,7 @@ class _Launch(NamedTuple):
         return {
             "HAS_SCALE": self.scale is not None,
             "SLICE_GRAD": self.slice_grad,
+            "NORMALIZE": self.peak is not None,
             "EQUIDISTANT": plan.equidistant,
             "B": plan.B,
             "G": plan.G,
@@ -413,13 +463,18 @@ def _launch_product(c: _Launch, dp: Tensor, dx: Tensor, views: range, samples: r
             dp,
             c.A,
             c.grad,
+            c.peaks(),
             out,
+            views.start,
+            len(samples),
             rows,
             K,
             M,
             c.factor,
             *c.A.stride(),
             SLICE_GRAD=c.slice_grad,
+            NORMALIZE=c.peak is not None,
+            TABLE_ROWS=c.plan.rows,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
@@ -428,4 +483,6 @@ def _launch_product(c: _Launch, dp: Tensor, dx: Tensor, views: range, samples: r
             num_stages=tile.num_stages,
         )
 
-    launch(choose(c.config, "product", Problem(c.x, c.A, c.plan), launch))
+    # float32 gradients per direction beside directions in half precision need the shared memory of float32.
+    config = c.config if dp.dtype == c.A.dtype else get_config(c.x.device, dp.itemsize)
+    launch(choose(config, "product", Problem(c.x, c.A, c.plan), launch))

@@ -31,6 +31,9 @@ from .series import (
     stride_from_babies,
 )
 
+# Samples are counted in int32: the end of a split, less than twice as far, must fit too.
+MAX_SAMPLES = 1 << 30
+
 
 @triton.jit
 def _add_products(
@@ -138,7 +141,8 @@ def _add_tile(
     return sums
 
 
-@triton.jit
+# A value of 1 or a multiple of 16 would be a compilation of its own, for nothing.
+@triton.jit(do_not_specialize=["views", "splits"])
 def _sigreg_fwd_kernel(
     x_ptr,  # (V, N, K)
     a_ptr,  # (K, M)
@@ -281,8 +285,16 @@ def table_sums(
 
     Returns:
         shape (splits, V, rows, M), float32, to be summed over the splits.
+
+    Raises:
+        ValueError: more samples than int32 can count.
     """
     (views, N, K), M = x.shape, A.shape[1]
+    if N > MAX_SAMPLES:
+        raise ValueError(
+            f"x: expected at most {MAX_SAMPLES} samples in a view for impl='triton', got N = {N}; "
+            "use impl='torch'"
+        )
     splits, split_samples = count_splits(views, N, M, plan.chunks, config.split)
     out = empty(x, (splits, views, plan.rows, M), torch.float32)
 

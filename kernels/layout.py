@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from typing import NamedTuple
@@ -43,6 +44,11 @@ class Plan(NamedTuple):
 
 def make_plan(J: int, spacing: float | None) -> Plan:
     """The table for J knots, `spacing` apart from 0 or, with None, anywhere."""
+    return _make_plan(int(J), spacing)  # a size may be a symbol of torch.compile, which is no key
+
+
+@functools.lru_cache(maxsize=64)
+def _make_plan(J: int, spacing: float | None) -> Plan:
     if spacing is None or J < 2:
         chunk_knots = min(J, _CHUNK_KNOTS)
         chunks = -(-J // chunk_knots)

@@ -66,6 +66,27 @@ def test_accuracy_of_half_precision_inputs(dtype, K, exact_directions):
         check_accuracy(x, A, knots, impl="triton", scale=scale, reduction=reduction)
 
 
+@pytest.mark.parametrize("K", [8, 40])  # fused, and gradient with product
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1.0, 1e8])
+def test_float16_gradient_of_any_size(K, size):
+    """dT/dp passes through float16 whose range it does not fit; views differ in size, too."""
+    x = torch.cat([normal(1, 128, K), 0.1 * normal(1, 128, K)]).half()
+    A, scale = sample_unit_directions(K, 20, step=1, device=DEVICE, dtype=torch.float16)
+    knots = standard_normal_knots()
+    knots = knots._replace(weights=knots.weights * size)
+
+    def gradient(x, A, impl):
+        x = x.detach().clone().requires_grad_()
+        options = {"spacing": knots.spacing, "scale": scale, "scale_by_n": False, "impl": impl}
+        (sigreg(x, A, *knots[:3], **options) * (2.0**16 / size)).backward()
+        return x.grad
+
+    got = gradient(x, A, "triton")
+    exact, plain = gradient(x.double(), A.double(), "reference"), gradient(x.float(), A, "reference")
+    for view in range(2):
+        assert_within_rule(got[view], plain[view], exact[view], "gradient", ulp=2.0**-11)
+
+
 @pytest.mark.parametrize("K", [6, 40])
 def test_gradient_per_direction(K):
     """reduction=None with an arbitrary gradient for every view and direction, of very different sizes."""

@@ -8,17 +8,18 @@ seconds: there they come from a short list, and the numbers of samples and what 
 from __future__ import annotations
 
 import contextlib
+import math
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from accuracy import evaluate, plain_float32, truth
+from accuracy import Result, evaluate, plain_float32, truth
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kernel_helpers import DEVICE, arbitrary_knots, directions, normal
 
-from lejepa_fast import Knots, sample_unit_directions, standard_normal_knots
+from lejepa_fast import Knots, sample_unit_directions, sigreg, standard_normal_knots
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
@@ -101,13 +102,29 @@ def sanitized() -> AbstractContextManager[Any]:
     return sanitize()
 
 
+def loss_scaled(
+    x: torch.Tensor, A: torch.Tensor, knots: Knots, largest: float, options: dict[str, Any]
+) -> Result:
+    """`evaluate`, the loss times a power of two that brings gradients near 1, as loss scaling does."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    value = sigreg(x, A, *knots[:3], spacing=knots.spacing, impl="triton", **options)
+    if options["reduction"] == "mean":
+        largest /= x[..., 0, 0].numel() * A.shape[1]
+    scale = 2.0 ** -math.floor(math.log2(largest)) if largest else 1.0
+    value.backward(torch.full_like(value, scale))
+    assert x.grad is not None
+    return Result(value.detach(), x.grad.double() / scale)
+
+
 def check_rule(x: torch.Tensor, A: torch.Tensor, knots: Knots, options: dict[str, Any]) -> None:
     """The accuracy rule for the statistic of every direction, and for the gradient.
 
     A reduced statistic may have the errors of all directions added up. Plain float32 can be right by luck
-    where the result is a few numbers: its error is the largest of those at x and at two inputs near it.
+    where the result is a few numbers: its error is the largest of those at x and at two inputs near it, and
+    it counts twice as much where there are less than eight projections.
     """
-    got, each = evaluate(x, A, knots, impl="triton", **options), {**options, "reduction": None}
+    times = 2 if x[..., 0].numel() * A.shape[1] >= 8 else 4
+    each = {**options, "reduction": None}
     plain_errors = []
     for near in (1.01, 0.99, 1):
         z = (near * x).to(x.dtype)
@@ -116,17 +133,18 @@ def check_rule(x: torch.Tensor, A: torch.Tensor, knots: Knots, options: dict[str
     value_error, grad_error = torch.tensor(plain_errors).amax(0).tolist()
 
     value, count = exact.value, exact.value.numel()
+    got = loss_scaled(x, A, knots, exact.grad.abs().max().item(), options)
     if options["reduction"] is None:
-        assert (got.value - value).norm() <= 2 * value_error + 1e-6 * value.norm()
+        assert (got.value - value).norm() <= times * value_error + 1e-6 * value.norm()
     else:
         summed = got.value.double() * (count if options["reduction"] == "mean" else 1)
-        assert (summed - value.sum()).abs() <= 2 * count**0.5 * value_error + 1e-6 * value.abs().sum()
-    grad = got.grad.double() * (count if options["reduction"] == "mean" else 1)
+        assert (summed - value.sum()).abs() <= times * count**0.5 * value_error + 1e-6 * value.abs().sum()
+    grad = got.grad * (count if options["reduction"] == "mean" else 1)
     rounding = 1e-6 * exact.grad.norm()
-    if x.dtype != torch.float32:  # also of numbers so small that they have fewer digits
-        info = torch.finfo(x.dtype)
-        rounding += info.eps / 2 * (exact.grad.norm() + info.smallest_normal * count * x.numel() ** 0.5)
-    assert (grad - exact.grad).norm() <= 2 * grad_error + rounding
+    if x.dtype != torch.float32:  # also of numbers so small beside the largest that they have fewer digits
+        info, largest = torch.finfo(x.dtype), 2 * exact.grad.abs().max()
+        rounding += info.eps / 2 * (exact.grad.norm() + info.smallest_normal * largest * x.numel() ** 0.5)
+    assert (grad - exact.grad).norm() <= times * grad_error + rounding
 
 
 # Always the same cases. A failing one is small already: shrinking it would take minutes.
@@ -143,12 +161,14 @@ def check_rule(x: torch.Tensor, A: torch.Tensor, knots: Knots, options: dict[str
     leading=LEADING,
     N=SAMPLES,
     size=st.sampled_from([1e-2, 1.0, 1.0, 30.0, 1e4]),
+    strength=st.sampled_from([1.0, 1.0, 1e-7, 1e6]),  # of the weights, and so of dT/dp
     bad=st.sampled_from([None, None, None, None, None, float("nan"), float("inf")]),
     seed=st.integers(0, 1 << 20),
 )
-def test_generated_cases(case, leading, N, size, bad, seed):
+def test_generated_cases(case, leading, N, size, strength, bad, seed):
     torch.manual_seed(seed)
     x, knots, options = make_input(case, leading, N, size), make_knots(case), dict(case.options)
+    knots = knots._replace(weights=strength * knots.weights)
     if case.native:
         A, options["scale"] = sample_unit_directions(case.K, case.M, step=2, device=DEVICE, dtype=case.dtype)
     else:

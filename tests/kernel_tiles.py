@@ -38,7 +38,7 @@ def test_every_candidate_gives_the_same_result(monkeypatch, N, K, M, dtype):
     for pick in range(3):  # the first, second, third candidate of each kernel, or the first
         timed = []
 
-        def measure(call, pick=pick, timed=timed):
+        def measure(call, x, pick=pick, timed=timed):
             call()
             timed.append(call)
             return abs(len(timed) - 1 - pick)
@@ -111,6 +111,13 @@ def test_offsets_of_directions_past_two_to_the_31(K, transposed):
     far = spread(A, (1, FAR // (M - 1)) if transposed else (FAR // (K - 1), 1))
     for got, expected in zip(forward_backward(x, far, scale), forward_backward(x, A, scale), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_a_chunk_of_gradients_is_no_larger_than_the_batch():
+    """128 samples at a time where fewer do not fit into 32 MiB, but never more than there are."""
+    assert backward._chunk(8, 64, 4 << 20) == (1, 64)
+    assert backward._chunk(8, 4096, 4 << 20) == (1, 128)
+    assert backward._chunk(8, 64, 4 << 10) == (8, 64)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
-from lejepa_fast.kernels import autotune
+from lejepa_fast.kernels import autotune, forward
 from lejepa_fast.kernels.configs import TARGETS, Config, Tile, shipped_config
 from lejepa_fast.kernels.layout import count_splits, make_plan
 
@@ -34,7 +34,7 @@ class Clock:
         self.launched: list[Tile] = []
         monkeypatch.setattr(autotune, "measure", self.measure)
 
-    def measure(self, call) -> float:
+    def measure(self, call, x) -> float:
         call()
         return float(self.order.index(self.launched[-1]))
 
@@ -85,16 +85,54 @@ def test_a_graph_capture_is_never_timed(monkeypatch):
     assert clock.choose(problem()) == tiles[-1], "a capture takes a choice made before"
 
 
-def test_tiles_that_do_not_fit_the_device_are_passed_over(monkeypatch):
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OutOfResources(300_000, 232_448, "shared memory"),
+        PTXASError("out of memory"),
+        RuntimeError("PassManager::run failed"),
+    ],
+)
+def test_tiles_that_cannot_run_are_passed_over(monkeypatch, failure):
     tiles = CONFIG.candidates("forward", 512)
     clock = Clock(monkeypatch, tiles[::-1])
 
     def launch(tile: Tile) -> None:
         if tile == tiles[-1]:
-            raise OutOfResources(300_000, 232_448, "shared memory")
+            raise failure
         clock.launched.append(tile)
 
     assert autotune.choose(CONFIG, "forward", problem(), launch) == tiles[-2]
+
+
+def test_where_no_tile_can_run_the_shipped_one_says_why(monkeypatch):
+    Clock(monkeypatch, CONFIG.candidates("forward", 512))
+
+    def launch(tile: Tile) -> None:
+        raise PTXASError(f"{tile}")
+
+    assert autotune.choose(CONFIG, "forward", problem(), launch) == CONFIG.tile("forward", 512)
+
+
+def test_rows_of_a_benchmark_say_what_cannot_run(monkeypatch):
+    """Also where it is the shipped tile, and where no tile of a kernel is left."""
+    for able in (CONFIG.candidates("forward", 512)[1:], []):
+        clock = Clock(monkeypatch, CONFIG.candidates("forward", 512))
+
+        def table_sums(x, A, scale, t, plan, config, precision, able=able, clock=clock):
+            def launch(tile: Tile) -> None:
+                if tile not in able:
+                    raise PTXASError("too large")
+                clock.launched.append(tile)
+
+            launch(autotune.choose(CONFIG, "forward", problem(), launch))
+            raise RuntimeError("as far as this test goes")
+
+        monkeypatch.setattr(forward, "table_sums", table_sums)
+        rows = autotune.time_candidates(torch.empty(1, 16, 8), torch.empty(8, 4))
+        assert len(rows) == len(CONFIG.candidates("forward", 512))
+        assert [row["error"] is None for row in rows] == [Tile(**row["tile"]) in able for row in rows]
+        assert rows[0]["error"] == "PTXASError: PTXAS error: too large"
 
 
 def test_large_dimensions_get_no_resident_tile():
@@ -119,3 +157,9 @@ def test_splits_cover_every_sample_once(N, views, M):
     assert splits * samples >= N
     assert N == 0 or (splits - 1) * samples < N, "no split is empty"
     assert splits == 1 or splits * views * M <= 8 * CONFIG.split.programs * (CONFIG.split.block_m + M)
+
+
+def test_more_samples_than_the_kernels_can_count_are_refused():
+    x = torch.zeros(1, 1, 1).expand(1, (1 << 30) + 1, 1)
+    with pytest.raises(ValueError, match=r"^x: expected at most 1073741824 samples .* got N = 1073741825"):
+        forward.table_sums(x, torch.ones(1, 4), None, torch.zeros(2), make_plan(2, 1.0), CONFIG, "ieee")
