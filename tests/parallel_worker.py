@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lejepa_fast.data import MultiCropRecipe
+from lejepa_fast.data.sampler import BatchKey
+from lejepa_fast.errors import RunError
 from lejepa_fast.train.config import (
     Config,
     DataConfig,
@@ -118,8 +121,8 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
     try:
         for name, cfg in jobs(images, Path(folder)).items():
             results[name] = train(cfg, world, whole=name == "fsdp")
-        spoiled = run_config(images, Path(folder) / "nan", parallel=FSDP, max_steps=4)
-        results["nan"] = with_a_nan(spoiled, world)
+        spoiled = run_config(images, Path(folder) / "nan", parallel=FSDP, max_steps=9)
+        results["nan"] = with_nans(spoiled, world, steps={2, 5, 6, 7})
         for name in FAMILIES:
             results[name] = {kind: family_step(name, kind, rank) for kind in ("ddp", "fsdp")}
     finally:
@@ -146,29 +149,47 @@ def train(cfg: Config, world: World, *, whole: bool = False) -> dict[str, Any]:
     return {"sigreg step": int(trainer.loss_fn.sigreg.step), "sharded": sharded, "graphs": graphs}
 
 
-def with_a_nan(cfg: Config, world: World) -> dict[str, Any]:
-    """On rank 1 the images of step 2 are NaN: what has changed after each step, in this rank's shards."""
+def with_nans(cfg: Config, world: World, steps: set[int]) -> dict[str, Any]:
+    """On rank 1 images of these steps are NaN: the steps that changed anything in this rank's shards, the
+    error that ended the run, and the images of this rank at each step."""
     trainer = Trainer(cfg, world)
     trainer.finish = lambda: Path()  # type: ignore[method-assign]
-    step = trainer._train_step
-    changed: list[bool] = []
+    step, make_batches = trainer._train_step, trainer.loader._backend.batches
+    changed: list[int] = []
+    images: list[list[int]] = []
 
     def state() -> list[Tensor]:
         slots = [t for per in trainer.optimizer.state.values() for t in per.values()]
         return [local(t).clone() for t in [*trainer.model.parameters(), *slots]]
 
+    def noted(keys: Iterator[BatchKey], substitutes: Any) -> Iterator[Any]:
+        def note() -> Iterator[BatchKey]:
+            for key in keys:
+                images.append(list(key.indices))
+                yield key
+
+        return make_batches(note(), substitutes)
+
     def spoiled(views: list[Tensor], epoch: int) -> None:
-        if trainer.step == 1 and world.rank == 1:
+        number = trainer.step + 1
+        if number in steps and world.rank == 1:
             views[0][0] = torch.nan
         before = state()
-        step(views, epoch)
-        after = state()
-        same = len(before) == len(after) and all(map(torch.equal, before, after))
-        changed.append(not same)
+        try:
+            step(views, epoch)
+        finally:
+            after = state()
+            if len(before) != len(after) or not all(map(torch.equal, before, after)):
+                changed.append(number)
 
     trainer._train_step = spoiled  # type: ignore[method-assign]
-    trainer.run()
-    return {"changed": changed, "skipped": trainer.guard.skipped}
+    trainer.loader._backend.batches = noted  # type: ignore[method-assign]
+    error = ""
+    try:
+        trainer.run()
+    except RunError as caught:
+        error = str(caught)
+    return {"changed": changed, "skipped": trainer.guard.skipped, "error": error, "images": images}
 
 
 def family_step(name: str, kind: str, rank: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from lejepa_fast.train import config, export, initialize, parallelize
 from lejepa_fast.train.blocks import find_blocks
 from lejepa_fast.train.config import Config, ParallelConfig
 from lejepa_fast.train.drop_path import TensorDropPath
+from lejepa_fast.train.evaluate import open_splits
 from lejepa_fast.train.initialize import named_tensors
 from lejepa_fast.train.loop import Trainer
 from lejepa_fast.train.model import build_encoder, build_model
@@ -105,9 +106,20 @@ def test_a_sharded_run_is_evaluated_and_exported_whole(one: Config, ranks: list[
     assert out.read_bytes() == (run / "encoder.safetensors").read_bytes()
 
 
-def test_a_nan_on_one_rank_changes_no_shard(ranks: list[dict[str, Any]]) -> None:
+def test_nans_on_one_rank_change_no_shard_and_their_images_are_written_down(
+    one: Config, ranks: list[dict[str, Any]]
+) -> None:
     for results in ranks:
-        assert results["nan"] == {"changed": [True, False, True, True], "skipped": 1}
+        assert results["nan"]["changed"] == [1, 3, 4]
+        assert results["nan"]["skipped"] == 4
+        assert "not finite in 3 steps in a row (last: rank 1, step 7, loss nan)" in results["nan"]["error"]
+    assert one.out is not None
+    rows = rows_of(replace(one, out=one.out.parent / "nan"), "skipped")
+    assert [(row["step"], row["rank"], row["loss"]) for row in rows] == [(s, 1, None) for s in (2, 5, 6, 7)]
+    taken = ranks[1]["nan"]["images"]
+    assert [row["ids"] for row in rows] == [taken[step - 1] for step in (2, 5, 6, 7)]
+    source = open_splits(one.data)[0]
+    assert rows[0]["images"] == [source.describe(index) for index in taken[1]]
 
 
 @pytest.mark.parametrize("name", worker.FAMILIES)

@@ -13,6 +13,7 @@ of the third bad step one step late. On the CPU it reads them at once.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,16 +37,28 @@ class _Flags:
     """The reduced flags of one step, on the host once `ready` has passed."""
 
     step: int
+    position: tuple[int, int]
     values: Tensor
     ready: torch.cuda.Event | None
 
 
 class StepGuard:
-    """At each step: `before_forward`, forward and backward, `check`, the optimiser's step, `settle`."""
+    """At each step: `before_forward`, forward and backward, `check`, the optimiser's step, `settle`.
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, world: World):
+    For each bad step every rank calls `record(step, position, losses)`: what `settle` got for it, and the
+    loss of each rank that the bad values came from.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        record: Callable[[int, tuple[int, int], dict[int, float]], None] = lambda *bad: None,
+    ):
         self.skipped = 0
         self.stop = False
+        self._record = record
         self._world = world
         self._optimizer = optimizer
         self._streak = 0
@@ -82,9 +95,12 @@ class StepGuard:
             dist.all_reduce(self._flags)
         self._optimizer.found_inf = (self._flags[:size] > 0).any().float()  # type: ignore[attr-defined]
 
-    def settle(self, step: int) -> None:
-        """Bring this step's flags to the host and act on them, on a GPU on those of the step before."""
-        flags = self._on_the_way(step)
+    def settle(self, step: int, position: tuple[int, int] = (0, 0)) -> None:
+        """Bring this step's flags to the host and act on them, on a GPU on those of the step before.
+
+        `position` (epoch, number of the batch in it) is for the record.
+        """
+        flags = self._on_the_way(step, position)
         if self._lags:
             self._waiting, flags = flags, self._waiting
         self._act_on(flags)
@@ -94,14 +110,14 @@ class StepGuard:
         waiting, self._waiting = self._waiting, None
         self._act_on(waiting)
 
-    def _on_the_way(self, step: int) -> _Flags | None:
+    def _on_the_way(self, step: int, position: tuple[int, int]) -> _Flags:
         if self._world.device.type != "cuda":
-            return _Flags(step, self._flags.clone(), None)
+            return _Flags(step, position, self._flags.clone(), None)
         host = torch.empty(self._flags.shape, pin_memory=True)
         host.copy_(self._flags, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return _Flags(step, host, ready)
+        return _Flags(step, position, host, ready)
 
     def _act_on(self, flags: _Flags | None) -> None:
         if flags is None:
@@ -118,11 +134,13 @@ class StepGuard:
         self.skipped += 1
         self._restore_buffers(flags.step)
         ranks = [rank for rank in range(size) if values[rank] == worst]
+        self._record(flags.step, flags.position, {rank: values[size + rank] for rank in ranks})
         where = f"rank {', '.join(map(str, ranks))}, step {flags.step}, loss {values[size + ranks[0]]}"
         if self._streak >= BAD_STEPS_THAT_STOP:
             raise RunError(
                 f"loss or gradient not finite in {self._streak} steps in a row (last: {where}); they changed "
-                "no parameter; lower --lr or set --optim.clip-grad-norm 1, and resume from a checkpoint"
+                "no parameter, and metrics.jsonl names their images; lower --lr or set "
+                "--optim.clip-grad-norm 1, and resume from a checkpoint"
             )
         log.warning("loss or gradient not finite (%s): step skipped", where)
 

@@ -58,6 +58,7 @@ from lejepa_fast.train.parallelize import (
 from lejepa_fast.train.profiling import StepProfiler
 from lejepa_fast.train.report import write_report
 from lejepa_fast.train.saving import Saver
+from lejepa_fast.train.skipped import write_skipped
 from lejepa_fast.train.world import (
     World,
     from_main,
@@ -91,8 +92,9 @@ class Trainer:
         # What is random in training (drop path) differs between ranks and not between runs.
         random_state.seed_rng(cfg.seed + 7919 * world.rank)
         self.optimizer = build_optimizer(self.model, cfg.optim, world.device)
-        self.guard = StepGuard(self.model, self.optimizer, world)
+        self.guard = StepGuard(self.model, self.optimizer, world, self._write_skipped)
         self.step = 0  # finished steps
+        self._at = (0, 0)  # epoch and number of the batch in training
         self.total_steps = config.total_steps(cfg, len(self.loader))
         self.scheduler = build_scheduler(self.optimizer, cfg.optim, self.total_steps)
         self.saver = Saver(self.run_dir / "checkpoints", world, keep=cfg.keep_checkpoints)
@@ -219,7 +221,8 @@ class Trainer:
             if batch == 0:
                 self._evaluate_if_due(epoch)
             self.loader.set_epoch(epoch)
-            for views, waited in self._batches():
+            for number, (views, waited) in enumerate(self._batches(), batch):
+                self._at = epoch, number
                 self._train_step(views, epoch)
                 self.meter.add(self.cfg.data.batch_size, waited)
                 self._log_if_due()
@@ -281,7 +284,10 @@ class Trainer:
         self.metrics.advance()
         parts = [part.detach() for part in out]
         self._last = {"parts": parts, "z": all_z.detach(), "grad_norm": grad_norm, "lr": lr, "epoch": epoch}
-        self.guard.settle(self.step)
+        self.guard.settle(self.step, self._at)
+
+    def _write_skipped(self, step: int, position: tuple[int, int], losses: dict[int, float]) -> None:
+        write_skipped(self.metrics, self.train_source, self.cfg, self.world.size, step, position, losses)
 
     def _log_if_due(self) -> None:
         due = self.step == 1 or self.step % self.cfg.log_every == 0 or self.step == self.total_steps

@@ -7,6 +7,8 @@ Rows of metrics.jsonl (one JSON object a line; a value that is not finite is wri
      "data_wait", "mfu", "memory_gib", "eta_seconds", "grad_norm", "embedding_std"}
                                                              every `log_every` steps
     {"kind": "eval", "step", "epoch", "knn", ...}            every `eval.every` epochs and at the end
+    {"kind": "skipped", "step", "epoch", "rank", "loss", "ids", "images"}
+                                                             a step that was not finite, by rank (skipped.py)
 
 `step` counts finished steps, `data_wait` is the share of wall time spent waiting for the loader, and
 `images_per_second` counts images (not views) over all ranks; both are over the steps since the last row.

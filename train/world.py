@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,12 +76,54 @@ def setup_world(device: str = "auto") -> World:
         torch.backends.cudnn.benchmark = True  # a run has two input sizes at most
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(chosen)
-    if chosen.type == "cuda":
-        # gloo beside it: checkpoints are coordinated on the CPU, while NCCL trains.
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=COLLECTIVE_TIMEOUT, device_id=chosen)
+    # gloo beside NCCL: checkpoints are coordinated on the CPU, while NCCL trains.
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    device_id = chosen if chosen.type == "cuda" else None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = _store_of_this_start(rank, size)
+        where: dict[str, Any] = {"store": store, "rank": rank, "world_size": size}
     else:
-        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+        where = {}
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id, **where)
     return World(chosen, rank=dist.get_rank(), local_rank=local_rank, size=dist.get_world_size())
+
+
+def _store_of_this_start(rank: int, size: int) -> dist.Store:
+    """torchrun's store, under a prefix that the ranks of this start share and no earlier start had.
+
+    The store lives in torchrun. Without the prefix, processes that it starts again find the addresses of
+    those that are dead there, and connect to them (pytorch/pytorch#135712; seen with torch 2.15). Its count
+    of restarts would not do as a prefix: each machine has its own.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=COLLECTIVE_TIMEOUT)
+    shared = dist.PrefixStore("lejepa_fast", store)
+    if rank == 0:
+        start = _hand_out_a_name(shared, size)
+    else:
+        # What rank 0 answers stands under a name that only this process has: it cannot be an old answer.
+        me = uuid.uuid4().hex
+        shared.set(f"here/{rank}", me)
+        start = shared.get(f"start/{me}").decode()
+        shared.set(f"known/{start}/{rank}", "")
+    return dist.PrefixStore(f"lejepa_fast/{start}", store)
+
+
+def _hand_out_a_name(shared: dist.Store, size: int) -> str:
+    """On rank 0: answers whoever is here, which dead processes still seem to be, until all others know."""
+    start = uuid.uuid4().hex
+    missing = set(range(1, size))
+    deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
+    while missing:
+        if time.monotonic() > deadline:
+            raise RunError(f"rank {', '.join(map(str, sorted(missing)))} did not start; see its message")
+        for other in sorted(missing):
+            if shared.check([f"here/{other}"]):
+                shared.set(f"start/{shared.get(f'here/{other}').decode()}", start)
+        time.sleep(0.02)
+        missing = {other for other in missing if not shared.check([f"known/{start}/{other}"])}
+    return start
 
 
 def close_world() -> None:
