@@ -1,8 +1,9 @@
-"""metrics.jsonl and TensorBoard on a disk that refuses."""
+"""The meter; metrics.jsonl and TensorBoard, also on a disk that refuses."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from lejepa_fast.errors import RunError
-from lejepa_fast.train.metrics import Metrics, read_rows
+from lejepa_fast.train.metrics import Meter, Metrics, read_rows
 
 
 def metrics_in(folder: Path, *, tensorboard: bool = False, step: int = 0) -> Metrics:
@@ -103,3 +104,29 @@ def test_dropping_rows_on_a_full_disk_leaves_the_file(
         metrics_in(tmp_path, step=1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert len(read_rows(path)) == 2
+
+
+def test_meter_counts_images_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    meter = Meter()
+    for _ in range(4):
+        meter.add(100, waited=0.5)
+    clock[0] = 12.0
+    meter.pause(2.0)  # an evaluation
+    assert meter.read() == {"images_per_second": 40.0, "data_wait": 0.2}
+    clock[0] = 13.0
+    meter.add(7, waited=0.0)
+    assert meter.read() == {"images_per_second": 7.0, "data_wait": 0.0}
+
+
+def test_a_torn_last_row_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "st')
+    metrics = Metrics(tmp_path, enabled=True, tensorboard=False, step=1, total_steps=2)
+    metrics.write("eval", 1, knn=float("nan"))
+    metrics.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"kind": "train", "step": 1},
+        {"kind": "eval", "step": 1, "knn": None},
+    ]

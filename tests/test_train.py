@@ -31,7 +31,7 @@ from lejepa_fast.train.config import (
 from lejepa_fast.train.evaluate import open_splits
 from lejepa_fast.train.interruption import Interrupted
 from lejepa_fast.train.loop import Trainer
-from lejepa_fast.train.metrics import Meter, Metrics
+from lejepa_fast.train.metrics import Metrics
 from lejepa_fast.train.world import setup_world
 
 SECTIONS = (
@@ -476,29 +476,3 @@ def test_clipping_bounds_the_step_and_logs_the_norm_before(tiny: Make, tmp_path:
     assert norms[0] > 1e-2
     assert norms[1] == pytest.approx(1e-3, rel=1e-3)
     assert rows_of(clipped)[0]["grad_norm"] == rows_of(free)[0]["grad_norm"]
-
-
-def test_meter_counts_images_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    meter = Meter()
-    for _ in range(4):
-        meter.add(100, waited=0.5)
-    clock[0] = 12.0
-    meter.pause(2.0)  # an evaluation
-    assert meter.read() == {"images_per_second": 40.0, "data_wait": 0.2}
-    clock[0] = 13.0
-    meter.add(7, waited=0.0)
-    assert meter.read() == {"images_per_second": 7.0, "data_wait": 0.0}
-
-
-def test_a_torn_last_row_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "st')
-    metrics = Metrics(tmp_path, enabled=True, tensorboard=False, step=1, total_steps=2)
-    metrics.write("eval", 1, knn=float("nan"))
-    metrics.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"kind": "train", "step": 1},
-        {"kind": "eval", "step": 1, "knn": None},
-    ]
