@@ -18,14 +18,13 @@ from torch import Tensor
 from lejepa_fast.train import pretrain
 from lejepa_fast.train.loop import Trainer
 
-seen = Path(os.environ["FAULTS_SEEN"]) / f"{os.environ.get('RANK', '0')}-{os.getpid()}.jsonl"
 train_step = Trainer._train_step
 
 
 def noted_step(self: Trainer, views: list[Tensor], epoch: int) -> None:
     images = torch.cat([view.flatten(1) for view in views], dim=1)
     digests = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images]
-    with seen.open("a") as file:
+    with (Path(os.environ["FAULTS_SEEN"]) / f"{self.world.rank}-{os.getpid()}.jsonl").open("a") as file:
         file.write(json.dumps([self.step + 1, digests]) + "\n")
     train_step(self, views, epoch)
     time.sleep(0.03)  # else a save takes longer than the steps to the next one

@@ -11,18 +11,22 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import faults_worker
 import pytest
 import torch
 import torch.distributed as dist
 from test_pretrain import SCRIPT, arguments_of, train_rows
-from training import Make, rows_of
+from training import Make, rows_of, train_only
 
 from lejepa_fast.train import checkpoint, world
 from lejepa_fast.train.config import Config
+from lejepa_fast.train.interruption import Interrupted
+from lejepa_fast.train.loop import Trainer
+from lejepa_fast.train.metrics import Metrics
 
 WORKER = Path(__file__).with_name("faults_worker.py")
 STEPS, EVERY = 60, 10
@@ -30,13 +34,13 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /
 
 
 class Job:
-    """The command on some ranks, under torchrun or, with 1, by itself."""
+    """The command on some ranks under torchrun."""
 
     def __init__(self, cfg: Config, seen: Path, *, ranks: int):
         seen.mkdir(parents=True, exist_ok=True)
         self.cfg, self.log = cfg, seen / "log.txt"
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command = [*([*launcher, "--max-restarts=3"] if ranks > 1 else []), str(WORKER)]
+        command = [*launcher, "--max-restarts=3", str(WORKER)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULTS_SEEN": str(seen)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -98,38 +102,45 @@ def images_seen(folder: Path) -> dict[int, list[list[str]]]:
     return steps
 
 
-@pytest.fixture
-def straight(tiny: Make, tmp_path: Path) -> Config:
-    """The uninterrupted run, of one process."""
-    data = {"workers": 1}
-    cfg = tiny(out=tmp_path / "straight", epochs=15, optim={"lr": 2e-4}, checkpoint_every=EVERY, data=data)
-    job = Job(cfg, tmp_path / "seen straight", ranks=1)
+@linux
+@pytest.mark.slow
+def test_killed_and_signalled_and_on_other_numbers_of_ranks(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 2 ranks until SIGTERM, on 1 until SIGTERM, on 2; there a rank is killed, then a loader's worker.
+
+    torchrun starts both ranks again. The whole course is that of an uninterrupted run of one process.
+    """
+    monkeypatch.setattr(Trainer, "_train_step", faults_worker.noted_step)
+    settings = {"epochs": 15, "optim": {"lr": 2e-4}, "checkpoint_every": EVERY, "data": {"workers": 1}}
+    straight = tiny(out=tmp_path / "straight", **settings)
+    cfg = tiny(out=tmp_path / "run", **settings)
+    seen, seen_straight = tmp_path / "seen", tmp_path / "seen straight"
+    seen_straight.mkdir()
+    monkeypatch.setenv("FAULTS_SEEN", str(seen_straight))
+    train_only(straight)
+
+    job = Job(cfg, seen, ranks=2)
     try:
+        job.wait_for_save(EVERY)
+        for pid in job.trainers().values():
+            os.kill(pid, signal.SIGTERM)
         assert job.end() == 0, job.log.read_text()
     finally:
         job.clear()
-    return cfg
+    assert "stopped by SIGTERM after step" in job.log.read_text()
+    monkeypatch.setenv("FAULTS_SEEN", str(seen))
+    write = Metrics.write
 
+    def write_and_stop(self: Metrics, kind: str, step: int, **values: Any) -> None:
+        write(self, kind, step, **values)
+        if step == 2 * EVERY + 2:
+            signal.raise_signal(signal.SIGTERM)
 
-@linux
-@pytest.mark.slow
-def test_killed_and_signalled_and_on_other_numbers_of_ranks(straight: Config, tmp_path: Path) -> None:
-    """On 2 ranks until SIGTERM, on 1 until SIGTERM, on 2; there a rank is killed, then a loader's worker.
-
-    torchrun starts both ranks again. The whole course is that of the uninterrupted run.
-    """
-    cfg = replace(straight, out=tmp_path / "run")
-    seen = tmp_path / "seen"
-    for ranks, until in ((2, EVERY), (1, 2 * EVERY)):
-        job = Job(cfg, seen, ranks=ranks)
-        try:
-            job.wait_for_save(until)
-            for pid in job.trainers().values() if ranks == 2 else [job.process.pid]:
-                os.kill(pid, signal.SIGTERM)
-            assert job.end() == 0, job.log.read_text()
-        finally:
-            job.clear()
-        assert "stopped by SIGTERM after step" in job.log.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "write", write_and_stop)
+        with pytest.raises(Interrupted, match="SIGTERM after step"):
+            train_only(cfg)
 
     job = Job(cfg, seen, ranks=2)
     try:
@@ -147,7 +158,7 @@ def test_killed_and_signalled_and_on_other_numbers_of_ranks(straight: Config, tm
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5), mine["step"]
     losses = [row["loss"] for row in expected]
     assert max(losses) / min(losses) > 1.001  # they moved: the tolerance compares something
-    check_same_images(images_seen(tmp_path / "seen straight"), images_seen(seen))
+    check_same_images(images_seen(seen_straight), images_seen(seen))
 
 
 def kill_and_see_it_back(job: Job, step: int, victim: Callable[[], int]) -> None:

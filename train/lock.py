@@ -53,5 +53,7 @@ class RunLock:
 
     def release(self) -> None:
         if self._file is not None:
+            # A forked loader worker that still lives has the file open too: closing it here frees nothing.
+            fcntl.flock(self._file, fcntl.LOCK_UN)
             os.close(self._file)
             self._file = None
