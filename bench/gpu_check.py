@@ -112,6 +112,16 @@ def _pytest(*selection: str, rehearsed: str | None = None) -> Callable[[Run], li
     return command
 
 
+def _loader_tests(run: Run) -> list[str] | str:
+    """Parity of the DALI pipeline on the GPU with torchvision, and the loader's own GPU tests."""
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        return "DALI is not installed"
+    files = [str(TESTS / name) for name in ("test_data_parity.py", "test_data_loader.py")]
+    options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rf", "--tb=short"]
+    options += ["-o", "addopts=--import-mode=importlib", "-c", str(ROOT / "pyproject.toml")]
+    return ["-m", "pytest", *files, *options, "-k", "gpu"]
+
+
 def _tiles(run: Run) -> list[str] | str:
     if not (ROOT / "kernels" / "autotune.py").is_file():
         return "no kernels/autotune.py in this checkout"
@@ -139,6 +149,7 @@ STAGES = (
     _sigreg("reference-float32", 80),
     Stage("large kernel tests", 60, _pytest("-m", "gpu"), rehearsed=False),
     Stage("tiles", 90, _tiles),
+    Stage("loader tests", 60, _loader_tests, rehearsed=False),
     Stage("loader", 60, _script("loader_bench.py", "--budget-minutes", "0.8"), rehearsed=False),
     Stage("training", 60, _script("train_bench.py", "--budget-minutes", "0.8"), rehearsed=False),
     _sigreg("minimal-bfloat16", 80),
