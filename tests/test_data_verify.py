@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader, open_source
+from lejepa_fast.data.sources import FolderSource
 from lejepa_fast.data.verify import main
 
 
@@ -29,7 +30,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_bad_files_are_listed_and_counted(data, tmp_path, capsys):
+def test_bad_files_are_listed_and_counted(data, tmp_path, capsys, monkeypatch):
     listing = tmp_path / "run" / "quarantine.txt"
     assert main([str(data), "--quarantine", str(listing)]) == 1
     out, err = capsys.readouterr()
@@ -42,8 +43,16 @@ def test_bad_files_are_listed_and_counted(data, tmp_path, capsys):
     assert len(listing.read_text().splitlines()) == 3
     # A run that is given the list never touches those files.
     recipe = MultiCropRecipe(global_size=8, local_crops=0, min_image_size=1)
-    loader = multicrop_loader(open_source(str(data), "train"), recipe, batch_size=4, quarantine=listing)
+    read: list[int] = []
+    encoded = FolderSource.encoded
+    monkeypatch.setattr(FolderSource, "encoded", lambda self, i: read.append(i) or encoded(self, i))
+    source = open_source(str(data), "train")
+    loader = multicrop_loader(
+        source, recipe, batch_size=30, quarantine=listing, backend="torchvision", max_bad_fraction=0.1
+    )
     assert loader.quarantined == [3, 7]
+    list(loader)
+    assert set(read) == set(range(30)) - {3, 7}
 
 
 def test_small_images_and_good_sets(data, tmp_path, capsys):
