@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader
 from lejepa_fast.data.choice import dali_fault
-from lejepa_fast.data.sources import FolderSource
+from lejepa_fast.data.sources import FolderSource, ImageSource
+from lejepa_fast.data.webdataset import ShardSource
 from lejepa_fast.errors import RunError
 
 
@@ -114,3 +117,30 @@ def test_listed_images_are_not_tried_again(tmp_path, backend, workers):
     assert numbers(resumed) == [index for batch in whole[4:] for index in batch]
     images = eval_loader(source, image_size=8, batch_size=70, **shared)
     assert [len(batch) for batch, _ in images] == [68]
+
+
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+def test_huge_files_are_not_read(tmp_path, backend, kind):
+    # Sparse: 200 GiB of zeros that take no space, in a folder and as the last member of a shard.
+    source: ImageSource = FolderSource(flat_folder(tmp_path / "images", 9))
+    huge, bytes_ = 4, 200 << 30
+    if kind == "folder":
+        os.truncate(source.describe(huge), bytes_)
+    else:
+        shard, huge = tmp_path / "a.tar", 8
+        with open(shard, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+            for index in range(8):
+                tar.add(source.describe(index), f"{index}.png")
+            info = tarfile.TarInfo("8.png")
+            info.size = bytes_
+            tar.addfile(info)
+            file.seek(bytes_, os.SEEK_CUR)
+            tar.offset += bytes_
+        source = ShardSource([shard])
+    listing = tmp_path / "quarantine.txt"
+    options = {"backend": backend, "quarantine": listing, "max_bad_fraction": 0.2}
+    images = eval_loader(source, image_size=8, batch_size=9, **options)
+    assert [len(batch) for batch, _ in images] == [8]
+    (line,) = listing.read_text().splitlines()
+    reason = "204,800 MiB, more than the 256 that an image file may have"
+    assert line.split("\t")[1:] == [str(huge), reason]

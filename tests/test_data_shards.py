@@ -112,6 +112,14 @@ def test_pickled_sources_open_their_own_files(tmp_path):
     assert copy[49][0].getpixel((0, 0))[0] == 49
 
 
+def test_a_header_that_claims_a_huge_name_is_refused(tmp_path):
+    header = special("x", tarfile.GNUTYPE_LONGNAME)
+    header.size = 1 << 60
+    (tmp_path / "a.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+    with pytest.raises(UsageError, match=r"a\.tar is not a complete tar file \(.+\); copy or pack"):
+        ShardSource([tmp_path / "a.tar"])
+
+
 def test_no_descriptor_stays_open(tmp_path):
     source = ShardSource([write_tar(tmp_path / f"{i}.tar", samples(1, start=i)) for i in range(100)])
     before = len(os.listdir("/proc/self/fd"))

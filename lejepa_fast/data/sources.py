@@ -23,6 +23,7 @@ from lejepa_fast.data.decode import (
     UnreadableImageError,
     open_encoded,
     printable,
+    refuse_large,
     to_rgb,
     unreadable,
 )
@@ -205,7 +206,9 @@ class FolderSource(EncodedSource):
         return str(self.root / self.relative_path(index))
 
     def encoded(self, index: int) -> bytes:
-        return (self.root / self.relative_path(index)).read_bytes()
+        with open(self.root / self.relative_path(index), "rb") as file:
+            refuse_large(self.describe(index), os.fstat(file.fileno()).st_size)
+            return file.read()
 
 
 def open_source(path: str, split: Split, *, val_fraction: float = 0.1, seed: int = 0) -> ImageSource:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from lejepa_fast.data.decode import IMAGE_SUFFIXES, printable
+from lejepa_fast.data.decode import IMAGE_SUFFIXES, printable, refuse_large
 from lejepa_fast.data.index import read_index
 from lejepa_fast.data.members import Member
 from lejepa_fast.data.sources import EncodedSource
@@ -72,6 +72,7 @@ class ShardSource(EncodedSource):
     def encoded(self, index: int) -> bytes:
         size, offset = int(self._sizes[index]), int(self._offsets[index])
         shard = int(self._shard_of[index])
+        refuse_large(self.describe(index), size)
         # Opened for each image: with thousands of shards, descriptors that stay open would run out.
         try:
             descriptor = os.open(self._shards[shard], os.O_RDONLY | os.O_CLOEXEC)
@@ -117,8 +118,9 @@ def index_shard(path: Path) -> list[Member]:
             _check_complete(path, file.fileno(), end)
     except UsageError:
         raise
-    except (tarfile.TarError, ValueError, OverflowError) as error:  # the last two: numbers in its headers
-        reason = printable(str(error))
+    # All but the first: numbers in its headers, such as the length of a name.
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
+        reason = printable(str(error)) or "a length in a header exceeds the memory"
         raise UsageError(
             f"{path} is not a complete tar file ({reason}); copy or pack the shard again"
         ) from error
