@@ -300,9 +300,11 @@ def test_index_files_save_the_walk(tmp_path, capsys, request):
         lambda shard, index: index.write_text(index.read_text().replace(".png", ".pkl")),
         lambda shard, index: index.write_text(re.sub(r"(\.png\", )\d+", r"\g<1>99999", index.read_text())),
         lambda shard, index: index.write_text(re.sub(r", 0\]", ", true]", index.read_text())),
+        lambda shard, index: index.write_text(index.read_text().replace('".png"', '[".png"]')),
+        lambda shard, index: index.write_text(index.read_text() + "[" * 200_000),
         lambda shard, index: index.unlink(),
     ],
-    ids=["stale", "text", "cut", "suffix", "beyond", "label", "gone"],
+    ids=["stale", "text", "cut", "suffix", "beyond", "label", "list", "nested", "gone"],
 )
 def test_index_files_that_do_not_fit_are_not_used(tmp_path, change, request):
     shard = write_tar(tmp_path / "a.tar", samples(3))
