@@ -62,6 +62,19 @@ def test_small_images_and_good_sets(data, tmp_path, capsys):
     assert main([str(data), "--split", "val"]) == 0
 
 
+def test_one_image_per_class_leaves_none_out(tmp_path, capsys):
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "few" / name / "0.png")
+    assert main([str(tmp_path / "few")]) == 0
+    (tmp_path / "few" / "bee" / "0.png").write_bytes(b"text")
+    capsys.readouterr()
+    assert main([str(tmp_path / "few")]) == 1
+    out, err = capsys.readouterr()
+    assert ["all", "3", "2", "1"] in [line.split()[:4] for line in out.splitlines()]
+    assert err == ""
+
+
 def test_usage_errors(tmp_path, capsys):
     assert main([str(tmp_path / "missing")]) == 2
     assert "does not exist" in capsys.readouterr().err

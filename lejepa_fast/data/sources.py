@@ -38,6 +38,14 @@ _PROBED_IMAGES = 64
 _VAL_NAMES = ("val", "valid", "validation", "test")
 
 
+class HoldOutError(UsageError):
+    """No class has an image to spare for validation. source: all the images."""
+
+    def __init__(self, source: ImageSource) -> None:
+        super().__init__(f"{source.name} has too few images to hold some out for validation; add images")
+        self.source = source
+
+
 class ImageSource(ABC):
     """A sequence of (RGB image, class index or -1).
 
@@ -309,7 +317,7 @@ def _hold_out(source: ImageSource, split: Split, val_fraction: float, seed: int)
         count = min(len(members) - 1, max(1, round(len(members) * val_fraction)))
         held_out[members[permutation(seed, HOLDOUT, 0, label, len(members))[:count]]] = True
     if not held_out.any():
-        raise UsageError(f"{source.name} has too few images to hold some out for validation; add images")
+        raise HoldOutError(source)
     return source.subset(np.flatnonzero(held_out if split == "val" else ~held_out))
 
 
