@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -41,7 +41,7 @@ class FaultHandler(Protocol):
 
     position: int
     """How many substitutes are used up; set back by a backend that makes batches again."""
-    known: Collection[int]
+    known: set[int]
     """Images that are known to be bad: to be reported with the reason `LISTED`, not to be read."""
 
     def replace(self, index: int, reason: str) -> int | None:
