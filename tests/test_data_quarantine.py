@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from lejepa_fast.data import MultiCropRecipe, multicrop_loader
+from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader
 from lejepa_fast.data.choice import dali_fault
-from lejepa_fast.data.sources import FolderSource
+from lejepa_fast.data.sources import FolderSource, ImageSource
+from lejepa_fast.data.webdataset import ShardSource
 from lejepa_fast.errors import RunError
 
 
@@ -26,6 +29,16 @@ def flat_folder(root: Path, count: int = 70) -> Path:
     for number in range(count):
         Image.new("RGB", (40, 40), (number, 0, 0)).save(root / f"{number:03d}.png")
     return root
+
+
+PLAIN = MultiCropRecipe(
+    global_size=24, local_crops=0, jitter_prob=0, grayscale_prob=0, blur_prob=0, solarize_prob=0
+)
+
+
+def numbers(made) -> list[int]:
+    """The red channel tells which image it is."""
+    return [int(value) for views, _ in made for value in views[0][:, 0, 12, 12]]
 
 
 def read_quarantine(file: Path) -> dict[str, str]:
@@ -47,13 +60,7 @@ def test_unreadable_and_small_images_are_quarantined_and_replaced(tmp_path, back
         "dtype": torch.uint8,
         "quarantine": listing,
     }
-    recipe = MultiCropRecipe(
-        global_size=24, local_crops=0, jitter_prob=0, grayscale_prob=0, blur_prob=0, solarize_prob=0
-    )
-
-    def numbers(made) -> list[int]:  # the red channel tells which image it is
-        return [int(value) for views, _ in made for value in views[0][:, 0, 12, 12]]
-
+    recipe = PLAIN
     Path(source.describe(3)).write_bytes(b"no image at all")
     Image.new("RGB", (40, 23)).save(source.describe(9))
     seen = numbers(multicrop_loader(source, recipe, **options))
@@ -76,3 +83,64 @@ def test_unreadable_and_small_images_are_quarantined_and_replaced(tmp_path, back
     ) as caught:
         list(multicrop_loader(source, recipe, **{**options, "quarantine": None}, max_bad_fraction=0.0))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_listed_images_are_not_tried_again(tmp_path, backend, workers):
+    # The listed files are good: only the list can keep them out, as it must after a passing fault.
+    source = FolderSource(flat_folder(tmp_path / "images", 70))
+    listing = tmp_path / "quarantine.txt"
+    listing.write_text("".join(f"{source.describe(index)}\t{index}\tdisk error\n" for index in (3, 9)))
+    shared = {"num_workers": workers, "backend": backend, "quarantine": listing, "max_bad_fraction": 0.2}
+    options = {"batch_size": 8, "dtype": torch.uint8, **shared}
+    made = multicrop_loader(source, PLAIN, **options)
+    for epoch in range(3):
+        plain = [index for key in made._schedule.keys(epoch) for index in key.indices]
+        seen = numbers(made)
+        assert not {3, 9} & set(seen)
+        assert len(set(seen)) == 64
+        assert {a for a, b in zip(plain, seen, strict=True) if a != b} == {3, 9} & set(
+            plain
+        )  # other places stay
+    assert len(listing.read_text().splitlines()) == 2
+    # What becomes known between two passes reaches workers that live already, and a resumed run agrees.
+    made._quarantine.learn([20, 21, 22])
+    made.set_epoch(0)
+    whole = []
+    for views, _ in made:
+        whole.append(numbers([(views, None)]))
+        if len(whole) == 4:
+            state = made.state_dict()
+    assert not {3, 9, 20, 21, 22} & {index for batch in whole for index in batch}
+    resumed = multicrop_loader(source, PLAIN, **options)
+    resumed.load_state_dict(state)
+    assert numbers(resumed) == [index for batch in whole[4:] for index in batch]
+    images = eval_loader(source, image_size=8, batch_size=70, **shared)
+    assert [len(batch) for batch, _ in images] == [68]
+
+
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+def test_huge_files_are_not_read(tmp_path, backend, kind):
+    # Sparse: 200 GiB of zeros that take no space, in a folder and as the last member of a shard.
+    source: ImageSource = FolderSource(flat_folder(tmp_path / "images", 9))
+    huge, bytes_ = 4, 200 << 30
+    if kind == "folder":
+        os.truncate(source.describe(huge), bytes_)
+    else:
+        shard, huge = tmp_path / "a.tar", 8
+        with open(shard, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+            for index in range(8):
+                tar.add(source.describe(index), f"{index}.png")
+            info = tarfile.TarInfo("8.png")
+            info.size = bytes_
+            tar.addfile(info)
+            file.seek(bytes_, os.SEEK_CUR)
+            tar.offset += bytes_
+        source = ShardSource([shard])
+    listing = tmp_path / "quarantine.txt"
+    options = {"backend": backend, "quarantine": listing, "max_bad_fraction": 0.2}
+    images = eval_loader(source, image_size=8, batch_size=9, **options)
+    assert [len(batch) for batch, _ in images] == [8]
+    (line,) = listing.read_text().splitlines()
+    reason = "204,800 MiB, more than the 256 that an image file may have"
+    assert line.split("\t")[1:] == [str(huge), reason]

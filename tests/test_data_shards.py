@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def _read_all(source: ShardSource, start: int, answers) -> None:
 
 def test_forked_processes_do_not_disturb_each_other(tmp_path):
     source = ShardSource([write_tar(tmp_path / "a.tar", samples(50))])
-    source.encoded(0)  # opened before the fork: the descriptor is shared
+    source.encoded(0)  # a descriptor that were left open would be shared
     context = get_context("fork")
     answers = context.Queue()
     workers = [context.Process(target=_read_all, args=(source, 7, answers)) for _ in range(3)]
@@ -107,15 +108,24 @@ def test_pickled_sources_open_their_own_files(tmp_path):
     source = ShardSource([write_tar(tmp_path / "a.tar", samples(50))])
     source.encoded(3)
     copy = pickle.loads(pickle.dumps(source))
-    del source  # closes its descriptors
+    del source
     assert copy[49][0].getpixel((0, 0))[0] == 49
 
 
-def test_descriptors_are_closed(tmp_path):
-    shard = write_tar(tmp_path / "a.tar", samples(2))
+def test_a_header_that_claims_a_huge_name_is_refused(tmp_path):
+    header = special("x", tarfile.GNUTYPE_LONGNAME)
+    header.size = 1 << 60
+    (tmp_path / "a.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+    with pytest.raises(UsageError, match=r"a\.tar is not a complete tar file \(.+\); copy or pack"):
+        ShardSource([tmp_path / "a.tar"])
+
+
+def test_no_descriptor_stays_open(tmp_path):
+    source = ShardSource([write_tar(tmp_path / f"{i}.tar", samples(1, start=i)) for i in range(100)])
     before = len(os.listdir("/proc/self/fd"))
-    for _ in range(5):
-        ShardSource([shard]).encoded(0)
+    with ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(source.encoded, [*range(100), *range(100)]))
+    assert read == [picture(i) for i in range(100)] * 2
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -290,9 +300,11 @@ def test_index_files_save_the_walk(tmp_path, capsys, request):
         lambda shard, index: index.write_text(index.read_text().replace(".png", ".pkl")),
         lambda shard, index: index.write_text(re.sub(r"(\.png\", )\d+", r"\g<1>99999", index.read_text())),
         lambda shard, index: index.write_text(re.sub(r", 0\]", ", true]", index.read_text())),
+        lambda shard, index: index.write_text(index.read_text().replace('".png"', '[".png"]')),
+        lambda shard, index: index.write_text(index.read_text() + "[" * 200_000),
         lambda shard, index: index.unlink(),
     ],
-    ids=["stale", "text", "cut", "suffix", "beyond", "label", "gone"],
+    ids=["stale", "text", "cut", "suffix", "beyond", "label", "list", "nested", "gone"],
 )
 def test_index_files_that_do_not_fit_are_not_used(tmp_path, change, request):
     shard = write_tar(tmp_path / "a.tar", samples(3))

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader, open_source
+from lejepa_fast.data.sources import FolderSource
 from lejepa_fast.data.verify import main
 
 
@@ -29,7 +30,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_bad_files_are_listed_and_counted(data, tmp_path, capsys):
+def test_bad_files_are_listed_and_counted(data, tmp_path, capsys, monkeypatch):
     listing = tmp_path / "run" / "quarantine.txt"
     assert main([str(data), "--quarantine", str(listing)]) == 1
     out, err = capsys.readouterr()
@@ -42,8 +43,16 @@ def test_bad_files_are_listed_and_counted(data, tmp_path, capsys):
     assert len(listing.read_text().splitlines()) == 3
     # A run that is given the list never touches those files.
     recipe = MultiCropRecipe(global_size=8, local_crops=0, min_image_size=1)
-    loader = multicrop_loader(open_source(str(data), "train"), recipe, batch_size=4, quarantine=listing)
+    read: list[int] = []
+    encoded = FolderSource.encoded
+    monkeypatch.setattr(FolderSource, "encoded", lambda self, i: read.append(i) or encoded(self, i))
+    source = open_source(str(data), "train")
+    loader = multicrop_loader(
+        source, recipe, batch_size=30, quarantine=listing, backend="torchvision", max_bad_fraction=0.1
+    )
     assert loader.quarantined == [3, 7]
+    list(loader)
+    assert set(read) == set(range(30)) - {3, 7}
 
 
 def test_small_images_and_good_sets(data, tmp_path, capsys):
@@ -51,6 +60,19 @@ def test_small_images_and_good_sets(data, tmp_path, capsys):
     assert "24 x 20 px, the crops need a short side of 21 px" in capsys.readouterr().out
     (data / "val" / "ant" / "01.jpg").unlink()
     assert main([str(data), "--split", "val"]) == 0
+
+
+def test_one_image_per_class_leaves_none_out(tmp_path, capsys):
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "few" / name / "0.png")
+    assert main([str(tmp_path / "few")]) == 0
+    (tmp_path / "few" / "bee" / "0.png").write_bytes(b"text")
+    capsys.readouterr()
+    assert main([str(tmp_path / "few")]) == 1
+    out, err = capsys.readouterr()
+    assert ["all", "3", "2", "1"] in [line.split()[:4] for line in out.splitlines()]
+    assert err == ""
 
 
 def test_usage_errors(tmp_path, capsys):

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from lejepa_fast.data.sampler import BatchKey
 
+# Why an image that is known to be bad cannot be used.
+LISTED = "listed in the quarantine"
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -38,6 +41,8 @@ class FaultHandler(Protocol):
 
     position: int
     """How many substitutes are used up; set back by a backend that makes batches again."""
+    known: set[int]
+    """Images that are known to be bad: to be reported with the reason `LISTED`, not to be read."""
 
     def replace(self, index: int, reason: str) -> int | None:
         """Note that image `index` is bad; the number of the image that comes in, None for none."""

@@ -116,7 +116,7 @@ class DaliBackend:
         try:
             while not wanted.stopped():
                 while len(reads) < _READ_AHEAD and (key := next(keys, None)) is not None:
-                    reads.append((key, self._reader.read(key.indices)))
+                    reads.append((key, self._reader.read(key.indices, faults.known)))
                 if reads and len(running) < _IN_FLIGHT:
                     key, pending = reads.popleft()
                     batch = _Batch(key, pending.result(), faults.position)
@@ -179,7 +179,9 @@ class DaliBackend:
         self._pipe = None
         faults.position = batch.position
         batch.images = list(
-            self._pool.map(lambda image: self._reader.one(image.index, careful=True), batch.images)
+            self._pool.map(
+                lambda image: self._reader.one(image.index, faults.known, careful=True), batch.images
+            )
         )
         self._start(batch, faults, careful=True)
         try:

@@ -29,6 +29,9 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
 )
 
+# An image file is held in memory as a whole, so a larger one is refused before it is read.
+MAX_IMAGE_BYTES = 256 << 20
+
 # What Pillow may try on a file, whatever its suffix says. Not all it knows: for EPS it runs Ghostscript.
 # (MPO, several JPEG pictures in one file, opens as JPEG.)
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
@@ -76,6 +79,14 @@ def _wide_to_rgb(image: Image.Image) -> Image.Image:
 def open_encoded(data: bytes) -> Image.Image:
     """Open an image file held in memory; pixels are decoded on first use."""
     return Image.open(io.BytesIO(data), formats=_FORMATS)
+
+
+def refuse_large(where: str, size: int) -> None:
+    """Raise `UnreadableImageError` for an image file of more than `MAX_IMAGE_BYTES` bytes."""
+    if size > MAX_IMAGE_BYTES:
+        raise UnreadableImageError(
+            where, f"{size >> 20:,} MiB, more than the {MAX_IMAGE_BYTES >> 20} that an image file may have"
+        )
 
 
 def printable(text: str) -> str:

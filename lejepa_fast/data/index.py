@@ -36,9 +36,9 @@ def read_index(shard: Path) -> list[Member] | None:
             if json.loads(file.readline()) != _header(status):
                 return None
             members = [Member(*json.loads(line)) for line in file]
-    except (OSError, ValueError, TypeError):
+        return members if all(_is_sound(member, status.st_size) for member in members) else None
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return members if all(_is_sound(member, status.st_size) for member in members) else None
 
 
 def write_index(shard: Path, members: Sequence[Member]) -> None:

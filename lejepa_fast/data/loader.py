@@ -251,7 +251,7 @@ def multicrop_loader(
         schedule,
         recipe,
         bad,
-        labelled=source.targets is not None,
+        labelled=source.labelled,
         device=device,
         dtype=dtype,
         channels_last=channels_last,

@@ -120,7 +120,7 @@ class Substitutes:
     """
 
     def __init__(self, schedule: EpochSchedule, epoch: int, start: int, quarantine: Quarantine) -> None:
-        self._quarantine = quarantine
+        self._quarantine, self.known = quarantine, quarantine.known
         own, spare = schedule.places(epoch)
         self._candidates = np.concatenate([spare, own])
         self.position = 0
@@ -147,7 +147,7 @@ class Omission:
     """In an evaluation nothing takes the place of a bad image: it is left out."""
 
     def __init__(self, quarantine: Quarantine) -> None:
-        self._quarantine = quarantine
+        self._quarantine, self.known = quarantine, quarantine.known
         self.position = 0
 
     def replace(self, index: int, reason: str) -> int | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from PIL import Image
 
+from lejepa_fast.data.backend import LISTED
 from lejepa_fast.data.decode import UnreadableImageError, open_encoded, to_rgb, unreadable
 from lejepa_fast.data.headers import plain_size
 from lejepa_fast.data.sources import EncodedSource, ImageSource, size_fault
@@ -76,17 +77,19 @@ class Reader:
         # More threads than cores do no harm: most of the time they wait for the disk.
         self._pool = ThreadPoolExecutor(max(2, min(threads, 16)), thread_name_prefix="lejepa-read")
 
-    def read(self, indices: Sequence[int]) -> PendingRead:
-        """Start reading these images."""
+    def read(self, indices: Sequence[int], known: Collection[int] = ()) -> PendingRead:
+        """Start reading these images. known: images that are bad, which are not tried."""
         parts = [indices[i : i + _FILES_PER_TASK] for i in range(0, len(indices), _FILES_PER_TASK)]
-        return PendingRead([self._pool.submit(self._read_part, part) for part in parts])
+        return PendingRead([self._pool.submit(self._read_part, part, known) for part in parts])
 
-    def one(self, index: int, *, careful: bool = False) -> Encoded | Bad:
-        """Read one image now."""
+    def one(self, index: int, known: Collection[int] = (), *, careful: bool = False) -> Encoded | Bad:
+        """Read one image now, unless it is in `known`."""
+        if index in known:
+            return Bad(index, LISTED)
         return read_image(self.source, index, self._smallest, careful=careful)
 
-    def _read_part(self, indices: Sequence[int]) -> list[Encoded | Bad]:
-        return [self.one(index) for index in indices]
+    def _read_part(self, indices: Sequence[int], known: Collection[int]) -> list[Encoded | Bad]:
+        return [self.one(index, known) for index in indices]
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -19,10 +19,14 @@ from lejepa_fast.errors import UsageError
 
 @dataclass(frozen=True)
 class BatchKey:
-    """Names one batch of one rank: all that a worker needs to make it."""
+    """Names one batch of one rank: all that a worker needs to make it.
+
+    bad: those of `indices` that are known to be bad, so that nobody tries them.
+    """
 
     epoch: int
     indices: tuple[int, ...]
+    bad: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

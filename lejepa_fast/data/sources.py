@@ -23,6 +23,7 @@ from lejepa_fast.data.decode import (
     UnreadableImageError,
     open_encoded,
     printable,
+    refuse_large,
     to_rgb,
     unreadable,
 )
@@ -35,6 +36,14 @@ EMBEDDED = {"trashnet96": Path(__file__).with_name("trashnet96")}
 _SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _PROBED_IMAGES = 64
 _VAL_NAMES = ("val", "valid", "validation", "test")
+
+
+class HoldOutError(UsageError):
+    """No class has an image to spare for validation. source: all the images."""
+
+    def __init__(self, source: ImageSource) -> None:
+        super().__init__(f"{source.name} has too few images to hold some out for validation; add images")
+        self.source = source
 
 
 class ImageSource(ABC):
@@ -205,7 +214,9 @@ class FolderSource(EncodedSource):
         return str(self.root / self.relative_path(index))
 
     def encoded(self, index: int) -> bytes:
-        return (self.root / self.relative_path(index)).read_bytes()
+        with open(self.root / self.relative_path(index), "rb") as file:
+            refuse_large(self.describe(index), os.fstat(file.fileno()).st_size)
+            return file.read()
 
 
 def open_source(path: str, split: Split, *, val_fraction: float = 0.1, seed: int = 0) -> ImageSource:
@@ -306,7 +317,7 @@ def _hold_out(source: ImageSource, split: Split, val_fraction: float, seed: int)
         count = min(len(members) - 1, max(1, round(len(members) * val_fraction)))
         held_out[members[permutation(seed, HOLDOUT, 0, label, len(members))[:count]]] = True
     if not held_out.any():
-        raise UsageError(f"{source.name} has too few images to hold some out for validation; add images")
+        raise HoldOutError(source)
     return source.subset(np.flatnonzero(held_out if split == "val" else ~held_out))
 
 

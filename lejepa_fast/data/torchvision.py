@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
-from lejepa_fast.data.backend import Fault, FaultHandler, RawBatch
+from lejepa_fast.data.backend import LISTED, Fault, FaultHandler, RawBatch
 from lejepa_fast.data.decode import UnreadableImageError
 from lejepa_fast.data.draws import ViewParams, sample_views
 from lejepa_fast.data.memory import give_memory_back
@@ -104,6 +105,9 @@ class _Batches(Dataset):
         targets = torch.empty(count, dtype=torch.int64)
         faults = []
         for row, index in enumerate(key.indices):
+            if index in key.bad:
+                faults.append(Fault(row, index, LISTED))
+                continue
             try:
                 image, targets[row] = plan.source[index]
             except UnreadableImageError as error:
@@ -218,7 +222,10 @@ class TorchvisionBackend:
 
     def batches(self, keys: Iterable[BatchKey], faults: FaultHandler) -> Iterator[RawBatch]:
         """Batches in the order of `keys`. Raises the worker's own UsageError or RunError, in one line."""
-        self._feed.keys = keys
+        # Marked here: the workers live on from pass to pass, with what was known when they started.
+        self._feed.keys = (
+            replace(key, bad=tuple(index for index in key.indices if index in faults.known)) for key in keys
+        )
         try:
             iterator = self._start_pass()
             for batch in iterator:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lejepa_fast.data.decode import UnreadableImageError, printable
 from lejepa_fast.data.headers import plain_size
 from lejepa_fast.data.quarantine import Quarantine
-from lejepa_fast.data.sources import EncodedSource, ImageSource, Split, open_source, size_fault
+from lejepa_fast.data.sources import EncodedSource, HoldOutError, ImageSource, Split, open_source, size_fault
 from lejepa_fast.errors import RunError, UsageError
 
 _AT_ONCE = 512  # images handed to the threads at a time: memory stays bounded
@@ -86,6 +86,17 @@ def _table(found: dict[str, Findings]) -> Iterator[str]:
         yield f"{count:>8} x {reason}"
 
 
+def _open(path: str, splits: list[Split]) -> Iterator[tuple[str, ImageSource]]:
+    """The splits with their names; all images as "all" when there are too few to hold some out."""
+    for split in splits:
+        try:
+            source = open_source(path, split)
+        except HoldOutError as error:
+            yield "all", error.source
+            return
+        yield split, source
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -106,8 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.threads < 1 or options.min_size < 1:
             raise UsageError("--threads and --min-size must be at least 1")
-        for split in splits:
-            source = open_source(options.path, split)
+        for split, source in _open(options.path, splits):
             found[split] = scan(source, threads=options.threads, smallest=options.min_size, progress=True)
             quarantine = Quarantine(source, options.quarantine, max_bad_fraction=1.0, log_each=False)
             for index, reason in found[split].bad:

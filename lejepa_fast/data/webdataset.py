@@ -1,8 +1,8 @@
 """WebDataset tar shards with random access.
 
 A shard is an uncompressed tar whose members come in pairs `key.jpg` + `key.cls` (the class index as
-text). Opening reads the headers and labels once; images are then read by offset with `os.pread`,
-which shares no file position, so forked workers cannot disturb each other. Nothing is extracted,
+text). Opening reads the headers and labels once; images are then read by offset. No file stays open, so
+workers and threads cannot disturb each other. Nothing is extracted,
 unpickled or executed: members are looked up by suffix in an allow-list and everything else is
 refused by name, as are links, devices, absolute names and `..`.
 """
@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from lejepa_fast.data.decode import IMAGE_SUFFIXES, printable
+from lejepa_fast.data.decode import IMAGE_SUFFIXES, printable, refuse_large
 from lejepa_fast.data.index import read_index
 from lejepa_fast.data.members import Member
 from lejepa_fast.data.sources import EncodedSource
@@ -54,7 +54,6 @@ class ShardSource(EncodedSource):
         names = [os.fsencode(member.key + member.suffix) for member in members]
         self._names = b"".join(names)
         self._name_ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-        self._files: dict[int, int] = {}
         super().__init__(
             name=folder.name if len(self._shards) > 1 else self._shards[0].stem,
             kind="webdataset",
@@ -73,32 +72,22 @@ class ShardSource(EncodedSource):
     def encoded(self, index: int) -> bytes:
         size, offset = int(self._sizes[index]), int(self._offsets[index])
         shard = int(self._shard_of[index])
-        data = os.pread(self._file(shard), size, offset)
+        refuse_large(self.describe(index), size)
+        # Opened for each image: with thousands of shards, descriptors that stay open would run out.
+        try:
+            descriptor = os.open(self._shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise RunError(f"cannot open the shard {self._shards[shard]}: {error.strerror}") from error
+        try:
+            data = os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
         if len(data) != size:
             raise RunError(
                 f"{self.describe(index)}: the file ends early ({len(data)} of {size} bytes); "
                 "it has changed since it was opened: copy the shard again"
             )
         return data
-
-    def _file(self, shard: int) -> int:
-        """Descriptor of a shard, opened on first use."""
-        descriptor = self._files.get(shard)
-        if descriptor is None:
-            try:
-                descriptor = os.open(self._shards[shard], os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise RunError(f"cannot open the shard {self._shards[shard]}: {error.strerror}") from error
-            self._files[shard] = descriptor
-        return descriptor
-
-    def __getstate__(self) -> dict[str, object]:
-        # Descriptors mean nothing in another process that did not inherit them.
-        return {**self.__dict__, "_files": {}}
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
 
 
 def index_shard(path: Path) -> list[Member]:
@@ -129,8 +118,9 @@ def index_shard(path: Path) -> list[Member]:
             _check_complete(path, file.fileno(), end)
     except UsageError:
         raise
-    except (tarfile.TarError, ValueError, OverflowError) as error:  # the last two: numbers in its headers
-        reason = printable(str(error))
+    # All but the first: numbers in its headers, such as the length of a name.
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
+        reason = printable(str(error)) or "a length in a header exceeds the memory"
         raise UsageError(
             f"{path} is not a complete tar file ({reason}); copy or pack the shard again"
         ) from error
