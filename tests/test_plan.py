@@ -61,6 +61,17 @@ def test_any_number_of_gpus_from_three_traces() -> None:
         assert found.peak(shards, images) == pytest.approx(direct, rel=0.03)
 
 
+def test_one_gpu_and_groups_of_one() -> None:
+    """One shard runs other operators than several: no gather, and a copy in place of the scatter."""
+    alone = plan_of(small(), shards=1, images=4)
+    assert alone.traced.shards == 1
+    assert alone.peak(1, 4) == pytest.approx(alone.traced.peak, rel=0.03)
+    assert alone.peak(8, 4) == pytest.approx(trace_step(small(), shards=8, images=4).peak, rel=1e-9)
+    parameters = sum(p.numel() for p in build_model(small(), meta=True).parameters())
+    copies = plan_of(small(replicate=4), shards=1, images=4).traffic
+    assert copies.summed == pytest.approx(4 * parameters, rel=0.02)
+
+
 @pytest.mark.parametrize("replicate", [1, 4])
 def test_state_is_sharded_within_a_group(replicate: int) -> None:
     cfg = small(replicate=replicate)
