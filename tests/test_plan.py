@@ -172,9 +172,9 @@ def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureF
 
 
 def test_few_images_for_sigreg() -> None:
-    assert plan.small_batch_warning(256) is None
+    assert config.small_batch_warning(256) is None
     assert "rule of thumb: at least 256 (linear accuracy of the paper's ViT-L: 72.2 % with 128" in str(
-        plan.small_batch_warning(255)
+        config.small_batch_warning(255)
     )
 
 

@@ -199,6 +199,8 @@ class Trainer:
             self.run_dir,
         )
 
+        if cfg.data.path != config.EMBEDDED_DATA and (few := config.small_batch_warning(cfg.data.batch_size)):
+            log.warning("%s", few)  # but not of the embedded images, which have a recipe of small batches
     def _lock(self) -> None:
         if self.run_dir.is_dir():
             self.lock.take()
@@ -380,9 +382,9 @@ class Trainer:
         every = self.cfg.eval.every
         if not every or not epoch or epoch % every or self.step in self._evaluated:
             return
-        began = time.perf_counter()
         self.save()  # so that a signal need not wait for the evaluation
         model = self._whole_model()
+        began = time.perf_counter()  # `save` pauses the meter for itself
         on_main(self.world, lambda: self._evaluate(model, epoch, linear=False))
         self._evaluated.add(self.step)
         self.meter.pause(time.perf_counter() - began)
