@@ -99,6 +99,8 @@ class OptimConfig:
     """The cosine ends at this share of the peak rate."""
     clip_grad_norm: float = 0.0
     """Largest norm of the gradient over all parameters; 0: no clipping."""
+    skip_grad_norm: float = 0.0
+    """A step with a larger norm of the gradient, before clipping, is skipped; 0: none is."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,7 @@ def validate(cfg: Config, world_size: int = 1) -> None:
         ("optim.lr", cfg.optim.lr, 0),
         ("optim.weight_decay", None if cfg.optim.weight_decay == "auto" else cfg.optim.weight_decay, 0),
         ("optim.clip_grad_norm", cfg.optim.clip_grad_norm, 0),
+        ("optim.skip_grad_norm", cfg.optim.skip_grad_norm, 0),
         ("parallel.replicate", cfg.parallel.replicate, 1),
         ("eval.every", cfg.eval.every, 0),
         ("eval.image_size", cfg.eval.image_size, 1),
@@ -272,9 +275,6 @@ def _validate_batch(batch_size: int, world_size: int) -> None:
         )
 
 
-def total_steps(cfg: Config, steps_per_epoch: int) -> int:
-    return cfg.max_steps if cfg.max_steps is not None else cfg.epochs * steps_per_epoch
-
 def small_batch_warning(batch: int) -> str | None:
     """What to say about a global batch that is small for SIGReg; None if it is not.
 
@@ -288,6 +288,9 @@ def small_batch_warning(batch: int) -> str | None:
         f"rule of thumb: at least {SMALLEST_GOOD_BATCH} (linear accuracy of the paper's ViT-L: {known})"
     )
 
+
+def total_steps(cfg: Config, steps_per_epoch: int) -> int:
+    return cfg.max_steps if cfg.max_steps is not None else cfg.epochs * steps_per_epoch
 
 
 def loader_workers(cfg: Config, processes_here: int, on_gpu: bool) -> int:
