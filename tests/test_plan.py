@@ -61,6 +61,17 @@ def test_any_number_of_gpus_from_three_traces() -> None:
         assert found.peak(shards, images) == pytest.approx(direct, rel=0.03)
 
 
+def test_one_gpu_and_groups_of_one() -> None:
+    """One shard runs other operators than several: no gather, and a copy in place of the scatter."""
+    alone = plan_of(small(), shards=1, images=4)
+    assert alone.traced.shards == 1
+    assert alone.peak(1, 4) == pytest.approx(alone.traced.peak, rel=0.03)
+    assert alone.peak(8, 4) == pytest.approx(trace_step(small(), shards=8, images=4).peak, rel=1e-9)
+    parameters = sum(p.numel() for p in build_model(small(), meta=True).parameters())
+    copies = plan_of(small(replicate=4), shards=1, images=4).traffic
+    assert copies.summed == pytest.approx(4 * parameters, rel=0.02)
+
+
 @pytest.mark.parametrize("replicate", [1, 4])
 def test_state_is_sharded_within_a_group(replicate: int) -> None:
     cfg = small(replicate=replicate)
@@ -161,9 +172,9 @@ def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureF
 
 
 def test_few_images_for_sigreg() -> None:
-    assert plan.small_batch_warning(256) is None
+    assert config.small_batch_warning(256) is None
     assert "rule of thumb: at least 256 (linear accuracy of the paper's ViT-L: 72.2 % with 128" in str(
-        plan.small_batch_warning(255)
+        config.small_batch_warning(255)
     )
 
 

@@ -332,8 +332,10 @@ def test_without_sigreg_the_embeddings_collapse(tiny: Make, tmp_path: Path) -> N
 # ---- bad steps ---------------------------------------------------------------------------------------
 
 
-def poison(trainer: Trainer, steps: set[int], *, images: bool) -> list[dict[str, torch.Tensor]]:
-    """Make the images or the loss NaN in these steps; returns the state before and after each step."""
+def poison(
+    trainer: Trainer, steps: set[int], *, images: bool, factor: float = torch.nan
+) -> list[dict[str, torch.Tensor]]:
+    """Images NaN, or the loss times `factor`, in these steps; returns the state before and after each step."""
     states: list[dict[str, torch.Tensor]] = []
     step, forward = trainer._train_step, trainer.loss_fn.forward
 
@@ -348,7 +350,7 @@ def poison(trainer: Trainer, steps: set[int], *, images: bool) -> list[dict[str,
         if bad and images:
             views[0][0] = torch.nan
         trainer.loss_fn.forward = (
-            (lambda g, a: forward(g, a)._replace(total=forward(g, a).total * torch.nan))
+            (lambda g, a: forward(g, a)._replace(total=forward(g, a).total * factor))
             if bad and not images
             else forward
         )
@@ -386,6 +388,25 @@ def test_a_bad_step_is_skipped(
     assert all(torch.isfinite(value).all() for value in states[-1].values())
     losses = [row["loss"] for row in rows_of(cfg)]
     assert [loss is None for loss in losses] == [False, True, True, False, True, False]
+
+
+def test_a_finite_spike_is_skipped_if_asked(tiny: Make, tmp_path: Path) -> None:
+    def spiked(limit: float) -> tuple[Trainer, list[bool]]:
+        cfg = tiny(out=tmp_path / str(limit), max_steps=4, optim={"skip_grad_norm": limit})
+        trainer = Trainer(cfg, CPU)
+        states = poison(trainer, {3}, images=False, factor=1e6)
+        trainer.run()
+        pairs = zip(states[::2], states[1::2], strict=True)
+        weights = [name for name in states[0] if name.endswith("weight")]
+        return trainer, [any(not torch.equal(old[n], new[n]) for n in weights) for old, new in pairs]
+
+    trainer, changed = spiked(1e3)
+    assert changed == [True, True, False, True]
+    assert trainer.guard.skipped == 1
+    (row,) = rows_of(trainer.cfg, "skipped")
+    assert row["step"] == 3
+    assert row["loss"] > 1e3
+    assert spiked(0.0)[1] == [True] * 4
 
 
 def test_three_bad_steps_in_a_row_end_the_run(tiny: Make) -> None:

@@ -1,8 +1,9 @@
 """What all ranks must agree on at every step: is it finite, and has someone asked to stop?
 
-A step whose loss or gradient is not finite on ANY rank is skipped on EVERY rank: parameters, optimiser
-state and running statistics stay as they were, bit for bit. (The learning-rate schedule and the SIGReg
-step go on: a skipped step counts.) Three in a row end the run.
+A step whose loss or gradient is not finite on ANY rank, or whose gradient has a norm above a limit that
+the user may set, is skipped on EVERY rank: parameters, optimiser state and running statistics stay as they
+were, bit for bit. (The learning-rate schedule and the SIGReg step go on: a skipped step counts.) Three in
+a row end the run.
 
 One all-reduce of 2 W + 1 floats a step carries the flags. The skip itself happens on the device: the
 fused optimiser reads `found_inf` there, as it does for a gradient scaler. On a GPU the host looks at the
@@ -46,7 +47,7 @@ class StepGuard:
     """At each step: `before_forward`, forward and backward, `check`, the optimiser's step, `settle`.
 
     For each bad step every rank calls `record(step, position, losses)`: what `settle` got for it, and the
-    loss of each rank that the bad values came from.
+    loss of each rank that the bad values came from. `largest_norm` of the gradient: 0 for any.
     """
 
     def __init__(
@@ -55,10 +56,16 @@ class StepGuard:
         optimizer: torch.optim.Optimizer,
         world: World,
         record: Callable[[int, tuple[int, int], dict[int, float]], None] = lambda *bad: None,
+        largest_norm: float = 0.0,
     ):
         self.skipped = 0
         self.stop = False
         self._record = record
+        self._largest_norm = largest_norm or torch.inf
+        self._fault, self._way_out = "loss or gradient not finite", ""
+        if largest_norm:
+            self._fault += f", or a gradient above --optim.skip-grad-norm {largest_norm:g},"
+            self._way_out = ", or raise --optim.skip-grad-norm"
         self._world = world
         self._optimizer = optimizer
         self._streak = 0
@@ -85,10 +92,10 @@ class StepGuard:
         `stop` says that this process was told to end.
         """
         size, rank = self._world.size, self._world.rank
-        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        good = torch.isfinite(loss) & torch.isfinite(grad_norm) & (grad_norm <= self._largest_norm)
         self._flags.zero_()
         bad = torch.where(torch.isfinite(own_part), _BAD, _BAD_AND_MINE)
-        self._flags[rank] = torch.where(finite, _FINE, bad)
+        self._flags[rank] = torch.where(good, _FINE, bad)
         self._flags[size + rank] = loss
         self._flags[-1] = float(stop)
         if self._world.distributed:
@@ -138,11 +145,11 @@ class StepGuard:
         where = f"rank {', '.join(map(str, ranks))}, step {flags.step}, loss {values[size + ranks[0]]}"
         if self._streak >= BAD_STEPS_THAT_STOP:
             raise RunError(
-                f"loss or gradient not finite in {self._streak} steps in a row (last: {where}); they changed "
+                f"{self._fault} in {self._streak} steps in a row (last: {where}); they changed "
                 "no parameter, and metrics.jsonl names their images; lower --lr or set "
-                "--optim.clip-grad-norm 1, and resume from a checkpoint"
+                f"--optim.clip-grad-norm 1{self._way_out}, and resume from a checkpoint"
             )
-        log.warning("loss or gradient not finite (%s): step skipped", where)
+        log.warning("%s (%s): step skipped", self._fault.rstrip(","), where)
 
     @torch.no_grad()
     def _restore_buffers(self, step: int) -> None:

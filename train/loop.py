@@ -92,7 +92,8 @@ class Trainer:
         # What is random in training (drop path) differs between ranks and not between runs.
         random_state.seed_rng(cfg.seed + 7919 * world.rank)
         self.optimizer = build_optimizer(self.model, cfg.optim, world.device)
-        self.guard = StepGuard(self.model, self.optimizer, world, self._write_skipped)
+        limit = cfg.optim.skip_grad_norm
+        self.guard = StepGuard(self.model, self.optimizer, world, self._write_skipped, limit)
         self.step = 0  # finished steps
         self._at = (0, 0)  # epoch and number of the batch in training
         self.total_steps = config.total_steps(cfg, len(self.loader))
@@ -198,6 +199,8 @@ class Trainer:
             cfg.data.batch_size,
             self.run_dir,
         )
+        if cfg.data.path != config.EMBEDDED_DATA and (few := config.small_batch_warning(cfg.data.batch_size)):
+            log.warning("%s", few)  # but not of the embedded images, which have a recipe of small batches
 
     def _lock(self) -> None:
         if self.run_dir.is_dir():
@@ -380,8 +383,8 @@ class Trainer:
         every = self.cfg.eval.every
         if not every or not epoch or epoch % every or self.step in self._evaluated:
             return
-        began = time.perf_counter()
         self.save()  # so that a signal need not wait for the evaluation
+        began = time.perf_counter()  # `save` pauses the meter for itself
         model = self._whole_model()
         on_main(self.world, lambda: self._evaluate(model, epoch, linear=False))
         self._evaluated.add(self.step)

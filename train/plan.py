@@ -26,9 +26,6 @@ from lejepa_fast.train.model import build_model
 from lejepa_fast.train.plan_memory import MemoryPlan, plan_memory
 
 GPUS_OF_A_MACHINE = 8
-# The LeJEPA paper's ViT-L/14, linear probe on ImageNet-1k after 100 epochs, by images over all GPUs.
-PUBLISHED = {128: 72.20, 256: 74.15, 512: 74.72, 1024: 74.07}
-SMALLEST_GOOD_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -189,21 +186,7 @@ def _validate(options: PlanOptions, batch: int, cfg: Config) -> str | None:
     for name, number in {"epochs": options.epochs, "bandwidth": options.bandwidth}.items():
         if number is not None and not 0 < number < float("inf"):
             raise UsageError(f"{name}: expected a number above 0, got {number}")
-    return small_batch_warning(batch)
-
-
-def small_batch_warning(batch: int) -> str | None:
-    """What to say about a global batch that is small for SIGReg; None if it is not.
-
-    SIGReg compares the batch of all ranks with a Gaussian, so it is their sum that counts.
-    """
-    if batch >= SMALLEST_GOOD_BATCH:
-        return None
-    known = ", ".join(f"{accuracy} % with {images}" for images, accuracy in PUBLISHED.items())
-    return (
-        f"{batch} images over all GPUs are few for SIGReg, which judges the distribution of the whole batch; "
-        f"rule of thumb: at least {SMALLEST_GOOD_BATCH} (linear accuracy of the paper's ViT-L: {known})"
-    )
+    return config.small_batch_warning(batch)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -81,12 +81,10 @@ class MemoryPlan:
 
     traced: Trace
     """The run at the shards and images that were asked for."""
+    traffic: Traffic
+    """Of a run that shards: one shard alone gathers and scatters nothing."""
     coefficients: np.ndarray = field(repr=False)
     """(3, operators): c, s and a of the module's docstring."""
-
-    @property
-    def traffic(self) -> Traffic:
-        return self.traced.traffic
 
     def peak(self, shards: int, images: int) -> int:
         c, s, a = self.coefficients
@@ -96,15 +94,17 @@ class MemoryPlan:
 def plan_memory(cfg: Config, *, shards: int, images: int) -> MemoryPlan:
     """Trace the step of a configuration on `shards` ranks, `images` each; `parallel.replicate` multiplies the
     ranks and changes neither. Raises UsageError as building the model does."""
-    asked = trace_step(cfg, shards=shards, images=images)
-    other = 2 if shards > 2 else 8
+    several = max(shards, 2)  # for a single shard FSDP2 runs other operators, which cannot be compared
+    base = trace_step(cfg, shards=several, images=images)
+    other = 2 if several > 2 else 8
     elsewhere = trace_step(cfg, shards=other, images=images)
-    more = trace_step(cfg, shards=shards, images=2 * images)
-    assert len(asked.alive) == len(elsewhere.alive) == len(more.alive)  # the same operators
-    a = (more.alive - asked.alive) / images
-    s = (elsewhere.alive - asked.alive) / (1 / other - 1 / shards)
-    c = asked.alive - s / shards - a * images
-    return MemoryPlan(asked, np.stack([c, s, a]))
+    more = trace_step(cfg, shards=several, images=2 * images)
+    assert len(base.alive) == len(elsewhere.alive) == len(more.alive)  # the same operators
+    a = (more.alive - base.alive) / images
+    s = (elsewhere.alive - base.alive) / (1 / other - 1 / several)
+    c = base.alive - s / several - a * images
+    asked = base if shards == several else trace_step(cfg, shards=shards, images=images)
+    return MemoryPlan(asked, base.traffic, np.stack([c, s, a]))
 
 
 def trace_step(cfg: Config, *, shards: int, images: int) -> Trace:
