@@ -33,7 +33,7 @@ def rows_of(model: str, mode: str) -> list[dict[str, Any]]:
             "images_per_gpu": IMAGES,
             "gpus": gpus,
             "peak_gib": found.peak(gpus, IMAGES) / 2**30,
-            "sent_gb": found.traffic.sent(gpus, 1) / 1e9,
+            "sent_gb": sum(found.traffic.sent(gpus, 1)) / 1e9,
             **machine(),
         }
         for gpus in GPUS

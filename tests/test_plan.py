@@ -95,9 +95,9 @@ def test_blocks_are_gathered_twice_for_each_size_of_crops() -> None:
 
 def test_what_a_rank_sends() -> None:
     traffic = Traffic(gathered=800, scattered=400, summed=400)
-    assert traffic.sent(shards=1, replicas=1) == 0
-    assert traffic.sent(shards=4, replicas=1) == 900  # 3/4 of 1200
-    assert traffic.sent(shards=4, replicas=2) == 900 + 2 * 100 * 0.5  # a shard of 100, there and back
+    assert traffic.sent(shards=1, replicas=1) == (0, 0)
+    assert traffic.sent(shards=4, replicas=1) == (900, 0)  # 3/4 of 1200
+    assert traffic.sent(shards=4, replicas=2) == (900, 2 * 100 * 0.5)  # a shard of 100, there and back
 
 
 def test_gigantic_over_64_ranks() -> None:
@@ -135,6 +135,16 @@ def test_times_follow_from_flops_and_bytes(tight: plan.Plan) -> None:
     assert row.step_seconds == max(row.compute_seconds, row.network_seconds)
 
 
+def test_groups_inside_a_machine_gather_over_its_link() -> None:
+    found = plan.Plan(plan.PlanOptions(model="vit_tiny", gpus=16, gpu="l4", batch=256, replicate=2))
+    within, between = found.memory.traffic.sent(8, 2)
+    assert min(within, between) > 0
+    assert found.row(16).network_seconds == pytest.approx(within / 32e9 + between / 12.5e9)
+    assert found.bandwidths(8) == (32, 32)
+    assert found.bandwidths(32) == (12.5, 12.5)  # groups of 16 reach beyond a machine
+    assert found.bandwidths(12) == (12.5, 12.5)  # one of the groups of 6 does
+
+
 def test_the_report(tight: plan.Plan) -> None:
     from lejepa_fast.train.plan_report import report
 
@@ -158,6 +168,7 @@ def test_the_report(tight: plan.Plan) -> None:
         (["--batch", "512", "--batch-per-gpu", "8"], "give one of them"),
         (["--mfu", "40"], "mfu: expected a share between 0 and 1, got 40"),
         (["--bandwidth", "0"], "bandwidth: expected a number above 0"),
+        (["--images", "100"], "images: expected at least one batch of 512, got 100"),
         (["--gpus", "0"], "gpus: expected at least 1, got 0"),
         (["--model", "vit_tiny", "--local-size", "100"], "multiple of its patch size 14"),
         (["--batchsize", "512"], "did you mean --batch-size?"),

@@ -335,7 +335,7 @@ def test_without_sigreg_the_embeddings_collapse(tiny: Make, tmp_path: Path) -> N
 def poison(
     trainer: Trainer, steps: set[int], *, images: bool, factor: float = torch.nan
 ) -> list[dict[str, torch.Tensor]]:
-    """Images NaN, or the loss times `factor`, in these steps; returns the state before and after each step."""
+    """Images NaN, or the loss times `factor`, in these steps; returns the state before and after each."""
     states: list[dict[str, torch.Tensor]] = []
     step, forward = trainer._train_step, trainer.loss_fn.forward
 

@@ -55,7 +55,7 @@ class PlanOptions:
     mfu: float = 0.4
     """Share of the GPUs' dense bf16 peak that the run will reach: an assumption, until it is measured."""
     bandwidth: float | None = None
-    """GB/s that one GPU sends; None: of the link between GPUs for up to 8 of them, of the network beyond."""
+    """GB/s that one GPU sends; None: of the link inside a machine of 8 GPUs, of the network beyond."""
     reserve: float = 0.1
     """Share of a GPU's memory that the plan leaves free: CUDA's context, NCCL's buffers, fragmentation."""
 
@@ -101,22 +101,29 @@ class Plan:
         options, device = self.options, self.device
         shards, images = gpus // options.replicate, self.batch // gpus
         peak = self.memory.peak(shards, images)
-        sent = self.memory.traffic.sent(shards, options.replicate)
+        within, between = self.memory.traffic.sent(shards, options.replicate)
+        inside, outside = self.bandwidths(gpus)
         return Row(
             gpus=gpus,
             images=images,
             peak=peak,
-            sent=sent,
+            sent=within + between,
             compute_seconds=self.flops.per_image * images / (device.tflops * 1e12 * options.mfu),
-            network_seconds=sent / (1e9 * self.bandwidth(gpus)),
+            network_seconds=(within / inside + between / outside) / 1e9,
             fits=peak <= (1 - options.reserve) * device.memory_gib * GIB,
         )
 
-    def bandwidth(self, gpus: int) -> float:
-        """GB/s that one of this many GPUs sends."""
+    def bandwidths(self, gpus: int) -> tuple[float, float]:
+        """GB/s that one of this many GPUs sends within its group, and between the groups (HSDP).
+
+        A group whose size divides a machine's GPUs does not reach beyond it, as torchrun numbers ranks.
+        """
         if self.options.bandwidth is not None:
-            return self.options.bandwidth
-        return self.device.link_gb_s if gpus <= GPUS_OF_A_MACHINE else self.device.network_gb_s
+            return self.options.bandwidth, self.options.bandwidth
+        link, network = self.device.link_gb_s, self.device.network_gb_s
+        if gpus <= GPUS_OF_A_MACHINE:
+            return link, link
+        return (network if GPUS_OF_A_MACHINE % (gpus // self.options.replicate) else link), network
 
     def possible(self) -> Iterator[int]:
         """Numbers of GPUs that the batch and the groups allow, smallest first."""
@@ -179,6 +186,10 @@ def _validate(options: PlanOptions, batch: int, cfg: Config) -> str | None:
             "divisor of their number"
         )
     config.validate(cfg, options.gpus)
+    if options.images < batch:
+        raise UsageError(
+            f"images: expected at least one batch of {batch}, got {options.images}; use a smaller --batch"
+        )
     shares = {"mfu": options.mfu, "reserve": options.reserve}
     for name, value in shares.items():
         if not 0 < value < 1:

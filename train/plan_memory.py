@@ -53,11 +53,11 @@ class Traffic:
     scattered: int = 0
     summed: int = 0
 
-    def sent(self, shards: int, replicas: int) -> float:
-        """Bytes that one rank sends in a step, by rings: (n - 1) / n of a gathered or scattered tensor, and
-        twice that of what it holds of a summed one."""
+    def sent(self, shards: int, replicas: int) -> tuple[float, float]:
+        """Bytes that one rank sends in a step within its group, and between the groups, by rings: (n - 1) / n
+        of a gathered or scattered tensor, and twice that of what it holds of a summed one."""
         within = (self.gathered + self.scattered) * (shards - 1) / shards
-        return within + 2 * self.summed / shards * (replicas - 1) / replicas
+        return within, 2 * self.summed / shards * (replicas - 1) / replicas
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,14 @@ def _network(plan: Plan, asked: Row) -> list[str]:
     if asked.gpus == 1:
         return ["network           nothing to send"]
     ratio = asked.network_seconds / asked.compute_seconds
+    within, between = plan.bandwidths(asked.gpus)
+    rate = f"{within:g} GB/s"
+    if plan.options.replicate > 1 and between != within:
+        rate += f" within a group, {between:g} between groups"
     verdict = "hidden behind it" if ratio < 1 else "the network sets the pace"
     return [
         f"network           {asked.sent / 1e9:,.1f} GB sent by each GPU a step: "
-        f"{1e3 * asked.network_seconds:,.0f} ms at {plan.bandwidth(asked.gpus):g} GB/s",
+        f"{1e3 * asked.network_seconds:,.0f} ms at {rate}",
         f"compute           {1e3 * asked.compute_seconds:,.0f} ms a step at {plan.options.mfu:.0%} MFU; "
         f"network / compute {ratio:.2f}: {verdict}",
     ]
