@@ -38,10 +38,20 @@ class Kernel(NamedTuple):
 
 
 def tiled_kernel(
-    name: str, target: str, dtype: str, plan: Plan, size: Size, tile: Tile | None = None
+    name: str,
+    target: str,
+    dtype: str,
+    plan: Plan,
+    size: Size,
+    tile: Tile | None = None,
+    *,
+    slice_grad: bool = False,
 ) -> Kernel:
-    """One of `TILED` as it is launched for a size, with its shipped tile or another."""
-    config = shipped_config(target, _itemsize(dtype))
+    """One of `TILED` as it is launched for a size, with its shipped tile or another.
+
+    `slice_grad`: as the backward of a statistic for each direction (`reduction=None`) launches it.
+    """
+    config = shipped_config(target, 4 if slice_grad and name == "product" else _itemsize(dtype))
     tile = config.tile(name, size.K) if tile is None else tile
     arguments = _common(target, dtype, plan, size) | _blocks(name, tile, size, config)
     if name == "forward":
@@ -49,9 +59,14 @@ def tiled_kernel(
         arguments |= {"out_ptr": "*fp32", "splits": splits, "split_samples": samples}
         arguments |= {"G": plan.chunk_giants, "CHUNKS": plan.chunks, "CHUNK_KNOTS": plan.chunk_knots}
         return Kernel(name, forward._sigreg_fwd_kernel, arguments, tile)
-    arguments |= {"G": plan.G, "FAR": plan.chunks > 1, "SLICE_GRAD": False, "out_ptr": f"*{dtype}"}
-    arguments |= {"coef_ptr": "*fp32", "grad_ptr": "*fp32", "peak_ptr": "*fp32", "dp_ptr": f"*{dtype}"}
-    arguments |= {"NORMALIZE": dtype == "fp16", "first_view": 0}
+    arguments |= {"G": plan.G, "FAR": plan.chunks > 1, "SLICE_GRAD": slice_grad, "out_ptr": f"*{dtype}"}
+    arguments |= {"coef_ptr": "*fp32", "grad_ptr": "*fp32", "dp_ptr": f"*{dtype}"}
+    arguments |= dict.fromkeys(("TURNS", "turns"), backward.count_turns(tile, plan, config.lanes))
+    if slice_grad:  # dT/dp stays in float32
+        arguments |= {"stride_gv": size.M, "stride_gm": 1, "dp_ptr": "*fp32"}
+        arguments |= {"out_ptr": "*fp32"} if name == "gradient" else {}
+        arguments["PRECISION"] = "tf32x3" if target.startswith("sm_") else "ieee"
+    arguments |= {"NORMALIZE": dtype == "fp16" and not slice_grad, "first_view": 0}
     if name == "fused":
         return Kernel(name, backward._sigreg_bwd_kernel, arguments, tile)
     if name == "product":
@@ -59,8 +74,7 @@ def tiled_kernel(
         return Kernel(name, backward._sigreg_dx_kernel, arguments, tile)
     splits, samples = count_splits(size.V, size.N, size.M, 1, config.split)
     arguments |= {"splits": splits, "split_samples": samples, "n_first": 0, "n_stop": size.N}
-    in_registers = plan.equidistant and plan.rows <= backward._COEF_IN_REGISTERS
-    arguments["COEF_IN_REGISTERS"] = in_registers
+    arguments["COEF_IN_REGISTERS"] = backward._in_registers(plan)
     return Kernel(name, backward._sigreg_dp_kernel, arguments, tile)
 
 
@@ -104,18 +118,19 @@ def _common(target: str, dtype: str, plan: Plan, size: Size) -> Arguments:
 
 def _blocks(name: str, tile: Tile, size: Size, config: Config) -> Arguments:
     block_k, resident = tile.steps(size.K)
-    if name == "fused":
-        block_k = max(16, triton.next_power_of_2(size.K))
     return {
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k if name == "product" else block_k,
         "RESIDENT": resident,
+        "TILES": triton.cdiv(size.K, block_k),
+        "MASK_M": size.M % tile.block_m != 0,
         "EVEN_K": size.K % block_k == 0,
         "EVEN_N": size.N % tile.block_n == 0,
         "LANES": config.lanes,
         "TURNS": tile.turns,
         "turns": tile.turns,
+        "turn_stride": 0,
     }
 
 

@@ -5,11 +5,13 @@
     python bench/kernel_report.py --json report.json --check
 
 Kernels are compiled with their shipped configuration for the reference size (V 8, N 2048, K 512, M 1024,
-J 17), for the giant one (V 10, N 4096, K 1536, M 4096) where that takes another tile, and `fused` for its
-largest K; for sm_90 and bf16 also for odd sizes and J 33, where spills are recorded rather than excluded.
+J 17), for the giant one (V 10, N 4096, K 1536, M 4096) where that takes another tile, and `fused` for the
+largest K of each tile; for sm_90 and bf16 also for odd sizes, more knots and a statistic for each direction,
+where spills are recorded rather than excluded.
 Instructions are counted in the hot loop: the stretch of machine code between two branches
-that holds the range reductions. One range reduction belongs to one projected sample, and its constant
-can be found in the code, so `per sample` means: of that stretch, divided by its range reductions.
+that holds the range reductions. One range reduction (two beyond 17 knots) belongs to one projected sample,
+and its constant can be found in the code, so `per sample` means: of that stretch, divided by its samples.
+Beyond 17 knots several programs of `forward` share them; the figure is that of one.
 
 Floors are for one H200 and a launch of the whole size: instructions on the FP32 pipe, the matrix product, and
 the bytes that programs read through the L2 cache, each by its rate below. Programs on a multiprocessor
@@ -40,7 +42,8 @@ from lejepa_fast.kernels.layout import Plan, count_splits, make_plan
 BUDGETS = Path(__file__).parent / "kernel_budgets.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REFERENCE, GIANT, KNOTS = Size(8, 2048, 512, 1024), Size(10, 4096, 1536, 4096), 17
-ODD, MANY_KNOTS = (Size(8, 2001, 500, 1000), Size(8, 2001, 768, 1024)), 33
+ODD = (Size(8, 2001, 60, 1000), Size(8, 2001, 500, 1000), Size(8, 2001, 768, 1024))
+MANY_KNOTS = (33, 65)
 # The names that end in 2 are Blackwell's packed instructions: two operations, issued once.
 FP32 = ("FADD", "FMUL", "FFMA", "FSEL", "FSETP", "FMNMX", "FCHK", "FADD2", "FMUL2", "FFMA2")
 TENSOR = ("HGMMA", "HMMA", "UTCHMMA", "UTCOMMA")
@@ -60,27 +63,43 @@ def shipped_kernels(target: str, dtype: str, plan: Plan) -> list[tuple[Size, Ker
     config = shipped_config(target, 4 if dtype == "fp32" else 2)
     found = [(REFERENCE, kernel) for kernel in plain_kernels(target, dtype, plan, REFERENCE)]
     for name in TILED:
-        reference = REFERENCE._replace(K=config.fused_max_dim) if name == "fused" else REFERENCE
-        found.append((reference, tiled_kernel(name, target, dtype, plan, reference)))
-        if name != "fused" and config.tile(name, GIANT.K) != config.tile(name, REFERENCE.K):
-            found.append((GIANT, tiled_kernel(name, target, dtype, plan, GIANT)))
+        if name == "fused":
+            sizes = [REFERENCE._replace(K=choice.max_dim) for choice in config.fused]
+        else:
+            other = config.tile(name, GIANT.K) != config.tile(name, REFERENCE.K)
+            sizes = [REFERENCE, GIANT] if other else [REFERENCE]
+        found += [(size, tiled_kernel(name, target, dtype, plan, size)) for size in sizes]
     return found
 
 
 def uneven_kernels(target: str) -> list[tuple[str, Plan, Size, Kernel]]:
-    """What the shipped tiles were not chosen for, in bf16: masks along every dimension, and more knots."""
-    cases = [(f"N {s.N} K {s.K} M {s.M}", KNOTS, name, s) for s in ODD for name in ("forward", "gradient")]
-    cases.append((f"J {MANY_KNOTS}", MANY_KNOTS, "gradient", REFERENCE))
-    cases.append((f"J {MANY_KNOTS}", MANY_KNOTS, "fused", REFERENCE._replace(K=128)))
+    """What the shipped tiles were not chosen for, in bf16: masks along every dimension, more knots, and a
+    statistic for each direction.
+    """
     found = []
-    for what, knots, name, size in cases:
+    for size in ODD:
+        plan = make_plan(KNOTS, 3 / (KNOTS - 1))
+        names = ("forward", "fused") if size.K <= 64 else ("forward", "gradient")
+        for name in names:
+            kernel = tiled_kernel(name, target, "bf16", plan, size)
+            found.append((f"N {size.N} K {size.K} M {size.M}", plan, size, kernel))
+    for knots in MANY_KNOTS:
         plan = make_plan(knots, 3 / (knots - 1))
-        found.append((what, plan, size, tiled_kernel(name, target, "bf16", plan, size)))
+        for name, size in (("forward", REFERENCE), ("fused", REFERENCE), ("gradient", GIANT)):
+            kernel = tiled_kernel(name, target, "bf16", plan, size)
+            found.append((f"J {knots} K {size.K}", plan, size, kernel))
+    plan = make_plan(KNOTS, 3 / (KNOTS - 1))
+    for name, size in (("fused", REFERENCE._replace(K=64)), ("gradient", REFERENCE), ("product", REFERENCE)):
+        kernel = tiled_kernel(name, target, "bf16", plan, size, slice_grad=True)
+        found.append((f"reduction None K {size.K}", plan, size, kernel))
     return found
 
 
-def inspect(compiled: Any, target: str) -> dict[str, Any]:
-    """Figures of a compiled kernel. AMD's come from its assembly text, without the hot loop."""
+def inspect(compiled: Any, target: str, reductions: int = 1) -> dict[str, Any]:
+    """Figures of a compiled kernel, with so many range reductions for each projected sample.
+
+    AMD's come from its assembly text, without the hot loop.
+    """
     row: dict[str, Any] = {"shared_bytes": compiled.metadata.shared}
     if not target.startswith("sm_"):
         return row | _inspect_amd(compiled.asm["amdgcn"])
@@ -100,6 +119,8 @@ def inspect(compiled: Any, target: str) -> dict[str, Any]:
     row["tensor_kind"] = next((name for name in TENSOR if everything[name]), None)
     samples, loop = hot_loop(code)
     if samples:
+        samples /= reductions
+        row["loop_samples"] = samples
         row["per_sample"] = {
             "fp32": sum(loop[name] for name in FP32) / samples,
             "mufu": loop["MUFU"] / samples,
@@ -123,9 +144,9 @@ def _inspect_amd(code: str) -> dict[str, Any]:
     }
 
 
-def hot_loop(code: str) -> tuple[int, Counter[str]]:
+def hot_loop(code: str) -> tuple[float, Counter[str]]:
     """Range reductions and instructions of the straight stretches of code that hold the reductions."""
-    samples, counts = 0, Counter[str]()
+    samples, counts = 0.0, Counter[str]()
     stretch: list[str] = []
     for line in [*code.splitlines(), "BRA"]:
         if re.match(r"\s*\.L_", line) or "BRA" in line:
@@ -157,6 +178,7 @@ def floors(row: dict[str, Any], kernel: Kernel, size: Size, plan: Plan) -> dict[
     """Microseconds of a launch for the whole size on an H200, by pipe, and of the pipe that decides."""
     outputs = size.V * size.N * size.M
     products = 4 if kernel.name == "fused" else 2
+    outputs *= plan.chunks if kernel.name == "forward" else 1  # each program of a table projects anew
     fp32 = row["per_sample"]["fp32"] * outputs / _FP32 if "per_sample" in row else 0.0
     matmul = products * outputs * size.K / _MATMUL[row["dtype"]]
     l2 = l2_bytes(kernel, size, plan, row["dtype"], row["target"]) / _L2
@@ -180,7 +202,12 @@ def report(target: str, dtypes: list[str]) -> list[dict[str, Any]]:
 
 def _row(target: str, dtype: str, uneven: str, plan: Plan, size: Size, kernel: Kernel) -> dict[str, Any]:
     row = {"kernel": kernel.name, "uneven": uneven, "target": target, "dtype": dtype, **size._asdict()}
-    row |= {**kernel.tile._asdict(), **inspect(compile_kernel(kernel, target), target)}
+    reductions = 2 if plan.chunks > 1 else 1  # giant steps far from 0 have one of their own
+    row |= {**kernel.tile._asdict(), **inspect(compile_kernel(kernel, target), target, reductions)}
+    samples = row.pop("loop_samples", None)
+    if samples and "TURNS" in kernel.arguments and target != "sm_100":  # whose packed instructions reduce two
+        due = kernel.tile.block_m * kernel.tile.block_n / kernel.arguments["TURNS"]
+        row["repeated"] = samples * 32 * kernel.tile.num_warps / due
     if kernel.name not in TILED:
         row.pop("per_sample", None)  # it draws normals and projects nothing
     elif target == "sm_90":
@@ -205,6 +232,8 @@ def violations(rows: list[dict[str, Any]], budgets: dict[str, Any]) -> list[str]
         allowed = budget.get("spills", 0)
         if row["spills"] > allowed or (row["stack_bytes"] and not allowed):
             found.append(f"{name}: {row['spills']} spill instructions, {row['stack_bytes']} bytes of stack")
+        if row.get("repeated", 1) > budget.get("repeated", 1):
+            found.append(f"{name}: threads work on each projection {row['repeated']:g} times")
         if budget.get("tensor_kind") != row["tensor_kind"]:
             found.append(f"{name}: {row['tensor_kind']} instructions instead of {budget.get('tensor_kind')}")
         if "fp32" in budget:

@@ -2,7 +2,8 @@
 
 On a GPU at the sizes of the targets, on the CPU (`--rehearse`, with TRITON_INTERPRET=1) at a tiny one.
 Appends the rows of `lejepa_fast.kernels.autotune.time_candidates` to DIR/kernel_tiles.jsonl, size by size,
-and prints for each kernel its fastest tile beside the shipped one: candidates for `kernels/configs.py`.
+and prints for each kernel its fastest tile beside the shipped one: candidates for `kernels/configs.py`. The
+backward is timed both ways: in one kernel (fused), and in two (gradient and product).
 """
 
 from __future__ import annotations
@@ -59,6 +60,15 @@ def measure(size: Size, dtype: torch.dtype, device: torch.device, **options: Any
     )
 
 
+def measure_other_way(
+    size: Size, dtype: torch.dtype, device: torch.device, rows: Sequence[Row], **options: Any
+) -> list[Row]:
+    """The backward in two kernels where it is one by default, and the other way round."""
+    fused = all(row["kernel"] != "fused" for row in rows)
+    timed = measure(size, dtype, device, fused=fused, **options)
+    return [{**row, "shipped": False} for row in timed if row["kernel"] != "forward"]
+
+
 def show(rows: Sequence[Row]) -> None:
     table = []
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
@@ -69,7 +79,8 @@ def show(rows: Sequence[Row]) -> None:
             continue
         best = min(timed, key=lambda row: row["seconds"])
         cells = [kernel, tile_name(best), f"{1e6 * best['seconds']:.1f}"]
-        cells.append(f"{1e6 * shipped['seconds']:.1f}" if shipped else "does not run")
+        missing = "does not run" if any(row["shipped"] for row in rows if row["kernel"] == kernel) else "-"
+        cells.append(f"{1e6 * shipped['seconds']:.1f}" if shipped else missing)
         table.append([*cells, f"{len(timed)} of {sum(row['kernel'] == kernel for row in rows)}"])
     print_table(["kernel", "fastest tile", "us", "shipped us", "ran"], table)
 
@@ -95,6 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     marks = {"rehearsal": True} if options.rehearse else {}
     for size, dtype in TINY if options.rehearse else SIZES:
         rows = measure(size, dtype, device, **timing)
+        other = measure_other_way(size, dtype, device, rows, **timing)
+        rows += other
         about = {"benchmark": "kernel_tiles", **marks, **machine(device)}
         append_rows(options.out / "kernel_tiles.jsonl", [{**row, **about} for row in rows])
         print(f"\n{size}, {variants.dtype_name(dtype)}", flush=True)

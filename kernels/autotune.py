@@ -153,7 +153,7 @@ def time_candidates(
 
     config = get_config(x.device, x.element_size() if x.dtype == A.dtype else 4)
     if fused is not None:
-        config = config._replace(fused=(Choice(ANY, config.fused[-1].tile),) if fused else ())
+        config = config._replace(fused=(*config.fused, Choice(ANY, config.fused[-1].tile)) if fused else ())
     t = torch.arange(J, device=x.device, dtype=torch.float32) * (t_max / max(1, J - 1))
     phi = torch.exp(-t.square() / 2)
     plan = make_plan(J, t_max / (J - 1) if J > 1 else None)

@@ -5,9 +5,10 @@ With the coefficients of `finish.py`, the derivative of T at a projection p is t
     dT/dp = sum over table entries (r, c) of coef[r, c] * giant[r](p) * baby[c](p)         (see `series.py`)
 
 and dx[n] = sum over m of dT/dp[n, m] * scale[m] * A[:, m]. While K is small enough for dx^T (K, BLOCK_N) to
-stay in registers, one program owns BLOCK_N samples and walks over all directions (`_sigreg_bwd_kernel`). For
-larger K one kernel writes dT/dp of a chunk of samples and a matrix product follows (`_sigreg_dp_kernel`,
-`_sigreg_dx_kernel`). Either way dx is a sum in a fixed order.
+stay in registers, one program owns BLOCK_N samples and walks over all directions (`_sigreg_bwd_kernel`):
+nothing of the size of the projections reaches memory. For larger K one kernel writes dT/dp of a chunk of
+samples and a matrix product follows (`_sigreg_dp_kernel`, `_sigreg_dx_kernel`). Either way dx is a sum in a
+fixed order.
 
 The second product takes dT/dp in the dtype of x and A. float16 holds a few orders of magnitude only, and
 dT/dp has no fixed size (weights, `scale_by_n`): it is multiplied with a power of two for each view (`_power`,
@@ -16,7 +17,6 @@ NORMALIZE), taken back in float32.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from .autotune import Problem, choose
 from .configs import Config, Tile, get_config
-from .derivative import derivative, load_coefficients
-from .layout import Plan, count_splits
+from .derivative import coefficient_pointers, derivative, load_coefficients
+from .layout import COEF_BLOCK, Plan, count_splits
 from .runtime import empty, kernel_device
 from .series import (
     dot,
@@ -41,31 +41,38 @@ from .series import (
 
 # A table of up to two giant steps fits into registers beside everything else.
 _COEF_IN_REGISTERS = 35
+_COEF_BLOCK = tl.constexpr(COEF_BLOCK)
 
 
 @triton.jit
-def _power(peak_ptr, ROWS: tl.constexpr):
-    """The power of two that takes dT/dp to the upper end of float16.
+def _power(coef_ptr, views, M, ROWS: tl.constexpr, COUNT: tl.constexpr):
+    """The powers of two that take dT/dp of `views`, (COUNT,), to the upper end of float16; (COUNT, 1).
 
     |dT/dp| <= ROWS * peak, the largest coefficient of the view; times the power it is below 2**15. Within
     2**100 either way its inverse is exact, and both leave float32 room for what they multiply.
     """
-    bound = tl.load(peak_ptr) * ROWS
+    STRIDE: tl.constexpr = (ROWS + 1) * _COEF_BLOCK
+    blocks = tl.cdiv(M, _COEF_BLOCK)
+    coef_ptrs = coef_ptr + (views * blocks)[:, None] * STRIDE + ROWS * _COEF_BLOCK
+    peaks = tl.zeros((COUNT, 16), tl.float32)
+    for first in range(0, blocks, 16):
+        block = (first + tl.arange(0, 16))[None, :]
+        peaks = tl.maximum(peaks, tl.load(coef_ptrs + block * STRIDE, mask=block < blocks, other=0.0))
+    bound = tl.max(peaks, 1)[:, None] * ROWS
     exponent = bound.to(tl.int32, bitcast=True) >> 23  # biased by 127; bound < 2**(exponent - 126)
     power = tl.minimum(tl.maximum(127 + 15 + 126 - exponent, 27), 227)
     return (power << 23).to(tl.float32, bitcast=True)
 
 
 # A value of 1 or a multiple of 16 would be a compilation of its own, for nothing.
-@triton.jit(do_not_specialize=["first_view", "splits"])
+@triton.jit(do_not_specialize=["first_view", "splits", "turn_stride"])
 def _sigreg_dp_kernel(
     x_ptr,  # (V, N, K)
     a_ptr,  # (K, M)
     scale_ptr,  # (M,) float32, multiplies the columns of A
     t_ptr,  # (J,) float32, arbitrary knots
-    coef_ptr,  # (V, M, ROWS) float32, scale included
+    coef_ptr,  # (V, blocks, ROWS + 1, _COEF_BLOCK) float32, scale included
     grad_ptr,  # float32: gradient of the loss (), or of T (V, M) with SLICE_GRAD
-    peak_ptr,  # (V,) float32, largest coefficients, with NORMALIZE
     out_ptr,  # dT/dp (views of this launch, n_stop - n_first, M), times the gradient with SLICE_GRAD
     first_view,
     n_first,
@@ -80,6 +87,7 @@ def _sigreg_dp_kernel(
     giant_hi,
     giant_lo,
     turns,  # TURNS, at run time
+    turn_stride,
     stride_xv,
     stride_xn,
     stride_xk,
@@ -101,6 +109,7 @@ def _sigreg_dp_kernel(
     RESIDENT: tl.constexpr,  # tiles that hold the directions during the whole program, or 0
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,  # n_stop - n_first is a multiple of BLOCK_N
+    MASK_M: tl.constexpr,  # M is not a multiple of BLOCK_M
     COEF_IN_REGISTERS: tl.constexpr,
     LANES: tl.constexpr,
     TURNS: tl.constexpr,
@@ -116,25 +125,25 @@ def _sigreg_dp_kernel(
     launch_view = (pid // splits).to(tl.int64)
     view = first_view + launch_view
     x_ptr += view * stride_xv
-    coef_ptr += view * M * ROWS
+    if NORMALIZE:
+        power = _power(coef_ptr, view + tl.zeros((1,), tl.int64), M, ROWS, 1)
+    coef_ptr += view * tl.cdiv(M, _COEF_BLOCK) * ((ROWS + 1) * _COEF_BLOCK)
     out_ptr += launch_view * (n_stop - n_first) * M
     m_mask = (m < M)[:, None]
-    coef_ptrs = coef_ptr + m[:, None] * ROWS
+    coef_ptrs = coefficient_pointers(coef_ptr, m, M, ROWS)
     coef = ()
     if COEF_IN_REGISTERS:
-        coef = load_coefficients(coef_ptrs, m_mask, ROWS)
+        coef = load_coefficients(coef_ptrs, ROWS)
     f_hi, f_lo = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
     g_hi, g_lo = f_hi, f_lo
     if FAR:
         g_hi, g_lo = scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
     if SLICE_GRAD:
         grad = tl.load(grad_ptr + view * stride_gv + m[:, None] * stride_gm, mask=m_mask, other=0.0)
-    if NORMALIZE:
-        power = _power(peak_ptr + view, ROWS)
     a = ()
     p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if RESIDENT > 0:
-        a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, RESIDENT, EVEN_K)
+        a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, RESIDENT, EVEN_K, MASK_M)
         n = start + tl.arange(0, BLOCK_N)
         x = load_samples(x_ptr, n, n_stop, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, not EVEN_N)
         p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
@@ -149,7 +158,7 @@ def _sigreg_dp_kernel(
         else:
             p = project(x_ptr, a_ptr, a, m, n, n_stop, K, M, stride_xn, stride_xk, stride_ak, stride_am,
                 BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, EVEN_K, not EVEN_N, PRECISION)  # fmt: skip
-        dp = derivative(p, coef, coef_ptrs, t_ptr, m_mask, f_hi, f_lo, g_hi, g_lo, J, turns,
+        dp = derivative(p, coef, coef_ptrs, t_ptr, f_hi, f_lo, g_hi, g_lo, J, turns, turn_stride,
             EQUIDISTANT, B, G, FAR, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if SLICE_GRAD:
             dp *= grad
@@ -161,15 +170,14 @@ def _sigreg_dp_kernel(
             p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["turn_stride"])
 def _sigreg_bwd_kernel(
     x_ptr,  # (V, N, K)
     a_ptr,  # (K, M)
     scale_ptr,  # (M,) float32, multiplies the columns of A
     t_ptr,  # (J,) float32, arbitrary knots
-    coef_ptr,  # (V, M, ROWS) float32, scale included
+    coef_ptr,  # (V, blocks, ROWS + 1, _COEF_BLOCK) float32, scale included
     grad_ptr,  # float32: gradient of the loss (), or of T (V, M) with SLICE_GRAD
-    peak_ptr,  # (V,) float32, largest coefficients, with NORMALIZE
     out_ptr,  # dx (V, N, K)
     N,
     K,
@@ -181,6 +189,7 @@ def _sigreg_bwd_kernel(
     giant_lo,
     out_factor,  # multiplies dx
     turns,  # TURNS, at run time
+    turn_stride,
     stride_xv,
     stride_xn,
     stride_xk,
@@ -198,8 +207,10 @@ def _sigreg_bwd_kernel(
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # at least K
+    BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr,  # of BLOCK_K, that cover K
     EVEN_K: tl.constexpr,
+    MASK_M: tl.constexpr,  # M is not a multiple of BLOCK_M
     LANES: tl.constexpr,
     TURNS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -209,24 +220,25 @@ def _sigreg_bwd_kernel(
     n = (pid % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     view = (pid // n_blocks).to(tl.int64)
     x_ptr += view * stride_xv
-    coef_ptr += view * M * ROWS
-    k = tl.arange(0, BLOCK_K)
-    x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, 1, EVEN_K, True)
-    dx = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
     if NORMALIZE:
-        power = _power(peak_ptr + view, ROWS)
+        power = _power(coef_ptr, view + tl.zeros((1,), tl.int64), M, ROWS, 1)
+    coef_ptr += view * tl.cdiv(M, _COEF_BLOCK) * ((ROWS + 1) * _COEF_BLOCK)
+    x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, TILES, EVEN_K, True)
+    dx = ()
+    for _ in tl.static_range(TILES):
+        dx = dx + (tl.zeros((BLOCK_K, BLOCK_N), tl.float32),)
 
     for m0 in range(0, M, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         m_mask = (m < M)[:, None]
-        coef_ptrs = coef_ptr + m[:, None] * ROWS
+        coef_ptrs = coefficient_pointers(coef_ptr, m, M, ROWS)
         f_hi, f_lo = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
         g_hi, g_lo = f_hi, f_lo
         if FAR:
             g_hi, g_lo = scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
-        a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, 1, EVEN_K)
-        p = multiply(a, x, BLOCK_M, BLOCK_N, 1, PRECISION)
-        dp = derivative(p, (), coef_ptrs, t_ptr, m_mask, f_hi, f_lo, g_hi, g_lo, J, turns,
+        a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, TILES, EVEN_K, MASK_M)
+        p = multiply(a, x, BLOCK_M, BLOCK_N, TILES, PRECISION)
+        dp = derivative(p, (), coef_ptrs, t_ptr, f_hi, f_lo, g_hi, g_lo, J, turns, turn_stride,
             EQUIDISTANT, B, G, FAR, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if SLICE_GRAD:
             dp *= tl.load(grad_ptr + view * stride_gv + m[:, None] * stride_gm, mask=m_mask, other=0.0)
@@ -234,15 +246,19 @@ def _sigreg_bwd_kernel(
             dp *= power
         if not SLICE_GRAD and x[0].dtype == a[0].dtype:
             dp = to_dtype(dp, a[0].dtype)  # else in float32: the gradients may span any range
-        dx = dot(tl.trans(a[0]), dp, dx, PRECISION)
+        added = ()
+        for i in tl.static_range(TILES):
+            added = added + (dot(tl.trans(a[i]), dp, dx[i], PRECISION),)
+        dx = added
 
-    if NORMALIZE:
-        dx *= 1.0 / power
     if not SLICE_GRAD:
         out_factor *= tl.load(grad_ptr)
+    k = tl.arange(0, BLOCK_K)
     out_ptrs = out_ptr + (view * N + n)[None, :] * K + k[:, None]
-    mask = (n < N)[None, :] & (k < K)[:, None]
-    tl.store(out_ptrs, to_dtype(dx * out_factor, out_ptr.dtype.element_ty), mask=mask)
+    for i in tl.static_range(TILES):
+        out = dx[i] * (1.0 / power) if NORMALIZE else dx[i]
+        mask = (n < N)[None, :] & (k < K - i * BLOCK_K)[:, None]
+        tl.store(out_ptrs + i * BLOCK_K, to_dtype(out * out_factor, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_view", "view_rows", "rows"])
@@ -250,7 +266,7 @@ def _sigreg_dx_kernel(
     dp_ptr,  # (rows, M)
     a_ptr,  # (K, M)
     grad_ptr,  # () float32, without SLICE_GRAD
-    peak_ptr,  # (V,) float32, largest coefficients, with NORMALIZE
+    coef_ptr,  # as above, with NORMALIZE
     out_ptr,  # (rows, K)
     first_view,
     view_rows,  # of this launch in each view
@@ -285,7 +301,7 @@ def _sigreg_dx_kernel(
         a_ptrs += BLOCK_M * tl.cast(stride_am, tl.int64)
     if NORMALIZE:
         view = first_view + tl.minimum(n, rows - 1) // view_rows
-        dx *= 1.0 / _power(peak_ptr + view, TABLE_ROWS)[:, None]
+        dx *= 1.0 / _power(coef_ptr, view, M, TABLE_ROWS, BLOCK_N)
     if not SLICE_GRAD:
         out_factor *= tl.load(grad_ptr)
     mask = (n < rows)[:, None] & (k < K)[None, :]
@@ -310,7 +326,7 @@ def gradient(
     Args:
         grad: gradient of the loss, a 0-dim tensor, or of T, shape (V, M); float32, any strides.
         factor: derivative of the loss by each T; 1 for a `grad` of shape (V, M).
-        coef: coefficients from `finish`, shape (V, M, rows).
+        coef: coefficients from `finish`.
         x, A, scale, t, plan, config, precision: as in `forward.table_sums`.
     """
     (views, N, K), M = x.shape, A.shape[1]
@@ -318,12 +334,10 @@ def gradient(
     if N == 0:
         return dx
     slice_grad = grad.dim() == 2
-    peak = None
-    if x.dtype == A.dtype == torch.float16 and not slice_grad:
-        peak = torch.linalg.vector_norm(coef, math.inf, dim=(1, 2))
-    common = _Launch(grad, factor, coef, x, A, scale, t, plan, config, precision, slice_grad, peak)
+    normalize = x.dtype == A.dtype == torch.float16 and not slice_grad
+    common = _Launch(grad, factor, coef, x, A, scale, t, plan, config, precision, slice_grad, normalize)
     with kernel_device(x):
-        if K <= config.fused_max_dim:
+        if config.fuses(K, M, slice_grad=slice_grad):
             _launch_fused(common, dx)
             return dx
         # Products of gradients per direction span any range: they stay in float32.
@@ -336,6 +350,16 @@ def gradient(
                 _launch_dp(common, buffer, *chunk)
                 _launch_product(common, buffer, dx, *chunk)
     return dx
+
+
+def count_turns(tile: Tile, plan: Plan, lanes: int) -> int:
+    """Turns of a tile: twice as many, if it has the columns, where coefficients do not stay in registers."""
+    twice = 2 * tile.turns * lanes <= tile.block_n and not _in_registers(plan)
+    return tile.turns * (2 if twice else 1)
+
+
+def _in_registers(plan: Plan) -> bool:
+    return plan.equidistant and plan.rows <= _COEF_IN_REGISTERS
 
 
 # Bytes of dT/dp at a time: large enough to fill a GPU many times over, small beside any batch.
@@ -365,18 +389,18 @@ class _Launch(NamedTuple):
     config: Config
     precision: str
     slice_grad: bool
-    peak: Tensor | None
+    normalize: bool
 
     def tensors(self) -> tuple[Tensor, ...]:
         scale = self.A if self.scale is None else self.scale
-        return self.x, self.A, scale, self.t, self.coef, self.grad, self.peaks()
-
-    def peaks(self) -> Tensor:
-        return self.coef if self.peak is None else self.peak
+        return self.x, self.A, scale, self.t, self.coef, self.grad
 
     def scalars(self) -> tuple[int | float, ...]:
         plan = self.plan
         return self.A.shape[1], plan.J, plan.factor_hi, plan.factor_lo, *plan.giant_factor
+
+    def turns(self, tile: Tile) -> int:
+        return count_turns(tile, self.plan, self.config.lanes)
 
     def strides(self) -> tuple[int, ...]:
         return *self.x.stride(), *self.A.stride(), *(self.grad.stride() if self.slice_grad else (0, 0))
@@ -386,7 +410,7 @@ class _Launch(NamedTuple):
         return {
             "HAS_SCALE": self.scale is not None,
             "SLICE_GRAD": self.slice_grad,
-            "NORMALIZE": self.peak is not None,
+            "NORMALIZE": self.normalize,
             "EQUIDISTANT": plan.equidistant,
             "B": plan.B,
             "G": plan.G,
@@ -394,8 +418,9 @@ class _Launch(NamedTuple):
             "ROWS": plan.rows,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
+            "MASK_M": self.A.shape[1] % tile.block_m != 0,
             "LANES": self.config.lanes,
-            "TURNS": tile.turns,
+            "TURNS": self.turns(tile),
             "PRECISION": self.precision,
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
@@ -404,9 +429,9 @@ class _Launch(NamedTuple):
 
 def _launch_fused(c: _Launch, dx: Tensor) -> None:
     views, N, K = c.x.shape
-    block_k = max(16, triton.next_power_of_2(K))
 
     def launch(tile: Tile) -> None:
+        block_k, _ = tile.steps(K)
         _sigreg_bwd_kernel[(views * triton.cdiv(N, tile.block_n),)](
             *c.tensors(),
             dx,
@@ -414,11 +439,13 @@ def _launch_fused(c: _Launch, dx: Tensor) -> None:
             K,
             *c.scalars(),
             c.factor,
-            tile.turns,
+            c.turns(tile),
+            0,
             *c.strides(),
             **c.constants(tile),
             BLOCK_K=block_k,
-            EVEN_K=block_k == K,
+            TILES=triton.cdiv(K, block_k),
+            EVEN_K=K % block_k == 0,
         )
 
     launch(choose(c.config, "fused", Problem(c.x, c.A, c.plan), launch))
@@ -440,14 +467,15 @@ def _launch_dp(c: _Launch, dp: Tensor, views: range, samples: range) -> None:
             split_samples,
             K,
             *c.scalars(),
-            tile.turns,
+            c.turns(tile),
+            0,
             *c.strides(),
             **c.constants(tile),
             BLOCK_K=block_k,
             RESIDENT=resident,
             EVEN_K=K % block_k == 0,
             EVEN_N=len(samples) % tile.block_n == 0,
-            COEF_IN_REGISTERS=c.plan.equidistant and c.plan.rows <= _COEF_IN_REGISTERS,
+            COEF_IN_REGISTERS=_in_registers(c.plan),
         )
 
     launch(choose(c.config, "gradient", Problem(c.x, c.A, c.plan), launch))
@@ -463,7 +491,7 @@ def _launch_product(c: _Launch, dp: Tensor, dx: Tensor, views: range, samples: r
             dp,
             c.A,
             c.grad,
-            c.peaks(),
+            c.coef,
             out,
             views.start,
             len(samples),
@@ -473,7 +501,7 @@ def _launch_product(c: _Launch, dp: Tensor, dx: Tensor, views: range, samples: r
             c.factor,
             *c.A.stride(),
             SLICE_GRAD=c.slice_grad,
-            NORMALIZE=c.peak is not None,
+            NORMALIZE=c.normalize,
             TABLE_ROWS=c.plan.rows,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,

@@ -5,12 +5,13 @@ yet. In order: no spills, tensor-core instructions, then for sm_90 the least flo
 least traffic among the tiles that were compiled.
 
 - sm_90, half precision, K <= 512: directions resident, two programs a multiprocessor. Beyond: 128 x 128.
-- sm_90, float32: 128 x 64; 128 x 128 spills, and so does a fused backward of K > 32.
+- sm_90, float32: 128 x 64; 128 x 128 spills.
 - sm_80, sm_89: 128 x 64; float32 spills from 64 samples on, hence 128 x 32.
 - sm_100: 64 directions; with 128, a thread holds a row of the accumulator and spills. 64 samples for the
   gradient and for float32, 128 for the sums.
 - gfx942: 64 x 64, two turns: 128 x 32 on 8 warps spills.
-- fused: dx for K > 128 (half precision) does not fit beside the coefficients without spills.
+- fused: the largest K of which dx^T fits into registers beside the arithmetic. Eight warps take 128
+  directions: with 64 both groups of four would work on the same projections.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Tile(NamedTuple):
     Attributes:
         block_m, block_n, block_k: directions, samples, dimensions of a tile. `block_k` is the step along K;
             in `product` a tile of dx is (block_n, block_k) and `block_m` the step along the directions.
-            `fused` holds all of K and does not read it.
+            `fused` holds all of K, in tiles of `block_k`.
         num_warps, num_stages: of Triton.
         turns: a tile of projections is worked on in so many turns. A turn needs registers.
         resident: the directions of a program stay in shared memory, all of K, and only samples are read.
@@ -62,7 +63,7 @@ class Config(NamedTuple):
         forward: sums of the table.
         gradient: dT/dp of a chunk of samples.
         product: dx = dT/dp A^T.
-        fused: backward in one kernel; beyond its last `max_dim`, `gradient` and `product`.
+        fused: backward in one kernel, where `fuses` says so, else `gradient` and `product`.
         split: how samples are shared.
         lanes: threads that share a row of an accumulator; see `split_columns`.
         others: (kernel, tile) pairs that autotuning times beside the shipped tile.
@@ -76,9 +77,15 @@ class Config(NamedTuple):
     lanes: int = 4
     others: tuple[tuple[str, Tile], ...] = ()
 
-    @property
-    def fused_max_dim(self) -> int:
-        return self.fused[-1].max_dim if self.fused else 0
+    def fuses(self, K: int, M: int, *, slice_grad: bool = False) -> bool:
+        """Whether the backward for K dimensions and M directions is one kernel.
+
+        Only the first choice is for any case. Sizes that are no multiples of 16 are read element by element,
+        which takes registers, and a gradient for each direction makes the product one of float32.
+        """
+        if not self.fused:
+            return False
+        return K <= self.fused[0 if slice_grad or K % 16 or M % 16 else -1].max_dim
 
     def tile(self, kernel: str, K: int) -> Tile:
         """The shipped tile of "forward", "gradient", "product" or "fused" for K dimensions."""
@@ -126,8 +133,9 @@ _HALF_OTHERS = (
     ("product", Tile(64, 128, 256, 8, 3)),
     ("product", Tile(64, 128, 256, 8, 4)),
     ("fused", Tile(64, 32, 64, 4, 1)),
-    ("fused", Tile(64, 32, 64, 4, 2, turns=2)),
-    ("fused", Tile(64, 64, 64, 4, 2, turns=4)),
+    ("fused", Tile(64, 32, 64, 4, 1, turns=2)),
+    ("fused", Tile(64, 32, 128, 4, 1, turns=4)),
+    ("fused", Tile(128, 32, 128, 8, 1, turns=2)),
 )
 _SINGLE_OTHERS = (
     ("forward", Tile(64, 64, 32, 4, 3)),
@@ -149,26 +157,27 @@ def _config(
     forward: tuple[Choice, ...],
     gradient: tuple[Choice, ...],
     product: Tile,
-    fused: Choice,
+    fused: tuple[Choice, ...],
     others: tuple[tuple[str, Tile], ...],
 ) -> Config:
-    return Config(forward, gradient, _always(product), (fused,), Split(64, 128, programs), others=others)
+    return Config(forward, gradient, _always(product), fused, Split(64, 128, programs), others=others)
 
 
 # `programs`: two a multiprocessor.
-_FUSED = Tile(64, 32, 64, 4, 2, turns=2)
+_FUSED = Tile(64, 32, 64, 4, 1, turns=2)
+_FUSED_WIDE = Tile(128, 32, 128, 8, 1, turns=2)
 _MIDDLE = Tile(128, 64, 64, 8, 3, turns=2)
 _SMALL = Tile(64, 64, 64, 4, 3, turns=2)
-_AMPERE = (_always(_MIDDLE), _always(_MIDDLE), Tile(64, 128, 128, 8, 3), Choice(128, _FUSED), _HALF_OTHERS)
+_AMPERE = (_always(_MIDDLE), _always(_MIDDLE), Tile(64, 128, 128, 8, 3))
 _HALF = {
-    "sm_80": _config(216, *_AMPERE),
-    "sm_89": _config(284, *_AMPERE),
+    "sm_80": _config(216, *_AMPERE, (Choice(64, _FUSED), Choice(256, _FUSED_WIDE)), _HALF_OTHERS),
+    "sm_89": _config(284, *_AMPERE, (Choice(64, _FUSED), Choice(256, _FUSED)), _HALF_OTHERS),
     "sm_90": _config(
         264,
         _up_to(RESIDENT_MAX_DIM, _RESIDENT, _WIDE),
         _up_to(RESIDENT_MAX_DIM, _RESIDENT, _WIDE),
         Tile(64, 128, 256, 8, 3),
-        Choice(128, _FUSED),
+        (Choice(64, _FUSED), Choice(256, _FUSED), Choice(512, _FUSED_WIDE)),
         _HALF_OTHERS,
     ),
     "sm_100": _config(
@@ -176,7 +185,7 @@ _HALF = {
         _always(Tile(64, 128, 64, 4, 3, turns=4)),
         _always(_SMALL),
         Tile(64, 128, 256, 8, 3),
-        Choice(128, _FUSED),
+        (Choice(64, _FUSED), Choice(256, _FUSED), Choice(512, Tile(64, 32, 128, 4, 1, turns=4))),
         _HALF_OTHERS,
     ),
     "gfx942": _config(
@@ -184,18 +193,19 @@ _HALF = {
         _always(_SMALL._replace(num_stages=2)),
         _always(_SMALL._replace(num_stages=2)),
         Tile(64, 128, 128, 8, 2),
-        Choice(128, _FUSED),
+        (Choice(64, _FUSED), Choice(256, _FUSED)),
         _HALF_OTHERS,
     ),
 }
 _NARROW = Tile(128, 32, 32, 8, 3)
 _MIDDLE_SINGLE = _MIDDLE._replace(block_k=32)
 _SMALL_SINGLE = _SMALL._replace(block_k=32)
+_FUSED_SINGLE = _FUSED._replace(block_k=32)
 _AMPERE_SINGLE = (
     _always(_NARROW),
     _always(_NARROW),
     Tile(32, 128, 64, 8, 3),
-    Choice(32, _FUSED),
+    (Choice(32, _FUSED_SINGLE), Choice(64, _FUSED_SINGLE)),
     _SINGLE_OTHERS,
 )
 _SINGLE = {
@@ -206,7 +216,7 @@ _SINGLE = {
         _always(_MIDDLE_SINGLE),
         _always(_MIDDLE_SINGLE),
         Tile(32, 128, 128, 8, 3),
-        Choice(32, _FUSED),
+        (Choice(32, _FUSED_SINGLE), Choice(64, _FUSED_SINGLE)),
         _SINGLE_OTHERS,
     ),
     "sm_100": _config(
@@ -214,7 +224,7 @@ _SINGLE = {
         _always(_SMALL_SINGLE),
         _always(_SMALL_SINGLE),
         Tile(32, 128, 128, 8, 3),
-        Choice(32, _FUSED),
+        (Choice(32, _FUSED_SINGLE),),
         _SINGLE_OTHERS,
     ),
     "gfx942": _config(
@@ -222,7 +232,7 @@ _SINGLE = {
         _always(_SMALL_SINGLE._replace(num_stages=2)),
         _always(_SMALL_SINGLE._replace(num_stages=2)),
         Tile(32, 128, 128, 8, 2),
-        Choice(64, _FUSED),
+        (Choice(64, _FUSED), Choice(128, _FUSED)),
         _SINGLE_OTHERS,
     ),
 }
@@ -232,7 +242,7 @@ _INTERPRETER = Config(
     forward=_up_to(32, _STEP._replace(resident=True), _STEP._replace(turns=2)),
     gradient=_up_to(48, _STEP._replace(resident=True), _STEP._replace(turns=2)),
     product=_always(_STEP),
-    fused=(Choice(16, _STEP._replace(turns=2)), Choice(32, _STEP)),
+    fused=(Choice(24, _STEP._replace(turns=2)), Choice(32, _STEP._replace(block_m=32))),
     split=Split(16, 32, 6),
     others=(
         ("forward", _STEP._replace(resident=True)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .layout import COEF_BLOCK
 from .series import (
     baby_steps,
     complex_mul,
@@ -16,32 +17,45 @@ from .series import (
     stride_from_babies,
 )
 
+_COEF_BLOCK = tl.constexpr(COEF_BLOCK)
+
 
 @triton.jit
-def load_coefficients(coef_ptrs, mask, COUNT: tl.constexpr):
+def coefficient_pointers(coef_ptr, m, M, ROWS: tl.constexpr):
+    """The first coefficient of each direction m, (BLOCK_M, 1); the next ones follow COEF_BLOCK apart.
+
+    Beyond M stand those of the last direction: what comes of them meets directions that are 0.
+    """
+    m = tl.minimum(m, M - 1)
+    offsets = m // _COEF_BLOCK * ((ROWS + 1) * _COEF_BLOCK) + m % _COEF_BLOCK
+    return coef_ptr + offsets[:, None]
+
+
+@triton.jit
+def load_coefficients(coef_ptrs, COUNT: tl.constexpr):
     """The first COUNT coefficients of every direction, a tuple of (BLOCK_M, 1)."""
     coef = ()
     for i in tl.static_range(COUNT):
-        coef = coef + (tl.load(coef_ptrs + i, mask=mask, other=0.0),)
+        coef = coef + (_coefficient((), coef_ptrs, i),)
     return coef
 
 
 @triton.jit
-def _coefficient(coef, coef_ptrs, mask, INDEX: tl.constexpr):
+def _coefficient(coef, coef_ptrs, INDEX: tl.constexpr):
     if len(coef) > 0:  # noqa: SIM108 - Triton takes the branch while it compiles
         value = coef[INDEX]
     else:
-        value = tl.load(coef_ptrs + INDEX, mask=mask, other=0.0)
+        value = tl.load(coef_ptrs + INDEX * _COEF_BLOCK)
     return value
 
 
 @triton.jit
-def _table_row(babies, coef, coef_ptrs, mask, ROW: tl.constexpr, B: tl.constexpr):
+def _table_row(babies, coef, coef_ptrs, ROW: tl.constexpr, B: tl.constexpr):
     """sum over c of coef[ROW, c] * baby[c], baby[0] = 1."""
     FIRST: tl.constexpr = ROW * (1 + 2 * B)
-    total = _coefficient(coef, coef_ptrs, mask, FIRST)
+    total = _coefficient(coef, coef_ptrs, FIRST)
     for b in tl.static_range(2 * B):
-        total = tl.fma(_coefficient(coef, coef_ptrs, mask, FIRST + b + 1), babies[b], total)
+        total = tl.fma(_coefficient(coef, coef_ptrs, FIRST + b + 1), babies[b], total)
     return total
 
 
@@ -50,7 +64,6 @@ def _series(
     p,  # (BLOCK_M, LANES)
     coef,  # `load_coefficients`, or () to load each where it is used
     coef_ptrs,  # (BLOCK_M, 1)
-    mask,  # (BLOCK_M, 1)
     f_hi,
     f_lo,
     g_hi,
@@ -62,7 +75,7 @@ def _series(
     """dT/dp for projections p."""
     c1, s1 = cos_sin(p, f_hi, f_lo)
     babies = baby_steps(c1, s1, B)
-    total = _table_row(babies, coef, coef_ptrs, mask, 0, B)
+    total = _table_row(babies, coef, coef_ptrs, 0, B)
     if G > 0:
         if FAR:
             c_s, s_s = cos_sin(p, g_hi, g_lo)
@@ -74,21 +87,22 @@ def _series(
                 c_a, s_a = complex_square(c_s, s_s)
             elif g > 1:
                 c_a, s_a = complex_mul(c_a, s_a, c_s, s_s)
-            total = tl.fma(c_a, _table_row(babies, coef, coef_ptrs, mask, 2 * g + 1, B), total)
-            total = tl.fma(s_a, _table_row(babies, coef, coef_ptrs, mask, 2 * g + 2, B), total)
+            total = tl.fma(c_a, _table_row(babies, coef, coef_ptrs, 2 * g + 1, B), total)
+            total = tl.fma(s_a, _table_row(babies, coef, coef_ptrs, 2 * g + 2, B), total)
     return total
 
 
 @triton.jit
-def _knot_series(p, coef_ptrs, t_ptr, mask, f_hi, f_lo, J):
+def _knot_series(p, coef_ptrs, t_ptr, f_hi, f_lo, J):
     """dT/dp by a sine and cosine for every knot, for a whole tile of projections."""
     total = tl.zeros_like(p)
     for j in range(J):
         t = tl.load(t_ptr + j)
         h_hi = f_hi * t
         c, s = cos_sin(p, h_hi, tl.fma(f_hi, t, -h_hi) + f_lo * t)
-        total = tl.fma(tl.load(coef_ptrs + 2 * j, mask=mask, other=0.0), c, total)
-        total = tl.fma(tl.load(coef_ptrs + 2 * j + 1, mask=mask, other=0.0), s, total)
+        total = tl.fma(_coefficient((), coef_ptrs, 0), c, total)
+        total = tl.fma(_coefficient((), coef_ptrs, 1), s, total)
+        coef_ptrs += 2 * _COEF_BLOCK
     return total
 
 
@@ -98,13 +112,13 @@ def derivative(
     coef,
     coef_ptrs,
     t_ptr,
-    mask,
     f_hi,
     f_lo,
     g_hi,
     g_lo,
     J,
     turns,
+    turn_stride,  # of the coefficients: 0, which the compiler does not know, see below
     EQUIDISTANT: tl.constexpr,
     B: tl.constexpr,
     G: tl.constexpr,
@@ -121,9 +135,13 @@ def derivative(
         for _turn in range(turns):
             done = ()
             for i in tl.static_range(COUNT):
-                done = done + (_series(parts[i], coef, coef_ptrs, mask, f_hi, f_lo, g_hi, g_lo, B, G, FAR),)
+                part = _series(parts[i], coef, coef_ptrs, f_hi, f_lo, g_hi, g_lo, B, G, FAR)
+                done = done + (part,)
+            # Pointers that move are read in every turn. Else all coefficients would be read before the first
+            # one and stay in registers, which `coef` is for.
+            coef_ptrs += turn_stride
             parts = replace_front(parts, done)
         dp = join_columns(parts, BLOCK_M, BLOCK_N, LANES)
     else:
-        dp = _knot_series(p, coef_ptrs, t_ptr, mask, f_hi, f_lo, J)
+        dp = _knot_series(p, coef_ptrs, t_ptr, f_hi, f_lo, J)
     return dp

@@ -7,7 +7,7 @@ samples of a product of a giant step a and a baby step b; four of them give the 
     cos(j u) = cc + ss    sin(j u) = sc - cs        j = s a - b
 
 and take back the gradients of both, so a program works on pairs (a, b) of a block of directions. Their
-coefficients stand where the sums stood: `backward.py` evaluates the same bilinear form.
+coefficients stand in the same rows: `backward.py` evaluates the same bilinear form.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import Plan
+from .layout import COEF_BLOCK, Plan, coefficient_shape
 from .runtime import empty, kernel_device
 
-_BLOCK_M = 32
 _SUM_BLOCK = 1024
 
 
@@ -51,6 +50,14 @@ def _knot(cos_sum, sin_sum, t, phi, weight, count, UNBIASED: tl.constexpr):
 
 
 @triton.jit
+def _store(coef_ptr, row, value, mask, inside, BLOCK_M: tl.constexpr):
+    """Writes rows of coefficients, 0 for directions outside; returns their absolute values, 0 elsewhere."""
+    value = tl.where(inside & mask, value, 0.0)
+    tl.store(coef_ptr + row * BLOCK_M, value, mask=mask)
+    return tl.abs(value)
+
+
+@triton.jit
 def _sigreg_finish_kernel(
     table_ptr,  # (splits, V, ROWS, M) float32
     count_ptr,  # () float32, with COUNT_ON_DEVICE
@@ -59,7 +66,7 @@ def _sigreg_finish_kernel(
     phi_ptr,  # (J,) or (J, M) float32
     weights_ptr,  # (J,) or (J, M) float32
     value_ptr,  # T (V, M), or with REDUCE its sum over the block, (V * blocks,)
-    coef_ptr,  # (V, M, ROWS) float32
+    coef_ptr,  # (V, blocks, ROWS + 1, BLOCK_M) float32, see `coefficient_shape`
     count,
     splits,
     stride_split,
@@ -86,8 +93,8 @@ def _sigreg_finish_kernel(
     m = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]  # (1, BLOCK_M)
     view = (pid // blocks).to(tl.int64)
     table_ptr += view * ROWS * M
-    coef_ptr += view * ROWS * M
-    coef_ptrs = coef_ptr + m * ROWS
+    lane = tl.arange(0, BLOCK_M)[None, :]
+    coef_ptr += pid.to(tl.int64) * ((ROWS + 1) * BLOCK_M) + lane
     if COUNT_ON_DEVICE:
         count = tl.load(count_ptr)
     pair = tl.arange(0, PAIRS)[:, None]  # (PAIRS, 1)
@@ -104,43 +111,47 @@ def _sigreg_finish_kernel(
         plus, minus = a * W + b, a * W - b
         row_cos, row_sin = tl.maximum(2 * a - 1, 0) * W, 2 * a * W
         cc_row, cs_row, sc_row, ss_row = row_cos + b, row_cos + B + b, row_sin + b, row_sin + B + b
-        cc_mask = (a <= G) & inside
-        cs_mask = cc_mask & (b > 0)
-        sc_mask = cc_mask & (a > 0)
-        ss_mask = cs_mask & (a > 0)
+        cc_rows = (a <= G) & (lane >= 0)
+        cs_rows = cc_rows & (b > 0)
+        sc_rows = cc_rows & (a > 0)
+        ss_rows = cs_rows & (a > 0)
     else:
         plus = pair
         cc_row, sc_row = 2 * pair, 2 * pair + 1
-        cc_mask = (pair < J) & inside
-        sc_mask = cc_mask
+        cc_rows = (pair < J) & (lane >= 0)
+        sc_rows = cc_rows
 
-    cc = _table_sums(table_ptr, cc_row * M + m, cc_mask, splits, stride_split)
-    sc = _table_sums(table_ptr, sc_row * M + m, sc_mask, splits, stride_split)
+    cc = _table_sums(table_ptr, cc_row * M + m, cc_rows & inside, splits, stride_split)
+    sc = _table_sums(table_ptr, sc_row * M + m, sc_rows & inside, splits, stride_split)
     cos_sum, sin_sum = cc, sc
     if EQUIDISTANT:
-        cs = _table_sums(table_ptr, cs_row * M + m, cs_mask, splits, stride_split)
-        ss = _table_sums(table_ptr, ss_row * M + m, ss_mask, splits, stride_split)
+        cs = _table_sums(table_ptr, cs_row * M + m, cs_rows & inside, splits, stride_split)
+        ss = _table_sums(table_ptr, ss_row * M + m, ss_rows & inside, splits, stride_split)
         cos_sum, sin_sum = cc - ss, sc + cs
-    mask = cc_mask & (plus < J)
+    mask = cc_rows & inside & (plus < J)
     t = tl.load(t_ptr + plus, mask=plus < J, other=0.0)
     phi = tl.load(phi_ptr + plus * stride_pj + m * stride_pm, mask=mask, other=0.0)
     weight = tl.load(weights_ptr + plus * stride_wj + m * stride_wm, mask=mask, other=0.0)
     # Masked knots have weight 0 and sums of finite numbers, or of NaN where the whole column is NaN.
     value, alpha, beta = _knot(cos_sum, sin_sum, t, phi, weight, count, UNBIASED)
     if EQUIDISTANT:
-        mask = ss_mask & (minus < J)
+        mask = ss_rows & inside & (minus < J)
         t = tl.load(t_ptr + minus, mask=(a > 0) & (minus < J), other=0.0)
         phi = tl.load(phi_ptr + minus * stride_pj + m * stride_pm, mask=mask, other=0.0)
         weight = tl.load(weights_ptr + minus * stride_wj + m * stride_wm, mask=mask, other=0.0)
         value_minus, alpha_minus, beta_minus = _knot(cc + ss, sc - cs, t, phi, weight, count, UNBIASED)
         value += value_minus
-        tl.store(coef_ptrs + cc_row, (alpha + alpha_minus) * coef_factor, mask=cc_mask)
-        tl.store(coef_ptrs + ss_row, (alpha_minus - alpha) * coef_factor, mask=ss_mask)
-        tl.store(coef_ptrs + sc_row, (beta + beta_minus) * coef_factor, mask=sc_mask)
-        tl.store(coef_ptrs + cs_row, (beta - beta_minus) * coef_factor, mask=cs_mask)
+        peak = _store(coef_ptr, cc_row, (alpha + alpha_minus) * coef_factor, cc_rows, inside, BLOCK_M)
+        new = _store(coef_ptr, ss_row, (alpha_minus - alpha) * coef_factor, ss_rows, inside, BLOCK_M)
+        peak = tl.maximum(peak, new)
+        new = _store(coef_ptr, sc_row, (beta + beta_minus) * coef_factor, sc_rows, inside, BLOCK_M)
+        peak = tl.maximum(peak, new)
+        new = _store(coef_ptr, cs_row, (beta - beta_minus) * coef_factor, cs_rows, inside, BLOCK_M)
+        peak = tl.maximum(peak, new)
     else:
-        tl.store(coef_ptrs + cc_row, alpha * coef_factor, mask=cc_mask)
-        tl.store(coef_ptrs + sc_row, beta * coef_factor, mask=sc_mask)
+        peak = _store(coef_ptr, cc_row, alpha * coef_factor, cc_rows, inside, BLOCK_M)
+        peak = tl.maximum(peak, _store(coef_ptr, sc_row, beta * coef_factor, sc_rows, inside, BLOCK_M))
+    tl.store(coef_ptr + ROWS * BLOCK_M, tl.zeros((1, BLOCK_M), tl.float32) + tl.max(peak))
 
     statistic = tl.sum(value, 0)[None, :]
     if SCALE_BY_N:
@@ -191,11 +202,11 @@ def finish(
         factor: None for T (V, M), else its sum over views and directions times this number.
 
     Returns:
-        (T or the 0-dim sum, coefficients (V, M, rows) with `scale` multiplied in), float32.
+        (T or the 0-dim sum, coefficients by `coefficient_shape` with `scale` multiplied in), float32.
     """
     splits, views, rows, M = table.shape
-    blocks = views * triton.cdiv(M, _BLOCK_M)
-    coef = empty(table, (views, M, rows), torch.float32)
+    coef = empty(table, coefficient_shape(views, M, plan), torch.float32)
+    blocks = views * coef.shape[1]
     value = empty(table, (views, M) if factor is None else (blocks,), torch.float32)
     on_device = isinstance(count, Tensor)
     strides = [s for p in (phi, weights) for s in (p.stride(0), p.stride(1) if p.dim() == 2 else 0)]
@@ -226,7 +237,7 @@ def finish(
             G=plan.G,
             ROWS=rows,
             PAIRS=triton.next_power_of_2(pairs),
-            BLOCK_M=_BLOCK_M,
+            BLOCK_M=COEF_BLOCK,
             num_warps=4,
         )
         if factor is None:

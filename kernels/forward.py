@@ -219,7 +219,7 @@ def _sigreg_fwd_kernel(
     x_ptr += view.to(tl.int64) * stride_xv
     a = ()
     if RESIDENT > 0:
-        a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, RESIDENT, EVEN_K)
+        a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, RESIDENT, EVEN_K, True)
     start = split * split_samples
     stop = tl.minimum(N, start + split_samples)
     full_stop = stop if EVEN_N else start + (stop - start) // BLOCK_N * BLOCK_N

@@ -10,6 +10,8 @@ from typing import NamedTuple
 _BABIES = 3
 _CHUNK_GIANTS = 2  # 34 running sums a direction: more do not fit into registers
 _CHUNK_KNOTS = 8
+# Directions whose coefficients stand together: a row of the table is a cache line then.
+COEF_BLOCK = 32
 
 
 class Plan(NamedTuple):
@@ -62,6 +64,14 @@ def _make_plan(J: int, spacing: float | None) -> Plan:
     turns = spacing / math.pi
     giant = _two_floats((2 * B + 1) * turns)
     return Plan(True, J, B, G, chunk_giants, 0, chunks, rows, *_two_floats(turns), giant)
+
+
+def coefficient_shape(views: int, M: int, plan: Plan) -> tuple[int, int, int, int]:
+    """Shape of the coefficients of dT/dp: blocks of directions, their rows and one row more.
+
+    That row holds the largest absolute coefficient of the block.
+    """
+    return views, ceil_div(M, COEF_BLOCK), plan.rows + 1, COEF_BLOCK
 
 
 class Split(NamedTuple):

@@ -261,13 +261,14 @@ def load_directions(
     BLOCK_K: tl.constexpr,
     COUNT: tl.constexpr,
     EVEN_K: tl.constexpr,
+    MASK_M: tl.constexpr,
 ):
     """Directions m, transposed: tuple of COUNT tiles (BLOCK_M, BLOCK_K) that cover K; 0 outside."""
     k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + m[:, None].to(tl.int64) * stride_am + k[None, :].to(tl.int64) * stride_ak
     a = ()
     for i in tl.static_range(COUNT):
-        a = a + (load_tile(a_ptrs, m[:, None] < M, k[None, :] < K - i * BLOCK_K, True, not EVEN_K),)
+        a = a + (load_tile(a_ptrs, m[:, None] < M, k[None, :] < K - i * BLOCK_K, MASK_M, not EVEN_K),)
         a_ptrs += BLOCK_K * tl.cast(stride_ak, tl.int64)
     return a
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .kernels.configs import Config, get_config, target_of
-from .kernels.layout import Plan, count_splits, make_plan
+from .kernels.layout import Plan, coefficient_shape, count_splits, make_plan
 from .kernels.runtime import interpreting
 
 MIN_TRITON = (3, 6)
@@ -119,7 +119,7 @@ def triton_statistic(
     factor: float | None,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """Statistic (V, M), or its sum times `factor`, and coefficients (V, M, rows), see `kernels/finish.py`.
+    """Statistic (V, M), or its sum times `factor`, and coefficients, see `kernels/finish.py`.
 
     x is not read: it is here because the gradient goes to it. `count` is the number of samples behind the
     table if ranks were added, else `local_count` is.
@@ -157,9 +157,9 @@ def _(
     factor: float | None,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    _, views, rows, M = table.shape
+    _, views, _, M = table.shape
     value = table.new_empty((views, M) if factor is None else ())
-    return value, table.new_empty(views, M, rows)
+    return value, table.new_empty(coefficient_shape(views, M, make_plan(t.shape[0], spacing)))
 
 
 @torch.library.custom_op("lejepa_fast::triton_gradient", mutates_args=())

@@ -122,10 +122,17 @@ def test_a_chunk_of_gradients_is_no_larger_than_the_batch():
 
 @pytest.mark.parametrize(
     ("V", "N", "K", "M", "dtype"),
-    [(1, 20, 8, 5, torch.float32), (2, 100, 8, 33, torch.bfloat16), (1, 70, 40, 17, torch.bfloat16)],
+    [
+        (1, 20, 8, 5, torch.float32),
+        (2, 100, 32, 48, torch.bfloat16),  # fused, several tiles of K
+        (1, 70, 32, 17, torch.bfloat16),  # of a size that is not
+        (1, 70, 40, 17, torch.bfloat16),
+    ],
 )
 def test_memory_is_what_the_documentation_says(monkeypatch, V, N, K, M, dtype):
-    """Beyond inputs and dx: 4 (splits + 1) rows M V bytes, sums of blocks, and dT/dp unless fused."""
+    """Beyond inputs and dx: tables and coefficients, sums of blocks, and dT/dp where the backward is not one
+    kernel.
+    """
     sizes = []
 
     def empty(like, shape, dtype):
@@ -139,8 +146,9 @@ def test_memory_is_what_the_documentation_says(monkeypatch, V, N, K, M, dtype):
     config = get_config(x.device, x.element_size())
     forward_backward(x, A, scale)
     splits, _ = forward.count_splits(V, N, M, 1, config.split)
-    expected = 4 * (splits + 1) * 35 * M * V + 4 * (V * -(-M // 32) + 1)
+    blocks = V * -(-M // 32)
+    expected = 4 * (splits * 35 * M * V + 36 * 32 * blocks + blocks + 1)
     expected += x.numel() * x.element_size()  # dx
-    if config.fused_max_dim < K:
+    if not config.fuses(K, M):
         expected += min(V * N * M * x.element_size(), 32 << 20)
     assert sum(sizes) == expected
