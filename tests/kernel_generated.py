@@ -56,8 +56,8 @@ COMPILED = [
 FREE = st.builds(
     Case,
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    K=st.sampled_from([1, 5, 16, 17, 32, 33]),  # the interpreter holds dx in registers up to 32
-    M=st.sampled_from([1, 3, 16, 17]),  # around the tile's 16
+    K=st.sampled_from([1, 5, 16, 17, 32, 33]),  # one backward kernel up to 24, or 32 with an M of 16 or 48
+    M=st.sampled_from([1, 3, 16, 17, 48]),  # around the tile's 16 and 32
     J=st.sampled_from([1, 2, 3, 4, 5, 11, 12, 17, 20]),
     equidistant=st.booleans(),
     per_direction=st.booleans(),
@@ -119,32 +119,43 @@ def loss_scaled(
 def check_rule(x: torch.Tensor, A: torch.Tensor, knots: Knots, options: dict[str, Any]) -> None:
     """The accuracy rule for the statistic of every direction, and for the gradient.
 
-    A reduced statistic may have the errors of all directions added up. Plain float32 can be right by luck
-    where the result is a few numbers: its error is the largest of those at x and at two inputs near it, and
-    it counts twice as much where there are less than eight projections.
+    Plain float32 can be right by luck where the result is a few numbers, so a case of few projections is held
+    to the rule at several inputs near x together. A reduced statistic may have the errors of all directions
+    added up.
     """
-    times = 2 if x[..., 0].numel() * A.shape[1] >= 8 else 4
-    each = {**options, "reduction": None}
-    plain_errors = []
-    for near in (1.01, 0.99, 1):
-        z = (near * x).to(x.dtype)
-        plain, exact = (f(z, A, knots, **each) for f in (plain_float32, truth))
-        plain_errors.append([(p.double() - e).norm() for p, e in zip(plain, exact, strict=True)])
-    value_error, grad_error = torch.tensor(plain_errors).amax(0).tolist()
+    inputs = min(12, -(-32 // (x[..., 0].numel() * A.shape[1])))
+    errors, sizes = [], []
+    for i in range(inputs):
+        z = ((1 + i / 100) * x).to(x.dtype) if i else x  # x itself keeps its layout
+        near = _errors(z, A, knots, options)
+        errors.append(near[:4])
+        sizes.append(near[4:])
+    plain_value, value, plain_grad, grad = torch.tensor(errors).norm(dim=0).tolist()
+    value_size, grad_size = torch.tensor(sizes).norm(dim=0).tolist()
+    assert value <= 2 * plain_value + value_size
+    assert grad <= 2 * plain_grad + grad_size
 
+
+def _errors(x: torch.Tensor, A: torch.Tensor, knots: Knots, options: dict[str, Any]) -> tuple[float, ...]:
+    """Norms: errors of plain float32 and of the kernels in value and gradient, and what rounding may add."""
+    each = {**options, "reduction": None}
+    plain, exact = (f(x, A, knots, **each) for f in (plain_float32, truth))
+    plain_value, plain_grad = ((p.double() - e).norm() for p, e in zip(plain, exact, strict=True))
     value, count = exact.value, exact.value.numel()
     got = loss_scaled(x, A, knots, exact.grad.abs().max().item(), options)
     if options["reduction"] is None:
-        assert (got.value - value).norm() <= times * value_error + 1e-6 * value.norm()
+        error, size = (got.value - value).norm(), value.norm()
     else:
         summed = got.value.double() * (count if options["reduction"] == "mean" else 1)
-        assert (summed - value.sum()).abs() <= times * count**0.5 * value_error + 1e-6 * value.abs().sum()
+        error, size = (summed - value.sum()).abs(), value.abs().sum()
+        plain_value = plain_value * count**0.5
     grad = got.grad * (count if options["reduction"] == "mean" else 1)
     rounding = 1e-6 * exact.grad.norm()
     if x.dtype != torch.float32:  # also of numbers so small beside the largest that they have fewer digits
         info, largest = torch.finfo(x.dtype), 2 * exact.grad.abs().max()
         rounding += info.eps / 2 * (exact.grad.norm() + info.smallest_normal * largest * x.numel() ** 0.5)
-    assert (grad - exact.grad).norm() <= times * grad_error + rounding
+    norms = (plain_value, error, plain_grad, (grad - exact.grad).norm(), 1e-6 * size, rounding)
+    return tuple(float(norm) for norm in norms)
 
 
 # Always the same cases. A failing one is small already: shrinking it would take minutes.
