@@ -6,7 +6,6 @@ import gzip
 import io
 import os
 import pickle
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -235,27 +234,6 @@ def test_no_image_runs_ghostscript(tmp_path, ghostscript):
     assert ghostscript.exists()  # the trap does work
 
 
-def test_no_torchvision_set_runs_ghostscript(tmp_path, ghostscript):
-    for name in ("Forest", "River"):
-        write_images(tmp_path / "eurosat" / "2750" / name, 3)
-    (tmp_path / "eurosat" / "2750" / "Forest" / "000.png").write_bytes(POSTSCRIPT)
-    source = open_source(f"torchvision:EuroSAT:{tmp_path}", "train", val_fraction=0.4)
-    unreadable = 0
-    for index in range(len(source)):
-        try:
-            source[index]
-        except RunError:
-            unreadable += 1
-    held_out = open_source(f"torchvision:EuroSAT:{tmp_path}", "val", val_fraction=0.4)
-    for index in range(len(held_out)):
-        try:
-            held_out[index]
-        except RunError:
-            unreadable += 1
-    assert unreadable == 1
-    assert not ghostscript.exists()
-
-
 def test_unreadable_class_folders_are_named(class_folders, monkeypatch):
     scandir = os.scandir
 
@@ -275,58 +253,6 @@ def test_shards_beside_images_are_refused(class_folders, name):
     (class_folders / name).write_bytes(b"")
     text = usage_error(str(class_folders), "train")
     assert f"holds both shards ({name}) and images (ant/000.png)" in text
-
-
-# --- torchvision sets on disk -------------------------------------------------------------------
-
-
-def write_fashion_mnist(root: Path) -> None:
-    """The files of FashionMNIST with 12 training and 5 test images."""
-    raw = root / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for prefix, count in (("train", 12), ("t10k", 5)):
-        pixels = np.arange(count, dtype=np.uint8).repeat(28 * 28).tobytes()
-        labels = (np.arange(count, dtype=np.uint8) % 10).tobytes()
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pixels)
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels)
-
-
-def test_torchvision_set_with_its_own_splits(tmp_path):
-    write_fashion_mnist(tmp_path)
-    train = open_source(f"torchvision:FashionMNIST:{tmp_path}", "train")
-    val = open_source(f"torchvision:FashionMNIST:{tmp_path}", "val")
-    assert (len(train), len(val), train.kind, train.name) == (12, 5, "torchvision", "FashionMNIST")
-    assert train.targets == [*range(10), 0, 1]
-    assert train.classes[9] == "Ankle boot"
-    image, target = train[11]
-    assert (image.mode, image.size, image.getpixel((3, 3)), target) == ("RGB", (28, 28), (11,) * 3, 1)
-    assert pickle.loads(pickle.dumps(val))[4][1] == 4
-
-
-def test_torchvision_set_without_splits_is_held_out(tmp_path):
-    for name in ("Forest", "River"):
-        write_images(tmp_path / "eurosat" / "2750" / name, 10)
-    sizes = {split: len(open_source(f"torchvision:EuroSAT:{tmp_path}", split)) for split in ("train", "val")}
-    assert sizes == {"train": 18, "val": 2}
-
-
-@pytest.mark.parametrize(
-    ("path", "parts"),
-    [
-        ("torchvision:CIFAR11:{}", ["'CIFAR11'", "did you mean CIFAR10?"]),
-        ("torchvision:fashionmnist:{}", ["did you mean FashionMNIST?"]),
-        ("torchvision:Zzz:{}", ["known: CIFAR10"]),
-        ("torchvision:CIFAR10", ["expected torchvision:NAME:/dir"]),
-        ("torchvision:CIFAR10:{}", ["CIFAR10 cannot be opened in", "nothing is downloaded", "download=True"]),
-        ("torchvision:DTD:{}", ["DTD cannot be opened in"]),
-        ("torchvision:CIFAR10:{}/nowhere", ["no such folder", "nowhere"]),
-        ("torchvision:ImageFolder:{}", ["'ImageFolder' is not known here"]),
-    ],
-)
-def test_bad_torchvision_paths(tmp_path, path, parts):
-    text = usage_error(path.format(tmp_path), "train")
-    for part in parts:
-        assert part in text
 
 
 # --- bad paths ----------------------------------------------------------------------------------

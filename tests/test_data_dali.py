@@ -241,18 +241,6 @@ def test_bad_files_are_replaced_alike_and_positions_are_exchangeable(tmp_path, c
 
 
 @needs_dali
-def test_too_many_bad_files_stop_the_run(tmp_path):
-    source = folder(tmp_path / "images", 40, **{f"n{i}": broken_png() for i in range(5)})
-    for backend in ("dali", "torchvision"):
-        loader = multicrop_loader(source, RECIPE, batch_size=8, backend=backend, max_bad_fraction=0.1)
-        with pytest.raises(
-            RuntimeError, match=r"5 of 40 images are bad, more than the allowed 10 %"
-        ) as caught:
-            list(loader)
-        assert "\n" not in str(caught.value)
-
-
-@needs_dali
 @pytest.mark.parametrize("size", [(61, 47), (47, 61), (300, 20), (20, 333), (16, 16), (5, 7)])
 def test_evaluation_views_equal_torchvisions(tmp_path, size):
     root = tmp_path / "images"

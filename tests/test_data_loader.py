@@ -375,6 +375,11 @@ def one_line(caught) -> str:
     ("options", "text"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number; got 2.5"),
+        ({"seed": "x"}, "seed must be a whole number; got 'x'"),
+        ({"num_workers": 1.5}, "num_workers must be a whole number; got 1.5"),
+        ({"device": "gpu"}, "device must be such as 'cpu', 'cuda' or 'cuda:1'; got 'gpu'"),
+        ({"device": "cuda:77"}, "device 'cuda:77': there are "),
         ({"batch_size": 38}, "37 images, fewer than one batch of 38; use a batch size of at most 37"),
         ({"batch_size": 10, "world_size": 4}, "on each of 4 ranks; use a batch size of at most 9"),
         ({"batch_size": 1, "world_size": 40}, "use fewer ranks"),

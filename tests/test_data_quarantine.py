@@ -85,6 +85,15 @@ def test_unreadable_and_small_images_are_quarantined_and_replaced(tmp_path, back
     assert "\n" not in str(caught.value)
 
 
+def test_data_without_a_readable_image_end_the_run(tmp_path, backend):
+    source = FolderSource(flat_folder(tmp_path / "images", 4))
+    for index in range(4):
+        Path(source.describe(index)).write_bytes(b"no image at all")
+    loader = multicrop_loader(source, PLAIN, batch_size=2, backend=backend, max_bad_fraction=1.0)
+    with pytest.raises(RunError, match=r"^no readable image is left in the data set"):
+        list(loader)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_listed_images_are_not_tried_again(tmp_path, backend, workers):
     # The listed files are good: only the list can keep them out, as it must after a passing fault.

@@ -89,7 +89,7 @@ class DaliBackend:
         self._gpu = device if device is not None and device.type == "cuda" else None
         self._hw_decoder_load = hw_decoder_load
         self._compiled = self._gpu is None and has_numba()
-        self._reader = Reader(plan.source, plan.smallest_image, self._threads)
+        self._reader = Reader(plan.source, plan.smallest_image, self._threads, plan.reduction)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="lejepa-views")
         self._stream = torch.cuda.Stream(self._gpu) if self._gpu is not None else None
         self._pipe: Any = None

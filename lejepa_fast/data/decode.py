@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from lejepa_fast.data.large import Reduction, ask_decoder
 from lejepa_fast.errors import RunError
 
 
@@ -31,6 +33,8 @@ IMAGE_SUFFIXES = frozenset(
 
 # An image file is held in memory as a whole, so a larger one is refused before it is read.
 MAX_IMAGE_BYTES = 256 << 20
+# Nor is one of more pixels decoded. Pillow draws the line at the same place, unless a program has moved it.
+MAX_IMAGE_PIXELS = 178_956_970
 
 # What Pillow may try on a file, whatever its suffix says. Not all it knows: for EPS it runs Ghostscript.
 # (MPO, several JPEG pictures in one file, opens as JPEG.)
@@ -40,13 +44,21 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 _ORIENTATION_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, reduction: Reduction | None = None) -> Image.Image:
     """Upright 8-bit RGB version of `image` (its first frame).
 
     Transparent images are composed over white; 16-bit grayscale is scaled to 8 bits; floating-point
     images are taken as 0-1 when no value exceeds 1, else as 0-255; CMYK, palette and grayscale
-    images are converted; the EXIF orientation is applied.
+    images are converted; the EXIF orientation is applied. reduction: how very large images are reduced.
     """
+    factor = reduction(*image.size) if reduction else 1
+    if factor > 1:
+        factor = ask_decoder(image, factor)
+    pixels = _to_rgb(image)
+    return pixels.reduce(factor) if factor > 1 else pixels
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.format == "TIFF" or any(key in image.info for key in _ORIENTATION_KEYS):
         image = ImageOps.exif_transpose(image)
@@ -77,8 +89,20 @@ def _wide_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_encoded(data: bytes) -> Image.Image:
-    """Open an image file held in memory; pixels are decoded on first use."""
-    return Image.open(io.BytesIO(data), formats=_FORMATS)
+    """Open an image file held in memory; pixels are decoded on first use. Raises what Pillow raises."""
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(
+            f"{image.width} x {image.height} px, more than the {MAX_IMAGE_PIXELS:,} pixels an image may have"
+        )
+    return image
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """An image file as it is. Raises `UnreadableImageError` for one of more than `MAX_IMAGE_BYTES` bytes."""
+    with open(path, "rb") as file:
+        refuse_large(os.fspath(path), os.fstat(file.fileno()).st_size)
+        return file.read()
 
 
 def refuse_large(where: str, size: int) -> None:

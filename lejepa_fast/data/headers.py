@@ -12,6 +12,8 @@ import struct
 
 from PIL import Image
 
+from lejepa_fast.data.decode import MAX_IMAGE_PIXELS
+
 _SOF_BASELINE, _SOF_EXTENDED, _SOF_PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _OTHER_SOF = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
 _DHT, _SOS, _APP1, _APP14 = 0xC4, 0xDA, 0xE1, 0xEE
@@ -36,8 +38,9 @@ def plain_size(data: bytes) -> tuple[int, int] | None:
             return None
     except (_UnusualError, IndexError, struct.error):
         return None
-    limit = Image.MAX_IMAGE_PIXELS
-    if width < 1 or height < 1 or (limit is not None and width * height > limit):
+    # Pillow's limit may have been lowered by the program, or switched off.
+    limit = min(MAX_IMAGE_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_IMAGE_PIXELS)
+    if width < 1 or height < 1 or width * height > limit:
         return None
     return width, height
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -226,12 +227,13 @@ def multicrop_loader(
     Raises `UsageError` for settings or data that cannot work, `RunError` when too many images are bad.
     """
     recipe.validate()
+    _check_whole(batch_size=batch_size, seed=seed, num_workers=num_workers, prefetch=prefetch)
     schedule = EpochSchedule(len(source), batch_size, seed, rank, world_size, shuffle)
     if dtype not in _DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {dtype}")
     bad = Quarantine(source, quarantine, max_bad_fraction=max_bad_fraction)
     check_sizes(source, recipe.smallest_image, max_bad_fraction, bad.known)
-    device = None if device is None else torch.device(device)
+    device = _usable(device)
     made, reason = make_backend(
         backend,
         TrainPlan(source, recipe, seed),
@@ -281,9 +283,10 @@ def eval_loader(
     (bilinear, antialiased; small images are enlarged) and the centre is cut out. Bad images are left out,
     so their batch is shorter; all other arguments are those of `multicrop_loader`.
     """
+    _check_whole(image_size=image_size, batch_size=batch_size, num_workers=num_workers, prefetch=prefetch)
     if image_size < 1 or batch_size < 1:
         raise UsageError(f"image_size and batch_size must be positive; got {image_size} and {batch_size}")
-    device = None if device is None else torch.device(device)
+    device = _usable(device)
     made, _ = make_backend(
         backend,
         EvalPlan(source, image_size),
@@ -296,6 +299,28 @@ def eval_loader(
     )
     bad = Quarantine(source, quarantine, max_bad_fraction=max_bad_fraction)
     return EvalLoader(made, len(source), batch_size, mean=mean, std=std, device=device, quarantine=bad)
+
+
+def _check_whole(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Integral):
+            raise UsageError(f"{name} must be a whole number; got {value!r}")
+
+
+def _usable(device: torch.device | str | None) -> torch.device | None:
+    """The device that batches go to; None for the CPU's memory as it is."""
+    if device is None:
+        return None
+    try:
+        made = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"device must be such as 'cpu', 'cuda' or 'cuda:1'; got {device!r}") from error
+    if made.type == "cuda" and (made.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {str(device)!r}: there are {torch.cuda.device_count()} CUDA devices; "
+            "use another one, or 'cpu'"
+        )
+    return made
 
 
 def channel_values(values: tuple[float, float, float], device: torch.device | None) -> Tensor:

@@ -16,6 +16,7 @@ from lejepa_fast.data.draws import (
     COLUMNS,
     view_table,
 )
+from lejepa_fast.data.large import reduction_for_centre, reduction_for_crops
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.data.sources import ImageSource
 
@@ -40,6 +41,10 @@ class TrainPlan:
     def smallest_image(self) -> int:
         return self.recipe.smallest_image
 
+    def reduction(self, width: int, height: int) -> int:
+        """By how much an image of this size is reduced when it is read."""
+        return reduction_for_crops(self.recipe, width, height)
+
     def table(self, epoch: int, indices: Sequence[int], sizes: Sequence[tuple[int, int]]) -> np.ndarray:
         """Parameters of all views (B, V, COLUMNS) of images of these (width, height)."""
         return view_table(self.recipe, seed=self.seed, epoch=epoch, indices=indices, sizes=sizes)
@@ -60,6 +65,9 @@ class EvalPlan:
     @property
     def smallest_image(self) -> int:
         return 1
+
+    def reduction(self, width: int, height: int) -> int:
+        return reduction_for_centre(self.image_size, width, height)
 
     def table(self, epoch: int, indices: Sequence[int], sizes: Sequence[tuple[int, int]]) -> np.ndarray:
         """The window of the source that becomes the centre; rounded as torchvision rounds."""

@@ -11,6 +11,7 @@ from PIL import Image
 from lejepa_fast.data.backend import LISTED
 from lejepa_fast.data.decode import UnreadableImageError, open_encoded, to_rgb, unreadable
 from lejepa_fast.data.headers import plain_size
+from lejepa_fast.data.large import Reduction
 from lejepa_fast.data.sources import EncodedSource, ImageSource, size_fault
 from lejepa_fast.errors import RunError, UsageError
 
@@ -36,28 +37,36 @@ class Bad:
     reason: str
 
 
-def read_image(source: ImageSource, index: int, smallest: int, *, careful: bool = False) -> Encoded | Bad:
+def read_image(
+    source: ImageSource,
+    index: int,
+    smallest: int,
+    *,
+    reduction: Reduction | None = None,
+    careful: bool = False,
+) -> Encoded | Bad:
     """Image `index`, as stored if it is plain, else decoded by Pillow and packed as PPM.
 
+    reduction: how very large images are reduced, which is Pillow's part, too.
     careful: always through Pillow, which proves that it can be decoded.
     """
     try:
-        encoded = _read(source, index, careful)
+        encoded = _read(source, index, reduction, careful)
     except UnreadableImageError as error:
         return Bad(index, error.reason)
     fault = size_fault(encoded.width, encoded.height, smallest)
     return Bad(index, fault) if fault else encoded
 
 
-def _read(source: ImageSource, index: int, careful: bool) -> Encoded:
+def _read(source: ImageSource, index: int, reduction: Reduction | None, careful: bool) -> Encoded:
     if not isinstance(source, EncodedSource):
-        return _as_ppm(index, source[index][0])
+        return _as_ppm(index, source.load(index, reduction))
     try:
         data = source.encoded(index)
         size = None if careful else plain_size(data)
-        if size is not None:
+        if size is not None and (reduction is None or reduction(*size) == 1):
             return Encoded(index, data, *size, plain=True)
-        return _as_ppm(index, to_rgb(open_encoded(data)))
+        return _as_ppm(index, to_rgb(open_encoded(data), reduction))
     except (RunError, UsageError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
@@ -72,8 +81,10 @@ def _as_ppm(index: int, image: Image.Image) -> Encoded:
 class Reader:
     """Reads images in a few threads. `read` returns at once; `result()` of its answer waits."""
 
-    def __init__(self, source: ImageSource, smallest: int, threads: int) -> None:
-        self.source, self._smallest = source, smallest
+    def __init__(
+        self, source: ImageSource, smallest: int, threads: int, reduction: Reduction | None = None
+    ) -> None:
+        self.source, self._smallest, self._reduction = source, smallest, reduction
         # More threads than cores do no harm: most of the time they wait for the disk.
         self._pool = ThreadPoolExecutor(max(2, min(threads, 16)), thread_name_prefix="lejepa-read")
 
@@ -86,7 +97,7 @@ class Reader:
         """Read one image now, unless it is in `known`."""
         if index in known:
             return Bad(index, LISTED)
-        return read_image(self.source, index, self._smallest, careful=careful)
+        return read_image(self.source, index, self._smallest, reduction=self._reduction, careful=careful)
 
     def _read_part(self, indices: Sequence[int], known: Collection[int]) -> list[Encoded | Bad]:
         return [self.one(index, known) for index in indices]

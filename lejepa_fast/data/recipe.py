@@ -7,7 +7,8 @@ everything but the blur's kernel size; that comes from their minimal example (ke
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 from lejepa_fast.errors import UsageError
 
@@ -89,6 +90,8 @@ class MultiCropRecipe:
 
     def validate(self) -> None:
         """Raise `UsageError` naming the first setting that makes no sense."""
+        for field in fields(self):
+            _check_type(field.name, str(field.type), getattr(self, field.name))
         self._check_crops()
         for name in ("flip_prob", "jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob"):
             _require(0.0 <= getattr(self, name) <= 1.0, name, "a probability in [0, 1]", getattr(self, name))
@@ -111,8 +114,7 @@ class MultiCropRecipe:
         )
         for name in ("mean", "std"):
             value = getattr(self, name)
-            good = len(value) == 3 and all(math.isfinite(v) for v in value)
-            _require(good, name, "three finite numbers", value)
+            _require(all(math.isfinite(v) for v in value), name, "three finite numbers", value)
         _require(all(v > 0 for v in self.std), "std", "three positive numbers", self.std)
 
     def _check_crops(self) -> None:
@@ -132,9 +134,21 @@ def _require(condition: bool, name: str, expected: str, got: object) -> None:
         raise UsageError(f"multi-crop recipe: {name} must be {expected}; got {got!r}")
 
 
+def _check_type(name: str, kind: str, value: object) -> None:
+    """Require a value of the type that the field is annotated with."""
+    if kind.startswith("tuple"):
+        count = kind.count("float")
+        good = isinstance(value, tuple) and len(value) == count and all(isinstance(v, Real) for v in value)
+        _require(good, name, f"a tuple of {count} numbers", value)
+    elif kind == "float":
+        _require(isinstance(value, Real), name, "a number", value)
+    elif value is not None or kind == "int":
+        _require(isinstance(value, Integral), name, "a whole number", value)
+
+
 def _check_range(name: str, value: tuple[float, float], *, low: float, high: float) -> None:
     """Require low < value[0] <= value[1] <= high, both finite."""
     limit = "" if math.isinf(high) else f" <= {high:g}"
     expected = f"a pair (a, b) with {low:g} < a <= b{limit}"
-    good = len(value) == 2 and all(math.isfinite(v) for v in value) and low < value[0] <= value[1] <= high
+    good = all(math.isfinite(v) for v in value) and low < value[0] <= value[1] <= high
     _require(good, name, expected, value)

@@ -23,11 +23,12 @@ from lejepa_fast.data.decode import (
     UnreadableImageError,
     open_encoded,
     printable,
-    refuse_large,
+    read_file,
     to_rgb,
     unreadable,
 )
 from lejepa_fast.data.draws import HOLDOUT, permutation
+from lejepa_fast.data.large import Reduction
 from lejepa_fast.errors import RunError, UsageError
 
 Split = Literal["train", "val"]
@@ -97,13 +98,16 @@ class ImageSource(ABC):
         """(upright RGB image, class index or -1). Raises `RunError` naming an unreadable file."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of a source of {len(self)}")
+        return self.load(index), self.target(index)
+
+    def load(self, index: int, reduction: Reduction | None = None) -> Image.Image:
+        """The upright RGB image; reduction: how very large ones are reduced. Raises as `[index]` does."""
         try:
-            image = to_rgb(self.open_image(index))
+            return to_rgb(self.open_image(index), reduction)
         except (RunError, UsageError, MemoryError):
             raise
         except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
             raise unreadable(self.describe(index), error) from error
-        return image, self.target(index)
 
     def image_size(self, index: int) -> tuple[int, int]:
         """(width, height) in px from the file's header where that is possible, before EXIF rotation."""
@@ -214,9 +218,7 @@ class FolderSource(EncodedSource):
         return str(self.root / self.relative_path(index))
 
     def encoded(self, index: int) -> bytes:
-        with open(self.root / self.relative_path(index), "rb") as file:
-            refuse_large(self.describe(index), os.fstat(file.fileno()).st_size)
-            return file.read()
+        return read_file(self.describe(index))
 
 
 def open_source(path: str, split: Split, *, val_fraction: float = 0.1, seed: int = 0) -> ImageSource:

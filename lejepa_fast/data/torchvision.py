@@ -109,7 +109,8 @@ class _Batches(Dataset):
                 faults.append(Fault(row, index, LISTED))
                 continue
             try:
-                image, targets[row] = plan.source[index]
+                image = plan.source.load(index, plan.reduction)
+                targets[row] = plan.source.target(index)
             except UnreadableImageError as error:
                 faults.append(Fault(row, index, error.reason))
                 continue

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import EpsImagePlugin, Image
+from PIL import Image
 from torchvision import datasets
 
-from lejepa_fast.data.sources import ImageSource, Split
+from lejepa_fast.data.decode import read_file
+from lejepa_fast.data.sources import EncodedSource, ImageSource, Split
 from lejepa_fast.errors import UsageError
 
 
@@ -50,6 +51,11 @@ _SETS: dict[str, tuple[dict[str, Any], dict[str, Any]] | None] = {
     "Caltech256": None,
 }
 
+# Sets that keep their images decoded, in arrays; all others are image files.
+_ARRAYS = frozenset(
+    {"CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST", "USPS", "STL10", "SVHN", "PCAM"}
+)
+
 
 class Unsplit(NamedTuple):
     """A data set that has no held-out part of its own."""
@@ -57,16 +63,12 @@ class Unsplit(NamedTuple):
     source: ImageSource
 
 
-class TorchvisionSource(ImageSource):
-    """A torchvision data set whose items are (image, class index)."""
+class ArraySource(ImageSource):
+    """A torchvision data set whose items are (image, class index), the images from arrays."""
 
     def __init__(self, dataset: Any, name: str) -> None:
         self._dataset = dataset
-        classes = getattr(dataset, "classes", None)
-        named = isinstance(classes, Sequence) and all(isinstance(item, str) for item in classes)
-        super().__init__(
-            name=name, kind="torchvision", classes=classes if named else None, targets=_labels(dataset)
-        )
+        super().__init__(name=name, kind="torchvision", classes=_classes(dataset), targets=_labels(dataset))
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -75,10 +77,31 @@ class TorchvisionSource(ImageSource):
         return f"number {index} of torchvision's {self.name}"
 
     def open_image(self, index: int) -> Image.Image:
-        # torchvision lets Pillow try all formats, and for EPS Pillow runs Ghostscript. For this process it is
-        # not there any more; assigned here, so in worker processes as well.
-        EpsImagePlugin.gs_binary = False
         return self._dataset[index][0]
+
+
+class FileSource(EncodedSource):
+    """A torchvision data set of image files, which are read here and not by torchvision.
+
+    So they have the limits, formats and conversions of all image files: torchvision lets Pillow try any
+    format on files of any size, and for EPS Pillow runs Ghostscript.
+    """
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        files = _files(dataset)
+        order = np.argsort(files, kind="stable")  # SUN397 lists them as the disk does
+        self._files = files[order]
+        labels = _labels(dataset)[order]
+        super().__init__(name=name, kind="torchvision", classes=_classes(dataset), targets=labels)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def describe(self, index: int) -> str:
+        return os.fsdecode(self._files[index])
+
+    def encoded(self, index: int) -> bytes:
+        return read_file(self.describe(index))
 
 
 def open_torchvision_set(path: str, split: Split) -> ImageSource | Unsplit:
@@ -105,10 +128,37 @@ def open_torchvision_set(path: str, split: Split) -> ImageSource | Unsplit:
             f"torchvision's {name} cannot be opened in {root}: {reason}; nothing is downloaded "
             f"here: fetch it once with torchvision.datasets.{name}({root!r}, ..., download=True)"
         ) from error
-    source = TorchvisionSource(dataset, name)
+    source = ArraySource(dataset, name) if name in _ARRAYS else FileSource(dataset, name)
     if len(source) == 0:
         raise UsageError(f"torchvision's {name} in {root} holds no images for the split {split!r}")
     return Unsplit(source) if splits is None else source
+
+
+def _files(dataset: Any) -> np.ndarray:
+    """Path of every item (bytes), from whichever attribute this data set keeps them in."""
+    found = None
+    for attribute in ("_image_files", "_images", "samples", "_samples"):
+        values = getattr(dataset, attribute, None)
+        if values is not None and len(values) == len(dataset):
+            found = [os.fspath(item[0] if isinstance(item, tuple) else item) for item in values]
+    name = type(dataset).__name__
+    if name in ("Caltech101", "Caltech256"):
+        folder = os.path.join(dataset.root, f"{name[-3:]}_ObjectCategories")
+        files = "image_{1:04d}.jpg" if name == "Caltech101" else "{0:03d}_{1:04d}.jpg"
+        found = [
+            os.path.join(folder, dataset.categories[label], files.format(label + 1, number))
+            for label, number in zip(dataset.y, dataset.index, strict=True)
+        ]
+    if found is None:
+        raise _unknown_layout(dataset)
+    # Not a list of strings: forked workers would copy its pages by counting references.
+    return np.array([os.fsencode(path) for path in found], dtype=np.bytes_)
+
+
+def _classes(dataset: Any) -> Sequence[str] | None:
+    classes = getattr(dataset, "classes", None)
+    named = isinstance(classes, Sequence) and all(isinstance(item, str) for item in classes)
+    return classes if named else None
 
 
 def _labels(dataset: Any) -> np.ndarray:
@@ -120,4 +170,13 @@ def _labels(dataset: Any) -> np.ndarray:
     samples = getattr(dataset, "_samples", None)
     if samples is not None and len(samples) == len(dataset):
         return np.asarray([label for _, label in samples], dtype=np.int64)
+    if type(dataset).__name__ not in _ARRAYS:
+        raise _unknown_layout(dataset)  # its items would be opened by torchvision
     return np.asarray([dataset[index][1] for index in range(len(dataset))], dtype=np.int64)
+
+
+def _unknown_layout(dataset: Any) -> UsageError:
+    return UsageError(
+        f"this version of torchvision keeps the files or labels of {type(dataset).__name__} where they are "
+        "not looked for; give the path of the folder that holds its images instead"
+    )
