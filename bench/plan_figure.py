@@ -13,6 +13,7 @@ from typing import Any
 
 from benchlib import RESULTS, append_rows, machine
 
+from lejepa_fast.train.config import ModelConfig
 from lejepa_fast.train.plan import PlanOptions, run_config
 from lejepa_fast.train.plan_memory import plan_memory
 from lejepa_fast.train.plan_report import plot_memory
@@ -23,7 +24,7 @@ IMAGES = 16
 
 
 def rows_of(model: str, mode: str) -> list[dict[str, Any]]:
-    options = PlanOptions(model=model, gpus=8, activation_checkpointing=mode)  # type: ignore[arg-type]
+    options = PlanOptions(model=ModelConfig(model), gpus=8, activation_checkpointing=mode)  # type: ignore[arg-type]
     found = plan_memory(run_config(options, 8 * IMAGES), shards=8, images=IMAGES)
     return [
         {
