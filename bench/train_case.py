@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -141,10 +142,10 @@ class SyntheticTrainer(Trainer):
 
 def measure(case: Case) -> dict[str, Any]:
     """The row of a case; `error` instead of figures where it does not fit into memory."""
-    if case.strategy != "none":
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    world = setup_world("auto")
+    process = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    process |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    with mock.patch.dict(os.environ, process if case.strategy != "none" else {}):
+        world = setup_world("auto")
     try:
         with tempfile.TemporaryDirectory() as folder:
             return _measure(case, world, Path(folder))
