@@ -224,7 +224,7 @@ def _train_rows(rows: Sequence[Row]) -> str:
         if "checkpoint_stall_steps" in row:
             stall, done = row["checkpoint_stall_steps"], row["checkpoint_seconds"]
             notes.append(
-                f"{name}: a checkpoint held up the training for {stall:.1f} of a step, and was complete after "
+                f"{name}: a checkpoint held up the training for {stall:.1f} steps, and was complete after "
                 f"{done:.1f} s."
             )
         if row["loader"]:
