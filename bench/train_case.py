@@ -254,6 +254,8 @@ def _checkpoint_stall(trainer: Trainer, steps: _Steps, step: float) -> dict[str,
     trainer.save()
     trainer.saver.wait()  # the first save allocates its buffers
 
+    trainer.meter.read()
+
     def save(index: int) -> None:
         if index == 1:
             trainer.save()
@@ -262,7 +264,11 @@ def _checkpoint_stall(trainer: Trainer, steps: _Steps, step: float) -> dict[str,
     seconds = sum(steps.run(12, between=save))
     trainer.saver.wait()
     written = time.perf_counter() - began
-    return {"checkpoint_stall_steps": seconds / step - 12, "checkpoint_seconds": written}
+    return {
+        "checkpoint_stall_steps": seconds / step - 12,
+        "save_seconds": trainer.meter.read()["save_seconds"],
+        "checkpoint_seconds": written,
+    }
 
 
 def _planned_gib(case: Case, cfg: Config) -> float:
