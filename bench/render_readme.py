@@ -222,13 +222,14 @@ def _train_rows(rows: Sequence[Row]) -> str:
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
         table.append([name, step, f"{row['images_per_second']:,.0f}", mfu, f"{row['peak_memory_gib']:.1f}"])
         if "checkpoint_stall_steps" in row:
-            stall, done = row["checkpoint_stall_steps"], row["checkpoint_seconds"]
+            copied, done = 1e3 * row["save_seconds"], row["checkpoint_seconds"]
+            steps = 12 + row["checkpoint_stall_steps"]
             notes.append(
-                f"{name}: a checkpoint held up the training for {stall:.1f} steps, and was complete after "
-                f"{done:.1f} s."
+                f"- {name}: {copied:.0f} ms to copy a checkpoint; 12 steps with a save took as long "
+                f"as {steps:.1f} without; it was complete after {done:.1f} s"
             )
         if row["loader"]:
-            notes.append(f"{name}: data wait {row['data_wait']:.0%}.")
+            notes.append(f"- {name}: data wait {row['data_wait']:.0%}")
     header = ["case", "ms a step", "images/s", "MFU", "GiB"]
     return "\n\n".join([markdown(header, table), "\n".join(notes), origin(rows[0])])
 
