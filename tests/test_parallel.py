@@ -243,6 +243,25 @@ def test_gigantic_shards_over_64_ranks(replicate: int, fake_ranks: None) -> None
     assert whole / 64 * replicate <= mine <= 1.02 * whole / 64 * replicate
 
 
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0"])
+def test_on_gpus_batchnorm_is_global_and_otherwise_the_same(name: str) -> None:
+    """As far as a CPU can tell: every BatchNorm synchronises, and in evaluation mode nothing has changed, the
+    activations included that timm's hold."""
+    model = build_model(worker.family_config(name)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            nn.init.normal_(norm.running_mean)
+            nn.init.normal_(norm.bias)
+    _, before = model([images, images])
+    synchronised = parallelize._with_global_batchnorm(model, torch.device("cuda"), 2)
+    norms = [m for m in synchronised.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    assert any(norm in norms for norm in synchronised.projector.modules())
+    _, after = synchronised([images, images])
+    torch.testing.assert_close(after, before)
+
+
 # ---- blocks ------------------------------------------------------------------------------------------
 
 
