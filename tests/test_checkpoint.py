@@ -62,7 +62,7 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path) -> None:
 
 
 def test_no_file_is_made_under_the_interpreters_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As bytes, which takes a second for each gigabyte, during which the training cannot go on."""
+    """As bytes in memory it would be, and meanwhile the training could not go on."""
 
     def refuse(*arguments: Any, **options: Any) -> bytes:
         raise AssertionError("serialised to bytes")

@@ -205,8 +205,8 @@ class _PublishingWriter(HuggingFaceStorageWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: Any, planner: Any) -> torch.futures.Future[list[Any]]:
-        """What DCP's own does, without the interpreter's lock: it serialises a whole file to bytes under the
-        lock, a second for each gigabyte during which the training cannot queue its next operation."""
+        """What DCP's own does, without the interpreter's lock: that one serialises the whole file to bytes
+        under the lock, and meanwhile the training cannot queue its next operation."""
         tensors = {item.index.fqn: planner.resolve_data(item).detach() for item in plan.items}
         results: list[WriteResult] = []
         if tensors:
