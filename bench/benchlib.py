@@ -74,7 +74,9 @@ def _commit() -> str | None:
     if os.environ.get("LEJEPA_COMMIT"):
         return os.environ["LEJEPA_COMMIT"]
     commit = _output(["git", "rev-parse", "--short", "HEAD"])
-    dirty = _output(["git", "status", "--porcelain", "--untracked-files=no"])
+    # Rows that a run has just written do not change what it measures.
+    code = [":(top)", ":(top,exclude)bench/results"]
+    dirty = _output(["git", "status", "--porcelain", "--untracked-files=no", "--", *code])
     return f"{commit}+changes" if commit and dirty else commit
 
 

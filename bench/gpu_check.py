@@ -2,6 +2,7 @@
 
     python bench/gpu_check.py --out DIR             # with a GPU; the package need not be installed
     python bench/gpu_check.py --out DIR --rehearse  # the same stages in small on the CPU; measures nothing
+    python bench/gpu_check.py --out DIR --only training  # this stage with all the minutes: all of its cases
 
 Stages run one after another, the most important first, each in a process of its own with a limit of time. One
 that fails or overruns is reported, and the later ones still run, as far as the minutes reach. DIR gets the
@@ -13,7 +14,8 @@ stopped or missed its target, 2 wrong usage, such as no GPU.
 
 Adding a stage: an entry in `STAGES` below. A benchmark follows one rule, `python bench/X.py --out DIR`: it
 appends its rows to DIR as they come, prints by lines, and its exit code says whether it worked. One that also
-knows --rehearse, for a few seconds on a CPU, can be part of the rehearsal.
+knows --rehearse, for a few seconds on a CPU, can be part of the rehearsal; one that knows --budget-minutes is
+told how much time it has.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCH, TESTS = ROOT / "bench", ROOT / "tests"
 LEAST_SECONDS = 5  # a stage is not begun with less
 LAST_SECONDS = 20  # kept to stop what runs and to print the tables
+END_SECONDS = 12  # kept for a benchmark to start and to end within its time
 # What the stages use beyond PyTorch and pytest; without them they do less, and say so.
 HELPFUL = (
     "triton",
@@ -59,6 +62,7 @@ class Run(NamedTuple):
 
     out: Path
     rehearse: bool
+    seconds: float = 0.0  # until the stage is stopped
 
     @property
     def extra(self) -> list[str]:
@@ -74,6 +78,8 @@ class Stage(NamedTuple):
         command: arguments of Python, or a sentence that says why there is nothing to run.
         cases: cases of `sigreg_bench.py` whose targets can be judged when it is done.
         rehearsed: whether a rehearsal runs it: with --rehearse, it takes seconds on a CPU.
+        rows: file of rows of kind `target`, which are judged already; when the stage runs alone, they are
+            the check's targets. (With less time it measures some of them only.)
     """
 
     name: str
@@ -81,14 +87,18 @@ class Stage(NamedTuple):
     command: Callable[[Run], list[str] | str]
     cases: tuple[str, ...] = ()
     rehearsed: bool = True
+    rows: str | None = None
 
 
-def _script(name: str, *arguments: str) -> Callable[[Run], list[str] | str]:
-    """A benchmark of this folder, where the checkout has it."""
+def _script(name: str, *arguments: str, budget: bool = False) -> Callable[[Run], list[str] | str]:
+    """A benchmark of this folder, where the checkout has it; `budget`: it is told how much time there is."""
 
     def command(run: Run) -> list[str] | str:
         path = BENCH / name
-        return [str(path), *arguments, *run.extra] if path.is_file() else f"no bench/{name} in this checkout"
+        told = ["--budget-minutes", f"{(run.seconds - END_SECONDS) / 60:.2f}"] if budget else []
+        if not path.is_file():
+            return f"no bench/{name} in this checkout"
+        return [str(path), *arguments, *told, *run.extra]
 
     return command
 
@@ -150,8 +160,8 @@ STAGES = (
     Stage("large kernel tests", 60, _pytest("-m", "gpu"), rehearsed=False),
     Stage("tiles", 90, _tiles),
     Stage("loader tests", 60, _loader_tests, rehearsed=False),
-    Stage("loader", 60, _script("loader_bench.py", "--budget-minutes", "0.8"), rehearsed=False),
-    Stage("training", 60, _script("train_bench.py", "--budget-minutes", "0.8"), rehearsed=False),
+    Stage("loader", 60, _script("loader_bench.py", budget=True), rehearsed=False),
+    Stage("training", 60, _script("train_bench.py", budget=True), rehearsed=False, rows="train.jsonl"),
     _sigreg("minimal-bfloat16", 80),
     Stage("sigreg against N and M", 90, _script("sigreg_bench.py", "--sweep-only"), rehearsed=False),
 )
@@ -259,8 +269,9 @@ def link_checkout(site: Path) -> None:
 class Check:
     """Runs the stages and keeps the rows."""
 
-    def __init__(self, run: Run, minutes: float, folder: Path, began: float):
+    def __init__(self, run: Run, minutes: float, folder: Path, began: float, only: str | None = None):
         self.run = run
+        self.only = only
         self.folder = folder
         self.deadline = began + 60 * minutes - LAST_SECONDS
         link_checkout(folder / "site")
@@ -276,6 +287,9 @@ class Check:
         self.judged: list[dict[str, Any]] = []
 
     def stages(self) -> list[Stage]:
+        if self.only:
+            stage = next(stage for stage in STAGES if stage.name == self.only)
+            return [stage._replace(seconds=round(self.deadline - time.monotonic()))]
         if not self.run.rehearse:
             return list(STAGES)
         return [*REHEARSAL, *(stage for stage in STAGES if stage.rehearsed)]
@@ -284,7 +298,7 @@ class Check:
         left = self.deadline - time.monotonic()
         limit = min(stage.seconds, left)
         print(f"\n=== {stage.name}: at most {max(0, limit):.0f} s", flush=True)
-        command = stage.command(self.run)
+        command = stage.command(self.run._replace(seconds=limit))
         if isinstance(command, str):
             outcome = Outcome("absent", 0.0, command)
         elif left < LEAST_SECONDS:
@@ -300,6 +314,10 @@ class Check:
         """The targets that this stage was for: their rows are kept now, whatever happens later."""
         import gpu_targets
 
+        if self.only and stage.rows:
+            rows = self.lib.read_rows(self.run.out / stage.rows)
+            self.judged += [r for r in rows if r["kind"] == "target" and r["date"] >= self.began]
+            return
         targets = [target for target in gpu_targets.TARGETS if target.case in stage.cases]
         if not targets:
             return
@@ -370,6 +388,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for all rows")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together")
     parser.add_argument("--rehearse", action="store_true", help="in small, on the CPU")
+    parser.add_argument(
+        "--only", choices=[stage.name for stage in STAGES], help="this stage, with all minutes"
+    )
     parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     began = time.monotonic()
@@ -391,7 +412,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory() as folder:
-        check = Check(Run(options.out.resolve(), options.rehearse), options.minutes, Path(folder), began)
+        run = Run(options.out.resolve(), options.rehearse)
+        check = Check(run, options.minutes, Path(folder), began, options.only)
         for stage in check.stages():
             check.carry_out(stage)
         return check.summarise()

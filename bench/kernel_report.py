@@ -14,8 +14,9 @@ and its constant can be found in the code, so `per sample` means: of that stretc
 Beyond 17 knots several programs of `forward` share them; the figure is that of one.
 
 Floors are for one H200 and a launch of the whole size: instructions on the FP32 pipe, the matrix product, and
-the bytes that programs read through the L2 cache, each by its rate below. Programs on a multiprocessor
-overlap; where registers or shared memory leave room for one only, its product and its arithmetic add.
+the bytes that programs read through the L2 cache, each by its rate below (`l2_64_us`: those of 64 x 64 tiles
+with nothing resident). Programs on a multiprocessor overlap; where registers or shared memory leave room for
+one only, its product and its arithmetic add.
 `--check` compares with bench/kernel_budgets.json and exits 1 when a budget is exceeded.
 """
 
@@ -185,7 +186,9 @@ def floors(row: dict[str, Any], kernel: Kernel, size: Size, plan: Plan) -> dict[
     threads = 32 * kernel.tile.num_warps
     resident = min(_REGISTERS // (threads * row["registers"]), _SHARED // (row["shared_bytes"] + 1024))
     both = max(fp32, matmul) if resident > 1 else fp32 + matmul
+    small = kernel._replace(tile=kernel.tile._replace(block_m=64, block_n=64, block_k=64, resident=False))
     figures = {"fp32_us": fp32, "matmul_us": matmul, "l2_us": l2, "floor_us": max(both, l2)}
+    figures["l2_64_us"] = l2_bytes(small, size, plan, row["dtype"], row["target"]) / _L2
     return {name: 1e6 * seconds for name, seconds in figures.items()} | {"programs_per_sm": resident}
 
 

@@ -2,17 +2,24 @@
 
 Plans ViT-L, giant and gigantic (2 x 224 + 6 x 98 px, bf16, FSDP2, 16 images per GPU, with and without
 activation checkpointing) for 1 to 256 GPUs by train/plan.py's means; no GPU is used. Appends a row for each
-point to plan.jsonl and draws plan.png.
+point to plan.jsonl and draws plan.png; and a row of kind `time`, how long the plan of ViT-gigantic on 64 GPUs
+takes to print, which is to be under a minute on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
+import shlex
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from benchlib import RESULTS, append_rows, machine
 
+from lejepa_fast.train.config import ModelConfig
 from lejepa_fast.train.plan import PlanOptions, run_config
 from lejepa_fast.train.plan_memory import plan_memory
 from lejepa_fast.train.plan_report import plot_memory
@@ -20,14 +27,17 @@ from lejepa_fast.train.plan_report import plot_memory
 MODELS = ("vit_large", "vit_giant", "vit_gigantic")
 GPUS = tuple(2**power for power in range(9))
 IMAGES = 16
+PLAN = ["train/plan.py", "--model", "vit_gigantic", "--gpus", "64", "--gpu", "h200", "--batch", "4096"]
+MOST_SECONDS = 60.0
 
 
 def rows_of(model: str, mode: str) -> list[dict[str, Any]]:
-    options = PlanOptions(model=model, gpus=8, activation_checkpointing=mode)  # type: ignore[arg-type]
+    options = PlanOptions(model=ModelConfig(model), gpus=8, activation_checkpointing=mode)  # type: ignore[arg-type]
     found = plan_memory(run_config(options, 8 * IMAGES), shards=8, images=IMAGES)
     return [
         {
             "benchmark": "plan",
+            "kind": "memory",
             "model": model,
             "activation_checkpointing": mode,
             "images_per_gpu": IMAGES,
@@ -40,6 +50,29 @@ def rows_of(model: str, mode: str) -> list[dict[str, Any]]:
     ]
 
 
+def time_row() -> dict[str, Any]:
+    """The plan's command from its start to its last line, imports included."""
+    before, began = _cpu_seconds_of_children(), time.perf_counter()
+    root = Path(__file__).resolve().parents[1]
+    subprocess.run([sys.executable, *PLAN], cwd=root, check=True, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - began
+    return {
+        "benchmark": "plan",
+        "kind": "time",
+        "planned": shlex.join(["python", *PLAN]),
+        "seconds": seconds,
+        "cpu_seconds": _cpu_seconds_of_children() - before,
+        "target_seconds": MOST_SECONDS,
+        "met": seconds < MOST_SECONDS,
+        **machine(),
+    }
+
+
+def _cpu_seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -47,6 +80,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for plan.jsonl and plan.png")
     parser.add_argument("--models", nargs="+", default=MODELS, help="any timm names or short names")
     options = parser.parse_args()
+    timed = time_row()
+    append_rows(options.out / "plan.jsonl", [timed])
+    print(f"{timed['planned']}: {timed['seconds']:.1f} s, {timed['cpu_seconds']:.1f} s of CPU time")
     curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for model in options.models:
         for mode in ("none", "full"):

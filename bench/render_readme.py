@@ -7,6 +7,7 @@ nothing is written, and the exit code is 1 when a document is not what the rows 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -191,11 +192,83 @@ def loader_targets_table() -> str:
     return markdown(["target, on a CPU", "wanted", "measured", ""], table)
 
 
+def newest_run(rows: Sequence[Row]) -> list[Row]:
+    """Rows of one commit and command: those whose rows are written one after another."""
+    return [
+        row for row in rows if (row["commit"], row["command"]) == (rows[-1]["commit"], rows[-1]["command"])
+    ]
+
+
+def train_table() -> str:
+    """The trainer's cases, of the GPU where there are such rows and of the CPU."""
+    everything = read_rows(RESULTS / "train.jsonl")
+    rows = [row for row in everything if not row.get("rehearsal") and row["kind"] != "target"]
+    parts = []
+    for on_gpu in (True, False):
+        here = [row for row in rows if (row["driver"] is not None) == on_gpu]
+        if here:
+            parts.append(_train_rows(newest_run(here)))
+    return "\n\n".join(parts)
+
+
+def _train_rows(rows: Sequence[Row]) -> str:
+    table, notes = [], []
+    for row in rows:
+        name = _train_case(row)
+        if "error" in row:
+            table.append([name, "-", row["error"], "-", "-"])
+            continue
+        step = f"{row['step_ms']:.0f}" if "step_ms" in row else "-"
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
+        table.append([name, step, f"{row['images_per_second']:,.0f}", mfu, f"{row['peak_memory_gib']:.1f}"])
+        if "checkpoint_stall_steps" in row:
+            copied, done = 1e3 * row["save_seconds"], row["checkpoint_seconds"]
+            steps = 12 + row["checkpoint_stall_steps"]
+            notes.append(
+                f"- {name}: {copied:.0f} ms to copy a checkpoint; 12 steps with a save took as long "
+                f"as {steps:.1f} without; it was complete after {done:.1f} s"
+            )
+        if row["loader"]:
+            notes.append(f"- {name}: data wait {row['data_wait']:.0%}")
+    header = ["case", "ms a step", "images/s", "MFU", "GiB"]
+    return "\n\n".join([markdown(header, table), "\n".join(notes), origin(rows[0])])
+
+
+def _train_case(row: Row) -> str:
+    how = {"none": "no wrapper", "ddp": "DDP, one rank", "fsdp": "FSDP2, one rank"}[row["strategy"]]
+    words = [f"{row['model']} x {row['images']}", how]
+    if row["activation_checkpointing"] != "none":
+        words.append(f"activation checkpointing {row['activation_checkpointing']}")
+    if row["loader"]:
+        words.append("with the loader")
+    return ", ".join(words)
+
+
+def plan_time() -> str:
+    row = [row for row in read_rows(RESULTS / "plan.jsonl") if row["kind"] == "time"][-1]
+    return f"`{row['planned']}` takes {row['seconds']:.0f} s ({where(row)}; row of kind `time`)."
+
+
+def floors_table() -> str:
+    """Prices of the kernels' launches at the reference size, from the static report."""
+    rows = json.loads((RESULTS / "kernel_report.json").read_text(encoding="utf-8"))
+    size = {"target": "sm_90", "dtype": "bf16", "uneven": "", "V": 8, "N": 2048, "K": 512, "M": 1024}
+    found = {row["kernel"]: row for row in rows if all(row[k] == v for k, v in size.items())}
+    names = ("fp32_us", "matmul_us", "l2_us", "floor_us", "l2_64_us")
+    table = []
+    for kernel in ("forward", "gradient", "product"):
+        figures = found[kernel]["floor_h200"]
+        table.append([kernel, *(f"{figures[name]:.0f}" if figures[name] else "-" for name in names)])
+    return markdown(["", "FP32", "matmul", "L2", "floor", "L2 of 64 x 64 tiles, nothing resident"], table)
+
+
 TABLES: dict[str, Callable[[], str]] = {"sigreg": sigreg_table, "pretrain": pretrain_table}
 DOCS = README.parent / "docs"
 DOCUMENTS = {
     README: TABLES,
-    DOCS / "kernels.md": {"accuracy": accuracy_table},
+    DOCS / "kernels.md": {"accuracy": accuracy_table, "floors": floors_table},
+    DOCS / "training.md": {"measured": train_table},
+    DOCS / "launching.md": {"plan-time": plan_time},
     DOCS / "loader.md": {"speed": loader_speed_table, "targets": loader_targets_table},
 }
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -141,10 +142,10 @@ class SyntheticTrainer(Trainer):
 
 def measure(case: Case) -> dict[str, Any]:
     """The row of a case; `error` instead of figures where it does not fit into memory."""
-    if case.strategy != "none":
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    world = setup_world("auto")
+    process = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    process |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    with mock.patch.dict(os.environ, process if case.strategy != "none" else {}):
+        world = setup_world("auto")
     try:
         with tempfile.TemporaryDirectory() as folder:
             return _measure(case, world, Path(folder))
@@ -253,6 +254,8 @@ def _checkpoint_stall(trainer: Trainer, steps: _Steps, step: float) -> dict[str,
     trainer.save()
     trainer.saver.wait()  # the first save allocates its buffers
 
+    trainer.meter.read()
+
     def save(index: int) -> None:
         if index == 1:
             trainer.save()
@@ -261,7 +264,11 @@ def _checkpoint_stall(trainer: Trainer, steps: _Steps, step: float) -> dict[str,
     seconds = sum(steps.run(12, between=save))
     trainer.saver.wait()
     written = time.perf_counter() - began
-    return {"checkpoint_stall_steps": seconds / step - 12, "checkpoint_seconds": written}
+    return {
+        "checkpoint_stall_steps": seconds / step - 12,
+        "save_seconds": trainer.meter.read()["save_seconds"],
+        "checkpoint_seconds": written,
+    }
 
 
 def _planned_gib(case: Case, cfg: Config) -> float:

@@ -131,6 +131,24 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
     torch.save(results, Path(folder) / f"rank{rank}.pt")
 
 
+def run_groups(rank: int, size: int, folder: str, images: str) -> None:
+    """Two groups of two ranks: `folder/groups`, and what this rank holds of the model in rankN-groups.pt."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init4", rank=rank, world_size=size)
+    world = World(CPU, rank=rank, local_rank=rank, size=size)
+    try:
+        cfg = run_config(images, Path(folder) / "groups", parallel=ParallelConfig(replicate=2))
+        trainer = Trainer(cfg, world)
+        trainer.finish = lambda: Path()  # type: ignore[method-assign]
+        trainer.run()
+        shards = {n: (tuple(t.shape), local(t).clone()) for n, t in trainer.model.named_parameters()}
+        torch.save(shards, Path(folder) / f"rank{rank}-groups.pt")
+        del trainer
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
+
+
 def train(cfg: Config, world: World, *, whole: bool = False) -> dict[str, Any]:
     trainer = Trainer(cfg, world)
     if not whole:

@@ -61,6 +61,16 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.load_model(tmp_path / "step-00000001")["weight"], torch.ones(50_000))
 
 
+def test_no_file_is_made_under_the_interpreters_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bytes in memory it would be, and meanwhile the training could not go on."""
+
+    def refuse(*arguments: Any, **options: Any) -> bytes:
+        raise AssertionError("serialised to bytes")
+
+    monkeypatch.setattr("safetensors.torch.save", refuse)
+    assert checkpoint.read_checkpoint(save(tmp_path, 1))["step"] == 1
+
+
 def test_the_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     check = subprocess.run(["sha256sum", "-c", checkpoint.MANIFEST], cwd=path, capture_output=True, text=True)

@@ -103,9 +103,9 @@ def check(tmp_path, monkeypatch):
     """A check of small stages; the path of the process as it was afterwards."""
     monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def make(minutes):
+    def make(minutes, only=None):
         run = gpu_check.Run(tmp_path / "rows", False)
-        return gpu_check.Check(run, minutes, tmp_path / f"folder{minutes}", time.monotonic())
+        return gpu_check.Check(run, minutes, tmp_path / f"folder{minutes}", time.monotonic(), only)
 
     monkeypatch.setattr(gpu_check, "link_checkout", lambda site: site.mkdir(parents=True))
     return make
@@ -140,6 +140,29 @@ def test_nothing_begins_when_the_time_is_up(check, tmp_path):
     assert {row["met"] for row in late.judged} == {None}
     assert late.judged[0]["reason"] == f"no row of {TRITON}"
     assert late.summarise() == 1
+
+
+def test_one_stage_alone_has_all_the_minutes_and_its_targets_decide(check, tmp_path, monkeypatch):
+    (tmp_path / "folder9.0").mkdir()
+    alone = check(9.0, only="training")
+    (training,) = alone.stages()
+    assert 515 < training.seconds <= 520
+
+    def run(arguments, limit, environment, folder):
+        assert Path(arguments[0]).name == "train_bench.py"
+        minutes = float(arguments[arguments.index("--budget-minutes") + 1])
+        assert 8.2 < minutes < 8.5
+        target = {"kind": "target", "target": "x", "goal": ">= 1", "figure": 0.5, "unit": "", "note": ""}
+        rows = [{"kind": "GPU", **alone.about}, {**target, "met": False, "reason": None, **alone.about}]
+        alone.lib.append_rows(tmp_path / "rows" / "train.jsonl", rows)
+        return gpu_check.Outcome("ok", 500.0)
+
+    monkeypatch.setattr(gpu_check, "execute", run)
+    alone.carry_out(training)
+    assert [row["target"] for row in alone.judged] == ["x"]
+    assert alone.summarise() == 1
+    alone.judged[0]["met"] = True
+    assert alone.summarise() == 0
 
 
 def test_stages_fit_the_files_and_the_time():

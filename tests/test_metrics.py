@@ -112,12 +112,13 @@ def test_meter_counts_images_and_waiting(monkeypatch: pytest.MonkeyPatch) -> Non
     meter = Meter()
     for _ in range(4):
         meter.add(100, waited=0.5)
-    clock[0] = 12.0
+    clock[0] = 12.5
     meter.pause(2.0)  # an evaluation
-    assert meter.read() == {"images_per_second": 40.0, "data_wait": 0.2}
-    clock[0] = 13.0
+    meter.saved(0.5)
+    assert meter.read() == {"images_per_second": 40.0, "data_wait": 0.2, "save_seconds": 0.5}
+    clock[0] = 13.5
     meter.add(7, waited=0.0)
-    assert meter.read() == {"images_per_second": 7.0, "data_wait": 0.0}
+    assert meter.read() == {"images_per_second": 7.0, "data_wait": 0.0, "save_seconds": 0.0}
 
 
 def test_a_torn_last_row_is_left_out(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import shlex
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import CPU, Make, rows_of, train_only
 
 from lejepa_fast.errors import RunError
-from lejepa_fast.train import config, flops
+from lejepa_fast.train import config, flops, out_of_memory, plan
+from lejepa_fast.train.command_line import parse_options
+from lejepa_fast.train.config import Config, ModelConfig
 from lejepa_fast.train.loop import Trainer
 from lejepa_fast.train.metrics import Meter, Metrics, peak_memory_gib
 from lejepa_fast.train.profiling import ACTIVE, SKIPPED, WARM_UP
+from lejepa_fast.train.world import World
 
 
 class Waits(TorchDispatchMode):
@@ -207,7 +212,34 @@ def test_out_of_gpu_memory_says_which_settings_help(tiny: Make, monkeypatch: pyt
     assert "\n" not in text
     assert "--parallel.activation-checkpointing selective or full (now none)" in text
     assert "a smaller --batch-size (now 8, 8 images per process)" in text
-    assert "python train/plan.py --model test_vit --gpus 1 --batch 8" in text
+
+
+def test_the_plan_that_it_names_is_that_of_the_run(tiny: Make) -> None:
+    cfg = tiny(
+        parallel={"activation_checkpointing": "selective", "replicate": 2},
+        model={"kwargs": '{"depth": 2, "class_token": false}', "register_tokens": 3, "drop_path": 0.1},
+        data={"batch_size": 24},
+        crops={"local_crops": 3, "global_crops": 1},
+    )
+    text = out_of_memory.describe(cfg, World(torch.device("cpu"), size=4))
+    assert "a smaller --batch-size (now 24, 6 images per process)" in text
+    words = shlex.split(text.partition("what fits: ")[2])
+    assert words[:2] == ["python", "train/plan.py"]
+    options = parse_options(plan.PlanOptions, words[2:], description="")
+    planned = plan.run_config(options, options.batch or 0)
+    assert options.gpus == 4
+    assert planned.model == cfg.model
+    assert planned.precision == "fp32"
+    assert planned.loss.num_slices == cfg.loss.num_slices
+    assert planned.data.batch_size == cfg.data.batch_size
+    assert planned.parallel == replace(cfg.parallel, strategy="fsdp")
+    for name in ("global_crops", "global_size", "local_crops", "local_size"):
+        assert getattr(planned.crops, name) == getattr(cfg.crops, name), name
+
+
+def test_a_usual_run_has_a_short_plan() -> None:
+    text = out_of_memory.describe(Config(model=ModelConfig("vit_giant"), precision="bf16"), CPU)
+    assert text.endswith("what fits: python train/plan.py --model vit_giant --gpus 1 --batch 512")
 
 
 def test_the_machine_runs_out_of_memory(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +275,13 @@ def test_an_evaluation_and_its_save_pause_the_meter_once(tiny: Make, monkeypatch
     monkeypatch.setattr(trainer.meter, "pause", paused.append)
     trainer._evaluate_if_due(1)
     assert sum(paused) == clock[0] == 12
+    assert trainer.meter.read()["save_seconds"] == 5
+
+
+def test_what_a_checkpoint_held_up_stands_in_the_next_row(tiny: Make) -> None:
+    cfg = tiny(max_steps=5, checkpoint_every=2)
+    train_only(cfg)
+    assert [row["save_seconds"] > 0 for row in rows_of(cfg)] == [False, False, True, False, True]
 
 
 def test_a_batch_that_is_small_for_sigreg_is_told(

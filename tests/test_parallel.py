@@ -12,10 +12,9 @@ import parallel_worker as worker
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from training import CPU, Make, rows_of
+from training import CPU, Make, rows_of, run_ranks
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import config, export, initialize, parallelize
@@ -45,7 +44,7 @@ def ranks(one: Config, image_folder: Path) -> list[dict[str, Any]]:
     """Results of two ranks; one pair of processes serves all tests of this file."""
     assert one.out is not None
     folder = one.out.parent
-    mp.spawn(worker.run, args=(2, str(folder), str(image_folder)), nprocs=2)
+    run_ranks(worker.run, 2, str(folder), str(image_folder), ranks=2)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -71,6 +70,21 @@ def test_two_ranks_equal_one_process(name: str, one: Config, ranks: list[dict[st
     for results in ranks:
         assert results[name]["sigreg step"] == worker.STEPS
         assert (results[name]["sharded"] > 0) == (name != "ddp")
+
+
+@pytest.mark.slow
+def test_two_groups_of_two_ranks_equal_one_process(one: Config, image_folder: Path) -> None:
+    """HSDP: each group holds the model once, half of it on each of its ranks."""
+    assert one.out is not None
+    folder = one.out.parent
+    run_ranks(worker.run_groups, 4, str(folder), str(image_folder), ranks=4)
+    check_same_course(one, "groups")
+    held = [torch.load(folder / f"rank{rank}-groups.pt", weights_only=True) for rank in range(4)]
+    for name, (shape, first) in held[0].items():
+        second = held[1][name][1]
+        assert first.numel() + second.numel() == torch.Size(shape).numel(), name
+        assert torch.equal(held[2][name][1], first), name  # the other group's, bit for bit
+        assert torch.equal(held[3][name][1], second), name
 
 
 def test_recomputed_and_compiled_it_is_the_same(one: Config, ranks: list[dict[str, Any]]) -> None:
@@ -227,6 +241,25 @@ def test_gigantic_shards_over_64_ranks(replicate: int, fake_ranks: None) -> None
         mine += parameter.to_local().numel()
     # Even up to the rounding of first dimensions; position embeddings have one row, and rank 0 has it.
     assert whole / 64 * replicate <= mine <= 1.02 * whole / 64 * replicate
+
+
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0"])
+def test_on_gpus_batchnorm_is_global_and_otherwise_the_same(name: str) -> None:
+    """As far as a CPU can tell: every BatchNorm synchronises, and in evaluation mode nothing has changed, the
+    activations included that timm's hold."""
+    model = build_model(worker.family_config(name)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            nn.init.normal_(norm.running_mean)
+            nn.init.normal_(norm.bias)
+    _, before = model([images, images])
+    synchronised = parallelize._with_global_batchnorm(model, torch.device("cuda"), 2)
+    norms = [m for m in synchronised.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    assert any(norm in norms for norm in synchronised.projector.modules())
+    _, after = synchronised([images, images])
+    torch.testing.assert_close(after, before)
 
 
 # ---- blocks ------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from pathlib import Path
 import plan_worker
 import pytest
 import torch
-import torch.multiprocessing as mp
+from training import run_ranks
 
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.train import config, plan, plan_memory
-from lejepa_fast.train.accelerators import GIB
+from lejepa_fast.train.accelerators import GIB, by_option
 from lejepa_fast.train.blocks import find_blocks
 from lejepa_fast.train.config import Config, LossConfig, ModelConfig, ParallelConfig
 from lejepa_fast.train.model import build_model
@@ -44,7 +44,7 @@ def test_memory_of_two_real_processes(tmp_path: Path) -> None:
     """
     cases = [small(), small(mode="full", precision="bf16")]
     values = [config.to_dict(config.resolve(case)) for case in cases]
-    mp.spawn(plan_worker.measure, (2, str(tmp_path), values, 24), nprocs=2)
+    run_ranks(plan_worker.measure, 2, str(tmp_path), values, 24, ranks=2)
     planned = [trace_step(case, shards=2, images=24).peak for case in cases]
     assert len(set(planned)) == 2
     for rank in (0, 1):
@@ -102,7 +102,8 @@ def test_what_a_rank_sends() -> None:
 
 def test_gigantic_over_64_ranks() -> None:
     cfg = plan.run_config(
-        plan.PlanOptions(model="vit_gigantic", activation_checkpointing="full", gpus=64), batch=512
+        plan.PlanOptions(model=ModelConfig("vit_gigantic"), activation_checkpointing="full", gpus=64),
+        batch=512,
     )
     trace = trace_step(cfg, shards=64, images=8)
     parameters = 1_851_500_000  # encoder 1,842.8 M and projector 8.7 M
@@ -114,7 +115,9 @@ def test_gigantic_over_64_ranks() -> None:
 @pytest.fixture(scope="module")
 def tight() -> plan.Plan:
     """ViT-tiny where only a hundredth of an L4 may be used."""
-    return plan.Plan(plan.PlanOptions(model="vit_tiny", gpus=8, gpu="l4", batch=256, reserve=0.98))
+    return plan.Plan(
+        plan.PlanOptions(model=ModelConfig("vit_tiny"), gpus=8, gpu="l4", batch=256, reserve=0.98)
+    )
 
 
 def test_the_smallest_that_fits(tight: plan.Plan) -> None:
@@ -135,8 +138,22 @@ def test_times_follow_from_flops_and_bytes(tight: plan.Plan) -> None:
     assert row.step_seconds == max(row.compute_seconds, row.network_seconds)
 
 
+def test_float32_has_peaks_of_its_own(tight: plan.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products are float32, and convolutions TF32 where PyTorch lets them."""
+    options = dataclasses.replace(tight.options, precision="fp32")
+    monkeypatch.setattr(tight, "options", options)
+    flops = tight.flops
+    patches = 2 * 3 * 14 * 14 * 192 * 2  # forward and backward, for each patch, without the images' gradient
+    assert flops.convolutions == pytest.approx(patches * (2 * 256 + 6 * 49))
+    expected = (flops.per_image - flops.convolutions) / 30.3e12 + flops.convolutions / 60.5e12
+    assert tight.row(16).compute_seconds == pytest.approx(16 * expected / 0.4)
+    assert by_option("mi300x").convolution_tflops == by_option("mi300x").fp32_tflops
+
+
 def test_groups_inside_a_machine_gather_over_its_link() -> None:
-    found = plan.Plan(plan.PlanOptions(model="vit_tiny", gpus=16, gpu="l4", batch=256, replicate=2))
+    found = plan.Plan(
+        plan.PlanOptions(model=ModelConfig("vit_tiny"), gpus=16, gpu="l4", batch=256, replicate=2)
+    )
     within, between = found.memory.traffic.sent(8, 2)
     assert min(within, between) > 0
     assert found.row(16).network_seconds == pytest.approx(within / 32e9 + between / 12.5e9)

@@ -18,7 +18,7 @@ from training import CPU, Make, course_of, rows_of, train_only
 
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.errors import RunError, UsageError
-from lejepa_fast.train import checkpoint, files, optimization, saving
+from lejepa_fast.train import checkpoint, files, optimization, random_state, saving
 from lejepa_fast.train.config import (
     Config,
     DataConfig,
@@ -67,12 +67,8 @@ def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch, signum: int = si
 @pytest.mark.parametrize(
     ("model", "stop", "workers", "backend"),
     [
-        (
-            {"name": "test_vit", "drop_path": 0.3},
-            5,
-            0,
-            "torchvision",
-        ),  # drop path draws from the global generator
+        # Drop path draws from the global generator.
+        ({"name": "test_vit", "drop_path": 0.3}, 5, 0, "torchvision"),
         # Running statistics; workers that are ahead of the training.
         ({"name": "test_resnet", "projector_norm": "batch"}, 5, 2, "torchvision"),
         ({"name": "test_vit"}, 4, 0, "torchvision"),  # exactly between two epochs
@@ -93,6 +89,7 @@ def test_resume_is_exact(
     changes = {"model": model, "data": {"workers": workers, "backend": backend}}
     straight = tiny(out=tmp_path / "straight", **changes)
     whole = train_only(straight)
+    states = random_state.capture_rng()
 
     cfg = tiny(out=tmp_path / "interrupted", **changes)
     with monkeypatch.context() as patch:
@@ -103,10 +100,13 @@ def test_resume_is_exact(
     torch.manual_seed(99)  # another process starts with other random states
     resumed = train_only(cfg)
 
+    assert random_state.capture_rng() == states
     assert course_of(cfg) == course_of(straight)
-    assert (
-        len({row[2] for row in course_of(cfg)}) == 12
-    )  # twelve different losses: the comparison means something
+    assert len({row[2] for row in course_of(cfg)}) == 12  # losses differ: the comparison means something
+    for mine, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        slots, expected = resumed.optimizer.state[mine], whole.optimizer.state[other]
+        assert slots.keys() == expected.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(slots[name], value) for name, value in expected.items())
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
     assert torch.equal(resumed.loss_fn.sigreg.step, torch.tensor(12))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import gpu_targets
 import pytest
 import train_bench
 import train_case
+import train_targets
 
 TINY = dataclasses.replace(train_bench.CPU_CASES[0], steps=4, warm_up=1)
 
@@ -63,21 +66,61 @@ def test_the_budget_ends_the_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [row["images_per_second"] for row in rows] == [120.0]  # 20 s were left for the second
 
 
-def test_targets_tell_met_from_not_met() -> None:
-    def row(case: train_case.Case, **figures: Any) -> dict[str, Any]:
-        return dataclasses.asdict(case) | figures
+def test_a_rehearsal_runs_every_kind_of_case_and_judges_nothing(tmp_path: Path) -> None:
+    train_bench.main(["--rehearse", "--out", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert all(row["rehearsal"] for row in rows)
+    cases = [row for row in rows if row["kind"] != "target"]
+    assert [row for row in cases if "error" in row] == []
+    kinds = {tuple(row[name] for name in train_bench._KINDS) for row in cases}
+    assert kinds == {
+        tuple(getattr(case, name) for name in train_bench._KINDS) for case in train_bench.GPU_CASES
+    }
+    targets = [row for row in rows if row["kind"] == "target"]
+    assert [row["target"] for row in targets] == [f"training: {t.name}" for t in train_targets.TARGETS]
+    assert {row["met"] for row in targets} == {None}
 
-    large, gigantic = train_case.Case("vit_large", 128), train_case.Case("vit_gigantic", 64)
+
+def row_of(case: train_case.Case, **figures: Any) -> dict[str, Any]:
+    usual = {"peak_memory_gib": 90.0, "images_per_second": 100.0, "checkpoint_seconds": 5.0}
+    return dataclasses.asdict(case) | (figures if "error" in figures else usual | figures)
+
+
+def verdicts(rows: list[dict[str, Any]]) -> dict[str, tuple[Any, Any]]:
+    found = gpu_targets.judge(rows, train_targets.TARGETS)
+    return {row["target"].removeprefix("training: "): (row["figure"], row["met"]) for row in found}
+
+
+LARGE, GIGANTIC = train_case.Case("vit_large", 128), train_case.Case("vit_gigantic", 64)
+
+
+def test_targets_tell_met_from_not_met() -> None:
+    recomputed = dataclasses.replace(GIGANTIC, activation_checkpointing="full", strategy="fsdp")
     rows = [
-        row(large, mfu=0.47, sigreg_share=0.004, checkpoint_stall_steps=1.2, images_per_second=100.0),
-        row(dataclasses.replace(large, strategy="ddp"), mfu=0.46, images_per_second=100.0),
-        row(dataclasses.replace(large, strategy="fsdp"), mfu=0.44, images_per_second=98.0),
-        row(dataclasses.replace(gigantic, activation_checkpointing="full"), error="out of memory"),
+        row_of(LARGE, mfu=0.47, sigreg_share=0.004, checkpoint_stall_steps=1.2),
+        row_of(dataclasses.replace(LARGE, strategy="ddp"), mfu=0.46),
+        row_of(dataclasses.replace(LARGE, strategy="fsdp"), mfu=0.44, images_per_second=98.0),
+        row_of(dataclasses.replace(LARGE, images=64, plan=True), planned_memory_gib=99.1),
+        row_of(recomputed, mfu=0.56, losses=[0.41, 0.39, 0.3, 0.2], sigreg_share=0.002),
     ]
-    verdicts = {line[0]: line[2:] for line in train_bench.targets(rows)}
-    assert verdicts["ViT-L/14 MFU"] == ["47.0%", "met"]
-    assert verdicts["ViT-giant MFU"] == ["-", "not measured"]
-    assert verdicts["ViT-gigantic trains on one GPU"] == ["-", "not measured"]
-    assert verdicts["FSDP2 / DDP images/s, one GPU"] == ["98.0%", "NOT met"]
-    assert verdicts["checkpoint stall, steps"] == ["1.20", "NOT met"]
-    assert verdicts["SIGReg's share of the step"] == ["0.40%", "met"]
+    found = verdicts(rows)
+    assert found["ViT-L/14 MFU"] == (pytest.approx(47), True)
+    assert found["ViT-L/14 MFU, goal"] == (pytest.approx(47), False)
+    assert found["ViT-giant MFU"] == (None, None)
+    assert found["ViT-gigantic MFU, goal"] == (pytest.approx(56), True)
+    assert found["ViT-gigantic on one GPU, loss after / before"] == (pytest.approx(0.625), True)
+    assert found["FSDP2 against DDP, one GPU"] == (pytest.approx(98), False)
+    assert found["checkpoint stall"] == (pytest.approx(1.2), False)
+    assert found["SIGReg's share of the step"] == (pytest.approx(0.4), True)
+    assert found["planned memory, off by"] == (pytest.approx(100 * 9.1 / 90), False)
+
+
+def test_what_did_not_run_is_no_figure() -> None:
+    recomputed = dataclasses.replace(GIGANTIC, activation_checkpointing="full")
+    lost = [row_of(recomputed, error="out of memory")]
+    (said,) = (r for r in gpu_targets.judge(lost, train_targets.TARGETS) if "one GPU, loss" in r["target"])
+    assert (said["met"], said["reason"]) == (None, "out of memory")
+    nan = [row_of(recomputed, losses=[0.4, math.nan, 0.2])]
+    assert verdicts(nan)["ViT-gigantic on one GPU, loss after / before"] == (None, None)
+    whole = [row_of(GIGANTIC, losses=[0.4, 0.3, 0.2])]  # without activation checkpointing it is not the claim
+    assert verdicts(whole)["ViT-gigantic on one GPU, loss after / before"] == (None, None)

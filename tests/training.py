@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.loop import Trainer
@@ -16,6 +18,13 @@ from lejepa_fast.train.world import World
 CPU = World(torch.device("cpu"))
 
 Make = Callable[..., Config]
+
+
+def run_ranks(worker: Callable[..., None], *arguments: Any, ranks: int) -> None:
+    """`worker(rank, *arguments)` in a process for each rank. They are forked from one that has imported the
+    trainer, which takes each of them seconds otherwise."""
+    multiprocessing.set_forkserver_preload(["lejepa_fast.train.loop"])
+    mp.start_processes(worker, arguments, nprocs=ranks, start_method="forkserver")
 
 
 def train_only(cfg: Config) -> Trainer:

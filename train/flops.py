@@ -32,7 +32,7 @@ class Flops:
     """Operations of one image, forward and backward.
 
     `global_view` and `local_view` are one view through the encoder; `projector` and `loss` take all the
-    views of the image.
+    views of the image. `convolutions` are those of all the views that are made by convolutions.
     """
 
     global_view: float
@@ -41,6 +41,7 @@ class Flops:
     loss: float
     global_crops: int
     local_crops: int
+    convolutions: float
 
     @property
     def per_image(self) -> float:
@@ -52,20 +53,26 @@ class Flops:
 def count_flops(cfg: Config, model: LeJEPAModel | None = None) -> Flops:
     """Count the step of a configuration; `model` saves building one, and has to be on the meta device.
 
-    About two seconds on one core for ViT-gigantic. Raises UsageError as `build_model` does.
+    Raises UsageError as `build_model` does.
     """
     if model is None:
         model = build_model(cfg, meta=True)
     crops = cfg.crops
-    features, of_global = _encoder(model.encoder, crops.global_size)
-    of_local = _encoder(model.encoder, crops.local_size)[1] if crops.local_crops else 0.0
+    features, of_global, convolutions = _encoder(model.encoder, crops.global_size)
+    convolutions *= crops.global_crops
+    of_local = 0.0
+    if crops.local_crops:
+        _, of_local, more = _encoder(model.encoder, crops.local_size)
+        convolutions += crops.local_crops * more
     views = crops.global_crops + crops.local_crops
     rows = torch.empty(views * _IMAGES, features, device="meta", requires_grad=True)
-    embeddings, of_projector = _counted(model.projector, rows)
+    embeddings, of_projector, _ = _counted(model.projector, rows)
     z = torch.empty(views, _IMAGES, embeddings.shape[-1], device="meta", requires_grad=True)
     loss = LeJEPALoss(sigreg=SIGReg(num_slices=cfg.loss.num_slices, impl="torch", sync=False)).to("meta")
-    _, of_loss = _counted(lambda z: loss(z[: crops.global_crops], z).total, z)
-    return Flops(of_global, of_local, of_projector, of_loss, crops.global_crops, crops.local_crops)
+    _, of_loss, _ = _counted(lambda z: loss(z[: crops.global_crops], z).total, z)
+    return Flops(
+        of_global, of_local, of_projector, of_loss, crops.global_crops, crops.local_crops, convolutions
+    )
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -76,19 +83,21 @@ def peak_flops(device: torch.device) -> float | None:
     return known.tflops * 1e12 if known else None
 
 
-def _encoder(encoder: nn.Module, size: int) -> tuple[int, float]:
-    """Width of the features, and operations for one view of this size."""
-    features, flops = _counted(encoder, torch.empty(_IMAGES, 3, size, size, device="meta"))
-    return features.shape[-1], flops
+def _encoder(encoder: nn.Module, size: int) -> tuple[int, float, float]:
+    """Width of the features, and operations for one view of this size: all, and those of convolutions."""
+    features, flops, convolutions = _counted(encoder, torch.empty(_IMAGES, 3, size, size, device="meta"))
+    return features.shape[-1], flops, convolutions
 
 
-def _counted(call: Any, *inputs: Tensor) -> tuple[Tensor, float]:
-    """The output, and the operations per image of forward and backward."""
+def _counted(call: Any, *inputs: Tensor) -> tuple[Tensor, float, float]:
+    """The output, and the operations per image of forward and backward: all, and those of convolutions."""
     counter = FlopCounterMode(display=False, custom_mapping=_OURS)
     with counter, sdpa_kernel(SDPBackend.MATH):
         output = call(*inputs)
         output.float().sum().backward()
-    return output, counter.get_total_flops() / _IMAGES
+    by_operator = counter.get_flop_counts()["Global"]
+    convolutions = sum(flops for operator, flops in by_operator.items() if "convolution" in str(operator))
+    return output, counter.get_total_flops() / _IMAGES, convolutions / _IMAGES
 
 
 def _projections(x_shape: Any, A_shape: Any, *rest: Any, **options: Any) -> int:

@@ -323,8 +323,8 @@ class Trainer:
         """
         if self._saved_step == self.step:
             return
+        self.guard.flush()  # which on a GPU waits for the steps under way: what comes now is the save
         began = time.perf_counter()
-        self.guard.flush()
         state = {
             "config": config.to_dict(self.cfg),
             "data": self.data,
@@ -335,7 +335,7 @@ class Trainer:
         tensors = resume.tensors_of(self.model, self.optimizer, self.loss_fn)
         self.saver.start(self.step, tensors, state)
         self._saved_step = self.step
-        self.meter.pause(time.perf_counter() - began)
+        self.meter.saved(time.perf_counter() - began)
 
     def _leave(self) -> None:
         self.saver.wait()  # one that failed is why we leave

@@ -4,18 +4,19 @@ Rows of metrics.jsonl (one JSON object a line; a value that is not finite is wri
 
     {"kind": "run", "step", "device", "world_size", ...}     at each start of the program
     {"kind": "train", "step", "epoch", "loss", "prediction", "sigreg", "lr", "images_per_second",
-     "data_wait", "mfu", "memory_gib", "eta_seconds", "grad_norm", "embedding_std"}
+     "data_wait", "save_seconds", "mfu", "memory_gib", "eta_seconds", "grad_norm", "embedding_std"}
                                                              every `log_every` steps
     {"kind": "eval", "step", "epoch", "knn", ...}            every `eval.every` epochs and at the end
     {"kind": "skipped", "step", "epoch", "rank", "loss", "ids", "images"}
                                                              a step that was not finite, by rank (skipped.py)
 
 `step` counts finished steps, `data_wait` is the share of wall time spent waiting for the loader, and
-`images_per_second` counts images (not views) over all ranks; both are over the steps since the last row.
+`images_per_second` counts images (not views) over all ranks; both are over the steps since the last row,
+without evaluations and without `save_seconds`, during which the training stood still for checkpoints.
 `mfu`, model flops utilisation, is the share of the devices' dense bf16 peak that the model's operations
 make (see flops.py and accelerators.py); where the peak is not known there is none. `memory_gib` is the most
 that rank 0 has held since the program started: of the allocator on a GPU, else of the process.
-`eta_seconds` is the time left at the pace since this start.
+`eta_seconds` is the time left at the pace since this start, saves and evaluations included.
 """
 
 from __future__ import annotations
@@ -116,6 +117,8 @@ class Metrics:
         if "mfu" in values:
             parts += f" | MFU {values['mfu']:.1%}"
         parts += f" | data wait {values['data_wait']:.0%} | {values['memory_gib']:.1f} GiB"
+        if values.get("save_seconds"):
+            parts += f" | save {values['save_seconds']:.1f} s"
         if self._bar is not None:
             self._bar.set_postfix_str(parts)
             return
@@ -136,7 +139,7 @@ class Meter:
 
     def restart(self) -> None:
         """Forget what was counted."""
-        self._images, self._waited = 0, 0.0
+        self._images, self._waited, self._saving = 0, 0.0, 0.0
         self._since = time.perf_counter()
 
     def add(self, images: int, waited: float) -> None:
@@ -145,18 +148,24 @@ class Meter:
         self._waited += waited
 
     def read(self) -> dict[str, float]:
-        """`images_per_second`, `data_wait` and, if known, `mfu` (shares, 0 to 1) since the last call."""
+        """`images_per_second`, `data_wait`, `save_seconds` and, if known, `mfu` since the last call."""
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
         values = {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
+        values["save_seconds"] = self._saving
         if self._share_per_image is not None:
             values["mfu"] = values["images_per_second"] * self._share_per_image
-        self._images, self._waited, self._since = 0, 0.0, now
+        self._images, self._waited, self._saving, self._since = 0, 0.0, 0.0, now
         return values
 
     def pause(self, seconds: float) -> None:
-        """Leave out time that was not training: evaluation, saving."""
+        """Leave out time that was not training: an evaluation."""
         self._since += seconds
+
+    def saved(self, seconds: float) -> None:
+        """Leave out what a save held up the training, and count it."""
+        self._saving += seconds
+        self.pause(seconds)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from lejepa_fast.errors import RunError
+from lejepa_fast.train.accelerators import by_device_name
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.world import World
 
@@ -39,8 +40,18 @@ def describe(cfg: Config, world: World) -> str:
         ways.append(f"fewer groups than --parallel.replicate {cfg.parallel.replicate}")
     ways.append(f"a smaller --batch-size (now {cfg.data.batch_size}, {images} images per process)")
     ways.append("more processes with --parallel.strategy fsdp")
-    plan = f"python train/plan.py --model {cfg.model.name} --gpus {world.size} --batch {cfg.data.batch_size}"
-    return f"{_what(world)}; what helps: {', '.join(ways)}; what fits: {plan}"
+    return f"{_what(world)}; what helps: {', '.join(ways)}; what fits: {_plan(cfg, world)}"
+
+
+def _plan(cfg: Config, world: World) -> str:
+    """The command that plans this run, and shows the numbers of GPUs that it would fit on."""
+    from lejepa_fast.train.parallelize import compute_dtype
+    from lejepa_fast.train.plan import command_of, options_of
+
+    on_gpu = world.device.type == "cuda"
+    known = by_device_name(torch.cuda.get_device_name(world.device)) if on_gpu else None
+    bf16 = compute_dtype(cfg, world.device) is not None
+    return command_of(options_of(cfg, gpus=world.size, gpu=known and known.name, bf16=bf16))
 
 
 def _what(world: World) -> str:

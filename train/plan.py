@@ -8,10 +8,12 @@ does not divide.
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -30,8 +32,7 @@ GPUS_OF_A_MACHINE = 8
 
 @dataclass(frozen=True)
 class PlanOptions:
-    model: str = "vit_large"
-    """Any timm model, or vit_tiny|small|base|large|huge|giant|gigantic (patch 14)."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(name="vit_large"))
     gpus: int = 8
     """GPUs of the run, over all machines."""
     gpu: str = "h200"
@@ -49,11 +50,14 @@ class PlanOptions:
     replicate: int = 1
     """Groups of GPUs that each hold the whole model (HSDP)."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    num_slices: int = 1024
+    """As --loss.num-slices of pretrain.py."""
     epochs: float = 100
     images: int = 1_281_167
     """Images of an epoch; ImageNet-1k's training split if not given."""
     mfu: float = 0.4
-    """Share of the GPUs' dense bf16 peak that the run will reach: an assumption, until it is measured."""
+    """Share of the GPUs' dense peak, bf16 or float32, that the run will reach: an assumption, until it is
+    measured."""
     bandwidth: float | None = None
     """GB/s that one GPU sends; None: of the link inside a machine of 8 GPUs, of the network beyond."""
     reserve: float = 0.1
@@ -103,14 +107,25 @@ class Plan:
         peak = self.memory.peak(shards, images)
         within, between = self.memory.traffic.sent(shards, options.replicate)
         inside, outside = self.bandwidths(gpus)
+        compute = self.seconds_per_image() / options.mfu
         return Row(
             gpus=gpus,
             images=images,
             peak=peak,
             sent=within + between,
-            compute_seconds=self.flops.per_image * images / (device.tflops * 1e12 * options.mfu),
+            compute_seconds=compute * images,
             network_seconds=(within / inside + between / outside) / 1e9,
             fits=peak <= (1 - options.reserve) * device.memory_gib * GIB,
+        )
+
+    def seconds_per_image(self) -> float:
+        """At the GPU's peak. In float32 it has one for convolutions and one for matrix products."""
+        flops, device = self.flops, self.device
+        if self.options.precision == "bf16":
+            return flops.per_image / (device.tflops * 1e12)
+        products = flops.per_image - flops.convolutions
+        return products / (device.fp32_tflops * 1e12) + flops.convolutions / (
+            device.convolution_tflops * 1e12
         )
 
     def bandwidths(self, gpus: int) -> tuple[float, float]:
@@ -153,8 +168,8 @@ def run_config(options: PlanOptions, batch: int) -> Config:
             local_crops=options.local_crops,
             local_size=options.local_size,
         ),
-        model=ModelConfig(name=options.model),
-        loss=LossConfig(impl="torch"),
+        model=options.model,
+        loss=LossConfig(num_slices=options.num_slices, impl="torch"),
         parallel=ParallelConfig(
             strategy="fsdp",
             replicate=options.replicate,
@@ -164,6 +179,42 @@ def run_config(options: PlanOptions, batch: int) -> Config:
         device="cpu",
         compile="off",
     )
+
+
+def options_of(cfg: Config, *, gpus: int, gpu: str | None, bf16: bool) -> PlanOptions:
+    """The plan of a run under FSDP2, the inverse of `run_config`. `gpu`: as `--gpu` has it; None: unknown."""
+    crops = cfg.crops
+    return PlanOptions(
+        model=cfg.model,
+        gpus=gpus,
+        gpu=gpu or PlanOptions.gpu,
+        batch=cfg.data.batch_size,
+        global_crops=crops.global_crops,
+        global_size=crops.global_size,
+        local_crops=crops.local_crops,
+        local_size=crops.local_size,
+        activation_checkpointing=cfg.parallel.activation_checkpointing,
+        replicate=cfg.parallel.replicate,
+        precision="bf16" if bf16 else "fp32",
+        num_slices=cfg.loss.num_slices,
+    )
+
+
+def command_of(options: PlanOptions) -> str:
+    """The line for a shell that asks for this plan: model, GPUs, batch, and what is not the default."""
+    line = ["--model", options.model.name, "--gpus", str(options.gpus), "--batch", str(options.batch)]
+    said = {"name", "gpus", "batch"}
+
+    def add(chosen: Any, defaults: Any, prefix: str) -> None:
+        for each in dataclasses.fields(chosen):
+            value, default = getattr(chosen, each.name), getattr(defaults, each.name)
+            if dataclasses.is_dataclass(value):
+                add(value, default, f"{prefix}{each.name}.")
+            elif each.name not in said and value != default:
+                line.extend([f"--{prefix}{each.name}".replace("_", "-"), str(value)])
+
+    add(options, PlanOptions(), "")
+    return shlex.join(["python", "train/plan.py", *line])
 
 
 def _global_batch(options: PlanOptions) -> int:

@@ -205,7 +205,7 @@ class _Tracker(FSDPMemTracker):
             ShardingPropagator._propagate_tensor_meta_non_cached = original  # type: ignore
 
     def _update_peak_stats(self, peak_state: Any) -> None:
-        # The original walks through all modules at every operator: three quarters of the time.
+        # The original walks through all modules at every operator, for statistics that nobody reads here.
         now = self._curr_mem_snap.get(CPU, {})
         total = now.get("Total", 0)
         self.alive.append(total)

@@ -26,7 +26,7 @@ def _head(plan: Plan) -> str:
     options = plan.options
     groups = f" in {options.replicate} groups" if options.replicate > 1 else ""
     return (
-        f"{options.model} on {options.gpus} x {plan.device.name}{groups}, FSDP2, {options.precision}, "
+        f"{options.model.name} on {options.gpus} x {plan.device.name}{groups}, FSDP2, {options.precision}, "
         f"activation checkpointing {options.activation_checkpointing}, {plan.batch:,} images a step"
     )
 
@@ -65,10 +65,11 @@ def _network(plan: Plan, asked: Row) -> list[str]:
     if plan.options.replicate > 1 and between != within:
         rate += f" within a group, {between:g} between groups"
     verdict = "hidden behind it" if ratio < 1 else "the network sets the pace"
+    of = "MFU" if plan.options.precision == "bf16" else "of the float32 peak"
     return [
         f"network           {asked.sent / 1e9:,.1f} GB sent by each GPU a step: "
         f"{1e3 * asked.network_seconds:,.0f} ms at {rate}",
-        f"compute           {1e3 * asked.compute_seconds:,.0f} ms a step at {plan.options.mfu:.0%} MFU; "
+        f"compute           {1e3 * asked.compute_seconds:,.0f} ms a step at {plan.options.mfu:.0%} {of}; "
         f"network / compute {ratio:.2f}: {verdict}",
     ]
 
