@@ -60,7 +60,7 @@ from lejepa_fast.train.profiling import StepProfiler
 from lejepa_fast.train.report import write_report
 from lejepa_fast.train.saving import Saver
 from lejepa_fast.train.skipped import write_skipped
-from lejepa_fast.train.weights_and_biases import WandbRun
+from lejepa_fast.train.weights_and_biases import open_run
 from lejepa_fast.train.world import (
     World,
     from_main,
@@ -112,12 +112,6 @@ class Trainer:
         self.meter = Meter(flops_per_image=self.flops_per_image, peak_flops=peak and peak * world.size)
         self.profiler = StepProfiler(self.run_dir, world.device, enabled=cfg.profile and world.is_main)
         self._saved_step = -1
-        self._evaluation: dict[str, Any] = {  # how the trained and the untrained encoder are evaluated
-            "device": world.device,
-            "num_workers": self.workers,
-            "amp_dtype": self.amp_dtype,
-            "quarantine": self._quarantine,
-        }
 
     def _open_data(self) -> None:
         cfg, world = self.cfg, self.world
@@ -184,7 +178,7 @@ class Trainer:
             tensorboard=cfg.tensorboard,
             step=self.step,
             total_steps=self.total_steps,
-            wandb=on_main(world, self._open_wandb),
+            wandb=on_main(world, lambda: open_run(self.run_dir, cfg)),
         )
         rows = read_rows(self.metrics.path) if world.is_main else []
         evaluated = {row["step"] for row in rows if row["kind"] == "eval"}
@@ -227,10 +221,6 @@ class Trainer:
             lambda file: file.write(text.encode()),
             way_out="choose another --out",
         )
-
-    def _open_wandb(self) -> WandbRun | None:
-        project = self.cfg.wandb
-        return None if project is None else WandbRun(self.run_dir, project, config.to_dict(self.cfg))
 
     def train(self) -> None:
         """Train up to `total_steps` and save the last checkpoint; nothing to do for a finished run."""
@@ -449,6 +439,16 @@ class Trainer:
             told = ", ".join(known) or "no labels"
             log.info("evaluation after epoch %d: %s, embedding std %.3f", epoch, told, result.embedding_std)
         return result
+
+    @property
+    def _evaluation(self) -> dict[str, Any]:
+        """How the trained and the untrained encoder are evaluated."""
+        return {
+            "device": self.world.device,
+            "num_workers": self.workers,
+            "amp_dtype": self.amp_dtype,
+            "quarantine": self._quarantine,
+        }
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -14,9 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.train.config import Config, to_dict
 from lejepa_fast.train.files import write_atomically
 
 log = logging.getLogger("lejepa_fast.train")
+
+
+def open_run(run_dir: Path, cfg: Config) -> WandbRun | None:
+    """The run there of a configuration; None where it asks for none."""
+    return None if cfg.wandb is None else WandbRun(run_dir, cfg.wandb, to_dict(cfg))
 
 
 class WandbRun:
