@@ -1,7 +1,11 @@
-"""Fixtures: an image folder and a configuration that trains in seconds; poisoned memory for the kernels."""
+"""The network is closed for every test. Fixtures: an image folder and a configuration that trains in seconds;
+poisoned memory for the kernels.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +21,14 @@ from lejepa_fast.kernels.runtime import interpreting
 
 if TYPE_CHECKING:
     from lejepa_fast.train.config import Config
+
+OFFLINE = Path(__file__).parent / "offline"
+if str(OFFLINE) not in (paths := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(OFFLINE), *filter(None, paths)])
+    block = importlib.util.spec_from_file_location("offline", OFFLINE / "sitecustomize.py")
+    assert block is not None
+    assert block.loader is not None
+    block.loader.exec_module(importlib.util.module_from_spec(block))
 
 TRAIN_IMAGES, VAL_IMAGES = 32, 12
 # Without a GPU, test_kernels.py runs these in the interpreter.

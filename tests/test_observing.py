@@ -7,6 +7,7 @@ import json
 import logging
 import shlex
 import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,9 +72,9 @@ class _ReadingMethods(TorchFunctionMode):
 
 
 @pytest.fixture
-def stepped(tiny: Make) -> Trainer:
+def stepped(tiny: Make) -> Iterator[Trainer]:
     """A trainer between two steps that need no row."""
-    trainer = Trainer(tiny(log_every=10), CPU)
+    trainer = Trainer(tiny(log_every=10, average={"kind": "ema"}), CPU)
     trainer._prepare()
     trainer.model.train()
     for _ in range(2):
@@ -124,24 +125,55 @@ def test_waits_are_seen(stepped: Trainer, monkeypatch: pytest.MonkeyPatch, read:
     assert len(_waits_of_a_step(stepped)) == 2
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU: PyTorch reports waits for it only there"
-)
-def test_a_step_never_waits_for_the_gpu(tiny: Make) -> None:
+@pytest.fixture
+def stepped_on_a_gpu(tiny: Make) -> Iterator[Trainer]:
+    """As `stepped`, with everything that a step may do beside the plain one."""
     from lejepa_fast.train.world import setup_world
 
-    trainer = Trainer(tiny(log_every=10, device="cuda"), setup_world("cuda"))
+    cfg = tiny(log_every=10, device="cuda", average={"kind": "ema"}, optim={"clip_grad_norm": 1.0})
+    trainer = Trainer(cfg, setup_world("cuda"))
     trainer._prepare()
     for _ in range(2):
         _step(trainer)
+    yield trainer
+    trainer.metrics.close()
+
+
+def _step_that_must_not_wait(trainer: Trainer) -> None:
     views = next(iter(trainer.loader))[0]
     try:
         torch.cuda.set_sync_debug_mode("error")
         _run_step(trainer, views)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        trainer.metrics.close()
+
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: PyTorch reports waits for it only there"
+)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_step_never_waits_for_the_gpu(stepped_on_a_gpu: Trainer) -> None:
+    _step_that_must_not_wait(stepped_on_a_gpu)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.tolist, bool, float, torch.Tensor.cpu])
+def test_waits_for_the_gpu_are_seen(
+    stepped_on_a_gpu: Trainer, monkeypatch: pytest.MonkeyPatch, read: Any
+) -> None:
+    before_forward = stepped_on_a_gpu.guard.before_forward
+
+    def reading(step: int) -> None:
+        read(torch.ones((), device="cuda"))
+        before_forward(step)
+
+    monkeypatch.setattr(stepped_on_a_gpu.guard, "before_forward", reading)
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        _step_that_must_not_wait(stepped_on_a_gpu)
 
 
 def test_mfu_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -377,6 +377,7 @@ def test_auto_takes_what_fits() -> None:
         ({"strategy": "ddp"}, False, r"parallel\.strategy: ddp needs processes.*torchrun"),
         ({"strategy": "ddp", "replicate": 2}, True, r"parallel\.replicate: 2 groups are for FSDP"),
         ({"replicate": 2}, False, r"parallel\.replicate: 2 groups are for FSDP, and this run uses none"),
+        ({"keep_gathered": True}, True, r"parallel\.keep_gathered: .* without FSDP, and this run uses ddp"),
     ],
 )
 def test_what_cannot_be_had_is_named(options: dict, distributed: bool, message: str) -> None:

@@ -224,3 +224,18 @@ def test_linear_probe_refuses_rates_that_cannot_learn() -> None:
     for rates in ((), (1e-3, 0.0)):
         with pytest.raises(ValueError, match="learning_rates must be positive"):
             probes.fit_linear_probe(x, y, x, y, num_classes=3, learning_rates=rates)
+
+
+def test_what_the_steps_cannot_reach_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1,000 samples, 10 steps of 16 see 160 at most: no more of them go to the device."""
+    taken: list[int] = []
+    normaliser = probes._normaliser
+    monkeypatch.setattr(probes, "_normaliser", lambda x: (taken.append(len(x)), normaliser(x))[1])
+    x, y = blobs(1000, seed=0)
+    options = {"num_classes": int(y.max()) + 1, "batch_size": 16}
+    short = probes.fit_linear_probe(x, y, x, y, max_steps=10, **options)
+    assert max(taken) == 160
+    assert short.accuracy > 90
+    taken.clear()
+    probes.fit_linear_probe(x, y, x, y, max_steps=100, learning_rates=[1e-2], **options)
+    assert taken == [1000]

@@ -3,8 +3,10 @@
 A checkpoint is a folder, `checkpoints/step-00000123`, written by `saving.py`:
 
     shard-*.safetensors   the tensors, by `torch.distributed.checkpoint`: each rank's share in its own file.
-                          "model.NAME", "optimizer.NAME.SLOT" (moments and step of a parameter), "loss.NAME"
-    state.json            {"format", "version", "step", "config", "data", "scheduler", "loader", "rng"}:
+                          "model.NAME", "optimizer.NAME.SLOT" (moments and step of a parameter), "loss.NAME",
+                          and "average.NAME", the averaged model, where the run keeps one
+    state.json            {"format", "version", "step", "config", "data", "scheduler", "loader", "average",
+                          "rng"}:
                           `data` says which images the run trains on (`resume.data_identity`), `rng` is a list
                           with an entry for each rank
     manifest.sha256       the SHA-256 sum of every other file, as `sha256sum -c` reads it
@@ -25,6 +27,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -170,12 +173,20 @@ def load_tensors(path: Path, into: dict[str, Tensor]) -> None:
         raise UsageError(f"checkpoint {path} does not fit this run: {first}; choose another --out") from error
 
 
-def load_model(path: Path) -> dict[str, Tensor]:
-    """The whole model of a checkpoint on the CPU, by the names of its state dict; for one process."""
-    saved = saved_tensors(path)
-    whole = {n: torch.empty_like(t, device="cpu") for n, t in saved.items() if n.startswith("model.")}
+def load_model(path: Path, section: str = "model") -> dict[str, Tensor]:
+    """The whole model of a checkpoint on the CPU, by the names of its state dict; for one process.
+
+    `section`: "average" for the averaged one (see `has_average`), and "model.encoder" for a part.
+    """
+    saved, prefix = saved_tensors(path), f"{section}."
+    whole = {n: torch.empty_like(t, device="cpu") for n, t in saved.items() if n.startswith(prefix)}
     load_tensors(path, whole)
-    return {name.removeprefix("model."): tensor for name, tensor in whole.items()}
+    return {name.removeprefix(prefix): tensor for name, tensor in whole.items()}
+
+
+def has_average(state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint, of which this is `state.json`, holds averaged weights."""
+    return bool((state.get("average") or {}).get("count"))
 
 
 # ---- choosing ----------------------------------------------------------------------------------------

@@ -113,12 +113,28 @@ class ParallelConfig:
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again, block by block. selective: everything but attention and every
     second matrix product; full: everything."""
+    keep_gathered: bool = False
+    """Under FSDP2 every GPU keeps the parameters whole for the step: they are sent once and not up to four
+    times, for 2 bytes a parameter in bf16 (4 in float32)."""
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    kind: Annotated[Literal["none", "ema", "swa"], tyro.conf.arg(aliases=["--average"])] = "none"
+    """Average of the weights over the steps, which is then what is evaluated and exported. ema: exponential
+    moving average; swa: plain mean. 4 bytes a parameter, sharded as the weights are."""
+    decay: float = 0.999
+    """What the ema keeps of itself at each step."""
+    start: float | Literal["auto"] = "auto"
+    """Share of all steps before the first that counts. auto: 0 for ema, 0.75 for swa."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     every: int = 10
-    """Epochs between kNN evaluations during training; 0: only at the end."""
+    """Epochs between evaluations during training (kNN, linear probe); 0: only at the end."""
+    linear_steps: int = 200
+    """Steps of the linear probe during training, 0: none; at the end it gets its full length."""
     image_size: int | None = None
     """Side of the evaluated images; None: crops.global_size."""
     batch_size: int = 256
@@ -134,6 +150,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     out: Path | None = None
     """Run folder; None: runs/DATA-MODEL."""
@@ -155,6 +172,8 @@ class Config:
     """Steps between checkpoints; one is always written at the end and on SIGTERM or Ctrl-C."""
     keep_checkpoints: int = 3
     tensorboard: bool = True
+    wandb: str | None = None
+    """Weights & Biases project that gets the numbers, too; None: nothing is sent anywhere."""
     profile: bool = False
     """Record a few steps after the first ones: profiler trace and memory snapshot in RUN/profile/."""
 
@@ -196,11 +215,15 @@ def _data_argument(argv: Sequence[str]) -> str:
 
 
 def resolve(cfg: Config) -> Config:
-    """Fill in what depends on other fields, so that config.json says what ran: run folder, weight decay."""
+    """Fill in what depends on other fields, so that config.json says what ran."""
     from lejepa_fast.train.model import weight_decay_of
 
     optim = dataclasses.replace(cfg.optim, weight_decay=weight_decay_of(cfg))
-    return dataclasses.replace(cfg, optim=optim, out=cfg.out or Path("runs") / _run_name(cfg))
+    average = cfg.average
+    if isinstance(average.start, str):
+        average = dataclasses.replace(average, start=0.75 if average.kind == "swa" else 0.0)
+    out = cfg.out or Path("runs") / _run_name(cfg)
+    return dataclasses.replace(cfg, optim=optim, average=average, out=out)
 
 
 def validate(cfg: Config, world_size: int = 1) -> None:
@@ -217,6 +240,7 @@ def validate(cfg: Config, world_size: int = 1) -> None:
         ("optim.skip_grad_norm", cfg.optim.skip_grad_norm, 0),
         ("parallel.replicate", cfg.parallel.replicate, 1),
         ("eval.every", cfg.eval.every, 0),
+        ("eval.linear_steps", cfg.eval.linear_steps, 0),
         ("eval.image_size", cfg.eval.image_size, 1),
         ("eval.batch_size", cfg.eval.batch_size, 1),
         ("eval.k", cfg.eval.k, 1),
@@ -238,6 +262,8 @@ def validate(cfg: Config, world_size: int = 1) -> None:
         ("model.drop_path", cfg.model.drop_path),
         ("optim.betas", cfg.optim.betas[0]),
         ("optim.betas", cfg.optim.betas[1]),
+        ("average.decay", cfg.average.decay),
+        ("average.start", 0.0 if isinstance(cfg.average.start, str) else cfg.average.start),
     ]
     for name, value in below_one:
         if not 0 <= value < 1:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lejepa_fast.data import ImageSource, MultiCropRecipe, eval_loader, multicrop_loader, open_source
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.checkpoint import find_checkpoint, load_model
+from lejepa_fast.train.checkpoint import find_checkpoint, has_average, load_model
 from lejepa_fast.train.collapse import Verdict, effective_rank, embedding_std, sigreg_statistic, verdict
 from lejepa_fast.train.command_line import log_to_stderr, parse_options, run_command
 from lejepa_fast.train.config import (
@@ -39,6 +39,7 @@ from lejepa_fast.train.config import (
 )
 from lejepa_fast.train.embeddings import Embeddings, calibrate_batchnorm, embed_source
 from lejepa_fast.train.files import make_folder
+from lejepa_fast.train.initialize import memory_format
 from lejepa_fast.train.metrics import read_rows
 from lejepa_fast.train.model import LeJEPAModel, build_model
 from lejepa_fast.train.probes import fit_linear_probe, knn_accuracy, linear_probe
@@ -121,6 +122,7 @@ def evaluate_model(
     recipe: MultiCropRecipe,
     device: torch.device | str,
     linear: bool = True,
+    linear_steps: int | None = None,
     seed: int = 0,
     num_workers: int = 0,
     amp_dtype: torch.dtype | None = None,
@@ -139,6 +141,7 @@ def evaluate_model(
         recipe: `mean`, `std` and `global_size` are read.
         device: of the model; the probes run there, too.
         linear: fit the linear probe as well.
+        linear_steps: at most so many steps of it (None: as `fit_linear_probe` has it).
         seed: of the linear probe's held-out choice and batch order.
         num_workers: loader processes or threads.
         amp_dtype: autocast dtype of the forward pass; None computes in the dtype of the weights.
@@ -192,6 +195,7 @@ def evaluate_model(
                 num_classes=num_classes,
                 seed=seed,
                 device=device,
+                **({} if linear_steps is None else {"max_steps": linear_steps}),
             )
     return EvalResult(
         knn=knn,
@@ -292,9 +296,10 @@ def evaluate_untrained(
     linear: bool = True,
     num_workers: int = 0,
     amp_dtype: torch.dtype | None = None,
+    quarantine: Path | None = None,
 ) -> EvalResult:
     """The baseline of a run: its encoder at the starting weights, BatchNorm calibrated, scored alike."""
-    model = build_model(cfg).to(device)
+    model = build_model(cfg).to(device, memory_format=memory_format(cfg))
     calibrate_on_source(
         model,
         train_source,
@@ -316,6 +321,7 @@ def evaluate_untrained(
         num_workers=num_workers,
         amp_dtype=amp_dtype,
         data=cfg.data,
+        quarantine=quarantine,
     )
 
 
@@ -362,6 +368,8 @@ class Options:
     """Images per forward pass; None: as in the run. The results do not depend on it."""
     linear: bool = True
     """Fit the linear probe as well."""
+    averaged: bool = True
+    """Take the averaged weights where the run keeps them (--average)."""
     out: Path | None = None
     """Folder that gets report/; None: RUN/evaluation/step-N, so that the report of the training stays."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -385,7 +393,8 @@ def evaluate_checkpoint(options: Options) -> Path:
     train_source, val_source = open_splits(cfg.data)
     workers = loader_workers(cfg, processes_here=1, on_gpu=device.type == "cuda")
     model = build_model(cfg)
-    _load(model, load_model(path), path)
+    averaged = options.averaged and has_average(state)
+    _load(model, load_model(path, "average" if averaged else "model"), path)
     setting = {"device": device, "linear": options.linear, "num_workers": workers}
     untrained = evaluate_untrained(cfg, train_source, val_source, **setting)
     trained = evaluate_model(
@@ -415,6 +424,8 @@ def evaluate_checkpoint(options: Options) -> Path:
         trained=trained,
         untrained=untrained,
     )
+    if averaged:
+        print("of the averaged weights:")
     print(format_table(trained, untrained))
     print(f"report: {page}")
     return page

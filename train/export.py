@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.checkpoint import find_checkpoint, load_tensors, saved_tensors
+from lejepa_fast.train.checkpoint import find_checkpoint, has_average, load_model
 from lejepa_fast.train.command_line import log_to_stderr, parse_options, run_command
 from lejepa_fast.train.config import Config, from_dict
 from lejepa_fast.train.files import write_atomically
@@ -38,6 +37,8 @@ class Options:
     """A run folder (its newest checkpoint is taken) or a folder checkpoints/step-*."""
     out: Path = Path("encoder.safetensors")
     """The file to write; the settings go beside it, to the same name with .json."""
+    averaged: bool = True
+    """Take the averaged weights where the run keeps them (--average)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,20 +54,17 @@ def convert(options: Options) -> Path:
         raise UsageError(f"out: expected a file name that ends in .safetensors, got {options.out}")
     path, state = find_checkpoint(options.checkpoint)
     cfg = from_dict(state["config"], where=f"checkpoint {path}")
-    prefix = "model.encoder."
-    found = {name: tensor for name, tensor in saved_tensors(path).items() if name.startswith(prefix)}
-    weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in found.items()}
-    load_tensors(path, weights)
+    averaged = options.averaged and has_average(state)
+    weights = load_model(path, "average.encoder" if averaged else "model.encoder")
     encoder = build_model(cfg, meta=True).encoder
-    odd = sorted(encoder.state_dict().keys() ^ {name.removeprefix(prefix) for name in weights})
+    odd = sorted(encoder.state_dict().keys() ^ weights.keys())
     if odd:
         raise UsageError(
             f"checkpoint {path} does not hold the encoder that its configuration describes ({odd[0]}); "
             "it was written by another version: convert it with that one"
         )
-    plain = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    _write(plain, encoder.encoder_args, cfg, state["step"], options.out, way_out="choose another --out")
-    print(f"step {state['step']} of {path}: {options.out}")
+    _write(weights, encoder.encoder_args, cfg, state["step"], options.out, way_out="choose another --out")
+    print(f"step {state['step']} of {path}{', averaged weights' if averaged else ''}: {options.out}")
     return options.out
 
 

@@ -60,6 +60,7 @@ class StepGuard:
     ):
         self.skipped = 0
         self.stop = False
+        self.bad = torch.zeros((), device=world.device)  # 1 where the step just checked is skipped
         self._record = record
         self._largest_norm = largest_norm or torch.inf
         self._fault, self._way_out = "loss or gradient not finite", ""
@@ -100,7 +101,8 @@ class StepGuard:
         self._flags[-1] = float(stop)
         if self._world.distributed:
             dist.all_reduce(self._flags)
-        self._optimizer.found_inf = (self._flags[:size] > 0).any().float()  # type: ignore[attr-defined]
+        self.bad = (self._flags[:size] > 0).any().float()
+        self._optimizer.found_inf = self.bad  # type: ignore[attr-defined]
 
     def settle(self, step: int, position: tuple[int, int] = (0, 0)) -> None:
         """Bring this step's flags to the host and act on them, on a GPU on those of the step before.

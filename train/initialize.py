@@ -9,7 +9,7 @@ Before that, all memory is filled with NaN: what is forgotten cannot pass for a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -90,14 +90,20 @@ def copy_from_main(model: nn.Module, reference: nn.Module | None, world: World) 
 
 
 @torch.no_grad()
-def whole_model(model: LeJEPAModel, cfg: Config, world: World) -> LeJEPAModel | None:
-    """A copy of a sharded model that is not sharded, on rank 0; None elsewhere. All ranks call it."""
+def whole_model(
+    model: LeJEPAModel, cfg: Config, world: World, instead: Mapping[str, Tensor]
+) -> LeJEPAModel | None:
+    """A copy of the model that is not sharded, on rank 0; None elsewhere. All ranks call it.
+
+    `instead` holds tensors, sharded like the model's, to take in place of those with their names.
+    """
     whole: LeJEPAModel | None = None
     if world.is_main:
         whole = build_model(cfg, meta=True)
         _allocate(whole, world.device)
     targets = dict(named_tensors(whole)) if whole is not None else {}
-    for name, tensor in named_tensors(model):
+    for name, own in named_tensors(model):
+        tensor = instead.get(name, own)
         gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if whole is not None:
             targets[name].copy_(gathered)

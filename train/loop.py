@@ -23,16 +23,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import lejepa_fast
-from lejepa_fast import LeJEPALoss, SIGReg
 from lejepa_fast.data import multicrop_loader
-from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.errors import RunError
 from lejepa_fast.train import checkpoint, config, files, random_state, resume
+from lejepa_fast.train.average import WeightAverage
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.evaluate import (
     EvalResult,
-    calibrate_on_source,
     check_validation_images,
     evaluate_model,
+    evaluate_untrained,
     format_table,
     open_splits,
     training_speed,
@@ -45,6 +45,7 @@ from lejepa_fast.train.interruption import Interrupted, SignalWatch
 from lejepa_fast.train.lock import RunLock
 from lejepa_fast.train.metrics import Meter, Metrics, peak_memory_gib, read_rows
 from lejepa_fast.train.model import LeJEPAModel, build_model
+from lejepa_fast.train.objective import build_loss
 from lejepa_fast.train.optimization import build_optimizer, build_scheduler
 from lejepa_fast.train.out_of_memory import settings_that_help
 from lejepa_fast.train.parallelize import (
@@ -59,6 +60,7 @@ from lejepa_fast.train.profiling import StepProfiler
 from lejepa_fast.train.report import write_report
 from lejepa_fast.train.saving import Saver
 from lejepa_fast.train.skipped import write_skipped
+from lejepa_fast.train.weights_and_biases import open_run
 from lejepa_fast.train.world import (
     World,
     from_main,
@@ -69,6 +71,8 @@ from lejepa_fast.train.world import (
 )
 
 log = logging.getLogger("lejepa_fast.train")
+
+EVALUATED = ("knn", "linear", "embedding_std", "effective_rank", "sigreg")  # in rows of kind eval
 
 
 class Trainer:
@@ -98,6 +102,8 @@ class Trainer:
         self._at = (0, 0)  # epoch and number of the batch in training
         self.total_steps = config.total_steps(cfg, len(self.loader))
         self.scheduler = build_scheduler(self.optimizer, cfg.optim, self.total_steps)
+        averages = cfg.average.kind != "none"
+        self.average = WeightAverage(self.model, cfg.average, self.total_steps) if averages else None
         self.saver = Saver(self.run_dir / "checkpoints", world, keep=cfg.keep_checkpoints)
         self.lock = RunLock(self.run_dir)
         self.signals = SignalWatch()
@@ -172,6 +178,7 @@ class Trainer:
             tensorboard=cfg.tensorboard,
             step=self.step,
             total_steps=self.total_steps,
+            wandb=on_main(world, lambda: open_run(self.run_dir, cfg)),
         )
         rows = read_rows(self.metrics.path) if world.is_main else []
         evaluated = {row["step"] for row in rows if row["kind"] == "eval"}
@@ -288,6 +295,8 @@ class Trainer:
         parts = [part.detach() for part in out]
         self._last = {"parts": parts, "z": all_z.detach(), "grad_norm": grad_norm, "lr": lr, "epoch": epoch}
         self.guard.settle(self.step, self._at)
+        if self.average is not None:
+            self.average.update(self.step, self.guard.bad)
 
     def _write_skipped(self, step: int, position: tuple[int, int], losses: dict[int, float]) -> None:
         write_skipped(self.metrics, self.train_source, self.cfg, self.world.size, step, position, losses)
@@ -330,9 +339,10 @@ class Trainer:
             "data": self.data,
             "scheduler": self.scheduler.state_dict(),
             "loader": self.loader.state_dict(),
+            "average": self.average and self.average.state(),
             "rng": gather_to_main(self.world, random_state.capture_rng()),
         }
-        tensors = resume.tensors_of(self.model, self.optimizer, self.loss_fn)
+        tensors = resume.tensors_of(self.model, self.optimizer, self.loss_fn, self._averaged())
         self.saver.start(self.step, tensors, state)
         self._saved_step = self.step
         self.meter.saved(time.perf_counter() - began)
@@ -368,7 +378,9 @@ class Trainer:
         resume.tell_changes(state["config"], current)
 
     def _load(self, state: dict[str, Any], path: Path) -> None:
-        resume.load_tensors_of(path, self.model, self.optimizer, self.loss_fn)
+        if self.average is not None:
+            self.average.restore(state.get("average"))
+        resume.load_tensors_of(path, self.model, self.optimizer, self.loss_fn, self._averaged())
         resume.load_schedule(self.optimizer, self.scheduler, state["scheduler"])
         self.loader.load_state_dict(state["loader"])
         if self.world.rank < len(state["rng"]):
@@ -379,60 +391,76 @@ class Trainer:
     # ---- evaluation ------------------------------------------------------------------------------
 
     def _evaluate_if_due(self, epoch: int) -> None:
-        """kNN between epochs. No trace stays in the training: no gradient, mode, buffer or random state."""
+        """kNN and linear probe between epochs, which leave no trace in the training: see `_evaluating`."""
         every = self.cfg.eval.every
         if not every or not epoch or epoch % every or self.step in self._evaluated:
             return
         self.save()  # so that a signal need not wait for the evaluation
         began = time.perf_counter()  # `save` pauses the meter for itself
         model = self._whole_model()
-        on_main(self.world, lambda: self._evaluate(model, epoch, linear=False))
+        on_main(self.world, lambda: self._evaluate(model, epoch, linear_steps=self.cfg.eval.linear_steps))
         self._evaluated.add(self.step)
         self.meter.pause(time.perf_counter() - began)
 
-    def _whole_model(self) -> LeJEPAModel | None:
-        """The model with all its weights on rank 0, to evaluate and export there. All ranks call it."""
-        return whole_model(self.model, self.cfg, self.world) if self.strategy == "fsdp" else self.model
+    def _averaged(self) -> dict[str, Tensor]:
+        return self.average.tensors() if self.average is not None else {}
 
-    def _evaluate(
-        self, model: LeJEPAModel | None, epoch: int, *, linear: bool, row: bool = True
-    ) -> EvalResult:
-        """Evaluate on rank 0, leaving at once on a signal: the training is saved. `row`: for the metrics."""
+    def _whole_model(self) -> LeJEPAModel | None:
+        """The model to evaluate and export, whole and on rank 0: the averaged one where there is one.
+
+        All ranks call it.
+        """
+        averaged = self._averaged()
+        if self.strategy == "fsdp" or averaged:
+            return whole_model(self.model, self.cfg, self.world, averaged)
+        return self.model
+
+    def _evaluate(self, model: LeJEPAModel | None, epoch: int, *, linear_steps: int | None) -> EvalResult:
+        """Evaluate on rank 0 and write the row, unless there is one. `linear_steps`: None: all, 0: none."""
         assert model is not None  # on rank 0
-        uncompiled = eagerly() if compiles(self.cfg, self.world.device) else contextlib.nullcontext()
-        message = (
-            f"stopped by a signal during the evaluation after step {self.step} of {self.total_steps}; "
-            f"checkpoint saved in {self.run_dir}; run the same command again to continue"
-        )
-        with self.signals.leaving_at_once(message), random_state.preserved_rng(), uncompiled:
+        with self._evaluating():
             result = evaluate_model(
                 model,
                 self.train_source,
                 self.val_source,
                 self.cfg.eval,
                 recipe=self.cfg.crops,
-                device=self.world.device,
-                linear=linear,
+                linear=linear_steps != 0,
+                linear_steps=linear_steps,
                 seed=self.cfg.seed,
-                num_workers=self.workers,
-                amp_dtype=self.amp_dtype,
                 data=self.cfg.data,
-                quarantine=self._quarantine,
+                **self._evaluation,
             )
-        if row and self.step not in self._evaluated:
-            self.metrics.write(
-                "eval",
-                self.step,
-                epoch=epoch,
-                knn=result.knn,
-                linear=result.linear,
-                embedding_std=result.embedding_std,
-                effective_rank=result.effective_rank,
-                sigreg=result.sigreg,
-            )
-            knn = "no labels" if result.knn is None else f"kNN {result.knn:.1f} %"
-            log.info("evaluation after epoch %d: %s, embedding std %.3f", epoch, knn, result.embedding_std)
+        if self.step not in self._evaluated:
+            values = {name: getattr(result, name) for name in EVALUATED}
+            self.metrics.write("eval", self.step, epoch=epoch, **values)
+            probes = {"kNN": result.knn, "linear probe": result.linear}
+            known = [f"{name} {value:.1f} %" for name, value in probes.items() if value is not None]
+            told = ", ".join(known) or "no labels"
+            log.info("evaluation after epoch %d: %s, embedding std %.3f", epoch, told, result.embedding_std)
         return result
+
+    @property
+    def _evaluation(self) -> dict[str, Any]:
+        """How the trained and the untrained encoder are evaluated."""
+        return {
+            "device": self.world.device,
+            "num_workers": self.workers,
+            "amp_dtype": self.amp_dtype,
+            "quarantine": self._quarantine,
+        }
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Leaves at once on a signal, since the training is saved. No trace of what is inside stays in the
+        training: no gradient, mode, buffer or random state."""
+        uncompiled = eagerly() if compiles(self.cfg, self.world.device) else contextlib.nullcontext()
+        message = (
+            f"stopped by a signal during the evaluation after step {self.step} of {self.total_steps}; "
+            f"checkpoint saved in {self.run_dir}; run the same command again to continue"
+        )
+        with self.signals.leaving_at_once(message), random_state.preserved_rng(), uncompiled:
+            yield
 
     def finish(self) -> Path:
         """Export the encoder, evaluate it beside the untrained one, write the report; returns its path."""
@@ -444,21 +472,12 @@ class Trainer:
         cfg = self.cfg
         assert model is not None  # on rank 0
         export_encoder(model.encoder, cfg, self.step, self.run_dir)
-        log.info("evaluating the trained and the untrained encoder")
+        averaged = f" (the {cfg.average.kind} of its weights)" if self._averaged() else ""
+        log.info("evaluating the trained%s and the untrained encoder", averaged)
         epoch, batch = self._position()
-        trained = self._evaluate(model, epoch + (batch > 0), linear=True)
-        with self.signals.leaving_at_once("stopped by a signal during the evaluation; the training is saved"):
-            baseline = build_model(cfg).to(self.world.device, memory_format=memory_format(cfg))
-            calibrate_on_source(
-                baseline,
-                self.train_source,
-                cfg.eval,
-                recipe=cfg.crops,
-                device=self.world.device,
-                num_workers=self.workers,
-                data=cfg.data,
-            )
-        untrained = self._evaluate(baseline, 0, linear=True, row=False)
+        trained = self._evaluate(model, epoch + (batch > 0), linear_steps=None)
+        with self._evaluating():
+            untrained = evaluate_untrained(cfg, self.train_source, self.val_source, **self._evaluation)
         history = read_rows(self.metrics.path)
         page = write_report(
             self.run_dir,
@@ -477,23 +496,3 @@ class Trainer:
         """The first images that this process trained on, as it saw them."""
         self.loader.set_epoch(0)
         return [view[:6].cpu() for view in next(iter(self.loader))[0]]
-
-
-def build_loss(cfg: Config, device: torch.device) -> LeJEPALoss:
-    """The loss of a run on its device; UsageError for values that it refuses, or an `impl` not to be had."""
-    options = cfg.loss
-    try:
-        sigreg = SIGReg(
-            num_slices=options.num_slices,
-            t_max=options.t_max,
-            n_points=options.n_points,
-            unbiased=options.unbiased,
-            impl=options.impl,
-            seed=cfg.seed,
-        )
-        loss_fn = LeJEPALoss(lambd=options.lambd, sigreg=sigreg, center=options.center, form=options.form)
-        loss_fn.to(device)
-        _ = sigreg.chosen_impl  # raises where the implementation cannot run, before the run folder is made
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"loss: {error}") from error
-    return loss_fn

@@ -1,4 +1,5 @@
-"""What a run reports: metrics.jsonl always, TensorBoard unless switched off, a progress bar or log lines.
+"""What a run reports: metrics.jsonl always, TensorBoard unless switched off, Weights & Biases on request, a
+progress bar or log lines.
 
 Rows of metrics.jsonl (one JSON object a line; a value that is not finite is written as null):
 
@@ -6,7 +7,7 @@ Rows of metrics.jsonl (one JSON object a line; a value that is not finite is wri
     {"kind": "train", "step", "epoch", "loss", "prediction", "sigreg", "lr", "images_per_second",
      "data_wait", "save_seconds", "mfu", "memory_gib", "eta_seconds", "grad_norm", "embedding_std"}
                                                              every `log_every` steps
-    {"kind": "eval", "step", "epoch", "knn", ...}            every `eval.every` epochs and at the end
+    {"kind": "eval", "step", "epoch", "knn", "linear", ...}  every `eval.every` epochs and at the end
     {"kind": "skipped", "step", "epoch", "rank", "loss", "ids", "images"}
                                                              a step that was not finite, by rank (skipped.py)
 
@@ -39,6 +40,7 @@ from tqdm import tqdm
 
 from lejepa_fast.errors import RunError
 from lejepa_fast.train.files import write_atomically
+from lejepa_fast.train.weights_and_biases import WandbRun
 
 log = logging.getLogger("lejepa_fast.train")
 
@@ -52,10 +54,20 @@ class Metrics:
     resumes from, and their steps are about to be run again.
     """
 
-    def __init__(self, run_dir: Path, *, enabled: bool, tensorboard: bool, step: int, total_steps: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        enabled: bool,
+        tensorboard: bool,
+        step: int,
+        total_steps: int,
+        wandb: WandbRun | None = None,
+    ):
         self.path = run_dir / "metrics.jsonl"
         self._enabled = enabled
         self._board: Any = None
+        self._wandb = wandb
         self._bar: tqdm | None = None
         if not enabled:
             return
@@ -71,7 +83,7 @@ class Metrics:
         self._started, self._first_step = time.perf_counter(), step
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Add a row, and its numbers to TensorBoard under `kind/name`. RunError if the disk refuses."""
+        """Add a row, and its numbers elsewhere under `kind/name`. RunError if the disk refuses."""
         if not self._enabled:
             return
         if kind == "train":
@@ -79,11 +91,13 @@ class Metrics:
         row = {"kind": kind, "step": step, **{key: _json_number(value) for key, value in values.items()}}
         with _refusals_named(self.path):
             _append_whole(self._file, (json.dumps(row, allow_nan=False) + "\n").encode())
+        numbers = {key: value for key, value in values.items() if _is_number(value) and key != "epoch"}
         if self._board is not None:
             with _refusals_named(self._board_path):
-                for key, value in values.items():
-                    if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "epoch":
-                        self._board.add_scalar(f"{kind}/{key}", value, step)
+                for key, value in numbers.items():
+                    self._board.add_scalar(f"{kind}/{key}", value, step)
+        if self._wandb is not None:
+            self._wandb.add(kind, step, numbers)
         if kind == "train":
             self._show(step, values)
 
@@ -101,6 +115,8 @@ class Metrics:
         if self._board is not None:
             with contextlib.suppress(OSError):
                 self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
         with contextlib.suppress(OSError):
             os.close(self._file)
 
@@ -227,6 +243,10 @@ def _open_board(folder: Path, *, purge_step: int) -> Any:
 
     threading.excepthook = report_others
     return board
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _json_number(value: Any) -> Any:

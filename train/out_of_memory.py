@@ -34,6 +34,8 @@ def describe(cfg: Config, world: World) -> str:
     if mode != "full":
         better = "full" if mode == "selective" else "selective or full"
         ways.append(f"--parallel.activation-checkpointing {better} (now {mode})")
+    if cfg.parallel.keep_gathered:
+        ways.append("no --parallel.keep-gathered")
     if cfg.parallel.strategy != "fsdp" and world.size > 1:
         ways.append("--parallel.strategy fsdp")
     if cfg.parallel.replicate > 1:

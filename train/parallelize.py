@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -85,6 +85,11 @@ def choose_strategy(options: ParallelConfig, parameters: int, *, distributed: bo
             f"parallel.replicate: {options.replicate} groups are for FSDP, and this run uses {chosen}; use "
             "--parallel.strategy fsdp under torchrun, or leave it out"
         )
+    if options.keep_gathered and chosen != "fsdp":
+        raise UsageError(
+            f"parallel.keep_gathered: nothing is gathered without FSDP, and this run uses {chosen}; use "
+            "--parallel.strategy fsdp under torchrun, or leave it out"
+        )
     return chosen
 
 
@@ -127,7 +132,7 @@ def parallelize(
         compile_blocks(blocks, device)
     if strategy == "fsdp":
         assert mesh is not None
-        shard(model, blocks, mesh, compute_dtype(cfg, device))
+        shard(model, blocks, mesh, compute_dtype(cfg, device), keep=cfg.parallel.keep_gathered)
     if weights:
         initialize(model, cfg, device)
     if strategy != "ddp":
@@ -212,11 +217,20 @@ def eagerly() -> Any:
 # ---- sharding --------------------------------------------------------------------------------------------
 
 
-def shard(model: LeJEPAModel, blocks: list[nn.Module], mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
+def shard(
+    model: LeJEPAModel,
+    blocks: list[nn.Module],
+    mesh: DeviceMesh,
+    dtype: torch.dtype | None,
+    *,
+    keep: bool = False,
+) -> None:
     """FSDP2: a unit for each block, one for the projector, and one for what remains of the model.
 
     Parameters and moments are float32 and sharded; a unit is gathered in `dtype` (None: float32) for its
-    forward and again for its backward, and gradients are summed in float32.
+    forward and again for its backward, and gradients are summed in float32. Blocks are gathered so for the
+    crops of each size, or with `keep` once a step. (Their gradients are summed once in any case: autograd
+    hands them over when they are those of all crops.)
     """
     # The embeddings are views of one tensor, and nothing changes them in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
@@ -229,13 +243,41 @@ def shard(model: LeJEPAModel, blocks: list[nn.Module], mesh: DeviceMesh, dtype: 
         gathered = None if any(map(_is_batchnorm, own)) else dtype
         policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
         # The backward pass begins where the forward pass ends, so these are gathered once.
-        keep = unit in (model.projector, model)
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep)
+        once = keep or unit in (model.projector, model)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not once)
     # The next block is gathered while this one computes. The backward pass does the same by itself, from the
     # order of the forward pass.
     for block, following in itertools.pairwise(blocks):
         assert isinstance(block, FSDPModule)
         block.set_modules_to_forward_prefetch([following])  # type: ignore[list-item]
+    if keep:
+        _keep_until_the_first_call(model, blocks)
+
+
+def _keep_until_the_first_call(model: LeJEPAModel, blocks: list[nn.Module]) -> None:
+    """In the backward pass let go of the blocks' parameters at the encoder's first call of the step only.
+
+    That call's turn is the last: autograd runs what came later first.
+    """
+    calls = 0
+
+    def begin(module: nn.Module, args: Any) -> None:
+        nonlocal calls
+        calls = 0
+
+    def called(module: nn.Module, args: Any, features: Tensor) -> None:
+        nonlocal calls
+        first, calls = calls == 0, calls + 1
+        if features.requires_grad:
+            features.register_hook(lambda grad: backward_begins(first))
+
+    def backward_begins(first: bool) -> None:
+        for block in blocks:
+            assert isinstance(block, FSDPModule)
+            block.set_reshard_after_backward(first, recurse=False)
+
+    model.register_forward_pre_hook(begin)
+    model.encoder.register_forward_hook(called)
 
 
 def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:

@@ -49,6 +49,8 @@ class PlanOptions:
     """What the backward pass computes again; as --parallel.activation-checkpointing of pretrain.py."""
     replicate: int = 1
     """Groups of GPUs that each hold the whole model (HSDP)."""
+    keep_gathered: bool = False
+    """Parameters are sent once a step and kept whole; as --parallel.keep-gathered of pretrain.py."""
     precision: Literal["bf16", "fp32"] = "bf16"
     num_slices: int = 1024
     """As --loss.num-slices of pretrain.py."""
@@ -174,6 +176,7 @@ def run_config(options: PlanOptions, batch: int) -> Config:
             strategy="fsdp",
             replicate=options.replicate,
             activation_checkpointing=options.activation_checkpointing,
+            keep_gathered=options.keep_gathered,
         ),
         precision=options.precision,
         device="cpu",

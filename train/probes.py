@@ -179,7 +179,8 @@ def fit_linear_probe(
         num_classes: classes are 0 .. num_classes - 1.
         seed: of the held-out choice and of the batches' order; the result is a function of the inputs
             and this seed.
-        epochs: passes over the training features, cut at `max_steps` steps in all.
+        epochs: passes over the training features, cut at `max_steps` steps in all; what these cannot
+            reach of a large set is left out at random, so memory on the device is bounded.
         batch_size: features per step; all of them where there are fewer.
         learning_rates: candidates, each positive; a single one is taken without a search.
         device: where to compute; None is where `train_x` lies.
@@ -192,6 +193,10 @@ def fit_linear_probe(
         raise ValueError(f"learning_rates must be positive numbers, at least one, got {learning_rates!r}")
     device = torch.device(device) if device is not None else train_x.device
     fit = _Fit(num_classes, epochs, batch_size, max_steps, weight_decay, seed)
+    if len(train_x) > max_steps * batch_size:
+        order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed))
+        rows = order[: max_steps * batch_size].to(train_x.device)
+        train_x, train_y = train_x[rows], train_y[rows.to(train_y.device)]
     # A caller may be inside no_grad, inference_mode or autocast: an online probe has to fit all the same.
     with (
         torch.inference_mode(False),

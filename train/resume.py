@@ -108,11 +108,18 @@ def _counted(data: Mapping[str, Any]) -> str:
 
 
 def tensors_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: nn.Module
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: nn.Module,
+    averaged: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """The tensors that a checkpoint holds, by their names in it; they share memory with the run's."""
+    """The tensors that a checkpoint holds, by their names in it; they share memory with the run's.
+
+    `averaged` are those of the averaged model; {} where there is none.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"loss.{name}": tensor for name, tensor in loss_fn.state_dict().items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in averaged.items()}
     for name, parameter in model.named_parameters():
         for slot, tensor in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{slot}"] = tensor
@@ -120,19 +127,26 @@ def tensors_of(
 
 
 def load_tensors_of(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: nn.Module
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: nn.Module,
+    averaged: Mapping[str, torch.Tensor],
 ) -> None:
     """The inverse of `tensors_of`, from a checkpoint of any number of ranks; all ranks call it.
 
+    An average in the checkpoint that this run does not continue is left out.
     UsageError naming a tensor that the run or the checkpoint does not have, or has in another shape.
     """
     saved = checkpoint.saved_tensors(path)
     optimizer.state.clear()
-    wanted = tensors_of(model, optimizer, loss_fn)
+    wanted = tensors_of(model, optimizer, loss_fn, averaged)
     parameters = dict(model.named_parameters())
     slots: list[tuple[torch.nn.Parameter, str, str]] = []
     for name in saved.keys() - wanted.keys():
         section, _, rest = name.partition(".")
+        if section == "average" and not averaged:
+            continue
         parameter, _, slot = rest.rpartition(".")
         if section != "optimizer" or parameter not in parameters:
             raise UsageError(
