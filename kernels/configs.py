@@ -134,6 +134,7 @@ _HALF_OTHERS = (
     ("product", Tile(64, 128, 256, 8, 4)),
     ("fused", Tile(64, 32, 64, 4, 1)),
     ("fused", Tile(64, 32, 64, 4, 1, turns=2)),
+    ("fused", Tile(64, 32, 64, 4, 1, turns=4)),
     ("fused", Tile(64, 32, 128, 4, 1, turns=4)),
     ("fused", Tile(128, 32, 128, 8, 1, turns=2)),
 )
@@ -165,6 +166,7 @@ def _config(
 
 # `programs`: two a multiprocessor.
 _FUSED = Tile(64, 32, 64, 4, 1, turns=2)
+_FUSED_TURNS = _FUSED._replace(turns=4)  # triton 3.6 spills with two
 _FUSED_WIDE = Tile(128, 32, 128, 8, 1, turns=2)
 _MIDDLE = Tile(128, 64, 64, 8, 3, turns=2)
 _SMALL = Tile(64, 64, 64, 4, 3, turns=2)
@@ -177,7 +179,7 @@ _HALF = {
         _up_to(RESIDENT_MAX_DIM, _RESIDENT, _WIDE),
         _up_to(RESIDENT_MAX_DIM, _RESIDENT, _WIDE),
         Tile(64, 128, 256, 8, 3),
-        (Choice(64, _FUSED), Choice(256, _FUSED), Choice(512, _FUSED_WIDE)),
+        (Choice(64, _FUSED), Choice(128, _FUSED), Choice(256, _FUSED_TURNS), Choice(512, _FUSED_WIDE)),
         _HALF_OTHERS,
     ),
     "sm_100": _config(
