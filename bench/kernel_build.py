@@ -11,6 +11,7 @@ from triton.compiler import ASTSource
 from lejepa_fast.kernels import backward, directions, finish, forward
 from lejepa_fast.kernels.configs import Config, Tile, shipped_config
 from lejepa_fast.kernels.layout import Plan, count_splits
+from lejepa_fast.kernels.runtime import OPTIONS
 
 TILED = ("forward", "gradient", "product", "fused")
 _PLAIN = Tile(32, 0, 0, 4, 3)
@@ -153,7 +154,7 @@ def compile_kernel(kernel: Kernel, target: str) -> Any:
         if signature[parameter.name] != "constexpr" and aligned and not parameter.do_not_specialize:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel.function, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": kernel.tile.num_warps, "num_stages": kernel.tile.num_stages}
+    options = {**OPTIONS, "num_warps": kernel.tile.num_warps, "num_stages": kernel.tile.num_stages}
     return triton.compile(source, target=gpu_target(target), options=options)
 
 

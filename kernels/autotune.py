@@ -1,8 +1,8 @@
 """Tiles chosen by timing on the device, opt-in by LEJEPA_AUTOTUNE=1; unset, empty or 0 is off.
 
-The first launch of a kernel for a (device, dtypes, K, M, knots, power of two of rows) times the candidates of
-its configuration, the shipped tile first, and the process keeps the fastest. Off, nothing is timed and a
-cold start never pauses. A candidate that cannot run is passed over.
+The first launch of a kernel for a (device, dtypes, K, M, knots, power of two of rows, variant) times the
+candidates of its configuration, the shipped tile first, and the process keeps the fastest. Off, nothing is
+timed and a cold start never pauses. A candidate that cannot run is passed over.
 
 - Timing synchronises with the device, so nothing is timed while a CUDA graph is captured: an untimed launch
   takes the shipped tile there. Run once before capturing, as graphs ask for anyway.
@@ -50,11 +50,13 @@ class Problem(NamedTuple):
     x: Tensor
     A: Tensor
     plan: Plan
+    variant: tuple[Hashable, ...]  # what else the compiler sees: precision, and of which gradient
 
     def key(self) -> Hashable:
         (views, N, K), M = self.x.shape, self.A.shape[1]
         rows = (views * N).bit_length()
-        return self.x.device, self.x.dtype, self.A.dtype, K, M, self.plan.J, self.plan.equidistant, rows
+        knots = self.plan.J, self.plan.equidistant
+        return self.x.device, self.x.dtype, self.A.dtype, K, M, knots, rows, self.variant
 
 
 def enabled() -> bool:
@@ -77,7 +79,7 @@ def choose(config: Config, kernel: str, problem: Problem, launch: Launch) -> Til
         _rows.extend(timed)
         return shipped if timed[0]["error"] is None else _fastest(timed)
     if enabled():
-        key = (kernel, problem.key())
+        key = (kernel, tuple(config.candidates(kernel, problem.x.shape[2])), problem.key())
         if key in _chosen:
             return _chosen[key]
         if not _capturing(problem.x):
@@ -104,6 +106,8 @@ def _time_all(config: Config, kernel: str, problem: Problem, launch: Launch) -> 
         try:
             seconds = measure(lambda tile=tile: launch(tile), problem.x)  # type: ignore[misc]
         except _CANNOT_RUN as failure:
+            if "CUDA error" in str(failure) or "HIP error" in str(failure):
+                raise  # the device is in a state from which no later launch recovers
             error = f"{type(failure).__name__}: {failure}"
         row = {"tile": tile._asdict(), "shipped": not rows, "seconds": seconds, "error": error}
         rows.append({"kernel": kernel, **size, **row})

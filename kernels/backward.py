@@ -28,7 +28,7 @@ from .autotune import Problem, choose
 from .configs import Config, Tile, get_config
 from .derivative import coefficient_pointers, derivative, load_coefficients
 from .layout import COEF_BLOCK, Plan, count_splits
-from .runtime import empty, kernel_device
+from .runtime import OPTIONS, empty, kernel_device
 from .series import (
     dot,
     load_directions,
@@ -399,6 +399,9 @@ class _Launch(NamedTuple):
         plan = self.plan
         return self.A.shape[1], plan.J, plan.factor_hi, plan.factor_lo, *plan.giant_factor
 
+    def problem(self) -> Problem:
+        return Problem(self.x, self.A, self.plan, (self.precision, self.slice_grad))
+
     def turns(self, tile: Tile) -> int:
         return count_turns(tile, self.plan, self.config.lanes)
 
@@ -422,6 +425,7 @@ class _Launch(NamedTuple):
             "LANES": self.config.lanes,
             "TURNS": self.turns(tile),
             "PRECISION": self.precision,
+            **OPTIONS,
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
         }
@@ -448,7 +452,7 @@ def _launch_fused(c: _Launch, dx: Tensor) -> None:
             EVEN_K=K % block_k == 0,
         )
 
-    launch(choose(c.config, "fused", Problem(c.x, c.A, c.plan), launch))
+    launch(choose(c.config, "fused", c.problem(), launch))
 
 
 def _launch_dp(c: _Launch, dp: Tensor, views: range, samples: range) -> None:
@@ -478,7 +482,7 @@ def _launch_dp(c: _Launch, dp: Tensor, views: range, samples: range) -> None:
             COEF_IN_REGISTERS=_in_registers(c.plan),
         )
 
-    launch(choose(c.config, "gradient", Problem(c.x, c.A, c.plan), launch))
+    launch(choose(c.config, "gradient", c.problem(), launch))
 
 
 def _launch_product(c: _Launch, dp: Tensor, dx: Tensor, views: range, samples: range) -> None:
@@ -507,10 +511,11 @@ def _launch_product(c: _Launch, dp: Tensor, dx: Tensor, views: range, samples: r
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
             PRECISION=c.precision,
+            **OPTIONS,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
 
     # float32 gradients per direction beside directions in half precision need the shared memory of float32.
     config = c.config if dp.dtype == c.A.dtype else get_config(c.x.device, dp.itemsize)
-    launch(choose(config, "product", Problem(c.x, c.A, c.plan), launch))
+    launch(choose(config, "product", c.problem(), launch))

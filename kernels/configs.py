@@ -272,9 +272,15 @@ def target_of(device: torch.device) -> str:
     """Which of `TARGETS` a GPU is served by.
 
     Raises:
-        ValueError: the GPU is older than sm_80.
+        ValueError: the GPU is older than sm_80, or one of AMD without matrix cores of that kind.
     """
     if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        if not name.startswith(("gfx90a", "gfx94", "gfx95")):
+            raise ValueError(
+                "impl: 'triton' kernels need a CDNA GPU (gfx90a, gfx942, gfx950) on ROCm, "
+                f"got {name}; use impl='torch'"
+            )
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import empty, kernel_device
+from .runtime import OPTIONS, empty, kernel_device
 from .series import cos_sin, to_dtype
 
 _BLOCK_Q = 16
@@ -65,6 +65,8 @@ def _directions_kernel(
             value = tl.where((4 * quad + i < K)[:, None], normals[i], 0.0)
             squares += value * value
     norm = tl.sqrt_rn(tl.sum(squares, 0))
+    zero = norm == 0.0  # K of 1 or 2, once in 2**24 columns: the first axis
+    norm = tl.where(zero, 1.0, norm)
 
     squares = tl.zeros((BLOCK_Q, BLOCK_M), tl.float32)
     for q0 in range(0, tl.cdiv(K, 4), BLOCK_Q):
@@ -73,7 +75,8 @@ def _directions_kernel(
         for i in tl.static_range(4):
             row = 4 * quad + i
             mask = (row < K)[:, None] & (m < M)[None, :]
-            value = to_dtype(tl.div_rn(normals[i], norm[None, :] + normals[i] * 0.0), dtype)
+            value = tl.where((row == 0)[:, None] & zero[None, :], 1.0, normals[i])
+            value = to_dtype(tl.div_rn(value, norm[None, :] + value * 0.0), dtype)
             rounded = tl.where(mask, value.to(tl.float32), 0.0)
             squares += rounded * rounded
             tl.store(out_ptr + row[:, None].to(tl.int64) * M + m[None, :], value, mask=mask)
@@ -96,6 +99,6 @@ def sample_directions(
     scale = empty(step, (num_slices,), torch.float32)
     with kernel_device(step):
         _directions_kernel[(triton.cdiv(num_slices, _BLOCK_M),)](
-            step, A, scale, dim, num_slices, seed, BLOCK_Q=_BLOCK_Q, BLOCK_M=_BLOCK_M, num_warps=4
+            step, A, scale, dim, num_slices, seed, BLOCK_Q=_BLOCK_Q, BLOCK_M=_BLOCK_M, **OPTIONS, num_warps=4
         )
     return A, scale

@@ -18,33 +18,43 @@ import triton.language as tl
 from torch import Tensor
 
 from .layout import COEF_BLOCK, Plan, coefficient_shape
-from .runtime import empty, kernel_device
+from .runtime import OPTIONS, empty, kernel_device
 
 _SUM_BLOCK = 1024
 
 
 @triton.jit
 def _table_sums(table_ptr, rows, mask, splits, stride_split):
-    """Entries of the table summed over splits; `rows` are offsets (PAIRS, BLOCK_M)."""
+    """Entries of the table summed over splits, by Kahan; `rows` are offsets (PAIRS, BLOCK_M)."""
     total = tl.zeros(rows.shape, tl.float32)
+    lost = tl.zeros(rows.shape, tl.float32)
     pointers = table_ptr + rows
     for _ in range(splits):
-        total += tl.load(pointers, mask=mask, other=0.0)
+        value = tl.load(pointers, mask=mask, other=0.0) - lost
+        new = total + value
+        lost = (new - total) - value
+        total = new
         pointers += stride_split
     return total
 
 
 @triton.jit
+def _divide(values, count):
+    """Rounded correctly. `/` errs the same way for every value, and T multiplies that with N."""
+    return tl.div_rn(values, tl.zeros(values.shape, tl.float32) + count)
+
+
+@triton.jit
 def _knot(cos_sum, sin_sum, t, phi, weight, count, UNBIASED: tl.constexpr):
     """Contribution of knots to T / N, and the coefficients of cos and sin in dT/dp (T with its factor N)."""
-    mean_cos = cos_sum / count
-    mean_sin = sin_sum / count
+    mean_cos = _divide(cos_sum, count)
+    mean_sin = _divide(sin_sum, count)
     error = mean_cos - phi
     value = error * error + mean_sin * mean_sin
     if UNBIASED:
-        value -= (1.0 - mean_cos * mean_cos - mean_sin * mean_sin) / (count - 1.0)
-        error += mean_cos / (count - 1.0)
-        mean_sin += mean_sin / (count - 1.0)
+        value -= _divide(1.0 - mean_cos * mean_cos - mean_sin * mean_sin, count - 1.0)
+        error += _divide(mean_cos, count - 1.0)
+        mean_sin += _divide(mean_sin, count - 1.0)
     twice = 2.0 * weight * t
     return weight * value, twice * mean_sin, -twice * error
 
@@ -103,7 +113,7 @@ def _sigreg_finish_kernel(
     if HAS_SCALE:
         coef_factor = tl.load(scale_ptr + m, mask=inside, other=0.0)
     if not SCALE_BY_N:
-        coef_factor = coef_factor / count
+        coef_factor = _divide(coef_factor, count)
 
     if EQUIDISTANT:
         W: tl.constexpr = 1 + 2 * B
@@ -238,10 +248,11 @@ def finish(
             ROWS=rows,
             PAIRS=triton.next_power_of_2(pairs),
             BLOCK_M=COEF_BLOCK,
+            **OPTIONS,
             num_warps=4,
         )
         if factor is None:
             return value, coef
         total = empty(table, (), torch.float32)
-        _sum_kernel[(1,)](value, total, blocks, factor, BLOCK=_SUM_BLOCK, num_warps=4)
+        _sum_kernel[(1,)](value, total, blocks, factor, BLOCK=_SUM_BLOCK, **OPTIONS, num_warps=4)
     return total, coef

@@ -15,7 +15,7 @@ from torch import Tensor
 from .autotune import Problem, choose
 from .configs import Config, Tile
 from .layout import Plan, count_splits
-from .runtime import empty, kernel_device
+from .runtime import OPTIONS, empty, kernel_device
 from .series import (
     baby_steps,
     complex_mul,
@@ -335,10 +335,11 @@ def table_sums(
             LANES=config.lanes,
             TURNS=tile.turns,
             PRECISION=precision,
+            **OPTIONS,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
 
     with kernel_device(x):
-        launch(choose(config, "forward", Problem(x, A, plan), launch))
+        launch(choose(config, "forward", Problem(x, A, plan, (precision,)), launch))
     return out

@@ -92,6 +92,8 @@ class Split(NamedTuple):
 _WAVES = 8
 # ... as long as a split has so many times the least samples, because starting a program costs too.
 _MIN_SHARE = 4
+# A program adds its samples one after another in float32; what it adds up to is summed with compensation.
+_MAX_SAMPLES = 1024
 
 
 def count_splits(views: int, N: int, M: int, chunks: int, split: Split) -> tuple[int, int]:
@@ -106,7 +108,7 @@ def count_splits(views: int, N: int, M: int, chunks: int, split: Split) -> tuple
     units = max(1, ceil_div(N, split.samples))
     fill = split.programs // base
     smooth = min(_WAVES * split.programs // base, units // _MIN_SHARE)
-    share = ceil_div(units, min(units, max(1, fill, smooth)))
+    share = min(ceil_div(units, min(units, max(1, fill, smooth))), _MAX_SAMPLES // split.samples)
     return ceil_div(units, share), share * split.samples
 
 

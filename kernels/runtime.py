@@ -9,6 +9,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+# Of every launch. Products and sums may become one instruction; unset, newer versions of Triton warn.
+OPTIONS = {"enable_fp_fusion": True}
+
 
 def interpreting() -> bool:
     """True when Triton runs kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""

@@ -116,7 +116,10 @@ def _sample_directions(
     normals = _normals(dim, num_slices, step, seed)
     if dtype == torch.float64:
         normals = normals.double()
-    A = (normals / torch.linalg.vector_norm(normals, dim=0, keepdim=True)).to(dtype)
+    norm = torch.linalg.vector_norm(normals, dim=0, keepdim=True)
+    # K of 1 or 2, once in 2**24 columns: the first axis.
+    normals[:1] = torch.where(norm == 0, 1, normals[:1])
+    A = (normals / torch.where(norm == 0, 1, norm)).to(dtype)
     if dtype.itemsize > 2:  # unit vectors already, to their own rounding
         return A, A.new_ones(num_slices)
     return A, 1 / torch.linalg.vector_norm(A.float(), dim=0)
@@ -185,7 +188,7 @@ def _mul_hi_lo(a: Tensor, complement: int) -> tuple[Tensor, Tensor]:
 def _box_muller(word_1: Tensor, word_2: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent standard normals from two 32-bit words, in float32."""
     scale = 2.0**-24
-    u1 = ((word_1 >> 8) + 1).float() * scale  # (0, 1]: the logarithm is finite
+    u1 = ((word_1 >> 8) + 1).float() * scale  # (0, 1]: the logarithm is finite, and 0 at 1
     u2 = (word_2 >> 8).float() * scale  # [0, 1)
     radius = torch.sqrt(-2 * torch.log(u1))
     angle = (2 * math.pi) * u2

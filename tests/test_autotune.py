@@ -21,9 +21,9 @@ def _tuner(monkeypatch):
     monkeypatch.setenv("LEJEPA_AUTOTUNE", "1")
 
 
-def problem(N: int = 2048, K: int = 512, J: int = 17) -> autotune.Problem:
+def problem(N: int = 2048, K: int = 512, J: int = 17, variant=()) -> autotune.Problem:
     x, A = torch.empty(8, N, K, device="meta"), torch.empty(K, 1024, device="meta")
-    return autotune.Problem(x, A, make_plan(J, 3 / (J - 1)))
+    return autotune.Problem(x, A, make_plan(J, 3 / (J - 1)), variant)
 
 
 class Clock:
@@ -52,7 +52,7 @@ def test_the_fastest_tile_is_kept(monkeypatch):
     clock.order = tiles  # what is fast later does not matter
     assert clock.choose(problem(N=3000)) == tiles[-1], "the same power of two of rows"
     assert len(clock.launched) == len(tiles)
-    for other in (problem(N=5000), problem(K=256), problem(J=9)):
+    for other in (problem(N=5000), problem(K=256), problem(J=9), problem(variant=("tf32", True))):
         assert clock.choose(other) == tiles[0]
 
 
@@ -103,6 +103,28 @@ def test_tiles_that_cannot_run_are_passed_over(monkeypatch, failure):
         clock.launched.append(tile)
 
     assert autotune.choose(CONFIG, "forward", problem(), launch) == tiles[-2]
+
+
+def test_a_broken_device_is_no_reason_to_try_the_next_tile(monkeypatch):
+    Clock(monkeypatch, CONFIG.candidates("forward", 512))
+
+    def launch(tile: Tile) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        autotune.choose(CONFIG, "forward", problem(), launch)
+
+
+def test_a_choice_is_not_for_another_configuration(monkeypatch):
+    """Gradients per direction are multiplied in float32, which other tiles may not hold."""
+    tiles = CONFIG.candidates("forward", 512)
+    clock = Clock(monkeypatch, tiles)
+    clock.choose(problem())
+    clock.launched.clear()
+    single = shipped_config("sm_90", 4)
+    clock.order = single.candidates("forward", 512)
+    assert clock.choose(problem(), single) in clock.order
+    assert clock.launched == clock.order
 
 
 def test_where_no_tile_can_run_the_shipped_one_says_why(monkeypatch):
@@ -156,7 +178,9 @@ def test_splits_cover_every_sample_once(N, views, M):
     splits, samples = count_splits(views, N, M, 1, CONFIG.split)
     assert splits * samples >= N
     assert N == 0 or (splits - 1) * samples < N, "no split is empty"
-    assert splits == 1 or splits * views * M <= 8 * CONFIG.split.programs * (CONFIG.split.block_m + M)
+    assert samples <= 1024, "more are not added one after another in float32"
+    most = 8 * CONFIG.split.programs * (CONFIG.split.block_m + M)
+    assert splits <= max(-(-N // 1024), most // (views * M))
 
 
 def test_more_samples_than_the_kernels_can_count_are_refused():

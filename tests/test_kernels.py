@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,16 @@ def test_old_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(ValueError, match=r"^impl: .*8\.0 or newer, got 7\.5; use impl='torch'"):
         ops.resolve_implementation("triton", torch.device("cuda"), torch.float32)
+
+
+@pytest.mark.parametrize(("name", "taken"), [("gfx942:sramecc+:xnack-", True), ("gfx1100", False)])
+def test_amd_gpus_without_their_matrix_cores_are_refused(monkeypatch, name, taken):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    properties = SimpleNamespace(gcnArchName=name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    reason = triton_ops.why_not(torch.device("cuda"), torch.float32)
+    assert (reason is None) == taken
+    assert taken or "got gfx1100; use impl='torch'" in reason
 
 
 @pytest.mark.parametrize(
