@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import stat
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -31,6 +33,8 @@ IMAGE_SUFFIXES = frozenset(
 
 # An image file is held in memory as a whole, so a larger one is refused before it is read.
 MAX_IMAGE_BYTES = 256 << 20
+
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0)
 
 # What Pillow may try on a file, whatever its suffix says. Not all it knows: for EPS it runs Ghostscript.
 # (MPO, several JPEG pictures in one file, opens as JPEG.)
@@ -79,6 +83,17 @@ def _wide_to_rgb(image: Image.Image) -> Image.Image:
 def open_encoded(data: bytes) -> Image.Image:
     """Open an image file held in memory; pixels are decoded on first use."""
     return Image.open(io.BytesIO(data), formats=_FORMATS)
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """An image file as it is. Raises `UnreadableImageError` for one that is too large, or no plain file."""
+    # Opened so that a pipe does not wait for a writer. A device, behind a link, might never end.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _AT_ONCE)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImageError(os.fspath(path), "a pipe or device, not a file")
+        refuse_large(os.fspath(path), status.st_size)
+        return file.read()
 
 
 def refuse_large(where: str, size: int) -> None:

@@ -23,7 +23,7 @@ from lejepa_fast.data.decode import (
     UnreadableImageError,
     open_encoded,
     printable,
-    refuse_large,
+    read_file,
     to_rgb,
     unreadable,
 )
@@ -35,6 +35,7 @@ Split = Literal["train", "val"]
 EMBEDDED = {"trashnet96": Path(__file__).with_name("trashnet96")}
 _SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _PROBED_IMAGES = 64
+_MAX_CLASSES_BYTES = 64 << 20
 _VAL_NAMES = ("val", "valid", "validation", "test")
 
 
@@ -214,9 +215,7 @@ class FolderSource(EncodedSource):
         return str(self.root / self.relative_path(index))
 
     def encoded(self, index: int) -> bytes:
-        with open(self.root / self.relative_path(index), "rb") as file:
-            refuse_large(self.describe(index), os.fstat(file.fileno()).st_size)
-            return file.read()
+        return read_file(self.describe(index))
 
 
 def open_source(path: str, split: Split, *, val_fraction: float = 0.1, seed: int = 0) -> ImageSource:
@@ -327,6 +326,8 @@ def _read_classes(root: Path) -> list[str] | None:
     if not file.is_file():
         return None
     try:
+        if (size := file.stat().st_size) > _MAX_CLASSES_BYTES:
+            raise UsageError(f"{file} has {size >> 20:,} MiB, too much for one class name per line")
         names = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UsageError(f"{file} is not UTF-8 text; save it in UTF-8") from error
