@@ -259,8 +259,9 @@ def multicrop_loader(
     tensors go (None: stay on the CPU). shuffle=False takes images in the order of the source. start_method:
     how workers start ("fork", "spawn", "forkserver"; None: Python's default). prefetch: finished batches
     that wait (per worker with torchvision). hw_decoder_load: share of JPEGs for a GPU's hardware decoder.
-    quarantine: file that lists bad images; max_bad_fraction: share of bad images that stops the run. See
-    `quarantine.Quarantine`; the place of a bad image is taken by another one (`quarantine.Substitutes`).
+    quarantine: file that lists bad images, one for all ranks; max_bad_fraction: share of bad images that
+    stops the run. See `quarantine.Quarantine`; the place of a bad image is taken by another one
+    (`quarantine.Substitutes`).
 
     The crops and colours of an image are a function of (seed, epoch, index of the image), whatever the
     backend, the number of workers and ranks and the batch size; the images of step s are the same for
