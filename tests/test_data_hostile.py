@@ -119,7 +119,7 @@ REFUSED: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "pax-of-gigabytes": (lambda _: claiming("x", tarfile.XHDTYPE, HUGE), "header of more than 1 MiB"),
     "pax-for-all-of-gigabytes": (lambda _: claiming("x", tarfile.XGLTYPE, HUGE), "header of more than 1 MiB"),
     "label-of-gigabytes": (lambda _: claiming("9.cls", tarfile.REGTYPE, HUGE), "must hold a class index"),
-    "chain-of-headers": (lambda _: global_header() * 500 + good(0, BATCH) + END, "not a complete tar"),
+    "chain-of-headers": (lambda _: global_header() * 1100 + good(0, BATCH) + END, "not a complete tar"),
     "backwards": (lambda _: between(claiming("9.png", tarfile.REGTYPE, -4096)), "claims -4096 bytes"),
 }
 # Shards whose good images are all seen, and why a bad one is quarantined (None: there is none).
