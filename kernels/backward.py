@@ -6,13 +6,12 @@ With the coefficients of `finish.py`, the derivative of T at a projection p is t
 
 and dx[n] = sum over m of dT/dp[n, m] * scale[m] * A[:, m]. While K is small enough for dx^T (K, BLOCK_N) to
 stay in registers, one program owns BLOCK_N samples and walks over all directions (`_sigreg_bwd_kernel`):
-nothing of the size of the projections reaches memory. For larger K one kernel writes dT/dp of a chunk of
-samples and a matrix product follows (`_sigreg_dp_kernel`, `_sigreg_dx_kernel`). Either way dx is a sum in a
-fixed order.
+nothing of the size of the projections reaches memory. For larger K one kernel writes dT/dp of a chunk and a
+product follows (`_sigreg_dp_kernel`, `_sigreg_dx_kernel`). Either way dx is a sum in a fixed order.
 
 The second product takes dT/dp in the dtype of x and A. float16 holds a few orders of magnitude only, and
-dT/dp has no fixed size (weights, `scale_by_n`): it is multiplied with a power of two for each view (`_power`,
-NORMALIZE), taken back in float32.
+dT/dp has no fixed size (weights, `scale_by_n`): with NORMALIZE it is multiplied with a power of two for each
+view, taken back in float32.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from .autotune import Problem, choose
 from .configs import Config, Tile, get_config
-from .derivative import coefficient_pointers, derivative, load_coefficients
+from .derivative import coefficient_pointers, derivative, load_coefficients, normalizing_power
 from .layout import COEF_BLOCK, Plan, count_splits
 from .runtime import OPTIONS, empty, kernel_device
 from .series import (
@@ -42,26 +41,6 @@ from .series import (
 # A table of up to two giant steps fits into registers beside everything else.
 _COEF_IN_REGISTERS = 35
 _COEF_BLOCK = tl.constexpr(COEF_BLOCK)
-
-
-@triton.jit
-def _power(coef_ptr, views, M, ROWS: tl.constexpr, COUNT: tl.constexpr):
-    """The powers of two that take dT/dp of `views`, (COUNT,), to the upper end of float16; (COUNT, 1).
-
-    |dT/dp| <= ROWS * peak, the largest coefficient of the view; times the power it is below 2**15. Within
-    2**100 either way its inverse is exact, and both leave float32 room for what they multiply.
-    """
-    STRIDE: tl.constexpr = (ROWS + 1) * _COEF_BLOCK
-    blocks = tl.cdiv(M, _COEF_BLOCK)
-    coef_ptrs = coef_ptr + (views * blocks)[:, None] * STRIDE + ROWS * _COEF_BLOCK
-    peaks = tl.zeros((COUNT, 16), tl.float32)
-    for first in range(0, blocks, 16):
-        block = (first + tl.arange(0, 16))[None, :]
-        peaks = tl.maximum(peaks, tl.load(coef_ptrs + block * STRIDE, mask=block < blocks, other=0.0))
-    bound = tl.max(peaks, 1)[:, None] * ROWS
-    exponent = bound.to(tl.int32, bitcast=True) >> 23  # biased by 127; bound < 2**(exponent - 126)
-    power = tl.minimum(tl.maximum(127 + 15 + 126 - exponent, 27), 227)
-    return (power << 23).to(tl.float32, bitcast=True)
 
 
 # A value of 1 or a multiple of 16 would be a compilation of its own, for nothing.
@@ -126,7 +105,7 @@ def _sigreg_dp_kernel(
     view = first_view + launch_view
     x_ptr += view * stride_xv
     if NORMALIZE:
-        power = _power(coef_ptr, view + tl.zeros((1,), tl.int64), M, ROWS, 1)
+        power = normalizing_power(coef_ptr, view + tl.zeros((1,), tl.int64), M, ROWS, 1)
     coef_ptr += view * tl.cdiv(M, _COEF_BLOCK) * ((ROWS + 1) * _COEF_BLOCK)
     out_ptr += launch_view * (n_stop - n_first) * M
     m_mask = (m < M)[:, None]
@@ -221,7 +200,7 @@ def _sigreg_bwd_kernel(
     view = (pid // n_blocks).to(tl.int64)
     x_ptr += view * stride_xv
     if NORMALIZE:
-        power = _power(coef_ptr, view + tl.zeros((1,), tl.int64), M, ROWS, 1)
+        power = normalizing_power(coef_ptr, view + tl.zeros((1,), tl.int64), M, ROWS, 1)
     coef_ptr += view * tl.cdiv(M, _COEF_BLOCK) * ((ROWS + 1) * _COEF_BLOCK)
     x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, TILES, EVEN_K, True)
     dx = ()
@@ -301,7 +280,7 @@ def _sigreg_dx_kernel(
         a_ptrs += BLOCK_M * tl.cast(stride_am, tl.int64)
     if NORMALIZE:
         view = first_view + tl.minimum(n, rows - 1) // view_rows
-        dx *= 1.0 / _power(coef_ptr, view, M, TABLE_ROWS, BLOCK_N)
+        dx *= 1.0 / normalizing_power(coef_ptr, view, M, TABLE_ROWS, BLOCK_N)
     if not SLICE_GRAD:
         out_factor *= tl.load(grad_ptr)
     mask = (n < rows)[:, None] & (k < K)[None, :]

@@ -32,6 +32,26 @@ def coefficient_pointers(coef_ptr, m, M, ROWS: tl.constexpr):
 
 
 @triton.jit
+def normalizing_power(coef_ptr, views, M, ROWS: tl.constexpr, COUNT: tl.constexpr):
+    """The powers of two that take dT/dp of `views`, (COUNT,), to the upper end of float16; (COUNT, 1).
+
+    |dT/dp| <= ROWS * peak, the largest coefficient of the view; times the power it is below 2**15. Within
+    2**100 either way its inverse is exact, and both leave float32 room for what they multiply.
+    """
+    STRIDE: tl.constexpr = (ROWS + 1) * _COEF_BLOCK
+    blocks = tl.cdiv(M, _COEF_BLOCK)
+    coef_ptrs = coef_ptr + (views * blocks)[:, None] * STRIDE + ROWS * _COEF_BLOCK
+    peaks = tl.zeros((COUNT, 16), tl.float32)
+    for first in range(0, blocks, 16):
+        block = (first + tl.arange(0, 16))[None, :]
+        peaks = tl.maximum(peaks, tl.load(coef_ptrs + block * STRIDE, mask=block < blocks, other=0.0))
+    bound = tl.max(peaks, 1)[:, None] * ROWS
+    exponent = bound.to(tl.int32, bitcast=True) >> 23  # biased by 127; bound < 2**(exponent - 126)
+    power = tl.minimum(tl.maximum(127 + 15 + 126 - exponent, 27), 227)
+    return (power << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def load_coefficients(coef_ptrs, COUNT: tl.constexpr):
     """The first COUNT coefficients of every direction, a tuple of (BLOCK_M, 1)."""
     coef = ()

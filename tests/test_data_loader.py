@@ -293,7 +293,8 @@ def test_state_of_another_run_is_refused(make):
     state = {"epoch": 1, "batch": 2, "seed": 0, "global_batch": 4, "images": 37}
     for change, text in (
         ({"seed": 9}, "seed 9, now it is 0"),
-        ({"global_batch": 8}, "batch size x ranks 8, now it is 4"),
+        ({"global_batch": 8, "world_size": 3}, "does not say on how many ranks"),
+        ({"earlier": [[0, 4, 0, 1]]}, "does not say on how many ranks"),
         ({"images": 36}, "number of images 36"),
         ({"batch": 10}, "batch 10 of an epoch of 9"),
         ({"epoch": None}, "needs 'epoch' and 'batch'"),

@@ -153,3 +153,19 @@ def test_huge_files_are_not_read(tmp_path, backend, kind):
     (line,) = listing.read_text().splitlines()
     reason = "204,800 MiB, more than the 256 that an image file may have"
     assert line.split("\t")[1:] == [str(huge), reason]
+
+
+def test_what_is_no_file_is_quarantined(tmp_path, backend):
+    # Reading the one would wait for a writer for ever, reading the other would never end.
+    flat_folder(tmp_path / "images", 9).rename(tmp_path / "plain")
+    root = tmp_path / "images" / "ant"
+    root.parent.mkdir()
+    (tmp_path / "plain").rename(root)
+    os.mkfifo(root / "pipe.png")
+    (root / "zero.png").symlink_to("/dev/zero")
+    listing = tmp_path / "quarantine.txt"
+    options = {"backend": backend, "quarantine": listing, "max_bad_fraction": 0.3}
+    images = eval_loader(FolderSource(root.parent), image_size=8, batch_size=11, **options)
+    assert [len(batch) for batch, _ in images] == [9]
+    reason = "a pipe or device, not a file"
+    assert read_quarantine(listing) == {"pipe.png": reason, "zero.png": reason}

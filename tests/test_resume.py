@@ -103,6 +103,14 @@ def test_a_folder_with_other_checkpoints_takes_none_from_elsewhere(tiny: Make, t
     assert rows_of(cfg)[-1]["step"] == 8
 
 
+def test_another_batch_size_in_mid_epoch_leaves_no_image_out(tiny: Make) -> None:
+    train_only(tiny(max_steps=3))  # 24 of 32 images
+    cfg = tiny(max_steps=6, data={"batch_size": 16})
+    train_only(cfg)
+    # The last eight come in a batch with eight that have been seen.
+    assert [row["epoch"] for row in rows_of(cfg)] == [0, 0, 0, 0, 1, 1]
+
+
 def test_another_batch_size_keeps_the_epochs(tiny: Make) -> None:
     """Resumed between epochs: evaluations are still due when an epoch ends, and epochs count on."""
     train_only(tiny(max_steps=4))  # one epoch of 32 images

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -35,6 +36,8 @@ IMAGE_SUFFIXES = frozenset(
 MAX_IMAGE_BYTES = 256 << 20
 # Nor is one of more pixels decoded. Pillow draws the line at the same place, unless a program has moved it.
 MAX_IMAGE_PIXELS = 178_956_970
+
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0)
 
 # What Pillow may try on a file, whatever its suffix says. Not all it knows: for EPS it runs Ghostscript.
 # (MPO, several JPEG pictures in one file, opens as JPEG.)
@@ -99,9 +102,13 @@ def open_encoded(data: bytes) -> Image.Image:
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """An image file as it is. Raises `UnreadableImageError` for one of more than `MAX_IMAGE_BYTES` bytes."""
-    with open(path, "rb") as file:
-        refuse_large(os.fspath(path), os.fstat(file.fileno()).st_size)
+    """An image file as it is. Raises `UnreadableImageError` for one that is too large, or no plain file."""
+    # Opened so that a pipe does not wait for a writer. A device, behind a link, might never end.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _AT_ONCE)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImageError(os.fspath(path), "a pipe or device, not a file")
+        refuse_large(os.fspath(path), status.st_size)
         return file.read()
 
 

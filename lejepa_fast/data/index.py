@@ -21,6 +21,7 @@ from lejepa_fast.data.members import Member
 from lejepa_fast.errors import RunError, UsageError
 
 _VERSION = 1
+_LONGEST_LINE = 8 << 20  # characters: names in a tar are shorter, and a file without lines is not read whole
 
 
 def index_path(shard: Path) -> Path:
@@ -32,10 +33,13 @@ def read_index(shard: Path) -> list[Member] | None:
     """The members of a shard from its index file; None when there is none, or none that fits the shard."""
     try:
         status = shard.stat()
+        if not index_path(shard).is_file():
+            return None
         with open(index_path(shard), encoding="utf-8") as file:
-            if json.loads(file.readline()) != _header(status):
+            if json.loads(file.readline(_LONGEST_LINE)) != _header(status):
                 return None
-            members = [Member(*json.loads(line)) for line in file]
+            lines = iter(lambda: file.readline(_LONGEST_LINE), "")
+            members = [Member(*json.loads(line)) for line in lines]
         return members if all(_is_sound(member, status.st_size) for member in members) else None
     except (OSError, ValueError, TypeError, RecursionError):
         return None

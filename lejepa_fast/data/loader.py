@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -18,7 +18,7 @@ from lejepa_fast.data.memory import give_memory_back
 from lejepa_fast.data.plan import EvalPlan, TrainPlan
 from lejepa_fast.data.quarantine import DEFAULT_MAX_BAD_FRACTION, Omission, Quarantine, Substitutes
 from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe
-from lejepa_fast.data.sampler import BatchKey, EpochSchedule
+from lejepa_fast.data.sampler import BatchKey, EpochSchedule, Part
 from lejepa_fast.data.sources import ImageSource, check_sizes
 from lejepa_fast.errors import UsageError
 
@@ -50,9 +50,22 @@ class MultiCropLoader:
         self._labelled, self._device, self._dtype = labelled, device, dtype
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._mean, self._std = channel_values(recipe.mean, device), channel_values(recipe.std, device)
-        self._epoch = 0
-        self._batch = 0  # batches of this epoch that the trainer has taken
-        self._resuming = False
+        self._stand_at(0)
+
+    def _stand_at(
+        self,
+        epoch: int,
+        batch: int = 0,
+        *,
+        since: int = 0,
+        earlier: Sequence[Part] = (),
+        resuming: bool = False,
+    ) -> None:
+        self._epoch = epoch
+        self._batch = batch  # batches of this epoch that the trainer has taken
+        # The epoch so far: parts on other numbers of ranks, and the batch since which it runs on these.
+        self._earlier, self._since = list(earlier), since
+        self._resuming = resuming
 
     @property
     def backend(self) -> str:
@@ -74,18 +87,22 @@ class MultiCropLoader:
             raise UsageError(f"epoch must be 0 or more; got {epoch}")
         if self._resuming and epoch == self._epoch:
             return
-        self._epoch, self._batch, self._resuming = epoch, 0, False
+        self._stand_at(epoch)
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], Tensor | None]]:
-        start = self._batch if self._resuming else 0
-        epoch = self._epoch
-        self._batch, self._resuming = start, False
-        substitutes = Substitutes(self._schedule, epoch, start, self._quarantine)
+        if not self._resuming:
+            self._stand_at(self._epoch)
+        epoch, start = self._epoch, self._batch
+        self._resuming = False
+        substitutes = Substitutes(
+            self._schedule, epoch, start, self._quarantine, since=self._since, earlier=self._earlier
+        )
         for raw in self._backend.batches(self._schedule.keys(epoch, start), substitutes):
             batch = self._finish(raw)
+            self._quarantine.check()  # so that too many bad files stop all ranks, whoever meets them
             self._batch += 1
             yield batch
-        self._epoch, self._batch = epoch + 1, 0
+        self._stand_at(epoch + 1)
         give_memory_back()
 
     @property
@@ -99,43 +116,68 @@ class MultiCropLoader:
         After the last batch of an epoch, also within the loop body, it is the start of the next epoch.
         """
         complete = self._batch == len(self)
+        self._quarantine.refresh()  # what other ranks have met up to here belongs to the state
         return {
             "epoch": self._epoch + complete,
             "batch": 0 if complete else self._batch,
             "seed": self._schedule.seed,
             "global_batch": self._schedule.global_batch,
+            "world_size": self._schedule.world_size,
+            "since": 0 if complete else self._since,
+            "earlier": [] if complete else [list(part) for part in self._earlier],
             "images": self._schedule.num_images,
             "bad": self.quarantined,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where the state was taken, on any number of ranks with the same global batch.
+        """Continue where the state was taken, on any number of ranks.
 
-        Raises `UsageError` when the state does not fit: in mid-epoch, another seed, global batch or
-        number of images would silently repeat some images and leave others out.
+        With the same global batch (batch size x ranks) every image of the rest is seen as it would have been.
+        With another one the epoch goes on at the last batch that does not leave an image out, which repeats
+        less than one batch per rank. In mid-epoch the places of bad images need the knowledge of all ranks:
+        share the quarantine file. Raises `UsageError` when the state does not fit: in mid-epoch, another
+        seed or number of images would silently repeat some images and leave others out.
         """
         epoch, batch = state.get("epoch"), state.get("batch")
         if not isinstance(epoch, int) or not isinstance(batch, int) or epoch < 0 or batch < 0:
             raise UsageError(f"loader state needs 'epoch' and 'batch', both 0 or more; got {dict(state)}")
-        mine = self.state_dict()
-        for key, meaning in (
-            ("seed", "seed"),
-            ("global_batch", "batch size x ranks"),
-            ("images", "number of images"),
+        own = self._schedule
+        for key, meaning, mine in (
+            ("seed", "seed", own.seed),
+            ("images", "number of images", own.num_images),
         ):
-            if batch and key in state and state[key] != mine[key]:
+            if batch and state.get(key, mine) != mine:
                 raise UsageError(
-                    f"the loader state was saved in mid-epoch with {meaning} {state[key]}, "
-                    f"now it is {mine[key]}; "
+                    f"the loader state was saved in mid-epoch with {meaning} {state[key]}, now it is {mine}; "
                     "resume with the same, or from the end of an epoch"
                 )
-        if batch > len(self):
+        part, earlier = self._parts_of(state, batch)
+        if part.last > own.num_images // (part.world_size * part.batch_size):
             raise UsageError(
                 f"loader state is at batch {batch} of an epoch of {len(self)}; it is of another run"
             )
-        if state.get("images") == mine["images"]:
+        if state.get("images") == own.num_images:
             self._quarantine.learn(state.get("bad", ()))
-        self._epoch, self._batch, self._resuming = epoch, batch, True
+        if (part.world_size, part.batch_size) == (own.world_size, own.batch_size) or not batch:
+            self._stand_at(epoch, batch, since=part.first, earlier=earlier, resuming=True)
+            return
+        batch = batch * part.world_size * part.batch_size // own.global_batch
+        self._stand_at(epoch, batch, since=batch, earlier=[*earlier, part], resuming=True)
+
+    def _parts_of(self, state: Mapping[str, Any], batch: int) -> tuple[Part, list[Part]]:
+        """The part of the epoch that a state ends, and those before. Older states tell of one only."""
+        own = self._schedule
+        try:
+            ranks = int(state.get("world_size", own.world_size))
+            size, rest = divmod(int(state.get("global_batch", own.global_batch)), ranks)
+            since = int(state.get("since", 0)) if batch else 0
+            earlier = [Part(*map(int, part)) for part in state.get("earlier", ())] if batch else []
+            parts = [*earlier, Part(ranks, size, since, batch)]
+            if rest or any(min(p.world_size, p.batch_size) < 1 or not 0 <= p.first <= p.last for p in parts):
+                raise ValueError
+        except (TypeError, ValueError, ZeroDivisionError):
+            raise UsageError(f"loader state does not say on how many ranks it was: {dict(state)}") from None
+        return parts[-1], earlier
 
     def _finish(self, raw: RawBatch) -> tuple[list[Tensor], Tensor | None]:
         views = [
@@ -218,8 +260,9 @@ def multicrop_loader(
     tensors go (None: stay on the CPU). shuffle=False takes images in the order of the source. start_method:
     how workers start ("fork", "spawn", "forkserver"; None: Python's default). prefetch: finished batches
     that wait (per worker with torchvision). hw_decoder_load: share of JPEGs for a GPU's hardware decoder.
-    quarantine: file that lists bad images; max_bad_fraction: share of bad images that stops the run. See
-    `quarantine.Quarantine`; the place of a bad image is taken by another one (`quarantine.Substitutes`).
+    quarantine: file that lists bad images, one for all ranks; max_bad_fraction: share of bad images that
+    stops the run. See `quarantine.Quarantine`; the place of a bad image is taken by another one
+    (`quarantine.Substitutes`).
 
     The crops and colours of an image are a function of (seed, epoch, index of the image), whatever the
     backend, the number of workers and ranks and the batch size; the images of step s are the same for

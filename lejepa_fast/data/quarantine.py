@@ -4,22 +4,29 @@ A batch keeps its size and every rank its number of batches. The place of a bad 
 the epoch would have dropped at its end (the images are seldom a multiple of the batch). Only when those run
 out, images from the beginning of the epoch are repeated. Which image comes in is a function of the
 schedule and of the set of bad files, in the order of the places; so both backends agree, and so does a
-resumed run.
+resumed run. What was known beforehand, and when another rank's files become known, makes no difference.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from lejepa_fast.data.decode import printable
-from lejepa_fast.data.sampler import EpochSchedule
+from lejepa_fast.data.sampler import EpochSchedule, Part
 from lejepa_fast.data.sources import ImageSource
 from lejepa_fast.errors import RunError, UsageError
+
+try:
+    import fcntl
+except ImportError:  # not Linux or macOS: lines stay whole, but two ranks may write the same one
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("lejepa_fast.data")
 
@@ -31,8 +38,8 @@ class Quarantine:
 
     file: where they are written, one line each: name, number of the image, reason, with tabs between. Lines
     that are there already and fit the source count as known, so those images are not tried again; several
-    ranks may share the file. None: they are only kept in memory and logged.
-    max_bad_fraction: more than this share of the source's images stops the run with a `RunError`.
+    ranks may share the file, and then each knows what all have met. None: they are only kept in memory and
+    logged. max_bad_fraction: more than this share of the source's images stops the run with a `RunError`.
     """
 
     def __init__(
@@ -49,29 +56,42 @@ class Quarantine:
         self._file = None if file is None else Path(file)
         self._max_bad_fraction, self._log_each = max_bad_fraction, log_each
         self.known: set[int] = set()
+        self._last: tuple[int, str] | None = None  # number and reason of the latest bad image
         self._read_bytes = 0
-        self._read()
+        # A backend adds to it in a thread of its own while the trainer asks for the state.
+        self._lock = threading.Lock()
+        self._look()
 
     def add(self, index: int, reason: str) -> None:
         """Write image `index` down. Raises `RunError` when there are too many now."""
-        if index not in self.known:
-            self._read()  # another rank may have met it, too
-        if index not in self.known:
-            self.known.add(index)
-            name = printable(self._source.describe(index))
-            log.log(logging.WARNING if self._log_each else logging.DEBUG, "quarantined %s: %s", name, reason)
-            self._write(f"{name}\t{index}\t{printable(reason)}\n")
-        self._check(index, reason)
+        with self._lock:
+            if index not in self.known:
+                self._write(index, printable(reason))
+            self._last = self._last or (index, reason)
+            self._check()
 
     def learn(self, indices: Iterable[int]) -> None:
         """Take over what a saved state knows."""
-        self.known.update(index for index in indices if 0 <= index < len(self._source))
+        with self._lock:
+            self.known.update(index for index in indices if 0 <= index < len(self._source))
 
-    def _check(self, index: int, reason: str) -> None:
+    def refresh(self) -> None:
+        """Take over what other ranks have met since; costs a look at the size of the file."""
+        with self._lock:
+            self._look()
+
+    def check(self) -> None:
+        """`refresh`; raises `RunError` when there are too many now."""
+        with self._lock:
+            self._look()
+            self._check()
+
+    def _check(self) -> None:
         count, total = len(self.known), len(self._source)
         # A single file never stops a run that allows for any.
-        if count <= max(self._max_bad_fraction * total, self._max_bad_fraction > 0):
+        if self._last is None or count <= max(self._max_bad_fraction * total, self._max_bad_fraction > 0):
             return
+        index, reason = self._last
         share = f"{100 * self._max_bad_fraction:g} %"
         raise RunError(
             f"{count} of {total} images are bad, more than the allowed {share} (max_bad_fraction); "
@@ -79,55 +99,103 @@ class Quarantine:
             "'python -m lejepa_fast.data.verify PATH', then repair or remove them"
         )
 
-    def _read(self) -> None:
-        """Take over the lines that have been added since the last look, by whichever rank."""
-        if self._file is None or not self._file.exists():
-            return
-        try:
-            with open(self._file, "rb") as file:
-                file.seek(self._read_bytes)
-                added = file.read()
-        except OSError as error:
-            raise UsageError(f"cannot read {self._file}: {error.strerror}; choose another file") from error
-        self._read_bytes += len(added)
-        for line in added.decode("utf-8", errors="replace").splitlines():
-            name, _, rest = line.partition("\t")
-            number = rest.partition("\t")[0]
-            index = int(number) if number.isdecimal() else -1
-            if 0 <= index < len(self._source) and printable(self._source.describe(index)) == name:
-                self.known.add(index)
-
-    def _write(self, line: str) -> None:
+    def _look(self) -> None:
+        """Take over the lines that have been added to the file since the last look, by whichever rank."""
         if self._file is None:
             return
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            # One write in append mode: lines of several ranks do not mix.
-            descriptor = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                os.write(descriptor, line.encode())
-            finally:
-                os.close(descriptor)
+            if self._file.stat().st_size == self._read_bytes:
+                return
+            with open(self._file, "rb") as file:
+                self._take_over(file.fileno())
+        except FileNotFoundError:
+            return
         except OSError as error:
-            raise RunError(f"cannot write {self._file}: {error.strerror}; free some space") from error
+            raise UsageError(f"cannot read {self._file}: {error.strerror}; choose another file") from error
+
+    def _take_over(self, file: int) -> bool:
+        """Read what is new in the open file; whether it ends in the middle of a line."""
+        size = os.fstat(file).st_size
+        if size < self._read_bytes:
+            self._read_bytes = 0  # somebody has shortened it
+        added = os.pread(file, size - self._read_bytes, self._read_bytes)
+        whole, newline, rest = added.rpartition(b"\n")
+        self._read_bytes += len(whole + newline)  # of a line that is being written, the end comes later
+        for line in whole.decode("utf-8", errors="replace").splitlines():
+            name, _, after = line.partition("\t")
+            number, _, reason = after.partition("\t")
+            index = int(number) if number.isdecimal() else -1
+            if 0 <= index < len(self._source) and printable(self._source.describe(index)) == name:
+                self.known.add(index)
+                self._last = index, reason
+        return bool(rest)
+
+    def _write(self, index: int, reason: str) -> None:
+        name = printable(self._source.describe(index))
+        if self._file is not None:
+            try:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with _locked(self._file) as file:
+                    torn = self._take_over(file)
+                    if index in self.known:
+                        return  # another rank has met it, too
+                    # One write in append mode: lines of several ranks do not mix, even where no lock holds.
+                    # Of a process that was killed while it wrote, half a line may stand there.
+                    line = f"{name}\t{index}\t{reason}\n".encode()
+                    os.write(file, b"\n" + line if torn else line)
+            except OSError as error:
+                raise RunError(f"cannot write {self._file}: {error.strerror}; free some space") from error
+        self.known.add(index)
+        self._last = index, reason
+        log.log(logging.WARNING if self._log_each else logging.DEBUG, "quarantined %s: %s", name, reason)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """The file open for appending, with a lock that other ranks respect where the file system has locks."""
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                log.debug("no lock on %s: %s", path, error)
+        yield file
+    finally:
+        os.close(file)
 
 
 class Substitutes:
     """Replaces the bad images of one rank in one epoch, from batch number `start` on.
 
-    `position` is the number of candidates that are used up. A backend that has to make batches again sets
-    it back to where it was before them.
+    since: the batch since which the epoch runs on these ranks. earlier: the parts of it before, each on
+    another number of ranks; what all of them have used up follows from the bad images of those parts, which
+    must be known. `position` is the number of candidates that are used up. A backend that has to make
+    batches again sets it back to where it was before them.
     """
 
-    def __init__(self, schedule: EpochSchedule, epoch: int, start: int, quarantine: Quarantine) -> None:
+    def __init__(
+        self,
+        schedule: EpochSchedule,
+        epoch: int,
+        start: int,
+        quarantine: Quarantine,
+        *,
+        since: int = 0,
+        earlier: Sequence[Part] = (),
+    ) -> None:
         self._quarantine, self.known = quarantine, quarantine.known
-        own, spare = schedule.places(epoch)
-        self._candidates = np.concatenate([spare, own])
+        order = schedule.order(epoch)
+        bad = np.array(sorted(quarantine.known), dtype=np.int64)
+        used = np.empty(0, dtype=np.int64)
+        for part in earlier:
+            taken = [_used(part, order, rank, bad, used) for rank in range(part.world_size)]
+            used = np.concatenate([used, *taken])
+        own, spare = schedule.part().places(order, schedule.rank)
+        self._candidates = _unused_first(np.concatenate([spare, own]), used)
         self.position = 0
-        if quarantine.known:
-            bad = np.fromiter(quarantine.known, dtype=np.int64)
-            for _ in range(int(np.isin(own[: start * schedule.batch_size], bad).sum())):
-                self._next()
+        for _ in range(_count_bad(own[since * schedule.batch_size : start * schedule.batch_size], bad)):
+            self._next()
 
     def replace(self, index: int, reason: str) -> int | None:
         """Quarantine image `index`; the number of the image that takes its place."""
@@ -141,6 +209,27 @@ class Substitutes:
             if candidate not in self._quarantine.known:
                 return candidate
         raise RunError("no readable image is left in the data set; see the warnings above")
+
+
+def _used(part: Part, order: np.ndarray, rank: int, bad: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """The images that one rank has put in the places of bad ones in a part of an epoch."""
+    own, spare = part.places(order, rank)
+    count = _count_bad(own[part.first * part.batch_size : part.last * part.batch_size], bad)
+    if not count:
+        return own[:0]
+    candidates = _unused_first(np.concatenate([spare, own]), before)
+    return candidates[~np.isin(candidates, bad)][:count]
+
+
+def _unused_first(candidates: np.ndarray, used: np.ndarray) -> np.ndarray:
+    if not len(used):
+        return candidates
+    again = np.isin(candidates, used)
+    return np.concatenate([candidates[~again], candidates[again]])
+
+
+def _count_bad(images: np.ndarray, bad: np.ndarray) -> int:
+    return int(np.isin(images, bad).sum()) if len(bad) else 0
 
 
 class Omission:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -71,19 +72,48 @@ class EpochSchedule:
 
     def keys(self, epoch: int, start: int = 0) -> Iterator[BatchKey]:
         """This rank's batches of `epoch` from batch number `start` on."""
-        order = self._order(epoch)
+        order = self.order(epoch)
         for batch in range(start, len(self)):
             first = batch * self.global_batch + self.rank * self.batch_size
             yield BatchKey(epoch, tuple(order[first : first + self.batch_size].tolist()))
 
     def places(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(this rank's images in their order, its share of the images that no batch of `epoch` holds)."""
-        order = self._order(epoch)
-        whole = len(self) * self.global_batch
-        own = order[:whole].reshape(len(self), self.world_size, self.batch_size)[:, self.rank]
-        return own.reshape(-1), order[whole:][self.rank :: self.world_size]
+        """(this rank's images in their order, the images that no batch of `epoch` holds as it takes them)."""
+        return self.part().places(self.order(epoch), self.rank)
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def part(self, first: int = 0, last: int | None = None) -> Part:
+        """Batches `first` to `last - 1` (None: all) of an epoch, as these ranks take them."""
+        return Part(self.world_size, self.batch_size, first, len(self) if last is None else last)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """All images, batch after batch of all ranks, and those that no batch holds at the end."""
         if self.shuffle:
             return permutation(self.seed, ORDER, epoch, 0, self.num_images)
         return np.arange(self.num_images)
+
+
+class Part(NamedTuple):
+    """Batches `first` to `last - 1` of an epoch, on so many ranks with so many images each."""
+
+    world_size: int
+    batch_size: int
+    first: int
+    last: int
+
+    def places(self, order: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the images of `rank` in the whole epoch, the images that no batch holds as that rank takes them).
+
+        No rank knows how many of the latter another one needs. So each begins with a share of its own, goes
+        on at the far ends of the others' shares, first where no third rank does, and at last takes them all.
+        One rank or two thus take none twice before all are used up; among more, that could not be promised.
+        """
+        batches = len(order) // (self.world_size * self.batch_size)
+        whole = batches * self.world_size * self.batch_size
+        own = order[:whole].reshape(batches, self.world_size, self.batch_size)[:, rank].reshape(-1)
+        spare = order[whole:]
+        number = np.arange(len(spare))
+        owner, from_end = number % self.world_size, (len(spare) - 1 - number) // self.world_size
+        heir = (owner + 1 + from_end % max(1, self.world_size - 1)) % self.world_size
+        mine, inherited = owner == rank, (heir == rank) & (owner != rank)
+        rest = ~(mine | inherited)
+        return own, np.concatenate([spare[mine], spare[inherited][::-1], spare[rest][::-1]])

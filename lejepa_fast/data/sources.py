@@ -36,6 +36,7 @@ Split = Literal["train", "val"]
 EMBEDDED = {"trashnet96": Path(__file__).with_name("trashnet96")}
 _SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _PROBED_IMAGES = 64
+_MAX_CLASSES_BYTES = 64 << 20
 _VAL_NAMES = ("val", "valid", "validation", "test")
 
 
@@ -329,6 +330,8 @@ def _read_classes(root: Path) -> list[str] | None:
     if not file.is_file():
         return None
     try:
+        if (size := file.stat().st_size) > _MAX_CLASSES_BYTES:
+            raise UsageError(f"{file} has {size >> 20:,} MiB, too much for one class name per line")
         names = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UsageError(f"{file} is not UTF-8 text; save it in UTF-8") from error

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from lejepa_fast.errors import RunError, UsageError
 # Captions and metadata that other packers add. They are inert text and never read.
 _IGNORED_SUFFIXES = frozenset({".txt", ".json"})
 _MAX_LABEL_BYTES = 32
+_MAX_HEADER_BYTES = 1 << 20
 _MAX_UNNAMED_CLASSES = 65_536
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"(\xb5/\xfd": "unzstd"}
 
@@ -98,28 +100,22 @@ def index_shard(path: Path) -> list[Member]:
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     try:
+        if path.exists() and not path.is_file():  # a pipe would wait for a writer
+            raise UsageError(f"{path} is not a file; give a .tar file")
         with open(path, "rb") as file:
             _refuse_compressed(path, file.read(6))
-            file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for info in tar:
-                    if info.isdir():
-                        continue
-                    key, suffix = _check_member(path, info)
-                    if suffix == ".cls":
-                        labels[key] = _read_label(path, info, file.fileno())
-                    elif suffix in IMAGE_SUFFIXES:
-                        if key in images:
-                            raise UsageError(
-                                f"{path}: two images with the key {key!r}; keys must be distinct"
-                            )
-                        images[key] = (suffix, info.offset_data, info.size)
-                end = tar.offset
-            _check_complete(path, file.fileno(), end)
+            for info in _walk(path, file):
+                key, suffix = _check_member(path, info)
+                if suffix == ".cls":
+                    labels[key] = _read_label(path, info, file.fileno())
+                elif suffix in IMAGE_SUFFIXES:
+                    if key in images:
+                        raise UsageError(f"{path}: two images with the key {key!r}; keys must be distinct")
+                    images[key] = (suffix, info.offset_data, info.size)
     except UsageError:
         raise
     # All but the first: numbers in its headers, such as the length of a name.
-    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         reason = printable(str(error)) or "a length in a header exceeds the memory"
         raise UsageError(
             f"{path} is not a complete tar file ({reason}); copy or pack the shard again"
@@ -130,6 +126,48 @@ def index_shard(path: Path) -> list[Member]:
     if orphan is not None:
         raise UsageError(f"{path}: {printable(orphan)}.cls has no image beside it; pack the shard again")
     return [Member(key, *place, labels.get(key)) for key, place in images.items()]
+
+
+def _walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The members but for folders, in bounded memory and time whatever their headers say."""
+    file.seek(0)
+    headers = _Headers(file)
+    with tarfile.open(fileobj=cast(BinaryIO, headers), mode="r:") as tar:
+        while (info := tar.next()) is not None:
+            headers.used = 0
+            # What tarfile gathers of all members.
+            tar.members = []  # type: ignore[attr-defined]
+            tar.pax_headers = {}
+            if info.size < 0:  # the next member would be an earlier one, for ever
+                raise UsageError(
+                    f"{path}: member {info.name!r} claims {info.size} bytes; pack the shard again"
+                )
+            if not info.isdir():
+                yield info
+        _check_complete(path, file.fileno(), tar.offset)
+
+
+class _Headers:
+    """An open tar for `tarfile`, which reads headers only, of not more than `_MAX_HEADER_BYTES` for a member.
+
+    A header may claim to be a name of any length, and tarfile would read it whole.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.used = 0
+
+    def read(self, size: int) -> bytes:
+        self.used += size
+        if size < 0 or self.used > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of more than {_MAX_HEADER_BYTES >> 20} MiB")
+        return self._file.read(size)
+
+    def seek(self, place: int) -> int:
+        return self._file.seek(place)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def _refuse_compressed(path: Path, head: bytes) -> None:
