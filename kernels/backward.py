@@ -342,8 +342,7 @@ def _in_registers(plan: Plan) -> bool:
 
 
 # Bytes of dT/dp at a time: large enough to fill a GPU many times over, small beside any batch.
-_CHUNK_BYTES = 32 << 20
-_CHUNK_STEP = 128
+_CHUNK_BYTES, _CHUNK_STEP = 32 << 20, 128
 
 
 def _chunk(views: int, N: int, sample_bytes: int) -> tuple[int, int]:
