@@ -59,9 +59,9 @@ class PlanOptions:
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again; as --parallel.activation-checkpointing of pretrain.py."""
     replicate: int = 1
-    """Groups of GPUs that each hold the whole model (HSDP)."""
+    """Groups of GPUs that each hold the whole model under FSDP2 (HSDP)."""
     keep_gathered: bool = False
-    """Parameters are sent once a step and kept whole; as --parallel.keep-gathered of pretrain.py."""
+    """Under FSDP2 parameters are sent once a step and kept whole, as by --parallel.keep-gathered."""
     average: Literal["none", "ema", "swa"] = "none"
     """Averaged weights, kept beside those in training; as --average of pretrain.py."""
     precision: Literal["bf16", "fp32"] = "bf16"
