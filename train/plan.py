@@ -132,7 +132,7 @@ class Plan:
         if strategy not in self._memory:
             parallel = dataclasses.replace(self.cfg.parallel, strategy=strategy)
             cfg = dataclasses.replace(self.cfg, parallel=parallel)
-            shards = asked // self.options.replicate if strategy == "fsdp" else 1
+            shards = self.layout(gpus if asked == 1 else asked)[0]
             self._memory[strategy] = plan_memory(cfg, shards=shards, images=self.batch // asked)
         return self._memory[strategy]
 

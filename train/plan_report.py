@@ -136,7 +136,7 @@ def _smallest(plan: Plan) -> str:
         return f"smallest number of GPUs that fits this batch: {found.gpus:,} ({each})"
     better = {"none": "selective or full", "selective": "full"}.get(plan.options.activation_checkpointing)
     helps = [f"--activation-checkpointing {better}"] if better else []
-    if plan.strategy(next(iter(plan.possible()))) != "fsdp":
+    if plan.strategy(max(plan.possible())) != "fsdp":
         helps.append("--strategy fsdp")
     return (
         "no number of GPUs that divides this batch fits; try "
