@@ -32,7 +32,7 @@ MOST_SECONDS = 60.0
 
 
 def rows_of(model: str, mode: str) -> list[dict[str, Any]]:
-    options = PlanOptions(model=ModelConfig(model), gpus=8, activation_checkpointing=mode)  # type: ignore[arg-type]
+    options = PlanOptions(ModelConfig(model), gpus=8, strategy="fsdp", activation_checkpointing=mode)  # type: ignore[arg-type]
     found = plan_memory(run_config(options, 8 * IMAGES), shards=8, images=IMAGES)
     return [
         {

@@ -37,7 +37,6 @@ from lejepa_fast.train.config import (
 )
 from lejepa_fast.train.loop import Trainer
 from lejepa_fast.train.metrics import peak_memory_gib, read_rows
-from lejepa_fast.train.out_of_memory import settings_that_help
 from lejepa_fast.train.plan_memory import trace_step
 from lejepa_fast.train.world import World, close_world, setup_world
 
@@ -162,7 +161,7 @@ def _measure(case: Case, world: World, folder: Path) -> dict[str, Any]:
     if case.loader:
         return _with_the_loader(case, world, folder)
     trainer = SyntheticTrainer(case.config(folder / "run"), world)
-    with settings_that_help(trainer.cfg, world):
+    with trainer.telling_of_memory():
         trainer._prepare()
         trainer.model.train()
         steps = _Steps(trainer)

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.errors import RunError
+from lejepa_fast.loss import LeJEPAOutput
 from lejepa_fast.train.config import (
     Config,
     DataConfig,
@@ -122,7 +123,16 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
         for name, cfg in jobs(images, Path(folder)).items():
             results[name] = train(cfg, world, whole=name == "fsdp")
         spoiled = run_config(images, Path(folder) / "nan", parallel=FSDP, max_steps=9)
-        results["nan"] = with_nans(spoiled, world, steps={2, 5, 6, 7})
+        results["nan"] = spoiled_run(spoiled, world, steps={2, 5, 6, 7})
+        for kind in ("ddp", "fsdp"):
+            spiked = run_config(
+                images,
+                Path(folder) / f"spike {kind}",
+                parallel=ParallelConfig(strategy=kind),  # type: ignore[arg-type]
+                optim=OptimConfig(lr=2e-4, clip_grad_norm=0.5, skip_grad_norm=1e3),
+                max_steps=3,
+            )
+            results[f"spike {kind}"] = spoiled_run(spiked, world, steps={2}, factor=1e6)
         for name in FAMILIES:
             results[name] = {kind: family_step(name, kind, rank) for kind in ("ddp", "fsdp")}
     finally:
@@ -167,9 +177,10 @@ def train(cfg: Config, world: World, *, whole: bool = False) -> dict[str, Any]:
     return {"sigreg step": int(trainer.loss_fn.sigreg.step), "sharded": sharded, "graphs": graphs}
 
 
-def with_nans(cfg: Config, world: World, steps: set[int]) -> dict[str, Any]:
-    """On rank 1 images of these steps are NaN: the steps that changed anything in this rank's shards, the
-    error that ended the run, and the images of this rank at each step."""
+def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None = None) -> dict[str, Any]:
+    """On rank 1 images of these steps are NaN or, with a `factor`, the loss is that much larger: the steps
+    that changed anything in this rank's parameters and moments, the error that ended the run, and the images
+    of this rank at each step."""
     trainer = Trainer(cfg, world)
     trainer.finish = lambda: Path()  # type: ignore[method-assign]
     step, make_batches = trainer._train_step, trainer.loader._backend.batches
@@ -190,7 +201,7 @@ def with_nans(cfg: Config, world: World, steps: set[int]) -> dict[str, Any]:
 
     def spoiled(views: list[Tensor], epoch: int) -> None:
         number = trainer.step + 1
-        if number in steps and world.rank == 1:
+        if number in steps and world.rank == 1 and factor is None:
             views[0][0] = torch.nan
         before = state()
         try:
@@ -200,6 +211,11 @@ def with_nans(cfg: Config, world: World, steps: set[int]) -> dict[str, Any]:
             if len(before) != len(after) or not all(map(torch.equal, before, after)):
                 changed.append(number)
 
+    def larger(module: Any, args: Any, out: LeJEPAOutput) -> LeJEPAOutput:
+        bad = factor is not None and world.rank == 1 and trainer.step + 1 in steps
+        return out._replace(total=out.total * factor) if bad else out
+
+    trainer.loss_fn.register_forward_hook(larger)
     trainer._train_step = spoiled  # type: ignore[method-assign]
     trainer.loader._backend.batches = noted  # type: ignore[method-assign]
     error = ""

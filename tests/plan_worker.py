@@ -16,11 +16,11 @@ from lejepa_fast.train.config import Config, from_dict
 from lejepa_fast.train.plan_memory import PlannedStep
 
 
-def measure(rank: int, world_size: int, folder: str, cases: list[dict[str, Any]], images: int) -> None:
-    """Write this rank's peak bytes of each configuration to `folder/RANK.json`."""
+def measure(rank: int, world_size: int, folder: str, cases: list[tuple[dict[str, Any], int]]) -> None:
+    """Write this rank's peak bytes of each configuration and number of images to `folder/RANK.json`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
-    peaks = [allocator_peak(from_dict(values), images) for values in cases]
+    peaks = [allocator_peak(from_dict(values), images) for values, images in cases]
     (Path(folder) / f"{rank}.json").write_text(json.dumps(peaks))
     gc.collect()
     dist.barrier()
@@ -28,7 +28,11 @@ def measure(rank: int, world_size: int, folder: str, cases: list[dict[str, Any]]
 
 
 def allocator_peak(cfg: Config, images: int) -> int:
-    """The most bytes of the second step: all allocations and releases since before the model was made."""
+    """The most bytes of the second step: all allocations and releases since before the model was made.
+
+    The profiler does not see what other threads release (gloo's, where the weights are dealt out): it is what
+    seems to be alive when all is gone.
+    """
     gc.collect()  # what is left of another case must not be released, and so subtracted, in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step = PlannedStep(cfg, images, fake=False)
@@ -46,4 +50,4 @@ def allocator_peak(cfg: Config, images: int) -> int:
         alive += size
         if window.start_ns() <= when <= window.end_ns():
             peak = max(peak, alive)
-    return peak
+    return peak - alive

@@ -136,6 +136,22 @@ def test_nans_on_one_rank_change_no_shard_and_their_images_are_written_down(
     assert rows[0]["images"] == [source.describe(index) for index in taken[1]]
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_finite_spike_on_one_rank_changes_nothing_on_any(
+    kind: str, one: Config, ranks: list[dict[str, Any]]
+) -> None:
+    """Bit for bit; the norm of the gradient is that of all ranks, so the images of all are written down."""
+    name = f"spike {kind}"
+    for results in ranks:
+        assert results[name]["changed"] == [1, 3]
+        assert (results[name]["skipped"], results[name]["error"]) == (1, "")
+    assert one.out is not None
+    rows = rows_of(replace(one, out=one.out.parent / name), "skipped")
+    assert [(row["step"], row["rank"]) for row in rows] == [(2, 0), (2, 1)]
+    assert 0 < 1e4 * rows[0]["loss"] < rows[1]["loss"] < float("inf")
+    assert [row["ids"] for row in rows] == [results[name]["images"][1] for results in ranks]
+
+
 @pytest.mark.parametrize("name", worker.FAMILIES)
 def test_every_family_shards(name: str, ranks: list[dict[str, Any]]) -> None:
     """Weights of the seed, and the same loss and averaged gradient under FSDP2 as under DDP."""
@@ -364,10 +380,10 @@ def test_recomputation_changes_no_gradient_and_keeps_less(name: str) -> None:
 
 def test_auto_takes_what_fits() -> None:
     auto = ParallelConfig()
-    assert choose_strategy(auto, 2_000_000_000, distributed=False) == "none"
-    assert choose_strategy(auto, 300_000_000, distributed=True) == "ddp"
-    assert choose_strategy(auto, 600_000_000, distributed=True) == "fsdp"
-    assert choose_strategy(ParallelConfig(replicate=2), 1000, distributed=True) == "fsdp"
+    assert choose_strategy(auto, 2_000_000_000, ranks=None) == "none"
+    assert choose_strategy(auto, 300_000_000, ranks=2) == "ddp"
+    assert choose_strategy(auto, 600_000_000, ranks=2) == "fsdp"
+    assert choose_strategy(ParallelConfig(replicate=2), 1000, ranks=2) == "fsdp"
 
 
 @pytest.mark.parametrize(
@@ -382,7 +398,7 @@ def test_auto_takes_what_fits() -> None:
 )
 def test_what_cannot_be_had_is_named(options: dict, distributed: bool, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        choose_strategy(ParallelConfig(**options), 1000, distributed=distributed)
+        choose_strategy(ParallelConfig(**options), 1000, ranks=2 if distributed else None)
 
 
 def test_a_mesh_that_does_not_divide_is_named(tiny: Make) -> None:

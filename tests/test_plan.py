@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import plan_worker
 import pytest
@@ -15,7 +16,7 @@ from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.train import config, plan, plan_memory
 from lejepa_fast.train.accelerators import GIB, by_option
 from lejepa_fast.train.blocks import find_blocks
-from lejepa_fast.train.config import Config, LossConfig, ModelConfig, ParallelConfig
+from lejepa_fast.train.config import AverageConfig, Config, LossConfig, ModelConfig, ParallelConfig
 from lejepa_fast.train.model import build_model
 from lejepa_fast.train.plan_memory import Traffic, trace_step
 from lejepa_fast.train.plan_memory import plan_memory as plan_of
@@ -32,24 +33,41 @@ SMALL = Config(
 )
 
 
-def small(*, mode: str = "none", precision: str = "fp32", replicate: int = 1) -> Config:
-    parallel = dataclasses.replace(SMALL.parallel, activation_checkpointing=mode, replicate=replicate)
-    return dataclasses.replace(SMALL, parallel=parallel, precision=precision)
+def small(*, precision: str = "fp32", average: str = "none", **parallel: Any) -> Config:
+    changed = dataclasses.replace(SMALL.parallel, **parallel)
+    return dataclasses.replace(
+        SMALL, parallel=changed, precision=precision, average=AverageConfig(kind=average)
+    )
 
 
 def test_memory_of_two_real_processes(tmp_path: Path) -> None:
     """Fake tensors on one fake rank of two against PyTorch's CPU allocator in two gloo processes.
 
-    What is measured holds gloo's own copies of a block too, which NCCL does not make.
+    Under FSDP2 what is measured holds gloo's own copies of a block too, which NCCL does not make. The others
+    have few images, so that the gradients which DDP keeps, and an average, are a good part of the whole.
     """
-    cases = [small(), small(mode="full", precision="bf16")]
-    values = [config.to_dict(config.resolve(case)) for case in cases]
-    run_ranks(plan_worker.measure, 2, str(tmp_path), values, 24, ranks=2)
-    planned = [trace_step(case, shards=2, images=24).peak for case in cases]
-    assert len(set(planned)) == 2
+    recompute = {"activation_checkpointing": "full"}
+    cases = [
+        (small(), 24),
+        (small(precision="bf16", average="ema", **recompute), 24),
+        (small(strategy="ddp"), 4),
+        (small(strategy="ddp", average="swa", **recompute), 4),
+    ]
+    values = [(config.to_dict(config.resolve(case)), images) for case, images in cases]
+    run_ranks(plan_worker.measure, 2, str(tmp_path), values, ranks=2)
+    planned = [
+        trace_step(case, shards=2 if case.parallel.strategy == "fsdp" else 1, images=images).peak
+        for case, images in cases
+    ]
     for rank in (0, 1):
         measured = json.loads((tmp_path / f"{rank}.json").read_text())
         assert planned == pytest.approx(measured, rel=0.1)
+
+
+def test_memory_without_a_wrapper() -> None:
+    case = config.resolve(small(strategy="none", average="ema"))
+    planned = trace_step(case, shards=1, images=4).peak
+    assert planned == pytest.approx(plan_worker.allocator_peak(case, 4), rel=0.1)
 
 
 def test_any_number_of_gpus_from_three_traces() -> None:
@@ -84,7 +102,7 @@ def test_state_is_sharded_within_a_group(replicate: int) -> None:
 
 
 def test_blocks_are_gathered_twice_for_each_size_of_crops() -> None:
-    cfg = small(precision="bf16", mode="full")
+    cfg = small(precision="bf16", activation_checkpointing="full")
     model = build_model(cfg, meta=True)
     blocks = sum(p.numel() for block in find_blocks(model.encoder).values() for p in block.parameters())
     gathered = trace_step(cfg, shards=2, images=2).traffic.gathered
@@ -102,7 +120,9 @@ def test_what_a_rank_sends() -> None:
 
 def test_gigantic_over_64_ranks() -> None:
     cfg = plan.run_config(
-        plan.PlanOptions(model=ModelConfig("vit_gigantic"), activation_checkpointing="full", gpus=64),
+        plan.PlanOptions(
+            model=ModelConfig("vit_gigantic"), activation_checkpointing="full", gpus=64, strategy="fsdp"
+        ),
         batch=512,
     )
     trace = trace_step(cfg, shards=64, images=8)
@@ -114,9 +134,11 @@ def test_gigantic_over_64_ranks() -> None:
 
 @pytest.fixture(scope="module")
 def tight() -> plan.Plan:
-    """ViT-tiny where only a hundredth of an L4 may be used."""
+    """ViT-tiny under FSDP2 where only two hundredths of an L4 may be used."""
     return plan.Plan(
-        plan.PlanOptions(model=ModelConfig("vit_tiny"), gpus=8, gpu="l4", batch=256, reserve=0.98)
+        plan.PlanOptions(
+            model=ModelConfig("vit_tiny"), gpus=8, gpu="l4", batch=256, reserve=0.98, strategy="fsdp"
+        )
     )
 
 
@@ -154,12 +176,27 @@ def test_groups_inside_a_machine_gather_over_its_link() -> None:
     found = plan.Plan(
         plan.PlanOptions(model=ModelConfig("vit_tiny"), gpus=16, gpu="l4", batch=256, replicate=2)
     )
-    within, between = found.memory.traffic.sent(8, 2)
+    within, between = found.memory(16).traffic.sent(8, 2)
     assert min(within, between) > 0
     assert found.row(16).network_seconds == pytest.approx(within / 32e9 + between / 12.5e9)
     assert found.bandwidths(8) == (32, 32)
     assert found.bandwidths(32) == (12.5, 12.5)  # groups of 16 reach beyond a machine
     assert found.bandwidths(12) == (12.5, 12.5)  # one of the groups of 6 does
+
+
+def test_auto_plans_what_the_trainer_takes() -> None:
+    """One process, DDP for a small model on several; under DDP all GPUs hold all, and sum its gradients."""
+    shallow = ModelConfig("vit_tiny", kwargs='{"depth": 2}')
+    found = plan.Plan(plan.PlanOptions(model=shallow, gpus=1, gpu="l4", batch=256))
+    assert [found.strategy(gpus) for gpus in (1, 2, 16)] == ["none", "ddp", "ddp"]
+    assert found.row(1).sent == 0
+    gradients = 4 * found.parameters
+    assert found.row(2).sent == pytest.approx(gradients)
+    assert found.row(16).sent == pytest.approx(gradients * 2 * 15 / 16)
+    assert found.row(16).network_seconds == pytest.approx(found.row(16).sent / 12.5e9)  # beyond a machine
+    one, two, many = (found.memory(gpus).peak(1, 64) for gpus in (1, 2, 16))
+    assert two == many
+    assert gradients / 2 < two - one <= gradients  # without DDP there are none when activations are most
 
 
 def test_the_report(tight: plan.Plan) -> None:
@@ -189,6 +226,9 @@ def test_the_report(tight: plan.Plan) -> None:
         (["--gpus", "0"], "gpus: expected at least 1, got 0"),
         (["--model", "vit_tiny", "--local-size", "100"], "multiple of its patch size 14"),
         (["--batchsize", "512"], "did you mean --batch-size?"),
+        (["--model", "vit_tiny", "--strategy", "none"], "none trains 8 separate models"),
+        (["--model", "vit_tiny", "--keep-gathered"], "nothing is gathered without FSDP"),
+        (["--parallel.strategy", "ddp"], "did you mean --strategy?"),
     ],
 )
 def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,7 +107,7 @@ class OptimConfig:
 class ParallelConfig:
     strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """How processes share the model. auto: without torchrun none; with it, FSDP2 from half a billion
-    parameters and DDP below."""
+    parameters, or where --parallel.replicate asks for groups, and DDP below."""
     replicate: int = 1
     """Groups of processes that each hold the whole model under FSDP2 (HSDP); divides their number."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -165,7 +165,7 @@ class Config:
     """torch.compile of each block of the encoder. auto: on GPUs, where it pays for its minutes."""
     resume: str = "auto"
     """auto: continue from the newest readable checkpoint of the run folder, if any; none: start anew;
-    PATH: a checkpoint file or another run folder."""
+    PATH: a checkpoint or another run folder."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl; only then do metrics leave the device."""
     checkpoint_every: int = 1000

@@ -8,6 +8,7 @@ of finished steps; the epoch and the batch within it follow from it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -61,14 +62,7 @@ from lejepa_fast.train.report import write_report
 from lejepa_fast.train.saving import Saver
 from lejepa_fast.train.skipped import write_skipped
 from lejepa_fast.train.weights_and_biases import open_run
-from lejepa_fast.train.world import (
-    World,
-    from_main,
-    gather_to_main,
-    mean_over_ranks,
-    on_all,
-    on_main,
-)
+from lejepa_fast.train.world import World, from_main, gather_to_main, mean_over_ranks, on_all, on_main
 
 log = logging.getLogger("lejepa_fast.train")
 
@@ -91,7 +85,7 @@ class Trainer:
         on_all(world, self._open_data)
         on_all(world, self._build)
         mesh = make_mesh(cfg.parallel, world.device.type)
-        with settings_that_help(cfg, world):
+        with self.telling_of_memory():
             self.parallel = parallelize(self.model, cfg, mesh, world.device)
         # What is random in training (drop path) differs between ranks and not between runs.
         random_state.seed_rng(cfg.seed + 7919 * world.rank)
@@ -142,15 +136,19 @@ class Trainer:
         self.loss_fn = build_loss(cfg, world.device)
         self.model = build_model(cfg, meta=True)
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.strategy = choose_strategy(cfg.parallel, parameters, distributed=world.distributed)
+        self.strategy = choose_strategy(
+            cfg.parallel, parameters, ranks=world.size if world.distributed else None
+        )
         if self.strategy != "fsdp":  # every process holds all of it anyway
             self.model = build_model(cfg)
+        images = len(self.train_source)
+        self.telling_of_memory = functools.partial(settings_that_help, cfg, world, self.strategy, images)
 
     # ---- the run ---------------------------------------------------------------------------------
 
     def run(self) -> Path:
         """Resume or start, train, evaluate, export, report. Returns the path of the report."""
-        with self.signals, settings_that_help(self.cfg, self.world):
+        with self.signals, self.telling_of_memory():
             try:
                 self._prepare()
                 try:

@@ -10,25 +10,29 @@ import torch
 from lejepa_fast.errors import RunError
 from lejepa_fast.train.accelerators import by_device_name
 from lejepa_fast.train.config import Config
+from lejepa_fast.train.parallelize import Strategy, compute_dtype
 from lejepa_fast.train.world import World
 
 _CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 
 @contextmanager
-def settings_that_help(cfg: Config, world: World) -> Iterator[None]:
-    """RunError for an allocation inside that the GPU, or the machine, has no room for."""
+def settings_that_help(cfg: Config, world: World, strategy: Strategy, images: int) -> Iterator[None]:
+    """RunError for an allocation inside that the GPU, or the machine, has no room for.
+
+    `strategy` is what the run's own means; `images` are those of an epoch.
+    """
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and _CPU_ALLOCATOR not in str(error):
             raise
-        raise RunError(describe(cfg, world)) from error
+        raise RunError(describe(cfg, world, strategy, images)) from error
 
 
-def describe(cfg: Config, world: World) -> str:
+def describe(cfg: Config, world: World, strategy: Strategy, images: int) -> str:
     """What ran out, and the settings that need less, the cheapest first."""
-    images = cfg.data.batch_size // world.size
+    share = cfg.data.batch_size // world.size
     ways = []
     mode = cfg.parallel.activation_checkpointing
     if mode != "full":
@@ -36,24 +40,26 @@ def describe(cfg: Config, world: World) -> str:
         ways.append(f"--parallel.activation-checkpointing {better} (now {mode})")
     if cfg.parallel.keep_gathered:
         ways.append("no --parallel.keep-gathered")
-    if cfg.parallel.strategy != "fsdp" and world.size > 1:
-        ways.append("--parallel.strategy fsdp")
+    if strategy != "fsdp" and world.size > 1:
+        ways.append(f"--parallel.strategy fsdp (now {strategy})")
     if cfg.parallel.replicate > 1:
         ways.append(f"fewer groups than --parallel.replicate {cfg.parallel.replicate}")
-    ways.append(f"a smaller --batch-size (now {cfg.data.batch_size}, {images} images per process)")
-    ways.append("more processes with --parallel.strategy fsdp")
-    return f"{_what(world)}; what helps: {', '.join(ways)}; what fits: {_plan(cfg, world)}"
+    if cfg.average.kind != "none":
+        ways.append(f"no --average {cfg.average.kind}")
+    ways.append(f"a smaller --batch-size (now {cfg.data.batch_size}, {share} images per process)")
+    ways.append("more processes" + ("" if strategy == "fsdp" else " with --parallel.strategy fsdp"))
+    return f"{_what(world)}; what helps: {', '.join(ways)}; what fits: {_plan(cfg, world, images)}"
 
 
-def _plan(cfg: Config, world: World) -> str:
+def _plan(cfg: Config, world: World, images: int) -> str:
     """The command that plans this run, and shows the numbers of GPUs that it would fit on."""
-    from lejepa_fast.train.parallelize import compute_dtype
     from lejepa_fast.train.plan import command_of, options_of
 
     on_gpu = world.device.type == "cuda"
     known = by_device_name(torch.cuda.get_device_name(world.device)) if on_gpu else None
     bf16 = compute_dtype(cfg, world.device) is not None
-    return command_of(options_of(cfg, gpus=world.size, gpu=known and known.name, bf16=bf16))
+    gpu = known and known.name
+    return command_of(options_of(cfg, gpus=world.size, gpu=gpu, bf16=bf16, images=images))
 
 
 def _what(world: World) -> str:

@@ -57,13 +57,13 @@ _BUFFER_OPTION: str = (
 )
 
 
-def choose_strategy(options: ParallelConfig, parameters: int, *, distributed: bool) -> Strategy:
+def choose_strategy(options: ParallelConfig, parameters: int, *, ranks: int | None) -> Strategy:
     """What `parallel.strategy` means for a model of this many parameters; UsageError if it cannot be had.
 
-    `distributed`: there is a process group, of one process or more.
+    `ranks`: processes of the group; None without one.
     """
     if options.strategy == "auto":
-        if not distributed:
+        if ranks is None:
             chosen: Strategy = "none"
         elif options.replicate > 1 or parameters >= FSDP_FROM_PARAMETERS:
             chosen = "fsdp"
@@ -71,11 +71,9 @@ def choose_strategy(options: ParallelConfig, parameters: int, *, distributed: bo
             chosen = "ddp"
     else:
         chosen = options.strategy
-    if distributed and chosen == "none" and dist.get_world_size() > 1:
-        raise UsageError(
-            f"parallel.strategy: none trains {dist.get_world_size()} separate models; use ddp, fsdp or auto"
-        )
-    if not distributed and chosen != "none":
+    if chosen == "none" and ranks is not None and ranks > 1:
+        raise UsageError(f"parallel.strategy: none trains {ranks} separate models; use ddp, fsdp or auto")
+    if ranks is None and chosen != "none":
         raise UsageError(
             f"parallel.strategy: {chosen} needs processes that know each other; start with "
             "torchrun --nproc-per-node N train/pretrain.py, or use --parallel.strategy auto"
@@ -123,7 +121,7 @@ def parallelize(
     under FSDP2. Returns `model` itself, or a DDP wrapper over it. `mesh` is that of `make_mesh`.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    strategy = choose_strategy(cfg.parallel, parameters, distributed=mesh is not None)
+    strategy = choose_strategy(cfg.parallel, parameters, ranks=mesh.size() if mesh is not None else None)
     if mesh is not None:
         model = _with_global_batchnorm(model, device, mesh.size())
     blocks = list(find_blocks(model.encoder).values())

@@ -1,9 +1,9 @@
 """What a run will need, before there is a GPU to run it: python train/plan.py --model vit_gigantic --gpus 256
 
-Parameters, operations per image by view, memory per GPU (FSDP2 on fake tensors, see plan_memory.py), bytes
-over the network against compute time, steps and days of an epoch budget, the same for other numbers of GPUs,
-and the smallest number that fits. Exit code 2 for what cannot work: an unknown model or GPU, a batch that
-does not divide.
+Parameters, operations per image by view, memory per GPU (the trainer's step under FSDP2, DDP or no wrapper on
+fake tensors, see plan_memory.py), bytes over the network against compute time, steps and days of an epoch
+budget, the same for other numbers of GPUs, and the smallest number that fits. Exit code 2 for what cannot
+work: an unknown model or GPU, a batch that does not divide.
 """
 
 from __future__ import annotations
@@ -22,9 +22,17 @@ from lejepa_fast.errors import UsageError
 from lejepa_fast.train import config
 from lejepa_fast.train.accelerators import GIB, Accelerator, by_option
 from lejepa_fast.train.command_line import parse_options, run_command
-from lejepa_fast.train.config import Config, DataConfig, LossConfig, ModelConfig, ParallelConfig
+from lejepa_fast.train.config import (
+    AverageConfig,
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    ParallelConfig,
+)
 from lejepa_fast.train.flops import Flops, count_flops
 from lejepa_fast.train.model import build_model
+from lejepa_fast.train.parallelize import Strategy, choose_strategy
 from lejepa_fast.train.plan_memory import MemoryPlan, plan_memory
 
 GPUS_OF_A_MACHINE = 8
@@ -45,12 +53,17 @@ class PlanOptions:
     global_size: int = 224
     local_crops: int = 6
     local_size: int = 98
+    strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """As --parallel.strategy of pretrain.py: auto plans one GPU without a wrapper, several under FSDP2 from
+    half a billion parameters and under DDP below."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again; as --parallel.activation-checkpointing of pretrain.py."""
     replicate: int = 1
-    """Groups of GPUs that each hold the whole model (HSDP)."""
+    """Groups of GPUs that each hold the whole model under FSDP2 (HSDP)."""
     keep_gathered: bool = False
-    """Parameters are sent once a step and kept whole; as --parallel.keep-gathered of pretrain.py."""
+    """Under FSDP2 parameters are sent once a step and kept whole, as by --parallel.keep-gathered."""
+    average: Literal["none", "ema", "swa"] = "none"
+    """Averaged weights, kept beside those in training; as --average of pretrain.py."""
     precision: Literal["bf16", "fp32"] = "bf16"
     num_slices: int = 1024
     """As --loss.num-slices of pretrain.py."""
@@ -82,7 +95,7 @@ class Row:
 
     @property
     def step_seconds(self) -> float:
-        """FSDP2 sends while it computes: the longer of the two counts."""
+        """FSDP2 and DDP send while they compute: the longer of the two counts."""
         return max(self.compute_seconds, self.network_seconds)
 
 
@@ -98,16 +111,37 @@ class Plan:
         model = build_model(self.cfg, meta=True)
         self.encoder_parameters = sum(p.numel() for p in model.encoder.parameters())
         self.parameters = sum(p.numel() for p in model.parameters())
+        self.strategy(options.gpus)  # UsageError for one that cannot be had
         self.flops: Flops = count_flops(self.cfg, model)
-        shards = options.gpus // options.replicate
-        self.memory: MemoryPlan = plan_memory(self.cfg, shards=shards, images=self.batch // options.gpus)
+        self._memory: dict[Strategy, MemoryPlan] = {}
+
+    def strategy(self, gpus: int) -> Strategy:
+        """How this many GPUs share the model. One GPU stands in the table of several under their strategy."""
+        wanted, asked = self.cfg.parallel, self.options.gpus
+        alone = gpus == asked == 1 and wanted.strategy in ("auto", "none") and not wanted.keep_gathered
+        return choose_strategy(wanted, self.parameters, ranks=None if alone else gpus)
+
+    def layout(self, gpus: int) -> tuple[int, int]:
+        """Shards of one copy of the model, and copies."""
+        strategy, copies = self.strategy(gpus), self.options.replicate
+        return (gpus // copies, copies) if strategy == "fsdp" else (1, gpus)
+
+    def memory(self, gpus: int) -> MemoryPlan:
+        """The step on this many GPUs, traced once for each strategy on the GPUs that were asked for."""
+        strategy, asked = self.strategy(gpus), self.options.gpus
+        if strategy not in self._memory:
+            parallel = dataclasses.replace(self.cfg.parallel, strategy=strategy)
+            cfg = dataclasses.replace(self.cfg, parallel=parallel)
+            shards = self.layout(gpus if asked == 1 else asked)[0]
+            self._memory[strategy] = plan_memory(cfg, shards=shards, images=self.batch // asked)
+        return self._memory[strategy]
 
     def row(self, gpus: int) -> Row:
         """The same global batch on this many GPUs; they divide it, and `replicate` divides them."""
         options, device = self.options, self.device
-        shards, images = gpus // options.replicate, self.batch // gpus
-        peak = self.memory.peak(shards, images)
-        within, between = self.memory.traffic.sent(shards, options.replicate)
+        (shards, copies), images, memory = self.layout(gpus), self.batch // gpus, self.memory(gpus)
+        peak = memory.peak(shards, images)
+        within, between = memory.traffic.sent(shards, copies)
         inside, outside = self.bandwidths(gpus)
         compute = self.seconds_per_image() / options.mfu
         return Row(
@@ -131,7 +165,7 @@ class Plan:
         )
 
     def bandwidths(self, gpus: int) -> tuple[float, float]:
-        """GB/s that one of this many GPUs sends within its group, and between the groups (HSDP).
+        """GB/s that one of this many GPUs sends within its group, and between groups (HSDP) or GPUs (DDP).
 
         A group whose size divides a machine's GPUs does not reach beyond it, as torchrun numbers ranks.
         """
@@ -143,7 +177,10 @@ class Plan:
         return (network if GPUS_OF_A_MACHINE % (gpus // self.options.replicate) else link), network
 
     def possible(self) -> Iterator[int]:
-        """Numbers of GPUs that the batch and the groups allow, smallest first."""
+        """Numbers of GPUs that the batch, the groups and the strategy allow, smallest first."""
+        if self.options.strategy == "none":
+            yield 1
+            return
         for gpus in range(self.options.replicate, self.batch // 2 + 1, self.options.replicate):
             if self.batch % gpus == 0:
                 yield gpus
@@ -173,33 +210,43 @@ def run_config(options: PlanOptions, batch: int) -> Config:
         model=options.model,
         loss=LossConfig(num_slices=options.num_slices, impl="torch"),
         parallel=ParallelConfig(
-            strategy="fsdp",
+            strategy=options.strategy,
             replicate=options.replicate,
             activation_checkpointing=options.activation_checkpointing,
             keep_gathered=options.keep_gathered,
         ),
+        average=AverageConfig(kind=options.average),
         precision=options.precision,
         device="cpu",
         compile="off",
     )
 
 
-def options_of(cfg: Config, *, gpus: int, gpu: str | None, bf16: bool) -> PlanOptions:
-    """The plan of a run under FSDP2, the inverse of `run_config`. `gpu`: as `--gpu` has it; None: unknown."""
-    crops = cfg.crops
+def options_of(cfg: Config, *, gpus: int, gpu: str | None, bf16: bool, images: int) -> PlanOptions:
+    """The plan of a run, the inverse of `run_config`. `gpu`: as `--gpu` has it; None: unknown. `images` make
+    an epoch."""
+    crops, parallel, batch = cfg.crops, cfg.parallel, cfg.data.batch_size
+    epochs: float = cfg.epochs
+    if cfg.max_steps is not None:
+        epochs = float(f"{cfg.max_steps / max(1, images // batch):.3g}")
     return PlanOptions(
         model=cfg.model,
         gpus=gpus,
         gpu=gpu or PlanOptions.gpu,
-        batch=cfg.data.batch_size,
+        batch=batch,
         global_crops=crops.global_crops,
         global_size=crops.global_size,
         local_crops=crops.local_crops,
         local_size=crops.local_size,
-        activation_checkpointing=cfg.parallel.activation_checkpointing,
-        replicate=cfg.parallel.replicate,
+        strategy=parallel.strategy,
+        activation_checkpointing=parallel.activation_checkpointing,
+        replicate=parallel.replicate,
+        keep_gathered=parallel.keep_gathered,
+        average=cfg.average.kind,
         precision="bf16" if bf16 else "fp32",
         num_slices=cfg.loss.num_slices,
+        epochs=epochs,
+        images=images,
     )
 
 
@@ -214,7 +261,11 @@ def command_of(options: PlanOptions) -> str:
             if dataclasses.is_dataclass(value):
                 add(value, default, f"{prefix}{each.name}.")
             elif each.name not in said and value != default:
-                line.extend([f"--{prefix}{each.name}".replace("_", "-"), str(value)])
+                option = f"{prefix}{each.name}".replace("_", "-")
+                if isinstance(value, bool):
+                    line.append(f"--{option}" if value else f"--no-{option}")
+                else:
+                    line.extend([f"--{option}", f"{value:g}" if isinstance(value, float) else str(value)])
 
     add(options, PlanOptions(), "")
     return shlex.join(["python", "train/plan.py", *line])

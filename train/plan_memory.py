@@ -1,19 +1,22 @@
-"""Peak memory and traffic of one rank under FSDP2, found without a GPU and without the other ranks.
+"""Peak memory and traffic of one rank, found without a GPU and without the other ranks.
 
-The trainer's step (forward, loss, backward, norm of the gradient, optimiser) runs on fake tensors, which have
-shapes and no memory, in a fake process group, whose collectives return at once. PyTorch's FSDPMemTracker
-counts the storages alive after every operator. Model, sharding, recomputation, loss and optimiser are those
-of the trainer; what differs from a run is said in `docs/training.md`.
+The trainer's step (forward, loss, backward, norm of the gradient, optimiser, averaged weights) runs on fake
+tensors, which have shapes and no memory, in a fake process group, whose collectives return at once. PyTorch's
+memory trackers count the storages alive after every operator. Model, sharding, recomputation, loss and
+optimiser are those of the trainer; what differs from a run is said in `docs/launching.md`. DDP's reducer is
+C++ that fake tensors cannot enter: its buckets, which hold all gradients from step to step, are made here.
 
-Each operator of the step leaves c + s / shards + a * images bytes alive: c for gathered blocks, s for what
-is sharded, a for activations. Three runs (two numbers of shards, two batches) give the three coefficients
-at every operator, and these the peak for any number of GPUs and any batch at once.
+Each operator of the step leaves c + s / shards + a * images bytes alive: c for gathered blocks or, without
+FSDP2, the whole state, s for what is sharded, a for activations. Three runs (two numbers of shards, two
+batches) give the three coefficients at every operator, and these the peak for any number of GPUs and any
+batch at once; without FSDP2 two are enough.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -23,17 +26,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType, _RefType
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.utils import get_total_norm
 
-from lejepa_fast import LeJEPALoss
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import config
+from lejepa_fast.train.average import WeightAverage
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.model import LeJEPAModel, build_model
+from lejepa_fast.train.objective import build_loss
 from lejepa_fast.train.optimization import build_optimizer
 from lejepa_fast.train.parallelize import compute_dtype, make_mesh, parallelize
 
@@ -45,8 +50,8 @@ _c10d = torch.ops.c10d
 class Traffic:
     """Bytes of whole tensors that the collectives of one step handle; what a rank sends follows from them.
 
-    `gathered` and `scattered` are over the ranks that share one copy of the model; `summed` (HSDP) over the
-    copies, where a rank holds one shard of such a tensor.
+    `gathered` and `scattered` are over the ranks that share one copy of the model; `summed` (HSDP, DDP) over
+    the copies, where a rank holds one shard of such a tensor.
     """
 
     gathered: int = 0
@@ -93,31 +98,42 @@ class MemoryPlan:
 
 def plan_memory(cfg: Config, *, shards: int, images: int) -> MemoryPlan:
     """Trace the step of a configuration on `shards` ranks, `images` each; `parallel.replicate` multiplies the
-    ranks and changes neither. Raises UsageError as building the model does."""
-    several = max(shards, 2)  # for a single shard FSDP2 runs other operators, which cannot be compared
+    ranks and changes neither. Without FSDP2 there is one shard. Raises UsageError as building the model does.
+    """
+    sharded = cfg.parallel.strategy == "fsdp"
+    several = max(shards, 2) if sharded else 1  # one shard of FSDP2 runs other operators than several
     base = trace_step(cfg, shards=several, images=images)
-    other = 2 if several > 2 else 8
-    elsewhere = trace_step(cfg, shards=other, images=images)
     more = trace_step(cfg, shards=several, images=2 * images)
-    assert len(base.alive) == len(elsewhere.alive) == len(more.alive)  # the same operators
+    assert len(base.alive) == len(more.alive)  # the same operators
     a = (more.alive - base.alive) / images
-    s = (elsewhere.alive - base.alive) / (1 / other - 1 / several)
+    s = np.zeros_like(a)
+    if sharded:
+        other = 2 if several > 2 else 8
+        elsewhere = trace_step(cfg, shards=other, images=images)
+        assert len(base.alive) == len(elsewhere.alive)
+        s = (elsewhere.alive - base.alive) / (1 / other - 1 / several)
     c = base.alive - s / several - a * images
     asked = base if shards == several else trace_step(cfg, shards=shards, images=images)
     return MemoryPlan(asked, base.traffic, np.stack([c, s, a]))
 
 
 def trace_step(cfg: Config, *, shards: int, images: int) -> Trace:
-    """Run one step of rank 0 of shards * cfg.parallel.replicate on fake tensors."""
+    """Run one step of rank 0 of shards * cfg.parallel.replicate on fake tensors.
+
+    `cfg.parallel.strategy` is not `auto` here; under `ddp` and `none` there is one shard.
+    """
+    strategy = cfg.parallel.strategy
+    assert strategy == "fsdp" or (shards == 1 and strategy != "auto")
     cfg = config.resolve(dataclasses.replace(cfg, compile="off"))
-    cfg = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, strategy="fsdp"))
-    with _fake_processes(shards * cfg.parallel.replicate), _quiet():
+    ranks = {"none": 1, "ddp": 2, "fsdp": shards * cfg.parallel.replicate}[strategy]
+    group = contextlib.nullcontext() if strategy == "none" else _fake_processes(ranks)
+    with group, _quiet():
         step = PlannedStep(cfg, images, fake=True)
         with step.context:
-            tracker = _Tracker(step.model, step.optimizer, shards)
-            tracker.track_inputs(tuple(step.views))
+            tracker = (_ShardedTracker if strategy == "fsdp" else _WholeTracker)(shards, step)
             with tracker, tracker.leaving_out_propagation():
                 step.run()
+    tracker.traffic.summed += sum(map(_bytes, step.buckets))
     return Trace(shards, images, np.array(tracker.alive), tracker.at_peak, tracker.traffic)
 
 
@@ -129,14 +145,17 @@ class PlannedStep:
 
     def __init__(self, cfg: Config, images: int, *, fake: bool):
         self.model: LeJEPAModel = build_model(cfg, meta=True)
-        mesh = make_mesh(cfg.parallel, "cpu")
-        parallelize(self.model, cfg, mesh, CPU, weights=not fake)
-        self.loss_fn = self._loss(cfg)
+        self.called = self._parallelized(cfg, fake)
+        self.loss_fn = build_loss(cfg, CPU)
         self.amp_dtype = compute_dtype(cfg, CPU)
         self.context: Any = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
+        self.buckets: list[Tensor] = []
+        self.average: WeightAverage | None = None
         with self.context:
             if fake:
                 self._allocate()
+                if cfg.parallel.strategy == "ddp":
+                    self._keep_gradients()
             sizes = [cfg.crops.global_size] * cfg.crops.global_crops
             sizes += [cfg.crops.local_size] * cfg.crops.local_crops
             self.views = [torch.zeros(images, 3, size, size) for size in sizes]
@@ -145,12 +164,29 @@ class PlannedStep:
                 parameter.grad = torch.zeros_like(parameter)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            self.skipped = torch.zeros(())
+            if cfg.average.kind != "none":
+                self.average = WeightAverage(self.model, cfg.average, total_steps=1)
+                self.average.update(1, self.skipped)
 
-    @staticmethod
-    def _loss(cfg: Config) -> LeJEPALoss:
-        from lejepa_fast.train.loop import build_loss
+    def _parallelized(self, cfg: Config, fake: bool) -> nn.Module:
+        if fake and cfg.parallel.strategy == "ddp":
+            parallel = dataclasses.replace(cfg.parallel, strategy="none")
+            return parallelize(
+                self.model, dataclasses.replace(cfg, parallel=parallel), None, CPU, weights=False
+            )
+        return parallelize(self.model, cfg, make_mesh(cfg.parallel, "cpu"), CPU, weights=not fake)
 
-        return build_loss(cfg, CPU)
+    def _keep_gradients(self) -> None:
+        """As DDP's reducer does: a finished gradient is copied into a bucket, and is a view of it then."""
+
+        def into(bucket: Tensor, parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            parameter.grad = bucket.copy_(parameter.grad)
+
+        for parameter in self.model.parameters():
+            self.buckets.append(torch.empty_like(parameter, requires_grad=False))
+            parameter.register_post_accumulate_grad_hook(functools.partial(into, self.buckets[-1]))
 
     def _allocate(self) -> None:
         self.model.to_empty(device=CPU)
@@ -165,19 +201,31 @@ class PlannedStep:
     def run(self) -> None:
         """As `Trainer._train_step` does it."""
         with torch.autocast("cpu", dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            global_z, all_z = self.model(self.views)
+            global_z, all_z = self.called(self.views)
         out = self.loss_fn(global_z, all_z)
         out.total.backward()
         get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(1, self.skipped)
 
 
-class _Tracker(FSDPMemTracker):
+class _Kind(_RefType):
+    """What PyTorch's trackers have no name for."""
+
+    AVERAGE = "Average"
+
+
+class _Tracker(MemTracker):
     """Keeps the total after every operator, and the parts at the peak, instead of statistics by module."""
 
-    def __init__(self, model: Any, optimizer: torch.optim.Optimizer, shards: int):
-        super().__init__(model, optimizer)
+    def __init__(self, shards: int, step: PlannedStep, *tracked: Any):
+        super().__init__(*tracked)
+        self._ref_class = (*self._ref_class, _Kind.AVERAGE)  # type: ignore[assignment]
+        averaged = step.average.tensors() if step.average is not None else {}
+        for tensor in averaged.values():
+            self._update_and_maybe_create_winfos(tensor, _Kind.AVERAGE)
         self.shards = shards
         self.alive: list[int] = []
         self.at_peak: dict[str, int] = {}
@@ -224,6 +272,24 @@ class _Tracker(FSDPMemTracker):
         elif func is _c10d.allreduce_.default:
             self.traffic.summed += self.shards * sum(map(_bytes, args[0]))
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class _ShardedTracker(_Tracker, FSDPMemTracker):
+    """Of a step under FSDP2."""
+
+    def __init__(self, shards: int, step: PlannedStep):
+        super().__init__(shards, step, step.model, step.optimizer)
+        self.track_inputs(tuple(step.views))
+
+
+class _WholeTracker(_Tracker):
+    """Of a step under DDP or without a wrapper."""
+
+    def __init__(self, shards: int, step: PlannedStep):
+        super().__init__(shards, step)
+        self.track_external(step.model, step.optimizer, *step.views)
+        for bucket in step.buckets:
+            self._update_and_maybe_create_winfos(bucket, _MemRefType.GRAD)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 from lejepa_fast.train.accelerators import GIB
 
 if TYPE_CHECKING:
+    from lejepa_fast.train.parallelize import Strategy
     from lejepa_fast.train.plan import Plan, Row
+
+_STRATEGIES: Mapping[Strategy, str] = {"none": "no wrapper", "ddp": "DDP", "fsdp": "FSDP2"}
 
 
 def report(plan: Plan) -> str:
@@ -25,10 +28,16 @@ def report(plan: Plan) -> str:
 def _head(plan: Plan) -> str:
     options = plan.options
     groups = f" in {options.replicate} groups" if options.replicate > 1 else ""
-    return (
-        f"{options.model.name} on {options.gpus} x {plan.device.name}{groups}, FSDP2, {options.precision}, "
-        f"activation checkpointing {options.activation_checkpointing}, {plan.batch:,} images a step"
-    )
+    said = [
+        f"{options.model.name} on {options.gpus} x {plan.device.name}{groups}",
+        _STRATEGIES[plan.strategy(options.gpus)]
+        + (", gathered once a step" if options.keep_gathered else ""),
+        options.precision,
+        f"activation checkpointing {options.activation_checkpointing}",
+    ]
+    if options.average != "none":
+        said.append(f"{options.average} of the weights")
+    return ", ".join([*said, f"{plan.batch:,} images a step"])
 
 
 def _model(plan: Plan) -> list[str]:
@@ -45,7 +54,7 @@ def _model(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan, asked: Row) -> list[str]:
-    parts = sorted(plan.memory.traced.at_peak.items(), key=lambda part: -part[1])
+    parts = sorted(plan.memory(asked.gpus).traced.at_peak.items(), key=lambda part: -part[1])
     said = ", ".join(f"{name.lower()} {_gib(size)}" for name, size in parts if size >= 0.005 * asked.peak)
     share = asked.peak / (plan.device.memory_gib * GIB)
     verdict = "fits" if asked.fits else "DOES NOT FIT"
@@ -61,8 +70,9 @@ def _network(plan: Plan, asked: Row) -> list[str]:
         return ["network           nothing to send"]
     ratio = asked.network_seconds / asked.compute_seconds
     within, between = plan.bandwidths(asked.gpus)
-    rate = f"{within:g} GB/s"
-    if plan.options.replicate > 1 and between != within:
+    shards, copies = plan.layout(asked.gpus)
+    rate = f"{between if shards == 1 else within:g} GB/s"
+    if shards > 1 and copies > 1 and between != within:
         rate += f" within a group, {between:g} between groups"
     verdict = "hidden behind it" if ratio < 1 else "the network sets the pace"
     of = "MFU" if plan.options.precision == "bf16" else "of the float32 peak"
@@ -121,15 +131,16 @@ def _table(plan: Plan) -> list[str]:
 def _smallest(plan: Plan) -> str:
     found = plan.smallest()
     if found is not None:
-        return f"smallest number of GPUs that fits this batch: {found.gpus:,} ({_gib(found.peak)} GiB each)"
-    helps = {
-        "none": "--activation-checkpointing selective or full",
-        "selective": "--activation-checkpointing full",
-        "full": "fewer images per GPU",
-    }
+        under = _STRATEGIES[plan.strategy(found.gpus)]
+        each = f"{_gib(found.peak)} GiB each, {under}"
+        return f"smallest number of GPUs that fits this batch: {found.gpus:,} ({each})"
+    better = {"none": "selective or full", "selective": "full"}.get(plan.options.activation_checkpointing)
+    helps = [f"--activation-checkpointing {better}"] if better else []
+    if plan.strategy(max(plan.possible())) != "fsdp":
+        helps.append("--strategy fsdp")
     return (
         "no number of GPUs that divides this batch fits; try "
-        f"{helps[plan.options.activation_checkpointing]}, a smaller --batch or fewer crops"
+        f"{', '.join(helps)}{', ' if helps else ''}a smaller --batch or fewer crops"
     )
 
 
