@@ -10,7 +10,7 @@ from triton.compiler import ASTSource
 
 from lejepa_fast.kernels import backward, directions, finish, forward
 from lejepa_fast.kernels.configs import Config, Tile, shipped_config
-from lejepa_fast.kernels.layout import Plan, count_splits
+from lejepa_fast.kernels.layout import COEF_BLOCK, Plan, count_splits
 from lejepa_fast.kernels.runtime import OPTIONS
 
 TILED = ("forward", "gradient", "product", "fused")
@@ -90,7 +90,7 @@ def plain_kernels(target: str, dtype: str, plan: Plan, size: Size) -> list[Kerne
     done |= {"value_ptr": "*fp32", "coef_ptr": "*fp32", "count": float(size.N), "splits": splits}
     done |= {"stride_split": size.V * plan.rows * size.M, "stride_pj": 1, "stride_pm": 0, "stride_wj": 1}
     done |= {"stride_wm": 0, "COUNT_ON_DEVICE": False, "UNBIASED": False, "SCALE_BY_N": True, "REDUCE": True}
-    done |= {"G": plan.G, "BLOCK_M": 32, "PAIRS": triton.next_power_of_2(pairs)}
+    done |= {"G": plan.G, "BLOCK_M": COEF_BLOCK, "PAIRS": triton.next_power_of_2(pairs)}
     draw = common | {"step_ptr": "*i64", "out_ptr": f"*{dtype}", "seed": 3, "BLOCK_Q": 16, "BLOCK_M": 16}
     summing: Arguments = {"in_ptr": "*fp32", "out_ptr": "*fp32", "count": 256, "factor": 0.1, "BLOCK": 1024}
     return [

@@ -332,7 +332,7 @@ def gradient(
 
 
 def count_turns(tile: Tile, plan: Plan, lanes: int) -> int:
-    """Turns of a tile: twice as many, if it has the columns, where coefficients do not stay in registers."""
+    """Turns of a tile: twice as many, if it has the columns, where a direction has more coefficients."""
     twice = 2 * tile.turns * lanes <= tile.block_n and not _in_registers(plan)
     return tile.turns * (2 if twice else 1)
 

@@ -80,12 +80,14 @@ class Config(NamedTuple):
     def fuses(self, K: int, M: int, *, slice_grad: bool = False) -> bool:
         """Whether the backward for K dimensions and M directions is one kernel.
 
-        Only the first choice is for any case. Sizes that are no multiples of 16 are read element by element,
-        which takes registers, and a gradient for each direction makes the product one of float32.
+        Only the first choice is for any case. The others have no registers to spare for sizes that do not fill
+        the tiles, nor for float32 products, which a gradient for each direction asks for.
         """
-        if not self.fused:
+        if not self.fused or K > self.fused[-1].max_dim:
             return False
-        return K <= self.fused[0 if slice_grad or K % 16 or M % 16 else -1].max_dim
+        tile = self.tile("fused", K)
+        fills = K % tile.block_k == 0 and M % tile.block_m == 0
+        return K <= self.fused[0].max_dim or (fills and not slice_grad)
 
     def tile(self, kernel: str, K: int) -> Tile:
         """The shipped tile of "forward", "gradient", "product" or "fused" for K dimensions."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .autotune import Problem, choose
 from .configs import Config, Tile
-from .layout import Plan, count_splits
+from .layout import COEF_BLOCK, Plan, count_splits
 from .runtime import OPTIONS, empty, kernel_device
 from .series import (
     baby_steps,
@@ -31,8 +31,10 @@ from .series import (
     stride_from_babies,
 )
 
-# Samples are counted in int32: the end of a split, less than twice as far, must fit too.
+# Samples are counted in int32: the end of a split, less than twice as far, must fit too. So are the entries of
+# a table of one view.
 MAX_SAMPLES = 1 << 30
+MAX_TABLE = (1 << 31) - 1
 
 
 @triton.jit
@@ -287,13 +289,18 @@ def table_sums(
         shape (splits, V, rows, M), float32, to be summed over the splits.
 
     Raises:
-        ValueError: more samples than int32 can count.
+        ValueError: more samples or directions than int32 can count.
     """
     (views, N, K), M = x.shape, A.shape[1]
     if N > MAX_SAMPLES:
         raise ValueError(
             f"x: expected at most {MAX_SAMPLES} samples in a view for impl='triton', got N = {N}; "
             "use impl='torch'"
+        )
+    if (plan.rows + 1) * (M + COEF_BLOCK) > MAX_TABLE:
+        raise ValueError(
+            f"A: expected at most {MAX_TABLE // (plan.rows + 1) - COEF_BLOCK} directions with {plan.J} knots for "
+            f"impl='triton', got {M}; use impl='torch'"
         )
     splits, split_samples = count_splits(views, N, M, plan.chunks, config.split)
     out = empty(x, (splits, views, plan.rows, M), torch.float32)

@@ -170,7 +170,8 @@ def _triton_statistic(
     table = torch.ops.lejepa_fast.triton_table(x.detach(), A, scale, t, spacing, precision)
     count, N = None, x.shape[-2]
     if group is not None:
-        table, count = all_reduce_sums(table.sum(0, keepdim=True), N, group)
+        sums = table.sum(0, keepdim=True, dtype=torch.float64).float()  # as exactly as without ranks
+        table, count = all_reduce_sums(sums, N, group)
     value, _ = torch.ops.lejepa_fast.triton_statistic(
         x, A, scale, table, count, N, t, phi, weights, spacing, unbiased, scale_by_n, factor, precision
     )

@@ -91,6 +91,7 @@ def test_a_graph_capture_is_never_timed(monkeypatch):
         OutOfResources(300_000, 232_448, "shared memory"),
         PTXASError("out of memory"),
         RuntimeError("PassManager::run failed"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
     ],
 )
 def test_tiles_that_cannot_run_are_passed_over(monkeypatch, failure):
@@ -105,11 +106,12 @@ def test_tiles_that_cannot_run_are_passed_over(monkeypatch, failure):
     assert autotune.choose(CONFIG, "forward", problem(), launch) == tiles[-2]
 
 
-def test_a_broken_device_is_no_reason_to_try_the_next_tile(monkeypatch):
+@pytest.mark.parametrize("by", ["CUDA error", "Triton Error [CUDA]"])
+def test_a_broken_device_is_no_reason_to_try_the_next_tile(monkeypatch, by):
     Clock(monkeypatch, CONFIG.candidates("forward", 512))
 
     def launch(tile: Tile) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError(f"{by}: an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
         autotune.choose(CONFIG, "forward", problem(), launch)

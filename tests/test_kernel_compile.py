@@ -65,7 +65,8 @@ def test_the_backward_of_the_reference_size_is_one_kernel():
     config = shipped_config("sm_90", 2)
     assert config.fuses(512, 1024)
     assert config.fuses(33, 70), "small ones of any size"
-    assert not config.fuses(512, 1001), "sizes that are read element by element"
+    assert not config.fuses(512, 1040), "sizes that do not fill the tiles"
+    assert not config.fuses(400, 1024)
     assert not config.fuses(512, 1024, slice_grad=True), "float32 products"
     assert not config.fuses(1536, 4096)
 
