@@ -39,12 +39,18 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _triton_version(),
         "commit": _commit(),
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0], _ROOT), *sys.argv[1:]]),
+        "command": _command(sys.argv),
     }
     if torch.cuda.is_available() if device is None else device.type == "cuda":
         row["device"] = torch.cuda.get_device_name()
         row["driver"] = nvidia_smi("driver_version")
     return row
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command as it can be repeated elsewhere: without the folder that this machine kept the rows in."""
+    arguments = shlex.join(["python", os.path.relpath(argv[0], _ROOT), *argv[1:]])
+    return re.sub(r" --out[ =]('[^']*'|\S+)", "", arguments)
 
 
 def nvidia_smi(field: str) -> str | None:

@@ -7,10 +7,11 @@
 Stages run one after another, the most important first, each in a process of its own with a limit of time. One
 that fails or overruns is reported, and the later ones still run, as far as the minutes reach. DIR gets the
 rows of the benchmarks as they are measured, and `gpu_check.jsonl` with a row for each stage and each target.
+The later, optional stages fill what is left of the nine minutes: it is no failure if that is too little.
 Without the git history, LEJEPA_COMMIT=HASH in the environment names the commit that the rows carry.
 
-Exit codes: 0 all stages ran and all targets are met (of a rehearsal: all stages ran), 1 something failed, was
-stopped or missed its target, 2 wrong usage, such as no GPU.
+Exit codes: 0 all stages but optional ones ran and all targets are met (of a rehearsal: all stages ran), 1
+something failed, was stopped or missed its target, 2 wrong usage, such as no GPU.
 
 Adding a stage: an entry in `STAGES` below. A benchmark follows one rule, `python bench/X.py --out DIR`: it
 appends its rows to DIR as they come, prints by lines, and its exit code says whether it worked. One that also
@@ -46,7 +47,6 @@ HELPFUL = (
     "triton",
     "tyro",
     "timm",
-    "xdist",
     "pytest_timeout",
     "hypothesis",
     "matplotlib",
@@ -54,7 +54,8 @@ HELPFUL = (
     "lejepa",
 )
 NO_TESTS = {"kernel_helpers"}
-NEED_HYPOTHESIS = {"kernel_generated"}
+OTHER_TILES = ("minimal-float32", "reference-float32", "giant-bfloat16")
+GENERATED, SANITIZER = "kernel_generated", "sanitizer_finds_nothing"
 
 
 class Run(NamedTuple):
@@ -78,6 +79,7 @@ class Stage(NamedTuple):
         command: arguments of Python, or a sentence that says why there is nothing to run.
         cases: cases of `sigreg_bench.py` whose targets can be judged when it is done.
         rehearsed: whether a rehearsal runs it: with --rehearse, it takes seconds on a CPU.
+        optional: whether it may lack the time; if it fails, it fails.
         rows: file of rows of kind `target`, which are judged already; when the stage runs alone, they are
             the check's targets. (With less time it measures some of them only.)
     """
@@ -87,6 +89,7 @@ class Stage(NamedTuple):
     command: Callable[[Run], list[str] | str]
     cases: tuple[str, ...] = ()
     rehearsed: bool = True
+    optional: bool = False
     rows: str | None = None
 
 
@@ -103,23 +106,34 @@ def _script(name: str, *arguments: str, budget: bool = False) -> Callable[[Run],
     return command
 
 
-def _pytest(*selection: str, rehearsed: str | None = None) -> Callable[[Run], list[str] | str]:
-    """The kernel tests: those that also run in the interpreter, and the ones that need a GPU."""
+def _pytest(*arguments: str, parallel: bool = True) -> list[str]:
+    """Tests in a process, or in many; the options of pyproject.toml ask for plugins that may not be there."""
+    options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rf", "--tb=short"]
+    options += ["-o", "addopts=--import-mode=importlib", "-c", str(ROOT / "pyproject.toml")]
+    runner = [str(BENCH / "parallel_tests.py")] if parallel else ["-m", "pytest"]
+    return [*runner, *arguments, *options]
 
-    def command(run: Run) -> list[str] | str:
-        left_out = NO_TESTS | (set() if importlib.util.find_spec("hypothesis") else NEED_HYPOTHESIS)
-        files = [str(path) for path in sorted(TESTS.glob("kernel_*.py")) if path.stem not in left_out]
-        files += [] if run.rehearse else [str(TESTS / "test_kernels_gpu.py")]
-        options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rf", "--tb=short"]
-        # Not those of pyproject.toml, which ask for plugins that may not be there.
-        options += ["-o", "addopts=--import-mode=importlib", "-c", str(ROOT / "pyproject.toml")]
-        if run.rehearse and rehearsed:
-            return ["-m", "pytest", *files, *options, "-k", rehearsed]
-        workers = min(12, os.cpu_count() or 1)  # they share the GPU; compiling the kernels takes the time
-        parallel = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
-        return ["-m", "pytest", *files, *options, *parallel, *selection]
 
-    return command
+def _kernel_tests(run: Run) -> list[str]:
+    """The tests that also run in the interpreter, and the ones that need a GPU."""
+    files = [
+        str(path) for path in sorted(TESTS.glob("kernel_*.py")) if path.stem not in NO_TESTS | {GENERATED}
+    ]
+    if run.rehearse:
+        return _pytest(*files, "-k", "double_backward", parallel=False)
+    return _pytest(*files, str(TESTS / "test_kernels_gpu.py"), "-k", f"not {SANITIZER}")
+
+
+def _generated_cases(run: Run) -> list[str] | str:
+    if not importlib.util.find_spec("hypothesis"):
+        return "hypothesis is not installed: the generated cases are left out"
+    return _pytest(str(TESTS / f"{GENERATED}.py"))
+
+
+def _sanitizer(run: Run) -> list[str] | str:
+    if shutil.which("compute-sanitizer") is None:
+        return "no compute-sanitizer on PATH"
+    return _pytest(str(TESTS / "test_kernels_gpu.py"), "-k", SANITIZER)
 
 
 def _loader_tests(run: Run) -> list[str] | str:
@@ -127,15 +141,7 @@ def _loader_tests(run: Run) -> list[str] | str:
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
         return "DALI is not installed"
     files = [str(TESTS / name) for name in ("test_data_parity.py", "test_data_loader.py")]
-    options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rf", "--tb=short"]
-    options += ["-o", "addopts=--import-mode=importlib", "-c", str(ROOT / "pyproject.toml")]
-    return ["-m", "pytest", *files, *options, "-k", "gpu"]
-
-
-def _tiles(run: Run) -> list[str] | str:
-    if not (ROOT / "kernels" / "autotune.py").is_file():
-        return "no kernels/autotune.py in this checkout"
-    return _script("tiles_bench.py")(run)
+    return _pytest(*files, "-k", "gpu", parallel=False)
 
 
 def _smoke(run: Run) -> list[str]:
@@ -148,22 +154,25 @@ def _sigreg(case: str, seconds: int) -> Stage:
     return Stage(f"sigreg {case}", seconds, command, cases=(case,), rehearsed=False)
 
 
+_LATER: dict[str, Any] = {"rehearsed": False, "optional": True}
 STAGES = (
-    Stage("environment", 30, lambda run: [str(Path(__file__)), "--describe", *run.extra]),
-    Stage("kernel tests", 120, _pytest("-m", "not gpu", rehearsed="double_backward")),
+    Stage("environment", 60, lambda run: [str(Path(__file__)), "--describe", *run.extra]),
+    Stage("kernel tests", 150, _kernel_tests),
     _sigreg("reference-bfloat16", 100),
     _sigreg("minimal-float32", 80),
-    Stage("pretraining, 50 steps", 50, _smoke),
-    Stage("accuracy", 60, _script("accuracy_bench.py"), rehearsed=False),
-    _sigreg("giant-bfloat16", 50),
+    _sigreg("giant-bfloat16", 60),
     _sigreg("reference-float32", 80),
-    Stage("large kernel tests", 60, _pytest("-m", "gpu"), rehearsed=False),
-    Stage("tiles", 90, _tiles),
-    Stage("loader tests", 60, _loader_tests, rehearsed=False),
-    Stage("loader", 60, _script("loader_bench.py", budget=True), rehearsed=False),
-    Stage("training", 60, _script("train_bench.py", budget=True), rehearsed=False, rows="train.jsonl"),
-    _sigreg("minimal-bfloat16", 80),
-    Stage("sigreg against N and M", 90, _script("sigreg_bench.py", "--sweep-only"), rehearsed=False),
+    Stage("accuracy", 120, _script("accuracy_bench.py"), rehearsed=False),
+    Stage("tiles", 90, _script("tiles_bench.py", "--sizes", "reference-bfloat16")),
+    Stage("pretraining, 50 steps", 60, _smoke),
+    Stage("generated cases", 120, _generated_cases, **_LATER),
+    Stage("tiles of other sizes", 90, _script("tiles_bench.py", "--sizes", *OTHER_TILES), **_LATER),
+    Stage("loader tests", 60, _loader_tests, **_LATER),
+    Stage("loader", 60, _script("loader_bench.py", budget=True), **_LATER),
+    Stage("training", 60, _script("train_bench.py", budget=True), rows="train.jsonl", **_LATER),
+    _sigreg("minimal-bfloat16", 80)._replace(optional=True),
+    Stage("sigreg against N and M", 90, _script("sigreg_bench.py", "--sweep-only"), **_LATER),
+    Stage("sanitizer", 300, _sanitizer, **_LATER),
 )
 # The cases of the benchmark are rehearsed in one process.
 REHEARSAL = (
@@ -223,7 +232,7 @@ def execute(arguments: Sequence[str], limit: float, environment: dict[str, str],
     seconds = time.monotonic() - began
     if code == 0:
         return Outcome("ok", seconds)
-    if "pytest" in arguments and code == 5:
+    if code == 5 and any("pytest" in a or "parallel_tests" in a for a in arguments[:2]):
         return Outcome("absent", seconds, "no such tests")
     said = next((line.strip() for line in reversed(last) if line.strip()), "nothing was printed")
     return Outcome("failed", seconds, f"exit code {code}: {said[:300]}")
@@ -347,7 +356,11 @@ class Check:
             if note:
                 print(f"{name}: {note}", flush=True)
         print(f"rows: {self.run.out}", flush=True)
-        failed = any(outcome.status not in ("ok", "absent") for outcome in self.outcomes.values())
+        optional = {stage.name for stage in STAGES if stage.optional and not self.only}
+        failed = any(
+            outcome.status == "failed" or (outcome.status in ("stopped", "skipped") and name not in optional)
+            for name, outcome in self.outcomes.items()
+        )
         missed = any(not row["met"] for row in self.judged)
         return 1 if failed or (missed and not self.run.rehearse) else 0
 

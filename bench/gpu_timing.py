@@ -33,6 +33,7 @@ from torch import Tensor
 L2_FACTOR = 4  # buffers of this many times the L2 cache: none of them is found there again
 _MOST_BUFFERS = 16
 _LONGEST_SLEEP = 0.02  # seconds
+ASSUMED_HERTZ = 1.5e9  # only for the length of that sleep
 
 
 # --- Time -----------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def clock_rate(properties: Any) -> tuple[float, str]:
     kilohertz = getattr(properties, "clock_rate", 0)
     if kilohertz:
         return 1e3 * kilohertz, "device properties"
-    return 1.5e9, "assumed"
+    return ASSUMED_HERTZ, "assumed"
 
 
 def wall_times(calls: dict[str, Timed], rounds: int = 7, seconds: float = 0.02) -> dict[str, list[float]]:
@@ -273,6 +274,6 @@ def floors(size: Size, itemsize: int, ceilings: Ceilings) -> dict[str, float]:
     }
 
 
-def has_floor(case: Case) -> bool:
-    """The measured matmul is that of half precision; float32 products have another ceiling."""
-    return case.dtype.itemsize == 2
+def has_floor(case: Case, ceilings: Ceilings) -> bool:
+    """Whether its ceilings are known: the matmul is that of half precision, and the clock may be a guess."""
+    return case.dtype.itemsize == 2 and ceilings.clock_source != "assumed"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lejepa_fast import triton_ops
 from lejepa_fast.kernels import backward, directions, finish, forward
 from lejepa_fast.kernels.configs import Config, Tile, shipped_config
 from lejepa_fast.kernels.layout import COEF_BLOCK, Plan, count_splits
@@ -47,14 +49,20 @@ def tiled_kernel(
     tile: Tile | None = None,
     *,
     slice_grad: bool = False,
+    directions: str | None = None,
 ) -> Kernel:
     """One of `TILED` as it is launched for a size, with its shipped tile or another.
 
     `slice_grad`: as the backward of a statistic for each direction (`reduction=None`) launches it.
+    `directions`: their dtype, where it is not that of the embeddings: both are multiplied as float32.
     """
-    config = shipped_config(target, 4 if slice_grad and name == "product" else _itemsize(dtype))
+    mixed = directions not in (None, dtype)
+    single = mixed or (slice_grad and name == "product")
+    config = shipped_config(target, 4 if single else _itemsize(dtype))
     tile = config.tile(name, size.K) if tile is None else tile
     arguments = _common(target, dtype, plan, size) | _blocks(name, tile, size, config)
+    if mixed:
+        arguments |= {"a_ptr": f"*{directions}", "HAS_SCALE": False}
     if name == "forward":
         splits, samples = count_splits(size.V, size.N, size.M, plan.chunks, config.split)
         arguments |= {"out_ptr": "*fp32", "splits": splits, "split_samples": samples}
@@ -63,11 +71,11 @@ def tiled_kernel(
     arguments |= {"G": plan.G, "FAR": plan.chunks > 1, "SLICE_GRAD": slice_grad, "out_ptr": f"*{dtype}"}
     arguments |= {"coef_ptr": "*fp32", "grad_ptr": "*fp32", "dp_ptr": f"*{dtype}"}
     arguments |= dict.fromkeys(("TURNS", "turns"), backward.count_turns(tile, plan, config.lanes))
-    if slice_grad:  # dT/dp stays in float32
-        arguments |= {"stride_gv": size.M, "stride_gm": 1, "dp_ptr": "*fp32"}
-        arguments |= {"out_ptr": "*fp32"} if name == "gradient" else {}
-        arguments["PRECISION"] = "tf32x3" if target.startswith("sm_") else "ieee"
-    arguments |= {"NORMALIZE": dtype == "fp16" and not slice_grad, "first_view": 0}
+    if slice_grad:
+        arguments |= {"stride_gv": size.M, "stride_gm": 1}
+    if slice_grad or mixed:  # dT/dp stays in float32
+        arguments |= {"dp_ptr": "*fp32"} | ({"out_ptr": "*fp32"} if name == "gradient" else {})
+    arguments |= {"NORMALIZE": dtype == "fp16" and not (slice_grad or mixed), "first_view": 0}
     if name == "fused":
         return Kernel(name, backward._sigreg_bwd_kernel, arguments, tile)
     if name == "product":
@@ -113,7 +121,9 @@ def _common(target: str, dtype: str, plan: Plan, size: Size) -> Arguments:
     factors = ("factor_hi", "factor_lo", "giant_hi", "giant_lo", "out_factor")
     arguments |= dict.fromkeys(factors, 0.1)
     arguments |= {"HAS_SCALE": half, "EQUIDISTANT": plan.equidistant, "B": plan.B, "ROWS": plan.rows}
-    arguments["PRECISION"] = "tf32x3" if not half and target.startswith("sm_") else "ieee"
+    # AMD's is that of the CPU.
+    device = torch.device("cuda" if target.startswith("sm_") else "cpu")
+    arguments["PRECISION"] = triton_ops.default_precision(device)
     return arguments
 
 

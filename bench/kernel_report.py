@@ -6,8 +6,9 @@
 
 Kernels are compiled with their shipped configuration for the reference size (V 8, N 2048, K 512, M 1024,
 J 17), for the giant one (V 10, N 4096, K 1536, M 4096) where that takes another tile, and `fused` for the
-largest K of each tile; for sm_90 and bf16 also for odd sizes, more knots and a statistic for each direction,
-where spills are recorded rather than excluded.
+largest K of each tile. For sm_90 also for the minimal size, for odd sizes, more knots, arbitrary knots, a
+statistic for each direction, and bf16 embeddings with float32 directions: there spills are recorded rather
+than excluded.
 Instructions are counted in the hot loop: the stretch of machine code between two branches
 that holds the range reductions. One range reduction (two beyond 17 knots) belongs to one projected sample,
 and its constant can be found in the code, so `per sample` means: of that stretch, divided by its samples.
@@ -43,6 +44,7 @@ from lejepa_fast.kernels.layout import Plan, count_splits, make_plan
 BUDGETS = Path(__file__).parent / "kernel_budgets.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REFERENCE, GIANT, KNOTS = Size(8, 2048, 512, 1024), Size(10, 4096, 1536, 4096), 17
+MINIMAL = Size(4, 256, 16, 256)
 ODD = (Size(8, 2001, 60, 1000), Size(8, 2001, 500, 1000), Size(8, 2001, 768, 1024))
 MANY_KNOTS = (33, 65)
 # The names that end in 2 are Blackwell's packed instructions: two operations, issued once.
@@ -73,9 +75,28 @@ def shipped_kernels(target: str, dtype: str, plan: Plan) -> list[tuple[Size, Ker
     return found
 
 
-def uneven_kernels(target: str) -> list[tuple[str, Plan, Size, Kernel]]:
-    """What the shipped tiles were not chosen for, in bf16: masks along every dimension, more knots, and a
-    statistic for each direction.
+Case = tuple[str, Plan, Size, Kernel]
+
+
+def minimal_kernels(target: str, dtype: str) -> list[Case]:
+    plan = make_plan(KNOTS, 3 / (KNOTS - 1))
+    names = ("forward", "fused")
+    return [("minimal", plan, MINIMAL, tiled_kernel(n, target, dtype, plan, MINIMAL)) for n in names]
+
+
+def mixed_kernels(target: str) -> list[Case]:
+    """Embeddings in bf16 and directions in float32, of sizes that are read element by element."""
+    plan, size = make_plan(KNOTS, 3 / (KNOTS - 1)), ODD[1]
+    found = []
+    for name in ("forward", "gradient", "product"):
+        kernel = tiled_kernel(name, target, "bf16", plan, size, directions="fp32")
+        found.append((f"bf16 x N {size.N} K {size.K} M {size.M}", plan, size, kernel))
+    return found
+
+
+def uneven_kernels(target: str) -> list[Case]:
+    """What the shipped tiles were not chosen for, in bf16: masks along every dimension, more knots or
+    arbitrary ones, and a statistic for each direction.
     """
     found = []
     for size in ODD:
@@ -89,6 +110,10 @@ def uneven_kernels(target: str) -> list[tuple[str, Plan, Size, Kernel]]:
         for name, size in (("forward", REFERENCE), ("fused", REFERENCE), ("gradient", GIANT)):
             kernel = tiled_kernel(name, target, "bf16", plan, size)
             found.append((f"J {knots} K {size.K}", plan, size, kernel))
+    plan = make_plan(KNOTS, None)
+    for name, size in (("forward", REFERENCE), ("fused", REFERENCE), ("gradient", GIANT)):
+        kernel = tiled_kernel(name, target, "bf16", plan, size)
+        found.append((f"arbitrary knots K {size.K}", plan, size, kernel))
     plan = make_plan(KNOTS, 3 / (KNOTS - 1))
     for name, size in (("fused", REFERENCE._replace(K=64)), ("gradient", REFERENCE), ("product", REFERENCE)):
         kernel = tiled_kernel(name, target, "bf16", plan, size, slice_grad=True)
@@ -197,8 +222,9 @@ def report(target: str, dtypes: list[str]) -> list[dict[str, Any]]:
     rows = []
     for dtype in dtypes:
         cases = [("", plan, *found) for found in shipped_kernels(target, dtype, plan)]
-        if (target, dtype) == ("sm_90", "bf16"):
-            cases += uneven_kernels(target)
+        if target == "sm_90" and dtype != "fp16":
+            cases += minimal_kernels(target, dtype)
+            cases += uneven_kernels(target) if dtype == "bf16" else mixed_kernels(target)
         rows += [_row(target, dtype, *case) for case in cases]
     return rows
 
@@ -207,13 +233,16 @@ def _row(target: str, dtype: str, uneven: str, plan: Plan, size: Size, kernel: K
     row = {"kernel": kernel.name, "uneven": uneven, "target": target, "dtype": dtype, **size._asdict()}
     reductions = 2 if plan.chunks > 1 else 1  # giant steps far from 0 have one of their own
     row |= {**kernel.tile._asdict(), **inspect(compile_kernel(kernel, target), target, reductions)}
+    if not plan.equidistant:  # a range reduction for each knot: they do not count samples
+        row.pop("loop_samples", None)
+        row.pop("per_sample", None)
     samples = row.pop("loop_samples", None)
     if samples and "TURNS" in kernel.arguments and target != "sm_100":  # whose packed instructions reduce two
         due = kernel.tile.block_m * kernel.tile.block_n / kernel.arguments["TURNS"]
         row["repeated"] = samples * 32 * kernel.tile.num_warps / due
     if kernel.name not in TILED:
         row.pop("per_sample", None)  # it draws normals and projects nothing
-    elif target == "sm_90":
+    elif target == "sm_90" and plan.equidistant:
         row["floor_h200"] = floors(row, kernel, size, plan)
     return row
 
@@ -223,15 +252,16 @@ def budget_key(row: dict[str, Any]) -> str:
 
 
 def violations(rows: list[dict[str, Any]], budgets: dict[str, Any]) -> list[str]:
-    """What breaks the rules: more spills than recorded (none, if none are), no tensor-core instructions,
-    10 % more FP32 instructions than recorded.
+    """What breaks the rules: no recorded budget, more spills than recorded (none, if none are), other
+    tensor-core instructions, 10 % more FP32 instructions than recorded.
     """
     found = []
     for row in rows:
         budget = budgets.get(budget_key(row))
-        if budget is None:
-            continue
         name = f"{row['kernel']} ({row['dtype']}, {row['target']}, {row['uneven'] or 'K ' + str(row['K'])})"
+        if budget is None:
+            found.append(f"{name}: no budget in {BUDGETS.name} for {budget_key(row)!r}")
+            continue
         allowed = budget.get("spills", 0)
         if row["spills"] > allowed or (row["stack_bytes"] and not allowed):
             found.append(f"{name}: {row['spills']} spill instructions, {row['stack_bytes']} bytes of stack")
@@ -248,7 +278,7 @@ def violations(rows: list[dict[str, Any]], budgets: dict[str, Any]) -> list[str]
 
 def show(rows: list[dict[str, Any]]) -> None:
     header = ["kernel", "size", "target", "dtype", "tile", "regs", "spills", "shared", "tensor"]
-    header += ["fp32/smp", "shfl", "all/smp", "fp32 us", "matmul us", "l2 us", "floor us"]
+    header += ["fp32/smp", "mufu", "shfl", "all/smp", "fp32 us", "matmul us", "l2 us", "floor us"]
     table = []
     for row in rows:
         tile = f"{row['block_m']}x{row['block_n']}x{row['block_k']} w{row['num_warps']} s{row['num_stages']}"
@@ -263,7 +293,8 @@ def show(rows: list[dict[str, Any]]) -> None:
             str(row["registers"]),
         ]
         cells += [str(row["spills"]), str(row["shared_bytes"]), row["tensor_kind"] or "-"]
-        cells += [f"{each[k]:.1f}" for k in ("fp32", "shfl", "total")] if each else ["-"] * 3
+        kinds = ("fp32", "mufu", "shfl", "total")
+        cells += [f"{each[kind]:.1f}" for kind in kinds] if each else ["-"] * 4
         names = ("fp32_us", "matmul_us", "l2_us", "floor_us")
         cells += [f"{floor[k]:.0f}" for k in names] if floor else ["-"] * 4
         table.append(cells)

@@ -70,37 +70,64 @@ def measure(case: Case, setting: Setting, repeats: int) -> list[Row]:
     for name in case.variants:
         rows[name], run = checked(case, name, xs[0], truth, device)
         if run is not None:
-            calls[name] = Timed(lambda repeat: xs[repeat % len(xs)].detach().requires_grad_(), run)
-    if clock:
-        drop_what_does_not_fit(calls, rows, clock)
-        times = interleaved_times(calls, repeats, once=clock.once, warm_up=4)
-        for name, seconds in gpu_timing.wall_times(calls).items():
-            rows[name]["wall"] = summary(seconds)
-    else:
-        times = interleaved_times(calls, repeats, warm_up=0 if setting.rehearsal else 2)
-    for name, parts in times.items():
-        rows[name] |= {phase: summary(v) for phase, v in parts._asdict().items() if v}
+            calls[name] = Timed(
+                lambda repeat: xs[repeat % len(xs)].detach().requires_grad_(), named(name, run)
+            )
+    time_in_turns(calls, rows, setting, repeats)
     for name, call in calls.items():
-        rows[name] |= memory_and_launches(case, name, call, setting)
-        if setting.ceilings and gpu_timing.has_floor(case):
+        if setting.ceilings and gpu_timing.has_floor(case, setting.ceilings):
             floor = gpu_timing.floors(case.size, case.dtype.itemsize, setting.ceilings)
             share = floor["floor_ms"] / rows[name]["forward_backward"]["median_ms"]
             rows[name] |= {**floor, "share_of_floor": share, "ceilings": setting.ceilings._asdict()}
+        try:
+            rows[name] |= memory_and_launches(case, name, call, setting)
+        except Exception as failure:  # the times are worth keeping
+            print(f"{name.strip()}: memory not measured: {_first_line(failure)}", flush=True)
     marks = {"rehearsal": True} if setting.rehearsal else {}
     about = machine(device)
     return [{**row, **marks, **about} for row in rows.values()]
 
 
-def drop_what_does_not_fit(calls: dict[str, Timed], rows: dict[str, Row], clock: gpu_timing.GpuClock) -> None:
-    """Beside the others a variant may lack memory that it had alone: then it goes, and they stay."""
-    for name in list(calls):
+class VariantError(Exception):
+    """A variant failed that had run before; its name is the argument."""
+
+
+def named(name: str, run: Run) -> Run:
+    def run_or_say_who(x: Tensor, between: Callable[[], None]) -> tuple[Tensor, Tensor]:
         try:
-            clock.once(calls[name], 0)
-        except torch.OutOfMemoryError:
+            return run(x, between)
+        except Exception as failure:
+            raise VariantError(name) from failure
+
+    return run_or_say_who
+
+
+def time_in_turns(calls: dict[str, Timed], rows: dict[str, Row], setting: Setting, repeats: int) -> None:
+    """Times into the rows. A variant that fails, or lacks memory beside the others, goes, and they stay."""
+    clock, warm_up = setting.clock, 0 if setting.rehearsal else 2
+    while calls:
+        try:
+            if clock:
+                times = interleaved_times(calls, repeats, once=clock.once, warm_up=4)
+                walls = gpu_timing.wall_times(calls)
+            else:
+                times, walls = interleaved_times(calls, repeats, warm_up=warm_up), {}
+        except VariantError as failure:
+            (name,), cause = failure.args, failure.__cause__
+            problem = "does not fit into memory beside the others"
+            if not isinstance(cause, torch.OutOfMemoryError):
+                problem = f"failed while it was timed: {_first_line(cause)}"
             del calls[name]
-            rows[name] |= {"correct": False, "problem": "does not fit into memory beside the others"}
-            print(f"{name.strip()}: {rows[name]['problem']}", flush=True)
-            gpu_timing.free_memory()
+            rows[name] |= {"correct": False, "problem": problem}
+            print(f"{name.strip()}: {problem}", flush=True)
+            if clock:
+                gpu_timing.free_memory()
+            continue
+        for name, parts in times.items():
+            rows[name] |= {phase: summary(v) for phase, v in parts._asdict().items() if v}
+        for name, seconds in walls.items():
+            rows[name]["wall"] = summary(seconds)
+        return
 
 
 def checked(case: Case, name: str, x: Tensor, truth: Truth, device: torch.device) -> tuple[Row, Run | None]:
@@ -130,7 +157,7 @@ def checked(case: Case, name: str, x: Tensor, truth: Truth, device: torch.device
     return row | {"problem": problem}, None
 
 
-def _first_line(failure: Exception) -> str:
+def _first_line(failure: BaseException | None) -> str:
     lines = str(failure).strip().splitlines()
     return f"{type(failure).__name__}: {lines[0][:200]}" if lines else type(failure).__name__
 
@@ -245,7 +272,8 @@ def show(rows: Sequence[Row]) -> None:
         cells.append(f"{base['forward_backward']['median_ms'] / both['median_ms']:.2f}x" if base else "")
         peak = row.get("peak_extra_mib")
         cells.append("-" if peak is None else f"{peak:.0f}")
-        cells.append(f"{peak / base['peak_extra_mib']:.3f}" if base and peak is not None else "")
+        base_peak = base.get("peak_extra_mib") if base else None
+        cells.append(f"{peak / base_peak:.3f}" if peak is not None and base_peak else "")
         if on_gpu:
             share = row.get("share_of_floor")
             cells += [f"{row['wall']['median_ms']:.3g}", str(row.get("launches", "-"))]
@@ -256,7 +284,11 @@ def show(rows: Sequence[Row]) -> None:
 
 def plot(rows: Sequence[Row], base: Case, sweeps: dict[str, list[int]], path: Path) -> None:
     """Time and peak memory against N and against M, one line a variant."""
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("\nno plot: matplotlib is not installed", flush=True)
+        return
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
@@ -286,6 +318,7 @@ def plot(rows: Sequence[Row], base: Case, sweeps: dict[str, list[int]], path: Pa
     figure.suptitle(f"SIGReg in {rows[0]['dtype']} on {rows[0]['device']}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+    print(f"\nplot: {path}", flush=True)
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -416,7 +449,6 @@ def sweep(
         if size != base.size or not found:
             added += run(base._replace(name="sweep", size=size), max(2, options.repeats // 3))
     plot([*found, *added], base, sweeps, options.out / "sigreg.png")
-    print(f"\nplot: {options.out / 'sigreg.png'}", flush=True)
     return added
 
 

@@ -1,9 +1,12 @@
 """Out-of-bounds and race check of Triton kernels in Triton's interpreter.
 
-Every load and store of every program is looked at: its addresses must lie inside the tensors that the launch
-was given, and no address may be stored to by two programs, or stored to by one and loaded by another.
-Programs of a launch run at the same time in any order on a GPU, so either is a race. Atomics are not
-looked at; our kernels have none.
+Every load and store of every program is looked at: its addresses must lie inside the tensor whose pointer
+they were computed from, and no address may be stored to by two programs, or stored to by one and loaded by
+another. Programs of a launch run at the same time in any order on a GPU, so either is a race. Atomics are
+not looked at; our kernels have none.
+
+A pointer knows its tensor by its upper 16 bits, which no address of a process uses: they hold the number of
+the kernel's argument, addition keeps them, and they are taken off before memory is touched.
 
 Why not triton-viz, which has a sanitizer too. Its newest release, 3.0, cannot be imported with Triton 3.9:
 "AttributeError: 'InterpreterBuilder' object has no attribute 'create_make_block_ptr'". With that name put
@@ -20,7 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+from triton.runtime import interpreter
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+_TAG_SHIFT = 48
 
 
 class FindingError(AssertionError):
@@ -30,25 +36,35 @@ class FindingError(AssertionError):
 class _Launch:
     """Accesses of one launch: addresses and the program that made each."""
 
-    def __init__(self, kernel: str, tensors: list[torch.Tensor]):
+    def __init__(self, kernel: str):
         self.kernel = kernel
-        spans = sorted(_span(tensor) for tensor in tensors)
-        self.starts = np.array([start for start, _ in spans], dtype=np.int64)
-        self.stops = np.maximum.accumulate(np.array([stop for _, stop in spans], dtype=np.int64))
+        self.starts, self.stops = [0], [0]  # no argument has number 0
         self.accesses: dict[str, list[tuple[np.ndarray, int]]] = {"load": [], "store": []}
 
-    def record(self, kind: str, pointers: Any, mask: Any, program: tuple[int, ...]) -> None:
-        data = np.atleast_1d(pointers.data)
-        addresses = data[np.broadcast_to(mask.data, data.shape)].astype(np.int64)
+    def add_argument(self, tensor: torch.Tensor, pointer: Any) -> None:
+        """Mark the pointer that the kernel gets for a tensor."""
+        pointer.handle.data = pointer.handle.data | np.uint64(len(self.starts) << _TAG_SHIFT)
+        start, stop = _span(tensor)
+        self.starts.append(start)
+        self.stops.append(stop)
+
+    def record(self, kind: str, pointers: Any, mask: Any, program: tuple[int, ...]) -> Any:
+        """Looks at an access; returns the pointers without their marks."""
+        plain = pointers.data & np.uint64((1 << _TAG_SHIFT) - 1)
+        used = np.broadcast_to(mask.data, np.atleast_1d(plain).shape)
+        addresses = np.atleast_1d(plain)[used].astype(np.int64)
+        argument = np.atleast_1d(pointers.data >> np.uint64(_TAG_SHIFT))[used].astype(np.int64)
         itemsize = pointers.get_element_ty().primitive_bitwidth // 8
-        buffer = np.searchsorted(self.starts, addresses, side="right") - 1
-        outside = (buffer < 0) | (addresses + itemsize > self.stops[buffer])
-        if outside.any():
+        known = argument < len(self.starts)
+        argument = np.where(known, argument, 0)
+        starts, stops = np.array(self.starts)[argument], np.array(self.stops)[argument]
+        if ((addresses < starts) | (addresses + itemsize > stops)).any():
             raise FindingError(f"{self.kernel}: {kind} out of bounds in program {program}")
         if kind == "store" and len(np.unique(addresses)) < len(addresses):
             raise FindingError(f"{self.kernel}: one store writes an address twice in program {program}")
         x, y, z = program
         self.accesses[kind].append((addresses, (x << 40) | (y << 20) | z))
+        return TensorHandle(plain, pointers.dtype)
 
     def check_races(self) -> None:
         stored, writers = self._flat("store")
@@ -88,33 +104,36 @@ def sanitize() -> Iterator[list[str]]:
     """
     kernels: list[str] = []
     launches: list[_Launch] = []
-    call = GridExecutor.__call__
+    call, convert = GridExecutor.__call__, interpreter._implicit_cvt
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def checked_call(self: Any, *args: Any, **kwargs: Any) -> None:
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
         kernels.append(self.fn.__name__)
-        launches.append(_Launch(self.fn.__name__, tensors))
+        launches.append(_Launch(self.fn.__name__))
         try:
             call(self, *args, **kwargs)
             launches[-1].check_races()
         finally:
             launches.pop()
 
+    def marked(argument: Any) -> Any:
+        converted = convert(argument)
+        if isinstance(argument, torch.Tensor):
+            launches[-1].add_argument(argument, converted)
+        return converted
+
     def checked_load(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
-        launches[-1].record("load", pointers, mask, self.grid_idx)
-        return load(self, pointers, mask, *args)
+        return load(self, launches[-1].record("load", pointers, mask, self.grid_idx), mask, *args)
 
     def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any) -> Any:
-        launches[-1].record("store", pointers, mask, self.grid_idx)
-        return store(self, pointers, value, mask, *args)
+        return store(self, launches[-1].record("store", pointers, mask, self.grid_idx), value, mask, *args)
 
-    GridExecutor.__call__ = checked_call
+    GridExecutor.__call__, interpreter._implicit_cvt = checked_call, marked
     InterpreterBuilder.create_masked_load = checked_load
     InterpreterBuilder.create_masked_store = checked_store
     try:
         yield kernels
     finally:
-        GridExecutor.__call__ = call
+        GridExecutor.__call__, interpreter._implicit_cvt = call, convert
         InterpreterBuilder.create_masked_load = load
         InterpreterBuilder.create_masked_store = store

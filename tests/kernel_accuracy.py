@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_within_rule, check_accuracy, evaluate, plain_float32, truth
-from kernel_helpers import DEVICE, arbitrary_knots, directions, normal
+from kernel_helpers import DEVICE, ONE_KERNEL, TWO_KERNELS, arbitrary_knots, directions, normal
 
 from lejepa_fast import SIGReg, sample_unit_directions, sigreg, standard_normal_knots
 
@@ -40,7 +40,7 @@ def test_accuracy_over_numbers_of_knots(J):
 
 
 @pytest.mark.parametrize("J", [1, 7, 8, 9, 17])  # around the eight knots of a chunk
-@pytest.mark.parametrize("K", [8, 40])
+@pytest.mark.parametrize("K", [ONE_KERNEL, TWO_KERNELS])
 def test_accuracy_of_arbitrary_knots(J, K):
     check_accuracy(normal(2, 20, K), directions(K, 9), arbitrary_knots(J), impl="triton")
 
@@ -53,7 +53,7 @@ def test_accuracy_over_sizes_of_projections(scale, J):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("K", [16, 40])
+@pytest.mark.parametrize("K", [16, TWO_KERNELS])
 @pytest.mark.parametrize("exact_directions", [False, True])
 def test_accuracy_of_half_precision_inputs(dtype, K, exact_directions):
     """float32 directions multiply as float32; half-precision ones with their scale on the tensor cores."""
@@ -66,7 +66,7 @@ def test_accuracy_of_half_precision_inputs(dtype, K, exact_directions):
         check_accuracy(x, A, knots, impl="triton", scale=scale, reduction=reduction)
 
 
-@pytest.mark.parametrize("K", [8, 40])  # fused, and gradient with product
+@pytest.mark.parametrize("K", [ONE_KERNEL, TWO_KERNELS])
 @pytest.mark.parametrize("size", [1e-12, 1e-6, 1.0, 1e8])
 def test_float16_gradient_of_any_size(K, size):
     """dT/dp passes through float16 whose range it does not fit; views differ in size, too."""
@@ -87,11 +87,15 @@ def test_float16_gradient_of_any_size(K, size):
         assert_within_rule(got[view], plain[view], exact[view], "gradient", ulp=2.0**-11)
 
 
-@pytest.mark.parametrize("K", [6, 40])
+@pytest.mark.parametrize("K", [ONE_KERNEL, TWO_KERNELS])
 def test_gradient_per_direction(K):
-    """reduction=None with an arbitrary gradient for every view and direction, of very different sizes."""
-    x, A, knots = normal(2, 20, K), directions(K, 9), standard_normal_knots()
-    upstream = torch.logspace(-6, 6, 18).view(2, 9).to(DEVICE)
+    """reduction=None with an arbitrary gradient for every view and direction, of very different sizes.
+
+    The directions are columns of the identity, so each has a column of dx to itself, and all count alike.
+    """
+    M = K - 3
+    x, A, knots = normal(2, 20, K), torch.eye(K, M, device=DEVICE), standard_normal_knots()
+    upstream = torch.logspace(-6, 6, 2 * M).view(2, M).to(DEVICE)
     grads = {}
     runs = [("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)]
     for impl, dtype in runs:
@@ -101,7 +105,10 @@ def test_gradient_per_direction(K):
         grads[impl, dtype] = v.grad
     exact = grads["reference", torch.float64]
     got, reference = grads["triton", torch.float32], grads["reference", torch.float32]
-    assert_within_rule(got, reference, exact, "gradient")
+    size = exact[..., :M].norm(dim=1, keepdim=True)  # as if all directions had gradients of one size
+    got_each, reference_each, exact_each = (g[..., :M] / size for g in (got, reference, exact))
+    assert_within_rule(got_each, reference_each, exact_each, "gradient")
+    assert (got[..., M:] == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,9 @@ import torch
 from lejepa_fast import Knots, sample_directions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Dimensions whose backward is one kernel, and two, with an odd number of directions: on every GPU, in every
+# dtype (`Config.fuses`).
+ONE_KERNEL, TWO_KERNELS = 8, 40 if DEVICE == "cpu" else 136
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import evaluate
-from kernel_helpers import DEVICE, arbitrary_knots, directions, normal
+from kernel_helpers import DEVICE, TWO_KERNELS, arbitrary_knots, directions, normal
 
 from lejepa_fast import Knots, sigreg, standard_normal_knots
 from lejepa_fast.kernels import backward, finish, forward
 from lejepa_fast.kernels import directions as kernel_directions
+from lejepa_fast.kernels.configs import get_config
+from lejepa_fast.kernels.layout import COEF_BLOCK, count_splits
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ALLOCATORS = (forward, backward, finish, kernel_directions)
@@ -91,18 +93,19 @@ def test_the_guards_find_planted_faults(monkeypatch, fault):
         assert out.isnan().any()
 
 
-PLANTED = {
-    "load out of bounds": {"SHIFT_IN": 1},
-    "store out of bounds": {"SHIFT_OUT": 1},
-    "race, two programs store": {"STEP_OUT": 31},
-    "race, a program loads what another stores": {"IN_PLACE": True},
-    "one store writes an address twice": {"DOUBLE": True},
-}
+PLANTED = [
+    ("load out of bounds", {"SHIFT_IN": 1}),
+    ("load out of bounds", {"SHIFT_IN": 96}),  # in the other argument
+    ("store out of bounds", {"SHIFT_OUT": 1}),
+    ("race, two programs store", {"STEP_OUT": 31}),
+    ("race, a program loads what another stores", {"IN_PLACE": True}),
+    ("one store writes an address twice", {"DOUBLE": True}),
+]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="looks at the interpreter's loads and stores")
-@pytest.mark.parametrize("fault", [None, *PLANTED])
-def test_the_sanitizer_finds_planted_faults(fault):
+@pytest.mark.parametrize(("fault", "options"), [(None, {}), *PLANTED])
+def test_the_sanitizer_finds_planted_faults(fault, options):
     """Faults that leave every guard and every value as they should be."""
     import triton
     import triton.language as tl
@@ -126,19 +129,21 @@ def test_the_sanitizer_finds_planted_faults(fault):
             i = i // 2 * 2
         tl.store(out_ptr + tl.program_id(0) * STEP_OUT + i + SHIFT_OUT, value)
 
-    source, out = torch.zeros(65)[:64], torch.zeros(65)[:64]
+    both = torch.zeros(161)
+    source, out = both[:64], both[96:160]
     with sanitize() as kernels:
         if fault is None:
             copy[(2,)](source, out)
         else:
             with pytest.raises(Exception, match=f"copy: {fault}"):
-                copy[(2,)](source, out, **PLANTED[fault])
+                copy[(2,)](source, out, **options)
     assert kernels == ["copy"]
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 40, 100])  # a part of a view, one view, two views
 def test_gradient_in_chunks(monkeypatch, chunk_rows):
-    x, A, knots = normal(3, 40, 40), directions(40, 9), standard_normal_knots()
+    K = TWO_KERNELS
+    x, A, knots = normal(3, 40, K), directions(K, 9), standard_normal_knots()
     whole = evaluate(x, A, knots, impl="triton").grad
     monkeypatch.setattr(backward, "_CHUNK_BYTES", chunk_rows * 9 * 4)
     monkeypatch.setattr(backward, "_CHUNK_STEP", 16)
@@ -146,15 +151,17 @@ def test_gradient_in_chunks(monkeypatch, chunk_rows):
 
 
 def test_memory_does_not_grow_with_the_samples(monkeypatch):
-    """Beyond dx: O(J M splits) floats, and a bounded buffer where dx does not fit into registers."""
-    knots, A = standard_normal_knots(), directions(40, 20)
-    monkeypatch.setattr(backward, "_CHUNK_BYTES", 16 * 20 * 4)
-    monkeypatch.setattr(backward, "_CHUNK_STEP", 16)
-    extra = {}
+    """Beyond dx: tables of 35 rows for each split, and buffers that know nothing of the samples."""
+    K, M, step = TWO_KERNELS, 20, 16
+    knots, A = standard_normal_knots(), directions(K, M)
+    monkeypatch.setattr(backward, "_CHUNK_BYTES", step * M * 4)
+    monkeypatch.setattr(backward, "_CHUNK_STEP", step)
+    beyond = {}
     for N in (100, 400):
         guards = Guards(monkeypatch)
-        evaluate(normal(1, N, 40), A, knots, impl="triton")
-        extra[N] = sum(guards.sizes) - N * 40 * 4
-    splits = 6
-    assert extra[100] <= (splits + 1) * 35 * 20 * 4 + 16 * 20 * 4 + 64
-    assert extra[400] <= extra[100] + 35 * 20 * 4  # a split more at most
+        x = normal(1, N, K)
+        evaluate(x, A, knots, impl="triton")
+        splits, _ = count_splits(1, N, M, 1, get_config(x.device, 4).split)
+        beyond[N] = sum(guards.sizes) - 4 * (N * K + splits * 35 * M)
+    coefficients, dp, sums = 36 * COEF_BLOCK, step * M, 2
+    assert beyond == dict.fromkeys(beyond, 4 * (coefficients + dp + sums))

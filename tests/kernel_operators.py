@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import evaluate
 from host_reads import host_reads
-from kernel_helpers import DEVICE, directions, normal
+from kernel_helpers import DEVICE, ONE_KERNEL, TWO_KERNELS, directions, normal
 
 from lejepa_fast import (
     Knots,
@@ -31,19 +31,23 @@ def test_directions_are_those_of_the_torch_implementation(K, M, dtype):
     for step, seed in ((0, 0), (5 + (1 << 33), -7), (2, (1 << 40) + 1)):
         got, scale = kernel_directions.sample_directions(torch.tensor(step, device=DEVICE), K, M, seed, dtype)
         expected, expected_scale = sample_unit_directions(K, M, step=step, seed=seed, dtype=dtype)
-        # Half precision: a float32 rounding can tip an entry to the next number.
-        ulp = 2e-7 if dtype == torch.float32 else torch.finfo(dtype).eps
-        torch.testing.assert_close(got.cpu().double(), expected.double(), rtol=ulp, atol=2e-7)
-        assert (got.cpu() != expected).float().mean() < (1 if dtype == torch.float32 else 0.01)
-        norms = (got.cpu().double() * scale.cpu().double()).norm(dim=0)
-        torch.testing.assert_close(norms, torch.ones(M).double(), rtol=0, atol=3e-7)
-        torch.testing.assert_close(scale.cpu(), expected_scale, rtol=1e-4, atol=0)
+        got, scale = got.cpu().double(), scale.cpu().double()
+        # A few roundings of float32: logarithm, phase, norm, quotient. In half precision they can tip an
+        # entry to the next number, a rare one.
+        ulp = 4e-7 if dtype == torch.float32 else torch.finfo(dtype).eps
+        torch.testing.assert_close(got, expected.double(), rtol=ulp, atol=4e-7)
+        if dtype != torch.float32:
+            assert (got != expected).sum() <= max(1, 0.01 * got.numel())
+        torch.testing.assert_close((got * scale).norm(dim=0), torch.ones(M).double(), rtol=0, atol=4e-7)
+        torch.testing.assert_close(
+            (expected.double() * expected_scale).norm(dim=0), torch.ones(M).double(), rtol=0, atol=4e-7
+        )
 
 
 # --- As operators and as a module -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("K", [6, 40])
+@pytest.mark.parametrize("K", [ONE_KERNEL, TWO_KERNELS])
 def test_two_runs_agree_bit_for_bit(K):
     x, A, knots = normal(2, 40, K), directions(K, 20), standard_normal_knots()
     first, second = (evaluate(x, A, knots, impl="triton") for _ in range(2))
@@ -163,7 +167,7 @@ def test_double_backward_is_refused_clearly():
             r"^scale: expected float32 or float64 of shape \(4,\), got .*\(5,\)",
         ),
         ({"scale": torch.ones(4, device="meta")}, ValueError, "^scale: expected on the device of x"),
-        ({"scale": torch.ones(4).requires_grad_()}, ValueError, "^scale: .*impl='reference'"),
+        ({"scale": torch.ones(4, device=DEVICE).requires_grad_()}, ValueError, "^scale: .*impl='reference'"),
     ],
 )
 def test_bad_arguments_are_named(changes, error, message):

@@ -13,9 +13,12 @@ import gpu_timing
 import pytest
 import sigreg_bench
 import sigreg_variants
+import tiles_bench
 import torch
 from sigreg_bench import Setting
 from sigreg_variants import BASELINE, STREAMING, TRITON, Case, Loss, Size
+
+from lejepa_fast.kernels import autotune
 
 TINY = Case("custom", Size(1, 64, 8, 16, 17), torch.float32, "given", (BASELINE, STREAMING))
 CPU = torch.device("cpu")
@@ -86,6 +89,63 @@ def test_a_variant_that_cannot_run_is_left_out(monkeypatch, capsys, in_process, 
     out = capsys.readouterr().out
     assert f"broken: {message}" in out
     assert message.split(":")[0] in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("sticky"), torch.OutOfMemoryError("beside the others")])
+def test_a_variant_that_fails_later_leaves_the_others(monkeypatch, in_process, error):
+    def tired(case, given, device):
+        right, calls = sigreg_variants.ours("torch")(case, given, device), []
+
+        def loss(x):
+            calls.append(x)
+            if len(calls) > 2:
+                raise error
+            return right(x)
+
+        return Loss(loss, right.directions)
+
+    rows = sigreg_bench.measure(with_variant(monkeypatch, "tired", tired), Setting(CPU), repeats=3)
+    assert [row["correct"] for row in rows] == [True, False]
+    assert str(error) in rows[1]["problem"]
+    assert rows[0]["forward_backward"]["median_ms"] > 0
+
+
+def test_without_matplotlib_the_rows_stay(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    sigreg_bench.plot([], TINY, {}, tmp_path / "sigreg.png")
+    assert "no plot: matplotlib is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("out", [["--out", "/a folder/x"], ["--out=/rows"], []])
+def test_the_command_of_a_row_names_no_folder(out):
+    assert benchlib._command(["bench/x.py", "--cases", "a", *out, "--repeats", "3"]).endswith(
+        "x.py --cases a --repeats 3"
+    )
+
+
+def test_an_assumed_clock_gives_no_share_of_the_floor():
+    case = TINY._replace(dtype=torch.bfloat16)
+    assert gpu_timing.has_floor(case, H200)
+    assert not gpu_timing.has_floor(case, H200._replace(clock_source="assumed"))
+    assert not gpu_timing.has_floor(TINY, H200)
+
+
+def test_tiles_are_saved_kernel_by_kernel(monkeypatch):
+    """And before the next kernel is timed: a benchmark that is stopped leaves what it has."""
+    kernels = ("forward", "fused")
+
+    def time_candidates(*arguments, timer, **options):
+        monkeypatch.setattr(autotune, "_rows", rows := [])
+        for kernel in kernels:
+            rows.extend([{"kernel": kernel, "seconds": timer(lambda: None)} for _ in range(2)])
+        return rows
+
+    monkeypatch.setattr(autotune, "time_candidates", time_candidates)
+    saved = []
+    timer = lambda call: float(len(saved))  # noqa: E731
+    rows = tiles_bench.measure(Size(1, 4, 4, 4, 3), torch.float32, CPU, timer, saved.append)
+    assert [[row["kernel"] for row in part] for part in saved] == [["forward"] * 2, ["fused"] * 2]
+    assert [row["seconds"] for row in rows] == [0.0, 0.0, 1.0, 1.0]
 
 
 def test_what_cannot_fit_is_not_tried(monkeypatch):

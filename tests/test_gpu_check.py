@@ -165,15 +165,51 @@ def test_one_stage_alone_has_all_the_minutes_and_its_targets_decide(check, tmp_p
     assert alone.summarise() == 0
 
 
-def test_stages_fit_the_files_and_the_time():
-    assert len({s.name for s in gpu_check.STAGES}) == len(gpu_check.STAGES)
+def test_stages_fit_the_files_and_the_time(monkeypatch):
+    stages = {s.name: s for s in gpu_check.STAGES}
+    assert len(stages) == len(gpu_check.STAGES)
     keys = {case.key for case in sigreg_variants.GPU_CASES}
     run_cases = {case for s in gpu_check.STAGES for case in s.cases}
     assert {t.case for t in gpu_targets.TARGETS} <= run_cases <= keys
-    command = next(s for s in gpu_check.STAGES if s.name == "kernel tests").command
-    arguments = command(gpu_check.Run(Path("x"), False))
-    names = {Path(argument).name for argument in arguments}
+    assert {t.case for t in gpu_targets.TARGETS} == {
+        c for s in stages.values() if not s.optional for c in s.cases
+    }
+    optional = [s.optional for s in gpu_check.STAGES]
+    assert optional == sorted(optional), "what must be done comes first"
+    run = gpu_check.Run(Path("x"), False)
+    names = {Path(argument).name for argument in stages["kernel tests"].command(run)}
     assert {"kernel_operators.py", "kernel_accuracy.py", "test_kernels_gpu.py"} <= names
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    assert "hypothesis is not installed" in stages["generated cases"].command(run)
+
+
+def test_an_optional_stage_may_lack_time_but_not_fail(check, tmp_path):
+    (tmp_path / "folder9.0").mkdir()
+    nine = check(9.0)
+    nine.outcomes = {"environment": gpu_check.Outcome("ok", 1.0)}
+    for status, code in (("stopped", 0), ("skipped", 0), ("failed", 1)):
+        nine.outcomes["sanitizer"] = gpu_check.Outcome(status, 1.0)
+        assert nine.summarise() == code
+    del nine.outcomes["sanitizer"]
+    nine.outcomes["accuracy"] = gpu_check.Outcome("stopped", 1.0)
+    assert nine.summarise() == 1
+
+
+def test_parallel_tests_share_all_tests_and_tell_what_fails(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pathlib, pytest\n"
+        "@pytest.mark.parametrize('i', range(30))\n"
+        f"def test_it(i):\n    pathlib.Path({str(tmp_path)!r}, f'ran{{i}}').touch(exist_ok=False)\n"
+        "    assert i != 7, 'seven is broken'\n"
+    )
+    script = str(SCRIPT.parent / "parallel_tests.py")
+    command = [sys.executable, script, str(tmp_path / "test_some.py"), "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert run.returncode == 1
+    assert "seven is broken" in run.stdout
+    assert len(list(tmp_path.glob("ran*"))) == 30
+    none = subprocess.run([*command, "-k", "none"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert none.returncode == 5
 
 
 # --- Targets --------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def interpreted():
 def test_in_the_interpreter(interpreted, module):
     output, _ = interpreted[module].communicate()
     assert interpreted[module].returncode == 0, output[-8000:]
+    assert re.search(r"\b[1-9]\d* passed", output.splitlines()[-1]), output[-800:]
 
 
 def test_the_module_can_be_made_before_it_moves_to_a_gpu():
