@@ -80,8 +80,8 @@ class Config(NamedTuple):
     def fuses(self, K: int, M: int, *, slice_grad: bool = False) -> bool:
         """Whether the backward for K dimensions and M directions is one kernel.
 
-        Only the first choice is for any case. The others have no registers to spare for sizes that do not fill
-        the tiles, nor for float32 products, which a gradient for each direction asks for.
+        Only the first choice is for any case. The others have no registers to spare for sizes that do not
+        fill the tiles, nor for float32 products, which a gradient for each direction asks for.
         """
         if not self.fused or K > self.fused[-1].max_dim:
             return False

@@ -31,8 +31,8 @@ from .series import (
     stride_from_babies,
 )
 
-# Samples are counted in int32: the end of a split, less than twice as far, must fit too. So are the entries of
-# a table of one view.
+# Samples are counted in int32: the end of a split, less than twice as far, must fit too. So are the entries
+# of a table of one view.
 MAX_SAMPLES = 1 << 30
 MAX_TABLE = (1 << 31) - 1
 
@@ -297,10 +297,11 @@ def table_sums(
             f"x: expected at most {MAX_SAMPLES} samples in a view for impl='triton', got N = {N}; "
             "use impl='torch'"
         )
-    if (plan.rows + 1) * (M + COEF_BLOCK) > MAX_TABLE:
+    most = MAX_TABLE // (plan.rows + 1) - COEF_BLOCK
+    if most < M:
         raise ValueError(
-            f"A: expected at most {MAX_TABLE // (plan.rows + 1) - COEF_BLOCK} directions with {plan.J} knots for "
-            f"impl='triton', got {M}; use impl='torch'"
+            f"A: expected at most {most} directions with {plan.J} knots for impl='triton', got {M}; "
+            "use impl='torch'"
         )
     splits, split_samples = count_splits(views, N, M, plan.chunks, config.split)
     out = empty(x, (splits, views, plan.rows, M), torch.float32)

@@ -178,3 +178,11 @@ def test_bad_arguments_are_named(changes, error, message):
         arguments[name] = arguments[name].to(DEVICE)
     with pytest.raises(error, match=message):
         sigreg(**arguments, impl="triton")
+
+
+def test_the_kernel_draws_no_column_of_zeros():
+    """At step 1205178 the only normal of column 0 is exactly 0."""
+    for impl in ("triton", "torch"):
+        A, scale = sample_unit_directions(1, 16, step=1205178, device=DEVICE, impl=impl)
+        assert A[0, 0].item() == scale[0].item() == 1
+        assert A.abs().eq(1).all()

@@ -152,3 +152,25 @@ def test_memory_is_what_the_documentation_says(monkeypatch, V, N, K, M, dtype):
     if not config.fuses(K, M):
         expected += min(V * N * M * x.element_size(), 32 << 20)
     assert sum(sizes) == expected
+
+
+def test_many_partial_sums_lose_no_digit():
+    """Of a view so large that an error of the mean counts: as from sums in float64, also of the division."""
+    splits, count = 600, 600 * 1001.0
+    torch.manual_seed(0)
+    table = torch.zeros(splits, 1, PLAN.rows, 3)
+    table[:, :, 0] = 1001.0
+    means = torch.rand(1, PLAN.rows - 1, 3, dtype=torch.float64) - 0.5
+    table[:, :, 1:] = (1001 * means).float()  # the same everywhere: roundings go one way
+    options = {"unbiased": False, "scale_by_n": False, "factor": None}
+
+    def statistic(sums, count):
+        return finish.finish(sums.to(DEVICE), count, None, t, PHI, PHI, PLAN, **options)[0].cpu()
+
+    exact = statistic((table.double().sum(0, keepdim=True) / count).float(), 1.0)
+    one_after_another = table[0]
+    for part in table[1:]:
+        one_after_another = one_after_another + part
+    naive = (statistic(one_after_another[None], count) - exact).norm()
+    assert (statistic(table, count) - exact).norm() <= 2e-7 * exact.norm()
+    assert naive > 4e-7 * exact.norm(), "what it would be without compensation"

@@ -185,6 +185,12 @@ def test_splits_cover_every_sample_once(N, views, M):
     assert splits <= max(-(-N // 1024), most // (views * M))
 
 
+def test_more_directions_than_the_kernels_can_count_are_refused():
+    A = torch.zeros(1, 1).expand(1, 60_000_000)
+    with pytest.raises(ValueError, match=r"^A: expected at most 59652291 directions with 17 knots"):
+        forward.table_sums(torch.zeros(1, 4, 1), A, None, torch.zeros(17), make_plan(17, 0.2), CONFIG, "ieee")
+
+
 def test_more_samples_than_the_kernels_can_count_are_refused():
     x = torch.zeros(1, 1, 1).expand(1, (1 << 30) + 1, 1)
     with pytest.raises(ValueError, match=r"^x: expected at most 1073741824 samples .* got N = 1073741825"):
