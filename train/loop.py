@@ -34,6 +34,7 @@ from lejepa_fast.train.evaluate import (
     evaluate_model,
     evaluate_untrained,
     format_table,
+    loading_options,
     open_splits,
     training_speed,
 )
@@ -129,11 +130,8 @@ class Trainer:
             rank=world.rank,
             world_size=world.size,
             num_workers=self.workers,
-            backend=cfg.data.backend,
-            device=world.device,
-            quarantine=self._quarantine,
-            max_bad_fraction=cfg.data.max_bad_fraction,
             channels_last=memory_format(cfg) is torch.channels_last,
+            **loading_options(cfg.data, world.device, self._quarantine),
         )
 
     def _build(self) -> None:
