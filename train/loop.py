@@ -380,7 +380,7 @@ class Trainer:
             self.average.restore(state.get("average"))
         resume.load_tensors_of(path, self.model, self.optimizer, self.loss_fn, self._averaged())
         resume.load_schedule(self.optimizer, self.scheduler, state["scheduler"])
-        self.loader.load_state_dict(state["loader"])
+        self.loader.load_state_dict(resume.loader_state(state, self.data))
         if self.world.rank < len(state["rng"]):
             random_state.restore_rng(state["rng"][self.world.rank])
         else:  # more ranks than before: the new ones start a stream of their own
