@@ -43,12 +43,14 @@ from loader_files import Folder, damage, make_folder
 
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader
 from lejepa_fast.data.choice import dali_fault
+from lejepa_fast.data.pack import pack_folder
 from lejepa_fast.data.sources import FolderSource
 
 CPU_TARGET, GPU_TARGET, GPU_SHARE = 2.2, 8.0, 0.6
 MEMORY_EPOCHS, MEMORY_COPIES, MEMORY_LIMIT = 5, 2, 1.05
 # A batch of 32 is 60 MB, a tenth of what is resident: one more or less in flight would decide. So small ones.
 MEMORY_BATCH = 8
+MEMORY_SHARD_BYTES = 4 << 20  # several shards
 DAMAGE_BATCH, DAMAGE_LIMIT = 40, 1.10
 HW_LOADS = (0.0, 0.25, 0.5, 0.65, 0.8, 1.0)
 
@@ -165,34 +167,36 @@ def memory_by_epoch(setting: Setting, backend: str) -> list[float]:
 
 
 def measure_memory(setting: Setting, deadline: float) -> list[dict[str, Any]]:
-    """In a process of its own per backend, so that nothing else is in it."""
-    rows = []
-    for name, backend in ((DALI, "dali"), (OURS, "torchvision")):
-        if time.monotonic() > deadline:
-            print("memory is not measured: the budget is spent")
-            break
-        batch_size = min(MEMORY_BATCH, setting.batch_size)
-        arguments = ["--files", str(setting.folder.path), "--batch-size", str(batch_size)]
-        arguments += ["--workers", str(setting.workers), "--device", str(setting.device)]
-        arguments += [
-            "--memory-of",
-            backend,
-            *(["--rehearse"] if setting.recipe != MultiCropRecipe() else []),
-        ]
-        child = subprocess.run(
-            [sys.executable, str(Path(__file__)), *arguments], capture_output=True, text=True, check=False
-        )
-        if child.returncode:
-            print(f"memory of {name}: not available here: {child.stderr.strip().splitlines()[-1:]}")
-            continue
-        epochs = json.loads(child.stdout.splitlines()[-1])
-        growth = max(epochs[1:]) / min(epochs[1:])
-        rows.append({"kind": "memory", "contender": name, "epoch_mib": epochs, "growth": growth})
-        rows[-1]["memory_batch_size"] = batch_size
-        print(
-            f"memory of {name}: {', '.join(f'{m:.0f}' for m in epochs)} MiB after epochs 1 to {len(epochs)}"
-        )
+    """Of both backends, from the files and from shards of them."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as place:
+        shards = Path(place) / "shards"
+        pack_folder(setting.folder.path, shards, shard_bytes=MEMORY_SHARD_BYTES)
+        for files, kind in ((setting.folder.path, ""), (shards, ", shards")):
+            for name, backend in ((DALI, "dali"), (OURS, "torchvision")):
+                if time.monotonic() > deadline:
+                    print(f"memory of {name}{kind} is not measured: the budget is spent")
+                else:
+                    rows += _memory_row(setting, files, name + kind, backend)
     return rows
+
+
+def _memory_row(setting: Setting, files: Path, name: str, backend: str) -> list[dict[str, Any]]:
+    """In a process of its own, so that nothing else is in it; no row where the backend cannot run."""
+    batch_size = min(MEMORY_BATCH, setting.batch_size)
+    arguments = ["--files", str(files), "--batch-size", str(batch_size), "--workers", str(setting.workers)]
+    arguments += ["--device", str(setting.device), "--memory-of", backend]
+    arguments += ["--rehearse"] if setting.recipe != MultiCropRecipe() else []
+    child = subprocess.run(
+        [sys.executable, str(Path(__file__)), *arguments], capture_output=True, text=True, check=False
+    )
+    if child.returncode:
+        print(f"memory of {name}: not available here: {child.stderr.strip().splitlines()[-1:]}")
+        return []
+    epochs = json.loads(child.stdout.splitlines()[-1])
+    print(f"memory of {name}: {', '.join(f'{m:.0f}' for m in epochs)} MiB after epochs 1 to {len(epochs)}")
+    row = {"kind": "memory", "contender": name, "epoch_mib": epochs, "memory_batch_size": batch_size}
+    return [{**row, "growth": max(epochs[1:]) / min(epochs[1:])}]
 
 
 # --- Damaged files --------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader
 from lejepa_fast.data.reading import Encoded, Reader
 from lejepa_fast.data.sources import EncodedSource, FolderSource
+from lejepa_fast.data.webdataset import ShardSource
 
 PLAIN, PLAIN_TENSORS = "torchvision v2", "torchvision v2, tensors"
 OURS, DALI = "backend torchvision", "backend dali"
@@ -32,8 +33,10 @@ class Setting(NamedTuple):
     device: torch.device
 
     def source(self, copies: int = 1) -> EncodedSource:
-        """The files, `copies` times over."""
-        source = FolderSource(self.folder.path)
+        """The files, or those in the shards there, `copies` times over."""
+        path = self.folder.path
+        shards = sorted(path.glob("*.tar"))
+        source: EncodedSource = ShardSource(shards) if shards else FolderSource(path)
         return source if copies == 1 else source.subset(np.tile(np.arange(len(source)), copies))
 
     @property

@@ -18,6 +18,7 @@ import torch
 from sigreg_bench import Setting
 from sigreg_variants import BASELINE, STREAMING, TRITON, Case, Loss, Size
 
+from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.kernels import autotune
 
 TINY = Case("custom", Size(1, 64, 8, 16, 17), torch.float32, "given", (BASELINE, STREAMING))
@@ -361,6 +362,31 @@ def test_loader_bench_rehearsal(tmp_path, monkeypatch, capsys):
     assert all(speed > 0 for speed in speeds.values())
     assert all(row["rehearsal"] and row["commit"] for row in rows)
     assert "broken: not available here: no such thing" in capsys.readouterr().out
+
+
+def test_memory_of_the_loader_is_measured_on_shards_too(tmp_path, monkeypatch):
+    import loader_bench
+    from loader_contenders import Setting
+    from loader_files import make_folder
+
+    folder = make_folder(tmp_path / "files", 4)
+    whole = [folder.path.joinpath(f"{number:05d}.jpg").read_bytes() for number in range(4)]
+
+    def opened(setting, files, name, backend):  # and not measured, which takes a process each
+        source = setting._replace(folder=folder._replace(path=files)).source(copies=2)
+        images = [source.encoded(index) for index in range(len(source))]
+        assert sorted(images) == sorted(2 * whole)
+        return [{"contender": name, "kind": source.kind}]
+
+    monkeypatch.setattr(loader_bench, "_memory_row", opened)
+    monkeypatch.setattr(loader_bench, "MEMORY_SHARD_BYTES", 100_000)
+    setting = Setting(folder, MultiCropRecipe(), 2, 0, CPU)
+    rows = loader_bench.measure_memory(setting, time.monotonic() + 60)
+    names = ["backend dali", "backend torchvision"]
+    assert [(row["contender"], row["kind"]) for row in rows] == [
+        *((name, "folder") for name in names),
+        *((f"{name}, shards", "webdataset") for name in names),
+    ]
 
 
 def test_loader_targets_are_judged():

@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from training import CPU, Make
 
+from lejepa_fast.data.choice import make_backend
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import config
 from lejepa_fast.train.command_line import _message_of
 from lejepa_fast.train.config import Config
+from lejepa_fast.train.evaluate import evaluate_untrained
+from lejepa_fast.train.loop import Trainer
 from lejepa_fast.train.presets import PRESETS
 
 
@@ -185,6 +190,9 @@ def test_run_folder_is_named_after_data_and_model(path: str, name: str) -> None:
         (["--eval.temperature", "0"], "eval.temperature: expected a number above 0, got 0.0"),
         (["--eval.temperature", "-1"], "eval.temperature: expected a number above 0, got -1.0"),
         (["--lambda", "1.5"], "loss.lambd: expected a number from 0 to 1, got 1.5"),
+        (["--data.prefetch", "0"], "prefetch must be at least 1 batch; got 0"),
+        (["--data.hw-decoder-load", "1.5"], r"hw_decoder_load must lie in \[0, 1\]; got 1.5"),
+        (["--data.hw-decoder-load", "nan"], r"hw_decoder_load must lie in \[0, 1\]; got nan"),
         (["--crops.global-crops", "0"], "global_crops must be at least 1"),
         (["--batch-size", "1"], "at least 2; use --batch-size 2"),
     ],
@@ -201,6 +209,21 @@ def test_batch_is_split_over_the_ranks() -> None:
         config.validate(cfg, world_size=4)
     with pytest.raises(UsageError, match=r"leaves 1 image.*--batch-size 20"):
         config.validate(cfg, world_size=10)
+
+
+def test_settings_of_the_loading_reach_both_loaders(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        given.append(options)
+        return make_backend(*arguments, **options)
+
+    monkeypatch.setattr("lejepa_fast.data.loader.make_backend", recorded)
+    trainer = Trainer(tiny(data={"prefetch": 3, "hw_decoder_load": 0.25}), CPU)
+    sources = trainer.train_source, trainer.val_source
+    evaluate_untrained(trainer.cfg, *sources, device="cpu", linear=False)
+    assert len(given) == 4  # calibration and two splits, too
+    assert {(options["prefetch"], options["hw_decoder_load"]) for options in given} == {(3, 0.25)}
 
 
 def test_workers_share_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from odd_files import BAD, ODD, spoil
 from PIL import Image
 
 from lejepa_fast.data import open_source
@@ -412,6 +413,40 @@ def test_pack_leaves_nothing_half_done(folder, tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "set"]
 
 
+def test_pack_leaves_bad_images_out_when_asked_to(folder, tmp_path, capsys):
+    ant, bee = folder / "train" / "ant", folder / "val" / "bee"
+    spoil(ant, Image.new("RGB", (20, 18), (200, 30, 90)))  # ahead of most good ones, by their names
+    (bee / "img 3.v1.JPG").write_bytes(b"text")
+    bad = {str(ant / name): reason for name, (_, reason) in BAD.items()}
+    bad[str(bee / "img 3.v1.JPG")] = "not an image"
+    out = tmp_path / "out"
+    assert main([str(folder), str(out), "--skip-bad", "--shard-mb", "0.01"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"{out / 'train'}: {60 + len(ODD)} images",
+        f"{out / 'val'}: 11 images",
+        f"{len(bad)} bad images left out, listed in {out / 'skipped.txt'}",
+    ]
+    rows = [line.split("\t") for line in (out / "skipped.txt").read_text().splitlines()]
+    assert len(rows) == len(bad)
+    assert all(re.search(bad[name], reason) for name, _, reason in rows)
+    for split in ("train", "val"):
+        whole = open_source(str(folder), split)
+        good = [i for i in range(len(whole)) if whole.describe(i) not in bad]
+        assert digests(open_source(str(out), split)) == digests(whole.subset(good))
+    # Without bad ones there is no list; without good ones there are no shards.
+    assert main([str(folder / "train" / "bee"), str(tmp_path / "bees"), "--skip-bad"]) == 0
+    assert sorted(path.name for path in (tmp_path / "bees").iterdir()) == ["shard-00000.tar"]
+    for path in bee.parent.rglob("*.JPG"):
+        path.write_bytes(b"text")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    capsys.readouterr()
+    assert main([str(folder), str(tmp_path / "second"), "--skip-bad"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: none of the 12 images in {folder / 'val'} is readable; check the data set"
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
 def test_pack_usage_errors(tmp_path, capsys):
     assert main([str(tmp_path / "missing"), str(tmp_path / "out")]) == 2
     assert "does not exist" in capsys.readouterr().err
@@ -419,6 +454,8 @@ def test_pack_usage_errors(tmp_path, capsys):
     assert main([str(tmp_path / "file"), str(tmp_path / "out")]) == 2
     with pytest.raises(UsageError, match="shard_bytes must be positive"):
         pack_folder(tmp_path, tmp_path / "out", shard_bytes=0)
+    with pytest.raises(UsageError, match="skip_bad needs verify"):
+        pack_folder(tmp_path, tmp_path / "out", verify=False, skip_bad=True)
 
 
 # --- the embedded set ---------------------------------------------------------------------------

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import struct
+import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +58,21 @@ def test_bad_files_are_listed_and_counted(data, tmp_path, capsys, monkeypatch):
     assert loader.quarantined == [3, 7]
     list(loader)
     assert set(read) == set(range(30)) - {3, 7}
+
+
+def test_progress_is_shown_on_a_terminal(data, monkeypatch, capsys):
+    terminal, end = os.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # 24 lines of 100 columns
+    with os.fdopen(end, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert main([str(data)]) == 1
+        stream.flush()
+        shown = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    for count in (30, 4):  # of each split, from nothing to everything
+        assert f"| 0/{count} " in shown
+        assert f"| {count}/{count} " in shown
+    assert "%|" not in capsys.readouterr().out
 
 
 def test_small_images_and_good_sets(data, tmp_path, capsys):

@@ -78,6 +78,28 @@ def test_other_images_need_another_folder(
     assert "some that are held out now may have been trained on" in told.text
 
 
+def test_other_images_take_over_no_place_and_no_bad_ones(
+    tiny: Make, image_folder: Path, tmp_path: Path, told: pytest.LogCaptureFixture
+) -> None:
+    """Both belong to the images of the other run: numbers of files, and how many of them were seen."""
+    data = {"path": str(image_folder), "max_bad_fraction": 0.2}
+    first = tiny(max_steps=2, data=data)  # of 4 in the epoch
+    trainer = Trainer(first, CPU)
+    trainer.loader._quarantine.learn([3, 7])
+    trainer.finish = lambda: Path()  # type: ignore[method-assign]
+    trainer.run()
+    assert trainer.loader.state_dict()["bad"] == [3, 7]
+    other = tmp_path / "other"
+    shutil.copytree(image_folder, other)
+    victim = sorted((other / "train").rglob("*.png"))[0]
+    victim.rename(victim.with_name("zebra.png"))
+    cfg = tiny(max_steps=8, out=tmp_path / "second", resume=str(first.out), data={**data, "path": str(other)})
+    resumed = train_only(cfg)
+    assert resumed.loader.quarantined == []
+    assert [row["epoch"] for row in rows_of(cfg)] == [0] * 4 + [1] * 2
+    assert "its list of bad images is not taken over, and the epoch begins anew" in told.text
+
+
 def test_a_folder_that_was_moved_is_the_same_data(tiny: Make, image_folder: Path, tmp_path: Path) -> None:
     for path in (image_folder, image_folder / "train"):  # with splits of its own, and without
         moved = tmp_path / f"moved-{path.name}"

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from lejepa_fast.data.choice import check_loading
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.command_line import parse_options
@@ -48,6 +49,10 @@ class DataConfig:
     backend: Literal["auto", "dali", "torchvision"] = "auto"
     """What decodes and augments. auto: DALI where it is installed and runs on the GPU, or with numba on the
     CPU; else torchvision."""
+    prefetch: int = 2
+    """Finished batches that wait for the training; with torchvision, for each worker. Each costs memory."""
+    hw_decoder_load: float = 0.65
+    """Share of JPEGs for the hardware decoder of a GPU, where DALI decodes there; 0: all go to CUDA."""
     max_bad_fraction: float = 0.05
     """Unreadable images are listed in RUN/quarantine.txt and replaced; more than this share stops the run."""
 
@@ -229,6 +234,7 @@ def resolve(cfg: Config) -> Config:
 def validate(cfg: Config, world_size: int = 1) -> None:
     """Raise UsageError for values that cannot work; names the field, what is expected and what came."""
     cfg.crops.validate()
+    check_loading(prefetch=cfg.data.prefetch, hw_decoder_load=cfg.data.hw_decoder_load)
     at_least: list[tuple[str, Any, float]] = [
         ("data.workers", cfg.data.workers, 0),
         ("model.img_size", cfg.model.img_size, 1),

@@ -145,7 +145,7 @@ def evaluate_model(
         seed: of the linear probe's held-out choice and batch order.
         num_workers: loader processes or threads.
         amp_dtype: autocast dtype of the forward pass; None computes in the dtype of the weights.
-        data: `backend` and `max_bad_fraction` are read (None: their defaults).
+        data: how images are loaded, and how many may be bad (None: the defaults); not which they are.
         quarantine: file that lists unreadable images, which are left out.
 
     Raises:
@@ -164,7 +164,7 @@ def evaluate_model(
             num_workers=num_workers,
             mean=recipe.mean,
             std=recipe.std,
-            **_loading(data, device, quarantine),
+            **loading_options(data, device, quarantine),
         )
         return embed_source(model, loader, device, amp_dtype=amp_dtype)
 
@@ -261,17 +261,20 @@ def calibrate_on_source(
         num_workers=num_workers,
         mean=recipe.mean,
         std=recipe.std,
-        **_loading(data, torch.device(device), None),  # the numbers of a subset are not those of a list
+        # Without the list of bad images: the numbers of a subset are not those in it.
+        **loading_options(data, torch.device(device), None),
     )
     return calibrate_batchnorm(model, loader, device)
 
 
-def _loading(data: DataConfig | None, device: torch.device, quarantine: Path | None) -> dict[str, Any]:
-    """How `eval_loader` loads for a run."""
+def loading_options(data: DataConfig | None, device: torch.device, quarantine: Path | None) -> dict[str, Any]:
+    """How both loaders load for a run."""
     data = data or DataConfig()
     return {
         "backend": data.backend,
         "device": device,
+        "prefetch": data.prefetch,
+        "hw_decoder_load": data.hw_decoder_load,
         "quarantine": quarantine,
         "max_bad_fraction": data.max_bad_fraction,
     }

@@ -35,6 +35,7 @@ from lejepa_fast.train.evaluate import (
     evaluate_model,
     evaluate_untrained,
     format_table,
+    loading_options,
     open_splits,
     training_speed,
 )
@@ -123,11 +124,8 @@ class Trainer:
             rank=world.rank,
             world_size=world.size,
             num_workers=self.workers,
-            backend=cfg.data.backend,
-            device=world.device,
-            quarantine=self._quarantine,
-            max_bad_fraction=cfg.data.max_bad_fraction,
             channels_last=memory_format(cfg) is torch.channels_last,
+            **loading_options(cfg.data, world.device, self._quarantine),
         )
 
     def _build(self) -> None:
@@ -380,7 +378,7 @@ class Trainer:
             self.average.restore(state.get("average"))
         resume.load_tensors_of(path, self.model, self.optimizer, self.loss_fn, self._averaged())
         resume.load_schedule(self.optimizer, self.scheduler, state["scheduler"])
-        self.loader.load_state_dict(state["loader"])
+        self.loader.load_state_dict(resume.loader_state(state, self.data))
         if self.world.rank < len(state["rng"]):
             random_state.restore_rng(state["rng"][self.world.rank])
         else:  # more ranks than before: the new ones start a stream of their own

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +12,11 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lejepa_fast.data import ImageSource
+from lejepa_fast.data.identity import names_digest
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import checkpoint
 
 log = logging.getLogger("lejepa_fast.train")
-
-_NAMED_IMAGES = 10_000  # at most, of each split: enough to tell data sets apart without reading them
 
 
 def is_own(path: Path, run_dir: Path) -> bool:
@@ -53,25 +51,9 @@ def choose_checkpoint(run_dir: Path, resume: str) -> tuple[Path, dict[str, Any]]
 
 
 def data_identity(train: ImageSource, val: ImageSource) -> dict[str, Any]:
-    """Which images a run trains on and which it holds out: counts and a digest of their names.
-
-    Names count from the point where they begin to differ, so a folder that was moved stays the same.
-    """
-    names = {"train": _names(train), "val": _names(val)}
-    every = [*names["train"], *names["val"]]
-    first, last = min(every, default=""), max(every, default="")
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    digest = hashlib.sha256()
-    for split, group in names.items():
-        digest.update(f"{split}\0".encode())
-        for name in group:
-            digest.update(name[shared:].encode("utf-8", "surrogateescape") + b"\0")
-    return {"train_images": len(train), "val_images": len(val), "names_sha256": digest.hexdigest()}
-
-
-def _names(source: ImageSource) -> list[str]:
-    stride = -(-len(source) // _NAMED_IMAGES) or 1
-    return [source.describe(index) for index in range(0, len(source), stride)]
+    """Which images a run trains on and which it holds out: counts and a digest of their names."""
+    names = names_digest({"train": train, "val": val})
+    return {"train_images": len(train), "val_images": len(val), "names_sha256": names}
 
 
 def check_same_run(
@@ -88,7 +70,7 @@ def check_same_run(
             f"{current['seed']}; choose another --out, or continue that run with its seed"
         )
     before = state.get("data")
-    if before is None or before == dict(data):
+    if before is None or before == data:
         return
     theirs, ours = state["config"]["data"]["path"], current["data"]["path"]
     difference = (
@@ -100,7 +82,18 @@ def check_same_run(
             f"data: {difference}; choose another --out, or continue with the same --data and "
             "--data.val-fraction"
         )
-    log.warning("%s: some that are held out now may have been trained on", difference)
+    log.warning(
+        "%s: some that are held out now may have been trained on; its list of bad images is not taken over, "
+        "and the epoch begins anew",
+        difference,
+    )
+
+
+def loader_state(state: Mapping[str, Any], data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the loader takes from a checkpoint: of other images than the run's `data`, the epoch alone."""
+    if state.get("data") in (None, data):
+        return state["loader"]
+    return {"epoch": state["loader"]["epoch"], "batch": 0}
 
 
 def _counted(data: Mapping[str, Any]) -> str:

@@ -104,6 +104,14 @@ def _driver_version() -> int:
         return 0
 
 
+def check_loading(*, prefetch: int, hw_decoder_load: float) -> None:
+    """Raise `UsageError` for settings of the loading that cannot work."""
+    if prefetch < 1:
+        raise UsageError(f"prefetch must be at least 1 batch; got {prefetch}")
+    if not 0.0 <= hw_decoder_load <= 1.0:
+        raise UsageError(f"hw_decoder_load must lie in [0, 1]; got {hw_decoder_load}")
+
+
 def make_backend(
     name: str,
     plan: TrainPlan | EvalPlan,
@@ -118,10 +126,7 @@ def make_backend(
     """The backend and the reason for the choice. The place where a further backend goes in."""
     if num_workers < 0:
         raise UsageError(f"num_workers must be 0 or more; got {num_workers}")
-    if prefetch < 1:
-        raise UsageError(f"prefetch must be at least 1 batch; got {prefetch}")
-    if not 0.0 <= hw_decoder_load <= 1.0:
-        raise UsageError(f"hw_decoder_load must lie in [0, 1]; got {hw_decoder_load}")
+    check_loading(prefetch=prefetch, hw_decoder_load=hw_decoder_load)
     if start_method not in (None, "fork", "spawn", "forkserver"):
         raise UsageError(f"start_method must be 'fork', 'spawn', 'forkserver' or None; got {start_method!r}")
     choice = choose_backend(name, device)

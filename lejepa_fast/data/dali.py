@@ -174,6 +174,8 @@ class DaliBackend:
         try:
             return self._collect(batch)
         except Exception as error:  # DALI raises several kinds
+            if "interpreter shutdown" in str(error):  # no fault of DALI's: the program ends, and its threads
+                raise
             reason = dali_reason(error)
         log.warning("DALI failed (%s); decoding this batch with Pillow", reason)
         self._pipe = None

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from lejepa_fast.data.backend import Backend, RawBatch
 from lejepa_fast.data.choice import make_backend
+from lejepa_fast.data.identity import names_digest
 from lejepa_fast.data.memory import give_memory_back
 from lejepa_fast.data.plan import EvalPlan, TrainPlan
 from lejepa_fast.data.quarantine import DEFAULT_MAX_BAD_FRACTION, Omission, Quarantine, Substitutes
@@ -42,11 +43,13 @@ class MultiCropLoader:
         quarantine: Quarantine,
         *,
         labelled: bool,
+        names: str,
         device: torch.device | None,
         dtype: torch.dtype,
         channels_last: bool,
     ) -> None:
         self._backend, self._schedule, self._quarantine = backend, schedule, quarantine
+        self._names = names  # of the images, their digest: states of other images are told by it
         self._labelled, self._device, self._dtype = labelled, device, dtype
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._mean, self._std = channel_values(recipe.mean, device), channel_values(recipe.std, device)
@@ -126,6 +129,7 @@ class MultiCropLoader:
             "since": 0 if complete else self._since,
             "earlier": [] if complete else [list(part) for part in self._earlier],
             "images": self._schedule.num_images,
+            "names_sha256": self._names,
             "bad": self.quarantined,
         }
 
@@ -135,8 +139,9 @@ class MultiCropLoader:
         With the same global batch (batch size x ranks) every image of the rest is seen as it would have been.
         With another one the epoch goes on at the last batch that does not leave an image out, which repeats
         less than one batch per rank. In mid-epoch the places of bad images need the knowledge of all ranks:
-        share the quarantine file. Raises `UsageError` when the state does not fit: in mid-epoch, another
-        seed or number of images would silently repeat some images and leave others out.
+        share the quarantine file. Of a state of other images (their number or names tell) the bad ones are
+        not taken over, and a warning says so. Raises `UsageError` when the state does not fit: in mid-epoch,
+        another seed or other images would silently repeat some images and leave others out.
         """
         epoch, batch = state.get("epoch"), state.get("batch")
         if not isinstance(epoch, int) or not isinstance(batch, int) or epoch < 0 or batch < 0:
@@ -151,13 +156,29 @@ class MultiCropLoader:
                     f"the loader state was saved in mid-epoch with {meaning} {state[key]}, now it is {mine}; "
                     "resume with the same, or from the end of an epoch"
                 )
+        same_images = all(
+            state.get(key, mine) == mine
+            for key, mine in (("images", own.num_images), ("names_sha256", self._names))
+        )
+        if batch and not same_images:
+            raise UsageError(
+                "the loader state was saved in mid-epoch of other images (they have other names); "
+                "resume with the same, or from the end of an epoch"
+            )
         part, earlier = self._parts_of(state, batch)
         if part.last > own.num_images // (part.world_size * part.batch_size):
             raise UsageError(
                 f"loader state is at batch {batch} of an epoch of {len(self)}; it is of another run"
             )
-        if state.get("images") == own.num_images:
+        if same_images:
             self._quarantine.learn(state.get("bad", ()))
+        elif own.rank == 0:
+            log.warning(
+                "the loader state is of other images (%s, here %d): of it, only the epoch is taken over, "
+                "and not which images are bad",
+                state.get("images"),
+                own.num_images,
+            )
         if (part.world_size, part.batch_size) == (own.world_size, own.batch_size) or not batch:
             self._stand_at(epoch, batch, since=part.first, earlier=earlier, resuming=True)
             return
@@ -297,6 +318,7 @@ def multicrop_loader(
         recipe,
         bad,
         labelled=source.labelled,
+        names=names_digest({"images": source}),
         device=device,
         dtype=dtype,
         channels_last=channels_last,

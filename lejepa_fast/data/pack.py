@@ -15,13 +15,17 @@ import shutil
 import sys
 import tarfile
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
+from lejepa_fast.data.decode import UnreadableImageError, unreadable
 from lejepa_fast.data.draws import PACK, permutation
+from lejepa_fast.data.quarantine import Quarantine
 from lejepa_fast.data.sources import FolderSource, find_splits
 from lejepa_fast.errors import RunError, UsageError
 
 _DEFAULT_SHARD_BYTES = 256 * 2**20
+SKIPPED = "skipped.txt"
 _STEM_LENGTH = 48  # with the number and the suffix, well within the 100 bytes of a plain tar header
 
 
@@ -32,19 +36,24 @@ def pack_folder(
     shard_bytes: int = _DEFAULT_SHARD_BYTES,
     seed: int = 0,
     verify: bool = True,
+    skip_bad: bool = False,
 ) -> dict[str, int]:
     """Write the images below `source` as shards into the new folder `out_dir`; returns images per split.
 
     source: a folder that `open_source` takes as a folder of images. With train/ and val/ below it, both
     are packed ({"train": n, "val": m}, in sub-folders of those names); else the folder is packed as it is
     ({"": n}). Class names go to `out_dir/classes.txt`. shard_bytes: a new shard begins before one grows
-    past this. verify: decode every image first, so that no broken file ends up in a shard.
+    past this. verify: decode every image first, so that no broken file ends up in a shard. skip_bad: leave
+    such files out, and list them in `out_dir/skipped.txt` with their reasons, as a `Quarantine` does.
     Raises `UsageError` for a missing source or an `out_dir` that holds something, `RunError` for an
-    unreadable image or a failed write; `out_dir` is then left as it was.
+    unreadable image (with skip_bad: if no image is readable) or a failed write; `out_dir` is then left as it
+    was.
     """
     source, out_dir = Path(source), Path(out_dir)
     if shard_bytes < 1:
         raise UsageError(f"shard_bytes must be positive; got {shard_bytes}")
+    if skip_bad and not verify:
+        raise UsageError("skip_bad needs verify: only images that are decoded are known to be bad")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UsageError(f"{out_dir} exists and is not an empty folder; remove it or choose another name")
     train_root, val_root = find_splits(source)
@@ -60,8 +69,10 @@ def pack_folder(
     except OSError as error:
         raise RunError(f"cannot write next to {out_dir}: {error.strerror}; choose another folder") from error
     try:
+        packed = {}
         for name, part in parts.items():
-            _write_split(part, work / name, shard_bytes, seed, verify)
+            skipped = Quarantine(part, work / SKIPPED, max_bad_fraction=1.0) if skip_bad else None
+            packed[name] = _write_split(part, work / name, shard_bytes, seed, verify, skipped)
         if train.classes is not None:
             (work / "classes.txt").write_text(
                 "".join(f"{name}\n" for name in train.classes), encoding="utf-8"
@@ -74,29 +85,47 @@ def pack_folder(
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return {name: len(part) for name, part in parts.items()}
+    return packed
 
 
-def _write_split(source: FolderSource, folder: Path, shard_bytes: int, seed: int, verify: bool) -> None:
+def _write_split(
+    source: FolderSource, folder: Path, shard_bytes: int, seed: int, verify: bool, skipped: Quarantine | None
+) -> int:
+    """Write one split into `folder`; returns the number of images in it. skipped: gets the bad ones."""
     folder.mkdir(exist_ok=True)
-    samples = _samples(source, seed)
-    sizes = [(source.root / source.relative_path(index)).stat().st_size for _, index in samples]
-    first, number = 0, 0
-    while first < len(samples):
-        last, used = first + 1, sizes[first]
-        while last < len(samples) and used + sizes[last] <= shard_bytes:
-            used += sizes[last]
-            last += 1
-        name = folder / f"shard-{number:05d}.tar"
-        with tarfile.open(name, "w", format=tarfile.USTAR_FORMAT) as shard:
-            for key, index in samples[first:last]:
-                if verify:
-                    _ = source[index]
-                suffix = os.path.splitext(source.relative_path(index))[1].lower()
-                _add(shard, key + suffix, source.encoded(index))
-                if source.labelled:
-                    _add(shard, key + ".cls", str(source.target(index)).encode())
-        first, number = last, number + 1
+    count = shards = used = 0
+    shard: tarfile.TarFile | None = None
+    with ExitStack() as opened:
+        for key, index in _samples(source, seed):
+            try:
+                data = _read(source, index, verify)
+            except UnreadableImageError as error:
+                if skipped is None:
+                    raise
+                skipped.add(index, error.reason)
+                continue
+            if shard is None or used + len(data) > shard_bytes:
+                opened.close()
+                name = folder / f"shard-{shards:05d}.tar"
+                shard = opened.enter_context(tarfile.open(name, "w", format=tarfile.USTAR_FORMAT))
+                shards, used = shards + 1, 0
+            suffix = os.path.splitext(source.relative_path(index))[1].lower()
+            _add(shard, key + suffix, data)
+            if source.labelled:
+                _add(shard, key + ".cls", str(source.target(index)).encode())
+            count, used = count + 1, used + len(data)
+    if not count:
+        raise RunError(f"none of the {len(source)} images in {source.root} is readable; check the data set")
+    return count
+
+
+def _read(source: FolderSource, index: int, verify: bool) -> bytes:
+    if verify:
+        _ = source[index]
+    try:
+        return source.encoded(index)
+    except OSError as error:  # else it would seem that the shard cannot be written
+        raise unreadable(source.describe(index), error) from error
 
 
 def _samples(source: FolderSource, seed: int) -> list[tuple[str, int]]:
@@ -126,7 +155,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--shard-mb", type=float, default=_DEFAULT_SHARD_BYTES / 2**20, help="size of a shard in MiB"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of the samples")
-    parser.add_argument("--no-verify", action="store_true", help="do not decode the images first")
+    checks = parser.add_mutually_exclusive_group()
+    checks.add_argument("--no-verify", action="store_true", help="do not decode the images first")
+    checks.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help=f"leave out images that cannot be decoded, and list them in OUT/{SKIPPED}",
+    )
     options = parser.parse_args(arguments)
     try:
         counts = pack_folder(
@@ -135,12 +170,17 @@ def main(arguments: list[str] | None = None) -> int:
             shard_bytes=int(options.shard_mb * 2**20),
             seed=options.seed,
             verify=not options.no_verify,
+            skip_bad=options.skip_bad,
         )
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     for name, count in counts.items():
         print(f"{os.path.join(options.out, name)}: {count} images")
+    listing = Path(options.out) / SKIPPED
+    if listing.exists():
+        count = len(listing.read_text(encoding="utf-8").splitlines())
+        print(f"{count} bad image{'s' * (count > 1)} left out, listed in {listing}")
     return 0
 
 
