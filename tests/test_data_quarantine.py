@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import resource
+import signal
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader
+from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader, quarantine
 from lejepa_fast.data.choice import dali_fault
+from lejepa_fast.data.quarantine import Quarantine
+from lejepa_fast.data.reading import read_image
 from lejepa_fast.data.sources import FolderSource, ImageSource
 from lejepa_fast.data.webdataset import ShardSource
-from lejepa_fast.errors import RunError
+from lejepa_fast.errors import RunError, UsageError
 
 
 @pytest.fixture(params=["torchvision", "dali"])
@@ -169,3 +177,122 @@ def test_what_is_no_file_is_quarantined(tmp_path, backend):
     assert [len(batch) for batch, _ in images] == [9]
     reason = "a pipe or device, not a file"
     assert read_quarantine(listing) == {"pipe.png": reason, "zero.png": reason}
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(tmp_path) -> FolderSource:
+    return FolderSource(flat_folder(tmp_path / "images", 3))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_fork_under_the_lock_does_not_keep_it(tmp_path):
+    file = tmp_path / "quarantine.txt"
+    with quarantine._locked(file):
+        worker = os.fork()  # as a loader worker, it lives on with what was open
+        if worker == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with open(file) as other:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
+def test_a_file_that_cannot_be_written_shows_at_once(tmp_path, three):
+    (tmp_path / "plain").touch()
+    for file in (tmp_path / "images", tmp_path / "plain" / "quarantine.txt"):
+        with pytest.raises(UsageError, match=rf"^quarantine: cannot write {file}: .*; choose another file"):
+            Quarantine(three, file)
+
+
+def test_a_look_that_fails_is_tried_again(tmp_path, three, monkeypatch, caplog):
+    file = tmp_path / "quarantine.txt"
+    one, other = (Quarantine(three, file, max_bad_fraction=1.0) for _ in range(2))
+    other.add(1, "broken")
+    with monkeypatch.context() as patch:
+
+        def stale(path, **_):
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+        patch.setattr(Path, "stat", stale)
+        one.check()
+        one.check()
+    assert one.known == set()
+    (warning,) = (record.message for record in caplog.records if "Stale" in record.message)
+    assert warning == f"cannot read {file}: Stale file handle; trying again at every step"
+    one.check()
+    assert one.known == {1}
+
+
+def test_a_disk_that_becomes_full_stops_the_run_and_spoils_no_line(tmp_path, three, monkeypatch):
+    file = tmp_path / "quarantine.txt"
+    one = Quarantine(three, file, max_bad_fraction=1.0)
+    write, room = os.write, 5
+
+    def short(descriptor: int, data: bytes) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        data, room = data[:room], max(0, room - len(data))
+        return write(descriptor, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", short)
+        with pytest.raises(RunError, match=r"No space left on device; free some space$"):
+            one.add(1, "broken")
+    assert one.known == set()
+    assert len(file.read_bytes()) == 5
+    one.add(2, "broken")
+    assert Quarantine(three, file).known == {2}
+
+
+def test_a_file_system_without_locks_is_told_of_once(tmp_path, three, monkeypatch, caplog):
+    def no_lock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(quarantine.fcntl, "flock", no_lock)
+    one = Quarantine(three, tmp_path / "quarantine.txt", max_bad_fraction=1.0)
+    one.add(0, "broken")
+    one.add(1, "broken")
+    assert Quarantine(three, tmp_path / "quarantine.txt").known == {0, 1}
+    (warning,) = (record.message for record in caplog.records if "lock" in record.message)
+    assert "give each machine its own file" in warning
+
+
+def test_a_number_of_any_length_is_no_image(tmp_path, three):
+    file = tmp_path / "quarantine.txt"
+    file.write_text(f"{three.describe(1)}\t{'1' * 5000}\tbroken\n{three.describe(2)}\t2\tbroken\n")
+    assert Quarantine(three, file).known == {2}
+
+
+# --- shortages ----------------------------------------------------------------------------------
+
+
+def test_a_shortage_of_files_is_not_blamed_on_an_image(three):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    next_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(next_free)
+    calls = (
+        lambda: three.load(1),
+        lambda: three.image_size(1),
+        lambda: read_image(three, 1, 1),
+        lambda: read_image(three, 1, 1, careful=True),
+    )
+    said = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_free, hard))
+    try:
+        for call in calls:
+            try:
+                said.append(call())
+            except Exception as error:
+                said.append(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for error in said:
+        assert type(error) is RunError, error
+        assert "raise the limit, 'ulimit -n'" in str(error)

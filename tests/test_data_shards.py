@@ -303,9 +303,13 @@ def test_index_files_save_the_walk(tmp_path, capsys, request):
         lambda shard, index: index.write_text(re.sub(r", 0\]", ", true]", index.read_text())),
         lambda shard, index: index.write_text(index.read_text().replace('".png"', '[".png"]')),
         lambda shard, index: index.write_text(index.read_text() + "[" * 200_000),
+        lambda shard, index: index.write_text(re.sub(r'\["\w+"', r'["\\ud800"', index.read_text())),
+        lambda shard, index: index.write_text(
+            index.read_text() + index.read_text().splitlines(True)[-1] * 99
+        ),
         lambda shard, index: index.unlink(),
     ],
-    ids=["stale", "text", "cut", "suffix", "beyond", "label", "list", "nested", "gone"],
+    ids=["stale", "text", "cut", "suffix", "beyond", "label", "list", "nested", "surrogate", "many", "gone"],
 )
 def test_index_files_that_do_not_fit_are_not_used(tmp_path, change, request):
     shard = write_tar(tmp_path / "a.tar", samples(3))

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -37,11 +38,20 @@ MAX_IMAGE_BYTES = 256 << 20
 # Nor is one of more pixels decoded. Pillow draws the line at the same place, unless a program has moved it.
 MAX_IMAGE_PIXELS = 178_956_970
 
+_TILE = 1024  # px, a multiple of any factor of `Reduction`
+
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0)
 
 # What Pillow may try on a file, whatever its suffix says. Not all it knows: for EPS it runs Ghostscript.
 # (MPO, several JPEG pictures in one file, opens as JPEG.)
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+
+# What the process or the machine lacks: no image is bad for that.
+_SHORTAGES = {
+    errno.EMFILE: "this process has too many files open: raise the limit, 'ulimit -n'",
+    errno.ENFILE: "the machine has too many files open: close other programs, or raise fs.file-max",
+    errno.ENOMEM: "memory is short: fewer workers, or a higher limit ('ulimit -v', or the container's)",
+}
 
 # Keys of `Image.info` under which a file may carry an orientation.
 _ORIENTATION_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
@@ -57,18 +67,30 @@ def to_rgb(image: Image.Image, reduction: Reduction | None = None) -> Image.Imag
     factor = reduction(*image.size) if reduction else 1
     if factor > 1:
         factor = ask_decoder(image, factor)
-    pixels = _to_rgb(image)
-    return pixels.reduce(factor) if factor > 1 else pixels
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.format == "TIFF" or any(key in image.info for key in _ORIENTATION_KEYS):
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode == "I" or image.mode.startswith("I;16") or image.mode == "F":
-        return _wide_to_rgb(image)
+        return image.reduce(factor) if factor > 1 else image
+    scale = _scale(image)
+    width, height = image.size
+    if width <= _TILE and height <= _TILE:
+        pixels = _convert(image, scale)
+        return pixels.reduce(factor) if factor > 1 else pixels
+    # A conversion takes up to 32 bytes a pixel on the way: in tiles, each reduced before the next one.
+    pixels = Image.new("RGB", (-(-width // factor), -(-height // factor)))
+    for top in range(0, height, _TILE):
+        for left in range(0, width, _TILE):
+            box = (left, top, min(left + _TILE, width), min(top + _TILE, height))
+            tile = _convert(image.crop(box), scale)
+            pixels.paste(tile.reduce(factor) if factor > 1 else tile, (left // factor, top // factor))
+    return pixels
+
+
+def _convert(image: Image.Image, scale: float | None) -> Image.Image:
+    if scale is not None:
+        values = np.nan_to_num(np.asarray(image).astype(np.float64)) * scale
+        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         # The premultiplied modes convert to their plain counterparts only.
         plain = {"RGBa": "RGBA", "La": "LA"}.get(image.mode)
@@ -78,17 +100,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _wide_to_rgb(image: Image.Image) -> Image.Image:
-    """Scale one channel of 16- or 32-bit values to 8 bits and repeat it three times."""
-    values = np.asarray(image)
+def _scale(image: Image.Image) -> float | None:
+    """What makes one channel of 16- or 32-bit values 8 bits wide; None for an image of other values."""
+    if image.mode.startswith("I;16"):
+        return 1 / 257
+    if image.mode == "I":  # 32 bits wide, but it comes from 8- and 16-bit files
+        return 1.0 if image.getextrema()[1] <= 255 else 1 / 257  # type: ignore[operator]
     if image.mode == "F":
-        values = np.nan_to_num(values.astype(np.float64))
-        scaled = values * 255.0 if values.max(initial=0.0) <= 1.0 else values
-    else:
-        values = values.astype(np.float64)
-        # Mode "I" is 32 bits wide but comes from 8- and 16-bit files; "I;16" is always 16 bits.
-        scaled = values if image.mode == "I" and values.max(initial=0.0) <= 255.0 else values / 257.0
-    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8)).convert("RGB")
+        # Row by row: `asarray` makes a copy. What is no number counts as 0.
+        rows = (image.crop((0, top, image.width, top + 1)) for top in range(image.height))
+        peak = max((float(np.nan_to_num(np.asarray(row)).max(initial=0.0)) for row in rows), default=0.0)
+        return 255.0 if peak <= 1.0 else 1.0
+    return None
 
 
 def open_encoded(data: bytes) -> Image.Image:
@@ -125,8 +148,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def unreadable(where: str, error: Exception) -> UnreadableImageError:
-    """The error for a file that cannot be decoded: one line, with its name and the way out."""
+def unreadable(where: str, error: Exception) -> RunError:
+    """The error for a file that cannot be decoded: one line, with its name and the way out.
+
+    An `UnreadableImageError`, unless the process, not the file, is to blame.
+    """
+    if isinstance(error, OSError) and error.errno in _SHORTAGES:
+        return RunError(
+            f"cannot read image {printable(where)}: {error.strerror}; {_SHORTAGES[error.errno]} "
+            "(the image may be good)"
+        )
     # Pillow's own text ends in "<_io.BytesIO object at 0x...>", which tells nobody anything.
     text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
     reason = "not an image" if "cannot identify image file" in text else text

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tarfile import BLOCKSIZE
 
 from tqdm import tqdm
 
@@ -39,8 +40,12 @@ def read_index(shard: Path) -> list[Member] | None:
             if json.loads(file.readline(_LONGEST_LINE)) != _header(status):
                 return None
             lines = iter(lambda: file.readline(_LONGEST_LINE), "")
-            members = [Member(*json.loads(line)) for line in lines]
-        return members if all(_is_sound(member, status.st_size) for member in members) else None
+            members = []
+            for line in lines:
+                members.append(Member(*json.loads(line)))
+                if len(members) > status.st_size // BLOCKSIZE or not _is_sound(members[-1], status.st_size):
+                    return None
+        return members
     except (OSError, ValueError, TypeError, RecursionError):
         return None
 
@@ -63,9 +68,11 @@ def _header(status: os.stat_result) -> dict[str, int]:
 
 
 def _is_sound(member: Member, size: int) -> bool:
+    """Raises `ValueError` or `TypeError` for what is unsound in other ways."""
     numbers = [member.offset, member.size] + ([] if member.target is None else [member.target])
     return (
         isinstance(member.key, str)
+        and bool(os.fsencode(member.key))  # JSON can hold what no file name can: lone surrogates
         and member.suffix in IMAGE_SUFFIXES
         and all(type(number) is int and number >= 0 for number in numbers)
         and member.offset + member.size <= size

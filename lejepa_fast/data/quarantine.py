@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from lejepa_fast.errors import RunError, UsageError
 
 try:
     import fcntl
-except ImportError:  # not Linux or macOS: lines stay whole, but two ranks may write the same one
+except ImportError:  # not Linux or macOS: two ranks may write the same line
     fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("lejepa_fast.data")
@@ -38,8 +39,9 @@ class Quarantine:
 
     file: where they are written, one line each: name, number of the image, reason, with tabs between. Lines
     that are there already and fit the source count as known, so those images are not tried again; several
-    ranks may share the file, and then each knows what all have met. None: they are only kept in memory and
-    logged. max_bad_fraction: more than this share of the source's images stops the run with a `RunError`.
+    ranks may share the file, and then each knows what all have met. It is made at once: one that cannot be
+    written raises `UsageError`. None: they are only kept in memory and logged. max_bad_fraction: more than
+    this share of the source's images stops the run with a `RunError`.
     """
 
     def __init__(
@@ -58,9 +60,19 @@ class Quarantine:
         self.known: set[int] = set()
         self._last: tuple[int, str] | None = None  # number and reason of the latest bad image
         self._read_bytes = 0
+        self._look_failed = False
         # A backend adds to it in a thread of its own while the trainer asks for the state.
         self._lock = threading.Lock()
-        self._look()
+        if self._file is not None:
+            try:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with _open(self._file) as opened:
+                    self._take_over(opened)
+            except OSError as error:
+                raise UsageError(
+                    f"quarantine: cannot write {self._file}: {error.strerror}; choose another file, or check "
+                    "its rights"
+                ) from error
 
     def add(self, index: int, reason: str) -> None:
         """Write image `index` down. Raises `RunError` when there are too many now."""
@@ -104,14 +116,17 @@ class Quarantine:
         if self._file is None:
             return
         try:
-            if self._file.stat().st_size == self._read_bytes:
-                return
-            with open(self._file, "rb") as file:
-                self._take_over(file.fileno())
+            if self._file.stat().st_size != self._read_bytes:
+                with open(self._file, "rb") as file:
+                    self._take_over(file.fileno())
         except FileNotFoundError:
             return
-        except OSError as error:
-            raise UsageError(f"cannot read {self._file}: {error.strerror}; choose another file") from error
+        except OSError as error:  # file servers have their moments: it is tried again at the next step
+            if not self._look_failed:
+                log.warning("cannot read %s: %s; trying again at every step", self._file, error.strerror)
+            self._look_failed = True
+        else:
+            self._look_failed = False
 
     def _take_over(self, file: int) -> bool:
         """Read what is new in the open file; whether it ends in the middle of a line."""
@@ -124,7 +139,7 @@ class Quarantine:
         for line in whole.decode("utf-8", errors="replace").splitlines():
             name, _, after = line.partition("\t")
             number, _, reason = after.partition("\t")
-            index = int(number) if number.isdecimal() else -1
+            index = int(number) if number.isdecimal() and len(number) < 19 else -1
             if 0 <= index < len(self._source) and printable(self._source.describe(index)) == name:
                 self.known.add(index)
                 self._last = index, reason
@@ -139,10 +154,12 @@ class Quarantine:
                     torn = self._take_over(file)
                     if index in self.known:
                         return  # another rank has met it, too
-                    # One write in append mode: lines of several ranks do not mix, even where no lock holds.
-                    # Of a process that was killed while it wrote, half a line may stand there.
-                    line = f"{name}\t{index}\t{reason}\n".encode()
-                    os.write(file, b"\n" + line if torn else line)
+                    # In append mode, which keeps the lines of several ranks on one machine apart even where
+                    # no lock holds. (Not those of several machines, on NFS.) Of a process that was killed
+                    # while it wrote, or of a disk that was full, half a line may stand there.
+                    line = b"\n" * torn + f"{name}\t{index}\t{reason}\n".encode()
+                    while line:  # a disk that becomes full takes a part, and the rest is an error
+                        line = line[os.write(file, line) :]
             except OSError as error:
                 raise RunError(f"cannot write {self._file}: {error.strerror}; free some space") from error
         self.known.add(index)
@@ -151,18 +168,44 @@ class Quarantine:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """The file open for appending, with a lock that other ranks respect where the file system has locks."""
+def _open(path: Path) -> Iterator[int]:
+    """The file, made if need be, open for reading and appending."""
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                log.debug("no lock on %s: %s", path, error)
         yield file
     finally:
         os.close(file)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """The open file with a lock that other ranks respect, where the file system has locks."""
+    with _open(path) as file:
+        if fcntl is None:
+            yield file
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            _warn_of_no_lock(path, error.strerror)
+            yield file
+            return
+        try:
+            yield file
+        finally:
+            # A loader worker that was forked meanwhile has the file open too: closing it here frees nothing.
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@cache
+def _warn_of_no_lock(path: Path, reason: str) -> None:
+    """Once in a process."""
+    log.warning(
+        "no lock on %s (%s): ranks on several machines may spoil each other's lines there; "
+        "give each machine its own file",
+        path,
+        reason,
+    )
 
 
 class Substitutes:
