@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,9 @@ def _save_synced(path: Path, tensors: dict[str, Tensor], offsets: dict[str, Any]
         DCP_VERSION_KEY: str(HF_DCP_VERSION),
         FORMAT_KEY: FORMAT_VALUE,
     }
+    # safetensors gives its file mode 0600 whatever the umask, and a checkpoint is read by others as well.
+    path.touch()
+    usual = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:  # its words for a full disk hold the number of the system's error
@@ -264,6 +268,7 @@ def _save_synced(path: Path, tensors: dict[str, Tensor], offsets: dict[str, Any]
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     with path.open("rb") as file:
+        os.fchmod(file.fileno(), usual)
         os.fsync(file.fileno())
 
 
