@@ -379,6 +379,8 @@ class Trainer:
         if self.average is not None:
             self.average.restore(state.get("average"))
         resume.load_tensors_of(path, self.model, self.optimizer, self.loss_fn, self._averaged())
+        if self.average is not None:
+            self.average.follow()
         resume.load_schedule(self.optimizer, self.scheduler, state["scheduler"])
         self.loader.load_state_dict(state["loader"])
         if self.world.rank < len(state["rng"]):
