@@ -170,14 +170,11 @@ class Trainer:
         self._resume()
         on_main(world, self._write_config)
         on_main(world, self._lock)
-        self.metrics = Metrics(
-            self.run_dir,
-            enabled=world.is_main,
-            tensorboard=cfg.tensorboard,
-            step=self.step,
-            total_steps=self.total_steps,
-            wandb=on_main(world, lambda: open_run(self.run_dir, cfg)),
-        )
+        steps = {"step": self.step, "total_steps": self.total_steps}
+        opened = functools.partial(Metrics, self.run_dir, tensorboard=cfg.tensorboard, **steps)
+        with random_state.preserved_rng():  # which wandb may draw from
+            writer = on_main(world, lambda: opened(enabled=True, wandb=lambda: open_run(self.run_dir, cfg)))
+        self.metrics = writer or opened(enabled=False)
         rows = read_rows(self.metrics.path) if world.is_main else []
         evaluated = {row["step"] for row in rows if row["kind"] == "eval"}
         self._evaluated: set[int] = from_main(world, evaluated)
