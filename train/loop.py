@@ -87,17 +87,17 @@ class Trainer:
         mesh = make_mesh(cfg.parallel, world.device.type)
         with self.telling_of_memory():
             self.parallel = parallelize(self.model, cfg, mesh, world.device)
-        # What is random in training (drop path) differs between ranks and not between runs.
-        random_state.seed_rng(cfg.seed + 7919 * world.rank)
-        self.optimizer = build_optimizer(self.model, cfg.optim, world.device)
-        limit = cfg.optim.skip_grad_norm
-        self.guard = StepGuard(self.model, self.optimizer, world, self._write_skipped, limit)
+            # What is random in training (drop path) differs between ranks and not between runs.
+            random_state.seed_rng(cfg.seed + 7919 * world.rank)
+            self.optimizer = build_optimizer(self.model, cfg.optim, world.device)
+            limit = cfg.optim.skip_grad_norm
+            self.guard = StepGuard(self.model, self.optimizer, world, self._write_skipped, limit)
+            self.total_steps = config.total_steps(cfg, len(self.loader))
+            averages = cfg.average.kind != "none"
+            self.average = WeightAverage(self.model, cfg.average, self.total_steps) if averages else None
         self.step = 0  # finished steps
         self._at = (0, 0)  # epoch and number of the batch in training
-        self.total_steps = config.total_steps(cfg, len(self.loader))
         self.scheduler = build_scheduler(self.optimizer, cfg.optim, self.total_steps)
-        averages = cfg.average.kind != "none"
-        self.average = WeightAverage(self.model, cfg.average, self.total_steps) if averages else None
         self.saver = Saver(self.run_dir / "checkpoints", world, keep=cfg.keep_checkpoints)
         self.lock = RunLock(self.run_dir)
         self.signals = SignalWatch()
