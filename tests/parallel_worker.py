@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.errors import RunError
 from lejepa_fast.loss import LeJEPAOutput
+from lejepa_fast.train import initialize
 from lejepa_fast.train.config import (
     Config,
     DataConfig,
@@ -30,6 +32,7 @@ from lejepa_fast.train.initialize import named_tensors
 from lejepa_fast.train.loop import Trainer
 from lejepa_fast.train.model import build_model
 from lejepa_fast.train.parallelize import make_mesh, parallelize
+from lejepa_fast.train.saving import Saver
 from lejepa_fast.train.world import World
 
 STEPS = 20
@@ -133,6 +136,10 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
                 max_steps=3,
             )
             results[f"spike {kind}"] = spoiled_run(spiked, world, steps={2}, factor=1e6)
+        save_different_copies(Path(folder) / "copies", world)
+        results["no room"] = run_without_room_for_the_whole(
+            run_config(images, Path(folder) / "no room"), world
+        )
         for name in FAMILIES:
             results[name] = {kind: family_step(name, kind, rank) for kind in ("ddp", "fsdp")}
     finally:
@@ -224,6 +231,28 @@ def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None
     except RunError as caught:
         error = str(caught)
     return {"changed": changed, "skipped": trainer.guard.skipped, "error": error, "images": images}
+
+
+def save_different_copies(folder: Path, world: World) -> None:
+    """As running statistics are on the CPU: the names of all ranks, each rank's values."""
+    saver = Saver(folder, world, keep=1)
+    saver.start(1, {f"model.{i}": torch.full((3,), float(world.rank)) for i in range(4)}, {})
+    saver.wait()
+
+
+def run_without_room_for_the_whole(cfg: Config, world: World) -> str:
+    """The error of a sharded run where rank 0 cannot hold the model that it would evaluate."""
+    trainer = Trainer(replace(cfg, parallel=FSDP, max_steps=1), world)
+
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with mock.patch.object(initialize, "_allocate", full):
+        try:
+            trainer.run()
+        except RunError as caught:
+            return str(caught)
+    return ""
 
 
 def family_step(name: str, kind: str, rank: int) -> dict[str, Any]:

@@ -117,6 +117,35 @@ def test_it_is_evaluated_and_exported(tiny: Make, tmp_path: Path, monkeypatch: p
         assert same(load_file(out), saved(cfg, 6, section))
 
 
+def train_with_a_bad_step(cfg: Config, bad: int) -> Trainer:
+    trainer = Trainer(cfg, CPU)
+    trainer.finish = lambda: Path()  # type: ignore[method-assign]
+    step = trainer._train_step
+
+    def poisoned(views: list[torch.Tensor], epoch: int) -> None:
+        if trainer.step + 1 == bad:
+            views[0][0] = torch.nan
+        step(views, epoch)
+
+    trainer._train_step = poisoned  # type: ignore[method-assign]
+    trainer.run()
+    assert trainer.guard.skipped == 1
+    return trainer
+
+
+def test_one_that_begins_with_a_bad_step_has_the_running_statistics_from_before(
+    tiny: Make, tmp_path: Path
+) -> None:
+    """Also where the run was resumed just before."""
+    late = {"model": NORMED, "max_steps": 4, "checkpoint_every": 1, "average": {"kind": "swa", "start": 0.5}}
+    straight = tiny(keep_checkpoints=4, **late)
+    train_with_a_bad_step(straight, 3)
+    assert same(saved(straight, 3), saved(straight, 3, "model"))
+    again = tiny(out=tmp_path / "again", resume=f"{straight.out}/checkpoints/step-00000002", **late)
+    train_with_a_bad_step(again, 3)
+    assert same(saved(again, 3), saved(straight, 3))
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_a_bad_step_does_not_enter(told: bool, tiny: Make) -> None:
     """As on a GPU, where the host puts running statistics back a step late. Not told, the NaN would enter."""

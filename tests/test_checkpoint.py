@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import resource
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,17 @@ def test_round_trip(tmp_path: Path) -> None:
         "model.weight": ((50_000,), torch.float32),
         "loss.step": ((), torch.int64),
     }
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_tensors_are_as_readable_as_the_rest(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        path = save(tmp_path, 1)
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()}
+    assert modes == dict.fromkeys([SHARD, checkpoint.STATE, checkpoint.MANIFEST], 0o666 & ~umask)
 
 
 def test_training_goes_on_while_it_is_written(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from training import CPU, Make, rows_of, train_only
 
 from lejepa_fast.errors import RunError
 from lejepa_fast.train import config, flops, out_of_memory, plan
+from lejepa_fast.train.average import WeightAverage
 from lejepa_fast.train.command_line import parse_options
 from lejepa_fast.train.config import Config, ModelConfig
 from lejepa_fast.train.loop import Trainer
@@ -243,6 +244,15 @@ def test_out_of_gpu_memory_says_which_settings_help(tiny: Make, monkeypatch: pyt
     assert "\n" not in text
     assert "--parallel.activation-checkpointing selective or full (now none)" in text
     assert "a smaller --batch-size (now 8, 8 images per process)" in text
+
+
+def test_no_memory_for_the_average_is_told_too(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(WeightAverage, "__init__", full)
+    with pytest.raises(RunError, match=r"out of memory; what helps: .*no --average ema"):
+        Trainer(tiny(average={"kind": "ema"}), CPU)
 
 
 def test_the_plan_that_it_names_is_that_of_the_run(tiny: Make) -> None:

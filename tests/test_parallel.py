@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from training import CPU, Make, rows_of, run_ranks
 
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train import config, export, initialize, parallelize
+from lejepa_fast.train import checkpoint, config, export, initialize, parallelize
 from lejepa_fast.train.blocks import find_blocks
 from lejepa_fast.train.config import Config, ParallelConfig
 from lejepa_fast.train.drop_path import TensorDropPath
@@ -118,6 +118,19 @@ def test_a_sharded_run_is_evaluated_and_exported_whole(one: Config, ranks: list[
     out = run / "again.safetensors"
     assert export.main(["--checkpoint", str(run), "--out", str(out)]) == 0
     assert out.read_bytes() == (run / "encoder.safetensors").read_bytes()
+
+
+def test_copies_that_differ_are_saved_from_rank_0(one: Config, ranks: list[dict[str, Any]]) -> None:
+    """As running statistics do on the CPU: a mixture would be of no rank."""
+    assert one.out is not None
+    saved = checkpoint.load_model(one.out.parent / "copies" / "step-00000001")
+    assert {name: tensor.tolist() for name, tensor in saved.items()} == {str(i): [0.0] * 3 for i in range(4)}
+
+
+def test_all_ranks_end_where_rank_0_cannot_hold_the_whole(ranks: list[dict[str, Any]]) -> None:
+    first, second = (results["no room"] for results in ranks)
+    assert "out of memory; what helps: " in first
+    assert second == "rank 0 failed with OutOfMemoryError; see its message"
 
 
 def test_nans_on_one_rank_change_no_shard_and_their_images_are_written_down(
@@ -224,6 +237,29 @@ def test_shared_parameters_are_refused(tiny: Make) -> None:
     model.encoder.norm.weight = model.encoder.norm.bias
     with pytest.raises(UsageError, match=r"share a parameter.*--parallel\.strategy ddp"):
         initialize.initialize(model, cfg, worker.CPU)
+
+
+def test_a_whole_copy_has_shared_parameters_under_each_name(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tied(cfg: Config, *, meta: bool = False) -> Any:
+        model = build_model(cfg, meta=meta)
+        model.encoder.norm.weight = model.encoder.norm.bias
+        return model
+
+    cfg = tiny()
+    model = tied(cfg)
+    nn.init.normal_(model.encoder.norm.bias)
+    monkeypatch.setattr(initialize, "build_model", tied)
+    whole = initialize.whole_model(model, cfg, CPU, {})
+    assert whole is not None
+    found, expected = whole.state_dict(), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    monkeypatch.setattr(initialize, "build_model", build_model)
+    del model.encoder.norm.weight
+    with pytest.raises(RuntimeError, match=r"^encoder\.norm\.weight: not both in the model and in its copy"):
+        initialize.whole_model(model, cfg, CPU, {})
 
 
 @pytest.fixture

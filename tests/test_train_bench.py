@@ -10,9 +10,12 @@ from typing import Any
 
 import gpu_targets
 import pytest
+import torch
 import train_bench
 import train_case
 import train_targets
+
+from lejepa_fast.train.optimization import build_scheduler
 
 TINY = dataclasses.replace(train_bench.CPU_CASES[0], steps=4, warm_up=1)
 
@@ -23,7 +26,7 @@ def test_a_case_measures_the_real_trainer() -> None:
     assert row["images_per_second"] == pytest.approx(16 / (row["step_ms"] / 1e3))
     assert row["mfu"] is None or 0 < row["mfu"] < 1
     assert 0 < row["sigreg_share"] < 1
-    assert len(set(row["losses"])) == len(row["losses"]) == 1 + 4 + 12
+    assert len(set(row["losses"])) == len(row["losses"]) == 1 + 4 + 2 * train_case.AROUND_A_SAVE
     assert row["checkpoint_seconds"] > 0
 
 
@@ -54,6 +57,27 @@ def test_out_of_memory_is_a_row_and_half_the_images_are_tried(
     assert [row.get("error") for row in rows] == ["out of memory", "out of memory", None]
     assert {"device", "torch", "commit", "command"} <= rows[0].keys()
     assert "vit_large x 128: out of memory" in capsys.readouterr().out
+
+
+def test_views_that_do_not_fit_are_out_of_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train_case, "_Views", full)
+    assert train_case.measure(TINY)["error"] == "out of memory"
+
+
+def test_a_case_reaches_the_peak_of_the_learning_rate(tmp_path: Path) -> None:
+    cfg = GIGANTIC.config(tmp_path)
+    optimizer = torch.optim.SGD([torch.zeros(())], lr=1.0)
+    scheduler = build_scheduler(optimizer, cfg.optim, train_case.SCHEDULE)
+    rates = []
+    for _ in range(GIGANTIC.warm_up + GIGANTIC.steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[0] < 0.1
+    assert min(rates[len(rates) // 2 + 1 :]) > 0.99
 
 
 def test_the_budget_ends_the_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,12 @@ import pytest
 from training import Make, rows_of, train_only
 
 from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.train import checkpoint
+from lejepa_fast.train.config import Config
 
 STAND_IN = """
-import json, os, sys
+import json, os, random, sys
+import numpy, torch
 
 def _note(call, **values):
     with open(os.environ["WANDB_CALLS"], "a") as file:
@@ -36,6 +39,7 @@ class Run:
 def init(**options):
     if os.environ.get("WANDB_REFUSES") == "init":
         raise RuntimeError("api_key not configured (no-tty)\\nmore")
+    random.random(), numpy.random.rand(), torch.rand(())
     _note("init", mode=os.environ.get("WANDB_MODE"), **options)
     return Run()
 """
@@ -56,6 +60,11 @@ def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[
     sys.modules.pop("wandb", None)
 
 
+def random_states(cfg: Config) -> Any:
+    assert cfg.out is not None
+    return checkpoint.read_checkpoint(checkpoint.list_checkpoints(cfg.out / "checkpoints")[-1])["rng"]
+
+
 def test_it_gets_the_numbers_of_all_rows(
     wandb: Callable[[], list[dict[str, Any]]], tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +83,10 @@ def test_it_gets_the_numbers_of_all_rows(
     assert probes == [(row["step"], row["knn"], row["linear"]) for row in rows_of(cfg, "eval")]
     assert len(losses) == 5
     assert len(probes) == 1
+
+    without = tiny(max_steps=5, out=cfg.out.with_name("without"))
+    train_only(without)
+    assert random_states(cfg) == random_states(without)
 
     train_only(tiny(wandb="birds", max_steps=6))
     again = [call for call in wandb() if call["call"] == "init"]
@@ -97,6 +110,17 @@ def test_what_it_refuses(
         train_only(cfg)
     assert "wandb: no room" in caplog.text
     assert [row["step"] for row in rows_of(cfg)] == [1, 2]
+
+
+def test_no_run_is_left_open_where_the_folder_refuses(
+    wandb: Callable[[], list[dict[str, Any]]], tiny: Make
+) -> None:
+    cfg = tiny(wandb="birds", max_steps=1)
+    assert cfg.out is not None
+    (cfg.out / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"metrics\.jsonl"):
+        train_only(cfg)
+    assert wandb() == []
 
 
 def test_a_missing_package_is_named(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:

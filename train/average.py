@@ -6,7 +6,8 @@ the report and the export take. The averaging functions are those of `torch.opti
 of sharded ones over the shards, each rank its own, without communication.
 
 Running statistics of BatchNorm are averaged like weights. A step that was skipped enters with the weights,
-which it left as they were, but without its running statistics, which may be NaN.
+which it left as they were, but without its running statistics, which may be NaN. So the average has running
+statistics from before its first step: those after the last step that was not skipped.
 """
 
 from __future__ import annotations
@@ -48,17 +49,17 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, step: int, skipped: Tensor) -> None:
         """Take up the model as it is after finished step `step`; `skipped`: 0-dim, above 0 if that was."""
-        if step < self._first:
+        mine, theirs = self._pairs(self._statistics)
+        theirs = [torch.where(skipped > 0, old, new) for old, new in zip(mine, theirs, strict=True)]
+        if step < self._first:  # its first step may be one that is skipped
+            _copy(mine, theirs)
             return
-        names = [*self._weights, *self._statistics]
-        mine = [_local(self._averaged[name]) for name in names]
-        theirs = [_local(self._model[name]) for name in names]
-        for index in range(len(self._weights), len(names)):
-            theirs[index] = torch.where(skipped > 0, mine[index], theirs[index])
+        my_weights, their_weights = self._pairs(self._weights)
+        mine, theirs = my_weights + mine, their_weights + theirs
         if self.count:
             self._average(mine, theirs, self.count)
         else:
-            torch._foreach_copy_(mine, theirs)
+            _copy(mine, theirs)
         for name in self._counts:
             self._averaged[name].copy_(self._model[name])
         self.count += 1
@@ -74,6 +75,21 @@ class WeightAverage:
     def restore(self, state: dict[str, int | str] | None) -> None:
         """Continue from `state`, with `tensors()` to be filled; anew where it is that of another kind."""
         self.count = int(state["count"]) if state and state["kind"] == self.kind else 0
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Before its first step: take the running statistics that were loaded into the model."""
+        if not self.count:
+            _copy(*self._pairs(self._statistics))
+
+    def _pairs(self, names: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """Tensors of the average and of the model: this rank's shards of sharded ones."""
+        return [_local(self._averaged[name]) for name in names], [_local(self._model[name]) for name in names]
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 def _local(tensor: Tensor) -> Tensor:

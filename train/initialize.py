@@ -9,7 +9,7 @@ Before that, all memory is filled with NaN: what is forgotten cannot pass for a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -49,9 +49,12 @@ def memory_format(cfg: Config) -> torch.memory_format:
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers (those outside the state dict too) and tensors that modules hold as attributes."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    """Parameters, buffers (those outside the state dict too) and tensors that modules hold as attributes.
+
+    A tensor that modules share comes under each of its names: in a copy made on the meta device it is two.
+    """
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
     for prefix, module in model.named_modules():
         for name, tensor in _plain_tensors(module):
             yield f"{prefix}.{name}", tensor
@@ -97,10 +100,8 @@ def whole_model(
 
     `instead` holds tensors, sharded like the model's, to take in place of those with their names.
     """
-    whole: LeJEPAModel | None = None
-    if world.is_main:
-        whole = build_model(cfg, meta=True)
-        _allocate(whole, world.device)
+    names = [name for name, _ in named_tensors(model)]
+    whole = on_main(world, lambda: _without_values(cfg, world.device, names))
     targets = dict(named_tensors(whole)) if whole is not None else {}
     for name, own in named_tensors(model):
         tensor = instead.get(name, own)
@@ -108,6 +109,18 @@ def whole_model(
         if whole is not None:
             targets[name].copy_(gathered)
     return whole
+
+
+def _without_values(cfg: Config, device: torch.device, names: Iterable[str]) -> LeJEPAModel:
+    """A model in memory that nobody wrote; RuntimeError if its tensors are not those of `names`."""
+    model = build_model(cfg, meta=True)
+    _allocate(model, device)
+    if differing := {name for name, _ in named_tensors(model)} ^ set(names):
+        raise RuntimeError(
+            f"{', '.join(sorted(differing))}: not both in the model and in its copy; "
+            "this is a defect of lejepa_fast"
+        )
+    return model
 
 
 def check_initialized(model: nn.Module) -> None:

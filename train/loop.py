@@ -88,17 +88,17 @@ class Trainer:
         mesh = make_mesh(cfg.parallel, world.device.type)
         with self.telling_of_memory():
             self.parallel = parallelize(self.model, cfg, mesh, world.device)
-        # What is random in training (drop path) differs between ranks and not between runs.
-        random_state.seed_rng(cfg.seed + 7919 * world.rank)
-        self.optimizer = build_optimizer(self.model, cfg.optim, world.device)
-        limit = cfg.optim.skip_grad_norm
-        self.guard = StepGuard(self.model, self.optimizer, world, self._write_skipped, limit)
+            # What is random in training (drop path) differs between ranks and not between runs.
+            random_state.seed_rng(cfg.seed + 7919 * world.rank)
+            self.optimizer = build_optimizer(self.model, cfg.optim, world.device)
+            limit = cfg.optim.skip_grad_norm
+            self.guard = StepGuard(self.model, self.optimizer, world, self._write_skipped, limit)
+            self.total_steps = config.total_steps(cfg, len(self.loader))
+            averages = cfg.average.kind != "none"
+            self.average = WeightAverage(self.model, cfg.average, self.total_steps) if averages else None
         self.step = 0  # finished steps
         self._at = (0, 0)  # epoch and number of the batch in training
-        self.total_steps = config.total_steps(cfg, len(self.loader))
         self.scheduler = build_scheduler(self.optimizer, cfg.optim, self.total_steps)
-        averages = cfg.average.kind != "none"
-        self.average = WeightAverage(self.model, cfg.average, self.total_steps) if averages else None
         self.saver = Saver(self.run_dir / "checkpoints", world, keep=cfg.keep_checkpoints)
         self.lock = RunLock(self.run_dir)
         self.signals = SignalWatch()
@@ -168,14 +168,11 @@ class Trainer:
         self._resume()
         on_main(world, self._write_config)
         on_main(world, self._lock)
-        self.metrics = Metrics(
-            self.run_dir,
-            enabled=world.is_main,
-            tensorboard=cfg.tensorboard,
-            step=self.step,
-            total_steps=self.total_steps,
-            wandb=on_main(world, lambda: open_run(self.run_dir, cfg)),
-        )
+        steps = {"step": self.step, "total_steps": self.total_steps}
+        opened = functools.partial(Metrics, self.run_dir, tensorboard=cfg.tensorboard, **steps)
+        with random_state.preserved_rng():  # which wandb may draw from
+            writer = on_main(world, lambda: opened(enabled=True, wandb=lambda: open_run(self.run_dir, cfg)))
+        self.metrics = writer or opened(enabled=False)
         rows = read_rows(self.metrics.path) if world.is_main else []
         evaluated = {row["step"] for row in rows if row["kind"] == "eval"}
         self._evaluated: set[int] = from_main(world, evaluated)
@@ -377,6 +374,8 @@ class Trainer:
         if self.average is not None:
             self.average.restore(state.get("average"))
         resume.load_tensors_of(path, self.model, self.optimizer, self.loss_fn, self._averaged())
+        if self.average is not None:
+            self.average.follow()
         resume.load_schedule(self.optimizer, self.scheduler, state["scheduler"])
         self.loader.load_state_dict(resume.loader_state(state, self.data))
         if self.world.rank < len(state["rng"]):

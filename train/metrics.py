@@ -31,7 +31,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ class Metrics:
     """Writer of a run folder's metrics; on ranks other than 0 build it with `enabled=False`.
 
     Rows beyond `step` are dropped: they come from a run that went on after the checkpoint that this one
-    resumes from, and their steps are about to be run again.
+    resumes from, and their steps are about to be run again. `wandb` opens the run there, if one is
+    asked for.
     """
 
     def __init__(
@@ -62,12 +63,12 @@ class Metrics:
         tensorboard: bool,
         step: int,
         total_steps: int,
-        wandb: WandbRun | None = None,
+        wandb: Callable[[], WandbRun | None] = lambda: None,
     ):
         self.path = run_dir / "metrics.jsonl"
         self._enabled = enabled
         self._board: Any = None
-        self._wandb = wandb
+        self._wandb: WandbRun | None = None
         self._bar: tqdm | None = None
         if not enabled:
             return
@@ -81,6 +82,11 @@ class Metrics:
             self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
         self._total_steps = total_steps
         self._started, self._first_step = time.perf_counter(), step
+        try:
+            self._wandb = wandb()  # last: nothing that fails after it leaves a run open there
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Add a row, and its numbers elsewhere under `kind/name`. RunError if the disk refuses."""

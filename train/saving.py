@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, HuggingFaceStorageWriter
 from torch.distributed.checkpoint._hf_utils import (
     CUSTOM_METADATA_KEY,
     DCP_VERSION_KEY,
@@ -67,6 +68,9 @@ class Saver:
         # Of its own: the thread's collectives must not meet those of the training.
         self._group: Any = dist.new_group(backend="gloo") if world.distributed else None
         self._saving: Future[Any] | None = None
+        # On the CPU each rank has running statistics of its own: those of a checkpoint are rank 0's. On GPUs
+        # what all ranks have is equal, and the rank with the least to write writes it.
+        self._from_rank_0 = world.device.type == "cpu"
         self._stager = _Stager(pinned=world.device.type == "cuda")
         self._path = folder
 
@@ -83,6 +87,7 @@ class Saver:
         saving = dcp.async_save(
             tensors,
             storage_writer=writer,
+            planner=DefaultSavePlanner(dedup_save_to_lowest_rank=self._from_rank_0),
             process_group=self._group,
             async_stager=self._stager,
             no_dist=self._group is None,
@@ -256,6 +261,9 @@ def _save_synced(path: Path, tensors: dict[str, Tensor], offsets: dict[str, Any]
         DCP_VERSION_KEY: str(HF_DCP_VERSION),
         FORMAT_KEY: FORMAT_VALUE,
     }
+    # safetensors gives its file mode 0600 whatever the umask, and a checkpoint is read by others as well.
+    path.touch()
+    usual = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:  # its words for a full disk hold the number of the system's error
@@ -264,6 +272,7 @@ def _save_synced(path: Path, tensors: dict[str, Tensor], offsets: dict[str, Any]
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     with path.open("rb") as file:
+        os.fchmod(file.fileno(), usual)
         os.fsync(file.fileno())
 
 
