@@ -172,7 +172,7 @@ def _triton_statistic(
     if group is not None:
         sums = table.sum(0, keepdim=True, dtype=torch.float64).float()  # as exactly as without ranks
         table, count = all_reduce_sums(sums, N, group)
-    value, _ = torch.ops.lejepa_fast.triton_statistic(
+    value, _ = torch.ops.lejepa_fast.triton_finish(
         x, A, scale, table, count, N, t, phi, weights, spacing, unbiased, scale_by_n, factor, precision
     )
     return value

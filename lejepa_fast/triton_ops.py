@@ -1,11 +1,11 @@
 """Registered operators around the Triton kernels, and whether they can run.
 
-    x, A --[triton_table]--> partial sums --[sum over splits, all-reduce]--> --[triton_statistic]--> loss
+    x, A --[triton_table]--> partial sums --[sum over splits, all-reduce]--> --[triton_finish]--> loss
                                                                      grad --[triton_gradient]--> dx
 
-`triton_statistic` is where the gradient lives: it returns the coefficients of dT/dp beside the value and
+`triton_finish` is where the gradient lives: it returns the coefficients of dT/dp beside the value and
 hands them to `triton_gradient`, so nothing of the size of the sums is differentiated, and x enters
-`triton_table` detached. Without ranks to add up, the splits are summed inside `triton_statistic`.
+`triton_table` detached. Without ranks to add up, the splits are summed inside `triton_finish`.
 
 Triton is imported when an operator runs, not with this module.
 """
@@ -102,8 +102,8 @@ def _(x: Tensor, A: Tensor, scale: Tensor | None, t: Tensor, spacing: float | No
     return x.new_empty(splits, views, plan.rows, M, dtype=torch.float32)
 
 
-@torch.library.custom_op("lejepa_fast::triton_statistic", mutates_args=())
-def triton_statistic(
+@torch.library.custom_op("lejepa_fast::triton_finish", mutates_args=())
+def triton_finish(
     x: Tensor,
     A: Tensor,
     scale: Tensor | None,
@@ -140,7 +140,7 @@ def triton_statistic(
     )
 
 
-@triton_statistic.register_fake
+@triton_finish.register_fake
 def _(
     x: Tensor,
     A: Tensor,
@@ -220,5 +220,5 @@ def _refuse_double_backward(ctx: Any, grad: Tensor) -> None:
     )
 
 
-triton_statistic.register_autograd(_backward, setup_context=_setup_context)
+triton_finish.register_autograd(_backward, setup_context=_setup_context)
 triton_gradient.register_autograd(_refuse_double_backward)
