@@ -322,16 +322,17 @@ def test_forked_processes_do_not_wait_for_dalis_threads(tmp_path):
 
 
 @needs_dali
-def test_the_end_of_the_interpreter_is_no_failure_of_dali(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("text", ["after shutdown", "after interpreter shutdown"])
+def test_the_end_of_the_interpreter_is_no_failure_of_dali(text, tmp_path, monkeypatch, caplog):
     """In the program's last moments executors refuse work, as this does."""
 
     def refused(batch):
-        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+        raise RuntimeError(f"cannot schedule new futures {text}")
 
     monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)
     loader = multicrop_loader(folder(tmp_path / "images", 8), RECIPE, batch_size=4, backend="dali")
     monkeypatch.setattr(loader._backend, "_collect", refused)
-    with pytest.raises(RuntimeError, match="after interpreter shutdown"):
+    with pytest.raises(RuntimeError, match=text):
         next(iter(loader))
     assert "DALI failed" not in caplog.text
 

@@ -289,44 +289,6 @@ def test_resume_on_another_number_of_ranks(make):
     assert all(torch.equal(g, e) for g, e in zip(got, expected[2:], strict=True))
 
 
-class NamedSource(NumberedSource):
-    """With these names before the numbers; of some, the last number is another one."""
-
-    def __init__(self, folder: str, *, last: int = 36) -> None:
-        super().__init__(37)
-        self.folder, self.last = folder, last
-
-    def describe(self, index: int) -> str:
-        return f"{self.folder}/{self.last if index == 36 else index}.png"
-
-
-def test_a_state_of_other_images_hands_over_the_epoch_alone(tmp_path, make, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)  # the commands switch it off
-
-    def of(source: NamedSource, **options):
-        backend = make.keywords["backend"]
-        return multicrop_loader(source, RECIPE, batch_size=4, backend=backend, **options)
-
-    listing = tmp_path / "quarantine.txt"
-    listing.write_text("a/x/5.png\t5\ttext\na/x/6.png\t6\ttext\n")
-    made = of(NamedSource("a/x"), quarantine=listing, max_bad_fraction=0.1)
-    states = [made.state_dict() for _ in made]
-    middle, state = states[3], states[-1]
-    moved = of(NamedSource("b/y"))
-    moved.load_state_dict(state)
-    assert (moved.quarantined, moved.epoch) == ([5, 6], 1)
-    assert "other images" not in caplog.text
-    other = of(NamedSource("a/x", last=37))  # as many images
-    other.load_state_dict(state)
-    assert (other.quarantined, other.epoch) == ([], 1)
-    assert "of other images" in caplog.text
-    with pytest.raises(UsageError, match=r"mid-epoch of other images.*from the end of an epoch"):
-        other.load_state_dict(middle)
-    del middle["names_sha256"]  # of an older version: only the number of images tells
-    other.load_state_dict(middle)
-    assert other.quarantined == [5, 6]
-
-
 def test_state_of_another_run_is_refused(make):
     state = {"epoch": 1, "batch": 2, "seed": 0, "global_batch": 4, "images": 37}
     for change, text in (

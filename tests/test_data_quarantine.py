@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import resource
 import signal
@@ -134,6 +135,36 @@ def test_listed_images_are_not_tried_again(tmp_path, backend, workers):
     assert numbers(resumed) == [index for batch in whole[4:] for index in batch]
     images = eval_loader(source, image_size=8, batch_size=70, **shared)
     assert [len(batch) for batch, _ in images] == [68]
+
+
+def test_a_state_of_other_images_hands_over_the_epoch_alone(tmp_path, backend, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)  # the commands switch it off
+
+    def of(name: str, **options):
+        source = FolderSource(tmp_path / name)
+        return multicrop_loader(source, PLAIN, batch_size=4, backend=backend, **options)
+
+    for name in ("first", "moved", "other"):
+        flat_folder(tmp_path / name, 18)
+    (tmp_path / "other" / "017.png").rename(tmp_path / "other" / "018.png")  # as many images
+    listing = tmp_path / "quarantine.txt"
+    listing.write_text("".join(f"{tmp_path}/first/00{index}.png\t{index}\ttext\n" for index in (5, 6)))
+    made = of("first", quarantine=listing, max_bad_fraction=0.2)
+    states = [made.state_dict() for _ in made]
+    middle, state = states[1], states[-1]
+    moved = of("moved")
+    moved.load_state_dict(state)
+    assert (moved.quarantined, moved.epoch) == ([5, 6], 1)
+    assert "other images" not in caplog.text
+    other = of("other")
+    other.load_state_dict(state)
+    assert (other.quarantined, other.epoch) == ([], 1)
+    assert "of other images" in caplog.text
+    with pytest.raises(UsageError, match=r"mid-epoch of other images.*from the end of an epoch"):
+        other.load_state_dict(middle)
+    del middle["names_sha256"]  # of an older version: only the number of images tells
+    other.load_state_dict(middle)
+    assert other.quarantined == [5, 6]
 
 
 @pytest.mark.parametrize("kind", ["folder", "shard"])

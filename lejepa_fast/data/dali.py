@@ -174,7 +174,7 @@ class DaliBackend:
         try:
             return self._collect(batch)
         except Exception as error:  # DALI raises several kinds
-            if "interpreter shutdown" in str(error):  # no fault of DALI's: the program ends, and its threads
+            if "cannot schedule new futures" in str(error):  # the program ends, and with it our own threads
                 raise
             reason = dali_reason(error)
         log.warning("DALI failed (%s); decoding this batch with Pillow", reason)
