@@ -9,6 +9,7 @@ resumed run. What was known beforehand, and when another rank's files become kno
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -39,8 +40,8 @@ class Quarantine:
 
     file: where they are written, one line each: name, number of the image, reason, with tabs between. Lines
     that are there already and fit the source count as known, so those images are not tried again; several
-    ranks may share the file, and then each knows what all have met. It is made at once: one that cannot be
-    written raises `UsageError`. None: they are only kept in memory and logged. max_bad_fraction: more than
+    ranks may share the file, and then each knows what all have met. One that cannot be written raises
+    `UsageError` at once. None: they are only kept in memory and logged. max_bad_fraction: more than
     this share of the source's images stops the run with a `RunError`.
     """
 
@@ -65,9 +66,11 @@ class Quarantine:
         self._lock = threading.Lock()
         if self._file is not None:
             try:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                with _open(self._file) as opened:
-                    self._take_over(opened)
+                if os.path.lexists(self._file):
+                    with _open(self._file) as opened:
+                        self._take_over(opened)
+                else:  # a run that other settings end before its first image leaves no folder
+                    _check_writable(self._file.parent)
             except OSError as error:
                 raise UsageError(
                     f"quarantine: cannot write {self._file}: {error.strerror}; choose another file, or check "
@@ -165,6 +168,16 @@ class Quarantine:
         self.known.add(index)
         self._last = index, reason
         log.log(logging.WARNING if self._log_each else logging.DEBUG, "quarantined %s: %s", name, reason)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise `OSError` unless a file could be made in the folder, which need not be there yet."""
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 @contextmanager
