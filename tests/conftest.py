@@ -5,6 +5,7 @@ poisoned memory for the kernels.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -37,6 +38,12 @@ if interpreting():
     from interpreter_speed import patch_language_once
 
     patch_language_once()
+
+
+@pytest.fixture(autouse=True)
+def _logs_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ran before: the commands switch the propagation off."""
+    monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)
 
 
 @pytest.fixture(scope="session")
