@@ -161,9 +161,8 @@ DAMAGES = [flip_a_bit, cut_off, empty, replace_by_text, delete]
 @pytest.mark.parametrize("file", [SHARD, checkpoint.STATE, checkpoint.MANIFEST])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(
-    damage: Any, file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    damage: Any, file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)  # the command switches it off
     save(tmp_path, 1)
     bad = save(tmp_path, 2)
     damage(bad / file)

@@ -329,7 +329,6 @@ def test_the_end_of_the_interpreter_is_no_failure_of_dali(text, tmp_path, monkey
     def refused(batch):
         raise RuntimeError(f"cannot schedule new futures {text}")
 
-    monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)
     loader = multicrop_loader(folder(tmp_path / "images", 8), RECIPE, batch_size=4, backend="dali")
     monkeypatch.setattr(loader._backend, "_collect", refused)
     with pytest.raises(RuntimeError, match=text):

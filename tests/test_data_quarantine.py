@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import resource
 import signal
@@ -137,9 +136,7 @@ def test_listed_images_are_not_tried_again(tmp_path, backend, workers):
     assert [len(batch) for batch, _ in images] == [68]
 
 
-def test_a_state_of_other_images_hands_over_the_epoch_alone(tmp_path, backend, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)  # the commands switch it off
-
+def test_a_state_of_other_images_hands_over_the_epoch_alone(tmp_path, backend, caplog):
     def of(name: str, **options):
         source = FolderSource(tmp_path / name)
         return multicrop_loader(source, PLAIN, batch_size=4, backend=backend, **options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
 import shlex
 import traceback
 from collections.abc import Iterator
@@ -346,7 +345,6 @@ def test_a_batch_that_is_small_for_sigreg_is_told(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     """On data of one's own; the embedded images have a recipe of small batches."""
-    monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)
     monkeypatch.setattr(Trainer, "train", lambda self: None)
     monkeypatch.setattr(Trainer, "finish", lambda self: Path())
     Trainer(tiny(out=tmp_path / "embedded", data={"path": config.EMBEDDED_DATA}), CPU).run()

@@ -18,9 +18,8 @@ from lejepa_fast.train.loop import Trainer
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """The library's log: the command switches its way to pytest off."""
-    monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)
+def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The library's log."""
     caplog.set_level(logging.WARNING)
     return caplog
 

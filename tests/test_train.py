@@ -149,10 +149,7 @@ def test_resume_none_does_not_overwrite_and_a_path_starts_a_second_run(tiny: Mak
     assert trainer.scheduler.get_last_lr()[0] == pytest.approx(1e-6)
 
 
-def test_a_damaged_checkpoint_costs_one_interval(
-    tiny: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)
+def test_a_damaged_checkpoint_costs_one_interval(tiny: Make, caplog: pytest.LogCaptureFixture) -> None:
     cfg = tiny(checkpoint_every=2, max_steps=6)
     train_only(cfg)
     assert cfg.out is not None
@@ -373,7 +370,6 @@ def poison(
 def test_a_bad_step_is_skipped(
     images: bool, lags: bool, tiny: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)
     cfg = tiny(model={"name": "test_resnet", "projector_norm": "batch"}, max_steps=6)
     trainer = Trainer(cfg, CPU)
     trainer.guard._lags = lags  # the host learns of a bad step after the next one
