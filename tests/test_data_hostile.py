@@ -204,16 +204,17 @@ def test_hostile_shards_do_no_harm(hostile, backend):
             code, said = found[name][program]
             assert code == 2
             assert is_one_line(said), (name, said)
-    written = {"shards/quarantine-clean.tar.txt"}
+    written = set()
     for name, (_, reason) in USED.items():
         shard = f"{name}.tar"
         assert sorted(found[shard]["epoch"]) == list(range(BATCH)), shard
         assert found[shard]["index"] == [0, ""]
         assert found[shard]["verify"] == [int(reason is not None), ""]
-        written |= {f"shards/{shard}.idx", f"shards/quarantine-{shard}.txt"}
-        lines = (hostile / f"quarantine-{shard}.txt").read_text().splitlines()
-        assert len(lines) == (reason is not None)
-        assert all(re.search(reason or "", line.split("\t")[2]) for line in lines)
+        written |= {f"shards/{shard}.idx"}
+        if reason is not None:  # Without a bad file there is no quarantine file either.
+            written |= {f"shards/quarantine-{shard}.txt"}
+            [line] = (hostile / f"quarantine-{shard}.txt").read_text().splitlines()
+            assert re.search(reason, line.split("\t")[2])
     assert listing(hostile.parent) - before == written - before
 
 
