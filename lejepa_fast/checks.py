@@ -22,12 +22,23 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
-def check_embeddings(name: str, value: Any) -> None:
-    """TypeError or ValueError unless `value` is a floating tensor (..., N, K) with views and features."""
+def check_flag(name: str, value: Any) -> None:
+    """TypeError unless `value` is True or False: "no" counts as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """TypeError unless `value` is a floating tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
+
+
+def check_embeddings(name: str, value: Any) -> None:
+    """TypeError or ValueError unless `value` is a floating tensor (..., N, K) with views and features."""
+    check_tensor(name, value)
     if value.dim() < 2:
         raise ValueError(f"{name}: expected shape (..., N, K), got {tuple(value.shape)}")
     if value.shape[-1] < 1 or value.shape[:-2].numel() < 1:

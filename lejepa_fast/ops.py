@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import _functional_collectives as funcol
 
 from . import reference, streaming, triton_ops
-from .checks import check_count, check_embeddings, check_number
+from .checks import check_count, check_embeddings, check_flag, check_number, check_tensor
 from .reference import full_precision, statistic_from_sums
 
 Implementation = Literal["auto", "torch", "triton", "reference"]
@@ -88,7 +88,7 @@ def sigreg(
             of x meets it on the tensor cores of that dtype; other pairs are multiplied as float32.
         precision: of float32 products with impl="triton": "ieee", "tf32x3" (three products of tf32 parts,
             about as accurate) or "tf32" (an error of 2^-11 in each factor). None: "tf32x3", or "ieee"
-            where the compiler lacks it. The other implementations follow PyTorch's own settings.
+            where the compiler lacks it (ROCm, which has "tf32" on gfx942 alone). The other implementations follow PyTorch's own settings.
 
     Returns:
         scalar for "mean" and "sum", shape (..., M) for None; float64 for float64 x, else float32.
@@ -103,7 +103,10 @@ def sigreg(
 
     Source: LeJEPA, arXiv 2511.08544, Algorithm 1 and section 4.
     """
-    _check_inputs(x, A, t, phi, weights, reduction, scale, precision)
+    _check_inputs(x, A, t, phi, weights, reduction, scale)
+    check_precision(precision)
+    for name, flag in (("unbiased", unbiased), ("scale_by_n", scale_by_n), ("sync", sync)):
+        check_flag(name, flag)
     group = resolve_group(process_group, sync)
     if group is None:  # a rank of a group may hold few samples, or none
         check_count("x", x.shape[-2], unbiased=unbiased)
@@ -115,6 +118,10 @@ def sigreg(
         )
     if chosen != "reference":
         _refuse_gradients(chosen, A=A, t=t, scale=scale)
+    if chosen == "triton":
+        problem = triton_ops.why_not_precision(x.device, precision)
+        if problem is not None:
+            raise ValueError(problem)
     spacing = check_spacing(spacing, t)
 
     compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -256,9 +263,12 @@ def _check_inputs(
     weights: Tensor,
     reduction: str | None,
     scale: Tensor | None,
-    precision: str | None,
 ) -> None:
     check_embeddings("x", x)
+    for name, tensor in (("A", A), ("t", t), ("phi", phi), ("weights", weights)):
+        check_tensor(name, tensor)
+    if scale is not None:
+        check_tensor("scale", scale)
     if A.dim() != 2 or A.shape[0] != x.shape[-1] or A.shape[1] < 1:
         raise ValueError(f"A: expected shape ({x.shape[-1]}, M) with M >= 1, got {tuple(A.shape)}")
     if t.dim() != 1 or t.shape[0] < 1:
@@ -267,9 +277,6 @@ def _check_inputs(
         if tensor.shape not in (t.shape, (t.shape[0], A.shape[1])):
             expected = f"({t.shape[0]},) or ({t.shape[0]}, {A.shape[1]})"
             raise ValueError(f"{name}: expected shape {expected} to match t and A, got {tuple(tensor.shape)}")
-    for name, tensor in (("A", A), ("t", t), ("phi", phi), ("weights", weights)):
-        if not tensor.dtype.is_floating_point:
-            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
     if A.device != x.device:
         raise ValueError(f"A: expected on the device of x, {x.device}, got {A.device}")
     if reduction not in ("mean", "sum", None):
@@ -281,6 +288,10 @@ def _check_inputs(
         raise ValueError(f"scale: expected float32 or float64 of shape ({A.shape[1]},), got {got}")
     if scale is not None and scale.device != x.device:
         raise ValueError(f"scale: expected on the device of x, {x.device}, got {scale.device}")
+
+
+def check_precision(precision: str | None) -> None:
+    """ValueError unless `precision` is one that `sigreg` takes on some device."""
     if precision not in (*triton_ops.PRECISIONS, None):
         expected = ", ".join(map(repr, triton_ops.PRECISIONS))
         raise ValueError(f"precision: expected one of {expected} or None, got {precision!r}")

@@ -8,13 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checks import check_count, check_embeddings, check_integer
+from .checks import check_count, check_embeddings, check_flag, check_integer
 from .directions import sample_unit_directions
 from .ops import (
     IMPLEMENTATIONS,
     Implementation,
     Precision,
     Reduction,
+    check_precision,
     check_spacing,
     check_transforms,
     is_recomputing,
@@ -97,6 +98,10 @@ class SIGReg(nn.Module):
         check_integer("seed", seed)
         if reduction not in ("mean", "sum", None):
             raise ValueError(f"reduction: expected 'mean', 'sum' or None, got {reduction!r}")
+        check_precision(precision)
+        flags = {"unbiased": unbiased, "sync": sync, "scale_by_n": scale_by_n, "pool_views": pool_views}
+        for name, flag in flags.items():
+            check_flag(name, flag)
         self.num_slices = num_slices
         self.unbiased = unbiased
         self.reduction: Reduction = reduction

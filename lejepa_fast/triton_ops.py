@@ -74,6 +74,19 @@ def default_precision(device: torch.device) -> str:
     return "ieee" if device.type == "cpu" or torch.version.hip else "tf32x3"
 
 
+@torch.compiler.assume_constant_result
+def why_not_precision(device: torch.device, precision: str | None) -> str | None:
+    """Why the device's compiler cannot multiply float32 so, or None: AMD's has little but "ieee"."""
+    if device.type != "cuda" or not torch.version.hip or precision in (None, "ieee"):
+        return None
+    name = torch.cuda.get_device_properties(device).gcnArchName
+    able = ("ieee", "tf32") if name.startswith("gfx942") else ("ieee",)
+    if precision in able:
+        return None
+    expected = " or ".join(map(repr, able))
+    return f"precision: expected {expected} or None on ROCm's {name}, got {precision!r}; None takes 'ieee'"
+
+
 def tile_itemsize(x: Tensor, A: Tensor) -> int:
     """Bytes of an element as it is multiplied: x and A of different dtypes meet as float32."""
     return x.element_size() if x.dtype == A.dtype else 4

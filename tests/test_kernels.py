@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lejepa_fast import SIGReg, ops, sigreg, standard_normal_knots, triton_ops
 
@@ -128,6 +129,24 @@ def test_auto_takes_the_kernels_on_gpus_that_can(
 
     compiled = torch.compile(compiled_choice, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(())) == (chosen == "triton")
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "message"),
+    [
+        ("gfx942:sramecc+", "tf32x3", "^precision: expected 'ieee' or 'tf32' or None on .* got 'tf32x3'"),
+        ("gfx950", "tf32", "^precision: expected 'ieee' or None on .* got 'tf32'"),
+    ],
+)
+def test_precisions_that_amds_compiler_lacks_are_refused(monkeypatch, name, precision, message):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    properties = SimpleNamespace(gcnArchName=name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert triton_ops.why_not_precision(torch.device("cuda"), "ieee") is None
+    with FakeTensorMode(), torch.device("cuda"):
+        x, A, t = torch.empty(9, 3), torch.empty(3, 4), torch.empty(17)
+        with pytest.raises(ValueError, match=message):
+            sigreg(x, A, t, t, t, spacing=0.1875, impl="triton", precision=precision)
 
 
 def test_auto_on_the_cpu_stays_in_pytorch_operations():

@@ -372,6 +372,12 @@ def _bad(**changes):
             TypeError,
             "^x: expected a floating dtype, got torch.int64",
         ),
+        (_bad(A="A"), TypeError, "^A: expected a tensor, got str"),
+        (_bad(t=[0.0, 1.0]), TypeError, "^t: expected a tensor, got list"),
+        (_bad(weights=None), TypeError, "^weights: expected a tensor, got NoneType"),
+        (_bad(scale=2.0), TypeError, "^scale: expected a tensor, got float"),
+        (_bad(unbiased="no"), TypeError, "^unbiased: expected True or False, got 'no'"),
+        (_bad(sync=None), TypeError, "^sync: expected True or False, got None"),
         (_bad(A=torch.randn(4, 4)), ValueError, r"^A: expected shape \(3, M\).*got \(4, 4\)"),
         (_bad(A=torch.randn(3, 0)), ValueError, r"^A: expected shape \(3, M\)"),
         (
