@@ -69,7 +69,8 @@ def sigreg(
             with and without autocast.
         A: directions, shape (K, M), usually unit columns (`sample_directions`).
         t: knots, shape (J,), non-negative.
-        phi: target characteristic function (real, even) at the knots, shape (J,) or (J, M).
+        phi: target characteristic function (real, even) at the knots, shape (J,) or (J, M). Gradients in it
+            and in weights come from impl="torch" and "reference"; "triton" refuses them, under "auto", too.
         weights: quadrature weights times window, doubled for the half line, shape (J,) or (J, M).
         unbiased: replace C^2 + S^2 by its unbiased estimate, see `statistic_from_sums`. Needs N >= 2.
         reduction: "mean" or "sum" over leading dimensions and directions, or None.
@@ -88,7 +89,8 @@ def sigreg(
             of x meets it on the tensor cores of that dtype; other pairs are multiplied as float32.
         precision: of float32 products with impl="triton": "ieee", "tf32x3" (three products of tf32 parts,
             about as accurate) or "tf32" (an error of 2^-11 in each factor). None: "tf32x3", or "ieee"
-            where the compiler lacks it (ROCm, which has "tf32" on gfx942 alone). The other implementations follow PyTorch's own settings.
+            where the compiler lacks it (ROCm; "tf32" it has on gfx942 alone). The other implementations
+            follow PyTorch's own settings.
 
     Returns:
         scalar for "mean" and "sum", shape (..., M) for None; float64 for float64 x, else float32.
@@ -117,8 +119,9 @@ def sigreg(
             "several ranks, which they do not reach"
         )
     if chosen != "reference":
-        _refuse_gradients(chosen, A=A, t=t, scale=scale)
+        _refuse_gradients(chosen, "reference", A=A, t=t, scale=scale)
     if chosen == "triton":
+        _refuse_gradients(chosen, "torch", phi=phi, weights=weights)
         problem = triton_ops.why_not_precision(x.device, precision)
         if problem is not None:
             raise ValueError(problem)
@@ -318,12 +321,13 @@ def check_transforms(chosen: str) -> bool:
     return True
 
 
-def _refuse_gradients(chosen: str, **arguments: Tensor | None) -> None:
+def _refuse_gradients(chosen: str, other: str, **arguments: Tensor | None) -> None:
+    """What no gradient comes for is no silent zero; `other` is the implementation that has it."""
     for name, tensor in arguments.items():
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name}: expected a tensor without gradient for impl={chosen!r}, got requires_grad=True; "
-                "detach it or choose impl='reference'"
+                f"detach it or choose impl={other!r}"
             )
 
 

@@ -168,6 +168,8 @@ def test_double_backward_is_refused_clearly():
         ),
         ({"scale": torch.ones(4, device="meta")}, ValueError, "^scale: expected on the device of x"),
         ({"scale": torch.ones(4, device=DEVICE).requires_grad_()}, ValueError, "^scale: .*impl='reference'"),
+        ({"phi": torch.ones(17, requires_grad=True)}, ValueError, "^phi: .*without gradient.*impl='torch'"),
+        ({"weights": torch.ones(17, requires_grad=True)}, ValueError, "^weights: .*impl='torch'"),
     ],
 )
 def test_bad_arguments_are_named(changes, error, message):

@@ -131,6 +131,18 @@ def test_auto_takes_the_kernels_on_gpus_that_can(
     assert compiled(torch.zeros(())) == (chosen == "triton")
 
 
+def test_auto_on_a_gpu_refuses_gradients_that_the_kernels_do_not_give(monkeypatch):
+    """A fall-back to another implementation would be silent, and no gradient more so."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with FakeTensorMode(), torch.device("cuda"):
+        x, A, phi, weights = torch.empty(9, 3), torch.empty(3, 4), torch.empty(17), torch.empty(17)
+        for name, tensor in (("phi", phi), ("weights", weights)):
+            tensor.requires_grad_()
+            with pytest.raises(ValueError, match=f"^{name}: expected .* impl='triton', got .*impl='torch'"):
+                sigreg(x, A, torch.empty(17), phi, weights, spacing=0.1875)
+            tensor.requires_grad_(False)
+
+
 @pytest.mark.parametrize(
     ("name", "precision", "message"),
     [
