@@ -418,7 +418,7 @@ def all_reduce_sums(sums: Tensor, count: int, group: dist.ProcessGroup | None) -
     """
     if group is None:
         return sums, count
-    high, low = divmod(count, _COUNT_WORD)
+    high, low = count // _COUNT_WORD, count % _COUNT_WORD  # not divmod: compiled, a count may be symbolic
     packed = torch.cat([sums.flatten(), sums.new_full((1,), high), sums.new_full((1,), low)])
     packed = _AllReduceIdentityGradient.apply(packed, group)
     return packed[:-2].view(sums.shape), (packed[-2] * _COUNT_WORD + packed[-1]).detach()

@@ -75,7 +75,10 @@ def lejepa_loss(**options: Any):
 
 
 def run(rank: int, world_size: int, folder: str) -> None:
+    from interpreter_speed import patch_language_once  # not above: it imports Triton, which is to interpret
+
     torch.set_num_threads(1)
+    patch_language_once()
     modules = {impl: lejepa_loss(impl=impl) for impl in ("reference", "torch")}  # before the group exists
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
     try:
@@ -130,6 +133,11 @@ def collect(rank: int, world_size: int, modules: dict[str, Any]) -> dict[Any, An
             results["fsdp", impl] = fully_sharded(shard(batch(torch.float32), UNEQUAL[2], rank), impl)
         compiled = torch.compile(lejepa_loss(), fullgraph=True, backend=COMPILE_BACKEND)
         results["compiled"] = value_and_gradient(DistributedDataParallel(encoder(torch.float64)), x, compiled)
+        # Shares of a second size: their number of samples is a symbol of the graph.
+        kernels = torch.compile(lejepa_loss(impl="triton"), fullgraph=True, backend="aot_eager")
+        model = DistributedDataParallel(encoder(torch.float32))
+        uneven = shard(batch(torch.float32), UNEQUAL[2], rank)
+        results["compiled kernels"] = value_and_gradient(model, uneven, kernels)
         # More samples than bf16 can count (257 is none of its numbers), in bf16, under autocast.
         x = many_samples().split([257, 258], dim=0)[rank].requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):

@@ -111,6 +111,15 @@ def test_compiled_loss_is_that_of_the_whole_batch(ranks):
         torch.testing.assert_close(results["compiled"]["grad"], expected["grad"], rtol=1e-6, atol=1e-9)
 
 
+def test_compiled_kernels_give_the_loss_of_the_whole_batch(ranks):
+    """Collectives between the operators of the kernels, in one graph, and shares of different sizes."""
+    if len(ranks) != 2:
+        pytest.skip("compiled for two ranks only, to save time")
+    expected = single_process(worker.lejepa_loss(impl="reference"), torch.float32)
+    for results in ranks:
+        assert_same(results["compiled kernels"], expected, torch.float32)
+
+
 def test_counts_that_bf16_cannot_hold(ranks):
     if len(ranks) != 2:
         pytest.skip("one case is enough: two ranks")
