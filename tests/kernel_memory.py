@@ -7,7 +7,7 @@ import torch
 from accuracy import evaluate
 from kernel_helpers import DEVICE, TWO_KERNELS, arbitrary_knots, directions, normal
 
-from lejepa_fast import Knots, sigreg, standard_normal_knots
+from lejepa_fast import Knots, sample_unit_directions, sigreg, standard_normal_knots
 from lejepa_fast.kernels import backward, finish, forward
 from lejepa_fast.kernels import directions as kernel_directions
 from lejepa_fast.kernels.configs import get_config
@@ -140,14 +140,22 @@ def test_the_sanitizer_finds_planted_faults(fault, options):
     assert kernels == ["copy"]
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 40, 100])  # a part of a view, one view, two views
-def test_gradient_in_chunks(monkeypatch, chunk_rows):
-    K = TWO_KERNELS
-    x, A, knots = normal(3, 40, K), directions(K, 9), standard_normal_knots()
-    whole = evaluate(x, A, knots, impl="triton").grad
-    monkeypatch.setattr(backward, "_CHUNK_BYTES", chunk_rows * 9 * 4)
+@pytest.mark.parametrize(
+    ("chunk_rows", "dtype"),  # a part of a view, one view, two views
+    [(1, torch.float32), (40, torch.float32), (100, torch.float32), (1, torch.float16), (100, torch.float16)],
+)
+def test_gradient_in_chunks(monkeypatch, chunk_rows, dtype):
+    """Float16 has a power of two for each view, which differ here."""
+    K, M = TWO_KERNELS, 9
+    sizes = torch.tensor([1.0, 0.1, 10.0]).view(3, 1, 1)
+    x, knots = (sizes * torch.randn(3, 40, K)).to(DEVICE, dtype), standard_normal_knots()
+    A, scale = sample_unit_directions(K, M, step=1, device=DEVICE, dtype=dtype)
+    options = {"impl": "triton", "reduction": "sum", "scale": scale if dtype == torch.float16 else None}
+    whole = evaluate(x, A, knots, **options).grad
+    monkeypatch.setattr(backward, "_CHUNK_BYTES", chunk_rows * M * dtype.itemsize)
     monkeypatch.setattr(backward, "_CHUNK_STEP", 16)
-    torch.testing.assert_close(evaluate(x, A, knots, impl="triton").grad, whole, rtol=1e-5, atol=1e-8)
+    rtol = 1e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(evaluate(x, A, knots, **options).grad, whole, rtol=rtol, atol=1e-6)
 
 
 def test_memory_does_not_grow_with_the_samples(monkeypatch):
