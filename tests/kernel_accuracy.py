@@ -8,6 +8,7 @@ from accuracy import assert_within_rule, check_accuracy, evaluate, plain_float32
 from kernel_helpers import DEVICE, ONE_KERNEL, TWO_KERNELS, arbitrary_knots, directions, normal
 
 from lejepa_fast import SIGReg, sample_unit_directions, sigreg, standard_normal_knots
+from lejepa_fast.kernels.configs import get_config
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -64,6 +65,20 @@ def test_accuracy_of_half_precision_inputs(dtype, K, exact_directions):
     A, scale = sample_unit_directions(K, 20, step=1, device=DEVICE, dtype=dtype)
     for reduction in ("mean", None):
         check_accuracy(x, A, knots, impl="triton", scale=scale, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_accuracy_of_every_shipped_tile_of_the_fused_backward(dtype):
+    """Each at the largest K that it holds, where registers and shared memory are fullest."""
+    config = get_config(torch.device(DEVICE), dtype.itemsize)
+    for K, tile in config.fused:
+        M = 2 * tile.block_m
+        assert config.fuses(K, M)
+        assert config.tile("fused", K) == tile
+        x = normal(1, 2 * tile.block_n + 5, K, dtype=dtype)
+        A, scale = sample_unit_directions(K, M, step=1, device=DEVICE, dtype=dtype)
+        scale = scale if dtype.itemsize == 2 else None
+        check_accuracy(x, A, standard_normal_knots(), impl="triton", scale=scale, reduction="sum")
 
 
 @pytest.mark.parametrize("K", [ONE_KERNEL, TWO_KERNELS])
