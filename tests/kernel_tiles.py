@@ -6,11 +6,11 @@ import mmap
 
 import pytest
 import torch
-from kernel_helpers import DEVICE
+from kernel_helpers import DEVICE, TWO_KERNELS
 
 from lejepa_fast import sample_directions, sample_unit_directions
 from lejepa_fast.kernels import autotune, backward, finish, forward
-from lejepa_fast.kernels.configs import get_config
+from lejepa_fast.kernels.configs import Tile, get_config
 from lejepa_fast.kernels.layout import make_plan
 
 t = torch.arange(17, device=DEVICE) * 0.1875
@@ -28,31 +28,42 @@ def forward_backward(x, A, scale=None, precision="ieee"):
     return value, backward.gradient(one, 1.0, coef, x, A, scale, t, PLAN, config, precision)
 
 
-# Fused, and gradient with product.
-@pytest.mark.parametrize(("N", "K", "M", "dtype"), [(35, 13, 9, torch.bfloat16), (35, 40, 9, torch.float32)])
-def test_every_candidate_gives_the_same_result(monkeypatch, N, K, M, dtype):
+@pytest.mark.parametrize(
+    ("K", "dtype", "kernels"),
+    [
+        (13, torch.bfloat16, {"forward", "fused"}),
+        (TWO_KERNELS, torch.float32, {"forward", "gradient", "product"}),
+    ],
+)
+def test_every_candidate_gives_the_same_result(monkeypatch, K, dtype, kernels):
     monkeypatch.setenv("LEJEPA_AUTOTUNE", "1")
-    x = torch.randn(1, N, K).to(DEVICE, dtype)
-    A, scale = sample_unit_directions(K, M, step=1, device=DEVICE, dtype=dtype)
-    exact = None
-    for pick in range(3):  # the first, second, third candidate of each kernel, or the first
-        timed = []
+    x = torch.randn(1, 35, K).to(DEVICE, dtype)
+    A, scale = sample_unit_directions(K, 9, step=1, device=DEVICE, dtype=dtype)
+    able: dict[str, list[Tile]] = {}  # what can run here, by kernel
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    monkeypatch.setattr(autotune, "measure", lambda call, x: call() or 0.0)
+    pick, first = 0, None
+    while pick < max(map(len, able.values()), default=1):
 
-        def measure(call, x, pick=pick, timed=timed):
-            call()
-            timed.append(call)
-            return abs(len(timed) - 1 - pick)
+        def picked(timed, pick=pick):
+            tiles = [Tile(**row["tile"]) for row in timed if row["error"] is None]
+            able[timed[0]["kernel"]] = tiles
+            return tiles[min(pick, len(tiles) - 1)]
 
         monkeypatch.setattr(autotune, "_chosen", {})
-        monkeypatch.setattr(autotune, "measure", measure)
+        monkeypatch.setattr(autotune, "_fastest", picked)
         value, grad = forward_backward(x, A, scale)
-        assert len(timed) >= 2 * len(autotune._chosen) >= 4
-        exact = exact or (value, grad)
-        torch.testing.assert_close(value, exact[0], rtol=1e-5, atol=0)
-        tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+        assert {key[0]: tile for key, tile in autotune._chosen.items()} == {
+            kernel: tiles[min(pick, len(tiles) - 1)] for kernel, tiles in able.items()
+        }
+        first = first or (value, grad)
+        torch.testing.assert_close(value, first[0], rtol=1e-5, atol=0)
         torch.testing.assert_close(
-            grad, exact[1], rtol=tolerance, atol=tolerance * exact[1].abs().max().item()
+            grad, first[1], rtol=tolerance, atol=tolerance * first[1].abs().max().item()
         )
+        pick += 1
+    assert set(able) == kernels
+    assert pick >= 2
 
 
 def test_candidates_for_a_benchmark():
