@@ -4,8 +4,9 @@
     python bench/gpu_check.py --out DIR --rehearse  # the same stages in small on the CPU; measures nothing
     python bench/gpu_check.py --out DIR --only training  # this stage with all the minutes: all of its cases
 
-Stages run one after another, the most important first, each in a process of its own with a limit of time. One
-that fails or overruns is reported, and the later ones still run, as far as the minutes reach. DIR gets the
+Stages run one after another, the most important first, each in a process of its own with a limit of time: its
+own seconds, and up to as many again that earlier ones left. One that fails or overruns is reported, and the
+later ones still have theirs. DIR gets the
 rows of the benchmarks as they are measured, and `gpu_check.jsonl` with a row for each stage and each target.
 The later, optional stages fill what is left of the nine minutes: it is no failure if that is too little.
 Without the git history, LEJEPA_COMMIT=HASH in the environment names the commit that the rows carry.
@@ -75,7 +76,8 @@ class Stage(NamedTuple):
 
     Attributes:
         name: as it is reported.
-        seconds: when it is stopped.
+        seconds: kept for it while earlier ones run; twice that, where there is so much, it is stopped. One
+            that is optional is stopped after its seconds, and nothing is kept for it.
         command: arguments of Python, or a sentence that says why there is nothing to run.
         cases: cases of `sigreg_bench.py` whose targets can be judged when it is done.
         rehearsed: whether a rehearsal runs it: with --rehearse, it takes seconds on a CPU.
@@ -156,15 +158,15 @@ def _sigreg(case: str, seconds: int) -> Stage:
 
 _LATER: dict[str, Any] = {"rehearsed": False, "optional": True}
 STAGES = (
-    Stage("environment", 60, lambda run: [str(Path(__file__)), "--describe", *run.extra]),
-    Stage("kernel tests", 150, _kernel_tests),
-    _sigreg("reference-bfloat16", 100),
-    _sigreg("minimal-float32", 80),
-    _sigreg("giant-bfloat16", 60),
-    _sigreg("reference-float32", 80),
-    Stage("accuracy", 120, _script("accuracy_bench.py"), rehearsed=False),
-    Stage("tiles", 90, _script("tiles_bench.py", "--sizes", "reference-bfloat16")),
-    Stage("pretraining, 50 steps", 60, _smoke),
+    Stage("environment", 40, lambda run: [str(Path(__file__)), "--describe", *run.extra]),
+    Stage("kernel tests", 120, _kernel_tests),
+    _sigreg("reference-bfloat16", 80),
+    _sigreg("minimal-float32", 60),
+    _sigreg("giant-bfloat16", 40),
+    _sigreg("reference-float32", 50),
+    Stage("accuracy", 50, _script("accuracy_bench.py"), rehearsed=False),
+    Stage("tiles", 40, _script("tiles_bench.py", "--sizes", "reference-bfloat16")),
+    Stage("pretraining, 50 steps", 30, _smoke),
     Stage("generated cases", 120, _generated_cases, **_LATER),
     Stage("tiles of other sizes", 90, _script("tiles_bench.py", "--sizes", *OTHER_TILES), **_LATER),
     Stage("loader tests", 60, _loader_tests, **_LATER),
@@ -303,9 +305,17 @@ class Check:
             return list(STAGES)
         return [*REHEARSAL, *(stage for stage in STAGES if stage.rehearsed)]
 
-    def carry_out(self, stage: Stage) -> None:
+    def limit(self, stage: Stage, left: float, later: Sequence[Stage]) -> float:
+        """Seconds for a stage: later ones that must run keep theirs, or a share if that is too much."""
+        if stage.optional:
+            return min(stage.seconds, left)
+        kept = sum(each.seconds for each in later if not each.optional)
+        share = left * stage.seconds / (stage.seconds + kept)
+        return min(2 * stage.seconds, max(share, left - kept))
+
+    def carry_out(self, stage: Stage, later: Sequence[Stage] = ()) -> None:
         left = self.deadline - time.monotonic()
-        limit = min(stage.seconds, left)
+        limit = self.limit(stage, left, later)
         print(f"\n=== {stage.name}: at most {max(0, limit):.0f} s", flush=True)
         command = stage.command(self.run._replace(seconds=limit))
         if isinstance(command, str):
@@ -427,8 +437,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(options.out.resolve(), options.rehearse)
         check = Check(run, options.minutes, Path(folder), began, options.only)
-        for stage in check.stages():
-            check.carry_out(stage)
+        stages = check.stages()
+        for number, stage in enumerate(stages):
+            check.carry_out(stage, stages[number + 1 :])
         return check.summarise()
 
 
