@@ -53,15 +53,23 @@ class Target(NamedTuple):
         return "runs" if self.relation is None else f"{self.relation} {self.bound:g}{self.unit}"
 
 
-def find(rows: Sequence[Row], case: str, dtype: str, variant: str, directions: str = "drawn") -> Row:
+def find(rows: Sequence[Row], case: str, dtype: str, variant: str, **more: Any) -> Row:
     """The newest row of a variant that ran and was right."""
-    wanted = {"case": case, "dtype": dtype, "variant": variant, "directions": directions}
+    wanted = {"case": case, "dtype": dtype, "variant": variant, "directions": "drawn", **more}
     found = [row for row in rows if all(row.get(k) == v for k, v in wanted.items())]
     if not found:
         raise NotMeasuredError(f"no row of {variant}")
     if not found[-1]["correct"]:
         raise NotMeasuredError(f"{variant}: {found[-1].get('problem', 'not correct')}")
     return found[-1]
+
+
+def find_pair(
+    rows: Sequence[Row], case: str, dtype: str, other: str, variant: str = TRITON
+) -> tuple[Row, Row]:
+    """The row of one of ours, and that of another variant which took turns with it."""
+    theirs = find(rows, case, dtype, other)
+    return find(rows, case, dtype, variant, group=theirs.get("group")), theirs
 
 
 def _get(row: Mapping[str, Any], *keys: str) -> float:
@@ -75,7 +83,7 @@ def _get(row: Mapping[str, Any], *keys: str) -> float:
 
 def _speed(case: str, dtype: str, other: str, phase: str = "forward_backward") -> Callable[..., Figure]:
     def figure(rows: Sequence[Row]) -> Figure:
-        ours, theirs = find(rows, case, dtype, TRITON), find(rows, case, dtype, other)
+        ours, theirs = find_pair(rows, case, dtype, other)
         mine, its = _get(ours, phase, "median_ms"), _get(theirs, phase, "median_ms")
         return Figure(its / mine, f"{mine:.3g} ms against {its:.3g} ms")
 
@@ -84,10 +92,10 @@ def _speed(case: str, dtype: str, other: str, phase: str = "forward_backward") -
 
 def _against_reduced(rows: Sequence[Row]) -> Figure:
     """Graph against graph, by wall clock; the eager module's own figure beside it."""
-    ours, theirs = find(rows, "minimal", "float32", GRAPH), find(rows, "minimal", "float32", REDUCED)
+    ours, theirs = find_pair(rows, "minimal", "float32", REDUCED, GRAPH)
     mine, its = _get(ours, "wall", "median_ms"), _get(theirs, "wall", "median_ms")
     try:
-        eager = _get(find(rows, "minimal", "float32", TRITON), "wall", "median_ms")
+        eager = _get(find_pair(rows, "minimal", "float32", REDUCED)[0], "wall", "median_ms")
         note = f"; without a graph {its / eager:.2g}x"
     except NotMeasuredError:
         note = ""
@@ -96,7 +104,7 @@ def _against_reduced(rows: Sequence[Row]) -> Figure:
 
 def _memory(case: str, dtype: str) -> Callable[..., Figure]:
     def figure(rows: Sequence[Row]) -> Figure:
-        ours, theirs = (find(rows, case, dtype, v) for v in (TRITON, BASELINE))
+        ours, theirs = find_pair(rows, case, dtype, BASELINE)
         mine, its = _get(ours, "peak_extra_mib"), _get(theirs, "peak_extra_mib")
         return Figure(mine / its, f"{mine:.0f} MiB against {its:.0f} MiB")
 
@@ -109,7 +117,7 @@ def _share(case: str) -> Callable[..., Figure]:
         share, floor = _get(row, "share_of_floor"), _get(row, "floor_ms")
         note = f"floor {floor:.3g} ms, {_get(row, 'serial_floor_ms'):.3g} ms if nothing overlaps"
         try:
-            given = find(rows, case, "bfloat16", TRITON, "given")
+            given = find(rows, case, "bfloat16", TRITON, directions="given")
             note += f"; {100 * _get(given, 'share_of_floor'):.0f} % with given directions"
         except NotMeasuredError:
             pass

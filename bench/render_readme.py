@@ -85,17 +85,19 @@ def gpu_table(everything: Sequence[Row]) -> str:
     for case, dtype, phase in GPU_LINES:
         wanted = {"case": case, "dtype": dtype, "directions": "drawn"}
         rows = [row for row in everything if all(row[k] == v for k, v in wanted.items())]
-        found = {row["variant"]: row for row in latest(rows)} if rows else {}
-        ours = found.get(TRITON)
-        if ours is None or not ours["correct"]:
+        rows = latest(rows) if rows else []
+        found = {(row["variant"], row.get("group")): row for row in rows}
+        others = [next((r for r in rows if r["variant"] == name), None) for name in (BASELINE, COMPILED)]
+        # Ours beside each of them: only those figures took turns. The table shows the first.
+        beside = [row and found.get((TRITON, row.get("group"))) for row in others]
+        ours = next(filter(_ran, [*beside, *(row for row in rows if row["variant"] == TRITON)]), None)
+        if ours is None:
             continue
         newest[ours["date"]] = ours
         size = "{V} x {N} x {K}, {M} slices, {J} knots".format(**ours)
         kind = f"{'bf16' if dtype == 'bfloat16' else dtype}{', wall clock' if phase == 'wall' else ''}"
-        others = [found.get(name) for name in (BASELINE, COMPILED)]
         times = [_time(row, phase) for row in others]
-        mine = ours[phase]["median_ms"]
-        speeds = [f"{row[phase]['median_ms'] / mine:.1f}x" if _ran(row) else "-" for row in others]
+        speeds = [_speed(row, mine, phase) for row, mine in zip(others, beside, strict=True)]
         peaks = [f"{row['peak_extra_mib']:.0f} MiB" if _ran(row) else "-" for row in (others[0], ours)]
         table.append([f"{size}, {kind}", *times, f"**{_time(ours, phase)}**", *speeds, *peaks])
     if not table:
@@ -105,6 +107,10 @@ def gpu_table(everything: Sequence[Row]) -> str:
     row = newest[max(newest)]
     machine = f"{row['device']}, driver {row['driver']}, torch {row['torch']}, triton {row['triton']}"
     return markdown(header, table) + f"\n\n{machine}, {row['date'][:10]}: `python bench/sigreg_bench.py`"
+
+
+def _speed(row: Row | None, ours: Row | None, phase: str) -> str:
+    return f"{row[phase]['median_ms'] / ours[phase]['median_ms']:.1f}x" if _ran(row) and _ran(ours) else "-"
 
 
 def _ran(row: Row | None) -> TypeGuard[Row]:

@@ -7,10 +7,11 @@
 
 On a GPU: the sizes of the targets, device time and wall clock, launches, share of the floor (how each is
 measured: `gpu_timing.py`). Without one, or with --device cpu: one CPU size, and it says so. Variants take
-turns in one process, over rotated inputs. A variant whose value or gradient is off is reported as wrong
-and not timed. Who takes part, in which dtypes, with whose directions: `sigreg_variants.py`. Peak memory is
-the allocator's on a GPU; on the CPU it is that of a fresh process for each variant. The exit code is 1 when
-an implementation of ours failed or is wrong.
+turns in one process, over rotated inputs; on a GPU the compiler and the peers come last, each beside ours
+again, and the rows of each such group are written at once. A variant whose value or gradient is off is
+reported as wrong and not timed. Who takes part, in which dtypes, with whose directions: `sigreg_variants.py`.
+Peak memory is the allocator's on a GPU; on the CPU it is that of a fresh process for each variant. The exit
+code is 1 when an implementation of ours failed or is wrong.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from benchlib import (
     print_table,
     summary,
 )
-from sigreg_variants import BASELINE, COMPILED, GRAPH, REDUCED, TRITON, Case, Run, Size, Truth
+from sigreg_variants import COMPILED, GRAPH, REDUCED, TRITON, Case, Run, Size, Truth
 from torch import Tensor
 
 Row = dict[str, Any]
@@ -57,18 +58,49 @@ class Setting(NamedTuple):
 # --- Measurements ---------------------------------------------------------------------------------
 
 
-def measure(case: Case, setting: Setting, repeats: int) -> list[Row]:
-    """All variants of a case: a row for each, with what went wrong where something did."""
-    # Else the sizes of a sweep add up to torch.compile's recompilation limit, and it goes on in eager mode.
-    torch._dynamo.reset()
+def groups(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Who is timed together. The compiler and the peers may take long, or for ever: rows come before them.
+
+    Ours is in every group, so that each ratio is one of figures that took turns.
+    """
+    slow = [(COMPILED, TRITON), (REDUCED, TRITON, GRAPH), (*variants.PEERS, TRITON)]
+    if TRITON not in names or not {COMPILED, REDUCED} & set(names):
+        return [tuple(names)]
+    last = [tuple(name for name in group if name in names) for group in slow]
+    quick = tuple(name for name in names if name not in (COMPILED, REDUCED, *variants.PEERS))
+    return [quick, *(group for group in last if set(group) - set(quick))]
+
+
+def measure(
+    case: Case, setting: Setting, repeats: int, keep: Callable[[list[Row]], None] = lambda rows: None
+) -> list[Row]:
+    """All variants of a case: rows with what went wrong where something did; `keep` gets them by groups."""
     device, clock = setting.device, setting.clock
     bytes_each = case.size.V * case.size.N * case.size.K * case.dtype.itemsize
     xs = variants.make_inputs(case, clock.buffers(bytes_each) if clock else 8, device)
+    truth = variants.Truth(xs[0], case.size.J)
+    # One date: the groups are one measurement.
+    about = {**machine(device), **({"rehearsal": True} if setting.rehearsal else {})}
+    rows = []
+    for number, names in enumerate(groups(case.variants)):
+        # Else a sweep reaches torch.compile's recompilation limit, and it goes on in eager mode.
+        torch._dynamo.reset()
+        if clock:
+            gpu_timing.free_memory()
+        together = measure_together(case, names, xs, truth, setting, repeats)
+        rows += [{**row, "group": number, **about} for row in together]
+        keep(rows[-len(together) :])
+    return rows
+
+
+def measure_together(
+    case: Case, names: Sequence[str], xs: list[Tensor], truth: Truth, setting: Setting, repeats: int
+) -> list[Row]:
+    """Variants that take turns: a row for each."""
     rows: dict[str, Row] = {}
     calls: dict[str, Timed] = {}
-    truth = variants.Truth(xs[0], case.size.J)
-    for name in case.variants:
-        rows[name], run = checked(case, name, xs[0], truth, device)
+    for name in names:
+        rows[name], run = checked(case, name, xs[0], truth, setting.device)
         if run is not None:
             calls[name] = Timed(
                 lambda repeat: xs[repeat % len(xs)].detach().requires_grad_(), named(name, run)
@@ -83,9 +115,7 @@ def measure(case: Case, setting: Setting, repeats: int) -> list[Row]:
             rows[name] |= memory_and_launches(case, name, call, setting)
         except Exception as failure:  # the times are worth keeping
             print(f"{name.strip()}: memory not measured: {_first_line(failure)}", flush=True)
-    marks = {"rehearsal": True} if setting.rehearsal else {}
-    about = machine(device)
-    return [{**row, **marks, **about} for row in rows.values()]
+    return list(rows.values())
 
 
 class VariantError(Exception):
@@ -246,8 +276,8 @@ def peak_memory_here(case: Case, name: str) -> int:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """A case as a table: times in milliseconds, relative to the authors' formulation where that ran."""
-    base = next((row for row in rows if row["variant"] == BASELINE and row["correct"]), None)
+    """Variants that took turns, as a table: times in milliseconds, speed against the first where that ran."""
+    base = rows[0] if rows[0]["correct"] else None
     on_gpu = any("wall" in row for row in rows)
     header = [
         rows[0]["dtype"],
@@ -257,7 +287,7 @@ def show(rows: Sequence[Row]) -> None:
         "p20 .. p80",
         "speed",
         "peak MiB",
-        "of baseline",
+        "of the first",
     ]
     header += ["wall ms", "launches", "of floor"] if on_gpu else []
     table = []
@@ -410,13 +440,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run(case: Case, repeats: int) -> list[Row]:
         print(f"\n{case}", flush=True)
-        rows = measure(case, setting, repeats)
+        return measure(case, setting, repeats, keep)
+
+    def keep(rows: list[Row]) -> None:
         append_rows(path, rows)  # at once: what comes later may be stopped
         show(rows)
-        if device.type == "cuda":
-            torch._dynamo.reset()
-            gpu_timing.free_memory()
-        return rows
 
     rows: list[Row] = []
     for case in cases if not options.sweep_only else []:

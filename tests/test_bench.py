@@ -16,7 +16,7 @@ import sigreg_variants
 import tiles_bench
 import torch
 from sigreg_bench import Setting
-from sigreg_variants import BASELINE, STREAMING, TRITON, Case, Loss, Size
+from sigreg_variants import BASELINE, COMPILED, GRAPH, REDUCED, STREAMING, TRITON, Case, Loss, Size
 
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.kernels import autotune
@@ -109,6 +109,26 @@ def test_a_variant_that_fails_later_leaves_the_others(monkeypatch, in_process, e
     assert [row["correct"] for row in rows] == [True, False]
     assert str(error) in rows[1]["problem"]
     assert rows[0]["forward_backward"]["median_ms"] > 0
+
+
+def test_what_compiles_comes_later_and_costs_no_row_of_the_others(tmp_path, monkeypatch, in_process):
+    """The process is stopped while it compiles: the rows of the group before are there."""
+
+    def compile_forever(case, given, device):
+        raise KeyboardInterrupt
+
+    right = sigreg_variants.VARIANTS[STREAMING]
+    for name, build in ((TRITON, right), (GRAPH, right), (COMPILED, right), (REDUCED, compile_forever)):
+        monkeypatch.setitem(sigreg_variants.VARIANTS, name, build)
+    monkeypatch.setattr(gpu_timing, "graphed", lambda run, device: run)
+    case = TINY._replace(name="cpu", variants=(BASELINE, COMPILED, REDUCED, STREAMING, TRITON, GRAPH))
+    monkeypatch.setattr(sigreg_variants, "CPU_CASE", case)
+    with pytest.raises(KeyboardInterrupt):
+        sigreg_bench.main(["--device", "cpu", "--repeats", "2", "--out", str(tmp_path)])
+    rows = benchlib.read_rows(tmp_path / "sigreg.jsonl")
+    quick = [(0, name) for name in (BASELINE, STREAMING, TRITON, GRAPH)]
+    assert [(row["group"], row["variant"]) for row in rows] == [*quick, (1, COMPILED), (1, TRITON)]
+    assert len({row["date"] for row in rows}) == 1, "one measurement"
 
 
 def test_without_matplotlib_the_rows_stay(monkeypatch, capsys, tmp_path):

@@ -183,6 +183,22 @@ def test_stages_fit_the_files_and_the_time(monkeypatch):
     assert "hypothesis is not installed" in stages["generated cases"].command(run)
 
 
+def test_a_stage_that_overruns_leaves_their_seconds_to_those_that_must_run(check, tmp_path):
+    (tmp_path / "folder9.0").mkdir()
+    nine = check(9.0)
+    must = [s for s in gpu_check.STAGES if not s.optional]
+    left = 60 * 9 - gpu_check.LAST_SECONDS
+    assert sum(s.seconds for s in must) <= left
+    for number, each in enumerate(gpu_check.STAGES):
+        limit = nine.limit(each, left, gpu_check.STAGES[number + 1 :])
+        assert limit >= each.seconds or each.optional
+        left -= limit
+    assert left >= 0
+    first, second = must[0]._replace(seconds=30), must[1]._replace(seconds=60)
+    assert nine.limit(first, 300.0, [second]) == 60, "what others left, but not all of it"
+    assert nine.limit(first, 45.0, [second]) == 15, "a share where there is too little"
+
+
 def test_an_optional_stage_may_lack_time_but_not_fail(check, tmp_path):
     (tmp_path / "folder9.0").mkdir()
     nine = check(9.0)
@@ -240,6 +256,18 @@ def test_targets_are_met_or_not_by_their_bounds():
     assert (share["figure"], share["met"]) == (pytest.approx(40), False)
     cells = gpu_targets.table_of(gpu_targets.judge(rows))
     assert ["reference-bfloat16: speed against torch.compile", ">= 8x", "5x", "NOT MET"] in cells
+
+
+def test_ratios_are_of_figures_that_took_turns():
+    """The clock of the device fell between the groups; each ratio stays in one."""
+    rows = [row(BASELINE, ms=8.0, group=0), row(TRITON, ms=0.2, mib=200.0, group=0)]
+    rows += [row(COMPILED, ms=3.2, group=1), row(TRITON, ms=0.4, group=1)]
+    found = judged(rows)
+    assert found["reference-bfloat16: speed against eager"]["figure"] == pytest.approx(40)
+    assert found["reference-bfloat16: speed against torch.compile"]["figure"] == pytest.approx(8)
+    stopped = judged(rows[:2])
+    assert stopped["reference-bfloat16: speed against eager"]["met"]
+    assert stopped["reference-bfloat16: speed against torch.compile"]["reason"] == f"no row of {COMPILED}"
 
 
 def test_the_minimal_size_is_judged_by_wall_clock_and_launches():
