@@ -79,7 +79,7 @@ class Stage(NamedTuple):
         seconds: kept for it while earlier ones run; twice that, where there is so much, it is stopped. One
             that is optional is stopped after its seconds, and nothing is kept for it.
         command: arguments of Python, or a sentence that says why there is nothing to run.
-        cases: cases of `sigreg_bench.py` whose targets can be judged when it is done.
+        cases: cases of the targets (`gpu_targets.py`) that can be judged when it is done.
         rehearsed: whether a rehearsal runs it: with --rehearse, it takes seconds on a CPU.
         optional: whether it may lack the time; if it fails, it fails.
         rows: file of rows of kind `target`, which are judged already; when the stage runs alone, they are
@@ -164,7 +164,7 @@ STAGES = (
     _sigreg("minimal-float32", 60),
     _sigreg("giant-bfloat16", 40),
     _sigreg("reference-float32", 50),
-    Stage("accuracy", 50, _script("accuracy_bench.py"), rehearsed=False),
+    Stage("accuracy", 50, _script("accuracy_bench.py"), cases=("accuracy",), rehearsed=False),
     Stage("tiles", 40, _script("tiles_bench.py", "--sizes", "reference-bfloat16")),
     Stage("pretraining, 50 steps", 30, _smoke),
     Stage("generated cases", 120, _generated_cases, **_LATER),
@@ -182,7 +182,7 @@ REHEARSAL = (
         "sigreg, all cases",
         90,
         _script("sigreg_bench.py", "--cases", "minimal-float32", "--repeats", "2"),
-        cases=("reference-bfloat16", "giant-bfloat16", "minimal-float32", "reference-float32"),
+        cases=("reference-bfloat16", "giant-bfloat16", "minimal-float32", "reference-float32", "accuracy"),
     ),
 )
 
@@ -340,7 +340,7 @@ class Check:
         targets = [target for target in gpu_targets.TARGETS if target.case in stage.cases]
         if not targets:
             return
-        rows = self.lib.read_rows(self.run.out / "sigreg.jsonl")
+        rows = [row for name in gpu_targets.FILES for row in self.lib.read_rows(self.run.out / name)]
         judged = gpu_targets.judge([row for row in rows if row["date"] >= self.began], targets)
         self.judged += judged
         for row in judged:

@@ -20,6 +20,10 @@ _REF, _REF32, _GIANT, _MINIMAL = (
 )
 
 
+ACCURACY = "accuracy"
+FILES = ("sigreg.jsonl", "sigreg_accuracy.jsonl")
+
+
 class NotMeasuredError(Exception):
     """Why a target has no figure."""
 
@@ -35,10 +39,10 @@ class Target(NamedTuple):
     """One line of the table.
 
     Attributes:
-        case: key of the benchmark's case that it is read from.
+        case: key of the benchmark's case that it is read from, or `ACCURACY`.
         name: what is measured.
         relation, bound, unit: the figure is held to `relation bound`; None: it is enough that it exists.
-        figure: from the rows of `sigreg.jsonl`; raises `NotMeasuredError`.
+        figure: from the rows of `FILES`; raises `NotMeasuredError`.
     """
 
     case: str
@@ -154,6 +158,15 @@ def _graph(rows: Sequence[Row]) -> Figure:
     )
 
 
+def _accuracy(rows: Sequence[Row]) -> Figure:
+    """The largest share of the error that the rule allows, over all rows that it holds for."""
+    shares = {f"{row['variant']}, J {row['J']}": row["share_of_allowed"] for row in rows if row.get("judged")}
+    if not shares:
+        raise NotMeasuredError("no row of accuracy_bench.py")
+    worst = max(shares, key=lambda name: shares[name])
+    return Figure(shares[worst], f"{worst}, the worst of {len(shares)}")
+
+
 TARGETS = (
     Target(_REF, "speed against eager", ">=", 40, "x", _speed("reference", "bfloat16", BASELINE)),
     Target(_REF, "speed against torch.compile", ">=", 8, "x", _speed("reference", "bfloat16", COMPILED)),
@@ -169,6 +182,7 @@ TARGETS = (
     Target(_REF32, "speed against eager", ">=", 20, "x", _speed("reference", "float32", BASELINE)),
     Target(_REF32, "speed against torch.compile", ">=", 4, "x", _speed("reference", "float32", COMPILED)),
     Target(_REF32, "memory against eager", "<=", 1 / 40, "", _memory("reference", "float32")),
+    Target(ACCURACY, "error as a share of what the rule allows", "<=", 1, "", _accuracy),
 )
 
 

@@ -199,3 +199,16 @@ def statistic_from_sums(
     # A product and a sum, not a matmul: autocast would run a matmul in bf16.
     statistic = (error * weights).sum(1)
     return statistic * count if scale_by_n else statistic
+
+
+def allowed_error(plain: float, size: float = 1.0, *, ulp: float = 0.0) -> float:
+    """The accuracy rule: the most that a result may be off from float64, in the Euclidean norm.
+
+    Twice the error of plain float32 PyTorch on the same problem, and 1e-6 relative.
+
+    Args:
+        plain: error of this module in float32.
+        size: norm of the exact result; 1 for relative errors.
+        ulp: relative rounding to a coarser output dtype: half its eps for the gradient of a bf16 input.
+    """
+    return 2 * plain + (1e-6 + ulp) * size

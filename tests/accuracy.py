@@ -1,4 +1,4 @@
-"""The accuracy rule that every SIGReg implementation is held to, and float64 truth."""
+"""Holds SIGReg implementations to the accuracy rule (`reference.allowed_error`); float64 truth."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lejepa_fast import Knots, sigreg
+from lejepa_fast.reference import allowed_error
 
 # Inductor needs a C++ compiler; what the tests ask of torch.compile (one graph, the same numbers) does not.
 COMPILE_BACKEND = "inductor" if shutil.which("c++") or shutil.which("g++") else "aot_eager"
@@ -41,12 +42,9 @@ def plain_float32(x: Tensor, A: Tensor, knots: Knots, **options) -> Result:
 
 
 def assert_within_rule(got: Tensor, reference: Tensor, exact: Tensor, what: str, *, ulp: float = 0.0) -> None:
-    """|got - exact| <= 2 |reference - exact| + 1e-6 |exact| in the Euclidean norm.
-
-    `ulp` adds the rounding to a coarser output dtype (the gradient of a bf16 input is bf16).
-    """
-    error = (got.double() - exact).norm()
-    allowed = 2 * (reference.double() - exact).norm() + (1e-6 + ulp) * exact.norm()
+    """|got - exact| <= 2 |reference - exact| + 1e-6 |exact| in the Euclidean norm: `allowed_error`."""
+    error, plain = ((r.double() - exact).norm().item() for r in (got, reference))
+    allowed = allowed_error(plain, exact.norm().item(), ulp=ulp)
     assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}, size {exact.norm():.3e}"
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 import accuracy_bench
+import benchlib
 import torch
 from accuracy_bench import Variant, errors
 
@@ -15,6 +18,53 @@ def test_the_recurrence_breaks_the_rule_and_the_streaming_implementation_keeps_i
     for part in range(2):  # value, gradient
         assert streaming[part] <= 2 * plain[part] + 1e-6
         assert recurrence[part] > 2 * plain[part] + 1e-6
+
+
+def test_half_precision_is_measured_on_the_path_of_training(monkeypatch):
+    """dT/dp in half precision: a gradient for each direction would leave it in float32."""
+    gradients = []
+    calls = accuracy_bench.sigreg
+
+    def recorded(x, *arguments, reduction, **options):
+        value = calls(x, *arguments, reduction=reduction, **options)
+        gradients.extend([reduction] if value.requires_grad else [])
+        return value
+
+    monkeypatch.setattr(accuracy_bench, "sigreg", recorded)
+    value, grad = errors(Variant("bf16", torch.bfloat16, "torch"), 17, 1.0, "cpu")
+    assert gradients == ["sum", "sum"]
+    assert value < 1e-5
+    assert grad < 2**-8
+
+
+def test_rows_beyond_the_rule_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accuracy_bench, "interpreting", lambda: True)
+    monkeypatch.setattr(accuracy_bench, "KNOTS", (65,))
+    monkeypatch.setattr(accuracy_bench, "SCALES", (1.0,))
+    monkeypatch.setattr(sys, "argv", ["accuracy_bench.py", "--out", str(tmp_path)])
+    good = [
+        Variant(accuracy_bench.PLAIN, torch.float32, "reference", judged=False),
+        Variant("recurrence", torch.float32, None, judged=False),
+        Variant("streaming", torch.float32, "torch"),
+        Variant("streaming, bf16", torch.bfloat16, "torch"),
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(accuracy_bench, "variants", lambda device: good)
+    assert accuracy_bench.main() == 0
+    good[1] = good[1]._replace(judged=True)
+    assert accuracy_bench.main() == 1
+    assert "error: recurrence, J 65: " in capsys.readouterr().err
+    rows = benchlib.read_rows(tmp_path / "sigreg_accuracy.jsonl")
+    assert [row["share_of_allowed"] is not None for row in rows] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+        *3 * [True],
+    ]
+    nan = {**rows[2], "value_errors": [float("nan")]}
+    assert accuracy_bench.share_of_allowed(nan, rows[0]) == float("inf")
 
 
 def test_the_recurrence_is_right_where_it_has_few_steps():

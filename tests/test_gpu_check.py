@@ -168,7 +168,7 @@ def test_one_stage_alone_has_all_the_minutes_and_its_targets_decide(check, tmp_p
 def test_stages_fit_the_files_and_the_time(monkeypatch):
     stages = {s.name: s for s in gpu_check.STAGES}
     assert len(stages) == len(gpu_check.STAGES)
-    keys = {case.key for case in sigreg_variants.GPU_CASES}
+    keys = {case.key for case in sigreg_variants.GPU_CASES} | {gpu_targets.ACCURACY}
     run_cases = {case for s in gpu_check.STAGES for case in s.cases}
     assert {t.case for t in gpu_targets.TARGETS} <= run_cases <= keys
     assert {t.case for t in gpu_targets.TARGETS} == {
@@ -282,6 +282,18 @@ def test_the_minimal_size_is_judged_by_wall_clock_and_launches():
     launches = found["minimal-float32: launches, with directions"]
     assert (launches["met"], launches["note"]) == (False, "7 _fwd")
     assert found["minimal-float32: replay of a CUDA graph"]["met"]
+
+
+def test_accuracy_is_judged_by_the_worst_row_that_the_rule_holds_for():
+    rows = [{"variant": "plain float32", "J": 17, "judged": False, "share_of_allowed": None}]
+    rows += [
+        {"variant": "fp16", "J": J, "judged": True, "share_of_allowed": s} for J, s in ((17, 0.5), (65, 2))
+    ]
+    target = "accuracy: error as a share of what the rule allows"
+    found = judged(rows)[target]
+    assert (found["figure"], found["met"], found["note"]) == (2, False, "fp16, J 65, the worst of 2")
+    assert judged(rows[:2])[target]["met"]
+    assert judged(rows[:1])[target]["reason"] == "no row of accuracy_bench.py"
 
 
 def test_what_has_no_figure_says_why():
