@@ -301,16 +301,25 @@ def test_a_number_of_any_length_is_no_image(tmp_path, three):
 # --- shortages ----------------------------------------------------------------------------------
 
 
-def test_a_shortage_of_files_is_not_blamed_on_an_image(three):
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+def test_a_shortage_of_files_is_not_blamed_on_an_image(tmp_path, three, kind):
+    source: ImageSource = three
+    if kind == "shard":
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            for index in range(3):
+                tar.add(three.describe(index), f"{index}.png")
+        source = ShardSource([tmp_path / "a.tar"])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     next_free = os.open(os.devnull, os.O_RDONLY)
     os.close(next_free)
-    calls = (
-        lambda: three.load(1),
-        lambda: three.image_size(1),
-        lambda: read_image(three, 1, 1),
-        lambda: read_image(three, 1, 1, careful=True),
-    )
+    calls = [
+        lambda: source.load(1),
+        lambda: source.image_size(1),
+        lambda: read_image(source, 1, 1),
+        lambda: read_image(source, 1, 1, careful=True),
+    ]
+    if kind == "shard":
+        calls.append(lambda: ShardSource([tmp_path / "a.tar"]))
     said = []
     resource.setrlimit(resource.RLIMIT_NOFILE, (next_free, hard))
     try:
