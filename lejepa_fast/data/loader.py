@@ -120,6 +120,7 @@ class MultiCropLoader:
         """
         complete = self._batch == len(self)
         self._quarantine.refresh()  # what other ranks have met up to here belongs to the state
+        bad = self.quarantined
         return {
             "epoch": self._epoch + complete,
             "batch": 0 if complete else self._batch,
@@ -130,7 +131,8 @@ class MultiCropLoader:
             "earlier": [] if complete else [list(part) for part in self._earlier],
             "images": self._schedule.num_images,
             "names_sha256": self._names,
-            "bad": self.quarantined,
+            "bad": bad,
+            "reasons": self._quarantine.reasons(bad),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -171,7 +173,7 @@ class MultiCropLoader:
                 f"loader state is at batch {batch} of an epoch of {len(self)}; it is of another run"
             )
         if same_images:
-            self._quarantine.learn(state.get("bad", ()))
+            self._quarantine.learn(state.get("bad", ()), state.get("reasons"))
         elif own.rank == 0:
             log.warning(
                 "the loader state is of other images (%s, here %d): of it, only the epoch is taken over, "
