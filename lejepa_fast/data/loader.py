@@ -21,6 +21,7 @@ from lejepa_fast.data.quarantine import DEFAULT_MAX_BAD_FRACTION, Omission, Quar
 from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey, EpochSchedule, Part
 from lejepa_fast.data.sources import ImageSource, check_sizes
+from lejepa_fast.data.state import check_fields, wrong_field
 from lejepa_fast.errors import UsageError
 
 log = logging.getLogger("lejepa_fast.data")
@@ -145,9 +146,8 @@ class MultiCropLoader:
         not taken over, and a warning says so. Raises `UsageError` when the state does not fit: in mid-epoch,
         another seed or other images would silently repeat some images and leave others out.
         """
-        epoch, batch = state.get("epoch"), state.get("batch")
-        if not isinstance(epoch, int) or not isinstance(batch, int) or epoch < 0 or batch < 0:
-            raise UsageError(f"loader state needs 'epoch' and 'batch', both 0 or more; got {dict(state)}")
+        check_fields(state)
+        epoch, batch = state["epoch"], state["batch"]
         own = self._schedule
         for key, meaning, mine in (
             ("seed", "seed", own.seed),
@@ -173,7 +173,7 @@ class MultiCropLoader:
                 f"loader state is at batch {batch} of an epoch of {len(self)}; it is of another run"
             )
         if same_images:
-            self._quarantine.learn(state.get("bad", ()), state.get("reasons"))
+            self._learn(state)
         elif own.rank == 0:
             log.warning(
                 "the loader state is of other images (%s, here %d): of it, only the epoch is taken over, "
@@ -190,17 +190,27 @@ class MultiCropLoader:
     def _parts_of(self, state: Mapping[str, Any], batch: int) -> tuple[Part, list[Part]]:
         """The part of the epoch that a state ends, and those before. Older states tell of one only."""
         own = self._schedule
-        try:
-            ranks = int(state.get("world_size", own.world_size))
-            size, rest = divmod(int(state.get("global_batch", own.global_batch)), ranks)
-            since = int(state.get("since", 0)) if batch else 0
-            earlier = [Part(*map(int, part)) for part in state.get("earlier", ())] if batch else []
-            parts = [*earlier, Part(ranks, size, since, batch)]
-            if rest or any(min(p.world_size, p.batch_size) < 1 or not 0 <= p.first <= p.last for p in parts):
-                raise ValueError
-        except (TypeError, ValueError, ZeroDivisionError):
-            raise UsageError(f"loader state does not say on how many ranks it was: {dict(state)}") from None
-        return parts[-1], earlier
+        ranks = state.get("world_size", own.world_size)
+        size, rest = divmod(state.get("global_batch", own.global_batch), ranks)
+        if rest or not size:
+            raise wrong_field(state, "global_batch", f"a multiple of 'world_size' ({ranks})")
+        if not batch:
+            return Part(ranks, size, 0, 0), []
+        since, earlier = state.get("since", 0), [Part(*part) for part in state.get("earlier", ())]
+        if since > batch:
+            raise wrong_field(state, "since", f"at most 'batch' ({batch})")
+        if any(max(1, p.last) * p.world_size * p.batch_size > own.num_images for p in earlier):
+            raise wrong_field(state, "earlier", f"parts of an epoch of {own.num_images} images")
+        return Part(ranks, size, since, batch), earlier
+
+    def _learn(self, state: Mapping[str, Any]) -> None:
+        """Take over which images are bad."""
+        bad, reasons = state.get("bad", ()), state.get("reasons")
+        if any(index >= self._schedule.num_images for index in bad):
+            raise wrong_field(state, "bad", f"numbers of {self._schedule.num_images} images")
+        if reasons is not None and len(reasons) != len(bad):
+            raise wrong_field(state, "reasons", f"one for each of the {len(bad)} numbers in 'bad'")
+        self._quarantine.learn(bad, reasons)
 
     def _finish(self, raw: RawBatch) -> tuple[list[Tensor], Tensor | None]:
         views = [
