@@ -415,6 +415,7 @@ def one_line(caught) -> str:
         ({"backend": "opencv"}, "unknown backend 'opencv'; expected one of 'auto', 'dali', 'torchvision'"),
         ({"prefetch": 0}, "prefetch must be at least 1"),
         ({"hw_decoder_load": 1.5}, "hw_decoder_load must lie in [0, 1]"),
+        ({"dali_views": "cuda"}, "dali_views must be one of 'auto', 'numba', 'operators'; got 'cuda'"),
         ({"max_bad_fraction": -0.1}, "max_bad_fraction must lie in [0, 1]"),
         ({"dtype": torch.float64}, "dtype must be one of"),
         ({"start_method": "thread"}, "start_method must be"),

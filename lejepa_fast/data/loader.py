@@ -277,6 +277,7 @@ def multicrop_loader(
     start_method: str | None = None,
     prefetch: int = 2,
     hw_decoder_load: float = 0.65,
+    dali_views: str = "auto",
     quarantine: str | os.PathLike[str] | None = None,
     max_bad_fraction: float = DEFAULT_MAX_BAD_FRACTION,
 ) -> MultiCropLoader:
@@ -293,6 +294,8 @@ def multicrop_loader(
     tensors go (None: stay on the CPU). shuffle=False takes images in the order of the source. start_method:
     how workers start ("fork", "spawn", "forkserver"; None: Python's default). prefetch: finished batches
     that wait (per worker with torchvision). hw_decoder_load: share of JPEGs for a GPU's hardware decoder.
+    dali_views: what makes DALI's views: "operators" (DALI's, on either device), "numba" (compiled code, on
+    the CPU only), or "auto": on a GPU the former, on a CPU the latter where numba is installed.
     quarantine: file that lists bad images, one for all ranks; max_bad_fraction: share of bad images that
     stops the run. See `quarantine.Quarantine`; the place of a bad image is taken by another one
     (`quarantine.Substitutes`).
@@ -319,6 +322,7 @@ def multicrop_loader(
         start_method=start_method,
         prefetch=prefetch,
         hw_decoder_load=hw_decoder_load,
+        dali_views=dali_views,
     )
     if rank == 0:
         log.info(
@@ -350,6 +354,7 @@ def eval_loader(
     start_method: str | None = None,
     prefetch: int = 2,
     hw_decoder_load: float = 0.65,
+    dali_views: str = "auto",
     quarantine: str | os.PathLike[str] | None = None,
     max_bad_fraction: float = DEFAULT_MAX_BAD_FRACTION,
 ) -> EvalLoader:
@@ -373,6 +378,7 @@ def eval_loader(
         start_method=start_method,
         prefetch=prefetch,
         hw_decoder_load=hw_decoder_load,
+        dali_views=dali_views,
     )
     bad = Quarantine(source, quarantine, max_bad_fraction=max_bad_fraction)
     return EvalLoader(made, len(source), batch_size, mean=mean, std=std, device=device, quarantine=bad)
