@@ -3,8 +3,8 @@
 Files are read and their headers checked in Python threads (`reading`), so which images make up a batch, what
 is quarantined and where a run resumes is the same as with torchvision. DALI decodes. On a GPU it also makes
 the views (`dali_graph`); on the CPU compiled kernels do (`cpu_kernels`), because DALI's own CPU operators
-for resizing and colour are slower than torchvision's. Without Numba, or when asked for (`views`), the graph
-runs on the CPU, too.
+are slower, also than torchvision's (docs/loader.md has the figures). Without Numba, or when asked for
+(`views`), the graph runs on the CPU, too.
 
 A failure inside DALI ends a pipeline for good. Should one happen in spite of the checks, the pipeline is made
 anew and the batch runs again from pixels that Pillow has decoded; what Pillow refuses is quarantined.
