@@ -1,6 +1,6 @@
 """Images per second of the multi-crop loader: torchvision v2 against DALI, ceilings, memory, damaged files.
 
-    python bench/loader_bench.py [--out DIR] [--budget-minutes X] [--data PATH]
+    python bench/loader_bench.py [--out DIR] [--budget-minutes X] [--data PATH] [--only PART ...]
 
 All loaders read the same JPEG files of 500 x 375 px, make the default recipe (2 x 224 + 6 x 98 px) in
 float32, normalised, with the same number of workers or threads, and take turns pass by pass. With a GPU and
@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,17 @@ from loader_contenders import (
     dali_only,
     ours,
 )
-from loader_files import Folder, damage, make_folder
+from loader_files import BAD_KINDS, ODD_KINDS, QUALITY, Folder, damage, make_folder
+from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader
+from lejepa_fast.data.backend import RawBatch
 from lejepa_fast.data.choice import dali_fault
 from lejepa_fast.data.pack import pack_folder
+from lejepa_fast.data.plan import TrainPlan
+from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.data.sources import FolderSource
+from lejepa_fast.data.torchvision import TrainBatches
 
 CPU_TARGET, GPU_TARGET, GPU_SHARE = 2.2, 8.0, 0.6
 MEMORY_EPOCHS, MEMORY_COPIES, MEMORY_LIMIT = 5, 2, 1.05
@@ -52,6 +58,8 @@ MEMORY_EPOCHS, MEMORY_COPIES, MEMORY_LIMIT = 5, 2, 1.05
 MEMORY_BATCH = 8
 MEMORY_SHARD_BYTES = 4 << 20  # several shards
 DAMAGE_BATCH, DAMAGE_LIMIT = 40, 1.10
+LARGE_SIZE = 8000, 6000
+PARTS = ("speed", "damage", "memory", "views", "large", "hw_decoder_load")
 HW_LOADS = (0.0, 0.25, 0.5, 0.65, 0.8, 1.0)
 
 
@@ -108,6 +116,60 @@ def measure_speed(setting: Setting, repeats: int, deadline: float) -> list[dict[
 def _speed_row(name: str, values: Sequence[float], **more: Any) -> dict[str, Any]:
     figures = {"images_per_s": statistics.median(values), "passes": [round(value, 1) for value in values]}
     return {"kind": "speed", "contender": name, **figures, **more}
+
+
+def measure_views(setting: Setting, repeats: int) -> list[dict[str, Any]]:
+    """On a CPU: DALI's operators against the compiled code that makes the views in their place."""
+    if setting.on_gpu or dali_fault(False) or find_spec("numba") is None:
+        return []
+    runs = {views: ours(setting, "dali", dali_views=views) for views in ("numba", "operators")}
+    found: dict[str, list[float]] = {views: [] for views in runs}
+    for repeat in range(-1, repeats):  # the first round starts pipelines and compiled code
+        for views, run in runs.items():
+            found[views] += [timed(run, setting)][repeat < 0 :]
+    rows = [{**_speed_row(f"{DALI}, {views}", values), "kind": "views"} for views, values in found.items()]
+    for row in rows:
+        print(f"{row['contender']}: {row['images_per_s']:.0f} images/s")
+    return rows
+
+
+def measure_large(setting: Setting, size: tuple[int, int], repeats: int) -> list[dict[str, Any]]:
+    """Seconds for one image of `size` px, whole and as the loader reads it, and for one of the files.
+
+    From its file to its views, in this process and without workers; by torchvision and Pillow. The large
+    image is a mosaic of such a file, so it has as many bytes for a pixel.
+    """
+    file = sorted(setting.folder.path.iterdir())[0]
+    with tempfile.TemporaryDirectory() as place, Image.open(file) as image:
+        canvas = Image.new("RGB", size)
+        for y in range(0, size[1], image.height):
+            for x in range(0, size[0], image.width):
+                canvas.paste(image, (x, y))
+        canvas.save(Path(place) / "large.jpg", quality=QUALITY)
+        large, usual = FolderSource(place), FolderSource(setting.folder.path)
+        plan = TrainPlan(large, setting.recipe, seed=0)
+        plans = {"whole": _WholePlan(large, setting.recipe, seed=0), "reduced": plan}
+        plans["usual"] = TrainPlan(usual, setting.recipe, seed=0)
+        seconds: dict[str, list[float]] = {name: [] for name in plans}
+        for repeat in range(-1, repeats):
+            for name, used in plans.items():
+                start = time.perf_counter()
+                made = TrainBatches(used)[BatchKey(0, (0,))]
+                assert isinstance(made, RawBatch)
+                assert not made.faults
+                seconds[name] += [time.perf_counter() - start][repeat < 0 :]
+    row: dict[str, Any] = {f"{name}_s": statistics.median(values) for name, values in seconds.items()}
+    row |= {"kind": "large", "contender": OURS, "width": size[0], "height": size[1], "repeats": repeats}
+    row["factor"] = plan.reduction(*size)
+    print(f"one image of {size[0]} x {size[1]} px: {row['whole_s']:.2f} s, {row['reduced_s']:.2f} s reduced")
+    return [row]
+
+
+class _WholePlan(TrainPlan):
+    """Reads every image as it is, however large."""
+
+    def reduction(self, width: int, height: int) -> int:
+        return 1
 
 
 def sweep_hardware_decoder(setting: Setting, deadline: float) -> list[dict[str, Any]]:
@@ -225,7 +287,9 @@ def measure_damage(setting: Setting, count: int, repeats: int, deadline: float) 
                     seconds[kind].append(took)
             medians = {f"{kind}_s": statistics.median(values) for kind, values in seconds.items()}
             ratio = medians["mixed_s"] / medians["clean_s"]
-            rows.append({"kind": "damage", "contender": name, **medians, "ratio": ratio, "bad": quarantined})
+            files_of = {"good": count, "odd": len(ODD_KINDS), "damaged": sum(BAD_KINDS.values())}
+            measured = {"ratio": ratio, "bad": quarantined, "damage_batch_size": DAMAGE_BATCH, **files_of}
+            rows.append({"kind": "damage", "contender": name, **medians, **measured})
             print(f"damaged files, {name}: {ratio:.3f} of the clean time, {quarantined} files quarantined")
         return rows
 
@@ -294,6 +358,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="passes of each loader")
     parser.add_argument("--device", help="where batches end (default: a GPU that DALI can use, else cpu)")
     parser.add_argument("--rehearse", action="store_true", help="everything in small; the rows say so")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these parts alone")
     parser.add_argument("--files", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -334,24 +399,34 @@ def main() -> None:
             **machine(),
         }
         repeats, good = (1, 80) if options.rehearse else (options.repeats, 1000)
+        large = (400, 300) if options.rehearse else LARGE_SIZE
         rows: list[dict[str, Any]] = []
 
         def keep(measured: list[dict[str, Any]]) -> None:
             rows.extend(measured)
             append_rows(options.out / "loader.jsonl", [{**row, **about} for row in measured])
 
-        keep(measure_speed(setting, repeats, deadline))
-        keep(measure_damage(setting, good, repeats, deadline))
-        keep(measure_memory(setting, deadline))
-        if gpu:
-            keep(sweep_hardware_decoder(setting, deadline))
-    met = [] if options.rehearse else targets(rows, gpu)
+        parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+            "speed": lambda: measure_speed(setting, repeats, deadline),
+            "damage": lambda: measure_damage(setting, good, repeats, deadline),
+            "memory": lambda: measure_memory(setting, deadline),
+            "views": lambda: measure_views(setting, repeats),
+            "large": lambda: measure_large(setting, large, repeats),
+            "hw_decoder_load": lambda: sweep_hardware_decoder(setting, deadline) if gpu else [],
+        }
+        for part in options.only:
+            if part in ("views", "large") and time.monotonic() > deadline:
+                print(f"{part}: not measured, the budget is spent")
+            else:
+                keep(parts[part]())
+    met = [] if options.rehearse or set(options.only) != set(PARTS) else targets(rows, gpu)
     keep(met)
     lines = [
         [row["target"], f"{row['wanted']:g}", f"{row['figure']:g}", "met" if row["met"] else "MISSED"]
         for row in met
     ]
-    print_table(["target", "wanted", "figure", ""], lines)
+    if lines:
+        print_table(["target", "wanted", "figure", ""], lines)
     print(f"rows: {options.out / 'loader.jsonl'}; {time.monotonic() - begun:.0f} s")
 
 

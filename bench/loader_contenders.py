@@ -81,8 +81,8 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def ours(setting: Setting, backend: str, *, copies: int = 1, hw_decoder_load: float | None = None) -> Pass:
-    options: dict[str, Any] = {} if hw_decoder_load is None else {"hw_decoder_load": hw_decoder_load}
+def ours(setting: Setting, backend: str, *, copies: int = 1, **options: Any) -> Pass:
+    """options: further ones of `multicrop_loader`."""
     loader = multicrop_loader(
         setting.source(copies),
         setting.recipe,

@@ -157,10 +157,10 @@ def accuracy_table() -> str:
 
 
 def loader_rows(kind: str, *, gpu: bool = False) -> list[Row]:
-    """Rows of one kind of the newest run of loader_bench.py."""
+    """Rows of one kind of the newest run of loader_bench.py that measured it."""
     rows = [row for row in read_rows(RESULTS / "loader.jsonl") if not row.get("rehearsal")]
-    rows = [row for row in rows if row["gpu"] == gpu]
-    return [row for row in latest(rows) if row["kind"] == kind]
+    rows = [row for row in rows if row["gpu"] == gpu and row["kind"] == kind]
+    return latest(rows) if rows else []
 
 
 def loader_origin(row: Row) -> str:
@@ -196,6 +196,22 @@ def loader_targets_table() -> str:
         for row in rows
     ]
     return markdown(["target, on a CPU", "wanted", "measured", ""], table)
+
+
+def loader_views() -> str:
+    rows = {row["contender"].rpartition(" ")[2]: row for row in loader_rows("views")}
+    speeds = " and ".join(f"{row['images_per_s']:,.0f} with `{name}`" for name, row in rows.items())
+    return f"On a CPU, in images/s: {speeds}. {loader_origin(rows['numba'])}"
+
+
+def loader_large() -> str:
+    (row,) = loader_rows("large")
+    whole, reduced, usual = (row[f"{kind}_s"] for kind in ("whole", "reduced", "usual"))
+    return (
+        f"From the file to all views, with `torchvision` in one thread: {whole:.2f} s for a JPEG of "
+        f"{row['width']} x {row['height']} px as it is, {reduced:.2f} s at 1/{row['factor']} of its size, "
+        f"{usual:.3f} s for one of a usual size ({row['files'].partition(',')[0]}). {origin(row)}"
+    )
 
 
 def newest_run(rows: Sequence[Row]) -> list[Row]:
@@ -277,7 +293,12 @@ DOCUMENTS = {
     DOCS / "kernels.md": {"accuracy": accuracy_table, "floors": floors_table},
     DOCS / "training.md": {"measured": train_table},
     DOCS / "launching.md": {"plan-time": plan_time},
-    DOCS / "loader.md": {"speed": loader_speed_table, "targets": loader_targets_table},
+    DOCS / "loader.md": {
+        "large": loader_large,
+        "speed": loader_speed_table,
+        "views": loader_views,
+        "targets": loader_targets_table,
+    },
 }
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import types
+from importlib.util import find_spec
 
 import benchlib
 import gpu_timing
@@ -19,6 +20,7 @@ from sigreg_bench import Setting
 from sigreg_variants import BASELINE, COMPILED, GRAPH, REDUCED, STREAMING, TRITON, Case, Loss, Size
 
 from lejepa_fast.data import MultiCropRecipe
+from lejepa_fast.data.choice import dali_fault
 from lejepa_fast.kernels import autotune
 
 TINY = Case("custom", Size(1, 64, 8, 16, 17), torch.float32, "given", (BASELINE, STREAMING))
@@ -380,6 +382,15 @@ def test_loader_bench_rehearsal(tmp_path, monkeypatch, capsys):
     speeds = {row["contender"]: row["images_per_s"] for row in rows if row["kind"] == "speed"}
     assert {"torchvision v2", "backend torchvision", "bytes only"} <= speeds.keys()
     assert all(speed > 0 for speed in speeds.values())
+    damage = [row for row in rows if row["kind"] == "damage"]
+    counts = ("good", "odd", "damaged", "damage_batch_size")
+    assert {tuple(row[name] for name in counts) for row in damage} == {(80, 5, 15, 40)}
+    assert all(0 < row["bad"] <= 15 for row in damage)  # a part of them is dropped at the end of the epoch
+    (large,) = (row for row in rows if row["kind"] == "large")
+    assert min(large[f"{kind}_s"] for kind in ("whole", "reduced", "usual")) > 0
+    if dali_fault(False) is None and find_spec("numba"):
+        views = [row["contender"] for row in rows if row["kind"] == "views"]
+        assert views == ["backend dali, numba", "backend dali, operators"]
     assert all(row["rehearsal"] and row["commit"] for row in rows)
     assert "broken: not available here: no such thing" in capsys.readouterr().out
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lejepa_fast.data import MultiCropRecipe, choice, eval_loader, multicrop_loader
+from lejepa_fast.data import MultiCropRecipe, choice, dali, eval_loader, multicrop_loader
 from lejepa_fast.data.decode import open_encoded, to_rgb
 from lejepa_fast.data.headers import plain_size
 from lejepa_fast.data.sources import FolderSource
@@ -123,10 +123,33 @@ def test_builds_for_another_cuda_are_named(built, available, driver, text):
 
 
 @needs_dali
+def test_what_makes_the_views_can_be_chosen(monkeypatch):
+    for views, on_gpu, has_numba, compiled in (
+        ("auto", False, True, True),
+        ("auto", False, False, False),
+        ("auto", True, True, False),
+        ("operators", False, True, False),
+        ("numba", False, True, True),
+    ):
+        monkeypatch.setattr(dali, "has_numba", lambda found=has_numba: found)
+        assert dali._compiled(views, on_gpu=on_gpu) == compiled
+    with pytest.raises(UsageError, match="dali_views 'numba': it works on the CPU only; or use 'operators'"):
+        dali._compiled("numba", on_gpu=True)
+    monkeypatch.setattr(dali, "has_numba", lambda: False)
+    with pytest.raises(UsageError, match="it is not installed: pip install numba; or use 'operators'"):
+        dali._compiled("numba", on_gpu=False)
+
+
+@needs_dali
 def test_the_choice_is_logged_with_its_reason(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="lejepa_fast.data"):
         made = multicrop_loader(folder(tmp_path / "a", 8), RECIPE, batch_size=4)
     assert f"{made.backend} backend (" in caplog.text
+    with caplog.at_level(logging.INFO, logger="lejepa_fast.data"):
+        multicrop_loader(
+            made._quarantine._source, RECIPE, batch_size=4, backend="dali", dali_views="operators"
+        )
+    assert "dali backend (as asked for; views by operators)" in caplog.text
 
 
 # --- sorting files ------------------------------------------------------------------------------

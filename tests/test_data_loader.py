@@ -293,14 +293,40 @@ def test_state_of_another_run_is_refused(make):
     state = {"epoch": 1, "batch": 2, "seed": 0, "global_batch": 4, "images": 37}
     for change, text in (
         ({"seed": 9}, "seed 9, now it is 0"),
-        ({"global_batch": 8, "world_size": 3}, "does not say on how many ranks"),
-        ({"earlier": [[0, 4, 0, 1]]}, "does not say on how many ranks"),
+        (
+            {"global_batch": 8, "world_size": 3},
+            r"'global_batch' must be a multiple of 'world_size' \(3\); got 8",
+        ),
+        ({"world_size": 8}, r"'global_batch' must be a multiple of 'world_size' \(8\); got 4"),
+        ({"world_size": 0}, "'world_size' must be a whole number, 1 or more; got 0"),
+        ({"since": 3}, r"'since' must be at most 'batch' \(2\); got 3"),
+        ({"earlier": 5}, "'earlier' must be a list of parts .*; got 5"),
+        ({"earlier": [[0, 4, 0, 1]]}, "'earlier' must be a list of parts .*; got "),
+        ({"earlier": [[1, 4, 2, 1]]}, "'earlier' must be a list of parts .*; got "),
+        ({"earlier": [[1, 4, 0, 10]]}, "'earlier' must be parts of an epoch of 37 images; got "),
+        ({"earlier": [[10**12, 1, 0, 0]]}, "'earlier' must be parts of an epoch of 37 images; got "),
+        ({"bad": None}, "'bad' must be a list of numbers of images; got None"),
+        ({"bad": "12"}, "'bad' must be a list of numbers of images; got '12'"),
+        ({"bad": [1.5]}, r"'bad' must be a list of numbers of images; got \[1.5\]"),
+        ({"bad": [-1]}, r"'bad' must be a list of numbers of images; got \[-1\]"),
+        ({"bad": [*range(30), 37]}, r"'bad' must be numbers of 37 images; got \[0, 1, .*\.\.\.\]"),
+        ({"bad": [1], "reasons": []}, "'reasons' must be one for each of the 1 numbers in 'bad'"),
+        ({"bad": [1], "reasons": [2]}, r"'reasons' must be a list of texts; got \[2\]"),
         ({"images": 36}, "number of images 36"),
         ({"batch": 10}, "batch 10 of an epoch of 9"),
-        ({"epoch": None}, "needs 'epoch' and 'batch'"),
+        ({"epoch": None}, "'epoch' must be a whole number, 0 or more; got None"),
+        ({"batch": "2"}, "'batch' must be a whole number, 0 or more; got '2'"),
     ):
-        with pytest.raises(UsageError, match=text):
-            make().load_state_dict({**state, **change})
+        fresh = make()
+        with pytest.raises(UsageError, match=text) as caught:
+            fresh.load_state_dict({**state, **change})
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 250
+        assert (fresh.epoch, fresh.quarantined) == (0, [])  # as it was
+    with pytest.raises(UsageError, match="must be what state_dict"):
+        make().load_state_dict([1, 2])
+    with pytest.raises(UsageError, match="'batch' must be a whole number, 0 or more; got none"):
+        make().load_state_dict({"epoch": 1})
     # Between epochs nothing can be repeated or left out, so a change is fine.
     make().load_state_dict({**state, "batch": 0, "global_batch": 8, "images": 36})
 
@@ -389,6 +415,7 @@ def one_line(caught) -> str:
         ({"backend": "opencv"}, "unknown backend 'opencv'; expected one of 'auto', 'dali', 'torchvision'"),
         ({"prefetch": 0}, "prefetch must be at least 1"),
         ({"hw_decoder_load": 1.5}, "hw_decoder_load must lie in [0, 1]"),
+        ({"dali_views": "cuda"}, "dali_views must be one of 'auto', 'numba', 'operators'; got 'cuda'"),
         ({"max_bad_fraction": -0.1}, "max_bad_fraction must lie in [0, 1]"),
         ({"dtype": torch.float64}, "dtype must be one of"),
         ({"start_method": "thread"}, "start_method must be"),

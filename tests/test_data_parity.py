@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -42,6 +44,7 @@ from lejepa_fast.data.quarantine import Omission, Quarantine
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.data.sources import EncodedSource
 from lejepa_fast.data.torchvision import TorchvisionBackend
+from lejepa_fast.data.webdataset import ShardSource
 
 OP_TOLERANCE, CROP_TOLERANCE = 2.0, 4.0  # levels of 255, mean absolute difference of a view
 SIZE = 64
@@ -83,16 +86,25 @@ class FixedPlan(TrainPlan):
         return np.repeat(self.rows[None], len(indices), axis=0)
 
 
+class Engine(NamedTuple):
+    """Settings of the DALI backend."""
+
+    device: torch.device | None
+    views: str
+
+
+GRAPH = Engine(None, "operators")
+
+
 @pytest.fixture(params=["compiled", "graph", "gpu"])
-def engine(request, monkeypatch) -> torch.device | None:
-    """Selects an engine; its value is the device of the backend."""
+def engine(request) -> Engine:
     fault = dali_fault(request.param == "gpu")
     if fault:
         pytest.skip(fault)
     if request.param == "compiled":
         pytest.importorskip("numba", reason="the compiled CPU kernels need numba")
-    monkeypatch.setattr(dali_backend, "has_numba", lambda: request.param == "compiled")
-    return torch.device("cuda") if request.param == "gpu" else None
+        return Engine(None, "numba")
+    return Engine(torch.device("cuda"), "operators") if request.param == "gpu" else GRAPH
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +114,10 @@ def photographs() -> list[Image.Image]:
     return [source[index][0] for index in PHOTOGRAPHS]
 
 
-def rendered(device: torch.device | None, plan: TrainPlan, batch_size: int) -> list[Tensor]:
+def rendered(engine: Engine, plan: TrainPlan, batch_size: int) -> list[Tensor]:
     """All views (N, 3, S, S) uint8 of the plan's source, in its order."""
     count = len(plan.source)
-    backend = dali_backend.DaliBackend(plan, batch_size=batch_size, threads=2, device=device)
+    backend = dali_backend.DaliBackend(plan, batch_size=batch_size, threads=2, **engine._asdict())
     keys = (BatchKey(0, tuple(range(i, i + batch_size))) for i in range(0, count, batch_size))
     batches = [
         [view.cpu() for view in raw.views] for raw in backend.batches(keys, Omission(Quarantine(plan.source)))
@@ -184,13 +196,11 @@ CROPS = {
 }
 
 
-def fixed_views(
-    device: torch.device | None, images: Sequence[Image.Image], used: Sequence[ViewParams]
-) -> list[Tensor]:
+def fixed_views(engine: Engine, images: Sequence[Image.Image], used: Sequence[ViewParams]) -> list[Tensor]:
     """The engine's views (images, 3, SIZE, SIZE) for each of the parameters."""
     recipe = MultiCropRecipe(global_crops=len(used), global_size=SIZE, local_crops=0)
     plan = FixedPlan(MemorySource(images), recipe, 0, np.stack([as_row(params) for params in used]))
-    return rendered(device, plan, len(images))
+    return rendered(engine, plan, len(images))
 
 
 def error(view: Tensor, images: Sequence[Image.Image], params: ViewParams) -> float:
@@ -219,11 +229,10 @@ def test_operations_and_crops_equal_torchvision(engine, photographs):
 def test_a_wrong_operator_in_the_graph_is_caught(photographs, monkeypatch):
     """DALI's own hue operator turns colours about the gray axis, which is not torchvision's shift in HSV."""
     graph = pytest.importorskip("lejepa_fast.data.dali_graph", reason="DALI is not installed")
-    monkeypatch.setattr(dali_backend, "has_numba", lambda: False)
     shift = PLAIN._replace(jitter=(("hue", 0.1),))
-    assert error(fixed_views(None, photographs, [shift])[0], photographs, shift) <= OP_TOLERANCE
+    assert error(fixed_views(GRAPH, photographs, [shift])[0], photographs, shift) <= OP_TOLERANCE
     monkeypatch.setattr(graph, "_shift_hue", lambda view, turn: graph.fn.hue(view, hue=turn * 360.0))
-    assert error(fixed_views(None, photographs, [shift])[0], photographs, shift) > OP_TOLERANCE
+    assert error(fixed_views(GRAPH, photographs, [shift])[0], photographs, shift) > OP_TOLERANCE
 
 
 # --- the whole chain ----------------------------------------------------------------------------
@@ -256,10 +265,60 @@ def test_chain_equals_torchvision_image_by_image(engine, photographs):
     assert min(to_another) > CROP_TOLERANCE  # so these limits mean something
 
 
+def test_the_operators_on_a_cpu_are_chosen_from_shards_to_a_resumed_epoch(tmp_path, photographs, caplog):
+    """End to end: the same crops as the compiled code's, around a bad header and one that only DALI finds."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    pytest.importorskip("numba", reason="the compiled CPU kernels need numba")
+    files = MemorySource(photographs).files
+    corrupt = files[5][:200] + b"\xff" * 8 + files[5][208:]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(26):
+            data = {3: b"no image", 11: corrupt}.get(number, files[number % len(files)])
+            for suffix, content in (("png", data), ("cls", str(number).encode())):
+                info = tarfile.TarInfo(f"{number:02d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    source = ShardSource([tmp_path / "a.tar"])
+
+    def make(views: str):
+        options = {"dali_views": views, "quarantine": tmp_path / f"{views}.txt", "max_bad_fraction": 0.5}
+        return multicrop_loader(
+            source, CHAIN, batch_size=4, num_workers=2, backend="dali", dtype=torch.uint8, **options
+        )
+
+    made = {views: list(make(views)) for views in ("operators", "numba")}
+    assert "DALI failed" in caplog.text
+    bad = {views: sorted((tmp_path / f"{views}.txt").read_text().splitlines()) for views in made}
+    assert [line.split("\t")[1] for line in bad["numba"]] == ["3", "11"]
+    assert bad["operators"] == bad["numba"]
+    gaps, others = [], []
+    for (ours, labels), (theirs, same_labels) in zip(made["operators"], made["numba"], strict=True):
+        assert torch.equal(labels, same_labels)
+        for one, other in zip(ours, theirs, strict=True):
+            gaps += [distance(one[row], other[row]) for row in range(4)]
+            others += [distance(one[row], other[row - 1]) for row in range(4)]
+    assert 0 < max(gaps) < CROP_TOLERANCE < min(others)  # 0: it would be the same engine twice
+    begun = make("operators")
+    states = [begun.state_dict() for _, _ in zip(range(3), begun, strict=False)]
+    resumed = make("operators")
+    resumed.load_state_dict(states[-1])
+    rest = list(resumed)
+    assert len(rest) == 3
+    for (views, labels), (expected, same_labels) in zip(rest, made["operators"][3:], strict=True):
+        assert torch.equal(labels, same_labels)
+        assert all(torch.equal(one, other) for one, other in zip(views, expected, strict=True))
+
+
 def test_loader_normalises_as_torchvision(engine, photographs):
     def first(**options):
         loader = multicrop_loader(
-            MemorySource(photographs), CHAIN, batch_size=4, backend="dali", device=engine, **options
+            MemorySource(photographs),
+            CHAIN,
+            batch_size=4,
+            backend="dali",
+            device=engine.device,
+            dali_views=engine.views,
+            **options,
         )
         return next(iter(loader))
 
@@ -276,7 +335,7 @@ def test_jpeg_files_decode_alike(engine):
     plan = FixedPlan(source, recipe, 0, as_row(PLAIN)[None])
     (views,) = rendered(engine, plan, len(source))
     # The same library on a CPU; nvJPEG rounds in its own way.
-    limit = 0 if engine is None else OP_TOLERANCE
+    limit = 0 if engine.device is None else OP_TOLERANCE
     for view, (image, _) in zip(views, (source[i] for i in range(len(source))), strict=True):
         assert distance(view, reference(image, PLAIN, SIZE, recipe)) <= limit
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -133,7 +135,7 @@ def test_listed_images_are_not_tried_again(tmp_path, backend, workers):
     resumed.load_state_dict(state)
     assert numbers(resumed) == [index for batch in whole[4:] for index in batch]
     images = eval_loader(source, image_size=8, batch_size=70, **shared)
-    assert [len(batch) for batch, _ in images] == [68]
+    assert [len(batch) for batch, _ in images] == [65]
 
 
 def test_a_state_of_other_images_hands_over_the_epoch_alone(tmp_path, backend, caplog):
@@ -162,6 +164,70 @@ def test_a_state_of_other_images_hands_over_the_epoch_alone(tmp_path, backend, c
     del middle["names_sha256"]  # of an older version: only the number of images tells
     other.load_state_dict(middle)
     assert other.quarantined == [5, 6]
+
+
+def resumed_elsewhere(tmp_path: Path, backend: str):
+    """A run of 2 epochs, all 4 bad ones of its 18 images known: (their reasons, how to make its loader)."""
+    source = FolderSource(flat_folder(tmp_path / "images", 18))
+    for index in (1, 5, 9):
+        Path(source.describe(index)).write_bytes(b"no image at all")
+    Image.new("RGB", (40, 23)).save(source.describe(13))
+    text = "not an image"
+    small = "40 x 23 px, the crops need a short side of 24 px"
+    reasons = {"001.png": text, "005.png": text, "009.png": text, "013.png": small}
+
+    def make(listing: Path | None, max_bad_fraction: float = 0.5):
+        options = {"quarantine": listing, "max_bad_fraction": max_bad_fraction, "backend": backend}
+        return multicrop_loader(source, PLAIN, batch_size=9, **options)
+
+    return reasons, make
+
+
+def test_a_resumed_run_lists_what_it_knows_in_a_new_file(tmp_path, backend):
+    reasons, make = resumed_elsewhere(tmp_path, backend)
+    first = make(None)
+    state = [first.state_dict() for _ in first][-1]
+    assert state["bad"] == [1, 5, 9, 13]
+    listing = tmp_path / "other" / "quarantine.txt"
+    resumed = make(listing)
+    assert not listing.exists()
+    resumed.load_state_dict(json.loads(json.dumps(state)))
+    assert read_quarantine(listing) == reasons
+    before = listing.read_text()
+    again = make(listing)
+    again.load_state_dict(state)
+    assert listing.read_text() == before
+    # A file that somebody deletes in the middle is whole again with the next bad image.
+    listing.unlink()
+    resumed._quarantine.add(17, "broken")
+    assert read_quarantine(listing) == reasons | {"017.png": "broken"}
+    del state["reasons"]  # of an older version
+    older = make(tmp_path / "older.txt")
+    older.load_state_dict(state)
+    assert read_quarantine(tmp_path / "older.txt") == dict.fromkeys(
+        reasons, "bad in an earlier part of the run"
+    )
+
+
+@pytest.mark.parametrize("known_by", ["file", "state"])
+def test_too_many_bad_images_of_an_earlier_part_are_told_as_such(tmp_path, backend, known_by):
+    _, make = resumed_elsewhere(tmp_path, backend)
+    first = make(tmp_path / "quarantine.txt")
+    state = [first.state_dict() for _ in first][-1]
+    for index in (1, 5, 9, 13):  # repaired, so nothing else tells of them
+        Image.new("RGB", (40, 40)).save(tmp_path / "images" / f"{index:03d}.png")
+    resumed = make(tmp_path / "quarantine.txt" if known_by == "file" else None, max_bad_fraction=0.1)
+    if known_by == "state":
+        resumed.load_state_dict(state)
+    with pytest.raises(RunError) as caught:
+        next(iter(resumed))
+    last = re.escape(f"the last one: {tmp_path}/images/0") + r"\d+.png: (not an image|40 x 23 px, .* 24 px); "
+    assert re.fullmatch(
+        r"4 of 18 images are bad \(4 of them known from an earlier part of the run or the quarantine file\), "
+        rf"more than the allowed 10 % \(max_bad_fraction\); {last}raise max_bad_fraction to go on without "
+        "them, or repair them and start a new run, with an empty quarantine file",
+        str(caught.value),
+    )
 
 
 @pytest.mark.parametrize("kind", ["folder", "shard"])
@@ -301,16 +367,25 @@ def test_a_number_of_any_length_is_no_image(tmp_path, three):
 # --- shortages ----------------------------------------------------------------------------------
 
 
-def test_a_shortage_of_files_is_not_blamed_on_an_image(three):
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+def test_a_shortage_of_files_is_not_blamed_on_an_image(tmp_path, three, kind):
+    source: ImageSource = three
+    if kind == "shard":
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            for index in range(3):
+                tar.add(three.describe(index), f"{index}.png")
+        source = ShardSource([tmp_path / "a.tar"])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     next_free = os.open(os.devnull, os.O_RDONLY)
     os.close(next_free)
-    calls = (
-        lambda: three.load(1),
-        lambda: three.image_size(1),
-        lambda: read_image(three, 1, 1),
-        lambda: read_image(three, 1, 1, careful=True),
-    )
+    calls = [
+        lambda: source.load(1),
+        lambda: source.image_size(1),
+        lambda: read_image(source, 1, 1),
+        lambda: read_image(source, 1, 1, careful=True),
+    ]
+    if kind == "shard":
+        calls.append(lambda: ShardSource([tmp_path / "a.tar"]))
     said = []
     resource.setrlimit(resource.RLIMIT_NOFILE, (next_free, hard))
     try:

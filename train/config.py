@@ -53,6 +53,8 @@ class DataConfig:
     """Finished batches that wait for the training; with torchvision, for each worker. Each costs memory."""
     hw_decoder_load: float = 0.65
     """Share of JPEGs for the hardware decoder of a GPU, where DALI decodes there; 0: all go to CUDA."""
+    dali_views: Literal["auto", "numba", "operators"] = "auto"
+    """What makes DALI's views: its operators, or compiled code, on the CPU only. auto: that if installed."""
     max_bad_fraction: float = 0.05
     """Unreadable images are listed in RUN/quarantine.txt and replaced; more than this share stops the run."""
 
@@ -234,7 +236,11 @@ def resolve(cfg: Config) -> Config:
 def validate(cfg: Config, world_size: int = 1) -> None:
     """Raise UsageError for values that cannot work; names the field, what is expected and what came."""
     cfg.crops.validate()
-    check_loading(prefetch=cfg.data.prefetch, hw_decoder_load=cfg.data.hw_decoder_load)
+    check_loading(
+        prefetch=cfg.data.prefetch,
+        hw_decoder_load=cfg.data.hw_decoder_load,
+        dali_views=cfg.data.dali_views,
+    )
     at_least: list[tuple[str, Any, float]] = [
         ("data.workers", cfg.data.workers, 0),
         ("model.img_size", cfg.model.img_size, 1),

@@ -17,6 +17,7 @@ from lejepa_fast.errors import UsageError
 log = logging.getLogger("lejepa_fast.data")
 
 BACKENDS = ("auto", "dali", "torchvision")
+DALI_VIEWS = ("auto", "numba", "operators")
 
 
 class Choice(NamedTuple):
@@ -104,12 +105,14 @@ def _driver_version() -> int:
         return 0
 
 
-def check_loading(*, prefetch: int, hw_decoder_load: float) -> None:
+def check_loading(*, prefetch: int, hw_decoder_load: float, dali_views: str) -> None:
     """Raise `UsageError` for settings of the loading that cannot work."""
     if prefetch < 1:
         raise UsageError(f"prefetch must be at least 1 batch; got {prefetch}")
     if not 0.0 <= hw_decoder_load <= 1.0:
         raise UsageError(f"hw_decoder_load must lie in [0, 1]; got {hw_decoder_load}")
+    if dali_views not in DALI_VIEWS:
+        raise UsageError(f"dali_views must be one of {', '.join(map(repr, DALI_VIEWS))}; got {dali_views!r}")
 
 
 def make_backend(
@@ -122,11 +125,12 @@ def make_backend(
     start_method: str | None,
     prefetch: int,
     hw_decoder_load: float,
+    dali_views: str,
 ) -> tuple[Backend, str]:
     """The backend and the reason for the choice. The place where a further backend goes in."""
     if num_workers < 0:
         raise UsageError(f"num_workers must be 0 or more; got {num_workers}")
-    check_loading(prefetch=prefetch, hw_decoder_load=hw_decoder_load)
+    check_loading(prefetch=prefetch, hw_decoder_load=hw_decoder_load, dali_views=dali_views)
     if start_method not in (None, "fork", "spawn", "forkserver"):
         raise UsageError(f"start_method must be 'fork', 'spawn', 'forkserver' or None; got {start_method!r}")
     choice = choose_backend(name, device)
@@ -140,8 +144,9 @@ def make_backend(
             device=device,
             prefetch=prefetch,
             hw_decoder_load=hw_decoder_load,
+            views=dali_views,
         )
-        return made, choice.reason
+        return made, f"{choice.reason}; views by {made.views}"
     pin_memory = device is not None and device.type == "cuda"
     return (
         TorchvisionBackend(

@@ -3,7 +3,8 @@
 Files are read and their headers checked in Python threads (`reading`), so which images make up a batch, what
 is quarantined and where a run resumes is the same as with torchvision. DALI decodes. On a GPU it also makes
 the views (`dali_graph`); on the CPU compiled kernels do (`cpu_kernels`), because DALI's own CPU operators
-for resizing and colour are slower than torchvision's. Without Numba the graph runs on the CPU, too.
+are slower, also than torchvision's (docs/loader.md has the figures). Without Numba, or when asked for
+(`views`), the graph runs on the CPU, too.
 
 A failure inside DALI ends a pipeline for good. Should one happen in spite of the checks, the pipeline is made
 anew and the batch runs again from pixels that Pillow has decoded; what Pillow refuses is quarantined.
@@ -69,7 +70,9 @@ class DaliBackend:
     """Makes batches with DALI on `threads` threads. See `backend.Backend` for the contract.
 
     device: a CUDA device decodes and augments there; else everything happens on the CPU. prefetch: finished
-    batches that wait for the trainer. hw_decoder_load: share of JPEGs for the GPU's hardware decoder.
+    batches that wait for the trainer. hw_decoder_load: share of JPEGs for the GPU's hardware decoder. views:
+    what makes them, "operators" of DALI's or compiled code ("numba", on the CPU only); "auto": as above.
+    Raises `UsageError` for "numba" where that cannot be.
     """
 
     name = "dali"
@@ -83,17 +86,23 @@ class DaliBackend:
         device: torch.device | None,
         prefetch: int = 2,
         hw_decoder_load: float = 0.65,
+        views: str = "auto",
     ) -> None:
         self._plan, self._batch_size, self._prefetch = plan, batch_size, prefetch
         self._threads = max(1, threads)
         self._gpu = device if device is not None and device.type == "cuda" else None
         self._hw_decoder_load = hw_decoder_load
-        self._compiled = self._gpu is None and has_numba()
+        self._compiled = _compiled(views, on_gpu=self._gpu is not None)
         self._reader = Reader(plan.source, plan.smallest_image, self._threads, plan.reduction)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="lejepa-views")
         self._stream = torch.cuda.Stream(self._gpu) if self._gpu is not None else None
         self._pipe: Any = None
         self._pass: _Pass | None = None
+
+    @property
+    def views(self) -> str:
+        """What makes the views: "numba" or "operators"."""
+        return "numba" if self._compiled else "operators"
 
     def batches(self, keys: Iterable[BatchKey], faults: FaultHandler) -> Iterator[RawBatch]:
         """Batches in the order of `keys`; a pass that was begun before ends."""
@@ -346,6 +355,14 @@ class _Pass:
 def _as_views(pixels: Tensor) -> Tensor:
     """(B, S, S, 3) as (B, 3, S, S), which is then channels last in memory."""
     return pixels.permute(0, 3, 1, 2)
+
+
+def _compiled(views: str, *, on_gpu: bool) -> bool:
+    """Whether compiled code makes the views, and not DALI's operators."""
+    if views == "numba" and (on_gpu or not has_numba()):
+        fault = "it works on the CPU only" if on_gpu else "it is not installed: pip install numba"
+        raise UsageError(f"dali_views 'numba': {fault}; or use 'operators' or 'auto'")
+    return views != "operators" and not on_gpu and has_numba()
 
 
 def has_numba() -> bool:

@@ -148,15 +148,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def shortage(error: OSError) -> str | None:
+    """The way out where the process or the machine lacks something; None where the file is to blame."""
+    return _SHORTAGES.get(error.errno or 0)
+
+
 def unreadable(where: str, error: Exception) -> RunError:
     """The error for a file that cannot be decoded: one line, with its name and the way out.
 
     An `UnreadableImageError`, unless the process, not the file, is to blame.
     """
-    if isinstance(error, OSError) and error.errno in _SHORTAGES:
+    if isinstance(error, OSError) and (way_out := shortage(error)):
         return RunError(
-            f"cannot read image {printable(where)}: {error.strerror}; {_SHORTAGES[error.errno]} "
-            "(the image may be good)"
+            f"cannot read image {printable(where)}: {error.strerror}; {way_out} (the image may be good)"
         )
     # Pillow's own text ends in "<_io.BytesIO object at 0x...>", which tells nobody anything.
     text = error.strerror or str(error) if isinstance(error, OSError) else str(error)

@@ -1,10 +1,10 @@
 """Very large images are read at 1/2, 1/4 or 1/8 of their size.
 
-To decode 48 megapixels and to cut views of 224 px from them takes many times as long as for an image of the
-usual size, and a whole batch waits for it. A JPEG decoder makes a reduced image directly, in a fraction of
-the time; pixels of other formats are averaged. The factor is a function of the image's size and the settings
-alone: the same in every epoch, on every backend, and after a resume. The reduced image then takes the
-image's place: crops are drawn on it.
+To decode 48 megapixels and to cut views of 224 px from them takes many times as long as for an image of a
+usual size (docs/loader.md has the figures), and a whole batch waits for it. A JPEG decoder makes a reduced
+image directly, in a fraction of the time; pixels of other formats are averaged. The factor is a function of
+the image's size and the settings alone: the same in every epoch, on every backend, and after a resume. The
+reduced image then takes the image's place: crops are drawn on it.
 """
 
 from __future__ import annotations

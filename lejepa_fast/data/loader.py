@@ -21,6 +21,7 @@ from lejepa_fast.data.quarantine import DEFAULT_MAX_BAD_FRACTION, Omission, Quar
 from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey, EpochSchedule, Part
 from lejepa_fast.data.sources import ImageSource, check_sizes
+from lejepa_fast.data.state import check_fields, wrong_field
 from lejepa_fast.errors import UsageError
 
 log = logging.getLogger("lejepa_fast.data")
@@ -120,6 +121,7 @@ class MultiCropLoader:
         """
         complete = self._batch == len(self)
         self._quarantine.refresh()  # what other ranks have met up to here belongs to the state
+        bad = self.quarantined
         return {
             "epoch": self._epoch + complete,
             "batch": 0 if complete else self._batch,
@@ -130,7 +132,8 @@ class MultiCropLoader:
             "earlier": [] if complete else [list(part) for part in self._earlier],
             "images": self._schedule.num_images,
             "names_sha256": self._names,
-            "bad": self.quarantined,
+            "bad": bad,
+            "reasons": self._quarantine.reasons(bad),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -143,9 +146,8 @@ class MultiCropLoader:
         not taken over, and a warning says so. Raises `UsageError` when the state does not fit: in mid-epoch,
         another seed or other images would silently repeat some images and leave others out.
         """
-        epoch, batch = state.get("epoch"), state.get("batch")
-        if not isinstance(epoch, int) or not isinstance(batch, int) or epoch < 0 or batch < 0:
-            raise UsageError(f"loader state needs 'epoch' and 'batch', both 0 or more; got {dict(state)}")
+        check_fields(state)
+        epoch, batch = state["epoch"], state["batch"]
         own = self._schedule
         for key, meaning, mine in (
             ("seed", "seed", own.seed),
@@ -171,7 +173,7 @@ class MultiCropLoader:
                 f"loader state is at batch {batch} of an epoch of {len(self)}; it is of another run"
             )
         if same_images:
-            self._quarantine.learn(state.get("bad", ()))
+            self._learn(state)
         elif own.rank == 0:
             log.warning(
                 "the loader state is of other images (%s, here %d): of it, only the epoch is taken over, "
@@ -188,17 +190,27 @@ class MultiCropLoader:
     def _parts_of(self, state: Mapping[str, Any], batch: int) -> tuple[Part, list[Part]]:
         """The part of the epoch that a state ends, and those before. Older states tell of one only."""
         own = self._schedule
-        try:
-            ranks = int(state.get("world_size", own.world_size))
-            size, rest = divmod(int(state.get("global_batch", own.global_batch)), ranks)
-            since = int(state.get("since", 0)) if batch else 0
-            earlier = [Part(*map(int, part)) for part in state.get("earlier", ())] if batch else []
-            parts = [*earlier, Part(ranks, size, since, batch)]
-            if rest or any(min(p.world_size, p.batch_size) < 1 or not 0 <= p.first <= p.last for p in parts):
-                raise ValueError
-        except (TypeError, ValueError, ZeroDivisionError):
-            raise UsageError(f"loader state does not say on how many ranks it was: {dict(state)}") from None
-        return parts[-1], earlier
+        ranks = state.get("world_size", own.world_size)
+        size, rest = divmod(state.get("global_batch", own.global_batch), ranks)
+        if rest or not size:
+            raise wrong_field(state, "global_batch", f"a multiple of 'world_size' ({ranks})")
+        if not batch:
+            return Part(ranks, size, 0, 0), []
+        since, earlier = state.get("since", 0), [Part(*part) for part in state.get("earlier", ())]
+        if since > batch:
+            raise wrong_field(state, "since", f"at most 'batch' ({batch})")
+        if any(max(1, p.last) * p.world_size * p.batch_size > own.num_images for p in earlier):
+            raise wrong_field(state, "earlier", f"parts of an epoch of {own.num_images} images")
+        return Part(ranks, size, since, batch), earlier
+
+    def _learn(self, state: Mapping[str, Any]) -> None:
+        """Take over which images are bad."""
+        bad, reasons = state.get("bad", ()), state.get("reasons")
+        if any(index >= self._schedule.num_images for index in bad):
+            raise wrong_field(state, "bad", f"numbers of {self._schedule.num_images} images")
+        if reasons is not None and len(reasons) != len(bad):
+            raise wrong_field(state, "reasons", f"one for each of the {len(bad)} numbers in 'bad'")
+        self._quarantine.learn(bad, reasons)
 
     def _finish(self, raw: RawBatch) -> tuple[list[Tensor], Tensor | None]:
         views = [
@@ -265,6 +277,7 @@ def multicrop_loader(
     start_method: str | None = None,
     prefetch: int = 2,
     hw_decoder_load: float = 0.65,
+    dali_views: str = "auto",
     quarantine: str | os.PathLike[str] | None = None,
     max_bad_fraction: float = DEFAULT_MAX_BAD_FRACTION,
 ) -> MultiCropLoader:
@@ -281,6 +294,8 @@ def multicrop_loader(
     tensors go (None: stay on the CPU). shuffle=False takes images in the order of the source. start_method:
     how workers start ("fork", "spawn", "forkserver"; None: Python's default). prefetch: finished batches
     that wait (per worker with torchvision). hw_decoder_load: share of JPEGs for a GPU's hardware decoder.
+    dali_views: what makes DALI's views: "operators" (DALI's, on either device), "numba" (compiled code, on
+    the CPU only), or "auto": on a GPU the former, on a CPU the latter where numba is installed.
     quarantine: file that lists bad images, one for all ranks; max_bad_fraction: share of bad images that
     stops the run. See `quarantine.Quarantine`; the place of a bad image is taken by another one
     (`quarantine.Substitutes`).
@@ -307,6 +322,7 @@ def multicrop_loader(
         start_method=start_method,
         prefetch=prefetch,
         hw_decoder_load=hw_decoder_load,
+        dali_views=dali_views,
     )
     if rank == 0:
         log.info(
@@ -338,6 +354,7 @@ def eval_loader(
     start_method: str | None = None,
     prefetch: int = 2,
     hw_decoder_load: float = 0.65,
+    dali_views: str = "auto",
     quarantine: str | os.PathLike[str] | None = None,
     max_bad_fraction: float = DEFAULT_MAX_BAD_FRACTION,
 ) -> EvalLoader:
@@ -361,6 +378,7 @@ def eval_loader(
         start_method=start_method,
         prefetch=prefetch,
         hw_decoder_load=hw_decoder_load,
+        dali_views=dali_views,
     )
     bad = Quarantine(source, quarantine, max_bad_fraction=max_bad_fraction)
     return EvalLoader(made, len(source), batch_size, mean=mean, std=std, device=device, quarantine=bad)

@@ -13,7 +13,7 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -34,15 +34,18 @@ log = logging.getLogger("lejepa_fast.data")
 
 DEFAULT_MAX_BAD_FRACTION = 0.05
 
+_REASON_UNKNOWN = "bad in an earlier part of the run"  # of a state that older versions have saved
+
 
 class Quarantine:
     """The images of a source that are known to be bad.
 
     file: where they are written, one line each: name, number of the image, reason, with tabs between. Lines
     that are there already and fit the source count as known, so those images are not tried again; several
-    ranks may share the file, and then each knows what all have met. One that cannot be written raises
-    `UsageError` at once. None: they are only kept in memory and logged. max_bad_fraction: more than
-    this share of the source's images stops the run with a `RunError`.
+    ranks may share the file, and then each knows what all have met. What a resumed state knows is added, so
+    that it lists every bad image of a run. One that cannot be written raises `UsageError` at once. None: they
+    are only kept in memory and logged. max_bad_fraction: more than this share of the source's images stops
+    the run with a `RunError`.
     """
 
     def __init__(
@@ -59,7 +62,8 @@ class Quarantine:
         self._file = None if file is None else Path(file)
         self._max_bad_fraction, self._log_each = max_bad_fraction, log_each
         self.known: set[int] = set()
-        self._last: tuple[int, str] | None = None  # number and reason of the latest bad image
+        self._reasons: dict[int, str] = {}  # of all that are known, the latest one last
+        self._unlisted: dict[int, str] = {}  # those of them that the file does not hold
         self._read_bytes = 0
         self._look_failed = False
         # A backend adds to it in a thread of its own while the trainer asks for the state.
@@ -76,19 +80,29 @@ class Quarantine:
                     f"quarantine: cannot write {self._file}: {error.strerror}; choose another file, or check "
                     "its rights"
                 ) from error
+        self._earlier = len(self.known)  # how many were known before this part of the run
 
     def add(self, index: int, reason: str) -> None:
         """Write image `index` down. Raises `RunError` when there are too many now."""
         with self._lock:
-            if index not in self.known:
-                self._write(index, printable(reason))
-            self._last = self._last or (index, reason)
+            if index not in self.known and self._list({index: printable(reason)}):
+                name = printable(self._source.describe(index))
+                level = logging.WARNING if self._log_each else logging.DEBUG
+                log.log(level, "quarantined %s: %s", name, printable(reason))
             self._check()
 
-    def learn(self, indices: Iterable[int]) -> None:
-        """Take over what a saved state knows."""
+    def learn(self, indices: Sequence[int], reasons: Sequence[str] | None = None) -> None:
+        """Take over what a saved state knows, also into the file. reasons: of each; None: not known."""
+        reasons = [_REASON_UNKNOWN] * len(indices) if reasons is None else reasons
         with self._lock:
-            self.known.update(index for index in indices if 0 <= index < len(self._source))
+            found = zip(indices, reasons, strict=True)
+            if new := {index: printable(reason) for index, reason in found if index not in self.known}:
+                self._list(new)
+            self._earlier = len(self.known)
+
+    def reasons(self, indices: Iterable[int]) -> list[str]:
+        """Why each of these images, which are known, is bad."""
+        return [self._reasons[index] for index in indices]
 
     def refresh(self) -> None:
         """Take over what other ranks have met since; costs a look at the size of the file."""
@@ -104,14 +118,23 @@ class Quarantine:
     def _check(self) -> None:
         count, total = len(self.known), len(self._source)
         # A single file never stops a run that allows for any.
-        if self._last is None or count <= max(self._max_bad_fraction * total, self._max_bad_fraction > 0):
+        if not count or count <= max(self._max_bad_fraction * total, self._max_bad_fraction > 0):
             return
-        index, reason = self._last
-        share = f"{100 * self._max_bad_fraction:g} %"
+        index = next(reversed(self._reasons))
+        earlier = ""
+        way_out = "list all with 'python -m lejepa_fast.data.verify PATH', then repair or remove them"
+        if self._earlier:
+            earlier = (
+                f" ({self._earlier} of them known from an earlier part of the run or the quarantine file)"
+            )
+            way_out = (
+                "raise max_bad_fraction to go on without them, or repair them and start a new run, "
+                "with an empty quarantine file"
+            )
         raise RunError(
-            f"{count} of {total} images are bad, more than the allowed {share} (max_bad_fraction); "
-            f"the last one: {printable(self._source.describe(index))}: {reason}; list all with "
-            "'python -m lejepa_fast.data.verify PATH', then repair or remove them"
+            f"{count} of {total} images are bad{earlier}, more than the allowed "
+            f"{100 * self._max_bad_fraction:g} % (max_bad_fraction); the last one: "
+            f"{printable(self._source.describe(index))}: {self._reasons[index]}; {way_out}"
         )
 
     def _look(self) -> None:
@@ -135,7 +158,8 @@ class Quarantine:
         """Read what is new in the open file; whether it ends in the middle of a line."""
         size = os.fstat(file).st_size
         if size < self._read_bytes:
-            self._read_bytes = 0  # somebody has shortened it
+            self._read_bytes = 0  # somebody has shortened it, or made it anew
+            self._unlisted = dict(self._reasons)
         added = os.pread(file, size - self._read_bytes, self._read_bytes)
         whole, newline, rest = added.rpartition(b"\n")
         self._read_bytes += len(whole + newline)  # of a line that is being written, the end comes later
@@ -144,30 +168,39 @@ class Quarantine:
             number, _, reason = after.partition("\t")
             index = int(number) if number.isdecimal() and len(number) < 19 else -1
             if 0 <= index < len(self._source) and printable(self._source.describe(index)) == name:
-                self.known.add(index)
-                self._last = index, reason
+                self._unlisted.pop(index, None)
+                self._know({index: reason})
         return bool(rest)
 
-    def _write(self, index: int, reason: str) -> None:
-        name = printable(self._source.describe(index))
+    def _know(self, found: Mapping[int, str]) -> None:
+        # In this order: whoever sees a number among the known ones may ask for its reason.
+        self._reasons.update({index: found[index] for index in found if index not in self.known})
+        self.known.update(found)
+
+    def _list(self, found: dict[int, str]) -> bool:
+        """Write images down, with whatever else the file lacks; whether one of them is new to all ranks."""
         if self._file is not None:
             try:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 with _locked(self._file) as file:
                     torn = self._take_over(file)
-                    if index in self.known:
-                        return  # another rank has met it, too
+                    found = {index: reason for index, reason in found.items() if index not in self.known}
+                    lines = "".join(
+                        f"{printable(self._source.describe(index))}\t{index}\t{reason}\n"
+                        for index, reason in (self._unlisted | found).items()
+                    )
                     # In append mode, which keeps the lines of several ranks on one machine apart even where
                     # no lock holds. (Not those of several machines, on NFS.) Of a process that was killed
                     # while it wrote, or of a disk that was full, half a line may stand there.
-                    line = b"\n" * torn + f"{name}\t{index}\t{reason}\n".encode()
-                    while line:  # a disk that becomes full takes a part, and the rest is an error
-                        line = line[os.write(file, line) :]
+                    data = b"\n" * torn + lines.encode()
+                    while lines and data:  # a disk that becomes full takes a part, and the rest is an error
+                        data = data[os.write(file, data) :]
+                    self._take_over(file)
             except OSError as error:
                 raise RunError(f"cannot write {self._file}: {error.strerror}; free some space") from error
-        self.known.add(index)
-        self._last = index, reason
-        log.log(logging.WARNING if self._log_each else logging.DEBUG, "quarantined %s: %s", name, reason)
+        self._unlisted = {}
+        self._know(found)
+        return bool(found)
 
 
 def _check_writable(folder: Path) -> None:

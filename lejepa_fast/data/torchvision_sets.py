@@ -123,6 +123,13 @@ def open_torchvision_set(path: str, split: Split) -> ImageSource | Unsplit:
     try:
         dataset = getattr(datasets, name)(root, **options)
     except Exception as error:  # RuntimeError, FileNotFoundError, ImportError, ...: each data set has its own
+        # Some turn the ImportError of a package that they read their files with into another error.
+        missing = next((e for e in (error, error.__context__) if isinstance(e, ModuleNotFoundError)), None)
+        if missing is not None and missing.name:
+            package = missing.name.partition(".")[0]
+            raise UsageError(
+                f"torchvision's {name} needs a package that is not installed: pip install {package}"
+            ) from error
         reason = (str(error) or repr(error)).splitlines()[0].split(". You can use download=True")[0]
         raise UsageError(
             f"torchvision's {name} cannot be opened in {root}: {reason}; nothing is downloaded "

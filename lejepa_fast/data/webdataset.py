@@ -17,7 +17,7 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from lejepa_fast.data.decode import IMAGE_SUFFIXES, printable, refuse_large
+from lejepa_fast.data.decode import IMAGE_SUFFIXES, printable, refuse_large, shortage
 from lejepa_fast.data.index import read_index
 from lejepa_fast.data.members import Member
 from lejepa_fast.data.sources import EncodedSource
@@ -79,7 +79,7 @@ class ShardSource(EncodedSource):
         try:
             descriptor = os.open(self._shards[shard], os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise RunError(f"cannot open the shard {self._shards[shard]}: {error.strerror}") from error
+            raise RunError(_cannot("open", self._shards[shard], error)) from error
         try:
             data = os.pread(descriptor, size, offset)
         finally:
@@ -121,11 +121,16 @@ def index_shard(path: Path) -> list[Member]:
             f"{path} is not a complete tar file ({reason}); copy or pack the shard again"
         ) from error
     except OSError as error:
-        raise UsageError(f"cannot read the shard {path}: {error.strerror}") from error
+        raise (RunError if shortage(error) else UsageError)(_cannot("read", path, error)) from error
     orphan = next((key for key in labels if key not in images), None)
     if orphan is not None:
         raise UsageError(f"{path}: {printable(orphan)}.cls has no image beside it; pack the shard again")
     return [Member(key, *place, labels.get(key)) for key, place in images.items()]
+
+
+def _cannot(what: str, shard: Path, error: OSError) -> str:
+    way_out = shortage(error) or "check that it is there, and its rights"
+    return f"cannot {what} the shard {shard}: {error.strerror}; {way_out}"
 
 
 def _walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
