@@ -149,12 +149,10 @@ class Trainer:
         with self.signals, self.telling_of_memory():
             try:
                 self._prepare()
-                try:
+                with self.metrics, contextlib.closing(self.profiler):
+                    self._tell_the_start()
                     self.train()
                     return self.finish()
-                finally:
-                    self.profiler.close()
-                    self.metrics.close()
             finally:
                 self.saver.close()
                 self.lock.release()
@@ -173,6 +171,10 @@ class Trainer:
         with random_state.preserved_rng():  # which wandb may draw from
             writer = on_main(world, lambda: opened(enabled=True, wandb=lambda: open_run(self.run_dir, cfg)))
         self.metrics = writer or opened(enabled=False)
+
+    def _tell_the_start(self) -> None:
+        """The row of kind `run`; also what the rows of earlier starts say is evaluated already."""
+        cfg, world = self.cfg, self.world
         rows = read_rows(self.metrics.path) if world.is_main else []
         evaluated = {row["step"] for row in rows if row["kind"] == "eval"}
         self._evaluated: set[int] = from_main(world, evaluated)

@@ -65,9 +65,9 @@ class WandbRun:
         with self._told():
             self._run.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         with self._told():
-            self._run.finish()
+            self._run.finish(exit_code=int(failed))
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
