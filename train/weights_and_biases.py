@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.errors import RunError, UsageError, first_line
 from lejepa_fast.train.config import Config, to_dict
 from lejepa_fast.train.files import write_atomically
 
@@ -53,9 +53,8 @@ class WandbRun:
                 config=dict(config),
             )
         except Exception as error:  # its own kinds, which are not the same in all versions
-            first = next(iter(str(error).splitlines()), type(error).__name__)
             raise RunError(
-                f"wandb: {first}; run `wandb login`, set WANDB_MODE=offline, or leave out --wandb"
+                f"wandb: {first_line(error)}; run `wandb login`, set WANDB_MODE=offline, or leave out --wandb"
             ) from error
         # Rows have steps of their own, since wandb's count may not go back and a resumed run repeats some.
         self._run.define_metric("*", step_metric="step")
@@ -74,4 +73,4 @@ class WandbRun:
         try:
             yield
         except Exception as error:
-            log.warning("wandb: %s", next(iter(str(error).splitlines()), type(error).__name__))
+            log.warning("wandb: %s", first_line(error))

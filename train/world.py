@@ -39,7 +39,6 @@ class World:
 
     device: torch.device
     rank: int = 0
-    local_rank: int = 0
     size: int = 1
 
     @property
@@ -88,7 +87,7 @@ def setup_world(device: str = "auto") -> World:
     else:
         where = {}
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id, **where)
-    return World(chosen, rank=dist.get_rank(), local_rank=local_rank, size=dist.get_world_size())
+    return World(chosen, rank=dist.get_rank(), size=dist.get_world_size())
 
 
 def _store_of_this_start(rank: int, size: int) -> dist.Store:
