@@ -14,7 +14,6 @@ import math
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +83,11 @@ def run_command(changes: dict[str, Any], impl: str, data: dict[str, Any]) -> int
 
 
 def run_trainer(changes: dict[str, Any], impl: str, data: dict[str, Any]) -> int:
-    # `train/config.py` annotates its fields for tyro. Nothing is parsed here, so notes that say nothing do.
-    notes = types.ModuleType("tyro")
-    notes.conf = types.SimpleNamespace(arg=lambda **_: None)  # type: ignore[attr-defined]
-    sys.modules["tyro"] = notes
+    import no_tyro  # noqa: F401, I001 - before the trainer
     from lejepa_fast.train.command_line import log_to_stderr
     from lejepa_fast.train.loop import Trainer
-    from lejepa_fast.train.parallelize import setup_world
     from lejepa_fast.train.presets import PRESETS
+    from lejepa_fast.train.world import setup_world
 
     log_to_stderr()
     preset = PRESETS["laptop"]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import no_tyro  # noqa: F401 - before the trainer
 import torch
 import torch.distributed as dist
 from torch import Tensor

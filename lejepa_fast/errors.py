@@ -13,3 +13,9 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """The run failed on the way: disk full, unreadable data, non-finite loss. Exit code 1."""
+
+
+def first_line(error: BaseException | None) -> str:
+    """What an error of another library says, short enough for one of ours; its kind where it says nothing."""
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

@@ -37,7 +37,7 @@ def middle_of(run: Path) -> str:
 def run(rank: int, size: int, folder: str, images: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=size)
-    world, root = World(torch.device("cpu"), rank=rank, local_rank=rank, size=size), Path(folder)
+    world, root = World(torch.device("cpu"), rank=rank, size=size), Path(folder)
     jobs = {
         "ddp": {"parallel": ParallelConfig(strategy="ddp"), "wandb": "birds"},
         "fsdp": {"parallel": KEPT},

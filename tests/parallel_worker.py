@@ -120,7 +120,7 @@ def jobs(images: str, folder: Path) -> dict[str, Config]:
 def run(rank: int, size: int, folder: str, images: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=size)
-    world = World(CPU, rank=rank, local_rank=rank, size=size)
+    world = World(CPU, rank=rank, size=size)
     results: dict[str, Any] = {}
     try:
         for name, cfg in jobs(images, Path(folder)).items():
@@ -152,7 +152,7 @@ def run_groups(rank: int, size: int, folder: str, images: str) -> None:
     """Two groups of two ranks: `folder/groups`, and what this rank holds of the model in rankN-groups.pt."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init4", rank=rank, world_size=size)
-    world = World(CPU, rank=rank, local_rank=rank, size=size)
+    world = World(CPU, rank=rank, size=size)
     try:
         cfg = run_config(images, Path(folder) / "groups", parallel=ParallelConfig(replicate=2))
         trainer = Trainer(cfg, world)
@@ -247,7 +247,7 @@ def run_without_room_for_the_whole(cfg: Config, world: World) -> str:
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    with mock.patch.object(initialize, "_allocate", full):
+    with mock.patch.object(initialize, "allocate", full):
         try:
             trainer.run()
         except RunError as caught:

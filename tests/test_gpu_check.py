@@ -54,6 +54,21 @@ def test_rehearsal_runs_every_stage(tmp_path):
     assert "not measured" in run.stdout
 
 
+def test_the_trainer_is_measured_without_tyro(tmp_path):
+    """A GPU machine may lack it: the package need not be installed there."""
+    code = (
+        "import sys; sys.modules['tyro'] = None\n"
+        "import pretrain_smoke; assert pretrain_smoke.main() == 0\n"
+        "import train_case; assert train_case.Case('test_vit', 16).config(None).model.name == 'test_vit'"
+    )
+    options = ["--out", str(tmp_path), "--rehearse", "--steps", "1", "--device", "cpu", "--impl", "torch"]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *options], capture_output=True, text=True, check=False, cwd=SCRIPT.parent
+    )
+    assert run.returncode == 0, run.stderr
+    assert "1 steps through the Trainer: tyro is not installed, SIGReg torch: ok" in run.stdout
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_without_a_gpu_it_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert gpu_check.main(["--out", str(tmp_path / "none")]) == 2

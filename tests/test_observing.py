@@ -320,7 +320,7 @@ def test_other_errors_keep_their_text(tiny: Make, monkeypatch: pytest.MonkeyPatc
 
 def test_an_evaluation_and_its_save_pause_the_meter_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(tiny(eval={"every": 1}), CPU)
-    trainer._evaluated = set()
+    trainer._steps_evaluated = set()
     clock, paused = [0.0], list[float]()
 
     def takes(seconds: float) -> Any:

@@ -224,7 +224,7 @@ def test_a_tensor_that_a_module_holds_as_an_attribute_arrives(tiny: Make) -> Non
     model, reference = build_model(cfg, meta=True), build_model(cfg)
     model.encoder.table = torch.empty(3, device="meta")  # type: ignore[assignment]
     reference.encoder.table = torch.arange(3.0)  # type: ignore[assignment]
-    initialize._allocate(model, worker.CPU)
+    initialize.allocate(model, worker.CPU)
     initialize.fill_with_nan(model)
     initialize.copy_from_main(model, reference, CPU)
     initialize.check_initialized(model)

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lejepa_fast.train
 from lejepa_fast.data import choice
@@ -400,3 +402,60 @@ def test_an_error_on_one_rank_is_one_line_on_each(tiny: Make, tmp_path: Path) ->
     errors = re.findall(r"error \(rank \d\): (.*)", result.stderr)
     assert any("3.jpg" in error for error in errors)
     assert all("3.jpg" in error or error.startswith("another rank failed") for error in errors)
+
+
+ONE_RANK_WITHOUT_ROOM = '''
+"""Run by torchrun: rank 1 has no room for a gathered tensor, in the middle of gathering the whole model."""
+import sys
+import threading
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from lejepa_fast.train import pretrain
+from lejepa_fast.train.loop import Trainer
+
+whole_model, full_tensor = Trainer._whole_model, DTensor.full_tensor
+left = 3
+
+def without_room(tensor):
+    global left
+    left -= 1
+    if not left:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return full_tensor(tensor)
+
+def gathered(self):
+    if self.world.rank == 1:
+        DTensor.full_tensor = without_room
+        dist.destroy_process_group = threading.Event().wait  # as NCCL: until the others come
+    return whole_model(self)
+
+Trainer._whole_model = gathered
+sys.exit(pretrain.main())
+'''
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_in_a_collective_ends_the_others(tiny: Make, tmp_path: Path) -> None:
+    script = tmp_path / "one_rank_without_room.py"
+    script.write_text(ONE_RANK_WITHOUT_ROOM)
+    cfg = tiny(max_steps=1, parallel={"strategy": "fsdp"})
+    result = torchrun(script, *arguments_of(cfg, tmp_path / "configs"))
+    assert result.returncode == 1
+    assert "error (rank 1): out of memory; what helps: " in result.stderr
+    assert result.stderr.count("Traceback") <= 1  # torchrun's own
+
+
+def test_a_defect_among_ranks_is_printed_before_the_process_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    monkeypatch.setattr(pretrain, "setup_world", lambda device: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretrain.main(["--device", "cpu"])
+    assert ended == [1]
+    assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
+    assert not dist.is_initialized()

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import saving_worker
 import torch
-from training import CPU, Make, rows_of, train_only
+from safetensors.torch import load_file
+from test_pretrain import arguments_of
+from training import CPU, Make, course_of, rows_of, train_only
 
 from lejepa_fast.errors import RunError, UsageError
-from lejepa_fast.train import checkpoint, saving
+from lejepa_fast.train import checkpoint, pretrain, saving
 from lejepa_fast.train.files import UNFINISHED
 from lejepa_fast.train.lock import RunLock
 from lejepa_fast.train.loop import Trainer
@@ -78,6 +80,57 @@ def wait_for_a_second_save(folder: Path, step: int, processes: list[Any]) -> flo
         assert time.monotonic() < deadline
         assert all(process.is_alive() for process in processes)
         time.sleep(0.002)
+
+
+@pytest.mark.parametrize(("stage", "files"), [("half a shard", 1), ("all but the name", 3)])
+def test_a_trainer_killed_during_a_save_goes_on_from_the_one_before(
+    stage: str, files: int, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command, while it trains on beside the save; then the same command again, to the end."""
+    straight, cfg = (tiny(out=tmp_path / name, checkpoint_every=4) for name in ("straight", "killed"))
+    assert straight.out is not None
+    assert cfg.out is not None
+    folder = cfg.out / "checkpoints"
+    half = saving.unfinished(checkpoint.checkpoint_path(folder, 8))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lejepa_fast.train.pretrain"])
+    arguments = arguments_of(cfg, tmp_path / "configs")
+    process = context.Process(
+        target=saving_worker.train_and_never_finish_a_save,
+        args=(arguments, torch.get_num_threads(), 8, stage),
+        daemon=True,
+    )
+    process.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not (half.is_dir() and len(list(half.iterdir())) == files and rows_of(cfg)[-1]["step"] > 8):
+            assert process.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.join()
+    assert [path.name for path in checkpoint.list_checkpoints(folder)] == ["step-00000004"]
+
+    monkeypatch.setattr(Trainer, "finish", lambda self: self.run_dir)
+    assert pretrain.main(arguments) == 0
+    assert [row["step"] for row in rows_of(cfg, "run")] == [0, 4]
+    train_only(straight)
+    assert course_of(cfg) == course_of(straight)
+    assert len({row[2] for row in course_of(cfg)}) == 12  # losses differ: the comparison means something
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-{s:08d}" for s in (4, 8, 12)]
+    (mine, my_state), (other, other_state) = (last_of(run) for run in (cfg.out, straight.out))
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in other.items())
+    assert all(my_state[name] == other_state[name] for name in ("scheduler", "loader", "rng"))
+
+
+def last_of(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """All that the newest checkpoint of a run holds."""
+    found = checkpoint.newest_checkpoint(run / "checkpoints")
+    assert found is not None
+    (shard,) = found[0].glob("*.safetensors")
+    return load_file(shard), found[1]
 
 
 def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 from training import Make, rows_of, train_only
 
 from lejepa_fast.errors import RunError, UsageError
-from lejepa_fast.train import checkpoint
+from lejepa_fast.train import checkpoint, metrics
 from lejepa_fast.train.config import Config
+from lejepa_fast.train.interruption import Interrupted
+from lejepa_fast.train.loop import Trainer
 
 STAND_IN = """
 import json, os, random, sys
@@ -33,8 +36,8 @@ class Run:
             raise ValueError("no room\\nthere")
         _note("log", **values)
 
-    def finish(self):
-        _note("finish")
+    def finish(self, exit_code=None):
+        _note("finish", exit_code=exit_code)
 
 def init(**options):
     if os.environ.get("WANDB_REFUSES") == "init":
@@ -79,6 +82,7 @@ def test_it_gets_the_numbers_of_all_rows(
     assert (define["call"], define["step_metric"], finish["call"]) == ("define_metric", "step", "finish")
     losses = [(call["step"], call["train/loss"]) for call in logged if "train/loss" in call]
     assert losses == [(row["step"], row["loss"]) for row in rows_of(cfg)]
+    assert finish["exit_code"] == 0
     probes = [(call["step"], call["eval/knn"], call["eval/linear"]) for call in logged if "eval/knn" in call]
     assert probes == [(row["step"], row["knn"], row["linear"]) for row in rows_of(cfg, "eval")]
     assert len(losses) == 5
@@ -121,6 +125,31 @@ def test_no_run_is_left_open_where_the_folder_refuses(
     with pytest.raises(RunError, match=r"metrics\.jsonl"):
         train_only(cfg)
     assert wandb() == []
+
+
+def test_a_run_that_fails_is_marked_there_from_the_first_row_on(
+    wandb: Callable[[], list[dict[str, Any]]], tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, row: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "_append_whole", full)
+        with pytest.raises(RunError, match="No space left"):
+            train_only(tiny(wandb="birds", max_steps=1))
+    assert [(call["call"], call.get("exit_code")) for call in wandb()][2:] == [("finish", 1)]
+
+
+def test_an_interrupted_run_is_no_failure_there(
+    wandb: Callable[[], list[dict[str, Any]]], tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(self: Trainer) -> None:
+        raise Interrupted("stopped", signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "train", stopped)
+    with pytest.raises(Interrupted):
+        train_only(tiny(wandb="birds", max_steps=1))
+    assert (wandb()[-1]["call"], wandb()[-1]["exit_code"]) == ("finish", 0)
 
 
 def test_a_missing_package_is_named(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:

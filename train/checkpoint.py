@@ -39,7 +39,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 
-from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.errors import RunError, UsageError, first_line
 from lejepa_fast.train.files import remove_unfinished
 
 log = logging.getLogger("lejepa_fast.train")
@@ -169,8 +169,9 @@ def load_tensors(path: Path, into: dict[str, Tensor]) -> None:
     except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
         failures = error.failures.values() if isinstance(error, CheckpointException) else ()
         cause = next((failure[0] for failure in failures), error)
-        first = str(cause).splitlines()[0]
-        raise UsageError(f"checkpoint {path} does not fit this run: {first}; choose another --out") from error
+        raise UsageError(
+            f"checkpoint {path} does not fit this run: {first_line(cause)}; choose another --out"
+        ) from error
 
 
 def load_model(path: Path, section: str = "model") -> dict[str, Tensor]:

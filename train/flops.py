@@ -112,7 +112,7 @@ def _projections_backward(grad_shape: Any, x_shape: Any, A_shape: Any, *rest: An
 
 def _convolution_backward(grad_shape: Any, x_shape: Any, w_shape: Any, *rest: Any, **options: Any) -> int:
     """PyTorch's own formula forgets that a grouped convolution's weight gradient is grouped too: it counts
-    a depthwise layer as a full one, and EfficientNet-B0 twelvefold."""
+    a depthwise layer as a full one."""
     transposed, output_mask = rest[4], rest[7]
     pixels = math.prod((x_shape if transposed else grad_shape)[2:])
     forward = 2 * grad_shape[0] * pixels * math.prod(w_shape)

@@ -32,7 +32,7 @@ def initialize(model: LeJEPAModel, cfg: Config, device: torch.device) -> None:
         model.to(device, memory_format=memory_format(cfg))
         return
     _refuse_shared_parameters(model, cfg.model.name)
-    _allocate(model, device)
+    allocate(model, device)
     fill_with_nan(model)
     rank = dist.get_rank() if dist.is_initialized() else 0
     world = World(device, rank=rank, size=dist.get_world_size() if dist.is_initialized() else 1)
@@ -114,7 +114,7 @@ def whole_model(
 def _without_values(cfg: Config, device: torch.device, names: Iterable[str]) -> LeJEPAModel:
     """A model in memory that nobody wrote; RuntimeError if its tensors are not those of `names`."""
     model = build_model(cfg, meta=True)
-    _allocate(model, device)
+    allocate(model, device)
     if differing := {name for name, _ in named_tensors(model)} ^ set(names):
         raise RuntimeError(
             f"{', '.join(sorted(differing))}: not both in the model and in its copy; "
@@ -130,7 +130,8 @@ def check_initialized(model: nn.Module) -> None:
             raise RuntimeError(f"{name}: no value after initialisation; this is a defect of lejepa_fast")
 
 
-def _allocate(model: nn.Module, device: torch.device) -> None:
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Memory for every tensor of a model on the meta device; its values are nobody's."""
     model.to_empty(device=device)
     for module in model.modules():
         for name, tensor in _plain_tensors(module):

@@ -67,7 +67,7 @@ from lejepa_fast.train.world import World, from_main, gather_to_main, mean_over_
 
 log = logging.getLogger("lejepa_fast.train")
 
-EVALUATED = ("knn", "linear", "embedding_std", "effective_rank", "sigreg")  # in rows of kind eval
+EVAL_FIGURES = ("knn", "linear", "embedding_std", "effective_rank", "sigreg")  # in rows of kind eval
 
 
 class Trainer:
@@ -149,12 +149,10 @@ class Trainer:
         with self.signals, self.telling_of_memory():
             try:
                 self._prepare()
-                try:
+                with self.metrics, contextlib.closing(self.profiler):
+                    self._tell_the_start()
                     self.train()
                     return self.finish()
-                finally:
-                    self.profiler.close()
-                    self.metrics.close()
             finally:
                 self.saver.close()
                 self.lock.release()
@@ -173,9 +171,13 @@ class Trainer:
         with random_state.preserved_rng():  # which wandb may draw from
             writer = on_main(world, lambda: opened(enabled=True, wandb=lambda: open_run(self.run_dir, cfg)))
         self.metrics = writer or opened(enabled=False)
+
+    def _tell_the_start(self) -> None:
+        """The row of kind `run`; also what the rows of earlier starts say is evaluated already."""
+        cfg, world = self.cfg, self.world
         rows = read_rows(self.metrics.path) if world.is_main else []
         evaluated = {row["step"] for row in rows if row["kind"] == "eval"}
-        self._evaluated: set[int] = from_main(world, evaluated)
+        self._steps_evaluated: set[int] = from_main(world, evaluated)
         facts = {
             "device": str(world.device),
             "world_size": world.size,
@@ -388,13 +390,13 @@ class Trainer:
     def _evaluate_if_due(self, epoch: int) -> None:
         """kNN and linear probe between epochs, which leave no trace in the training: see `_evaluating`."""
         every = self.cfg.eval.every
-        if not every or not epoch or epoch % every or self.step in self._evaluated:
+        if not every or not epoch or epoch % every or self.step in self._steps_evaluated:
             return
         self.save()  # so that a signal need not wait for the evaluation
         began = time.perf_counter()  # `save` pauses the meter for itself
         model = self._whole_model()
         on_main(self.world, lambda: self._evaluate(model, epoch, linear_steps=self.cfg.eval.linear_steps))
-        self._evaluated.add(self.step)
+        self._steps_evaluated.add(self.step)
         self.meter.pause(time.perf_counter() - began)
 
     def _averaged(self) -> dict[str, Tensor]:
@@ -424,10 +426,10 @@ class Trainer:
                 linear_steps=linear_steps,
                 seed=self.cfg.seed,
                 data=self.cfg.data,
-                **self._evaluation,
+                **self._how_to_evaluate,
             )
-        if self.step not in self._evaluated:
-            values = {name: getattr(result, name) for name in EVALUATED}
+        if self.step not in self._steps_evaluated:
+            values = {name: getattr(result, name) for name in EVAL_FIGURES}
             self.metrics.write("eval", self.step, epoch=epoch, **values)
             probes = {"kNN": result.knn, "linear probe": result.linear}
             known = [f"{name} {value:.1f} %" for name, value in probes.items() if value is not None]
@@ -436,7 +438,7 @@ class Trainer:
         return result
 
     @property
-    def _evaluation(self) -> dict[str, Any]:
+    def _how_to_evaluate(self) -> dict[str, Any]:
         """How the trained and the untrained encoder are evaluated."""
         return {
             "device": self.world.device,
@@ -472,7 +474,7 @@ class Trainer:
         epoch, batch = self._position()
         trained = self._evaluate(model, epoch + (batch > 0), linear_steps=None)
         with self._evaluating():
-            untrained = evaluate_untrained(cfg, self.train_source, self.val_source, **self._evaluation)
+            untrained = evaluate_untrained(cfg, self.train_source, self.val_source, **self._how_to_evaluate)
         history = read_rows(self.metrics.path)
         page = write_report(
             self.run_dir,

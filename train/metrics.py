@@ -33,6 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from tqdm import tqdm
 
 from lejepa_fast.errors import RunError
 from lejepa_fast.train.files import write_atomically
+from lejepa_fast.train.interruption import Interrupted
 from lejepa_fast.train.weights_and_biases import WandbRun
 
 log = logging.getLogger("lejepa_fast.train")
@@ -52,7 +54,7 @@ class Metrics:
 
     Rows beyond `step` are dropped: they come from a run that went on after the checkpoint that this one
     resumes from, and their steps are about to be run again. `wandb` opens the run there, if one is
-    asked for.
+    asked for. A context: what is raised in it, but for an interruption, marks the run there as failed.
     """
 
     def __init__(
@@ -88,6 +90,14 @@ class Metrics:
             self.close()
             raise
 
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(failed=error is not None and not isinstance(error, Interrupted))
+
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Add a row, and its numbers elsewhere under `kind/name`. RunError if the disk refuses."""
         if not self._enabled:
@@ -112,7 +122,7 @@ class Metrics:
         if self._bar is not None:
             self._bar.update()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Never an error: rows are in the file already, and TensorBoard's last are worth no traceback."""
         if not self._enabled:
             return
@@ -122,7 +132,7 @@ class Metrics:
             with contextlib.suppress(OSError):
                 self._board.close()
         if self._wandb is not None:
-            self._wandb.close()
+            self._wandb.close(failed=failed)
         with contextlib.suppress(OSError):
             os.close(self._file)
 

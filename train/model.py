@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from lejepa_fast.errors import UsageError
+from lejepa_fast.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from lejepa_fast.train.config import Config
@@ -101,12 +101,12 @@ def build_encoder(
             continue
         except (AssertionError, RuntimeError, ValueError) as error:
             raise UsageError(
-                f"model {name}: cannot be built with {arguments}: {_first_line(error)}"
+                f"model {name}: cannot be built with {arguments}: {first_line(error)}"
             ) from error
         encoder.encoder_args = {"model_name": timm_name, **arguments}  # type: ignore[assignment]
         return encoder
     raise UsageError(
-        f"model {name}: does not take these options ({_first_line(refusal)}); "
+        f"model {name}: does not take these options ({first_line(refusal)}); "
         "leave out --model.drop-path, --model.register-tokens or --model.kwargs"
     ) from refusal
 
@@ -246,7 +246,7 @@ def _check_sizes(encoder: nn.Module, cfg: Config) -> int:
             option = field.replace("_", "-")
             raise UsageError(
                 f"{field}: model {cfg.model.name} cannot take {size} x {size} pixels "
-                f"({_first_line(error)}); {_size_hint(encoder, option, size, cfg.crops.global_size)}"
+                f"({first_line(error)}); {_size_hint(encoder, option, size, cfg.crops.global_size)}"
             ) from error
         if len(shape) != 2:
             raise UsageError(
@@ -285,8 +285,3 @@ def _size_hint(encoder: nn.Module, option: str, size: int, global_size: int) -> 
     if option != "crops.global-size":
         return f"it works at one size only: use --{option} {global_size}"
     return f"use another --{option}"
-
-
-def _first_line(error: Exception | None) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__

@@ -37,6 +37,7 @@ from lejepa_fast.errors import UsageError
 from lejepa_fast.train import config
 from lejepa_fast.train.average import WeightAverage
 from lejepa_fast.train.config import Config
+from lejepa_fast.train.initialize import allocate
 from lejepa_fast.train.model import LeJEPAModel, build_model
 from lejepa_fast.train.objective import build_loss
 from lejepa_fast.train.optimization import build_optimizer
@@ -189,11 +190,7 @@ class PlannedStep:
             parameter.register_post_accumulate_grad_hook(functools.partial(into, self.buckets[-1]))
 
     def _allocate(self) -> None:
-        self.model.to_empty(device=CPU)
-        for module in self.model.modules():
-            for name, value in vars(module).items():
-                if isinstance(value, Tensor) and value.is_meta:
-                    setattr(module, name, torch.empty_like(value, device=CPU))
+        allocate(self.model, CPU)
         for module in self.loss_fn.modules():
             for name, value in module._buffers.items():
                 module._buffers[name] = self.context.from_tensor(value)

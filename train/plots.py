@@ -48,6 +48,7 @@ _STYLE = {
     "lines.linewidth": 2.0,
 }
 _DPI = 130
+_DIRECTIONS = 256  # that embeddings are projected on
 
 
 @contextmanager
@@ -164,18 +165,17 @@ def plot_views(
     num_global: int,
     mean: Sequence[float],
     std: Sequence[float],
-    max_rows: int = 6,
 ) -> None:
-    """A grid of augmented views at their true relative sizes: a row per image, a column per view.
+    """A grid of augmented views at their true relative sizes: a row per image, six at most,
+    and a column per view.
 
     Args:
         path: the PNG to write.
         views: tensors (B, 3, S, S), normalised by `mean` and `std`; the first `num_global` are global views.
         num_global: how many of them are global.
         mean, std: three numbers each, the normalisation that is undone here.
-        max_rows: images shown, at most.
     """
-    rows = min(max_rows, len(views[0]))
+    rows = min(6, len(views[0]))
     tiles = [[_pixels(view[row], mean, std) for view in views] for row in range(rows)]
     sizes = [view.shape[-1] for view in views]
     largest, gap = max(sizes), max(2, max(sizes) // 24)
@@ -202,12 +202,10 @@ def _pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.nd
     return image.clamp(0, 1).permute(1, 2, 0).numpy()
 
 
-def plot_projections(
-    path: Path, trained: Tensor, untrained: Tensor, *, directions: int = 256, seed: int = 0
-) -> None:
+def plot_projections(path: Path, trained: Tensor, untrained: Tensor) -> None:
     """Histograms of embeddings (n, K) projected on random unit directions, against the N(0, 1) density."""
-    generator = torch.Generator().manual_seed(seed)
-    A = torch.randn(trained.shape[1], directions, generator=generator, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(trained.shape[1], _DIRECTIONS, generator=generator, dtype=torch.float64)
     A = A / A.norm(dim=0)
     with report_figure(path, 10.0, 4.2) as figure:
         panels = figure.subplots(1, 2)
@@ -225,11 +223,11 @@ def plot_projections(
                 density=True,
                 color=color,
                 alpha=0.3,
-                label=f"all {directions} directions",
+                label=f"all {_DIRECTIONS} directions",
             )
             # Pooled over directions, a collapsed model with an offset would look Gaussian; its single
             # directions are needles.
-            for column in range(min(8, directions)):
+            for column in range(8):
                 label = "single directions" if column == 0 else None
                 curve = _smooth_density(p[:, column], narrowest=reach / 500)
                 ax.plot(*curve, color=color, alpha=0.7, linewidth=0.9, label=label)
@@ -260,9 +258,9 @@ def _smooth_density(values: np.ndarray, *, narrowest: float) -> tuple[np.ndarray
     return grid, kernel @ counts / (len(values) * bandwidth * math.sqrt(2 * math.pi))
 
 
-def plot_spectrum(path: Path, trained: Tensor, untrained: Tensor, *, seed: int = 0) -> None:
+def plot_spectrum(path: Path, trained: Tensor, untrained: Tensor) -> None:
     """Eigenvalues of the embeddings' covariance, largest first, beside an N(0, I) sample of equal size."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     ideal = torch.randn(trained.shape, generator=generator, dtype=torch.float64)
     curves = [
         (ideal, "N(0, I) sample of the same size", TARGET, "--", 1.6),

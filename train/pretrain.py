@@ -42,10 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world.is_main:
             print(f"report: {report}")
 
+    code = 1  # of what is not caught
     try:
-        return run_command(work, who=who, quiet=lambda error: rank != "0" and is_said_by_rank_0(error))
+        code = run_command(work, who=who, quiet=lambda error: rank != "0" and is_said_by_rank_0(error))
+        return code
     finally:
-        close_world()
+        close_world(code)
 
 
 if __name__ == "__main__":

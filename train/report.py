@@ -36,7 +36,6 @@ def write_report(
     views: Sequence[Tensor],
     images_per_second: float | None,
     steps: int,
-    seed: int | None = None,
 ) -> Path:
     """Write `run_dir/report/` and return the path of its `report.html`.
 
@@ -54,12 +53,11 @@ def write_report(
             figure out.
         images_per_second: of the training; None where it is not known.
         steps: optimiser steps behind the trained encoder.
-        seed: of the run; None takes `config["seed"]`.
 
     Raises:
         RunError: the folder cannot be written (no space, no permission); nothing is left behind.
     """
-    summary = _summary(config, trained, untrained, images_per_second, steps, seed)
+    summary = _summary(config, trained, untrained, images_per_second, steps)
     target = run_dir / "report"
     temporary = run_dir / ".report-new"  # a fixed name: the next report removes what a killed run has left
     try:
@@ -135,7 +133,6 @@ def _summary(
     untrained: EvalResult,
     images_per_second: float | None,
     steps: int,
-    seed: int | None,
 ) -> dict[str, Any]:
     """Everything in `summary.json`; accuracies in percent, None where there are no labels."""
     levels = sigreg_levels(trained.n_val)
@@ -164,7 +161,7 @@ def _summary(
         "verdict": judged.sentence,
         "images_per_second": images_per_second,
         "steps": steps,
-        "seed": seed if seed is not None else config.get("seed"),
+        "seed": config.get("seed"),
         "train_images": trained.n_train,
         "val_images": trained.n_val,
         "num_classes": trained.num_classes,

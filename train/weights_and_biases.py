@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.errors import RunError, UsageError, first_line
 from lejepa_fast.train.config import Config, to_dict
 from lejepa_fast.train.files import write_atomically
 
@@ -53,9 +53,8 @@ class WandbRun:
                 config=dict(config),
             )
         except Exception as error:  # its own kinds, which are not the same in all versions
-            first = next(iter(str(error).splitlines()), type(error).__name__)
             raise RunError(
-                f"wandb: {first}; run `wandb login`, set WANDB_MODE=offline, or leave out --wandb"
+                f"wandb: {first_line(error)}; run `wandb login`, set WANDB_MODE=offline, or leave out --wandb"
             ) from error
         # Rows have steps of their own, since wandb's count may not go back and a resumed run repeats some.
         self._run.define_metric("*", step_metric="step")
@@ -65,13 +64,13 @@ class WandbRun:
         with self._told():
             self._run.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         with self._told():
-            self._run.finish()
+            self._run.finish(exit_code=int(failed))
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            log.warning("wandb: %s", next(iter(str(error).splitlines()), type(error).__name__))
+            log.warning("wandb: %s", first_line(error))

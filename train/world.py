@@ -9,7 +9,9 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +39,6 @@ class World:
 
     device: torch.device
     rank: int = 0
-    local_rank: int = 0
     size: int = 1
 
     @property
@@ -86,7 +87,7 @@ def setup_world(device: str = "auto") -> World:
     else:
         where = {}
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id, **where)
-    return World(chosen, rank=dist.get_rank(), local_rank=local_rank, size=dist.get_world_size())
+    return World(chosen, rank=dist.get_rank(), size=dist.get_world_size())
 
 
 def _store_of_this_start(rank: int, size: int) -> dist.Store:
@@ -126,12 +127,26 @@ def _hand_out_a_name(shared: dist.Store, size: int) -> str:
     return start
 
 
-def close_world() -> None:
-    """Leave the process group. DDP modules must be gone by then: one that still holds the group when the
-    interpreter exits lets gloo's threads abort the process (seen with torch 2.15)."""
-    if dist.is_initialized():
-        gc.collect()
-        dist.destroy_process_group()
+def close_world(code: int = 0) -> None:
+    """Leave the process group, at the end of a command with this exit code. DDP modules must be gone by then:
+    one that still holds the group when the interpreter exits lets gloo's threads abort the process (seen with
+    torch 2.15).
+
+    Among other ranks a code above 0 ends the process at once, after what is being raised is printed. They may
+    wait for this one in a collective, and NCCL's way of leaving waits for them (pytorch/torchtitan#1342);
+    torchrun ends them when this process is gone.
+    """
+    if not dist.is_initialized():
+        return
+    if code and dist.get_world_size() > 1:
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(1)  # for the others to print why they end: torchrun ends them when the first one is gone
+        os._exit(code)
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def on_main(world: World, work: Callable[[], T]) -> T | None:

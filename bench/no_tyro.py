@@ -1,0 +1,16 @@
+"""Imported before the trainer: where tyro is not installed, the trainer can be imported all the same.
+
+`train/config.py` annotates its fields for tyro, which parses command lines. Benchmarks that parse none of the
+trainer's are content with notes that say nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+
+if not importlib.util.find_spec("tyro"):
+    notes = types.ModuleType("tyro")
+    notes.conf = types.SimpleNamespace(arg=lambda **_: None)  # type: ignore[attr-defined]
+    sys.modules["tyro"] = notes
