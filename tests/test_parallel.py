@@ -314,6 +314,36 @@ def test_on_gpus_batchnorm_is_global_and_otherwise_the_same(name: str) -> None:
     torch.testing.assert_close(after, before)
 
 
+@pytest.mark.parametrize(
+    ("name", "ranks", "compiled"),
+    [("resnet50", 1, 4), ("resnet50", 2, 0), ("vit_small_patch16_224", 2, 2)],
+)
+def test_what_synchronises_inside_is_not_compiled(
+    name: str, ranks: int, compiled: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The projector's BatchNorm is in no block. Here SyncBatchNorm cannot be traced, as between two GPUs."""
+    normalise = nn.SyncBatchNorm.forward
+
+    def untraceable(norm: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return normalise(norm, x)
+
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", untraceable)
+    monkeypatch.setattr(parallelize, "COMPILE_BACKEND", "eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    cfg = replace(worker.family_config(name), compile="on")
+    model = parallelize._with_global_batchnorm(build_model(cfg), torch.device("cuda"), ranks)
+    with caplog.at_level("INFO", "lejepa_fast.train"):
+        parallelize.compile_blocks(list(find_blocks(model.encoder).values()), worker.CPU)
+    assert ("4 of 4 blocks are not compiled: PyTorch cannot compile SyncBatchNorm" in caplog.text) == (
+        not compiled
+    )
+    model([torch.randn(2, 3, 64, 64)] * 2)
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == (compiled > 0)
+    assert parallelize.compiled_blocks(model, cfg, worker.CPU) == compiled
+
+
 # ---- blocks ------------------------------------------------------------------------------------------
 
 

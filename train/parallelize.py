@@ -8,9 +8,9 @@ Blocks (`blocks.py`) keep their names: recomputation and compilation replace a b
 module, so a state dict is the same under every setting.
 
 The loss is already exact under the averaging of gradients over ranks (see `lejepa_fast.sigreg`), so nothing
-here scales gradients. Batch normalisation: on GPUs its statistics are made global (SyncBatchNorm); PyTorch
-has no SyncBatchNorm for CPU tensors, so under gloo every rank normalises by its own share of the batch, and
-`parallelize` says so once.
+here scales gradients. Batch normalisation: on several GPUs its statistics are made global (SyncBatchNorm),
+and blocks that hold it are not compiled; PyTorch has no SyncBatchNorm for CPU tensors, so under gloo every
+rank normalises by its own share of the batch. `parallelize` says either once.
 """
 
 from __future__ import annotations
@@ -190,7 +190,8 @@ def compiles(cfg: Config, device: torch.device) -> bool:
 
 
 def compile_blocks(blocks: list[nn.Module], device: torch.device) -> None:
-    """Compile the forward of each block: equal blocks share their graphs, one for each size of crops.
+    """Compile the forward of each block that can be: equal blocks share their graphs, one for each size of
+    crops.
 
     The hooks of FSDP2 and DDP stay outside. Sizes are constants of the graphs, since a run has two and each
     occurs at every step; a shape that varies (an evaluation's last batch) runs uncompiled, see `eagerly`.
@@ -201,10 +202,28 @@ def compile_blocks(blocks: list[nn.Module], device: torch.device) -> None:
     config.recompile_limit += 4 * len(blocks)
     config.accumulated_recompile_limit += 4 * len(blocks)
     config.optimize_ddp = False  # it would cut the graphs at DDP's buckets; a block's is smaller than one
-    for block in blocks:
+    found = compilable(blocks)
+    if len(found) < len(blocks):
+        log.info(
+            "%d of %d blocks are not compiled: PyTorch cannot compile SyncBatchNorm (pytorch/pytorch#161302)",
+            len(blocks) - len(found),
+            len(blocks),
+        )
+    for block in found:
         share_drop_path(block, device)
         compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=COMPILE_BACKEND)
         block.forward = compiled  # type: ignore[method-assign]
+
+
+def compilable(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those without SyncBatchNorm. Dynamo cannot trace its operators and collectives, and graphs that end at
+    every norm would not fuse it with anything."""
+    return [b for b in blocks if not any(isinstance(m, nn.SyncBatchNorm) for m in b.modules())]
+
+
+def compiled_blocks(model: LeJEPAModel, cfg: Config, device: torch.device) -> int:
+    """How many blocks of a model that went through `parallelize` are compiled."""
+    return len(compilable(find_blocks(model.encoder).values())) if compiles(cfg, device) else 0
 
 
 def eagerly() -> Any:
@@ -290,11 +309,11 @@ def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
 
 
 def _with_global_batchnorm(model: LeJEPAModel, device: torch.device, ranks: int) -> LeJEPAModel:
-    if not any(map(_is_batchnorm, model.modules())):
+    if ranks == 1 or not any(map(_is_batchnorm, model.modules())):
         return model
     if device.type == "cuda":
         return convert_sync_batchnorm(model)  # timm's, which keeps the activation that some of its norms hold
-    if ranks > 1 and dist.get_rank() == 0:
+    if dist.get_rank() == 0:
         log.warning(
             "BatchNorm statistics are per rank: PyTorch has no SyncBatchNorm on CPU tensors, so the "
             "losses differ slightly from those of one process with the same global batch"
