@@ -416,8 +416,8 @@ def test_two_sizes_of_crops_compile_once(
 
 
 @pytest.mark.parametrize("name", worker.FAMILIES)
-def test_recomputation_changes_no_gradient_and_keeps_less(name: str) -> None:
-    grads, kept = {}, {}
+def test_recomputation_changes_no_gradient_or_statistic_and_keeps_less(name: str) -> None:
+    grads, buffers, kept = {}, {}, {}
     for mode in ("none", "selective", "full"):
         cfg = worker.family_config(name, activation_checkpointing=mode)
         model = build_model(cfg)
@@ -435,10 +435,13 @@ def test_recomputation_changes_no_gradient_and_keeps_less(name: str) -> None:
         z.square().mean().backward()
         kept[mode] = sum(sizes.values())
         grads[mode] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        buffers[mode] = dict(model.named_buffers())
     assert kept["full"] < kept["none"]
     for mode in ("selective", "full"):
         for key, grad in grads["none"].items():
             torch.testing.assert_close(grads[mode][key], grad, rtol=1e-4, atol=1e-5)
+        for key, buffer in buffers["none"].items():
+            assert torch.equal(buffers[mode][key], buffer), key
 
 
 # ---- choice ------------------------------------------------------------------------------------------

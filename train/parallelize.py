@@ -15,12 +15,14 @@ rank normalises by its own share of the batch. `parallelize` says either once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -30,7 +32,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.blocks import find_blocks
@@ -125,7 +132,8 @@ def parallelize(
     if mesh is not None:
         model = _with_global_batchnorm(model, device, mesh.size())
     blocks = list(find_blocks(model.encoder).values())
-    recompute(blocks, cfg.parallel.activation_checkpointing)
+    compiled = compilable(blocks) if compiles(cfg, device) else []
+    recompute(blocks, cfg.parallel.activation_checkpointing, compiled=compiled)
     if compiles(cfg, device):
         compile_blocks(blocks, device)
     if strategy == "fsdp":
@@ -152,18 +160,52 @@ _ATTENTION = {
 }
 
 
-def recompute(blocks: Iterable[nn.Module], mode: Literal["none", "selective", "full"]) -> None:
-    """Let the backward pass compute the activations of each block again, all or the cheap ones."""
+def recompute(
+    blocks: Iterable[nn.Module],
+    mode: Literal["none", "selective", "full"],
+    *,
+    compiled: Collection[nn.Module] = (),
+) -> None:
+    """Let the backward pass compute the activations of each block again, all or the cheap ones.
+
+    `compiled`: those that `compile_blocks` gets afterwards.
+    """
     if mode == "none":
         return
-    options: dict[str, Any] = {"use_reentrant": False}
-    if mode == "selective":
-        options["context_fn"] = _selective_contexts
     for block in blocks:
-        for module in block.modules() if mode == "selective" else ():
-            if getattr(module, "inplace", False):  # an activation that would change what is kept
-                module.inplace = False  # type: ignore[assignment]
+        options: dict[str, Any] = {"use_reentrant": False}
+        if mode == "selective":
+            options["context_fn"] = _selective_contexts
+            for module in block.modules():
+                if getattr(module, "inplace", False):  # an activation that would change what is kept
+                    module.inplace = False  # type: ignore[assignment]
+        norms = [module for module in block.modules() if _is_batchnorm(module)]
+        # Running statistics of a compiled block are results of its forward graph, which runs once.
+        if norms and block not in compiled:
+            contexts = options.get("context_fn", noop_context_fn)
+            options["context_fn"] = functools.partial(_counting_once, norms, contexts)
         block.forward = functools.partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
+
+
+def _counting_once(norms: list[nn.Module], contexts: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """`contexts` of which that of the recomputation leaves running statistics as they are."""
+    first, again = contexts()
+    return first, _statistics_aside(norms, again)
+
+
+@contextlib.contextmanager
+def _statistics_aside(norms: list[nn.Module], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    """In training mode `norms` update other buffers. Without any they would keep fewer tensors for the
+    backward pass than the first time, and `inner` is entered later, as it counts operators."""
+    kept = [(n, name, buffer) for n in norms if n.training for name, buffer in n.named_buffers(recurse=False)]
+    try:
+        for norm, name, buffer in kept:
+            setattr(norm, name, torch.zeros_like(buffer))
+        with inner:
+            yield
+    finally:
+        for norm, name, buffer in kept:
+            setattr(norm, name, buffer)
 
 
 def _selective_contexts() -> tuple[Any, Any]:
