@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -384,7 +385,7 @@ def test_blocks_are_found(name: str, count: int | None, kind: str | None, covere
     [("test_vit", "none"), ("test_vit", "selective"), ("test_vit", "full"), ("test_resnet", "none")],
 )
 def test_two_sizes_of_crops_compile_once(
-    name: str, recompute: str, tiny: Make, monkeypatch: pytest.MonkeyPatch
+    name: str, recompute: str, tiny: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Drop path differs from block to block. Evaluation in between, on other sizes, compiles nothing."""
     monkeypatch.setattr(parallelize, "COMPILE_BACKEND", "aot_eager")
@@ -407,7 +408,10 @@ def test_two_sizes_of_crops_compile_once(
 
     trainer._train_step = counted  # type: ignore[method-assign]
     torch._dynamo.utils.counters.clear()
+    torch._logging._internal.warning_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("torch._higher_order_ops.wrap"), "handlers", [caplog.handler])
     trainer.run()
+    assert "context_fn" not in caplog.text  # a warning of what is taken care of
     # One for each size: of the first transformer block, which has no drop path, and of all the others; of
     # each residual block, since every one has another width.
     assert graphs[0] == {"test_vit": 4, "test_resnet": 8}[name]

@@ -172,6 +172,8 @@ def recompute(
     """
     if mode == "none":
         return
+    # Its warning of operators in place: those that would change what is kept are switched off below.
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_not_of_contexts)
     for block in blocks:
         options: dict[str, Any] = {"use_reentrant": False}
         if mode == "selective":
@@ -185,6 +187,10 @@ def recompute(
             contexts = options.get("context_fn", noop_context_fn)
             options["context_fn"] = functools.partial(_counting_once, norms, contexts)
         block.forward = functools.partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
+
+
+def _not_of_contexts(record: logging.LogRecord) -> bool:
+    return "context_fn is passed to torch.utils.checkpoint" not in record.getMessage()
 
 
 def _counting_once(norms: list[nn.Module], contexts: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
