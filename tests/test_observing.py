@@ -202,6 +202,7 @@ def test_a_run_reports_flops_memory_and_time_left(tiny: Make) -> None:
     trainer = train_only(cfg)
     (start,) = rows_of(cfg, "run")
     assert start["gflops_per_image"] == pytest.approx(flops.count_flops(cfg).per_image / 1e9, abs=1e-3)
+    assert start["compiled_blocks"] == 0  # on a CPU, where nobody asked for it
     rows = rows_of(cfg)
     assert all("mfu" not in row for row in rows)  # the peak of a CPU is not known
     assert 0.05 < rows[-1]["memory_gib"] <= peak_memory_gib(trainer.world.device)

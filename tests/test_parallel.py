@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -314,6 +315,36 @@ def test_on_gpus_batchnorm_is_global_and_otherwise_the_same(name: str) -> None:
     torch.testing.assert_close(after, before)
 
 
+@pytest.mark.parametrize(
+    ("name", "ranks", "compiled"),
+    [("resnet50", 1, 4), ("resnet50", 2, 0), ("vit_small_patch16_224", 2, 2)],
+)
+def test_what_synchronises_inside_is_not_compiled(
+    name: str, ranks: int, compiled: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The projector's BatchNorm is in no block. Here SyncBatchNorm cannot be traced, as between two GPUs."""
+    normalise = nn.SyncBatchNorm.forward
+
+    def untraceable(norm: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return normalise(norm, x)
+
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", untraceable)
+    monkeypatch.setattr(parallelize, "COMPILE_BACKEND", "eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    cfg = replace(worker.family_config(name), compile="on")
+    model = parallelize._with_global_batchnorm(build_model(cfg), torch.device("cuda"), ranks)
+    with caplog.at_level("INFO", "lejepa_fast.train"):
+        parallelize.compile_blocks(list(find_blocks(model.encoder).values()), worker.CPU)
+    assert ("4 of 4 blocks are not compiled: PyTorch cannot compile SyncBatchNorm" in caplog.text) == (
+        not compiled
+    )
+    model([torch.randn(2, 3, 64, 64)] * 2)
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == (compiled > 0)
+    assert parallelize.compiled_blocks(model, cfg, worker.CPU) == compiled
+
+
 # ---- blocks ------------------------------------------------------------------------------------------
 
 
@@ -354,7 +385,7 @@ def test_blocks_are_found(name: str, count: int | None, kind: str | None, covere
     [("test_vit", "none"), ("test_vit", "selective"), ("test_vit", "full"), ("test_resnet", "none")],
 )
 def test_two_sizes_of_crops_compile_once(
-    name: str, recompute: str, tiny: Make, monkeypatch: pytest.MonkeyPatch
+    name: str, recompute: str, tiny: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Drop path differs from block to block. Evaluation in between, on other sizes, compiles nothing."""
     monkeypatch.setattr(parallelize, "COMPILE_BACKEND", "aot_eager")
@@ -377,7 +408,10 @@ def test_two_sizes_of_crops_compile_once(
 
     trainer._train_step = counted  # type: ignore[method-assign]
     torch._dynamo.utils.counters.clear()
+    torch._logging._internal.warning_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("torch._higher_order_ops.wrap"), "handlers", [caplog.handler])
     trainer.run()
+    assert "context_fn" not in caplog.text  # a warning of what is taken care of
     # One for each size: of the first transformer block, which has no drop path, and of all the others; of
     # each residual block, since every one has another width.
     assert graphs[0] == {"test_vit": 4, "test_resnet": 8}[name]
@@ -386,8 +420,8 @@ def test_two_sizes_of_crops_compile_once(
 
 
 @pytest.mark.parametrize("name", worker.FAMILIES)
-def test_recomputation_changes_no_gradient_and_keeps_less(name: str) -> None:
-    grads, kept = {}, {}
+def test_recomputation_changes_no_gradient_or_statistic_and_keeps_less(name: str) -> None:
+    grads, buffers, kept = {}, {}, {}
     for mode in ("none", "selective", "full"):
         cfg = worker.family_config(name, activation_checkpointing=mode)
         model = build_model(cfg)
@@ -405,10 +439,13 @@ def test_recomputation_changes_no_gradient_and_keeps_less(name: str) -> None:
         z.square().mean().backward()
         kept[mode] = sum(sizes.values())
         grads[mode] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        buffers[mode] = dict(model.named_buffers())
     assert kept["full"] < kept["none"]
     for mode in ("selective", "full"):
         for key, grad in grads["none"].items():
             torch.testing.assert_close(grads[mode][key], grad, rtol=1e-4, atol=1e-5)
+        for key, buffer in buffers["none"].items():
+            assert torch.equal(buffers[mode][key], buffer), key
 
 
 # ---- choice ------------------------------------------------------------------------------------------

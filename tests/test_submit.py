@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
+import signal
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -97,20 +99,36 @@ time.sleep(60)
 
 
 def test_before_its_time_is_up_the_trainer_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As submitit asks for it: from a signal's handler, in the thread that waits for torchrun meanwhile."""
     helpers: Any = types.ModuleType("submitit.helpers")
     helpers.DelayedSubmission = lambda job: ("again", job)
     monkeypatch.setitem(sys.modules, "submitit", types.ModuleType("submitit"))
     monkeypatch.setitem(sys.modules, "submitit.helpers", helpers)
-    job = TorchrunJob(["--data", "images"], 1, 1, 29500, save_seconds=30)
-    job._process = subprocess.Popen([sys.executable, "-c", LAUNCHER, TRAINER, str(tmp_path)])
-    try:
+    line = [sys.executable, "-c", LAUNCHER, TRAINER, str(tmp_path)]
+    monkeypatch.setattr(TorchrunJob, "command", lambda *given: line)
+    job = TorchrunJob(["--data", "images"], 1, 1, 29500, save_seconds=600)
+    asked: list[Any] = []
+
+    def ask(*_: Any) -> None:
+        asked.append(job.checkpoint())
+        asked.append((tmp_path / "saved").exists())
+
+    def too_late(*_: Any) -> None:
+        raise AssertionError("checkpoint() waits on, and torchrun has long ended")
+
+    def signal_when_training() -> None:
         while not (tmp_path / "training").exists():
-            assert job._process.poll() is None
             time.sleep(0.02)
-        again, resumed = job.checkpoint()
-        assert (tmp_path / "saved").exists()
-        assert job._process.poll() == 0  # torchrun ended by itself, because the trainer did
-        assert again == "again"
-        assert resumed == job
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    before = signal.signal(signal.SIGUSR2, ask), signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(30)
+    try:
+        threading.Thread(target=signal_when_training, daemon=True).start()
+        job()  # torchrun ends by itself, without an error, because the trainer does
+        assert asked == [("again", job), True]
     finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGUSR2, before[0])
+        signal.signal(signal.SIGALRM, before[1])
         job._process.kill()

@@ -52,6 +52,7 @@ from lejepa_fast.train.optimization import build_optimizer, build_scheduler
 from lejepa_fast.train.out_of_memory import settings_that_help
 from lejepa_fast.train.parallelize import (
     choose_strategy,
+    compiled_blocks,
     compiles,
     compute_dtype,
     eagerly,
@@ -182,6 +183,7 @@ class Trainer:
             "device": str(world.device),
             "world_size": world.size,
             "precision": "bf16" if self.amp_dtype else "fp32",
+            "compiled_blocks": compiled_blocks(self.model, cfg, world.device),
             "sigreg_impl": self.loss_fn.sigreg.chosen_impl,
             "loader_backend": self.loader.backend,
             "loader_workers": self.workers,

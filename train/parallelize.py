@@ -8,19 +8,21 @@ Blocks (`blocks.py`) keep their names: recomputation and compilation replace a b
 module, so a state dict is the same under every setting.
 
 The loss is already exact under the averaging of gradients over ranks (see `lejepa_fast.sigreg`), so nothing
-here scales gradients. Batch normalisation: on GPUs its statistics are made global (SyncBatchNorm); PyTorch
-has no SyncBatchNorm for CPU tensors, so under gloo every rank normalises by its own share of the batch, and
-`parallelize` says so once.
+here scales gradients. Batch normalisation: on several GPUs its statistics are made global (SyncBatchNorm),
+and blocks that hold it are not compiled; PyTorch has no SyncBatchNorm for CPU tensors, so under gloo every
+rank normalises by its own share of the batch. `parallelize` says either once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -30,7 +32,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.blocks import find_blocks
@@ -125,7 +132,8 @@ def parallelize(
     if mesh is not None:
         model = _with_global_batchnorm(model, device, mesh.size())
     blocks = list(find_blocks(model.encoder).values())
-    recompute(blocks, cfg.parallel.activation_checkpointing)
+    compiled = compilable(blocks) if compiles(cfg, device) else []
+    recompute(blocks, cfg.parallel.activation_checkpointing, compiled=compiled)
     if compiles(cfg, device):
         compile_blocks(blocks, device)
     if strategy == "fsdp":
@@ -152,18 +160,58 @@ _ATTENTION = {
 }
 
 
-def recompute(blocks: Iterable[nn.Module], mode: Literal["none", "selective", "full"]) -> None:
-    """Let the backward pass compute the activations of each block again, all or the cheap ones."""
+def recompute(
+    blocks: Iterable[nn.Module],
+    mode: Literal["none", "selective", "full"],
+    *,
+    compiled: Collection[nn.Module] = (),
+) -> None:
+    """Let the backward pass compute the activations of each block again, all or the cheap ones.
+
+    `compiled`: those that `compile_blocks` gets afterwards.
+    """
     if mode == "none":
         return
-    options: dict[str, Any] = {"use_reentrant": False}
-    if mode == "selective":
-        options["context_fn"] = _selective_contexts
+    # Its warning of operators in place: those that would change what is kept are switched off below.
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_not_of_contexts)
     for block in blocks:
-        for module in block.modules() if mode == "selective" else ():
-            if getattr(module, "inplace", False):  # an activation that would change what is kept
-                module.inplace = False  # type: ignore[assignment]
+        options: dict[str, Any] = {"use_reentrant": False}
+        if mode == "selective":
+            options["context_fn"] = _selective_contexts
+            for module in block.modules():
+                if getattr(module, "inplace", False):  # an activation that would change what is kept
+                    module.inplace = False  # type: ignore[assignment]
+        norms = [module for module in block.modules() if _is_batchnorm(module)]
+        # Running statistics of a compiled block are results of its forward graph, which runs once.
+        if norms and block not in compiled:
+            contexts = options.get("context_fn", noop_context_fn)
+            options["context_fn"] = functools.partial(_counting_once, norms, contexts)
         block.forward = functools.partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
+
+
+def _not_of_contexts(record: logging.LogRecord) -> bool:
+    return "context_fn is passed to torch.utils.checkpoint" not in record.getMessage()
+
+
+def _counting_once(norms: list[nn.Module], contexts: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """`contexts` of which that of the recomputation leaves running statistics as they are."""
+    first, again = contexts()
+    return first, _statistics_aside(norms, again)
+
+
+@contextlib.contextmanager
+def _statistics_aside(norms: list[nn.Module], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    """In training mode `norms` update other buffers. Without any they would keep fewer tensors for the
+    backward pass than the first time, and `inner` is entered later, as it counts operators."""
+    kept = [(n, name, buffer) for n in norms if n.training for name, buffer in n.named_buffers(recurse=False)]
+    try:
+        for norm, name, buffer in kept:
+            setattr(norm, name, torch.zeros_like(buffer))
+        with inner:
+            yield
+    finally:
+        for norm, name, buffer in kept:
+            setattr(norm, name, buffer)
 
 
 def _selective_contexts() -> tuple[Any, Any]:
@@ -190,7 +238,8 @@ def compiles(cfg: Config, device: torch.device) -> bool:
 
 
 def compile_blocks(blocks: list[nn.Module], device: torch.device) -> None:
-    """Compile the forward of each block: equal blocks share their graphs, one for each size of crops.
+    """Compile the forward of each block that can be: equal blocks share their graphs, one for each size of
+    crops.
 
     The hooks of FSDP2 and DDP stay outside. Sizes are constants of the graphs, since a run has two and each
     occurs at every step; a shape that varies (an evaluation's last batch) runs uncompiled, see `eagerly`.
@@ -201,10 +250,28 @@ def compile_blocks(blocks: list[nn.Module], device: torch.device) -> None:
     config.recompile_limit += 4 * len(blocks)
     config.accumulated_recompile_limit += 4 * len(blocks)
     config.optimize_ddp = False  # it would cut the graphs at DDP's buckets; a block's is smaller than one
-    for block in blocks:
+    found = compilable(blocks)
+    if len(found) < len(blocks):
+        log.info(
+            "%d of %d blocks are not compiled: PyTorch cannot compile SyncBatchNorm (pytorch/pytorch#161302)",
+            len(blocks) - len(found),
+            len(blocks),
+        )
+    for block in found:
         share_drop_path(block, device)
         compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=COMPILE_BACKEND)
         block.forward = compiled  # type: ignore[method-assign]
+
+
+def compilable(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those without SyncBatchNorm. Dynamo cannot trace its operators and collectives, and graphs that end at
+    every norm would not fuse it with anything."""
+    return [b for b in blocks if not any(isinstance(m, nn.SyncBatchNorm) for m in b.modules())]
+
+
+def compiled_blocks(model: LeJEPAModel, cfg: Config, device: torch.device) -> int:
+    """How many blocks of a model that went through `parallelize` are compiled."""
+    return len(compilable(find_blocks(model.encoder).values())) if compiles(cfg, device) else 0
 
 
 def eagerly() -> Any:
@@ -290,11 +357,11 @@ def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
 
 
 def _with_global_batchnorm(model: LeJEPAModel, device: torch.device, ranks: int) -> LeJEPAModel:
-    if not any(map(_is_batchnorm, model.modules())):
+    if ranks == 1 or not any(map(_is_batchnorm, model.modules())):
         return model
     if device.type == "cuda":
         return convert_sync_batchnorm(model)  # timm's, which keeps the activation that some of its norms hold
-    if ranks > 1 and dist.get_rank() == 0:
+    if dist.get_rank() == 0:
         log.warning(
             "BatchNorm statistics are per rank: PyTorch has no SyncBatchNorm on CPU tensors, so the "
             "losses differ slightly from those of one process with the same global batch"

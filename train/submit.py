@@ -87,7 +87,7 @@ class TorchrunJob:
         for child in _children(self._process.pid):
             os.kill(child, signal.SIGTERM)
         ends = time.monotonic() + self.save_seconds
-        while self._process.poll() is None and time.monotonic() < ends:
+        while not _has_ended(self._process.pid) and time.monotonic() < ends:
             time.sleep(0.2)
         job = TorchrunJob(self.arguments, self.nodes, self.gpus_per_node, self.port, self.save_seconds)
         return DelayedSubmission(job)
@@ -102,6 +102,15 @@ def _first_host() -> str:
         ["scontrol", "show", "hostnames", listed], capture_output=True, text=True, check=True
     )
     return shown.stdout.split()[0]
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether this child has. `Popen.poll` cannot tell while `Popen.wait` stands below in the same thread, as
+    it does when a signal's handler asks."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # and its exit code was fetched
+        return True
 
 
 def _children(pid: int) -> list[int]:
