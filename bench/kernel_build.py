@@ -13,6 +13,7 @@ from lejepa_fast import triton_ops
 from lejepa_fast.kernels import backward, directions, finish, forward
 from lejepa_fast.kernels.configs import Config, Tile, shipped_config
 from lejepa_fast.kernels.layout import COEF_BLOCK, Plan, count_splits
+from lejepa_fast.kernels.rounding import plan_chain
 from lejepa_fast.kernels.runtime import OPTIONS
 
 TILED = ("forward", "gradient", "product", "fused")
@@ -60,7 +61,9 @@ def tiled_kernel(
     single = mixed or (slice_grad and name == "product")
     config = shipped_config(target, 4 if single else _itemsize(dtype))
     tile = config.tile(name, size.K) if tile is None else tile
-    arguments = _common(target, dtype, plan, size) | _blocks(name, tile, size, config)
+    arguments = _common(target, dtype, plan, size) | _blocks(
+        name, tile, size, config, "tf32x3" if mixed else dtype
+    )
     if mixed:
         arguments |= {"a_ptr": f"*{directions}", "HAS_SCALE": False}
     if name == "forward":
@@ -127,8 +130,9 @@ def _common(target: str, dtype: str, plan: Plan, size: Size) -> Arguments:
     return arguments
 
 
-def _blocks(name: str, tile: Tile, size: Size, config: Config) -> Arguments:
+def _blocks(name: str, tile: Tile, size: Size, config: Config, kind: str) -> Arguments:
     block_k, resident = tile.steps(size.K)
+    chain = plan_chain(config.lost, tile, size.K, kind, held=tile.resident or name == "fused")
     return {
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
@@ -136,7 +140,8 @@ def _blocks(name: str, tile: Tile, size: Size, config: Config) -> Arguments:
         "RESIDENT": resident,
         "TILES": triton.cdiv(size.K, block_k),
         "MASK_M": size.M % tile.block_m != 0,
-        "EVEN_K": size.K % block_k == 0,
+        "CHAIN": chain.tiles,
+        "EVEN_K": chain.even,
         "EVEN_N": size.N % tile.block_n == 0,
         "LANES": config.lanes,
         "TURNS": tile.turns,

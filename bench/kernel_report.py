@@ -11,7 +11,8 @@ statistic for each direction, and bf16 embeddings with float32 directions: there
 than excluded.
 Instructions are counted in the hot loop: the stretch of machine code between two branches
 that holds the range reductions. One range reduction (two beyond 17 knots) belongs to one projected sample,
-and its constant can be found in the code, so `per sample` means: of that stretch, divided by its samples.
+and its constant can be found in the code, so `per sample` means: of that stretch, divided by its samples,
+and the additions between chains of the matrix units (`kernels/rounding.py`), which stand outside of it.
 Beyond 17 knots several programs of `forward` share them; the figure is that of one.
 
 Floors are for one H200 and a launch of the whole size: instructions on the FP32 pipe, the matrix product, and
@@ -101,7 +102,7 @@ def uneven_kernels(target: str) -> list[Case]:
     found = []
     for size in ODD:
         plan = make_plan(KNOTS, 3 / (KNOTS - 1))
-        names = ("forward", "fused") if size.K <= 64 else ("forward", "gradient")
+        names = ("forward", "fused") if size.K <= 64 else ("forward", "gradient", "product")
         for name in names:
             kernel = tiled_kernel(name, target, "bf16", plan, size)
             found.append((f"N {size.N} K {size.K} M {size.M}", plan, size, kernel))
@@ -143,6 +144,7 @@ def inspect(compiled: Any, target: str, reductions: int = 1) -> dict[str, Any]:
     row["stack_bytes"] = int(re.findall(r"STACK:(\d+)", usage)[-1])
     row["tensor_instructions"] = sum(everything[name] for name in TENSOR)
     row["tensor_kind"] = next((name for name in TENSOR if everything[name]), None)
+    row["chains"] = len(re.findall(r"HGMMA.*RZ, !UPT", code))  # sm_90: products that start from 0
     samples, loop = hot_loop(code)
     if samples:
         samples /= reductions
@@ -217,6 +219,18 @@ def floors(row: dict[str, Any], kernel: Kernel, size: Size, plan: Plan) -> dict[
     return {name: 1e6 * seconds for name, seconds in figures.items()} | {"programs_per_sm": resident}
 
 
+def additions(kernel: Kernel, target: str, dtype: str, K: int) -> int:
+    """Float32 additions of a projection outside the hot loop, between chains of the matrix units."""
+    if dtype == "fp32":  # the compiler adds every tile of tf32x3; "ieee" is not a chain
+        return triton.cdiv(K, kernel.arguments["BLOCK_K"]) if target.startswith("sm_") else 0
+    if not kernel.arguments["CHAIN"]:
+        return 0
+    chains = triton.cdiv(K, kernel.arguments["BLOCK_K"] * kernel.arguments["CHAIN"])
+    if kernel.name != "fused" and not kernel.tile.resident:
+        return chains
+    return chains - 1 if kernel.arguments["TURNS"] > 1 else 0  # else they are in the hot loop
+
+
 def report(target: str, dtypes: list[str]) -> list[dict[str, Any]]:
     plan = make_plan(KNOTS, 3 / (KNOTS - 1))
     rows = []
@@ -242,7 +256,11 @@ def _row(target: str, dtype: str, uneven: str, plan: Plan, size: Size, kernel: K
         row["repeated"] = samples * 32 * kernel.tile.num_warps / due
     if kernel.name not in TILED:
         row.pop("per_sample", None)  # it draws normals and projects nothing
-    elif target == "sm_90" and plan.equidistant:
+        return row
+    if "per_sample" in row:
+        added = additions(kernel, target, dtype, size.K)
+        row["per_sample"] |= {kind: row["per_sample"][kind] + added for kind in ("fp32", "total")}
+    if target == "sm_90" and plan.equidistant:
         row["floor_h200"] = floors(row, kernel, size, plan)
     return row
 

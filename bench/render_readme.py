@@ -156,6 +156,24 @@ def accuracy_table() -> str:
     return markdown(header, table) + f"\n\n{size}, kernels {rows[0]['kernels']}. {origin(rows[0])}"
 
 
+def rounding_table() -> str:
+    """Error of T over what is allowed, by models of the matrix units."""
+    everything = read_rows(RESULTS / "rounding.jsonl")
+    rows = [row for row in everything if row["command"] == everything[-1]["command"]]
+    found = {(row["target"], row["products"], row["K"]): row for row in rows}  # each as last measured
+    table = []
+    for target, products in dict.fromkeys(key[:2] for key in found):
+        for K in (64, 512, 1536):
+            row = found[target, products, K]
+            errors = [f"{row[name]:.2f}" for name in ("error_of_one_chain", "error_in_chains", "error")]
+            share = f"{row['chain'] * row['lost_per_dim']:.0e}"
+            table.append([f"{target}, {products}", str(K), str(row["chain"]), share, *errors])
+    header = ["", "K", "chain", "a chain loses", "one chain", "in chains", "made up for"]
+    row = rows[-1]
+    size = f"N = {row['N']}, M = {row['M']}, J = 17"
+    return markdown(header, table) + f"\n\n{size}; the units are modelled. {origin(row)}"
+
+
 def loader_rows(kind: str, *, gpu: bool = False) -> list[Row]:
     """Rows of one kind of the newest run of loader_bench.py that measured it."""
     rows = [row for row in read_rows(RESULTS / "loader.jsonl") if not row.get("rehearsal")]
@@ -290,7 +308,7 @@ TABLES: dict[str, Callable[[], str]] = {"sigreg": sigreg_table, "pretrain": pret
 DOCS = README.parent / "docs"
 DOCUMENTS = {
     README: TABLES,
-    DOCS / "kernels.md": {"accuracy": accuracy_table, "floors": floors_table},
+    DOCS / "kernels.md": {"accuracy": accuracy_table, "floors": floors_table, "rounding": rounding_table},
     DOCS / "training.md": {"measured": train_table},
     DOCS / "launching.md": {"plan-time": plan_time},
     DOCS / "loader.md": {

@@ -27,16 +27,9 @@ from .autotune import Problem, choose
 from .configs import Config, Tile, get_config
 from .derivative import coefficient_pointers, derivative, load_coefficients, normalizing_power
 from .layout import COEF_BLOCK, Plan, count_splits
+from .rounding import Chain, kind_of_products, plan_chain
 from .runtime import OPTIONS, empty, kernel_device
-from .series import (
-    dot,
-    load_directions,
-    load_samples,
-    multiply,
-    project,
-    scaled_factor,
-    to_dtype,
-)
+from .series import dot, load_directions, load_samples, multiply, project, scaled_factor, to_dtype
 
 # A table of up to two giant steps fits into registers beside everything else.
 _COEF_IN_REGISTERS = 35
@@ -86,6 +79,7 @@ def _sigreg_dp_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RESIDENT: tl.constexpr,  # tiles that hold the directions during the whole program, or 0
+    CHAIN: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,  # n_stop - n_first is a multiple of BLOCK_N
     MASK_M: tl.constexpr,  # M is not a multiple of BLOCK_M
@@ -125,7 +119,7 @@ def _sigreg_dp_kernel(
         a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, RESIDENT, EVEN_K, MASK_M)
         n = start + tl.arange(0, BLOCK_N)
         x = load_samples(x_ptr, n, n_stop, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, not EVEN_N)
-        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
+        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, CHAIN, PRECISION)
     last = start + (stop - start - 1) // BLOCK_N * BLOCK_N
     for n0 in range(start, stop, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
@@ -136,7 +130,7 @@ def _sigreg_dp_kernel(
                 BLOCK_K, RESIDENT, EVEN_K, not EVEN_N)  # fmt: skip
         else:
             p = project(x_ptr, a_ptr, a, m, n, n_stop, K, M, stride_xn, stride_xk, stride_ak, stride_am,
-                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, EVEN_K, not EVEN_N, PRECISION)  # fmt: skip
+                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, CHAIN, EVEN_K, not EVEN_N, PRECISION)  # fmt: skip
         dp = derivative(p, coef, coef_ptrs, t_ptr, f_hi, f_lo, g_hi, g_lo, J, turns, turn_stride,
             EQUIDISTANT, B, G, FAR, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if SLICE_GRAD:
@@ -146,7 +140,7 @@ def _sigreg_dp_kernel(
         out_ptrs = out_ptr + (n - n_first)[None, :].to(tl.int64) * M + m[:, None]
         tl.store(out_ptrs, to_dtype(dp, out_ptr.dtype.element_ty), mask=m_mask & (n < n_stop)[None, :])
         if RESIDENT > 0:
-            p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
+            p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, CHAIN, PRECISION)
 
 
 @triton.jit(do_not_specialize=["turn_stride"])
@@ -188,6 +182,7 @@ def _sigreg_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILES: tl.constexpr,  # of BLOCK_K, that cover K
+    CHAIN: tl.constexpr,
     EVEN_K: tl.constexpr,
     MASK_M: tl.constexpr,  # M is not a multiple of BLOCK_M
     LANES: tl.constexpr,
@@ -216,7 +211,7 @@ def _sigreg_bwd_kernel(
         if FAR:
             g_hi, g_lo = scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
         a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, TILES, EVEN_K, MASK_M)
-        p = multiply(a, x, BLOCK_M, BLOCK_N, TILES, PRECISION)
+        p = multiply(a, x, BLOCK_M, BLOCK_N, TILES, CHAIN, PRECISION)
         dp = derivative(p, (), coef_ptrs, t_ptr, f_hi, f_lo, g_hi, g_lo, J, turns, turn_stride,
             EQUIDISTANT, B, G, FAR, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if SLICE_GRAD:
@@ -373,8 +368,12 @@ class _Launch(NamedTuple):
         scale = self.A if self.scale is None else self.scale
         return self.x, self.A, scale, self.t, self.coef, self.grad
 
-    def scalars(self) -> tuple[int | float, ...]:
-        plan = self.plan
+    def chain(self, tile: Tile, *, held: bool) -> Chain:
+        kind = kind_of_products(self.x, self.A, self.precision)
+        return plan_chain(self.config.lost, tile, self.x.shape[2], kind, held=held)
+
+    def scalars(self, chain: Chain) -> tuple[int | float, ...]:
+        plan = self.plan.stretched(chain.lost)
         return self.A.shape[1], plan.J, plan.factor_hi, plan.factor_lo, *plan.giant_factor
 
     def problem(self) -> Problem:
@@ -386,7 +385,7 @@ class _Launch(NamedTuple):
     def strides(self) -> tuple[int, ...]:
         return *self.x.stride(), *self.A.stride(), *(self.grad.stride() if self.slice_grad else (0, 0))
 
-    def constants(self, tile: Tile) -> dict[str, Any]:
+    def constants(self, tile: Tile, chain: Chain) -> dict[str, Any]:
         plan = self.plan
         return {
             "HAS_SCALE": self.scale is not None,
@@ -399,6 +398,9 @@ class _Launch(NamedTuple):
             "ROWS": plan.rows,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.steps(self.x.shape[2])[0],
+            "CHAIN": chain.tiles,
+            "EVEN_K": chain.even,
             "MASK_M": self.A.shape[1] % tile.block_m != 0,
             "LANES": self.config.lanes,
             "TURNS": self.turns(tile),
@@ -413,21 +415,19 @@ def _launch_fused(c: _Launch, dx: Tensor) -> None:
     views, N, K = c.x.shape
 
     def launch(tile: Tile) -> None:
-        block_k, _ = tile.steps(K)
+        chain = c.chain(tile, held=True)
         _sigreg_bwd_kernel[(views * triton.cdiv(N, tile.block_n),)](
             *c.tensors(),
             dx,
             N,
             K,
-            *c.scalars(),
+            *c.scalars(chain),
             c.factor,
             c.turns(tile),
             0,
             *c.strides(),
-            **c.constants(tile),
-            BLOCK_K=block_k,
-            TILES=triton.cdiv(K, block_k),
-            EVEN_K=K % block_k == 0,
+            **c.constants(tile, chain),
+            TILES=triton.cdiv(K, tile.steps(K)[0]),
         )
 
     launch(choose(c.config, "fused", c.problem(), launch))
@@ -438,7 +438,7 @@ def _launch_dp(c: _Launch, dp: Tensor, views: range, samples: range) -> None:
     splits, split_samples = count_splits(len(views), len(samples), M, 1, c.config.split)
 
     def launch(tile: Tile) -> None:
-        block_k, resident = tile.steps(K)
+        chain = c.chain(tile, held=tile.resident)
         _sigreg_dp_kernel[(len(views) * splits * triton.cdiv(M, tile.block_m),)](
             *c.tensors(),
             dp,
@@ -448,14 +448,12 @@ def _launch_dp(c: _Launch, dp: Tensor, views: range, samples: range) -> None:
             splits,
             split_samples,
             K,
-            *c.scalars(),
+            *c.scalars(chain),
             c.turns(tile),
             0,
             *c.strides(),
-            **c.constants(tile),
-            BLOCK_K=block_k,
-            RESIDENT=resident,
-            EVEN_K=K % block_k == 0,
+            **c.constants(tile, chain),
+            RESIDENT=tile.steps(K)[1],
             EVEN_N=len(samples) % tile.block_n == 0,
             COEF_IN_REGISTERS=_in_registers(c.plan),
         )

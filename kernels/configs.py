@@ -7,8 +7,7 @@ least traffic among the tiles that were compiled.
 - sm_90, half precision, K <= 512: directions resident, two programs a multiprocessor. Beyond: 128 x 128.
 - sm_90, float32: 128 x 64; 128 x 128 spills.
 - sm_80, sm_89: 128 x 64; float32 spills from 64 samples on, hence 128 x 32.
-- sm_100: 64 directions; with 128, a thread holds a row of the accumulator and spills. 64 samples for the
-  gradient and for float32, 128 for the sums.
+- sm_100: 64 directions; with 128, a thread holds a row of the accumulator and spills. 64 samples.
 - gfx942: 64 x 64, two turns: 128 x 32 on 8 warps spills.
 - fused: the largest K of which dx^T fits into registers beside the arithmetic. Eight warps take 128
   directions: with 64 both groups of four would work on the same projections.
@@ -21,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from .layout import Split, ceil_div
+from .rounding import Lost
 
 
 class Tile(NamedTuple):
@@ -33,6 +33,8 @@ class Tile(NamedTuple):
         num_warps, num_stages: of Triton.
         turns: a tile of projections is worked on in so many turns. A turn needs registers.
         resident: the directions of a program stay in shared memory, all of K, and only samples are read.
+        chain: dimensions that matrix units add in half precision before float32 does, a multiple of
+            `block_k`; 0: all. More chains need more registers (why: `rounding.py`).
     """
 
     block_m: int
@@ -42,6 +44,7 @@ class Tile(NamedTuple):
     num_stages: int
     turns: int = 1
     resident: bool = False
+    chain: int = 128
 
     def steps(self, K: int) -> tuple[int, int]:
         """Step along K, and the tiles that cover K if the directions are resident, else 0."""
@@ -65,6 +68,7 @@ class Config(NamedTuple):
         product: dx = dT/dp A^T.
         fused: backward in one kernel, where `fuses` says so, else `gradient` and `product`.
         split: how samples are shared.
+        lost: what matrix units lose (`rounding.py`).
         lanes: threads that share a row of an accumulator; see `split_columns`.
         others: (kernel, tile) pairs that autotuning times beside the shipped tile.
     """
@@ -74,6 +78,7 @@ class Config(NamedTuple):
     product: tuple[Choice, ...]
     fused: tuple[Choice, ...]
     split: Split
+    lost: Lost = Lost()
     lanes: int = 4
     others: tuple[tuple[str, Tile], ...] = ()
 
@@ -117,18 +122,18 @@ def _up_to(max_dim: int, tile: Tile, beyond: Tile) -> tuple[Choice, ...]:
 
 # Directions stay, two programs fit a multiprocessor and overlap; and the tile with the least traffic of those
 # that fit into registers, for a K beyond that.
-_RESIDENT = Tile(64, 32, 64, 4, 1, turns=2, resident=True)
-_WIDE = Tile(128, 128, 64, 8, 3, turns=4)
+_RESIDENT = Tile(64, 32, 64, 4, 1, turns=2, resident=True, chain=256)
+_WIDE = Tile(128, 128, 64, 8, 2, turns=4)
 _HALF_OTHERS = (
     ("forward", _RESIDENT),
-    ("forward", Tile(128, 64, 64, 8, 1, turns=2, resident=True)),
+    ("forward", Tile(128, 64, 64, 8, 1, turns=2, resident=True, chain=256)),
     ("forward", Tile(64, 64, 64, 4, 3)),
     ("forward", Tile(64, 128, 64, 4, 3, turns=2)),
-    ("forward", Tile(128, 64, 64, 8, 3, turns=2)),
+    ("forward", Tile(128, 64, 64, 8, 3, turns=2, chain=64)),
     ("forward", _WIDE),
     ("gradient", _RESIDENT),
     ("gradient", Tile(64, 64, 64, 4, 3, turns=2)),
-    ("gradient", Tile(128, 64, 64, 8, 3, turns=2)),
+    ("gradient", Tile(128, 64, 64, 8, 3, turns=2, chain=64)),
     ("gradient", _WIDE),
     ("product", Tile(64, 64, 64, 4, 3)),
     ("product", Tile(64, 128, 128, 8, 3)),
@@ -157,27 +162,33 @@ _SINGLE_OTHERS = (
 
 def _config(
     programs: int,
+    lost: Lost,
     forward: tuple[Choice, ...],
     gradient: tuple[Choice, ...],
     product: Tile,
     fused: tuple[Choice, ...],
     others: tuple[tuple[str, Tile], ...],
 ) -> Config:
-    return Config(forward, gradient, _always(product), fused, Split(64, 128, programs), others=others)
+    return Config(forward, gradient, _always(product), fused, Split(64, 128, programs), lost, others=others)
 
 
+_AMPERE_LOST = Lost(bf16=7.8e-10, fp16=1.7e-9, tf32x3=3.4e-9)
+_HOPPER_LOST = Lost(bf16=7.5e-10, fp16=1.2e-9, tf32x3=2.7e-9)  # and later
 # `programs`: two a multiprocessor.
 _FUSED = Tile(64, 32, 64, 4, 1, turns=2)
 _FUSED_TURNS = _FUSED._replace(turns=4)  # triton 3.6 spills with two
 _FUSED_WIDE = Tile(128, 32, 128, 8, 1, turns=2)
-_MIDDLE = Tile(128, 64, 64, 8, 3, turns=2)
+_MIDDLE = Tile(128, 64, 64, 8, 3, turns=2, chain=64)
 _SMALL = Tile(64, 64, 64, 4, 3, turns=2)
 _AMPERE = (_always(_MIDDLE), _always(_MIDDLE), Tile(64, 128, 128, 8, 3))
 _HALF = {
-    "sm_80": _config(216, *_AMPERE, (Choice(64, _FUSED), Choice(256, _FUSED_WIDE)), _HALF_OTHERS),
-    "sm_89": _config(284, *_AMPERE, (Choice(64, _FUSED), Choice(256, _FUSED)), _HALF_OTHERS),
+    "sm_80": _config(
+        216, _AMPERE_LOST, *_AMPERE, (Choice(64, _FUSED), Choice(256, _FUSED_WIDE)), _HALF_OTHERS
+    ),
+    "sm_89": _config(284, _AMPERE_LOST, *_AMPERE, (Choice(64, _FUSED), Choice(256, _FUSED)), _HALF_OTHERS),
     "sm_90": _config(
         264,
+        _HOPPER_LOST,
         _up_to(RESIDENT_MAX_DIM, _RESIDENT, _WIDE),
         _up_to(RESIDENT_MAX_DIM, _RESIDENT, _WIDE),
         Tile(64, 128, 256, 8, 3),
@@ -186,7 +197,8 @@ _HALF = {
     ),
     "sm_100": _config(
         296,
-        _always(Tile(64, 128, 64, 4, 3, turns=4)),
+        _HOPPER_LOST,
+        _always(_SMALL),
         _always(_SMALL),
         Tile(64, 128, 256, 8, 3),
         (Choice(64, _FUSED), Choice(256, _FUSED), Choice(512, Tile(64, 32, 128, 4, 1, turns=4))),
@@ -194,6 +206,7 @@ _HALF = {
     ),
     "gfx942": _config(
         608,
+        Lost(),
         _always(_SMALL._replace(num_stages=2)),
         _always(_SMALL._replace(num_stages=2)),
         Tile(64, 128, 128, 8, 2),
@@ -213,10 +226,11 @@ _AMPERE_SINGLE = (
     _SINGLE_OTHERS,
 )
 _SINGLE = {
-    "sm_80": _config(216, *_AMPERE_SINGLE),
-    "sm_89": _config(284, *_AMPERE_SINGLE),
+    "sm_80": _config(216, _AMPERE_LOST, *_AMPERE_SINGLE),
+    "sm_89": _config(284, _AMPERE_LOST, *_AMPERE_SINGLE),
     "sm_90": _config(
         264,
+        _HOPPER_LOST,
         _always(_MIDDLE_SINGLE),
         _always(_MIDDLE_SINGLE),
         Tile(32, 128, 128, 8, 3),
@@ -225,6 +239,7 @@ _SINGLE = {
     ),
     "sm_100": _config(
         296,
+        _HOPPER_LOST,
         _always(_SMALL_SINGLE),
         _always(_SMALL_SINGLE),
         Tile(32, 128, 128, 8, 3),
@@ -233,6 +248,7 @@ _SINGLE = {
     ),
     "gfx942": _config(
         608,
+        Lost(),
         _always(_SMALL_SINGLE._replace(num_stages=2)),
         _always(_SMALL_SINGLE._replace(num_stages=2)),
         Tile(32, 128, 128, 8, 2),
@@ -240,7 +256,7 @@ _SINGLE = {
         _SINGLE_OTHERS,
     ),
 }
-_STEP = Tile(16, 16, 16, 1, 1)
+_STEP = Tile(16, 16, 16, 1, 1, chain=32)
 # Small enough for a few milliseconds a tile in Triton's interpreter, which runs NumPy.
 _INTERPRETER = Config(
     forward=_up_to(32, _STEP._replace(resident=True), _STEP._replace(turns=2)),

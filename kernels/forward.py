@@ -15,6 +15,7 @@ from torch import Tensor
 from .autotune import Problem, choose
 from .configs import Config, Tile
 from .layout import COEF_BLOCK, Plan, count_splits
+from .rounding import kind_of_products, plan_chain
 from .runtime import OPTIONS, empty, kernel_device
 from .series import (
     baby_steps,
@@ -177,7 +178,8 @@ def _sigreg_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RESIDENT: tl.constexpr,  # tiles that hold the directions during the whole program, or 0
-    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
+    CHAIN: tl.constexpr,  # tiles that are added on the matrix units, or 0
+    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K, or of CHAIN of them where the directions stream
     EVEN_N: tl.constexpr,  # N is a multiple of BLOCK_N
     LANES: tl.constexpr,
     TURNS: tl.constexpr,
@@ -230,7 +232,7 @@ def _sigreg_fwd_kernel(
     if RESIDENT > 0:
         n = start + tl.arange(0, BLOCK_N)
         x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, True)
-        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
+        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, CHAIN, PRECISION)
     for n0 in range(start, full_stop, BLOCK_N):
         if RESIDENT > 0:
             # The next tile travels while this one is summed; after the last one it is not used.
@@ -239,16 +241,16 @@ def _sigreg_fwd_kernel(
         else:
             n = n0 + tl.arange(0, BLOCK_N)
             p = project(x_ptr, a_ptr, a, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
-                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, EVEN_K, False, PRECISION)  # fmt: skip
+                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, CHAIN, EVEN_K, False, PRECISION)  # fmt: skip
         sums = _add_tile(sums, p, valid, factors_hi, factors_lo, g_hi, g_lo, turns, EQUIDISTANT, B, G,
             CHUNKS > 1, False, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if RESIDENT > 0:
-            p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
+            p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, CHAIN, PRECISION)
     if not EVEN_N:
         for n0 in range(full_stop, stop, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
             p = project(x_ptr, a_ptr, a, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
-                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, EVEN_K, True, PRECISION)  # fmt: skip
+                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, CHAIN, EVEN_K, True, PRECISION)  # fmt: skip
             valid = tl.broadcast_to((n < N)[None, :].to(tl.int32), (BLOCK_M, BLOCK_N))
             sums = _add_tile(sums, p, valid, factors_hi, factors_lo, g_hi, g_lo, turns, EQUIDISTANT, B, G,
                 CHUNKS > 1, True, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
@@ -305,9 +307,12 @@ def table_sums(
         )
     splits, split_samples = count_splits(views, N, M, plan.chunks, config.split)
     out = empty(x, (splits, views, plan.rows, M), torch.float32)
+    kind = kind_of_products(x, A, precision)
 
     def launch(tile: Tile) -> None:
         block_k, resident = tile.steps(K)
+        chain = plan_chain(config.lost, tile, K, kind, held=tile.resident)
+        stretched = plan.stretched(chain.lost)
         programs = views * triton.cdiv(M, tile.block_m) * plan.chunks * splits
         _sigreg_fwd_kernel[(programs,)](
             x,
@@ -320,8 +325,8 @@ def table_sums(
             K,
             M,
             plan.J,
-            plan.factor_hi,
-            plan.factor_lo,
+            stretched.factor_hi,
+            stretched.factor_lo,
             splits,
             split_samples,
             tile.turns,
@@ -338,7 +343,8 @@ def table_sums(
             BLOCK_N=tile.block_n,
             BLOCK_K=block_k,
             RESIDENT=resident,
-            EVEN_K=K % block_k == 0,
+            CHAIN=chain.tiles,
+            EVEN_K=chain.even,
             EVEN_N=N % tile.block_n == 0,
             LANES=config.lanes,
             TURNS=tile.turns,

@@ -43,6 +43,11 @@ class Plan(NamedTuple):
     factor_lo: float
     giant_factor: tuple[float, float]
 
+    def stretched(self, share: float) -> Plan:
+        """The plan for projections that are too small by that share."""
+        lo, (hi_giant, lo_giant) = self.factor_lo + share * self.factor_hi, self.giant_factor
+        return self._replace(factor_lo=lo, giant_factor=(hi_giant, lo_giant + share * hi_giant))
+
 
 def make_plan(J: int, spacing: float | None) -> Plan:
     """The table for J knots, `spacing` apart from 0 or, with None, anywhere."""

@@ -194,36 +194,57 @@ def project(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RESIDENT: tl.constexpr,
+    CHAIN: tl.constexpr,
     EVEN_K: tl.constexpr,
     MASK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Projections of samples n on directions m, (BLOCK_M, BLOCK_N) float32; 0 outside the batch."""
+    """Projections of samples n on directions m, (BLOCK_M, BLOCK_N) float32; 0 outside the batch.
+
+    CHAIN: as in `multiply`; with one, EVEN_K says that K is a multiple of CHAIN tiles.
+    """
     if RESIDENT > 0:
         x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, MASK_N)
-        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
+        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, CHAIN, PRECISION)
     else:
         k = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + n[None, :].to(tl.int64) * stride_xn + k[:, None].to(tl.int64) * stride_xk
         a_ptrs = a_ptr + m[:, None].to(tl.int64) * stride_am + k[None, :].to(tl.int64) * stride_ak
         p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in range(0, K, BLOCK_K):
-            x = load_tile(x_ptrs, n[None, :] < N, k[:, None] < K - k0, MASK_N, not EVEN_K)
-            a_step = load_tile(a_ptrs, m[:, None] < M, k[None, :] < K - k0, True, not EVEN_K)
-            p = dot(a_step, x, p, PRECISION)
-            x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
-            a_ptrs += BLOCK_K * tl.cast(stride_ak, tl.int64)
+        STEPS: tl.constexpr = CHAIN if CHAIN > 0 else 1
+        for k0 in range(0, K, STEPS * BLOCK_K):
+            part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if CHAIN > 0 else p
+            for i in tl.static_range(STEPS):
+                left = K - k0 - i * BLOCK_K
+                x = load_tile(x_ptrs, n[None, :] < N, k[:, None] < left, MASK_N, not EVEN_K)
+                a_step = load_tile(a_ptrs, m[:, None] < M, k[None, :] < left, True, not EVEN_K)
+                part = dot(a_step, x, part, PRECISION)
+                x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
+                a_ptrs += BLOCK_K * tl.cast(stride_ak, tl.int64)
+            p = tl.fma(part, 1.0, p) if CHAIN > 0 else part
     return p
 
 
 @triton.jit
 def multiply(
-    a, x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr
+    a,
+    x,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COUNT: tl.constexpr,
+    CHAIN: tl.constexpr,  # tiles that are added on the matrix units; 0: all of them
+    PRECISION: tl.constexpr,
 ):
-    """Sum of the products of COUNT tiles, (BLOCK_M, BLOCK_N) float32."""
+    """Sum of the products of COUNT tiles, (BLOCK_M, BLOCK_N) float32 (why in chains: `rounding.py`)."""
+    STEPS: tl.constexpr = CHAIN if CHAIN > 0 else COUNT
     p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    part = p
     for i in tl.static_range(COUNT):
-        p = dot(a[i], x[i], p, PRECISION)
+        part = dot(a[i], x[i], part, PRECISION)
+        if (i + 1) % STEPS == 0 or i + 1 == COUNT:
+            # As an FMA: the compiler would move an addition into the matrix product.
+            p = tl.fma(part, 1.0, p) if i >= STEPS else part
+            part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     return p
 
 
