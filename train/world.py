@@ -139,12 +139,14 @@ def close_world(code: int = 0) -> None:
     if not dist.is_initialized():
         return
     if code and dist.get_world_size() > 1:
-        if sys.exc_info()[0] is not None:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        time.sleep(1)  # for the others to print why they end: torchrun ends them when the first one is gone
-        os._exit(code)
+        try:  # what it prints to may be gone
+            if sys.exc_info()[0] is not None:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            time.sleep(1)  # for the others to print why they end: torchrun ends them when the first is gone
+        finally:
+            os._exit(code)
     gc.collect()
     dist.destroy_process_group()
 
