@@ -29,6 +29,7 @@ from torch import Tensor
 
 from lejepa_fast.data.backend import FaultHandler, RawBatch
 from lejepa_fast.data.draws import COLUMNS
+from lejepa_fast.data.headers import TURNS
 from lejepa_fast.data.plan import EvalPlan, TrainPlan
 from lejepa_fast.data.reading import Bad, Encoded, PendingRead, Reader
 from lejepa_fast.data.sampler import BatchKey
@@ -162,7 +163,9 @@ class DaliBackend:
         if not self._compiled:
             from lejepa_fast.data.dali_graph import colour_tables, window_table
 
-            pipe.feed_input("windows", window_table(table))
+            sizes = [(row.width, row.height) for row in batch.rows]
+            turns = [TURNS[row.orientation] for row in batch.rows]
+            pipe.feed_input("windows", window_table(table, sizes, turns))
             if self._plan.recipe is not None:
                 colour, matrices = colour_tables(table)
                 pipe.feed_input("colour", colour)
@@ -213,7 +216,9 @@ class DaliBackend:
             views = [torch.empty((0, 3, size, size), dtype=torch.uint8) for size in self._plan.sizes]
         elif self._compiled:
             images = self._pipe.share_outputs()[0]
-            views = self._render([np.asarray(images[row]) for row in range(count)], batch.table)
+            decoded = [np.asarray(images[row]) for row in range(count)]
+            _check_shapes(batch.rows, decoded)
+            views = self._render(batch.rows, decoded, batch.table)
             del images
             self._pipe.release_outputs()
         elif self._stream is None:
@@ -230,7 +235,9 @@ class DaliBackend:
                 self._pipe.release_outputs()
         return RawBatch(views, targets, batch.key.epoch), event
 
-    def _render(self, images: Sequence[np.ndarray], table: np.ndarray) -> list[Tensor]:
+    def _render(
+        self, rows: Sequence[Encoded], images: Sequence[np.ndarray], table: np.ndarray
+    ) -> list[Tensor]:
         """The views of decoded images, by compiled kernels that do not hold the interpreter's lock."""
         from lejepa_fast.data.cpu_kernels import render_view
 
@@ -242,8 +249,9 @@ class DaliBackend:
         arrays = [view.numpy() for view in made]
 
         def render(row: int) -> None:
+            image = _upright(images[row], rows[row].orientation)
             for v, out in enumerate(arrays):
-                render_view(images[row], parameters[row, v], kernel, threshold, out[row])
+                render_view(image, parameters[row, v], kernel, threshold, out[row])
 
         for _ in self._pool.map(render, range(len(images))):
             pass
@@ -341,6 +349,29 @@ class _Pass:
                     view.record_stream(stream)
             yield batch
         raise RunError("another pass over the same loader has begun; make a loader for each")
+
+
+def _check_shapes(rows: Sequence[Encoded], images: Sequence[np.ndarray]) -> None:
+    """The windows were drawn for the sizes that the headers promise."""
+    for row, image in zip(rows, images, strict=True):
+        if image.shape != row.stored_shape:
+            raise RuntimeError(
+                f"image {row.index} is of shape {image.shape}, its header says {row.stored_shape}"
+            )
+
+
+def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """(H, W, 3) pixels as they are to be seen, of those that are stored with this EXIF orientation."""
+    if orientation == 1:
+        return image
+    turn = TURNS[orientation]
+    if turn.transposed:
+        image = image.transpose(1, 0, 2)
+    image = image[:: -1 if turn.inverted else 1, :: -1 if turn.mirrored else 1]
+    turned = np.empty(image.shape, np.uint8)
+    for channel in range(3):  # in one go, four times as slow
+        turned[..., channel] = image[..., channel]
+    return turned
 
 
 def _as_views(pixels: Tensor) -> Tensor:
