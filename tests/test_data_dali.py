@@ -12,6 +12,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,21 +122,44 @@ def test_dali_that_is_missing_or_broken_is_explained(monkeypatch):
     [
         ("13.0", True, 13010, None),
         ("12.9", True, 13000, None),
-        (
-            "13.0",
-            True,
-            12080,
-            "built for CUDA 13, the driver supports CUDA 12.8: pip install nvidia-dali-cuda120",
-        ),
+        ("12986", True, 12040, None),
+        ("124131", True, 12040, None),
+        ("13.4.92", True, 12080, "the driver supports CUDA 12.8: pip install nvidia-dali-cuda120"),
+        ("13492", True, 12080, "built for CUDA 13, the driver supports CUDA 12.8"),
         ("13000", True, 12040, "built for CUDA 13"),
         ("13.0", False, 13000, "no CUDA device"),
-        ("", True, 0, None),
+        ("", True, 13000, None),
+        ("13492", True, 0, None),
     ],
 )
-def test_builds_for_another_cuda_are_named(built, available, driver, text):
-    fault = choice.cuda_fault(built, available, driver)
+def test_builds_for_another_cuda_are_named(built, available, driver, text, monkeypatch, caplog):
+    choice._say_unchecked.cache_clear()
+    monkeypatch.setattr(choice, "_is_installed", lambda: True)
+    monkeypatch.setattr(
+        choice.importlib, "import_module", lambda name: SimpleNamespace(__cuda_version__=built)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+
+    class Driver:
+        def cuDriverGetVersion(self, place):  # noqa: N802, its name in the library
+            place._obj.value = driver
+            return 0 if driver else 3
+
+    monkeypatch.setattr(choice.ctypes, "CDLL", lambda name: Driver())
+    fault = choice.dali_fault(True)
     assert fault is None if text is None else text in fault
+    # What cannot be checked is said, and once.
+    choice.dali_fault(True)
+    assert caplog.text.count("cannot tell whether this build of DALI suits") == (not built or not driver)
     assert choice.wanted_package("13.2") == choice.wanted_package(None) == "nvidia-dali-cuda130"
+
+
+def test_a_machine_without_a_driver_is_no_error(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(choice.ctypes, "CDLL", missing)
+    assert choice._driver_version() == 0
 
 
 @needs_dali
