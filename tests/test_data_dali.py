@@ -40,7 +40,7 @@ def use_engine(name: str, monkeypatch) -> torch.device | None:
         pytest.skip(fault)
     if name == "compiled":
         pytest.importorskip("numba", reason="the compiled CPU kernels need numba")
-    monkeypatch.setattr(dali_backend, "has_numba", lambda: name == "compiled")
+    monkeypatch.setattr(dali_backend, "numba_fault", lambda: None if name == "compiled" else "unused")
     return torch.device("cuda") if name == "gpu" else None
 
 
@@ -87,9 +87,9 @@ def broken_png() -> bytes:
 def test_auto_takes_what_is_there(monkeypatch):
     cpu, gpu = None, torch.device("cuda", 0)
     monkeypatch.setattr(choice, "dali_fault", lambda on_gpu: None)
-    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(choice, "numba_fault", lambda: None)
     assert choice.choose_backend("auto", cpu).name == choice.choose_backend("auto", gpu).name == "dali"
-    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(choice, "numba_fault", lambda: "numba is not installed: pip install numba")
     chosen = choice.choose_backend("auto", cpu)
     assert chosen.name == "torchvision"
     assert "pip install numba" in chosen.reason
@@ -99,6 +99,33 @@ def test_auto_takes_what_is_there(monkeypatch):
     assert choice.choose_backend("dali", cpu).name == "dali"
     with pytest.raises(UsageError, match=r"backend 'dali': it is broken, or use backend='torchvision'"):
         choice.choose_backend("dali", gpu)
+
+
+@needs_dali
+@pytest.mark.parametrize(
+    "text", ["Numba needs NumPy 2.3 or less. Got 2.4", "cannot cache function 'x': no locator"]
+)
+def test_a_broken_numba_is_said_once_and_done_without(text, tmp_path, monkeypatch, caplog):
+    real = choice.importlib.import_module
+
+    def refuse(name):
+        if name == "lejepa_fast.data.cpu_kernels":
+            raise ImportError(text + "\nmore")
+        return real(name)
+
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(choice.importlib, "import_module", refuse)
+    choice.numba_fault.cache_clear()
+    try:
+        chosen = choice.choose_backend("auto", None)
+        assert chosen.name == "torchvision"
+        assert text in chosen.reason
+        loader = multicrop_loader(folder(tmp_path / "images", 4), RECIPE, batch_size=4, backend="dali")
+        assert len(list(loader)) == 1  # by the operator graph
+        assert caplog.text.count(text) == 1
+        assert "DALI failed" not in caplog.text
+    finally:
+        choice.numba_fault.cache_clear()
 
 
 def test_dali_that_is_missing_or_broken_is_explained(monkeypatch):
@@ -353,11 +380,11 @@ def test_every_orientation_and_damaged_exif_are_seen_as_pillow_sees_them(
 
 @needs_dali
 def test_an_image_of_another_size_than_its_header_says_goes_to_pillow(tmp_path, monkeypatch, caplog):
+    use_engine("compiled", monkeypatch)
     source = folder(tmp_path / "images", 8)
     right = next(iter(multicrop_loader(source, RECIPE, batch_size=8, backend="torchvision")))
     header = reading.plain_header
     monkeypatch.setattr(reading, "plain_header", lambda data: header(data)._replace(width=47))
-    monkeypatch.setattr(dali_backend, "has_numba", lambda: True)
     views, targets = next(iter(multicrop_loader(source, RECIPE, batch_size=8, backend="dali")))
     assert (
         "of shape (32, 48, 3), its header says (32, 47, 3)); decoding this batch with Pillow" in caplog.text

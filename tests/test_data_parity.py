@@ -91,7 +91,9 @@ def engine(request, monkeypatch) -> torch.device | None:
         pytest.skip(fault)
     if request.param == "compiled":
         pytest.importorskip("numba", reason="the compiled CPU kernels need numba")
-    monkeypatch.setattr(dali_backend, "has_numba", lambda: request.param == "compiled")
+    monkeypatch.setattr(
+        dali_backend, "numba_fault", lambda: None if request.param == "compiled" else "unused"
+    )
     return torch.device("cuda") if request.param == "gpu" else None
 
 
@@ -219,7 +221,7 @@ def test_operations_and_crops_equal_torchvision(engine, photographs):
 def test_a_wrong_operator_in_the_graph_is_caught(photographs, monkeypatch):
     """DALI's own hue operator turns colours about the gray axis, which is not torchvision's shift in HSV."""
     graph = pytest.importorskip("lejepa_fast.data.dali_graph", reason="DALI is not installed")
-    monkeypatch.setattr(dali_backend, "has_numba", lambda: False)
+    monkeypatch.setattr(dali_backend, "numba_fault", lambda: "unused")
     shift = PLAIN._replace(jitter=(("hue", 0.1),))
     assert error(fixed_views(None, photographs, [shift])[0], photographs, shift) <= OP_TOLERANCE
     monkeypatch.setattr(graph, "_shift_hue", lambda view, turn: graph.fn.hue(view, hue=turn * 360.0))

@@ -47,8 +47,8 @@ def choose_backend(name: str, device: torch.device | None) -> Choice:
         return Choice("torchvision", fault)
     if on_gpu:
         return Choice("dali", "DALI and a GPU are there")
-    if importlib.util.find_spec("numba") is None:
-        return Choice("torchvision", "on the CPU, DALI is the faster one only with numba: pip install numba")
+    if missing := numba_fault():
+        return Choice("torchvision", f"on the CPU, DALI is the faster one only with numba, and {missing}")
     return Choice("dali", "DALI and numba are there")
 
 
@@ -100,6 +100,20 @@ def _say_unchecked() -> None:
         "cannot tell whether this build of DALI suits the CUDA driver, as one of their versions is not to be "
         "had; if DALI fails on the GPU, use backend='torchvision'"
     )
+
+
+@functools.cache
+def numba_fault() -> str | None:
+    """Why the compiled CPU kernels cannot be used; None if they can. One that is broken is logged, once."""
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed: pip install numba"
+    try:
+        importlib.import_module("lejepa_fast.data.cpu_kernels")
+    except Exception as error:  # another NumPy than numba wants, a cache that cannot be written, ...
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning("the compiled CPU kernels cannot be used: numba says %r", first)
+        return f"numba is broken ({first}): pip install --upgrade numba, or set NUMBA_CACHE_DIR"
+    return None
 
 
 def wanted_package(cuda: str | None) -> str:

@@ -11,7 +11,6 @@ anew and the batch runs again from pixels that Pillow has decoded; what Pillow r
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import queue
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lejepa_fast.data.backend import FaultHandler, RawBatch
+from lejepa_fast.data.choice import numba_fault
 from lejepa_fast.data.draws import COLUMNS
 from lejepa_fast.data.headers import TURNS
 from lejepa_fast.data.plan import EvalPlan, TrainPlan
@@ -89,7 +89,7 @@ class DaliBackend:
         self._threads = max(1, threads)
         self._gpu = device if device is not None and device.type == "cuda" else None
         self._hw_decoder_load = hw_decoder_load
-        self._compiled = self._gpu is None and has_numba()
+        self._compiled = self._gpu is None and numba_fault() is None
         self._reader = Reader(plan.source, plan.smallest_image, self._threads, plan.reduction)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="lejepa-views")
         self._stream = torch.cuda.Stream(self._gpu) if self._gpu is not None else None
@@ -377,11 +377,6 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
 def _as_views(pixels: Tensor) -> Tensor:
     """(B, S, S, 3) as (B, 3, S, S), which is then channels last in memory."""
     return pixels.permute(0, 3, 1, 2)
-
-
-def has_numba() -> bool:
-    """Whether the compiled CPU kernels can be used."""
-    return importlib.util.find_spec("numba") is not None
 
 
 def dali_reason(error: Exception) -> str:
