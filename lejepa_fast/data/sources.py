@@ -200,7 +200,8 @@ class FolderSource(EncodedSource):
                     "give both splits the same class folders"
                 )
             files = [os.path.join(name, file) for name in by_class for file in by_class[name]]
-            labels = [names.index(name) for name in by_class for _ in by_class[name]]
+            numbers = {name: number for number, name in enumerate(names)}
+            labels = [numbers[name] for name in by_class for _ in by_class[name]]
         # One blob and offsets: a list of millions of strings would be copied into every forked worker.
         encoded = [os.fsencode(file) for file in files]
         self._blob = b"".join(encoded)
@@ -313,8 +314,9 @@ def _hold_out(source: ImageSource, split: Split, val_fraction: float, seed: int)
     """Split by class: the same images are held out on every machine, run and rank."""
     targets = source._targets if source._targets is not None else np.zeros(len(source), dtype=np.int64)
     held_out = np.zeros(len(source), dtype=bool)
-    for label in np.unique(targets).tolist():
-        members = np.flatnonzero(targets == label)
+    labels, counts = np.unique(targets, return_counts=True)
+    by_label = np.split(np.argsort(targets, kind="stable"), np.cumsum(counts)[:-1])
+    for label, members in zip(labels.tolist(), by_label, strict=True):
         if len(members) < 2:
             continue  # the only image of its class stays in training
         count = min(len(members) - 1, max(1, round(len(members) * val_fraction)))
