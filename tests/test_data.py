@@ -142,6 +142,26 @@ def test_a_lone_train_folder_is_a_split_but_a_class_called_train_is_not(tmp_path
     assert open_source(str(tmp_path / "b"), "train").classes == ["bus", "train"]
 
 
+def test_hidden_names_are_the_same_at_any_depth(tmp_path):
+    for folder in ("flat", "classes/__ant", "classes/bee/__deep", "classes/bee"):
+        write_images(tmp_path / folder, 1)
+        for hidden in (".png", "._000.png", ".cache/0.png", "__MACOSX/0.png"):
+            file = tmp_path / folder / hidden
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(b"no image")
+    (tmp_path / "flat" / "000.png").rename(tmp_path / "flat" / "__000.png")
+    flat = FolderSource(tmp_path / "flat")
+    assert [flat.relative_path(i) for i in range(len(flat))] == ["__000.png"]
+    write_images(tmp_path / "classes" / "__MACOSX", 1)
+    deep = FolderSource(tmp_path / "classes")
+    assert deep.classes == ["__ant", "bee"]
+    assert [deep.relative_path(i) for i in range(len(deep))] == [
+        "__ant/000.png",
+        "bee/000.png",
+        "bee/__deep/000.png",
+    ]
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path):
     write_images(tmp_path / "elsewhere", 3)
     (tmp_path / "set").mkdir()

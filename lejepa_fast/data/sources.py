@@ -171,7 +171,7 @@ class FolderSource(EncodedSource):
 
     Classes are the sub-folders that hold at least one image at any depth, in sorted order, unless
     `classes` fixes them (as the training split does for the held-out one). Files are taken in sorted
-    order; other files and hidden ones are ignored.
+    order; other files, those whose names begin with a dot, and `__MACOSX` folders are ignored.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) -> None:
@@ -355,11 +355,16 @@ def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
+def _is_hidden(name: str) -> bool:
+    """Names that are no data's: those with a dot, and what macOS adds to archives."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def _listing(folder: Path) -> tuple[list[str], list[str]]:
     """(sub-folders, files) of a folder, sorted, without hidden ones."""
     try:
         with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith((".", "__"))]
+            visible = [entry for entry in entries if not _is_hidden(entry.name)]
             folders = sorted(entry.name for entry in visible if entry.is_dir())
             files = sorted(entry.name for entry in visible if entry.is_file())
     except OSError as error:
@@ -383,11 +388,11 @@ def _walk_images(folder: Path) -> list[str]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not _is_hidden(name)]
         found += [
             os.path.relpath(os.path.join(current, name), folder)
             for name in files
-            if _is_image(name) and not name.startswith(".")
+            if _is_image(name) and not _is_hidden(name)
         ]
     return sorted(found)
 
