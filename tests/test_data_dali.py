@@ -394,6 +394,27 @@ def test_an_image_of_another_size_than_its_header_says_goes_to_pillow(tmp_path, 
         assert (ours - theirs).abs().mean() < 0.05
 
 
+@needs_dali
+def test_a_batch_that_dali_did_not_take_is_not_paired_with_another(tmp_path, monkeypatch, caplog):
+    source = folder(tmp_path / "images", 12)
+    right = list(multicrop_loader(source, RECIPE, batch_size=4, backend="torchvision"))
+    loader = multicrop_loader(source, RECIPE, batch_size=4, backend="dali")
+    feed, fed = loader._backend._feed, []
+
+    def refusing(batch):
+        fed.append(batch)
+        if len(fed) == 2:
+            raise RuntimeError("no place for a batch")
+        feed(batch)
+
+    monkeypatch.setattr(loader._backend, "_feed", refusing)
+    for (views, targets), (others, expected) in zip(loader, right, strict=True):
+        assert targets.tolist() == expected.tolist()
+        for ours, theirs in zip(views, others, strict=True):
+            assert (ours - theirs).abs().mean() < 0.05
+    assert caplog.text.count("DALI failed (no place for a batch)") == 1
+
+
 def test_compiled_kernels_never_read_beyond_the_image():
     kernels = pytest.importorskip("lejepa_fast.data.cpu_kernels", reason="needs numba")
     around = np.full((3, 20, 30, 3), 255, np.uint8)

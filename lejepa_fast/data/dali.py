@@ -57,13 +57,17 @@ os.register_at_fork(
 
 @dataclass
 class _Batch:
-    """A batch on its way through DALI. position: substitutes used up before it."""
+    """A batch on its way through DALI.
+
+    position: substitutes used up before it; refusal: why DALI did not take it.
+    """
 
     key: BatchKey
     images: list[Encoded | Bad]
     position: int
     rows: list[Encoded] = field(default_factory=list)
     table: np.ndarray = field(default_factory=lambda: np.empty((0, 0, COLUMNS)))
+    refusal: Exception | None = None
 
 
 class DaliBackend:
@@ -134,7 +138,7 @@ class DaliBackend:
 
     def _start(self, batch: _Batch, faults: FaultHandler, *, careful: bool = False) -> None:
         """Put good images in the places of bad ones and send the batch on its way."""
-        batch.position, batch.rows = faults.position, []
+        batch.position, batch.rows, batch.refusal = faults.position, [], None
         for found in batch.images:
             image: Encoded | Bad = found
             while isinstance(image, Bad):
@@ -154,8 +158,8 @@ class DaliBackend:
             self._pipe = self._build()
         try:
             self._feed(batch)
-        except Exception as error:  # an earlier batch has broken the pipeline; its turn comes in `_finish`
-            log.debug("DALI refuses a batch: %s", error)
+        except Exception as error:  # most likely an earlier batch has broken the pipeline: see `_finish`
+            batch.refusal = error
 
     def _feed(self, batch: _Batch) -> None:
         pipe, table = self._pipe, batch.table
@@ -201,7 +205,7 @@ class DaliBackend:
         """Let what is in flight come out, so that the pipeline can be used again."""
         try:
             for batch in running:
-                if batch.rows and self._pipe is not None:
+                if batch.rows and batch.refusal is None and self._pipe is not None:
                     self._pipe.share_outputs()
                     self._pipe.release_outputs()
         except Exception as error:
@@ -209,6 +213,8 @@ class DaliBackend:
             self._pipe = None
 
     def _collect(self, batch: _Batch) -> tuple[RawBatch, Any]:
+        if batch.refusal is not None:  # what DALI hands out next is another batch's
+            raise batch.refusal
         count = len(batch.rows)
         targets = torch.tensor([self._plan.source.target(row.index) for row in batch.rows], dtype=torch.int64)
         event = None
