@@ -179,6 +179,21 @@ def test_workers_change_nothing(workers, method):
         assert same(list(made), list(expected))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_of_two_passes_the_first_ends_with_an_error(make, workers):
+    made = make(num_workers=workers)
+    expected = list(made)
+    made.set_epoch(0)
+    first = iter(made)
+    next(first)
+    second = iter(made)
+    begun = [next(second)]
+    with pytest.raises(RunError, match="another pass over the same loader has begun"):
+        next(first)
+    assert made.state_dict()["batch"] == 1
+    assert same([*begun, *second], expected)
+
+
 def test_abandoned_pass_leaves_nothing_behind(make):
     made = make(num_workers=2, start_method="fork")
     next(iter(made))  # its prefetched batches must not show up in the next pass

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lejepa_fast.data.backend import FaultHandler, RawBatch
+from lejepa_fast.data.backend import ANOTHER_PASS, FaultHandler, RawBatch
 from lejepa_fast.data.choice import numba_fault
 from lejepa_fast.data.draws import COLUMNS
 from lejepa_fast.data.headers import TURNS
@@ -354,7 +354,7 @@ class _Pass:
                 for view in batch.views:
                     view.record_stream(stream)
             yield batch
-        raise RunError("another pass over the same loader has begun; make a loader for each")
+        raise RunError(ANOTHER_PASS)
 
 
 def _check_shapes(rows: Sequence[Encoded], images: Sequence[np.ndarray]) -> None:
