@@ -345,7 +345,11 @@ def test_bad_files_are_replaced_alike_and_positions_are_exchangeable(tmp_path, c
             if taken == 6:
                 break
         other = made(second)
+        caplog.clear()
+        other.load_state_dict(state | {"backend": second})
+        assert "may differ" not in caplog.text
         other.load_state_dict(state)
+        assert f"the loader state is of the {first} backend in mid-epoch, and this is {second}" in caplog.text
         assert labels(other) == expected[6:]
 
 

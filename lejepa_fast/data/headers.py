@@ -2,7 +2,8 @@
 
 `plain_header` condemns no file. It sorts: a file with nothing unusual goes to DALI's decoder as it is, any
 other one - odd, damaged or of another format - goes through Pillow first, which converts or refuses it.
-So a file that would make DALI's decoder fail, which ends a whole pipeline, hardly ever reaches it.
+So a file that would make DALI's decoder fail, which ends a whole pipeline, hardly ever reaches it. Damage
+between a whole header and a whole end shows in decoding alone, and there DALI takes more than Pillow does.
 
 The EXIF orientation is read here, too, and applied by ourselves: DALI's own parser takes other entries for
 valid than Pillow's does, and has been seen to spoil the memory of the process over a damaged one.

@@ -131,6 +131,7 @@ class MultiCropLoader:
             "images": self._schedule.num_images,
             "names_sha256": self._names,
             "bad": self.quarantined,
+            "backend": self.backend,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -169,6 +170,14 @@ class MultiCropLoader:
         if part.last > own.num_images // (part.world_size * part.batch_size):
             raise UsageError(
                 f"loader state is at batch {batch} of an epoch of {len(self)}; it is of another run"
+            )
+        if batch and own.rank == 0 and state.get("backend", self.backend) != self.backend:
+            log.warning(
+                "the loader state is of the %s backend in mid-epoch, and this is %s: they may differ on "
+                "which damaged JPEG files are bad, and then on the images of the rest; a quarantine file of "
+                "'python -m lejepa_fast.data.verify', made ahead of a run, makes them agree",
+                state["backend"],
+                self.backend,
             )
         if same_images:
             self._quarantine.learn(state.get("bad", ()))
