@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from loader_backends import on, skip_without
 from odd_files import DANGLING, ORIENTATION_6, damaged_exif, exif_entry, exif_inserted
 from PIL import Image
 
@@ -316,22 +317,24 @@ def labels(loader) -> list[list[int]]:
     return [targets.tolist() for _, targets in loader]
 
 
-@needs_dali
-def test_bad_files_are_replaced_alike_and_positions_are_exchangeable(tmp_path, caplog):
+@pytest.mark.parametrize("dali", ["dali", "gpu"])
+def test_bad_files_are_replaced_alike_and_positions_are_exchangeable(dali, tmp_path, caplog):
+    skip_without(dali)
     bad = {"n3": b"no image", "n11": broken_png(), "n17": UNUSUAL["half png"], "n29": broken_png()}
     source = folder(tmp_path / "images", 42, **bad)
 
     def made(backend):
-        return multicrop_loader(source, RECIPE, batch_size=4, backend=backend, max_bad_fraction=0.5, seed=1)
+        where = on(dali if backend == "dali" else backend)
+        return multicrop_loader(source, RECIPE, batch_size=4, max_bad_fraction=0.5, seed=1, **where)
 
     whole = made("torchvision")
     whole.set_epoch(5)
     expected = labels(whole)
     assert all(len(batch) == 4 for batch in expected)
-    dali = made("dali")
-    dali.set_epoch(5)
-    assert labels(dali) == expected
-    assert dali.quarantined == whole.quarantined
+    by_dali = made("dali")
+    by_dali.set_epoch(5)
+    assert labels(by_dali) == expected
+    assert by_dali.quarantined == whole.quarantined
     assert "DALI failed" in caplog.text  # it did meet the files that only decoding finds out
     flat = [label for batch in expected for label in batch]
     assert not {3, 11, 17, 29} & set(flat)
