@@ -66,10 +66,10 @@ def dali_fault(on_gpu: bool) -> str | None:
     if not on_gpu:
         return None
     built = _major(str(getattr(dali, "__cuda_version__", "")))
-    driver = _driver_version()
-    if not built or not driver:
+    available, driver = torch.cuda.is_available(), _driver_version()
+    if available and not (built and driver):
         _say_unchecked()
-    return cuda_fault(built, torch.cuda.is_available(), driver)
+    return cuda_fault(built, available, driver)
 
 
 def cuda_fault(built: int, available: bool, driver: int) -> str | None:

@@ -229,14 +229,14 @@ class DaliBackend:
             self._pipe.release_outputs()
         elif self._stream is None:
             outputs = self._pipe.share_outputs()
-            views = [_as_views(torch.from_numpy(np.array(out.as_tensor()))) for out in outputs]
+            views = [_as_views(torch.from_numpy(np.array(out.as_tensor())), batch.rows) for out in outputs]
             del outputs
             self._pipe.release_outputs()
         else:
             with torch.cuda.stream(self._stream):
                 outputs = self._pipe.share_outputs(cuda_stream=self._stream)
                 # Copies, because DALI uses its buffers again.
-                views = [_as_views(torch.from_dlpack(out.as_tensor()).clone()) for out in outputs]
+                views = [_as_views(torch.from_dlpack(out.as_tensor()).clone(), batch.rows) for out in outputs]
                 event = self._stream.record_event()
                 self._pipe.release_outputs()
         return RawBatch(views, targets, batch.key.epoch), event
@@ -380,8 +380,11 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
     return turned
 
 
-def _as_views(pixels: Tensor) -> Tensor:
-    """(B, S, S, 3) as (B, 3, S, S), which is then channels last in memory."""
+def _as_views(pixels: Tensor, rows: Sequence[Encoded]) -> Tensor:
+    """(B, S, S, 3), of which transposed rows are turned, as (B, 3, S, S), which is then channels last."""
+    turned = [number for number, row in enumerate(rows) if TURNS[row.orientation].transposed]
+    if turned:
+        pixels[turned] = pixels[turned].transpose(1, 2)
     return pixels.permute(0, 3, 1, 2)
 
 

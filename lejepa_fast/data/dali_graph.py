@@ -47,10 +47,10 @@ _COLOUR_COLUMNS = 4 * PLACES + 4
 
 
 def window_table(table: np.ndarray, sizes: Sequence[tuple[int, int]], turns: Sequence[Turn]) -> np.ndarray:
-    """(B, V, 3, 2) float32: (y, x) where the window starts and ends; 1, 1 to exchange rows and columns.
+    """(B, V, 2, 2) float32: (y, x), in the stored pixels, where the window starts and ends.
 
     sizes: (width, height) of the images, upright; turns: how their stored pixels become that. A view that is
-    mirrored, or of an image stored so, ends where it starts.
+    mirrored, or of an image stored so, ends where it starts; of a transposed image, it comes out transposed.
     """
     width, height = np.asarray(sizes, dtype=np.float64).T[..., None]
     transposed, mirrored, inverted = np.asarray(turns).T[..., None]
@@ -61,8 +61,8 @@ def window_table(table: np.ndarray, sizes: Sequence[tuple[int, int]], turns: Seq
     flip = table[..., COLUMN_FLIP] > 0
     start = np.stack([top, np.where(flip, right, left)], axis=-1)
     end = np.stack([bottom, np.where(flip, left, right)], axis=-1)
-    exchange = np.broadcast_to(transposed[..., None], start.shape)
-    return np.stack([start, end, exchange], axis=-2).astype(np.float32)
+    window = np.stack([start, end], axis=-2)
+    return np.where(transposed[..., None, None], window[..., ::-1], window).astype(np.float32)
 
 
 def colour_tables(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,14 +106,14 @@ def view_pipeline(
 ) -> Any:
     """Encoded bytes and parameters to V outputs (S, S, 3) uint8, one per entry of `sizes`.
 
+    Those of images that are stored transposed are transposed, too.
+
     augment: whether there are colours to change at all (not in evaluation).
     """
     images = _decode(device, hw_decoder_load)
     windows = fn.external_source(name="windows", dtype=types.FLOAT, ndim=3)
     colour = fn.external_source(name="colour", dtype=types.FLOAT, ndim=2) if augment else None
     matrices = fn.external_source(name="matrices", dtype=types.FLOAT, ndim=4) if augment else None
-    if windows[0, 2, 0] > 0:
-        images = fn.transpose(images, perm=[1, 0, 2], transpose_layout=False)
     views = []
     for v in range(len(sizes)):
         view = fn.resize(
