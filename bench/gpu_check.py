@@ -142,7 +142,8 @@ def _loader_tests(run: Run) -> list[str] | str:
     """Parity of the DALI pipeline on the GPU with torchvision, and the loader's own GPU tests."""
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
         return "DALI is not installed"
-    files = [str(TESTS / name) for name in ("test_data_parity.py", "test_data_loader.py")]
+    names = ("parity", "loader", "dali", "corpus", "quarantine", "large", "ranks", "headers")
+    files = [str(TESTS / f"test_data_{name}.py") for name in names]
     return _pytest(*files, "-k", "gpu", parallel=False)
 
 
@@ -169,7 +170,7 @@ STAGES = (
     Stage("pretraining, 50 steps", 30, _smoke),
     Stage("generated cases", 120, _generated_cases, **_LATER),
     Stage("tiles of other sizes", 90, _script("tiles_bench.py", "--sizes", *OTHER_TILES), **_LATER),
-    Stage("loader tests", 60, _loader_tests, **_LATER),
+    Stage("loader tests", 90, _loader_tests, **_LATER),
     Stage("loader", 60, _script("loader_bench.py", budget=True), **_LATER),
     Stage("training", 60, _script("train_bench.py", budget=True), rows="train.jsonl", **_LATER),
     _sigreg("minimal-bfloat16", 80)._replace(optional=True),

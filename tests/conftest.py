@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from loader_backends import BACKENDS, skip_without
 from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe
@@ -44,6 +45,13 @@ if interpreting():
 def _logs_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever ran before: the commands switch the propagation off."""
     monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Name of a backend, for `loader_backends.on`."""
+    skip_without(request.param)
+    return request.param
 
 
 @pytest.fixture(scope="session")

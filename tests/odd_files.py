@@ -20,6 +20,24 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
+# --- EXIF data ------------------------------------------------------------------------------------
+
+
+def exif_entry(tag: int, kind: int, count: int, value: int) -> bytes:
+    """An entry whose `value` stands in it, or is the place where the values are."""
+    return struct.pack("<HHII", tag, kind, count, value)
+
+
+ORIENTATION_6 = exif_entry(0x0112, 3, 1, 6)
+DANGLING = exif_entry(0x010F, 2, 100, 60_000)  # a maker's name far behind the end
+
+
+def exif_inserted(jpeg: bytes, *entries: bytes, magic: int = 42) -> bytes:
+    """The JPEG file with one more EXIF segment, before all others."""
+    tiff = b"II" + struct.pack("<HIH", magic, 8, len(entries)) + b"".join(entries) + bytes(4)
+    return jpeg[:2] + struct.pack(">2sH", b"\xff\xe1", 8 + len(tiff)) + b"Exif\0\0" + tiff + jpeg[2:]
+
+
 # --- bad ones: bytes made from a picture ----------------------------------------------------------
 
 
@@ -29,6 +47,23 @@ def bad_huffman(picture: Image.Image) -> bytes:
     counts = data.index(b"\xff\xc4") + 5
     total = sum(data[counts : counts + 16])
     data[counts : counts + 16] = bytes([total, *[0] * 15])  # so many codes of one bit
+    return bytes(data)
+
+
+def damaged_exif(picture: Image.Image) -> bytes:
+    """EXIF data of 515 entries, of which there are three; a wrong byte in a code table, one among the pixels.
+
+    Over this file DALI's decoder, asked to turn images upright, spoils the memory of the process. (Always the
+    same picture: in others the wrong byte may make another picture, and no error.)
+    """
+    colours = np.random.default_rng(1).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    picture = Image.fromarray(colours).resize((40, 32), Image.Resampling.BILINEAR)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x0110] = 6, "Make", "Model"
+    data = bytearray(saved(picture, "JPEG", exif=exif, quality=90))
+    data[data.index(b"MM\0*") + 8] = 2
+    data[data.rindex(b"\xff\xc4") + 70] = 214
+    data[data.index(b"\xff\xda") + 272] = 255
     return bytes(data)
 
 
@@ -54,6 +89,7 @@ def jpeg_bomb(picture: Image.Image) -> bytes:
 BAD: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
     "empty.jpg": (lambda picture: b"", "not an image"),
     "huffman.jpg": (bad_huffman, "broken data stream"),
+    "damaged-exif.jpg": (damaged_exif, "broken data stream"),
     "bomb.png": (png_bomb, "400000000 pixels"),
     "bomb.jpg": (jpeg_bomb, "400000000 pixels"),
 }

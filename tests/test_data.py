@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from lejepa_fast.data import open_source
+from lejepa_fast.data import open_source, sources
 from lejepa_fast.data.decode import to_rgb
-from lejepa_fast.data.sources import EncodedSource, FolderSource
+from lejepa_fast.data.draws import HOLDOUT, permutation
+from lejepa_fast.data.sources import EncodedSource, FolderSource, ImageSource
 from lejepa_fast.errors import RunError, UsageError
 
 
@@ -23,6 +24,22 @@ def write_images(folder: Path, count: int, *, shade: int = 0, size: tuple[int, i
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         Image.new("RGB", size, (number, shade, 7)).save(folder / f"{number:03d}.png")
+
+
+class Labelled(ImageSource):
+    """Labels without images."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        super().__init__(name="labels", kind="folder", classes=None, targets=labels)
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def describe(self, index: int) -> str:
+        return str(index)
+
+    def open_image(self, index: int) -> Image.Image:
+        raise NotImplementedError
 
 
 @pytest.fixture
@@ -80,6 +97,22 @@ def test_hold_out_is_per_class_disjoint_and_repeatable(class_folders):
     assert val.encoded(0) == Path(val.describe(0)).read_bytes()
 
 
+def test_hold_out_depends_on_the_images_of_a_class_alone():
+    """In whatever order they come; each class by a draw of its own."""
+    labels = np.random.default_rng(0).integers(0, 5, 200)
+    labels[7] = 11  # the only one of its class
+    source = Labelled(labels)
+    held_out = set(sources._hold_out(source, "val", 0.2, seed=3)._indices.tolist())
+    expected = set()
+    for label in range(5):
+        members = [i for i in range(200) if labels[i] == label]
+        drawn = permutation(3, HOLDOUT, 0, label, len(members))
+        expected |= {members[place] for place in drawn[: round(len(members) * 0.2)]}
+    assert held_out == expected
+    kept = sources._hold_out(source, "train", 0.2, seed=3)._indices.tolist()
+    assert kept == sorted(set(range(200)) - expected)
+
+
 def test_flat_folder_has_no_labels(tmp_path):
     write_images(tmp_path / "flat", 10)
     source = open_source(str(tmp_path / "flat"), "train")
@@ -107,6 +140,26 @@ def test_a_lone_train_folder_is_a_split_but_a_class_called_train_is_not(tmp_path
     for name in ("bus", "train"):
         write_images(tmp_path / "b" / name, 10)
     assert open_source(str(tmp_path / "b"), "train").classes == ["bus", "train"]
+
+
+def test_hidden_names_are_the_same_at_any_depth(tmp_path):
+    for folder in ("flat", "classes/__ant", "classes/bee/__deep", "classes/bee"):
+        write_images(tmp_path / folder, 1)
+        for hidden in (".png", "._000.png", ".cache/0.png", "__MACOSX/0.png"):
+            file = tmp_path / folder / hidden
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(b"no image")
+    (tmp_path / "flat" / "000.png").rename(tmp_path / "flat" / "__000.png")
+    flat = FolderSource(tmp_path / "flat")
+    assert [flat.relative_path(i) for i in range(len(flat))] == ["__000.png"]
+    write_images(tmp_path / "classes" / "__MACOSX", 1)
+    deep = FolderSource(tmp_path / "classes")
+    assert deep.classes == ["__ant", "bee"]
+    assert [deep.relative_path(i) for i in range(len(deep))] == [
+        "__ant/000.png",
+        "bee/000.png",
+        "bee/__deep/000.png",
+    ]
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):

@@ -1,4 +1,4 @@
-"""What is DALI's own: the choice of it, sorting files for it, its failures and threads; torchvision alike."""
+"""What is DALI's own: the choice of it, its failures and threads; torchvision alike."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import gc
 import io
 import logging
 import os
-import random
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from loader_backends import on, skip_without
 from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe, choice, dali, eval_loader, multicrop_loader
-from lejepa_fast.data.decode import open_encoded, to_rgb
-from lejepa_fast.data.headers import plain_size
 from lejepa_fast.data.sources import FolderSource
 from lejepa_fast.errors import UsageError
 
@@ -70,9 +69,9 @@ def broken_png() -> bytes:
 def test_auto_takes_what_is_there(monkeypatch):
     cpu, gpu = None, torch.device("cuda", 0)
     monkeypatch.setattr(choice, "dali_fault", lambda on_gpu: None)
-    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(choice, "numba_fault", lambda: None)
     assert choice.choose_backend("auto", cpu).name == choice.choose_backend("auto", gpu).name == "dali"
-    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(choice, "numba_fault", lambda: "numba is not installed: pip install numba")
     chosen = choice.choose_backend("auto", cpu)
     assert chosen.name == "torchvision"
     assert "pip install numba" in chosen.reason
@@ -82,6 +81,33 @@ def test_auto_takes_what_is_there(monkeypatch):
     assert choice.choose_backend("dali", cpu).name == "dali"
     with pytest.raises(UsageError, match=r"backend 'dali': it is broken, or use backend='torchvision'"):
         choice.choose_backend("dali", gpu)
+
+
+@needs_dali
+@pytest.mark.parametrize(
+    "text", ["Numba needs NumPy 2.3 or less. Got 2.4", "cannot cache function 'x': no locator"]
+)
+def test_a_broken_numba_is_said_once_and_done_without(text, tmp_path, monkeypatch, caplog):
+    real = choice.importlib.import_module
+
+    def refuse(name):
+        if name == "lejepa_fast.data.cpu_kernels":
+            raise ImportError(text + "\nmore")
+        return real(name)
+
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(choice.importlib, "import_module", refuse)
+    choice.numba_fault.cache_clear()
+    try:
+        chosen = choice.choose_backend("auto", None)
+        assert chosen.name == "torchvision"
+        assert text in chosen.reason
+        loader = multicrop_loader(folder(tmp_path / "images", 4), RECIPE, batch_size=4, backend="dali")
+        assert len(list(loader)) == 1  # by the operator graph
+        assert caplog.text.count(text) == 1
+        assert "DALI failed" not in caplog.text
+    finally:
+        choice.numba_fault.cache_clear()
 
 
 def test_dali_that_is_missing_or_broken_is_explained(monkeypatch):
@@ -105,38 +131,61 @@ def test_dali_that_is_missing_or_broken_is_explained(monkeypatch):
     [
         ("13.0", True, 13010, None),
         ("12.9", True, 13000, None),
-        (
-            "13.0",
-            True,
-            12080,
-            "built for CUDA 13, the driver supports CUDA 12.8: pip install nvidia-dali-cuda120",
-        ),
+        ("12986", True, 12040, None),
+        ("124131", True, 12040, None),
+        ("13.4.92", True, 12080, "the driver supports CUDA 12.8: pip install nvidia-dali-cuda120"),
+        ("13492", True, 12080, "built for CUDA 13, the driver supports CUDA 12.8"),
         ("13000", True, 12040, "built for CUDA 13"),
         ("13.0", False, 13000, "no CUDA device"),
-        ("", True, 0, None),
+        ("", True, 13000, None),
+        ("13492", True, 0, None),
     ],
 )
-def test_builds_for_another_cuda_are_named(built, available, driver, text):
-    fault = choice.cuda_fault(built, available, driver)
+def test_builds_for_another_cuda_are_named(built, available, driver, text, monkeypatch, caplog):
+    choice._say_unchecked.cache_clear()
+    monkeypatch.setattr(choice, "_is_installed", lambda: True)
+    monkeypatch.setattr(
+        choice.importlib, "import_module", lambda name: SimpleNamespace(__cuda_version__=built)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+
+    class Driver:
+        def cuDriverGetVersion(self, place):  # noqa: N802, its name in the library
+            place._obj.value = driver
+            return 0 if driver else 3
+
+    monkeypatch.setattr(choice.ctypes, "CDLL", lambda name: Driver())
+    fault = choice.dali_fault(True)
     assert fault is None if text is None else text in fault
+    # What cannot be checked is said, and once.
+    choice.dali_fault(True)
+    assert caplog.text.count("cannot tell whether this build of DALI suits") == (not built or not driver)
     assert choice.wanted_package("13.2") == choice.wanted_package(None) == "nvidia-dali-cuda130"
+
+
+def test_a_machine_without_a_driver_is_no_error(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(choice.ctypes, "CDLL", missing)
+    assert choice._driver_version() == 0
 
 
 @needs_dali
 def test_what_makes_the_views_can_be_chosen(monkeypatch):
-    for views, on_gpu, has_numba, compiled in (
-        ("auto", False, True, True),
-        ("auto", False, False, False),
-        ("auto", True, True, False),
-        ("operators", False, True, False),
-        ("numba", False, True, True),
+    for views, on_gpu, fault, compiled in (
+        ("auto", False, None, True),
+        ("auto", False, "broken", False),
+        ("auto", True, None, False),
+        ("operators", False, None, False),
+        ("numba", False, None, True),
     ):
-        monkeypatch.setattr(dali, "has_numba", lambda found=has_numba: found)
+        monkeypatch.setattr(dali, "numba_fault", lambda fault=fault: fault)
         assert dali._compiled(views, on_gpu=on_gpu) == compiled
     with pytest.raises(UsageError, match="dali_views 'numba': it works on the CPU only; or use 'operators'"):
         dali._compiled("numba", on_gpu=True)
-    monkeypatch.setattr(dali, "has_numba", lambda: False)
-    with pytest.raises(UsageError, match="it is not installed: pip install numba; or use 'operators'"):
+    monkeypatch.setattr(dali, "numba_fault", lambda: "numba is not installed: pip install numba")
+    with pytest.raises(UsageError, match="numba is not installed: pip install numba; or use 'operators'"):
         dali._compiled("numba", on_gpu=False)
 
 
@@ -152,77 +201,6 @@ def test_the_choice_is_logged_with_its_reason(tmp_path, caplog):
     assert "dali backend (as asked for; views by operators)" in caplog.text
 
 
-# --- sorting files ------------------------------------------------------------------------------
-
-
-def exif(orientation: int) -> Image.Exif:
-    made = Image.Exif()
-    made[0x0112] = orientation
-    return made
-
-
-PLAIN = {
-    "jpeg": saved(picture(), "JPEG"),
-    "gray jpeg": saved(picture().convert("L"), "JPEG"),
-    "progressive": saved(picture(), "JPEG", progressive=True, subsampling=2),
-    "upright": saved(picture(), "JPEG", exif=exif(1)),
-    "turned": saved(picture(), "JPEG", exif=exif(6)),
-    "mirrored": saved(picture(), "JPEG", exif=exif(2)),
-    "png": saved(picture(), "PNG"),
-    "gray png": saved(picture().convert("L"), "PNG"),
-    "padded": saved(picture(), "JPEG") + bytes(100),
-}
-UNUSUAL = {
-    "cmyk": saved(picture().convert("CMYK"), "JPEG"),
-    "palette": saved(picture().quantize(8), "PNG"),
-    "16 bit": saved(Image.fromarray(np.full((9, 9), 700, np.uint16)), "PNG"),
-    "alpha": saved(picture().convert("RGBA"), "PNG"),
-    "animation": saved(picture().quantize(8), "GIF", save_all=True, append_images=[picture(1).quantize(8)]),
-    "turned png": saved(picture(), "PNG", exif=exif(6)),
-    "webp": saved(picture(), "WEBP"),
-    "tiff": saved(picture(), "TIFF"),
-    "empty": b"",
-    "text": b"no image",
-    "start": b"\xff\xd8\xff",
-    "half": PLAIN["jpeg"][: len(PLAIN["jpeg"]) // 2],
-    "no end": PLAIN["jpeg"][:-2],
-    "half png": PLAIN["png"][: len(PLAIN["png"]) // 2],
-    "bad table": PLAIN["jpeg"].replace(
-        PLAIN["jpeg"][PLAIN["jpeg"].index(b"\xff\xc4") :][:21], b"\xff\xc4\0\x1f\0" + b"\xff" * 16
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", PLAIN)
-def test_plain_files_go_the_short_way(kind):
-    assert plain_size(PLAIN[kind]) == to_rgb(open_encoded(PLAIN[kind])).size
-
-
-@pytest.mark.parametrize("kind", UNUSUAL)
-def test_unusual_files_do_not(kind):
-    assert plain_size(UNUSUAL[kind]) is None
-
-
-def test_bombs_do_not(monkeypatch):
-    assert plain_size(PLAIN["jpeg"]) == (48, 32)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 32 - 1)
-    assert plain_size(PLAIN["jpeg"]) is None
-
-
-def test_sorting_survives_any_bytes():
-    rng = random.Random(0)
-    for data in [*PLAIN.values(), *UNUSUAL.values()]:
-        for _ in range(60):
-            changed = bytearray(data)
-            for _ in range(rng.randrange(1, 6)):
-                if changed:
-                    changed[rng.randrange(min(len(changed), 400))] = rng.randrange(256)
-            size = plain_size(
-                bytes(changed[: rng.randrange(len(changed) + 1)] if rng.random() < 0.3 else changed)
-            )
-            assert size is None or min(size) >= 1
-
-
 # --- equality with torchvision ------------------------------------------------------------------
 
 
@@ -230,22 +208,24 @@ def labels(loader) -> list[list[int]]:
     return [targets.tolist() for _, targets in loader]
 
 
-@needs_dali
-def test_bad_files_are_replaced_alike_and_positions_are_exchangeable(tmp_path, caplog):
-    bad = {"n3": b"no image", "n11": broken_png(), "n17": UNUSUAL["half png"], "n29": broken_png()}
+@pytest.mark.parametrize("dali", ["dali", "gpu"])
+def test_bad_files_are_replaced_alike_and_positions_are_exchangeable(dali, tmp_path, caplog):
+    skip_without(dali)
+    bad = {"n3": b"no image", "n11": broken_png(), "n17": saved(picture(), "PNG")[:150], "n29": broken_png()}
     source = folder(tmp_path / "images", 42, **bad)
 
     def made(backend):
-        return multicrop_loader(source, RECIPE, batch_size=4, backend=backend, max_bad_fraction=0.5, seed=1)
+        where = on(dali if backend == "dali" else backend)
+        return multicrop_loader(source, RECIPE, batch_size=4, max_bad_fraction=0.5, seed=1, **where)
 
     whole = made("torchvision")
     whole.set_epoch(5)
     expected = labels(whole)
     assert all(len(batch) == 4 for batch in expected)
-    dali = made("dali")
-    dali.set_epoch(5)
-    assert labels(dali) == expected
-    assert dali.quarantined == whole.quarantined
+    by_dali = made("dali")
+    by_dali.set_epoch(5)
+    assert labels(by_dali) == expected
+    assert by_dali.quarantined == whole.quarantined
     assert "DALI failed" in caplog.text  # it did meet the files that only decoding finds out
     flat = [label for batch in expected for label in batch]
     assert not {3, 11, 17, 29} & set(flat)
@@ -259,8 +239,33 @@ def test_bad_files_are_replaced_alike_and_positions_are_exchangeable(tmp_path, c
             if taken == 6:
                 break
         other = made(second)
+        caplog.clear()
+        other.load_state_dict(state | {"backend": second})
+        assert "may differ" not in caplog.text
         other.load_state_dict(state)
+        assert f"the loader state is of the {first} backend in mid-epoch, and this is {second}" in caplog.text
         assert labels(other) == expected[6:]
+
+
+@needs_dali
+def test_a_batch_that_dali_did_not_take_is_not_paired_with_another(tmp_path, monkeypatch, caplog):
+    source = folder(tmp_path / "images", 12)
+    right = list(multicrop_loader(source, RECIPE, batch_size=4, backend="torchvision"))
+    loader = multicrop_loader(source, RECIPE, batch_size=4, backend="dali")
+    feed, fed = loader._backend._feed, []
+
+    def refusing(batch):
+        fed.append(batch)
+        if len(fed) == 2:
+            raise RuntimeError("no place for a batch")
+        feed(batch)
+
+    monkeypatch.setattr(loader._backend, "_feed", refusing)
+    for (views, targets), (others, expected) in zip(loader, right, strict=True):
+        assert targets.tolist() == expected.tolist()
+        for ours, theirs in zip(views, others, strict=True):
+            assert (ours - theirs).abs().mean() < 0.05
+    assert caplog.text.count("DALI failed (no place for a batch)") == 1
 
 
 @needs_dali

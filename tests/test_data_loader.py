@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loader_backends import on
 from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader, open_source
@@ -70,12 +71,10 @@ def loader(count: int = 37, **options):
     return multicrop_loader(NumberedSource(count), **options)
 
 
-@pytest.fixture(params=["torchvision", "dali"])
-def make(request):
-    """`loader` for each backend: what the contract promises holds for both."""
-    if request.param == "dali":
-        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    return partial(loader, backend=request.param)
+@pytest.fixture
+def make(backend):
+    """`loader` for each backend: what the contract promises holds for all."""
+    return partial(loader, **on(backend))
 
 
 def loader_at(epoch: int, make=loader, **options):
@@ -117,10 +116,12 @@ def test_batch_contents(make):
 def test_dtype_layout_and_labels(make):
     raw = next(iter(make(dtype=torch.uint8)))[0]
     plain = next(iter(make()))[0]
-    half = next(iter(make(dtype=torch.bfloat16, channels_last=True, device="cpu")))[0]
+    device = make.keywords.get("device", "cpu")
+    half = next(iter(make(dtype=torch.bfloat16, channels_last=True, device=device)))[0]
     mean, std = torch.tensor(RECIPE.mean).view(3, 1, 1), torch.tensor(RECIPE.std).view(3, 1, 1)
     for r, p, h in zip(raw, plain, half, strict=True):
         assert r.dtype == torch.uint8
+        mean, std = mean.to(device), std.to(device)
         torch.testing.assert_close(p, (r / 255 - mean) / std)
         assert torch.equal(h, p.bfloat16())
         assert h.is_contiguous(memory_format=torch.channels_last)
@@ -133,7 +134,7 @@ def test_dtype_layout_and_labels(make):
 def test_views_can_enter_autograd(make):
     # Inference-mode tensors could not be saved for backward.
     views, _ = next(iter(make(dtype=torch.uint8)))
-    weight = torch.ones(1, requires_grad=True)
+    weight = torch.ones(1, requires_grad=True, device=views[0].device)
     (views[0].float() * weight).sum().backward()
     assert weight.grad is not None
     views[0].add_(1)
@@ -177,6 +178,21 @@ def test_workers_change_nothing(workers, method):
     made = multicrop_loader(source, RECIPE, batch_size=4, num_workers=workers, start_method=method)
     for _ in range(2):  # the second pass comes from the same, persistent workers
         assert same(list(made), list(expected))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_of_two_passes_the_first_ends_with_an_error(make, workers):
+    made = make(num_workers=workers)
+    expected = list(made)
+    made.set_epoch(0)
+    first = iter(made)
+    next(first)
+    second = iter(made)
+    begun = [next(second)]
+    with pytest.raises(RunError, match="another pass over the same loader has begun"):
+        next(first)
+    assert made.state_dict()["batch"] == 1
+    assert same([*begun, *second], expected)
 
 
 def test_abandoned_pass_leaves_nothing_behind(make):

@@ -16,22 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from loader_backends import on
 from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader, quarantine
-from lejepa_fast.data.choice import dali_fault
 from lejepa_fast.data.quarantine import Quarantine
 from lejepa_fast.data.reading import read_image
 from lejepa_fast.data.sources import FolderSource, ImageSource
 from lejepa_fast.data.webdataset import ShardSource
 from lejepa_fast.errors import RunError, UsageError
-
-
-@pytest.fixture(params=["torchvision", "dali"])
-def backend(request) -> str:
-    if request.param == "dali" and dali_fault(False):
-        pytest.skip(str(dali_fault(False)))
-    return request.param
 
 
 def flat_folder(root: Path, count: int = 70) -> Path:
@@ -66,7 +59,7 @@ def test_unreadable_and_small_images_are_quarantined_and_replaced(tmp_path, back
     options = {
         "batch_size": 8,
         "num_workers": workers,
-        "backend": backend,
+        **on(backend),
         "dtype": torch.uint8,
         "quarantine": listing,
     }
@@ -99,7 +92,7 @@ def test_data_without_a_readable_image_end_the_run(tmp_path, backend):
     source = FolderSource(flat_folder(tmp_path / "images", 4))
     for index in range(4):
         Path(source.describe(index)).write_bytes(b"no image at all")
-    loader = multicrop_loader(source, PLAIN, batch_size=2, backend=backend, max_bad_fraction=1.0)
+    loader = multicrop_loader(source, PLAIN, batch_size=2, **on(backend), max_bad_fraction=1.0)
     with pytest.raises(RunError, match=r"^no readable image is left in the data set"):
         list(loader)
 
@@ -110,7 +103,7 @@ def test_listed_images_are_not_tried_again(tmp_path, backend, workers):
     source = FolderSource(flat_folder(tmp_path / "images", 70))
     listing = tmp_path / "quarantine.txt"
     listing.write_text("".join(f"{source.describe(index)}\t{index}\tdisk error\n" for index in (3, 9)))
-    shared = {"num_workers": workers, "backend": backend, "quarantine": listing, "max_bad_fraction": 0.2}
+    shared = {"num_workers": workers, **on(backend), "quarantine": listing, "max_bad_fraction": 0.2}
     options = {"batch_size": 8, "dtype": torch.uint8, **shared}
     made = multicrop_loader(source, PLAIN, **options)
     for epoch in range(3):
@@ -141,7 +134,7 @@ def test_listed_images_are_not_tried_again(tmp_path, backend, workers):
 def test_a_state_of_other_images_hands_over_the_epoch_alone(tmp_path, backend, caplog):
     def of(name: str, **options):
         source = FolderSource(tmp_path / name)
-        return multicrop_loader(source, PLAIN, batch_size=4, backend=backend, **options)
+        return multicrop_loader(source, PLAIN, batch_size=4, **on(backend), **options)
 
     for name in ("first", "moved", "other"):
         flat_folder(tmp_path / name, 18)
@@ -249,7 +242,7 @@ def test_huge_files_are_not_read(tmp_path, backend, kind):
             tar.offset += bytes_
         source = ShardSource([shard])
     listing = tmp_path / "quarantine.txt"
-    options = {"backend": backend, "quarantine": listing, "max_bad_fraction": 0.2}
+    options = {**on(backend), "quarantine": listing, "max_bad_fraction": 0.2}
     images = eval_loader(source, image_size=8, batch_size=9, **options)
     assert [len(batch) for batch, _ in images] == [8]
     (line,) = listing.read_text().splitlines()
@@ -266,7 +259,7 @@ def test_what_is_no_file_is_quarantined(tmp_path, backend):
     os.mkfifo(root / "pipe.png")
     (root / "zero.png").symlink_to("/dev/zero")
     listing = tmp_path / "quarantine.txt"
-    options = {"backend": backend, "quarantine": listing, "max_bad_fraction": 0.3}
+    options = {**on(backend), "quarantine": listing, "max_bad_fraction": 0.3}
     images = eval_loader(FolderSource(root.parent), image_size=8, batch_size=11, **options)
     assert [len(batch) for batch, _ in images] == [9]
     reason = "a pipe or device, not a file"

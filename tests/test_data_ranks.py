@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loader_backends import on
 from PIL import Image
 
 from lejepa_fast.data import MultiCropLoader, MultiCropRecipe, multicrop_loader
@@ -27,13 +28,6 @@ from lejepa_fast.errors import RunError
 RECIPE = MultiCropRecipe(
     global_size=16, local_crops=0, jitter_prob=0, grayscale_prob=0, blur_prob=0, solarize_prob=0
 )
-
-
-@pytest.fixture(params=["torchvision", "dali"])
-def backend(request) -> str:
-    if request.param == "dali" and dali_fault(False):
-        pytest.skip(str(dali_fault(False)))
-    return request.param
 
 
 # --- who takes what, without pixels -------------------------------------------------------------
@@ -230,7 +224,7 @@ def test_resume_on_other_ranks_with_bad_files(tmp_path, backend, worlds):
     for number, world in enumerate(worlds):
         # The last one has nothing but the state to tell it which files the other ranks have met.
         last = number == len(worlds) - 1
-        loaders = loaders_of(source, world, 12 // world, backend=backend, quarantine=None if last else file)
+        loaders = loaders_of(source, world, 12 // world, **on(backend), quarantine=None if last else file)
         for loader in loaders if state else []:
             loader.load_state_dict(state)
         steps, state = steps_of(loaders, None if last else 2)
@@ -315,7 +309,7 @@ def test_too_many_bad_files_stop_a_rank_that_meets_none(tmp_path, backend):
     bad = order[:, 0].reshape(-1)[4:12].tolist()  # eight, all in the batches of rank 0
     source = damaged_folder(tmp_path / "images", 40, bad)
     file = tmp_path / "quarantine.txt"
-    options = {"backend": backend, "max_bad_fraction": 0.15, "quarantine": file}
+    options = {**on(backend), "max_bad_fraction": 0.15, "quarantine": file}
     passes = dict(enumerate(map(iter, loaders_of(source, 2, 2, **options))))
     said = []
     while passes:
@@ -335,6 +329,7 @@ import json, sys
 sys.path[:0] = json.loads(sys.argv[1])
 from pathlib import Path
 import torch
+from loader_backends import on
 import torch.distributed as dist
 from test_data_ranks import NumberedFolder, loaders_of
 from lejepa_fast.errors import RunError

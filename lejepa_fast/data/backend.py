@@ -14,6 +14,10 @@ from lejepa_fast.data.sampler import BatchKey
 LISTED = "listed in the quarantine"
 
 
+# Why a pass cannot go on: a backend makes one at a time.
+ANOTHER_PASS = "another pass over the same loader has begun; make a loader for each"
+
+
 @dataclass(frozen=True)
 class Fault:
     """A row of a batch whose image cannot be used."""
@@ -55,5 +59,5 @@ class Backend(Protocol):
     name: str
 
     def batches(self, keys: Iterable[BatchKey], faults: FaultHandler) -> Iterator[RawBatch]:
-        """One uint8 batch per key, in order. May be called again after an abandoned pass."""
+        """One uint8 batch per key, in order. A pass that was begun before ends: it raises `RunError`."""
         ...

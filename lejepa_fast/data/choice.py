@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib
 import importlib.util
 import logging
@@ -46,8 +48,8 @@ def choose_backend(name: str, device: torch.device | None) -> Choice:
         return Choice("torchvision", fault)
     if on_gpu:
         return Choice("dali", "DALI and a GPU are there")
-    if importlib.util.find_spec("numba") is None:
-        return Choice("torchvision", "on the CPU, DALI is the faster one only with numba: pip install numba")
+    if missing := numba_fault():
+        return Choice("torchvision", f"on the CPU, DALI is the faster one only with numba, and {missing}")
     return Choice("dali", "DALI and numba are there")
 
 
@@ -64,23 +66,54 @@ def dali_fault(on_gpu: bool) -> str | None:
         return f"DALI cannot be loaded ({first}): pip install {package}"
     if not on_gpu:
         return None
-    built = str(getattr(dali, "__cuda_version__", ""))
-    return cuda_fault(built, torch.cuda.is_available(), _driver_version())
+    built = _major(str(getattr(dali, "__cuda_version__", "")))
+    available, driver = torch.cuda.is_available(), _driver_version()
+    if available and not (built and driver):
+        _say_unchecked()
+    return cuda_fault(built, available, driver)
 
 
-def cuda_fault(built: str, available: bool, driver: int) -> str | None:
-    """Why a DALI built for CUDA `built` ("13.0") cannot use the GPU; driver: supports this (12080)."""
+def cuda_fault(built: int, available: bool, driver: int) -> str | None:
+    """Why a DALI built for CUDA `built` (13) cannot use the GPU.
+
+    driver: the newest CUDA that it supports (12080 for 12.8). 0 for what is not known.
+    """
     if not available:
         return "there is no CUDA device"
-    digits = "".join(c for c in built if c.isdigit() or c == ".").split(".")
-    # "13.0", or 13000 in the numbering of the driver.
-    major = int(digits[0] or 0) // (1000 if len(digits) == 1 and len(digits[0]) > 3 else 1)
-    if driver and major > driver // 1000:
+    if driver and built > driver // 1000:
         supported = f"{driver // 1000}.{driver % 1000 // 10}"
         return (
-            f"DALI is built for CUDA {major}, the driver supports CUDA {supported}: "
+            f"DALI is built for CUDA {built}, the driver supports CUDA {supported}: "
             f"pip install {wanted_package(supported)} in its place"
         )
+    return None
+
+
+def _major(version: str) -> int:
+    """13 of "13.4.92", "13492" (as DALI has it, without the dots) and "13000"; 0 of what is no version."""
+    digits = "".join(c for c in version if c.isdigit())
+    return int(digits[:2] or 0)
+
+
+@functools.cache
+def _say_unchecked() -> None:
+    log.warning(
+        "cannot tell whether this build of DALI suits the CUDA driver, as one of their versions is not to be "
+        "had; if DALI fails on the GPU, use backend='torchvision'"
+    )
+
+
+@functools.cache
+def numba_fault() -> str | None:
+    """Why the compiled CPU kernels cannot be used; None if they can. One that is broken is logged, once."""
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed: pip install numba"
+    try:
+        importlib.import_module("lejepa_fast.data.cpu_kernels")
+    except Exception as error:  # another NumPy than numba wants, a cache that cannot be written, ...
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning("the compiled CPU kernels cannot be used: numba says %r", first)
+        return f"numba is broken ({first}): pip install --upgrade numba, or set NUMBA_CACHE_DIR"
     return None
 
 
@@ -98,11 +131,13 @@ def _is_installed() -> bool:
 
 
 def _driver_version() -> int:
-    """CUDA version that the driver supports, 12080 for 12.8; 0 when unknown."""
+    """CUDA version that the driver supports, 12080 for 12.8; 0 when it is not to be had."""
+    version = ctypes.c_int(0)
     try:
-        return int(getattr(torch._C, "_cuda_getDriverVersion")())  # noqa: B009, unknown to type checkers
-    except Exception:
+        fault = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
         return 0
+    return 0 if fault else version.value
 
 
 def check_loading(*, prefetch: int, hw_decoder_load: float, dali_views: str) -> None:

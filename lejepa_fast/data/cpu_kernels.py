@@ -117,8 +117,10 @@ def resample(image, p, planes):
     """Cut the window of `p` out and resize it to `planes` (3, S, S), rounded to whole numbers."""
     size = planes.shape[1]
     top, left, height, width = p[COLUMN_TOP], p[COLUMN_LEFT], p[COLUMN_HEIGHT], p[COLUMN_WIDTH]
-    low_y, low_x = int(top), int(left)
-    high_y, high_x = math.ceil(top + height), math.ceil(left + width)
+    # Nothing else checks bounds: a window that is not the image's must not read what lies beyond.
+    low_y, low_x = max(int(top), 0), max(int(left), 0)
+    high_y = min(max(math.ceil(top + height), 1), image.shape[0])
+    high_x = min(max(math.ceil(left + width), 1), image.shape[1])
     if p[COLUMN_WHOLE] > 0:  # the window is cut after resizing: the filter sees beyond its border
         low_y, low_x, high_y, high_x = 0, 0, image.shape[0], image.shape[1]
     first_y, weights_y = axis_weights(float(top), float(height), low_y, high_y, size)

@@ -12,7 +12,6 @@ anew and the batch runs again from pixels that Pillow has decoded; what Pillow r
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import queue
@@ -28,8 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lejepa_fast.data.backend import FaultHandler, RawBatch
+from lejepa_fast.data.backend import ANOTHER_PASS, FaultHandler, RawBatch
+from lejepa_fast.data.choice import numba_fault
 from lejepa_fast.data.draws import COLUMNS
+from lejepa_fast.data.headers import TURNS
 from lejepa_fast.data.plan import EvalPlan, TrainPlan
 from lejepa_fast.data.reading import Bad, Encoded, PendingRead, Reader
 from lejepa_fast.data.sampler import BatchKey
@@ -57,13 +58,17 @@ os.register_at_fork(
 
 @dataclass
 class _Batch:
-    """A batch on its way through DALI. position: substitutes used up before it."""
+    """A batch on its way through DALI.
+
+    position: substitutes used up before it; refusal: why DALI did not take it.
+    """
 
     key: BatchKey
     images: list[Encoded | Bad]
     position: int
     rows: list[Encoded] = field(default_factory=list)
     table: np.ndarray = field(default_factory=lambda: np.empty((0, 0, COLUMNS)))
+    refusal: Exception | None = None
 
 
 class DaliBackend:
@@ -142,7 +147,7 @@ class DaliBackend:
 
     def _start(self, batch: _Batch, faults: FaultHandler, *, careful: bool = False) -> None:
         """Put good images in the places of bad ones and send the batch on its way."""
-        batch.position, batch.rows = faults.position, []
+        batch.position, batch.rows, batch.refusal = faults.position, [], None
         for found in batch.images:
             image: Encoded | Bad = found
             while isinstance(image, Bad):
@@ -162,8 +167,8 @@ class DaliBackend:
             self._pipe = self._build()
         try:
             self._feed(batch)
-        except Exception as error:  # an earlier batch has broken the pipeline; its turn comes in `_finish`
-            log.debug("DALI refuses a batch: %s", error)
+        except Exception as error:  # most likely an earlier batch has broken the pipeline: see `_finish`
+            batch.refusal = error
 
     def _feed(self, batch: _Batch) -> None:
         pipe, table = self._pipe, batch.table
@@ -171,7 +176,9 @@ class DaliBackend:
         if not self._compiled:
             from lejepa_fast.data.dali_graph import colour_tables, window_table
 
-            pipe.feed_input("windows", window_table(table))
+            sizes = [(row.width, row.height) for row in batch.rows]
+            turns = [TURNS[row.orientation] for row in batch.rows]
+            pipe.feed_input("windows", window_table(table, sizes, turns))
             if self._plan.recipe is not None:
                 colour, matrices = colour_tables(table)
                 pipe.feed_input("colour", colour)
@@ -207,7 +214,7 @@ class DaliBackend:
         """Let what is in flight come out, so that the pipeline can be used again."""
         try:
             for batch in running:
-                if batch.rows and self._pipe is not None:
+                if batch.rows and batch.refusal is None and self._pipe is not None:
                     self._pipe.share_outputs()
                     self._pipe.release_outputs()
         except Exception as error:
@@ -215,6 +222,8 @@ class DaliBackend:
             self._pipe = None
 
     def _collect(self, batch: _Batch) -> tuple[RawBatch, Any]:
+        if batch.refusal is not None:  # what DALI hands out next is another batch's
+            raise batch.refusal
         count = len(batch.rows)
         targets = torch.tensor([self._plan.source.target(row.index) for row in batch.rows], dtype=torch.int64)
         event = None
@@ -222,24 +231,28 @@ class DaliBackend:
             views = [torch.empty((0, 3, size, size), dtype=torch.uint8) for size in self._plan.sizes]
         elif self._compiled:
             images = self._pipe.share_outputs()[0]
-            views = self._render([np.asarray(images[row]) for row in range(count)], batch.table)
+            decoded = [np.asarray(images[row]) for row in range(count)]
+            _check_shapes(batch.rows, decoded)
+            views = self._render(batch.rows, decoded, batch.table)
             del images
             self._pipe.release_outputs()
         elif self._stream is None:
             outputs = self._pipe.share_outputs()
-            views = [_as_views(torch.from_numpy(np.array(out.as_tensor()))) for out in outputs]
+            views = [_as_views(torch.from_numpy(np.array(out.as_tensor())), batch.rows) for out in outputs]
             del outputs
             self._pipe.release_outputs()
         else:
             with torch.cuda.stream(self._stream):
                 outputs = self._pipe.share_outputs(cuda_stream=self._stream)
                 # Copies, because DALI uses its buffers again.
-                views = [_as_views(torch.from_dlpack(out.as_tensor()).clone()) for out in outputs]
+                views = [_as_views(torch.from_dlpack(out.as_tensor()).clone(), batch.rows) for out in outputs]
                 event = self._stream.record_event()
                 self._pipe.release_outputs()
         return RawBatch(views, targets, batch.key.epoch), event
 
-    def _render(self, images: Sequence[np.ndarray], table: np.ndarray) -> list[Tensor]:
+    def _render(
+        self, rows: Sequence[Encoded], images: Sequence[np.ndarray], table: np.ndarray
+    ) -> list[Tensor]:
         """The views of decoded images, by compiled kernels that do not hold the interpreter's lock."""
         from lejepa_fast.data.cpu_kernels import render_view
 
@@ -251,8 +264,9 @@ class DaliBackend:
         arrays = [view.numpy() for view in made]
 
         def render(row: int) -> None:
+            image = _upright(images[row], rows[row].orientation)
             for v, out in enumerate(arrays):
-                render_view(images[row], parameters[row, v], kernel, threshold, out[row])
+                render_view(image, parameters[row, v], kernel, threshold, out[row])
 
         for _ in self._pool.map(render, range(len(images))):
             pass
@@ -349,25 +363,48 @@ class _Pass:
                 for view in batch.views:
                     view.record_stream(stream)
             yield batch
-        raise RunError("another pass over the same loader has begun; make a loader for each")
+        raise RunError(ANOTHER_PASS)
 
 
-def _as_views(pixels: Tensor) -> Tensor:
-    """(B, S, S, 3) as (B, 3, S, S), which is then channels last in memory."""
+def _check_shapes(rows: Sequence[Encoded], images: Sequence[np.ndarray]) -> None:
+    """The windows were drawn for the sizes that the headers promise."""
+    for row, image in zip(rows, images, strict=True):
+        if image.shape != row.stored_shape:
+            raise RuntimeError(
+                f"image {row.index} is of shape {image.shape}, its header says {row.stored_shape}"
+            )
+
+
+def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """(H, W, 3) pixels as they are to be seen, of those that are stored with this EXIF orientation."""
+    if orientation == 1:
+        return image
+    turn = TURNS[orientation]
+    if turn.transposed:
+        image = image.transpose(1, 0, 2)
+    image = image[:: -1 if turn.inverted else 1, :: -1 if turn.mirrored else 1]
+    turned = np.empty(image.shape, np.uint8)
+    for channel in range(3):  # in one go, four times as slow
+        turned[..., channel] = image[..., channel]
+    return turned
+
+
+def _as_views(pixels: Tensor, rows: Sequence[Encoded]) -> Tensor:
+    """(B, S, S, 3), of which transposed rows are turned, as (B, 3, S, S), which is then channels last."""
+    turned = [number for number, row in enumerate(rows) if TURNS[row.orientation].transposed]
+    if turned:
+        pixels[turned] = pixels[turned].transpose(1, 2)
     return pixels.permute(0, 3, 1, 2)
 
 
 def _compiled(views: str, *, on_gpu: bool) -> bool:
     """Whether compiled code makes the views, and not DALI's operators."""
-    if views == "numba" and (on_gpu or not has_numba()):
-        fault = "it works on the CPU only" if on_gpu else "it is not installed: pip install numba"
+    if views == "operators" or (views == "auto" and on_gpu):
+        return False
+    fault = "it works on the CPU only" if on_gpu else numba_fault()
+    if fault and views == "numba":
         raise UsageError(f"dali_views 'numba': {fault}; or use 'operators' or 'auto'")
-    return views != "operators" and not on_gpu and has_numba()
-
-
-def has_numba() -> bool:
-    """Whether the compiled CPU kernels can be used."""
-    return importlib.util.find_spec("numba") is not None
+    return fault is None
 
 
 def dali_reason(error: Exception) -> str:

@@ -9,6 +9,7 @@ have torchvision's meaning and work on 8-bit values, truncated after each as tor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from lejepa_fast.data.draws import (
     SATURATION,
     SKIP,
 )
+from lejepa_fast.data.headers import Turn
 
 _LUMA = np.array([0.2989, 0.587, 0.114])
 # Casting rounds; torchvision truncates. Not a whole half, so that whole numbers stay what they are.
@@ -44,14 +46,23 @@ _HUE, _GRAY, _SIGMA, _SOLARIZE = range(4 * PLACES, 4 * PLACES + 4)
 _COLOUR_COLUMNS = 4 * PLACES + 4
 
 
-def window_table(table: np.ndarray) -> np.ndarray:
-    """(B, V, 2, 2) float32: (y, x) where the window starts and ends; a mirrored view ends where it starts."""
+def window_table(table: np.ndarray, sizes: Sequence[tuple[int, int]], turns: Sequence[Turn]) -> np.ndarray:
+    """(B, V, 2, 2) float32: (y, x), in the stored pixels, where the window starts and ends.
+
+    sizes: (width, height) of the images, upright; turns: how their stored pixels become that. A view that is
+    mirrored, or of an image stored so, ends where it starts; of a transposed image, it comes out transposed.
+    """
+    width, height = np.asarray(sizes, dtype=np.float64).T[..., None]
+    transposed, mirrored, inverted = np.asarray(turns).T[..., None]
     top, left = table[..., COLUMN_TOP], table[..., COLUMN_LEFT]
     bottom, right = top + table[..., COLUMN_HEIGHT], left + table[..., COLUMN_WIDTH]
+    top, bottom = (np.where(inverted, height - y, y) for y in (top, bottom))
+    left, right = (np.where(mirrored, width - x, x) for x in (left, right))
     flip = table[..., COLUMN_FLIP] > 0
     start = np.stack([top, np.where(flip, right, left)], axis=-1)
     end = np.stack([bottom, np.where(flip, left, right)], axis=-1)
-    return np.stack([start, end], axis=-2).astype(np.float32)
+    window = np.stack([start, end], axis=-2)
+    return np.where(transposed[..., None, None], window[..., ::-1], window).astype(np.float32)
 
 
 def colour_tables(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +96,7 @@ def colour_tables(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pipeline_def(enable_conditionals=True)
 def decode_pipeline(*, device: str, hw_decoder_load: float) -> Any:
-    """Encoded bytes to upright RGB images (H, W, 3) uint8; `device` is "cpu" or "gpu"."""
+    """Encoded bytes to RGB images (H, W, 3) uint8, turned as they are stored; `device` is "cpu" or "gpu"."""
     return _decode(device, hw_decoder_load)
 
 
@@ -94,6 +105,8 @@ def view_pipeline(
     *, device: str, hw_decoder_load: float, sizes: list[int], kernel_size: int, threshold: int, augment: bool
 ) -> Any:
     """Encoded bytes and parameters to V outputs (S, S, 3) uint8, one per entry of `sizes`.
+
+    Those of images that are stored transposed are transposed, too.
 
     augment: whether there are colours to change at all (not in evaluation).
     """
@@ -125,6 +138,7 @@ def _decode(device: str, hw_decoder_load: float) -> Any:
         device="mixed" if device == "gpu" else "cpu",
         output_type=types.RGB,
         jpeg_fancy_upsampling=True,  # as Pillow
+        adjust_orientation=False,  # see `headers`
         **options,
     )
 

@@ -134,6 +134,7 @@ class MultiCropLoader:
             "names_sha256": self._names,
             "bad": bad,
             "reasons": self._quarantine.reasons(bad),
+            "backend": self.backend,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -171,6 +172,14 @@ class MultiCropLoader:
         if part.last > own.num_images // (part.world_size * part.batch_size):
             raise UsageError(
                 f"loader state is at batch {batch} of an epoch of {len(self)}; it is of another run"
+            )
+        if batch and own.rank == 0 and state.get("backend", self.backend) != self.backend:
+            log.warning(
+                "the loader state is of the %s backend in mid-epoch, and this is %s: they may differ on "
+                "which damaged JPEG files are bad, and then on the images of the rest; a quarantine file of "
+                "'python -m lejepa_fast.data.verify', made ahead of a run, makes them agree",
+                state["backend"],
+                self.backend,
             )
         if same_images:
             self._learn(state)

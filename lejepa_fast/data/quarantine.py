@@ -3,8 +3,9 @@
 A batch keeps its size and every rank its number of batches. The place of a bad image is taken by one that
 the epoch would have dropped at its end (the images are seldom a multiple of the batch). Only when those run
 out, images from the beginning of the epoch are repeated. Which image comes in is a function of the
-schedule and of the set of bad files, in the order of the places; so both backends agree, and so does a
-resumed run. What was known beforehand, and when another rank's files become known, makes no difference.
+schedule and of the set of bad files, in the order of the places; so a resumed run agrees, and so do both
+backends as far as they find the same files bad. What was known beforehand, and when another rank's files
+become known, makes no difference.
 """
 
 from __future__ import annotations

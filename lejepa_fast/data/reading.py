@@ -10,7 +10,7 @@ from PIL import Image
 
 from lejepa_fast.data.backend import LISTED
 from lejepa_fast.data.decode import UnreadableImageError, open_encoded, to_rgb, unreadable
-from lejepa_fast.data.headers import plain_size
+from lejepa_fast.data.headers import TURNS, plain_header
 from lejepa_fast.data.large import Reduction
 from lejepa_fast.data.sources import EncodedSource, ImageSource, size_fault
 from lejepa_fast.errors import RunError, UsageError
@@ -20,13 +20,24 @@ _FILES_PER_TASK = 8
 
 @dataclass(frozen=True)
 class Encoded:
-    """An image file fit for any decoder. plain: its bytes are as stored, not converted by Pillow."""
+    """An image file fit for any decoder.
+
+    width, height: in px, upright; orientation: of the pixels in the file, 1-8 as in EXIF. plain: its bytes
+    are as stored, not converted by Pillow.
+    """
 
     index: int
     data: bytes
     width: int
     height: int
     plain: bool
+    orientation: int = 1
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """(rows, columns, 3) that a decoder makes of it."""
+        transposed = TURNS[self.orientation].transposed
+        return (self.width, self.height, 3) if transposed else (self.height, self.width, 3)
 
 
 @dataclass(frozen=True)
@@ -63,9 +74,9 @@ def _read(source: ImageSource, index: int, reduction: Reduction | None, careful:
         return _as_ppm(index, source.load(index, reduction))
     try:
         data = source.encoded(index)
-        size = None if careful else plain_size(data)
-        if size is not None and (reduction is None or reduction(*size) == 1):
-            return Encoded(index, data, *size, plain=True)
+        found = None if careful else plain_header(data)
+        if found is not None and (reduction is None or reduction(found.width, found.height) == 1):
+            return Encoded(index, data, found.width, found.height, True, found.orientation)
         return _as_ppm(index, to_rgb(open_encoded(data), reduction))
     except (RunError, UsageError, MemoryError):
         raise

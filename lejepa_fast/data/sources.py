@@ -171,7 +171,7 @@ class FolderSource(EncodedSource):
 
     Classes are the sub-folders that hold at least one image at any depth, in sorted order, unless
     `classes` fixes them (as the training split does for the held-out one). Files are taken in sorted
-    order; other files and hidden ones are ignored.
+    order; other files, those whose names begin with a dot, and `__MACOSX` folders are ignored.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) -> None:
@@ -200,7 +200,8 @@ class FolderSource(EncodedSource):
                     "give both splits the same class folders"
                 )
             files = [os.path.join(name, file) for name in by_class for file in by_class[name]]
-            labels = [names.index(name) for name in by_class for _ in by_class[name]]
+            numbers = {name: number for number, name in enumerate(names)}
+            labels = [numbers[name] for name in by_class for _ in by_class[name]]
         # One blob and offsets: a list of millions of strings would be copied into every forked worker.
         encoded = [os.fsencode(file) for file in files]
         self._blob = b"".join(encoded)
@@ -313,8 +314,9 @@ def _hold_out(source: ImageSource, split: Split, val_fraction: float, seed: int)
     """Split by class: the same images are held out on every machine, run and rank."""
     targets = source._targets if source._targets is not None else np.zeros(len(source), dtype=np.int64)
     held_out = np.zeros(len(source), dtype=bool)
-    for label in np.unique(targets).tolist():
-        members = np.flatnonzero(targets == label)
+    labels, counts = np.unique(targets, return_counts=True)
+    by_label = np.split(np.argsort(targets, kind="stable"), np.cumsum(counts)[:-1])
+    for label, members in zip(labels.tolist(), by_label, strict=True):
         if len(members) < 2:
             continue  # the only image of its class stays in training
         count = min(len(members) - 1, max(1, round(len(members) * val_fraction)))
@@ -353,11 +355,16 @@ def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
+def _is_hidden(name: str) -> bool:
+    """Names that are no data's: those with a dot, and what macOS adds to archives."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def _listing(folder: Path) -> tuple[list[str], list[str]]:
     """(sub-folders, files) of a folder, sorted, without hidden ones."""
     try:
         with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith((".", "__"))]
+            visible = [entry for entry in entries if not _is_hidden(entry.name)]
             folders = sorted(entry.name for entry in visible if entry.is_dir())
             files = sorted(entry.name for entry in visible if entry.is_file())
     except OSError as error:
@@ -381,11 +388,11 @@ def _walk_images(folder: Path) -> list[str]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not _is_hidden(name)]
         found += [
             os.path.relpath(os.path.join(current, name), folder)
             for name in files
-            if _is_image(name) and not name.startswith(".")
+            if _is_image(name) and not _is_hidden(name)
         ]
     return sorted(found)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
-from lejepa_fast.data.backend import LISTED, Fault, FaultHandler, RawBatch
+from lejepa_fast.data.backend import ANOTHER_PASS, LISTED, Fault, FaultHandler, RawBatch
 from lejepa_fast.data.decode import UnreadableImageError
 from lejepa_fast.data.draws import ViewParams, sample_views
 from lejepa_fast.data.memory import give_memory_back
@@ -190,6 +190,7 @@ class TorchvisionBackend:
         self._pin_memory, self._start_method, self._prefetch = pin_memory, start_method, prefetch
         self._feed = _Feed()
         self._loader: DataLoader | None = None
+        self._pass: object | None = None  # the one that has begun last
 
     def _make_loader(self) -> DataLoader:
         workers: dict[str, Any] = {}
@@ -227,10 +228,13 @@ class TorchvisionBackend:
         self._feed.keys = (
             replace(key, bad=tuple(index for index in key.indices if index in faults.known)) for key in keys
         )
+        current = self._pass = object()
         try:
             iterator = self._start_pass()
-            for batch in iterator:
+            while (batch := next(iterator, None)) is not None:
                 yield self._mended(_checked(batch), faults)
+                if self._pass is not current:  # its batches, or its workers, are the other one's now
+                    raise RunError(ANOTHER_PASS)
         except (RuntimeError, EOFError, ConnectionError) as error:
             if not self._num_workers or not is_death(error):
                 raise

@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lejepa_fast.data.decode import UnreadableImageError, printable
-from lejepa_fast.data.headers import plain_size
+from lejepa_fast.data.headers import plain_header
 from lejepa_fast.data.quarantine import Quarantine
 from lejepa_fast.data.sources import EncodedSource, HoldOutError, ImageSource, Split, open_source, size_fault
 from lejepa_fast.errors import RunError, UsageError
@@ -54,7 +54,7 @@ def scan(source: ImageSource, *, threads: int, smallest: int = 1, progress: bool
         except UnreadableImageError as error:
             return error.reason
         fault = size_fault(*size, smallest)
-        plain = isinstance(source, EncodedSource) and plain_size(source.encoded(index)) is not None
+        plain = isinstance(source, EncodedSource) and plain_header(source.encoded(index)) is not None
         return fault or (size, plain)
 
     found = Findings(images=len(source))
