@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from lejepa_fast.data.backend import FaultHandler, RawBatch
+from lejepa_fast.data.colour import change_colours
 from lejepa_fast.data.draws import COLUMNS
 from lejepa_fast.data.plan import EvalPlan, TrainPlan
 from lejepa_fast.data.reading import Bad, Encoded, PendingRead, Reader
@@ -166,16 +167,12 @@ class DaliBackend:
             log.debug("DALI refuses a batch: %s", error)
 
     def _feed(self, batch: _Batch) -> None:
-        pipe, table = self._pipe, batch.table
+        pipe = self._pipe
         pipe.feed_input("encoded", [np.frombuffer(row.data, dtype=np.uint8) for row in batch.rows])
         if not self._compiled:
-            from lejepa_fast.data.dali_graph import colour_tables, window_table
+            from lejepa_fast.data.dali_graph import window_table
 
-            pipe.feed_input("windows", window_table(table))
-            if self._plan.recipe is not None:
-                colour, matrices = colour_tables(table)
-                pipe.feed_input("colour", colour)
-                pipe.feed_input("matrices", matrices)
+            pipe.feed_input("windows", window_table(batch.table))
         pipe.schedule_run()
 
     def _finish(self, running: deque[_Batch], faults: FaultHandler) -> Any:
@@ -227,17 +224,23 @@ class DaliBackend:
             self._pipe.release_outputs()
         elif self._stream is None:
             outputs = self._pipe.share_outputs()
-            views = [_as_views(torch.from_numpy(np.array(out.as_tensor()))) for out in outputs]
+            views = self._change([torch.from_numpy(np.asarray(out.as_tensor())) for out in outputs], batch)
             del outputs
             self._pipe.release_outputs()
         else:
             with torch.cuda.stream(self._stream):
                 outputs = self._pipe.share_outputs(cuda_stream=self._stream)
-                # Copies, because DALI uses its buffers again.
-                views = [_as_views(torch.from_dlpack(out.as_tensor()).clone()) for out in outputs]
+                views = self._change([torch.from_dlpack(out.as_tensor()) for out in outputs], batch)
                 event = self._stream.record_event()
                 self._pipe.release_outputs()
         return RawBatch(views, targets, batch.key.epoch), event
+
+    def _change(self, views: list[Tensor], batch: _Batch) -> list[Tensor]:
+        """Colours changed, as (B, 3, S, S); always copies, because DALI uses its buffers again."""
+        recipe = self._plan.recipe
+        if recipe is None:
+            return [_as_views(view.clone()) for view in views]
+        return [_as_views(view) for view in change_colours(views, batch.table, recipe)]
 
     def _render(self, images: Sequence[np.ndarray], table: np.ndarray) -> list[Tensor]:
         """The views of decoded images, by compiled kernels that do not hold the interpreter's lock."""
@@ -261,7 +264,6 @@ class DaliBackend:
     def _build(self) -> Any:
         from lejepa_fast.data.dali_graph import decode_pipeline, view_pipeline
 
-        recipe = self._plan.recipe
         options: dict[str, Any] = {
             "batch_size": self._batch_size,
             "num_threads": self._threads,
@@ -271,12 +273,7 @@ class DaliBackend:
             "hw_decoder_load": self._hw_decoder_load,
         }
         if not self._compiled:
-            options |= {
-                "sizes": self._plan.sizes,
-                "kernel_size": recipe.blur_kernel if recipe else 1,
-                "threshold": recipe.solarize_threshold if recipe else 256,
-                "augment": recipe is not None,
-            }
+            options["sizes"] = self._plan.sizes
         try:
             pipe = (decode_pipeline if self._compiled else view_pipeline)(**options)
             pipe.build()
