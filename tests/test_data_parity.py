@@ -1,10 +1,10 @@
 """The DALI backend against torchvision v2: each operation, the whole chain, and the distributions.
 
 Engines: "compiled" is what a CPU runs, "graph" the operators with which a GPU cuts views, here on the CPU and
-with torchvision's colours behind them, "gpu" the same operators on a GPU, with the colour kernels behind them
-(also in `kernel_colour.py`). Each is driven through the backend itself, from encoded bytes to uint8 views, and
-held against torchvision's own tensor kernels. That what is drawn has torchvision's distribution, the order
-of the jitter included, is in test_data_ops.py; here it is seen in the pixels.
+with torchvision's colours behind them, "gpu" the same operators on a GPU, with the colour kernels behind
+them (also in `kernel_colour.py`). Each is driven through the backend itself, from encoded bytes to uint8
+views, and held against torchvision's own tensor kernels. That what is drawn has torchvision's distribution,
+the order of the jitter included, is in test_data_ops.py; here it is seen in the pixels.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ from lejepa_fast.kernels.runtime import interpreting
 def change_colours(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
     """Views (B, S, S, 3) uint8 with the colours that were drawn for them, in new memory.
 
-    table: (B, V, COLUMNS) of `draws.view_table`. On a GPU all is queued on the current stream and nothing waits. With TRITON_INTERPRET=1 the kernels run on
-    the CPU, in Triton's interpreter: for tests.
+    views: contiguous. table: (B, V, COLUMNS) of `draws.view_table`. On a GPU all is queued on the current
+    stream and nothing waits. With TRITON_INTERPRET=1 the kernels run on the CPU, in Triton's interpreter: for
+    tests.
     """
     if views[0].is_cuda or interpreting():
         return _by_kernels(views, table, recipe)
