@@ -28,7 +28,7 @@ from test_data_parity import (
     rendered,
 )
 
-from lejepa_fast.data import MultiCropRecipe, colour, open_source
+from lejepa_fast.data import MultiCropRecipe, colour, dali, open_source
 from lejepa_fast.data.choice import dali_fault
 from lejepa_fast.data.draws import COLUMNS, ViewParams, as_params, sample_views
 from lejepa_fast.kernels import colour as kernels
@@ -50,7 +50,7 @@ def pictures(count: int, size: int) -> torch.Tensor:
 
 def changed(views: torch.Tensor, rows: np.ndarray, recipe: MultiCropRecipe) -> list[torch.Tensor]:
     """By the kernels: (3, size, size) for each picture."""
-    (made,) = colour.change_colours([views], rows[:, None], recipe)
+    (made,) = colour._by_kernels([views], rows[:, None], recipe)
     return list(made.permute(0, 3, 1, 2).cpu())
 
 
@@ -102,7 +102,7 @@ def test_a_batch_of_all_operations_equals_torchvision(guarded):
 
 def test_nothing_drawn_changes_nothing():
     views = pictures(2, 33)
-    (made,) = colour.change_colours([views], np.zeros((2, 1, COLUMNS)), MultiCropRecipe())
+    (made,) = colour._by_kernels([views], np.zeros((2, 1, COLUMNS)), MultiCropRecipe())
     assert torch.equal(made, views)
     assert made.data_ptr() != views.data_ptr()  # DALI uses its memory again
 
@@ -118,11 +118,12 @@ def test_the_largest_blur_of_a_small_crop():
         assert distance(made, right) < TOLERANCE
 
 
-def test_from_files_through_the_backend():
+def test_from_files_through_the_backend(monkeypatch):
     """On the CPU DALI cuts and the interpreter changes colours; on a GPU it is the pipeline of a GPU."""
     on_gpu = DEVICE == "cuda"
     if fault := dali_fault(on_gpu):
         pytest.skip(fault)
+    monkeypatch.setattr(dali, "change_colours", colour._by_kernels)
     engine = Engine(torch.device(DEVICE), "operators") if on_gpu else GRAPH
     source = open_source("trashnet96", "train")
     images = [source[index][0] for index in PHOTOGRAPHS[:2]]

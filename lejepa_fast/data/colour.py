@@ -14,17 +14,15 @@ from torch import Tensor
 from lejepa_fast.data.draws import COLUMN_SIGMA, ViewParams, as_params
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.data.torchvision import JITTER, F, finish_view
-from lejepa_fast.kernels.runtime import interpreting
 
 
 def change_colours(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
     """Views (B, S, S, 3) uint8 with the colours that were drawn for them, in new memory.
 
     views: contiguous. table: (B, V, COLUMNS) of `draws.view_table`. On a GPU all is queued on the current
-    stream and nothing waits. With TRITON_INTERPRET=1 the kernels run on the CPU, in Triton's interpreter: for
-    tests.
+    stream and nothing waits.
     """
-    if views[0].is_cuda or interpreting():
+    if views[0].is_cuda:
         return _by_kernels(views, table, recipe)
     made = [torch.empty_like(view) for view in views]
     for row, parameters in enumerate(table.tolist()):

@@ -1,10 +1,10 @@
 """The DALI backend: one thread drives a DALI pipeline a few batches ahead of the trainer.
 
 Files are read and their headers checked in Python threads (`reading`), so which images make up a batch, what
-is quarantined and where a run resumes is the same as with torchvision. DALI decodes. On a GPU it also makes
-the views (`dali_graph`); on the CPU compiled kernels do (`cpu_kernels`), because DALI's own CPU operators
-are slower, also than torchvision's (docs/loader.md has the figures). Without Numba, or when asked for
-(`views`), the graph runs on the CPU, too.
+is quarantined and where a run resumes is the same as with torchvision. DALI decodes. On a GPU it also cuts
+the views (`dali_graph`), and Triton kernels change their colours (`colour`); on the CPU compiled kernels make
+them (`cpu_kernels`), because DALI's own CPU operators are slower, also than torchvision's (docs/loader.md has
+the figures). Without Numba, or when asked for (`views`), the graph runs on the CPU, too.
 
 A failure inside DALI ends a pipeline for good. Should one happen in spite of the checks, the pipeline is made
 anew and the batch runs again from pixels that Pillow has decoded; what Pillow refuses is quarantined.
