@@ -146,6 +146,7 @@ def measure_graph(setting: Setting, repeats: int) -> list[dict[str, Any]]:
     pipe = view_pipeline(
         batch_size=1,
         num_threads=1,
+        prefetch_queue_depth=1,
         device_id=0 if setting.on_gpu else None,
         device="gpu" if setting.on_gpu else "cpu",
         hw_decoder_load=0.0,
