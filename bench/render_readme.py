@@ -202,7 +202,7 @@ def loader_graph() -> str:
     (row,) = loader_rows("graph")
     return (
         f"The graph has {row['operators']} operators at {row['views']}, and takes {row['run_ms']:.1f} ms for "
-        f"one image of 16 x 16 px, which is the cost of the operators themselves. {origin(row)}"
+        f"one image of 16 x 16 px. {origin(row)}"
     )
 
 
