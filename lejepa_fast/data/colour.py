@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lejepa_fast.data.draws import COLUMN_SIGMA, ViewParams, as_params
 from lejepa_fast.data.recipe import MultiCropRecipe
-from lejepa_fast.data.torchvision import JITTER, F, finish_view
+from lejepa_fast.data.torchvision import JITTER, F, finish_view, one_thread
 
 
 def change_colours(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
@@ -25,10 +25,11 @@ def change_colours(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCrop
     if views[0].is_cuda:
         return _by_kernels(views, table, recipe)
     made = [torch.empty_like(view) for view in views]
-    for row, parameters in enumerate(table.tolist()):
-        for v, view in enumerate(views):
-            changed = _changed(view[row].permute(2, 0, 1), as_params(parameters[v]), recipe)
-            made[v][row] = changed.permute(1, 2, 0)
+    with one_thread():
+        for row, parameters in enumerate(table.tolist()):
+            for v, view in enumerate(views):
+                changed = _changed(view[row].permute(2, 0, 1), as_params(parameters[v]), recipe)
+                made[v][row] = changed.permute(1, 2, 0)
     return made
 
 

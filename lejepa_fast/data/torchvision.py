@@ -96,7 +96,7 @@ class _Batches(Dataset):
             self._epoch = key.epoch
             give_memory_back()
         try:
-            with _one_thread():
+            with one_thread():
                 return self.make(key)
         except UsageError as error:
             return _Failure(True, str(error))
@@ -276,7 +276,7 @@ def _checked(batch: RawBatch | _Failure) -> RawBatch:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One intra-op thread while making a batch, in a worker and without workers alike.
 
     A team of threads costs more than a crop of 10,000 pixels is worth, most of all on busy cores, and
