@@ -10,7 +10,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lejepa_fast import triton_ops
-from lejepa_fast.kernels import backward, directions, finish, forward
+from lejepa_fast.data import draws
+from lejepa_fast.kernels import backward, colour, directions, finish, forward
 from lejepa_fast.kernels.configs import Config, Tile, shipped_config
 from lejepa_fast.kernels.layout import COEF_BLOCK, Plan, count_splits
 from lejepa_fast.kernels.rounding import plan_chain
@@ -108,6 +109,25 @@ def plain_kernels(target: str, dtype: str, plan: Plan, size: Size) -> list[Kerne
         Kernel("directions", directions._directions_kernel, draw, _PLAIN),
         Kernel("finish", finish._sigreg_finish_kernel, done, _PLAIN),
         Kernel("sum", finish._sum_kernel, summing, _PLAIN),
+    ]
+
+
+def colour_kernels(size: int, kernel_size: int) -> list[Kernel]:
+    """Those of `kernels/colour.py` for crops of `size` px: the blur's two passes are of two types."""
+    pointers = dict.fromkeys(("view_ptr", "middle_ptr", "out_ptr"), "*u8") | {"table_ptr": "*fp32"}
+    common = pointers | {"sums_ptr": "*i64", "stride_row": draws.COLUMNS, "pixels": size * size}
+    common |= {"threshold": 128, "BLOCK": colour._BLOCK}
+    passes = [("*u8", "*fp32", 3), ("*fp32", "*u8", 3 * size)]
+    blurs = [
+        common
+        | {"source_ptr": source, "out_ptr": out, "size": size, "stride": stride}
+        | {"KERNEL": kernel_size, "LAST": out == "*u8"}
+        for source, out, stride in passes
+    ]
+    return [
+        Kernel("gray sums", colour._gray_sums_kernel, common, _PLAIN),
+        Kernel("colour", colour._colour_kernel, common, _PLAIN),
+        *(Kernel("blur", colour._blur_kernel, arguments, _PLAIN) for arguments in blurs),
     ]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import io
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from benchlib import RESULTS, append_rows, machine, print_table
 from loader_contenders import (
@@ -59,7 +61,7 @@ MEMORY_BATCH = 8
 MEMORY_SHARD_BYTES = 4 << 20  # several shards
 DAMAGE_BATCH, DAMAGE_LIMIT = 40, 1.10
 LARGE_SIZE = 8000, 6000
-PARTS = ("speed", "damage", "memory", "views", "large", "hw_decoder_load")
+PARTS = ("speed", "damage", "memory", "views", "graph", "large", "hw_decoder_load")
 HW_LOADS = (0.0, 0.25, 0.5, 0.65, 0.8, 1.0)
 
 
@@ -131,6 +133,42 @@ def measure_views(setting: Setting, repeats: int) -> list[dict[str, Any]]:
     for row in rows:
         print(f"{row['contender']}: {row['images_per_s']:.0f} images/s")
     return rows
+
+
+def measure_graph(setting: Setting, repeats: int) -> list[dict[str, Any]]:
+    """What DALI's operators that make the views take on one image of 16 x 16 px: there is nothing to do."""
+    if dali_fault(setting.on_gpu):
+        return []
+    from lejepa_fast.data.dali_graph import view_pipeline
+
+    sizes = setting.recipe.view_sizes()
+    pipe = view_pipeline(
+        batch_size=1,
+        num_threads=1,
+        prefetch_queue_depth=1,
+        device_id=0 if setting.on_gpu else None,
+        device="gpu" if setting.on_gpu else "cpu",
+        hw_decoder_load=0.0,
+        sizes=sizes,
+    )
+    pipe.build()
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 100, 50)).save(file, "JPEG")
+    windows = np.zeros((1, len(sizes), 2, 2), np.float32)
+    windows[:, :, 1] = 16  # from (0, 0) to (16, 16)
+    seconds = []
+    for _ in range(10 * repeats):
+        start = time.perf_counter()
+        pipe.feed_input("encoded", [np.frombuffer(file.getvalue(), np.uint8)])
+        pipe.feed_input("windows", windows)
+        pipe.schedule_run()
+        pipe.share_outputs()
+        pipe.release_outputs()
+        seconds.append(time.perf_counter() - start)
+    row: dict[str, Any] = {"kind": "graph", "contender": DALI, "operators": len(pipe._ops)}
+    row["run_ms"] = 1e3 * statistics.median(seconds)
+    print(f"{row['operators']} operators, {row['run_ms']:.2f} ms for an image of 16 x 16 px")
+    return [row]
 
 
 def measure_large(setting: Setting, size: tuple[int, int], repeats: int) -> list[dict[str, Any]]:
@@ -411,11 +449,12 @@ def main() -> None:
             "damage": lambda: measure_damage(setting, good, repeats, deadline),
             "memory": lambda: measure_memory(setting, deadline),
             "views": lambda: measure_views(setting, repeats),
+            "graph": lambda: measure_graph(setting, repeats),
             "large": lambda: measure_large(setting, large, repeats),
             "hw_decoder_load": lambda: sweep_hardware_decoder(setting, deadline) if gpu else [],
         }
         for part in options.only:
-            if part in ("views", "large") and time.monotonic() > deadline:
+            if part in ("views", "graph", "large") and time.monotonic() > deadline:
                 print(f"{part}: not measured, the budget is spent")
             else:
                 keep(parts[part]())

@@ -224,6 +224,14 @@ def loader_views() -> str:
     return f"On a CPU, in images/s: {speeds}. {loader_origin(rows['numba'])}"
 
 
+def loader_graph() -> str:
+    (row,) = loader_rows("graph")
+    return (
+        f"The graph has {row['operators']} operators at {row['views']}, and takes {row['run_ms']:.1f} ms for "
+        f"one image of 16 x 16 px. {origin(row)}"
+    )
+
+
 def loader_large() -> str:
     (row,) = loader_rows("large")
     whole, reduced, usual = (row[f"{kind}_s"] for kind in ("whole", "reduced", "usual"))
@@ -317,6 +325,7 @@ DOCUMENTS = {
         "large": loader_large,
         "speed": loader_speed_table,
         "views": loader_views,
+        "graph": loader_graph,
         "targets": loader_targets_table,
     },
 }

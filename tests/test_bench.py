@@ -391,6 +391,10 @@ def test_loader_bench_rehearsal(tmp_path, monkeypatch, capsys):
     if dali_fault(False) is None and find_spec("numba"):
         views = [row["contender"] for row in rows if row["kind"] == "views"]
         assert views == ["backend dali, numba", "backend dali, operators"]
+        (graph,) = (row for row in rows if row["kind"] == "graph")
+        assert graph["run_ms"] > 0
+        # Encoded bytes, windows and the decoder; for each of the 8 views two corners and the crop.
+        assert graph["operators"] <= 3 + 8 * 3
     assert all(row["rehearsal"] and row["commit"] for row in rows)
     assert "broken: not available here: no such thing" in capsys.readouterr().out
 

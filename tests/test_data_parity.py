@@ -1,9 +1,10 @@
 """The DALI backend against torchvision v2: each operation, the whole chain, and the distributions.
 
-Engines: "compiled" is what a CPU runs, "graph" the operator graph that a GPU runs, here on the CPU, "gpu"
-the same graph on a GPU. Each is driven through the backend itself, from encoded bytes to uint8 views, and
-held against torchvision's own tensor kernels. That what is drawn has torchvision's distribution, the order
-of the jitter included, is in test_data_ops.py; here it is seen in the pixels.
+Engines: "compiled" is what a CPU runs, "graph" the operators with which a GPU cuts views, here on the CPU and
+with torchvision's colours behind them, "gpu" the same operators on a GPU, with the colour kernels behind
+them (also in `kernel_colour.py`). Each is driven through the backend itself, from encoded bytes to uint8
+views, and held against torchvision's own tensor kernels. That what is drawn has torchvision's distribution,
+the order of the jitter included, is in test_data_ops.py; here it is seen in the pixels.
 """
 
 from __future__ import annotations
@@ -226,13 +227,21 @@ def test_operations_and_crops_equal_torchvision(engine, photographs):
     assert {name: value for name, value in missed.items() if value <= limits[name]} == {}
 
 
-def test_a_wrong_operator_in_the_graph_is_caught(photographs, monkeypatch):
+def test_a_hue_of_another_meaning_is_caught(photographs, monkeypatch):
     """DALI's own hue operator turns colours about the gray axis, which is not torchvision's shift in HSV."""
-    graph = pytest.importorskip("lejepa_fast.data.dali_graph", reason="DALI is not installed")
+    dali = pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+
+    @dali.pipeline_def(batch_size=len(photographs), num_threads=1, device_id=None)
+    def turned():
+        return dali.fn.hue(dali.fn.external_source(name="views"), hue=36.0)
+
     shift = PLAIN._replace(jitter=(("hue", 0.1),))
-    assert error(fixed_views(GRAPH, photographs, [shift])[0], photographs, shift) <= OP_TOLERANCE
-    monkeypatch.setattr(graph, "_shift_hue", lambda view, turn: graph.fn.hue(view, hue=turn * 360.0))
-    assert error(fixed_views(GRAPH, photographs, [shift])[0], photographs, shift) > OP_TOLERANCE
+    (plain, right) = fixed_views(GRAPH, photographs, [PLAIN, shift])
+    assert error(right, photographs, shift) <= OP_TOLERANCE
+    pipe = turned()
+    pipe.feed_input("views", plain.permute(0, 2, 3, 1).contiguous().numpy())
+    (made,) = pipe.run()
+    assert error(torch.from_numpy(made.as_array()).permute(0, 3, 1, 2), photographs, shift) > OP_TOLERANCE
 
 
 # --- the whole chain ----------------------------------------------------------------------------

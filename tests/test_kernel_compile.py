@@ -7,7 +7,7 @@ import json
 
 import kernel_report
 import pytest
-from kernel_build import Size, compile_kernel, plain_kernels, tiled_kernel
+from kernel_build import Size, colour_kernels, compile_kernel, plain_kernels, tiled_kernel
 
 from lejepa_fast.kernels.configs import TARGETS, shipped_config
 from lejepa_fast.kernels.layout import make_plan
@@ -124,3 +124,9 @@ def test_traffic_follows_the_tiles(report):
     splits = -(-samples // (8 * 512))  # of 512 samples, see `count_splits`
     read = 2 * 512 * (samples * (1024 // row["block_m"]) + 8 * splits * 1024)
     assert row["floor_h200"]["l2_us"] == pytest.approx(1e6 * read / kernel_report._L2)
+
+
+def test_the_colour_kernels_keep_pixels_in_registers():
+    for kernel in colour_kernels(size=224, kernel_size=7):
+        row = kernel_report.inspect(compile_kernel(kernel, "sm_90"), "sm_90")
+        assert row["spills"] == row["stack_bytes"] == 0, kernel.name

@@ -22,6 +22,7 @@ from lejepa_fast import SIGReg, ops, sigreg, standard_normal_knots, triton_ops
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 MODULES = (
     "kernel_accuracy",
+    "kernel_colour",
     "kernel_generated",
     "kernel_memory",
     "kernel_operators",

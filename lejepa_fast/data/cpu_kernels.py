@@ -1,4 +1,4 @@
-"""All views of one decoded image in one compiled pass: the CPU's counterpart of the operator graph.
+"""All views of one decoded image in one compiled pass: the CPU's counterpart of `dali_graph` and `colour`.
 
 DALI's own CPU operators for resampling, colour and blur are scalar code that streams whole batches
 through memory. Here one view is made start to finish while it lies in the cache, in planes of float32

@@ -1,10 +1,10 @@
 """The DALI backend: one thread drives a DALI pipeline a few batches ahead of the trainer.
 
 Files are read and their headers checked in Python threads (`reading`), so which images make up a batch, what
-is quarantined and where a run resumes is the same as with torchvision. DALI decodes. On a GPU it also makes
-the views (`dali_graph`); on the CPU compiled kernels do (`cpu_kernels`), because DALI's own CPU operators
-are slower, also than torchvision's (docs/loader.md has the figures). Without Numba, or when asked for
-(`views`), the graph runs on the CPU, too.
+is quarantined and where a run resumes is the same as with torchvision. DALI decodes. On a GPU it also cuts
+the views (`dali_graph`), and Triton kernels change their colours (`colour`); on the CPU compiled kernels make
+them (`cpu_kernels`), because DALI's own CPU operators are slower, also than torchvision's (docs/loader.md has
+the figures). Without Numba, or when asked for (`views`), the graph runs on the CPU, too.
 
 A failure inside DALI ends a pipeline for good. Should one happen in spite of the checks, the pipeline is made
 anew and the batch runs again from pixels that Pillow has decoded; what Pillow refuses is quarantined.
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from lejepa_fast.data.backend import ANOTHER_PASS, FaultHandler, RawBatch
 from lejepa_fast.data.choice import numba_fault
+from lejepa_fast.data.colour import change_colours
 from lejepa_fast.data.draws import COLUMNS
 from lejepa_fast.data.headers import TURNS
 from lejepa_fast.data.plan import EvalPlan, TrainPlan
@@ -171,18 +172,14 @@ class DaliBackend:
             batch.refusal = error
 
     def _feed(self, batch: _Batch) -> None:
-        pipe, table = self._pipe, batch.table
+        pipe = self._pipe
         pipe.feed_input("encoded", [np.frombuffer(row.data, dtype=np.uint8) for row in batch.rows])
         if not self._compiled:
-            from lejepa_fast.data.dali_graph import colour_tables, window_table
+            from lejepa_fast.data.dali_graph import window_table
 
             sizes = [(row.width, row.height) for row in batch.rows]
             turns = [TURNS[row.orientation] for row in batch.rows]
-            pipe.feed_input("windows", window_table(table, sizes, turns))
-            if self._plan.recipe is not None:
-                colour, matrices = colour_tables(table)
-                pipe.feed_input("colour", colour)
-                pipe.feed_input("matrices", matrices)
+            pipe.feed_input("windows", window_table(batch.table, sizes, turns))
         pipe.schedule_run()
 
     def _finish(self, running: deque[_Batch], faults: FaultHandler) -> Any:
@@ -238,17 +235,24 @@ class DaliBackend:
             self._pipe.release_outputs()
         elif self._stream is None:
             outputs = self._pipe.share_outputs()
-            views = [_as_views(torch.from_numpy(np.array(out.as_tensor())), batch.rows) for out in outputs]
+            views = self._change([torch.from_numpy(np.asarray(out.as_tensor())) for out in outputs], batch)
             del outputs
             self._pipe.release_outputs()
         else:
             with torch.cuda.stream(self._stream):
                 outputs = self._pipe.share_outputs(cuda_stream=self._stream)
-                # Copies, because DALI uses its buffers again.
-                views = [_as_views(torch.from_dlpack(out.as_tensor()).clone(), batch.rows) for out in outputs]
+                views = self._change([torch.from_dlpack(out.as_tensor()) for out in outputs], batch)
                 event = self._stream.record_event()
                 self._pipe.release_outputs()
         return RawBatch(views, targets, batch.key.epoch), event
+
+    def _change(self, views: list[Tensor], batch: _Batch) -> list[Tensor]:
+        """Colours changed, as upright (B, 3, S, S); always copies, because DALI uses its buffers again."""
+        recipe = self._plan.recipe
+        changed = (
+            [view.clone() for view in views] if recipe is None else change_colours(views, batch.table, recipe)
+        )
+        return [_as_views(view, batch.rows) for view in changed]
 
     def _render(
         self, rows: Sequence[Encoded], images: Sequence[np.ndarray], table: np.ndarray
@@ -275,7 +279,6 @@ class DaliBackend:
     def _build(self) -> Any:
         from lejepa_fast.data.dali_graph import decode_pipeline, view_pipeline
 
-        recipe = self._plan.recipe
         options: dict[str, Any] = {
             "batch_size": self._batch_size,
             "num_threads": self._threads,
@@ -285,12 +288,7 @@ class DaliBackend:
             "hw_decoder_load": self._hw_decoder_load,
         }
         if not self._compiled:
-            options |= {
-                "sizes": self._plan.sizes,
-                "kernel_size": recipe.blur_kernel if recipe else 1,
-                "threshold": recipe.solarize_threshold if recipe else 256,
-                "augment": recipe is not None,
-            }
+            options["sizes"] = self._plan.sizes
         try:
             pipe = (decode_pipeline if self._compiled else view_pipeline)(**options)
             pipe.build()

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import permutations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,14 +54,32 @@ class ViewParams(NamedTuple):
 
 def raw_words(seed: int, stream: int, epoch: int, index: int, count: int) -> np.ndarray:
     """`count` uniform 64-bit words (uint64) that depend on the four numbers only."""
+    return _rows_of_words(seed, stream, epoch, [index], count)[0]
+
+
+def _rows_of_words(
+    seed: int, stream: int, epoch: int, indices: Sequence[int], count: int
+) -> list[np.ndarray]:
+    """`raw_words` of several images, by one generator: to make one takes longer than its words."""
     key = np.array([seed & _MASK, stream], dtype=np.uint64)
-    counter = np.array([0, 0, index & _MASK, epoch & _MASK], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=counter).random_raw(count)
+    counter = np.array([0, 0, 0, epoch & _MASK], dtype=np.uint64)
+    generator = np.random.Philox(key=key, counter=counter)
+    state: Any = generator.state
+    rows = []
+    for index in indices:
+        state["state"]["counter"][2] = index & _MASK
+        generator.state = state
+        rows.append(generator.random_raw(count))
+    return rows
 
 
 def uniforms(seed: int, stream: int, epoch: int, index: int, count: int) -> np.ndarray:
     """`count` float64 values in [0, 1) with 53 random bits."""
-    return (raw_words(seed, stream, epoch, index, count) >> np.uint64(11)) * 2.0**-53
+    return _as_uniforms(raw_words(seed, stream, epoch, index, count))
+
+
+def _as_uniforms(words: np.ndarray) -> np.ndarray:
+    return (words >> np.uint64(11)) * 2.0**-53
 
 
 def permutation(seed: int, stream: int, epoch: int, index: int, count: int) -> np.ndarray:
@@ -88,7 +106,7 @@ def sample_views(
     Globals come first. The distributions are those of torchvision's v2 transforms of the same names.
     """
     table = view_table(recipe, seed=seed, epoch=epoch, indices=[index], sizes=[(width, height)])
-    return [_as_params(row) for row in table[0].tolist()]
+    return [as_params(row) for row in table[0].tolist()]
 
 
 def view_table(
@@ -103,9 +121,10 @@ def view_table(
 
     indices: numbers of the images; sizes: their (width, height) in px.
     """
-    words = [uniforms(seed, AUGMENT, epoch, i, recipe.num_views * _WORDS_PER_VIEW) for i in indices]
-    u = np.stack(words).reshape(len(words), recipe.num_views, _WORDS_PER_VIEW)
-    table = np.zeros((len(words), recipe.num_views, COLUMNS))
+    shape = (len(indices), recipe.num_views)
+    words = _rows_of_words(seed, AUGMENT, epoch, indices, recipe.num_views * _WORDS_PER_VIEW)
+    u = _as_uniforms(np.stack(words)).reshape(*shape, _WORDS_PER_VIEW)
+    table = np.zeros((*shape, COLUMNS))
     _draw_windows(recipe, u, np.asarray(sizes, dtype=np.float64), table)
     table[..., COLUMN_FLIP] = u[..., _FLIP] < recipe.flip_prob
     _draw_jitter(recipe, u, table)
@@ -162,7 +181,8 @@ def _draw_jitter(recipe: MultiCropRecipe, u: np.ndarray, table: np.ndarray) -> N
     table[..., COLUMN_FACTORS : COLUMN_FACTORS + 4] = chosen * np.take_along_axis(factors, order, -1)
 
 
-def _as_params(row: list[float]) -> ViewParams:
+def as_params(row: list[float]) -> ViewParams:
+    """A row of `view_table` by name."""
     codes = row[COLUMN_CODES : COLUMN_CODES + 4]
     factors = row[COLUMN_FACTORS : COLUMN_FACTORS + 4]
     return ViewParams(

@@ -32,7 +32,7 @@ from lejepa_fast.data.sources import size_fault
 from lejepa_fast.data.workers import init_function, is_death, starting, without_sigchld_handler
 from lejepa_fast.errors import RunError, UsageError
 
-_JITTER = {
+JITTER = {
     "brightness": F.adjust_brightness,
     "contrast": F.adjust_contrast,
     "saturation": F.adjust_saturation,
@@ -63,6 +63,11 @@ def apply_view(image: Tensor, params: ViewParams, size: int, recipe: MultiCropRe
         view = F.horizontal_flip(view)
     if params.jitter or params.grayscale:
         view = to_tensor(_colour(view, params))
+    return finish_view(view, params, recipe)
+
+
+def finish_view(view: Tensor, params: ViewParams, recipe: MultiCropRecipe) -> Tensor:
+    """What follows the colours: blur and solarize, of a view (3, size, size) uint8."""
     if params.blur_sigma is not None:
         kernel, sigma = recipe.blur_kernel, params.blur_sigma
         view = F.gaussian_blur(view, [kernel, kernel], [sigma, sigma])
@@ -75,7 +80,7 @@ def _colour(view: Tensor, params: ViewParams) -> Image.Image:
     """Colour jitter and grayscale, through Pillow."""
     image = Image.fromarray(view.permute(1, 2, 0).numpy())
     for name, factor in params.jitter:
-        image = _JITTER[name](image, factor)
+        image = JITTER[name](image, factor)
     return F.rgb_to_grayscale(image, num_output_channels=3) if params.grayscale else image
 
 
@@ -91,7 +96,7 @@ class _Batches(Dataset):
             self._epoch = key.epoch
             give_memory_back()
         try:
-            with _one_thread():
+            with one_thread():
                 return self.make(key)
         except UsageError as error:
             return _Failure(True, str(error))
@@ -275,7 +280,7 @@ def _checked(batch: RawBatch | _Failure) -> RawBatch:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One intra-op thread while making a batch, in a worker and without workers alike.
 
     A team of threads costs more than a crop of 10,000 pixels is worth, most of all on busy cores, and
