@@ -63,7 +63,15 @@ from lejepa_fast.train.report import write_report
 from lejepa_fast.train.saving import Saver
 from lejepa_fast.train.skipped import write_skipped
 from lejepa_fast.train.weights_and_biases import open_run
-from lejepa_fast.train.world import World, from_main, gather_to_main, mean_over_ranks, on_all, on_main
+from lejepa_fast.train.world import (
+    World,
+    from_main,
+    gather_to_main,
+    mean_over_ranks,
+    on_all,
+    on_main,
+    the_same_on_every_rank,
+)
 
 log = logging.getLogger("lejepa_fast.train")
 
@@ -359,7 +367,8 @@ class Trainer:
             return
         state = from_main(self.world, found[1] if found else None)
         assert state is not None
-        checkpoint.check_same_model(state["config"], current, path)
+        with the_same_on_every_rank():  # all have rank 0's `state`
+            checkpoint.check_same_model(state["config"], current, path)
         on_main(self.world, lambda: resume.check_same_run(state, current, self.data, path, run_dir))
         self._load(state, path)
         self.step = state["step"]
@@ -373,7 +382,10 @@ class Trainer:
     def _load(self, state: dict[str, Any], path: Path) -> None:
         if self.average is not None:
             self.average.restore(state.get("average"))
-        resume.load_tensors_of(path, self.model, self.optimizer, self.loss_fn, self._averaged())
+        parts = self.model, self.optimizer, self.loss_fn, self._averaged()
+        tensors = on_all(self.world, lambda: resume.tensors_to_load(path, *parts))
+        with the_same_on_every_rank():  # which fails on all, if on one
+            checkpoint.load_tensors(path, tensors)
         if self.average is not None:
             self.average.follow()
         resume.load_schedule(self.optimizer, self.scheduler, state["scheduler"])

@@ -119,24 +119,24 @@ def tensors_of(
     return tensors
 
 
-def load_tensors_of(
+def tensors_to_load(
     path: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loss_fn: nn.Module,
     averaged: Mapping[str, torch.Tensor],
-) -> None:
-    """The inverse of `tensors_of`, from a checkpoint of any number of ranks; all ranks call it.
+) -> dict[str, torch.Tensor]:
+    """Where `checkpoint.load_tensors` is to put what `tensors_of` gave, from any number of ranks.
 
-    An average in the checkpoint that this run does not continue is left out.
-    UsageError naming a tensor that the run or the checkpoint does not have, or has in another shape.
+    Makes the optimiser's state, in which there may be none yet; the ranks exchange nothing. An average in the
+    checkpoint that this run does not continue is left out. UsageError naming a tensor that the run lacks.
     """
     saved = checkpoint.saved_tensors(path)
     optimizer.state.clear()
     wanted = tensors_of(model, optimizer, loss_fn, averaged)
     parameters = dict(model.named_parameters())
     slots: list[tuple[torch.nn.Parameter, str, str]] = []
-    for name in saved.keys() - wanted.keys():
+    for name in sorted(saved.keys() - wanted.keys()):  # all ranks name the same one
         section, _, rest = name.partition(".")
         if section == "average" and not averaged:
             continue
@@ -147,7 +147,7 @@ def load_tensors_of(
                 "choose another --out"
             )
         slots.append((parameters[parameter], slot, name))
-    for owner, slot, name in sorted(slots, key=lambda entry: entry[2]):
+    for owner, slot, name in slots:
         like = saved[name]
         wanted[name] = (
             torch.empty_like(owner, dtype=like.dtype)
@@ -155,7 +155,7 @@ def load_tensors_of(
             else torch.empty_like(like, device=owner.device)
         )
         optimizer.state[owner][slot] = wanted[name]
-    checkpoint.load_tensors(path, wanted)
+    return wanted
 
 
 def load_schedule(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, saved: Mapping[str, Any]) -> None:
