@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,9 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey
-from lejepa_fast.errors import RunError
+from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.loss import LeJEPAOutput
-from lejepa_fast.train import initialize
+from lejepa_fast.train import checkpoint, initialize
 from lejepa_fast.train.config import (
     Config,
     DataConfig,
@@ -33,7 +35,7 @@ from lejepa_fast.train.loop import Trainer
 from lejepa_fast.train.model import build_model
 from lejepa_fast.train.parallelize import make_mesh, parallelize
 from lejepa_fast.train.saving import Saver
-from lejepa_fast.train.world import World
+from lejepa_fast.train.world import World, is_said_by_rank_0
 
 STEPS = 20
 CPU = torch.device("cpu")
@@ -140,6 +142,7 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
         results["no room"] = run_without_room_for_the_whole(
             run_config(images, Path(folder) / "no room"), world
         )
+        results["refused"] = refused(images, Path(folder), world)
         for name in FAMILIES:
             results[name] = {kind: family_step(name, kind, rank) for kind in ("ddp", "fsdp")}
     finally:
@@ -225,12 +228,33 @@ def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None
     trainer.loss_fn.register_forward_hook(larger)
     trainer._train_step = spoiled  # type: ignore[method-assign]
     trainer.loader._backend.batches = noted  # type: ignore[method-assign]
-    error = ""
+    error, left_to_rank_0 = "", False
     try:
         trainer.run()
     except RunError as caught:
-        error = str(caught)
-    return {"changed": changed, "skipped": trainer.guard.skipped, "error": error, "images": images}
+        error, left_to_rank_0 = str(caught), is_said_by_rank_0(caught)
+    return {
+        "changed": changed,
+        "skipped": trainer.guard.skipped,
+        "error": error,
+        "left to rank 0": left_to_rank_0,
+        "images": images,
+    }
+
+
+def refused(images: str, folder: Path, world: World) -> list[tuple[str, bool]]:
+    """Errors of runs that cannot go on with the checkpoint of `folder/one`, and whether rank 0 alone tells:
+    another model; a shallower and a deeper one whose configuration did not say so."""
+    middle = str(folder / "one" / "checkpoints" / "step-00000010")
+    found = []
+    for depth, checked in ((2, True), (2, False), (4, False)):
+        cfg = run_config(images, folder / "refused", parallel=FSDP, resume=middle)
+        cfg = replace(cfg, model=replace(cfg.model, kwargs=f'{{"depth": {depth}}}'))
+        unchecked = mock.patch.object(checkpoint, "check_same_model")
+        with contextlib.nullcontext() if checked else unchecked, pytest.raises(UsageError) as caught:
+            Trainer(cfg, world).run()
+        found.append((str(caught.value), is_said_by_rank_0(caught.value)))
+    return found
 
 
 def save_different_copies(folder: Path, world: World) -> None:

@@ -330,6 +330,8 @@ def test_an_evaluation_and_its_save_pause_the_meter_once(tiny: Make, monkeypatch
     monkeypatch.setattr("lejepa_fast.train.loop.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(trainer.saver, "start", takes(5))
     monkeypatch.setattr(trainer, "_evaluate", takes(7))
+    trainer._given_up = set()
+    trainer.metrics = Metrics(trainer.run_dir, enabled=False, tensorboard=False, step=0, total_steps=1)
     monkeypatch.setattr(trainer.meter, "pause", paused.append)
     trainer._evaluate_if_due(1)
     assert sum(paused) == clock[0] == 12

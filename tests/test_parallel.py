@@ -134,6 +134,16 @@ def test_all_ranks_end_where_rank_0_cannot_hold_the_whole(ranks: list[dict[str, 
     assert second == "rank 0 failed with OutOfMemoryError; see its message"
 
 
+def test_what_all_ranks_refuse_rank_0_tells(ranks: list[dict[str, Any]]) -> None:
+    words = ("is of model test_vit (kwargs", "which this model does not have", "does not fit this run")
+    for (first, said), (second, left), expected in zip(
+        ranks[0]["refused"], ranks[1]["refused"], words, strict=True
+    ):
+        assert expected in first
+        assert (first, said) == (second, left)
+        assert left, first
+
+
 def test_nans_on_one_rank_change_no_shard_and_their_images_are_written_down(
     one: Config, ranks: list[dict[str, Any]]
 ) -> None:
@@ -141,6 +151,7 @@ def test_nans_on_one_rank_change_no_shard_and_their_images_are_written_down(
         assert results["nan"]["changed"] == [1, 3, 4]
         assert results["nan"]["skipped"] == 4
         assert "not finite in 3 steps in a row (last: rank 1, step 7, loss nan)" in results["nan"]["error"]
+        assert results["nan"]["left to rank 0"]
     assert one.out is not None
     rows = rows_of(replace(one, out=one.out.parent / "nan"), "skipped")
     assert [(row["step"], row["rank"], row["loss"]) for row in rows] == [(s, 1, None) for s in (2, 5, 6, 7)]

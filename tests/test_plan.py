@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import plan_worker
 import pytest
 import torch
+import torch.nn.functional as F
 from training import run_ranks
 
 from lejepa_fast.data import MultiCropRecipe
@@ -18,6 +20,7 @@ from lejepa_fast.train.accelerators import GIB, by_option
 from lejepa_fast.train.blocks import find_blocks
 from lejepa_fast.train.config import AverageConfig, Config, LossConfig, ModelConfig, ParallelConfig
 from lejepa_fast.train.model import build_model
+from lejepa_fast.train.plan_autocast import autocast_as_on_gpus
 from lejepa_fast.train.plan_memory import Traffic, trace_step
 from lejepa_fast.train.plan_memory import plan_memory as plan_of
 from lejepa_fast.train.plan_report import plot_memory
@@ -68,6 +71,35 @@ def test_memory_without_a_wrapper() -> None:
     case = config.resolve(small(strategy="none", average="ema"))
     planned = trace_step(case, shards=1, images=4).peak
     assert planned == pytest.approx(plan_worker.allocator_peak(case, 4), rel=0.1)
+
+
+def test_autocast_has_the_rules_of_gpus() -> None:
+    values = torch.ones(2, 4, dtype=torch.bfloat16)
+
+    def dtypes() -> list[torch.dtype]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            results = [F.layer_norm(values, (4,)), values.softmax(-1), values.sum(1), values.norm(dim=1)]
+            return [each.dtype for each in (*results, values**2, F.gelu(values), values @ values.T)]
+
+    usual = dtypes()
+    with autocast_as_on_gpus():
+        assert dtypes() == 5 * [torch.float32] + 2 * [torch.bfloat16]
+        assert F.layer_norm(values, (4,)).dtype is torch.bfloat16  # without autocast as ever
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert values.softmax(-1, torch.bfloat16).dtype is torch.bfloat16  # asked for
+    assert dtypes() == usual
+
+
+def test_norms_under_fsdp_keep_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 hands bfloat16 to the blocks. Autocast of a GPU makes a float32 copy for a norm, which keeps it
+    for the backward pass; that of the CPU does not, and the norm keeps the bfloat16."""
+    on_gpus = trace_step(small(precision="bf16"), shards=2, images=8).peak
+    monkeypatch.setattr(plan_memory, "autocast_as_on_gpus", contextlib.nullcontext)
+    on_cpus = trace_step(small(precision="bf16"), shards=2, images=8).peak
+    tokens = 8 * (2 * (8 * 8 + 1) + 2 * (4 * 4 + 1))
+    norms = 4 * 2 + 1  # two in a block, one behind them
+    more = (on_gpus - on_cpus) / (tokens * 192 * 2)
+    assert norms <= more < norms + 2  # and what a norm hands on
 
 
 def test_any_number_of_gpus_from_three_traces() -> None:

@@ -28,7 +28,7 @@ from lejepa_fast.train.config import (
     OptimConfig,
     ParallelConfig,
 )
-from lejepa_fast.train.evaluate import open_splits
+from lejepa_fast.train.evaluate import EvalResult, evaluate_model, open_splits
 from lejepa_fast.train.interruption import Interrupted
 from lejepa_fast.train.loop import Trainer
 from lejepa_fast.train.metrics import Metrics
@@ -280,6 +280,42 @@ def record_reads(monkeypatch: pytest.MonkeyPatch) -> set[tuple[type, str]]:
     for section in SECTIONS:
         monkeypatch.setattr(section, "__getattribute__", reading, raising=False)
     return reads
+
+
+def test_an_evaluation_that_ends_the_run_is_not_tried_for_ever(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = tiny(eval={"every": 1, "linear_steps": 0}, max_steps=9)
+
+    def failing(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lejepa_fast.train.loop.evaluate_model", failing)
+        for _ in range(2):
+            with pytest.raises(RunError, match="out of memory"):
+                train_only(cfg)
+    train_only(cfg)
+    assert "the evaluation after epoch 1 ended the run 2 times and is left out" in caplog.text
+    assert [row["step"] for row in rows_of(cfg, "eval")] == [8]
+    assert [row["step"] for row in rows_of(cfg)] == list(range(1, 10))
+
+
+def test_evaluations_during_training_see_some_of_the_images(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def noted(*args: Any, **kwargs: Any) -> EvalResult:
+        seen.append(evaluate_model(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr("lejepa_fast.train.loop.evaluate_model", noted)
+    trainer = Trainer(tiny(eval={"every": 1, "train_images": 9}, max_steps=5), CPU)
+    trainer.run()
+    during, final = seen
+    assert (during.n_train, final.n_train) == (9, len(trainer.train_source))
+    assert during.n_val == final.n_val
 
 
 def test_a_signal_during_an_evaluation_leaves_at_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:

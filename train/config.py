@@ -24,6 +24,7 @@ import tyro
 from lejepa_fast.data.choice import check_loading
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.errors import UsageError
+from lejepa_fast.train import files
 from lejepa_fast.train.command_line import parse_options
 
 EMBEDDED_DATA = "trashnet96"
@@ -142,6 +143,8 @@ class EvalConfig:
     """Epochs between evaluations during training (kNN, linear probe); 0: only at the end."""
     linear_steps: int = 200
     """Steps of the linear probe during training, 0: none; at the end it gets its full length."""
+    train_images: int = 100_000
+    """Training images for evaluations during training, at most, drawn at random; 0: all, as at the end."""
     image_size: int | None = None
     """Side of the evaluated images; None: crops.global_size."""
     batch_size: int = 256
@@ -253,6 +256,7 @@ def validate(cfg: Config, world_size: int = 1) -> None:
         ("parallel.replicate", cfg.parallel.replicate, 1),
         ("eval.every", cfg.eval.every, 0),
         ("eval.linear_steps", cfg.eval.linear_steps, 0),
+        ("eval.train_images", cfg.eval.train_images, 0),
         ("eval.image_size", cfg.eval.image_size, 1),
         ("eval.batch_size", cfg.eval.batch_size, 1),
         ("eval.k", cfg.eval.k, 1),
@@ -340,6 +344,14 @@ def loader_workers(cfg: Config, processes_here: int, on_gpu: bool) -> int:
         return cfg.data.workers
     cpus = len(os.sched_getaffinity(0)) // max(1, processes_here)
     return max(1, min(16, cpus if on_gpu else cpus // 2))
+
+
+def write(cfg: Config, folder: Path) -> None:
+    """As `folder/config.json`. RunError where the disk refuses."""
+    files.make_folder(folder)
+    text = json.dumps(to_dict(cfg), indent=2) + "\n"
+    path = folder / "config.json"
+    files.write_atomically(path, lambda file: file.write(text.encode()), way_out="choose another --out")
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:

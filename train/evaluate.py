@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -123,6 +124,7 @@ def evaluate_model(
     device: torch.device | str,
     linear: bool = True,
     linear_steps: int | None = None,
+    train_images: int = 0,
     seed: int = 0,
     num_workers: int = 0,
     amp_dtype: torch.dtype | None = None,
@@ -142,6 +144,7 @@ def evaluate_model(
         device: of the model; the probes run there, too.
         linear: fit the linear probe as well.
         linear_steps: at most so many steps of it (None: as `fit_linear_probe` has it).
+        train_images: where there are more, only so many of `train_source`, drawn at random; 0: all.
         seed: of the linear probe's held-out choice and batch order.
         num_workers: loader processes or threads.
         amp_dtype: autocast dtype of the forward pass; None computes in the dtype of the weights.
@@ -156,7 +159,7 @@ def evaluate_model(
     device = torch.device(device)
     image_size = cfg.image_size or recipe.global_size
 
-    def embedded(source: ImageSource) -> Embeddings:
+    def embedded(source: ImageSource, quarantine: Path | None = quarantine) -> Embeddings:
         loader = eval_loader(
             source,
             image_size=image_size,
@@ -173,7 +176,11 @@ def evaluate_model(
     train = None
     knn = rate = linear_accuracy = num_classes = majority = None
     if reason is None:
-        train = embedded(train_source)
+        if 0 < train_images < len(train_source):
+            # Without the list of bad images, as in `calibrate_on_source`.
+            train = embedded(train_source.subset(_drawn(len(train_source), train_images)), None)
+        else:
+            train = embedded(train_source)
         num_classes = len(train_source.classes or ()) or int(max(train.targets.max(), val.targets.max())) + 1
         majority = 100.0 * val.targets.bincount().max().item() / len(val.targets)
         knn = knn_accuracy(
@@ -253,9 +260,9 @@ def calibrate_on_source(
     The images are drawn at random (by a fixed seed): in the order of the source, a batch would often hold a
     single class.
     """
-    chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
+    chosen = _drawn(len(source), CALIBRATION_IMAGES)
     loader = eval_loader(
-        source.subset(chosen.numpy()),
+        source.subset(chosen),
         image_size=cfg.image_size or recipe.global_size,
         batch_size=min(max(cfg.batch_size, 2), len(chosen)),  # statistics over one image are none
         num_workers=num_workers,
@@ -265,6 +272,11 @@ def calibrate_on_source(
         **loading_options(data, torch.device(device), None),
     )
     return calibrate_batchnorm(model, loader, device)
+
+
+def _drawn(images: int, count: int) -> np.ndarray:
+    """The numbers of so many images, by a fixed seed, in random order."""
+    return torch.randperm(images, generator=torch.Generator().manual_seed(0))[:count].numpy()
 
 
 def loading_options(data: DataConfig | None, device: torch.device, quarantine: Path | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lejepa_fast.errors import RunError
-from lejepa_fast.train.world import World
+from lejepa_fast.train.world import World, the_same_on_every_rank
 
 log = logging.getLogger("lejepa_fast.train")
 
@@ -146,11 +146,12 @@ class StepGuard:
         self._record(flags.step, flags.position, {rank: values[size + rank] for rank in ranks})
         where = f"rank {', '.join(map(str, ranks))}, step {flags.step}, loss {values[size + ranks[0]]}"
         if self._streak >= BAD_STEPS_THAT_STOP:
-            raise RunError(
-                f"{self._fault} in {self._streak} steps in a row (last: {where}); they changed "
-                "no parameter, and metrics.jsonl names their images; lower --lr or set "
-                f"--optim.clip-grad-norm 1{self._way_out}, and resume from a checkpoint"
-            )
+            with the_same_on_every_rank():
+                raise RunError(
+                    f"{self._fault} in {self._streak} steps in a row (last: {where}); they changed "
+                    "no parameter, and metrics.jsonl names their images; lower --lr or set "
+                    f"--optim.clip-grad-norm 1{self._way_out}, and resume from a checkpoint"
+                )
         log.warning("%s (%s): step skipped", self._fault.rstrip(","), where)
 
     @torch.no_grad()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import signal
@@ -26,7 +25,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 import lejepa_fast
 from lejepa_fast.data import multicrop_loader
 from lejepa_fast.errors import RunError
-from lejepa_fast.train import checkpoint, config, files, random_state, resume
+from lejepa_fast.train import checkpoint, config, random_state, resume
 from lejepa_fast.train.average import WeightAverage
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.evaluate import (
@@ -45,6 +44,7 @@ from lejepa_fast.train.guard import StepGuard
 from lejepa_fast.train.initialize import memory_format, whole_model
 from lejepa_fast.train.interruption import Interrupted, SignalWatch
 from lejepa_fast.train.lock import RunLock
+from lejepa_fast.train.long_work import IN_VAIN, on_main_for_long, tried_in_vain
 from lejepa_fast.train.metrics import Meter, Metrics, peak_memory_gib, read_rows
 from lejepa_fast.train.model import LeJEPAModel, build_model
 from lejepa_fast.train.objective import build_loss
@@ -64,7 +64,15 @@ from lejepa_fast.train.report import write_report
 from lejepa_fast.train.saving import Saver
 from lejepa_fast.train.skipped import write_skipped
 from lejepa_fast.train.weights_and_biases import open_run
-from lejepa_fast.train.world import World, from_main, gather_to_main, mean_over_ranks, on_all, on_main
+from lejepa_fast.train.world import (
+    World,
+    from_main,
+    gather_to_main,
+    mean_over_ranks,
+    on_all,
+    on_main,
+    the_same_on_every_rank,
+)
 
 log = logging.getLogger("lejepa_fast.train")
 
@@ -100,6 +108,8 @@ class Trainer:
         self.step = 0  # finished steps
         self._at = (0, 0)  # epoch and number of the batch in training
         self.scheduler = build_scheduler(self.optimizer, cfg.optim, self.total_steps)
+        parts = self.model, self.optimizer, self.loss_fn, self.scheduler, self.loader, self.average
+        self.parts = resume.Parts(*parts, data=self.data)
         self.saver = Saver(self.run_dir / "checkpoints", world, keep=cfg.keep_checkpoints)
         self.lock = RunLock(self.run_dir)
         self.signals = SignalWatch()
@@ -165,7 +175,7 @@ class Trainer:
         cfg, world = self.cfg, self.world
         on_main(world, self._lock)  # before anything in the folder changes
         self._resume()
-        on_main(world, self._write_config)
+        on_main(world, lambda: config.write(cfg, self.run_dir))
         on_main(world, self._lock)
         steps = {"step": self.step, "total_steps": self.total_steps}
         opened = functools.partial(Metrics, self.run_dir, tensorboard=cfg.tensorboard, **steps)
@@ -179,6 +189,7 @@ class Trainer:
         rows = read_rows(self.metrics.path) if world.is_main else []
         evaluated = {row["step"] for row in rows if row["kind"] == "eval"}
         self._steps_evaluated: set[int] = from_main(world, evaluated)
+        self._given_up: set[int] = from_main(world, tried_in_vain(rows))
         facts = {
             "device": str(world.device),
             "world_size": world.size,
@@ -209,15 +220,6 @@ class Trainer:
     def _lock(self) -> None:
         if self.run_dir.is_dir():
             self.lock.take()
-
-    def _write_config(self) -> None:
-        files.make_folder(self.run_dir)
-        text = json.dumps(config.to_dict(self.cfg), indent=2) + "\n"
-        files.write_atomically(
-            self.run_dir / "config.json",
-            lambda file: file.write(text.encode()),
-            way_out="choose another --out",
-        )
 
     def train(self) -> None:
         """Train up to `total_steps` and save the last checkpoint; nothing to do for a finished run."""
@@ -333,14 +335,10 @@ class Trainer:
         began = time.perf_counter()
         state = {
             "config": config.to_dict(self.cfg),
-            "data": self.data,
-            "scheduler": self.scheduler.state_dict(),
-            "loader": self.loader.state_dict(),
-            "average": self.average and self.average.state(),
+            **self.parts.state(),
             "rng": gather_to_main(self.world, random_state.capture_rng()),
         }
-        tensors = resume.tensors_of(self.model, self.optimizer, self.loss_fn, self._averaged())
-        self.saver.start(self.step, tensors, state)
+        self.saver.start(self.step, self.parts.tensors(), state)
         self._saved_step = self.step
         self.meter.saved(time.perf_counter() - began)
 
@@ -363,9 +361,14 @@ class Trainer:
             return
         state = from_main(self.world, found[1] if found else None)
         assert state is not None
-        checkpoint.check_same_model(state["config"], current, path)
+        with the_same_on_every_rank():  # all have rank 0's `state`
+            checkpoint.check_same_model(state["config"], current, path)
         on_main(self.world, lambda: resume.check_same_run(state, current, self.data, path, run_dir))
-        self._load(state, path)
+        self.parts.load(path, state, self.world)
+        if self.world.rank < len(state["rng"]):
+            random_state.restore_rng(state["rng"][self.world.rank])
+        else:  # more ranks than before: the new ones start a stream of their own
+            random_state.seed_rng(self.cfg.seed + 7919 * self.world.rank + state["step"])
         self.step = state["step"]
         if resume.is_own(path, run_dir):
             self._saved_step = self.step
@@ -374,19 +377,6 @@ class Trainer:
             log.info("training is complete: only evaluating; to train anew, choose another --out")
         resume.tell_changes(state["config"], current)
 
-    def _load(self, state: dict[str, Any], path: Path) -> None:
-        if self.average is not None:
-            self.average.restore(state.get("average"))
-        resume.load_tensors_of(path, self.model, self.optimizer, self.loss_fn, self._averaged())
-        if self.average is not None:
-            self.average.follow()
-        resume.load_schedule(self.optimizer, self.scheduler, state["scheduler"])
-        self.loader.load_state_dict(resume.loader_state(state, self.data))
-        if self.world.rank < len(state["rng"]):
-            random_state.restore_rng(state["rng"][self.world.rank])
-        else:  # more ranks than before: the new ones start a stream of their own
-            random_state.seed_rng(self.cfg.seed + 7919 * self.world.rank + state["step"])
-
     # ---- evaluation ------------------------------------------------------------------------------
 
     def _evaluate_if_due(self, epoch: int) -> None:
@@ -394,29 +384,31 @@ class Trainer:
         every = self.cfg.eval.every
         if not every or not epoch or epoch % every or self.step in self._steps_evaluated:
             return
+        if self.step in self._given_up:
+            log.warning(IN_VAIN, epoch)
+            return
         self.save()  # so that a signal need not wait for the evaluation
+        self.metrics.write("evaluating", self.step, epoch=epoch)
         began = time.perf_counter()  # `save` pauses the meter for itself
         model = self._whole_model()
-        on_main(self.world, lambda: self._evaluate(model, epoch, linear_steps=self.cfg.eval.linear_steps))
+        on_main_for_long(self.world, lambda: self._evaluate(model, epoch, during_training=True))
         self._steps_evaluated.add(self.step)
         self.meter.pause(time.perf_counter() - began)
-
-    def _averaged(self) -> dict[str, Tensor]:
-        return self.average.tensors() if self.average is not None else {}
 
     def _whole_model(self) -> LeJEPAModel | None:
         """The model to evaluate and export, whole and on rank 0: the averaged one where there is one.
 
         All ranks call it.
         """
-        averaged = self._averaged()
+        averaged = self.parts.averaged()
         if self.strategy == "fsdp" or averaged:
             return whole_model(self.model, self.cfg, self.world, averaged)
         return self.model
 
-    def _evaluate(self, model: LeJEPAModel | None, epoch: int, *, linear_steps: int | None) -> EvalResult:
-        """Evaluate on rank 0 and write the row, unless there is one. `linear_steps`: None: all, 0: none."""
+    def _evaluate(self, model: LeJEPAModel | None, epoch: int, *, during_training: bool) -> EvalResult:
+        """Evaluate on rank 0 and write the row, unless there is one. `during_training`: the short way."""
         assert model is not None  # on rank 0
+        linear_steps = self.cfg.eval.linear_steps if during_training else None  # None: all
         with self._evaluating():
             result = evaluate_model(
                 model,
@@ -426,6 +418,7 @@ class Trainer:
                 recipe=self.cfg.crops,
                 linear=linear_steps != 0,
                 linear_steps=linear_steps,
+                train_images=self.cfg.eval.train_images if during_training else 0,
                 seed=self.cfg.seed,
                 data=self.cfg.data,
                 **self._how_to_evaluate,
@@ -464,17 +457,17 @@ class Trainer:
     def finish(self) -> Path:
         """Export the encoder, evaluate it beside the untrained one, write the report; returns its path."""
         model = self._whole_model()
-        report = on_main(self.world, lambda: self._finish(model))
+        report = on_main_for_long(self.world, lambda: self._finish(model))
         return from_main(self.world, report)
 
     def _finish(self, model: LeJEPAModel | None) -> Path:
         cfg = self.cfg
         assert model is not None  # on rank 0
         export_encoder(model.encoder, cfg, self.step, self.run_dir)
-        averaged = f" (the {cfg.average.kind} of its weights)" if self._averaged() else ""
+        averaged = f" (the {cfg.average.kind} of its weights)" if self.parts.averaged() else ""
         log.info("evaluating the trained%s and the untrained encoder", averaged)
         epoch, batch = self._position()
-        trained = self._evaluate(model, epoch + (batch > 0), linear_steps=None)
+        trained = self._evaluate(model, epoch + (batch > 0), during_training=False)
         with self._evaluating():
             untrained = evaluate_untrained(cfg, self.train_source, self.val_source, **self._how_to_evaluate)
         history = read_rows(self.metrics.path)

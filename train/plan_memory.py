@@ -42,6 +42,7 @@ from lejepa_fast.train.model import LeJEPAModel, build_model
 from lejepa_fast.train.objective import build_loss
 from lejepa_fast.train.optimization import build_optimizer
 from lejepa_fast.train.parallelize import compute_dtype, make_mesh, parallelize
+from lejepa_fast.train.plan_autocast import autocast_as_on_gpus
 
 CPU = torch.device("cpu")
 _c10d = torch.ops.c10d
@@ -196,11 +197,12 @@ class PlannedStep:
                 module._buffers[name] = self.context.from_tensor(value)
 
     def run(self) -> None:
-        """As `Trainer._train_step` does it."""
-        with torch.autocast("cpu", dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            global_z, all_z = self.called(self.views)
-        out = self.loss_fn(global_z, all_z)
-        out.total.backward()
+        """As `Trainer._train_step` does it on a GPU."""
+        with autocast_as_on_gpus():  # in the backward pass, too: it may compute activations again
+            with torch.autocast("cpu", dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+                global_z, all_z = self.called(self.views)
+            out = self.loss_fn(global_z, all_z)
+            out.total.backward()
         get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lejepa_fast.data import ImageSource
 from lejepa_fast.data.identity import names_digest
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import checkpoint
+from lejepa_fast.train.average import WeightAverage
+from lejepa_fast.train.world import World, on_all, the_same_on_every_rank
 
 log = logging.getLogger("lejepa_fast.train")
 
@@ -89,76 +92,94 @@ def check_same_run(
     )
 
 
-def loader_state(state: Mapping[str, Any], data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the loader takes from a checkpoint: of other images than the run's `data`, the epoch alone."""
-    if state.get("data") in (None, data):
-        return state["loader"]
-    return {"epoch": state["loader"]["epoch"], "batch": 0}
-
-
 def _counted(data: Mapping[str, Any]) -> str:
     return f"{data['train_images']} for training, {data['val_images']} held out"
 
 
-def tensors_of(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss_fn: nn.Module,
-    averaged: Mapping[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """The tensors that a checkpoint holds, by their names in it; they share memory with the run's.
+@dataclass(frozen=True)
+class Parts:
+    """What of a run its checkpoints hold, but for the random states of the ranks and the configuration.
 
-    `averaged` are those of the averaged model; {} where there is none.
+    `data` is the run's `data_identity`.
     """
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors |= {f"loss.{name}": tensor for name, tensor in loss_fn.state_dict().items()}
-    tensors |= {f"average.{name}": tensor for name, tensor in averaged.items()}
-    for name, parameter in model.named_parameters():
-        for slot, tensor in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{slot}"] = tensor
-    return tensors
 
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss_fn: nn.Module
+    scheduler: LambdaLR
+    loader: Any
+    average: WeightAverage | None
+    data: Mapping[str, Any]
 
-def load_tensors_of(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss_fn: nn.Module,
-    averaged: Mapping[str, torch.Tensor],
-) -> None:
-    """The inverse of `tensors_of`, from a checkpoint of any number of ranks; all ranks call it.
+    def state(self) -> dict[str, Any]:
+        """What is no tensor, as JSON has it."""
+        return {
+            "data": self.data,
+            "scheduler": self.scheduler.state_dict(),
+            "loader": self.loader.state_dict(),
+            "average": self.average and self.average.state(),
+        }
 
-    An average in the checkpoint that this run does not continue is left out.
-    UsageError naming a tensor that the run or the checkpoint does not have, or has in another shape.
-    """
-    saved = checkpoint.saved_tensors(path)
-    optimizer.state.clear()
-    wanted = tensors_of(model, optimizer, loss_fn, averaged)
-    parameters = dict(model.named_parameters())
-    slots: list[tuple[torch.nn.Parameter, str, str]] = []
-    for name in saved.keys() - wanted.keys():
-        section, _, rest = name.partition(".")
-        if section == "average" and not averaged:
-            continue
-        parameter, _, slot = rest.rpartition(".")
-        if section != "optimizer" or parameter not in parameters:
-            raise UsageError(
-                f"checkpoint {path} does not fit this run: it holds {name}, which this model does not have; "
-                "choose another --out"
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names in a checkpoint; they share memory with the run's."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"loss.{name}": tensor for name, tensor in self.loss_fn.state_dict().items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in self.averaged().items()}
+        for name, parameter in self.model.named_parameters():
+            for slot, tensor in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{slot}"] = tensor
+        return tensors
+
+    def averaged(self) -> dict[str, Tensor]:
+        """Those of the averaged model; {} where there is none, or none yet."""
+        return self.average.tensors() if self.average is not None else {}
+
+    def load(self, path: Path, state: Mapping[str, Any], world: World) -> None:
+        """The inverse of both, from a checkpoint of any number of ranks; all ranks call it.
+
+        Of other images than the run's the loader takes the epoch alone. An average in the checkpoint that
+        this run does not continue is left out.
+        UsageError naming a tensor that the run or the checkpoint does not have, or has in another shape.
+        """
+        if self.average is not None:
+            self.average.restore(state.get("average"))
+        tensors = on_all(world, lambda: self._tensors_to_load(path))
+        with the_same_on_every_rank():  # what fails on one
+            checkpoint.load_tensors(path, tensors)
+        if self.average is not None:
+            self.average.follow()
+        _load_schedule(self.optimizer, self.scheduler, state["scheduler"])
+        same_images = state.get("data") in (None, self.data)
+        position = {"epoch": state["loader"]["epoch"], "batch": 0}
+        self.loader.load_state_dict(state["loader"] if same_images else position)
+
+    def _tensors_to_load(self, path: Path) -> dict[str, Tensor]:
+        """As `tensors`, with the optimiser's state made, in which there may be none yet."""
+        saved = checkpoint.saved_tensors(path)
+        self.optimizer.state.clear()
+        wanted = self.tensors()
+        parameters = dict(self.model.named_parameters())
+        for name in sorted(saved.keys() - wanted.keys()):  # of several, all ranks name the same
+            section, _, rest = name.partition(".")
+            if section == "average" and not self.averaged():
+                continue
+            parameter, _, slot = rest.rpartition(".")
+            if section != "optimizer" or parameter not in parameters:
+                raise UsageError(
+                    f"checkpoint {path} does not fit this run: it holds {name}, which this model does not "
+                    "have; choose another --out"
+                )
+            owner, like = parameters[parameter], saved[name]
+            wanted[name] = (
+                torch.empty_like(owner, dtype=like.dtype)
+                if like.ndim and like.shape == owner.shape
+                else torch.empty_like(like, device=owner.device)
             )
-        slots.append((parameters[parameter], slot, name))
-    for owner, slot, name in sorted(slots, key=lambda entry: entry[2]):
-        like = saved[name]
-        wanted[name] = (
-            torch.empty_like(owner, dtype=like.dtype)
-            if like.ndim and like.shape == owner.shape
-            else torch.empty_like(like, device=owner.device)
-        )
-        optimizer.state[owner][slot] = wanted[name]
-    checkpoint.load_tensors(path, wanted)
+            self.optimizer.state[owner][slot] = wanted[name]
+        return wanted
 
 
-def load_schedule(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, saved: Mapping[str, Any]) -> None:
+def _load_schedule(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, saved: Mapping[str, Any]) -> None:
     """Load the position in the schedule; rate, decay and betas stay those of this run's settings.
 
     The rate of the next step follows from the schedule of this run, which may be longer than that of the

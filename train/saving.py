@@ -37,7 +37,6 @@ from torch.distributed.checkpoint._hf_utils import (
 )
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lejepa_fast.errors import RunError
@@ -144,8 +143,9 @@ def _failures(error: BaseException) -> list[BaseException]:
 class _Stager(AsyncStager):
     """Copies a flat state dict to the CPU, into contiguous memory that is kept from save to save.
 
-    From a GPU it is pinned memory, which takes the copy at full speed. (DCP's own stager cannot be used twice
-    with torch 2.11, and keeps layouts that safetensors refuses.)
+    From a GPU it is pinned memory, which takes the copy at full speed, as long as there is some: PyTorch
+    rounds each piece up to a power of two. (DCP's own stager cannot be used twice with torch 2.11, and keeps
+    layouts that safetensors refuses.)
     """
 
     _synchronize_after_execute = False
@@ -153,11 +153,10 @@ class _Stager(AsyncStager):
     def __init__(self, *, pinned: bool):
         self._pinned = pinned
         self._memory: dict[str, Tensor] = {}
-        self._meshes: dict[DeviceMesh, DeviceMesh] = {}
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         staged = {name: self._copy(name, tensor) for name, tensor in state_dict.items()}
-        if self._pinned:
+        if any(tensor.is_cuda for tensor in state_dict.values()):
             torch.cuda.synchronize()
         return staged
 
@@ -172,19 +171,26 @@ class _Stager(AsyncStager):
         own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         kept = self._memory.get(name)
         if kept is None or kept.shape != own.shape or kept.dtype != own.dtype:
-            kept = torch.empty(own.shape, dtype=own.dtype, pin_memory=self._pinned)
-            self._memory[name] = kept
-        kept.copy_(own, non_blocking=self._pinned)
+            kept = self._memory[name] = self._allocate(own)
+        kept.copy_(own, non_blocking=kept.is_pinned())
         if not isinstance(tensor, DTensor):
             return kept
-        mesh = self._on_the_cpu(tensor.device_mesh)
-        shape, stride = tensor.shape, tensor.stride()
-        return DTensor.from_local(kept, mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+        # On the mesh of the GPUs, though it lies on the CPU, which `from_local` does not let be: nothing
+        # communicates through it, and a mesh of CPUs would make groups of processes for its dimensions.
+        return DTensor(kept, tensor._spec, requires_grad=False)
 
-    def _on_the_cpu(self, mesh: DeviceMesh) -> DeviceMesh:
-        if mesh not in self._meshes:
-            self._meshes[mesh] = DeviceMesh("cpu", mesh.mesh)
-        return self._meshes[mesh]
+    def _allocate(self, like: Tensor) -> Tensor:
+        if self._pinned:
+            try:
+                return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+            except RuntimeError as error:  # CUDA's, and not an OutOfMemoryError
+                self._pinned = False
+                log.warning(
+                    "no pinned memory for all of a checkpoint's copy (%s): the rest is copied to pageable "
+                    "memory, which takes longer",
+                    str(error).partition("\n")[0],
+                )
+        return torch.empty(like.shape, dtype=like.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
