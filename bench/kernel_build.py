@@ -62,9 +62,11 @@ def tiled_kernel(
     single = mixed or (slice_grad and name == "product")
     config = shipped_config(target, 4 if single else _itemsize(dtype))
     tile = config.tile(name, size.K) if tile is None else tile
-    arguments = _common(target, dtype, plan, size) | _blocks(
-        name, tile, size, config, "tf32x3" if mixed else dtype
-    )
+    if name == "forward":
+        tile = tile.for_chunks(plan.chunks)
+    arguments = _common(target, dtype, plan, size)
+    kind = arguments["PRECISION"] if mixed or dtype == "fp32" else dtype
+    arguments |= _blocks(name, tile, size, config, kind)
     if mixed:
         arguments |= {"a_ptr": f"*{directions}", "HAS_SCALE": False}
     if name == "forward":

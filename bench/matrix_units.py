@@ -42,8 +42,12 @@ def multiply(target: str, a: Array, b: Array, acc: Array, precision: str) -> Arr
         target: one of `MODELS`.
         a, b: (M, K) and (K, N), of 16-bit values, or float32 values with another precision than "half".
         acc: (M, N), float32 values.
-        precision: "half", or of float32 products: "tf32x3" or "ieee".
+        precision: "half", or of float32 products: "tf32x3" (NVIDIA) or "ieee".
     """
+    if precision not in ("half", "ieee") and (precision != "tf32x3" or target == "gfx942"):
+        raise ValueError(
+            f"precision: expected 'half', 'ieee' or NVIDIA's 'tf32x3', got {precision!r} on {target}"
+        )
     if precision == "ieee":
         return _to_float32(acc + a @ b)
     if target == "gfx942":

@@ -45,8 +45,10 @@ class Plan(NamedTuple):
 
     def stretched(self, share: float) -> Plan:
         """The plan for projections that are too small by that share."""
-        lo, (hi_giant, lo_giant) = self.factor_lo + share * self.factor_hi, self.giant_factor
-        return self._replace(factor_lo=lo, giant_factor=(hi_giant, lo_giant + share * hi_giant))
+        hi, lo = _two_floats((self.factor_hi + self.factor_lo) * (1 + share))
+        return self._replace(
+            factor_hi=hi, factor_lo=lo, giant_factor=_two_floats(sum(self.giant_factor) * (1 + share))
+        )
 
 
 def make_plan(J: int, spacing: float | None) -> Plan:

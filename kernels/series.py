@@ -221,7 +221,7 @@ def project(
                 part = dot(a_step, x, part, PRECISION)
                 x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
                 a_ptrs += BLOCK_K * tl.cast(stride_ak, tl.int64)
-            p = tl.fma(part, 1.0, p) if CHAIN > 0 else part
+            p = add_chain(p, part) if CHAIN > 0 else part
     return p
 
 
@@ -242,10 +242,25 @@ def multiply(
     for i in tl.static_range(COUNT):
         part = dot(a[i], x[i], part, PRECISION)
         if (i + 1) % STEPS == 0 or i + 1 == COUNT:
-            # As an FMA: the compiler would move an addition into the matrix product.
-            p = tl.fma(part, 1.0, p) if i >= STEPS else part
+            p = add_chain(p, part) if i >= STEPS else part
             part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     return p
+
+
+@triton.jit
+def add_chain(total, part):
+    """total + part, at this place.
+
+    The compiler would move a plain addition into the matrix product, or keep all chains in registers to add
+    them at the end.
+    """
+    if _INTERPRETED:
+        total = total + part
+    else:
+        total = tl.inline_asm_elementwise(
+            "add.rn.f32 $0, $1, $2;", "=f,f,f", [total, part], dtype=tl.float32, is_pure=False, pack=1
+        )
+    return total
 
 
 @triton.jit

@@ -58,8 +58,8 @@ def test_the_reference_size_on_sm_90_keeps_the_hard_limits(report):
     assert found["forward", 512]["per_sample"]["fp32"] <= 75
     for kernel in (("gradient", 1536), ("fused", 512)):
         assert found[kernel]["per_sample"]["fp32"] <= 85
-    # Chains of 256 dimensions before and in the loop, of 128: the compiler has not made them one.
-    assert found["forward", 512]["chains"] == 4
+    # Chains of 128 dimensions, before and in the loop: the compiler has not made them one.
+    assert found["forward", 512]["chains"] == 8
     assert found["fused", 512]["chains"] == 4
     assert all(row["tensor_kind"] == "HGMMA" for row in found.values() if row["kernel"] not in PLAIN)
 
