@@ -163,9 +163,14 @@ def share_of_allowed(row: dict[str, Any]) -> float:
     return max(shares)
 
 
+def cases(device: str) -> list[tuple[Variant, int]]:
+    """What a run measures, in its order: a row for each."""
+    return [(variant, J) for J in KNOTS for variant in variants(device) if J in variant.knots]
+
+
 def measure(device: str) -> Iterator[dict[str, Any]]:
     """Row by row, on a GPU from several processes: each compiles its own kernels, and nothing is timed."""
-    jobs = [(v, J, device) for J in KNOTS for v in variants(device) if J in v.knots]
+    jobs = [(variant, J, device) for variant, J in cases(device)]
     if device == "cpu":
         yield from (measured(*job) for job in jobs)
         return
