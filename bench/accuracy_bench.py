@@ -5,9 +5,9 @@ number of knots J and the size of the projections |p|. Every variant gets the sa
 half-precision inputs is taken as given. The gradient is that of the sum over directions, which takes the path
 of training: in half precision, dT/dp is rounded as there. Rows go to bench/results/sigreg_accuracy.jsonl.
 
-Each row is held to the accuracy rule (`lejepa_fast.reference.allowed_error`) by the row of plain float32 with
-the same J; not those of "recurrence" and tf32, which are there to be compared. The exit code is 1 if one is
-beyond it.
+Each row is held to the accuracy rule (`lejepa_fast.reference.allowed_error`) by plain float32 on the same
+inputs, whose errors it carries; not those of "recurrence" and tf32, which are there to be compared. The exit
+code is 1 if one is beyond it.
 
 On a GPU the kernels are compiled. Without one they run in Triton's interpreter, at a size of one tile, where
 float32 is multiplied as such whatever the precision.
@@ -37,8 +37,15 @@ from lejepa_fast.reference import allowed_error, statistic_from_sums
 KNOTS = (17, 3, 5, 9, 33, 65)  # the default first: what comes later may be stopped
 SCALES = (1.0, 10.0, 100.0, 1e3, 1e4)
 SIZES = {"cpu": {"N": 16, "K": 16, "M": 16}, "cuda": {"N": 2048, "K": 512, "M": 256}}
-PLAIN = "plain float32"
-Errors = tuple[float, float]
+
+
+class Errors(NamedTuple):
+    """Relative errors against float64: a variant's own, and those of plain float32 on its inputs."""
+
+    value: float
+    gradient: float
+    plain_value: float
+    plain_gradient: float
 
 
 class Variant(NamedTuple):
@@ -54,7 +61,7 @@ class Variant(NamedTuple):
 
 def variants(device: str) -> Iterator[Variant]:
     """On a GPU each variant and J is compiled: the default precision at every J, most others at 17."""
-    yield Variant(PLAIN, torch.float32, "reference", judged=False)  # the first: others are held to it
+    yield Variant("plain float32", torch.float32, "reference", judged=False)
     yield Variant("recurrence", torch.float32, None, judged=False)
     yield Variant("impl='torch'", torch.float32, "torch")
     if device == "cpu" or torch.version.hip:
@@ -101,7 +108,11 @@ def evaluate(x: Tensor, A: Tensor, knots: Knots, **options: Any) -> tuple[Tensor
 
 
 def errors(variant: Variant, J: int, scale: float, device: str) -> Errors:
-    """Relative error of the statistic and of the gradient."""
+    """Relative errors of the statistic and of the gradient.
+
+    Half-precision variants have inputs of their own, rounded and with other directions: so plain float32
+    is measured on those, too.
+    """
     size = SIZES[device]
     generator = torch.Generator().manual_seed(J)
     x = (scale * torch.randn(size["N"], size["K"], generator=generator)).to(device, variant.dtype)
@@ -114,12 +125,13 @@ def errors(variant: Variant, J: int, scale: float, device: str) -> Errors:
         # The same on every device: normals of one generator, not of its kernel.
         A = sample_directions(size["K"], size["M"], step=0).to(device)
     exact = evaluate(x.double(), A.double(), knots, impl="reference", scale=unit)
+    plain = evaluate(x.float(), A.float(), knots, impl="reference", scale=unit)
     if variant.impl is None:
         got = recurrence(x, A, knots)
     else:
         got = evaluate(x, A, knots, impl=variant.impl, precision=variant.precision, scale=unit)
-    value, grad = (((g.double() - e).norm() / e.norm()).item() for g, e in zip(got, exact, strict=True))
-    return value, grad
+    pairs = zip((*got, *plain), (*exact, *exact), strict=True)
+    return Errors(*(((g.double() - e).norm() / e.norm()).item() for g, e in pairs))
 
 
 def measured(variant: Variant, J: int, device: str) -> dict[str, Any]:
@@ -132,26 +144,33 @@ def measured(variant: Variant, J: int, device: str) -> dict[str, Any]:
         "J": J,
         "size": SIZES[device],
         "scales": list(SCALES),
-        "value_errors": [value for value, _ in results],
-        "gradient_errors": [grad for _, grad in results],
+        "value_errors": [result.value for result in results],
+        "gradient_errors": [result.gradient for result in results],
+        "plain_value_errors": [result.plain_value for result in results],
+        "plain_gradient_errors": [result.plain_gradient for result in results],
     }
 
 
-def share_of_allowed(row: dict[str, Any], plain: dict[str, Any]) -> float:
+def share_of_allowed(row: dict[str, Any]) -> float:
     """The largest error of a row as a share of what the rule allows; infinite for what is no number."""
     dtype = getattr(torch, row["dtype"])
     rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     shares = [0.0]
     for part, ulp in (("value_errors", 0.0), ("gradient_errors", rounding)):
-        for error, reference in zip(row[part], plain[part], strict=True):
+        for error, reference in zip(row[part], row[f"plain_{part}"], strict=True):
             share = error / allowed_error(reference, ulp=ulp)
             shares.append(share if share == share else float("inf"))
     return max(shares)
 
 
+def cases(device: str) -> list[tuple[Variant, int]]:
+    """What a run measures, in its order: a row for each."""
+    return [(variant, J) for J in KNOTS for variant in variants(device) if J in variant.knots]
+
+
 def measure(device: str) -> Iterator[dict[str, Any]]:
     """Row by row, on a GPU from several processes: each compiles its own kernels, and nothing is timed."""
-    jobs = [(v, J, device) for J in KNOTS for v in variants(device) if J in v.knots]
+    jobs = [(variant, J, device) for variant, J in cases(device)]
     if device == "cpu":
         yield from (measured(*job) for job in jobs)
         return
@@ -174,11 +193,9 @@ def main() -> int:
     where = machine() | {"kernels": "compiled" if device == "cuda" else "interpreted"}
     print("relative error of the statistic / of the gradient, against float64", flush=True)
     header = ["variant", "J", *(f"|p| ~ {scale:g}" for scale in SCALES)]
-    rows, plain = [], {}
+    rows = []
     for row in measure(device):
-        if row["variant"] == PLAIN:
-            plain[row["J"]] = row
-        row["share_of_allowed"] = share_of_allowed(row, plain[row["J"]]) if row["judged"] else None
+        row["share_of_allowed"] = share_of_allowed(row) if row["judged"] else None
         rows.append(row)
         append_rows(folder / "sigreg_accuracy.jsonl", [row | where])
         print(f"{row['variant']}, J {row['J']}: {', '.join(cells(row))}", flush=True)

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import accuracy_bench
 from sigreg_variants import BASELINE, COMPILED, GRAPH, REDUCED, TRITON
 
 Row = dict[str, Any]
@@ -159,11 +160,17 @@ def _graph(rows: Sequence[Row]) -> Figure:
 
 
 def _accuracy(rows: Sequence[Row]) -> Figure:
-    """The largest share of the error that the rule allows, over all rows that it holds for."""
-    shares = {f"{row['variant']}, J {row['J']}": row["share_of_allowed"] for row in rows if row.get("judged")}
-    if not shares:
-        raise NotMeasuredError("no row of accuracy_bench.py")
-    worst = max(shares, key=lambda name: shares[name])
+    """The largest share of the error that the rule allows, over all rows that it holds for.
+
+    A part of the rows can show that the target is missed, but not that it is met.
+    """
+    wanted = {(variant.name, J) for variant, J in accuracy_bench.cases("cuda")}
+    measured = {(row["variant"], row["J"]): row for row in rows if "judged" in row}
+    found = {case: row for case, row in measured.items() if case in wanted}
+    shares = {f"{name}, J {J}": row["share_of_allowed"] for (name, J), row in found.items() if row["judged"]}
+    worst = max(shares, key=lambda name: shares[name], default=None)
+    if worst is None or (len(found) < len(wanted) and shares[worst] <= 1):
+        raise NotMeasuredError(f"{len(found)} of {len(wanted)} rows of accuracy_bench.py")
     return Figure(shares[worst], f"{worst}, the worst of {len(shares)}")
 
 

@@ -10,7 +10,8 @@ import importlib.util
 import sys
 import types
 
-if not importlib.util.find_spec("tyro"):
+# A module that stands there without a spec, such as another stub, would be an error to find_spec.
+if "tyro" not in sys.modules and not importlib.util.find_spec("tyro"):
     notes = types.ModuleType("tyro")
     notes.conf = types.SimpleNamespace(arg=lambda **_: None)  # type: ignore[attr-defined]
     sys.modules["tyro"] = notes

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
-import signal
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,27 +40,6 @@ class NumberedSource(ImageSource):
     def open_image(self, index: int) -> Image.Image:
         rng = np.random.default_rng(index)
         return Image.fromarray(rng.integers(0, 256, (self.size[1], self.size[0], 3), dtype=np.uint8))
-
-
-class DyingSource(NumberedSource):
-    """Kills the first worker that reads image 0, as the kernel does when memory runs out."""
-
-    def __init__(self, count: int, marker: Path) -> None:
-        super().__init__(count)
-        self.marker = marker
-
-    def open_image(self, index: int) -> Image.Image:
-        if index == 0 and torch.utils.data.get_worker_info() is not None and not self.marker.exists():
-            self.marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().open_image(index)
-
-
-class ThreadCountSource(NumberedSource):
-    """Encodes the number of threads of the process in the pixels."""
-
-    def open_image(self, index: int) -> Image.Image:
-        return Image.new("RGB", self.size, (torch.get_num_threads(),) * 3)
 
 
 def loader(count: int = 37, **options):
@@ -226,31 +202,6 @@ def test_global_generators_are_untouched(make, workers):
     assert np.array_equal(numpy_state(), states[1])
     assert random.getstate() == states[2]
     assert torch.get_num_threads() == threads
-
-
-def test_one_thread_while_making_batches():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for workers in (0, 1):
-            source = ThreadCountSource(4)
-            images, _ = next(
-                iter(
-                    eval_loader(
-                        source,
-                        image_size=8,
-                        batch_size=4,
-                        num_workers=workers,
-                        std=(1, 1, 1),
-                        mean=(0, 0, 0),
-                        backend="torchvision",
-                    )
-                )
-            )
-            assert torch.allclose(images, torch.full_like(images, 1 / 255))
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
 
 
 # --- resume -------------------------------------------------------------------------------------
@@ -459,30 +410,6 @@ def test_small_images_are_refused_with_a_way_out():
     enlarged = loader(recipe=MultiCropRecipe(global_size=48, local_size=40, min_image_size=1))
     assert [v.shape[-1] for v in next(iter(enlarged))[0]] == [48] * 2 + [40] * 6
     loader(recipe=MultiCropRecipe(global_size=32, local_crops=0))  # exactly the short side
-
-
-@pytest.fixture
-def default_sigchld():
-    """Takes away the handler that a DataLoader of another test may have left in this process."""
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGCHLD, previous)
-
-
-@pytest.mark.usefixtures("default_sigchld")
-def test_a_dead_worker_is_explained(tmp_path):
-    source = DyingSource(8, tmp_path / "already")
-    made = multicrop_loader(
-        source, RECIPE, batch_size=4, num_workers=1, start_method="fork", backend="torchvision"
-    )
-    with pytest.raises(RunError, match=r"a data-loading worker died .* use fewer workers") as caught:
-        list(made)
-    one_line(caught)
-    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # no exceptions out of the blue
-    # The next pass starts new workers.
-    made.set_epoch(0)
-    expected = multicrop_loader(NumberedSource(8), RECIPE, batch_size=4, backend="torchvision")
-    assert same(list(made), list(expected))
 
 
 class BuggySource(NumberedSource):

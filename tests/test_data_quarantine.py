@@ -159,6 +159,24 @@ def test_a_state_of_other_images_hands_over_the_epoch_alone(tmp_path, backend, c
     assert other.quarantined == [5, 6]
 
 
+def test_an_older_state_of_more_images_hands_over_the_bad_ones_that_are_left(tmp_path, backend):
+    source = FolderSource(flat_folder(tmp_path / "images", 18))
+
+    def resume(state):
+        made = multicrop_loader(source, PLAIN, batch_size=4, max_bad_fraction=0.2, **on(backend))
+        made.load_state_dict(state)
+        return made
+
+    old = {"epoch": 3, "batch": 0, "bad": [17, 18, 5, 30], "reasons": ["a", "b", "c", "d"]}
+    made = resume(old)
+    assert (made.epoch, made.quarantined, made.state_dict()["reasons"]) == (3, [5, 17], ["c", "a"])
+    assert resume({k: v for k, v in old.items() if k != "reasons"}).quarantined == [5, 17]
+    # One that tells its images cannot know of others, and in mid-epoch these must be the same.
+    for change in ({"images": 18}, {"batch": 2}):
+        with pytest.raises(UsageError, match="'bad' must be numbers of 18 images"):
+            resume({**old, **change})
+
+
 def resumed_elsewhere(tmp_path: Path, backend: str):
     """A run of 2 epochs, all 4 bad ones of its 18 images known: (their reasons, how to make its loader)."""
     source = FolderSource(flat_folder(tmp_path / "images", 18))

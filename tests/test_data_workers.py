@@ -13,11 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from lejepa_fast.data import MultiCropRecipe, multicrop_loader
+from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader
 from lejepa_fast.data.sources import ImageSource
 from lejepa_fast.data.workers import _start_worker
+from lejepa_fast.errors import RunError
+
+RECIPE = MultiCropRecipe(global_size=16, local_crops=0)
 
 # A small trainer. Image 40 and the following ones keep a worker busy for ever where "stuck" is asked for.
 TRAINER = """
@@ -174,9 +178,8 @@ class NoiseSource(ImageSource):
 
 
 def test_workers_survive_the_thread_that_started_them():
-    recipe = MultiCropRecipe(global_size=16, local_crops=0)
     loader = multicrop_loader(
-        NoiseSource(), recipe, batch_size=4, num_workers=1, start_method="fork", backend="torchvision"
+        NoiseSource(), RECIPE, batch_size=4, num_workers=1, start_method="fork", backend="torchvision"
     )
     seen: list[list[int]] = []
 
@@ -190,3 +193,68 @@ def test_workers_survive_the_thread_that_started_them():
     assert seen == [list(range(12))] * 2
     # And the signals of this process are as before.
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGINT}
+
+
+class DyingSource(NoiseSource):
+    """Kills the first worker that reads image 0, as the kernel does when memory runs out."""
+
+    def __init__(self, marker: Path) -> None:
+        super().__init__()
+        self.marker = marker
+
+    def open_image(self, index: int) -> Image.Image:
+        if index == 0 and torch.utils.data.get_worker_info() is not None and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().open_image(index)
+
+
+@pytest.fixture
+def default_sigchld():
+    """Takes away the handler that a DataLoader of another test may have left in this process."""
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, previous)
+
+
+@pytest.mark.usefixtures("default_sigchld")
+def test_a_dead_worker_is_explained(tmp_path):
+    made = multicrop_loader(
+        DyingSource(tmp_path / "already"),
+        RECIPE,
+        batch_size=4,
+        num_workers=1,
+        start_method="fork",
+        backend="torchvision",
+    )
+    with pytest.raises(RunError, match=r"a data-loading worker died .* use fewer workers") as caught:
+        list(made)
+    assert "\n" not in str(caught.value)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # no exceptions out of the blue
+    # The next pass starts new workers.
+    made.set_epoch(0)
+    expected = multicrop_loader(NoiseSource(), RECIPE, batch_size=4, backend="torchvision")
+    for (views, targets), (whole, labels) in zip(made, expected, strict=True):
+        assert torch.equal(targets, labels)
+        assert all(map(torch.equal, views, whole))
+
+
+class ThreadCountSource(NoiseSource):
+    """Encodes the number of threads of the process in the pixels."""
+
+    def open_image(self, index: int) -> Image.Image:
+        return Image.new("RGB", (20, 20), (torch.get_num_threads(),) * 3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_thread_while_making_batches(workers):
+    threads = torch.get_num_threads()
+    options = {"mean": (0, 0, 0), "std": (1, 1, 1), "backend": "torchvision"}
+    torch.set_num_threads(2)
+    try:
+        made = eval_loader(ThreadCountSource(), image_size=8, batch_size=4, num_workers=workers, **options)
+        images, _ = next(iter(made))
+        assert torch.allclose(images, torch.full_like(images, 1 / 255))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import accuracy_bench
 import gpu_check
 import gpu_targets
 import pytest
@@ -300,15 +301,31 @@ def test_the_minimal_size_is_judged_by_wall_clock_and_launches():
 
 
 def test_accuracy_is_judged_by_the_worst_row_that_the_rule_holds_for():
-    rows = [{"variant": "plain float32", "J": 17, "judged": False, "share_of_allowed": None}]
-    rows += [
-        {"variant": "fp16", "J": J, "judged": True, "share_of_allowed": s} for J, s in ((17, 0.5), (65, 2))
+    cases = accuracy_bench.cases("cuda")
+    rows = [
+        {"variant": v.name, "J": J, "judged": v.judged, "share_of_allowed": 0.5 if v.judged else None}
+        for v, J in cases
     ]
-    target = "accuracy: error as a share of what the rule allows"
-    found = judged(rows)[target]
-    assert (found["figure"], found["met"], found["note"]) == (2, False, "fp16, J 65, the worst of 2")
-    assert judged(rows[:2])[target]["met"]
-    assert judged(rows[:1])[target]["reason"] == "no row of accuracy_bench.py"
+    count, held = len(rows), sum(v.judged for v, _ in cases)
+    last = max(number for number, (v, _) in enumerate(cases) if v.judged)
+    of_last = f"{cases[last][0].name}, J {cases[last][1]}"
+
+    def found(rows):
+        return judged(rows)["accuracy: error as a share of what the rule allows"]
+
+    rows[last]["share_of_allowed"] = 0.75
+    whole = found([row(TRITON), *rows])
+    assert (whole["figure"], whole["met"]) == (0.75, True)
+    assert whole["note"] == f"{of_last}, the worst of {held}"
+    # A stage that was stopped: what is missing may be worse.
+    for part in (rows[:-1], rows[1:], rows[:1], []):
+        stopped = found([*part, *part[:1]])
+        assert (stopped["figure"], stopped["met"]) == (None, None)
+        assert stopped["reason"] == f"{len(part)} of {count} rows of accuracy_bench.py"
+    rows[last]["share_of_allowed"] = 2
+    for part in (rows, rows[last:]):
+        beyond = found(part)
+        assert (beyond["figure"], beyond["met"]) == (2, False)
 
 
 def test_what_has_no_figure_says_why():

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import runpy
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import gpu_targets
+import no_tyro
 import pytest
 import torch
 import train_bench
@@ -148,3 +152,10 @@ def test_what_did_not_run_is_no_figure() -> None:
     assert verdicts(nan)["ViT-gigantic on one GPU, loss after / before"] == (None, None)
     whole = [row_of(GIGANTIC, losses=[0.4, 0.3, 0.2])]  # without activation checkpointing it is not the claim
     assert verdicts(whole)["ViT-gigantic on one GPU, loss after / before"] == (None, None)
+
+
+def test_the_stand_in_for_tyro_leaves_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = types.ModuleType("tyro")  # another stub: it has no spec, which find_spec refuses
+    monkeypatch.setitem(sys.modules, "tyro", other)
+    runpy.run_path(str(no_tyro.__file__))
+    assert sys.modules["tyro"] is other

@@ -213,13 +213,19 @@ class MultiCropLoader:
         return Part(ranks, size, since, batch), earlier
 
     def _learn(self, state: Mapping[str, Any]) -> None:
-        """Take over which images are bad."""
-        bad, reasons = state.get("bad", ()), state.get("reasons")
-        if any(index >= self._schedule.num_images for index in bad):
-            raise wrong_field(state, "bad", f"numbers of {self._schedule.num_images} images")
+        """Take over which images are bad.
+
+        Older states do not say which images they are of. Between epochs these may since have become fewer.
+        """
+        bad, reasons, count = state.get("bad", ()), state.get("reasons"), self._schedule.num_images
+        unknown = not state["batch"] and "images" not in state and "names_sha256" not in state
+        if not unknown and any(index >= count for index in bad):
+            raise wrong_field(state, "bad", f"numbers of {count} images")
         if reasons is not None and len(reasons) != len(bad):
             raise wrong_field(state, "reasons", f"one for each of the {len(bad)} numbers in 'bad'")
-        self._quarantine.learn(bad, reasons)
+        here = [number for number, index in enumerate(bad) if index < count]
+        kept = None if reasons is None else [reasons[number] for number in here]
+        self._quarantine.learn([bad[number] for number in here], kept)
 
     def _finish(self, raw: RawBatch) -> tuple[list[Tensor], Tensor | None]:
         views = [
