@@ -62,10 +62,10 @@ def tiled_kernel(
     single = mixed or (slice_grad and name == "product")
     config = shipped_config(target, 4 if single else _itemsize(dtype))
     tile = config.tile(name, size.K) if tile is None else tile
-    if name == "forward":
-        tile = tile.for_chunks(plan.chunks)
     arguments = _common(target, dtype, plan, size)
     kind = arguments["PRECISION"] if mixed or dtype == "fp32" else dtype
+    if name == "forward":
+        tile = tile.for_sums(plan.chunks, kind)
     arguments |= _blocks(name, tile, size, config, kind)
     if mixed:
         arguments |= {"a_ptr": f"*{directions}", "HAS_SCALE": False}

@@ -111,7 +111,7 @@ def measure() -> Iterator[dict[str, Any]]:
             if target == "sm_89" or (target == "gfx942" and kind == "tf32x3"):
                 continue  # the latter multiplies float32 as such
             config = shipped_config(target, KINDS[kind].itemsize)
-            tile = config.tile("forward", K)
+            tile = config.tile("forward", K).for_sums(1, kind)
             block_k, _ = tile.steps(K)
             plan = plan_chain(config.lost, tile, K, kind, held=tile.resident)
             chain = min(K, block_k if kind == "tf32x3" else plan.tiles * block_k or K)

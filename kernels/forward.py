@@ -310,7 +310,7 @@ def table_sums(
     kind = kind_of_products(x, A, precision)
 
     def launch(tile: Tile) -> None:
-        tile = tile.for_chunks(plan.chunks)
+        tile = tile.for_sums(plan.chunks, kind)
         block_k, resident = tile.steps(K)
         chain = plan_chain(config.lost, tile, K, kind, held=tile.resident)
         stretched = plan.stretched(chain.lost)

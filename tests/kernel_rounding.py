@@ -83,7 +83,7 @@ def test_the_statistic_keeps_the_accuracy_rule(use_units, target, dtype, N, K, e
     assert_within_rule(got, plain.value, exact.value, "value")
     # Neither without what the units lose, nor for more dimensions in a chain, where they are NVIDIA's.
     if target == "sm_90" and dtype == torch.bfloat16 and embeddings == "normal":
-        tile = config.tile("forward", K)
+        tile = config.tile("forward", K)  # bf16: `for_sums` leaves it as it is
         (choice,) = (c for c in config.forward if c.tile == tile)
         one_chain = (choice._replace(tile=tile._replace(chain=0)),)
         for worse in (config._replace(lost=Lost()), config._replace(forward=one_chain, lost=Lost())):
@@ -115,12 +115,12 @@ def test_the_gradient_keeps_the_accuracy_rule(use_units, dtype, size):
 
 @pytest.mark.parametrize("kind", rounding_bench.KINDS)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_recorded_shares_are_those_of_the_units(target, kind):
+def test_recorded_shares_are_a_little_less_than_those_of_the_units(target, kind):
     config = shipped_config(target, rounding_bench.KINDS[kind].itemsize)
-    K = 32 if kind == "tf32x3" else 128
+    K = 32 if kind == "tf32x3" else 64
     case = rounding_bench.problem(K, kind, samples=512)
     share = rounding_bench.lost_share(case, rounding_bench.project(target, case, kind, K)) / K
-    assert getattr(config.lost, kind) == pytest.approx(share, rel=0.2)
+    assert getattr(config.lost, kind) == pytest.approx(0.8 * share, rel=0.1)
 
 
 def test_units_cut_towards_zero():
