@@ -320,16 +320,8 @@ def test_the_operators_on_a_cpu_are_chosen_from_shards_to_a_resumed_epoch(tmp_pa
 
 def test_loader_normalises_as_torchvision(engine, photographs):
     def first(**options):
-        loader = multicrop_loader(
-            MemorySource(photographs),
-            CHAIN,
-            batch_size=4,
-            backend="dali",
-            device=engine.device,
-            dali_views=engine.views,
-            **options,
-        )
-        return next(iter(loader))
+        common = {"batch_size": 4, "backend": "dali", "device": engine.device, "dali_views": engine.views}
+        return next(iter(multicrop_loader(MemorySource(photographs), CHAIN, **common, **options)))
 
     (pixels, labels), (values, same_labels) = first(dtype=torch.uint8), first()
     assert torch.equal(labels, same_labels)

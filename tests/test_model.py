@@ -15,6 +15,7 @@ from training import train_only
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import export
 from lejepa_fast.train.config import Config
+from lejepa_fast.train.drop_path import TensorDropPath
 from lejepa_fast.train.export import export_encoder
 from lejepa_fast.train.model import SHORT_NAMES, build_encoder, build_model, build_projector, resolve_name
 
@@ -213,3 +214,15 @@ def test_convert_writes_the_encoder_that_the_trainer_exports(
     assert "out: expected a file name that ends in .safetensors" in capsys.readouterr().err
     assert export.main(["--checkpoint", str(tmp_path)]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_drop_path_with_a_tensor_drops_as_timms() -> None:
+    x = torch.ones(20_000, 1, 2)
+    torch.manual_seed(0)
+    module = TensorDropPath(0.3, torch.device("cpu"))
+    y = module(x)
+    assert y.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert torch.equal(y[:, 0, 0], y[:, 0, 1])  # a sample as a whole
+    assert (y[:, 0, 0] == 0).float().mean() == pytest.approx(0.3, abs=0.02)
+    assert torch.equal(module.eval()(x), x)
+    assert not module.state_dict()

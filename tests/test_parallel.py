@@ -21,7 +21,6 @@ from lejepa_fast.errors import UsageError
 from lejepa_fast.train import checkpoint, config, export, initialize, parallelize
 from lejepa_fast.train.blocks import find_blocks
 from lejepa_fast.train.config import Config, ParallelConfig
-from lejepa_fast.train.drop_path import TensorDropPath
 from lejepa_fast.train.evaluate import open_splits
 from lejepa_fast.train.initialize import named_tensors
 from lejepa_fast.train.loop import Trainer
@@ -488,15 +487,3 @@ def test_what_cannot_be_had_is_named(options: dict, distributed: bool, message: 
 def test_a_mesh_that_does_not_divide_is_named(tiny: Make) -> None:
     with pytest.raises(UsageError, match=r"parallel\.replicate: 8 processes cannot be split .* 3 groups"):
         config.validate(tiny(data={"batch_size": 16}, parallel={"replicate": 3}), world_size=8)
-
-
-def test_drop_path_with_a_tensor_drops_as_timms() -> None:
-    x = torch.ones(20_000, 1, 2)
-    torch.manual_seed(0)
-    module = TensorDropPath(0.3, worker.CPU)
-    y = module(x)
-    assert y.unique().tolist() == pytest.approx([0, 1 / 0.7])
-    assert torch.equal(y[:, 0, 0], y[:, 0, 1])  # a sample as a whole
-    assert (y[:, 0, 0] == 0).float().mean() == pytest.approx(0.3, abs=0.02)
-    assert torch.equal(module.eval()(x), x)
-    assert not module.state_dict()
