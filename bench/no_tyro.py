@@ -11,7 +11,7 @@ import sys
 import types
 
 # A module that stands there without a spec, such as another stub, would be an error to find_spec.
-if "tyro" not in sys.modules and not importlib.util.find_spec("tyro"):
+if not sys.modules.get("tyro") and not importlib.util.find_spec("tyro"):
     notes = types.ModuleType("tyro")
     notes.conf = types.SimpleNamespace(arg=lambda **_: None)  # type: ignore[attr-defined]
     sys.modules["tyro"] = notes

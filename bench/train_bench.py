@@ -2,11 +2,11 @@
 
     python bench/train_bench.py [--out DIR] [--budget-minutes X] [--rehearse]
 
-On a GPU: ViT-L, giant, gigantic and S (patch 14) with 2 x 224 + 8 x 98 px, bf16, compiled, on synthetic
-views: images/s, MFU, peak memory, SIGReg's share of the step; FSDP2 and DDP on one GPU against no wrapper,
-what a checkpoint costs, the plan's memory against the allocator's, and a run with the real loader. On a CPU
-the same on tiny sizes, to see that it works: those rows say nothing about GPUs, and memory there is that of
-the whole process.
+On a GPU: ViT-L/14, giant, gigantic and S/16 with 2 x 224 + 8 x 98 px, bf16, compiled, on synthetic views:
+images/s, MFU, peak memory, SIGReg's share of the step; FSDP2 and DDP on one GPU against no wrapper, what a
+checkpoint costs, the plan's memory against the allocator's, and S/16 on JPEG files through the loader. On a
+CPU the same on tiny sizes, to see that it works: those rows say nothing about GPUs, and memory there is that
+of the whole process.
 
 Cases run in the order of their importance, each in a process of its own. One that does not fit into memory is
 a row with `error`, and is tried again with half the images. On a GPU, and in a rehearsal (the GPU's cases in
@@ -42,10 +42,10 @@ GPU_CASES = (
     dataclasses.replace(_LARGE, strategy="fsdp"),
     Case("vit_gigantic", 64, strategy="fsdp", activation_checkpointing="full", steps=40),
     Case("vit_giant", 64),
-    Case("vit_small", 512),
+    Case("vit_small_patch16_224", 512),
     Case("vit_gigantic", 32, activation_checkpointing="selective"),
     Case("vit_large", 64, strategy="fsdp", compile="off", steps=5, plan=True),
-    Case("vit_large", 128, loader=True, steps=40, warm_up=10),
+    Case("vit_small_patch16_224", 512, loader=True, steps=40, warm_up=10),
 )
 
 _TINY = Case("test_vit", 16, global_size=32, local_size=16, local_crops=2, steps=10, warm_up=3)

@@ -1,4 +1,4 @@
-"""One case of train_bench.py, in a process of its own: the real Trainer on synthetic views.
+"""One case of train_bench.py, in a process of its own: the real Trainer on synthetic views, or on files.
 
     python bench/train_case.py '{"model": "vit_large", "images": 128, ...}'
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import loader_files
 import no_tyro  # noqa: F401 - before the trainer
 import torch
 import torch.distributed as dist
@@ -44,6 +45,7 @@ from lejepa_fast.train.world import World, close_world, setup_world
 
 SCHEDULE = 10_000  # steps of the learning rate's schedule, of which a case runs the first
 AROUND_A_SAVE = 12  # steps that are timed with one save among them, and without
+EPOCH, DISTINCT = 20, 512  # steps of an epoch on files, about, and files that differ
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Case:
     plan: bool = False
     """Also plan the memory of this case, to compare."""
     loader: bool = False
-    """Real images through the loader, for the share of time that the training waits for it."""
+    """JPEG files of a usual size through the loader, for what it costs the training."""
 
     def config(self, out: Path) -> Config:
         crops = MultiCropRecipe(
@@ -286,11 +288,13 @@ def _planned_gib(case: Case, cfg: Config) -> float:
 
 
 def _with_the_loader(case: Case, world: World, folder: Path) -> dict[str, Any]:
-    """A real run on the embedded images: rows of its metrics after the first."""
+    """A real run: rows of its metrics after the first."""
     total = case.warm_up + case.steps
     cfg = dataclasses.replace(
         case.config(folder / "run"), max_steps=total, log_every=case.warm_up, optim=OptimConfig()
     )
+    images = _photographs(folder / "images", EPOCH * case.images)
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=str(images)))
     trainer = Trainer(cfg, world)
     trainer.finish = lambda: Path()  # type: ignore[method-assign]
     trainer.run()
@@ -304,6 +308,15 @@ def _with_the_loader(case: Case, world: World, folder: Path) -> dict[str, Any]:
         "mfu": statistics.median(row["mfu"] for row in later) if "mfu" in later[-1] else None,
         "peak_memory_gib": later[-1]["memory_gib"],
     }
+
+
+def _photographs(folder: Path, count: int) -> Path:
+    """A folder of so many JPEG files of 500 x 375 px, of which `DISTINCT` differ."""
+    loader_files.make_folder(folder / "all", min(count, DISTINCT))
+    made = sorted((folder / "all").iterdir())
+    for number in range(len(made), count):
+        os.link(made[number % len(made)], folder / "all" / f"{number:06d}-again.jpg")
+    return folder
 
 
 def _free_port() -> int:

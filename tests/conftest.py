@@ -43,8 +43,10 @@ if interpreting():
 
 @pytest.fixture(autouse=True)
 def _logs_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever ran before: the commands switch the propagation off."""
+    """Whatever ran before: commands and benchmarks switch the propagation off, and set levels."""
     monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)
+    for name in ("lejepa_fast", "lejepa_fast.data"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -350,7 +350,7 @@ def test_without_labels_the_run_ends_with_a_report(tiny: Make, image_folder: Pat
 
 
 def test_without_sigreg_the_embeddings_collapse(tiny: Make, tmp_path: Path) -> None:
-    """The issue's criterion: the embedding std falls by 100x with lambda = 0, and not with SIGReg."""
+    """The embedding std falls by 100x with lambda = 0, and not with SIGReg."""
     fall = {}
     for lambd in (0.0, 0.05):
         cfg = tiny(

@@ -120,6 +120,7 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, tuple[Any, Any]]:
 
 
 LARGE, GIGANTIC = train_case.Case("vit_large", 128), train_case.Case("vit_gigantic", 64)
+SMALL = train_case.Case("vit_small_patch16_224", 512)
 
 
 def test_targets_tell_met_from_not_met() -> None:
@@ -130,6 +131,8 @@ def test_targets_tell_met_from_not_met() -> None:
         row_of(dataclasses.replace(LARGE, strategy="fsdp"), mfu=0.44, images_per_second=98.0),
         row_of(dataclasses.replace(LARGE, images=64, plan=True), planned_memory_gib=99.1),
         row_of(recomputed, mfu=0.56, losses=[0.41, 0.39, 0.3, 0.2], sigreg_share=0.002),
+        row_of(SMALL, images_per_second=5000.0),
+        row_of(dataclasses.replace(SMALL, loader=True), images_per_second=4800.0, data_wait=0.03),
     ]
     found = verdicts(rows)
     assert found["ViT-L/14 MFU"] == (pytest.approx(47), True)
@@ -138,6 +141,7 @@ def test_targets_tell_met_from_not_met() -> None:
     assert found["ViT-gigantic MFU, goal"] == (pytest.approx(56), True)
     assert found["ViT-gigantic on one GPU, loss after / before"] == (pytest.approx(0.625), True)
     assert found["FSDP2 against DDP, one GPU"] == (pytest.approx(98), False)
+    assert found["ViT-S/16 from files against synthetic views"] == (pytest.approx(96), False)
     assert found["checkpoint stall"] == (pytest.approx(1.2), False)
     assert found["SIGReg's share of the step"] == (pytest.approx(0.4), True)
     assert found["planned memory, off by"] == (pytest.approx(100 * 9.1 / 90), False)
