@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from lejepa_fast.data import colour
 from lejepa_fast.data.draws import ViewParams, permutation, raw_words, sample_views, uniforms
 from lejepa_fast.data.loader import channel_values, normalise
 from lejepa_fast.data.recipe import MultiCropRecipe
@@ -301,3 +303,10 @@ def test_blur_kernel_must_fit_the_crops():
         MultiCropRecipe(local_size=8, blur_kernel=23).validate()
     MultiCropRecipe(local_size=8, blur_kernel=15).validate()
     MultiCropRecipe(local_size=8, blur_kernel=23, blur_prob=0.0).validate()
+
+
+def test_colours_without_triton_kernels_are_told_of(caplog):
+    """As on a GPU that cannot run them: torchvision's operators take over, after a line that says why."""
+    caplog.set_level(logging.WARNING, logger="lejepa_fast.data")
+    assert not colour._has_kernels.__wrapped__(torch.device("cpu"))
+    assert "colours are changed by torchvision's operators" in caplog.text

@@ -159,7 +159,7 @@ def evaluate_model(
     device = torch.device(device)
     image_size = cfg.image_size or recipe.global_size
 
-    def embedded(source: ImageSource, quarantine: Path | None = quarantine) -> Embeddings:
+    def embedded(source: ImageSource, quarantine: Path | None = quarantine, **more: Any) -> Embeddings:
         loader = eval_loader(
             source,
             image_size=image_size,
@@ -167,7 +167,7 @@ def evaluate_model(
             num_workers=num_workers,
             mean=recipe.mean,
             std=recipe.std,
-            **loading_options(data, device, quarantine),
+            **{**loading_options(data, device, quarantine), **more},
         )
         return embed_source(model, loader, device, amp_dtype=amp_dtype)
 
@@ -177,8 +177,9 @@ def evaluate_model(
     knn = rate = linear_accuracy = num_classes = majority = None
     if reason is None:
         if 0 < train_images < len(train_source):
-            # Without the list of bad images, as in `calibrate_on_source`.
-            train = embedded(train_source.subset(_drawn(len(train_source), train_images)), None)
+            # Without the list of bad images, as in `calibrate_on_source`; their share among these is chance.
+            drawn = train_source.subset(_drawn(len(train_source), train_images))
+            train = embedded(drawn, None, max_bad_fraction=1.0)
         else:
             train = embedded(train_source)
         num_classes = len(train_source.classes or ()) or int(max(train.targets.max(), val.targets.max())) + 1

@@ -51,7 +51,10 @@ def on_main_for_long(world: World, work: Callable[[], T]) -> T | None:
                 result = work()
             except (Exception, Interrupted) as caught:
                 error = caught
-        _say(going_on=False)
+        try:
+            _say(going_on=False)
+        except RuntimeError as gone:  # another rank, which the work's own error may explain
+            raise (error or gone) from (gone if error else None)
     else:
         while _hear():
             pass

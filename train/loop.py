@@ -388,8 +388,9 @@ class Trainer:
             log.warning(IN_VAIN, epoch)
             return
         self.save()  # so that a signal need not wait for the evaluation
-        self.metrics.write("evaluating", self.step, epoch=epoch)
         began = time.perf_counter()  # `save` pauses the meter for itself
+        self.saver.wait()  # a run that starts again must do so here: it drops later rows, the next one, too
+        self.metrics.write("evaluating", self.step, epoch=epoch)
         model = self._whole_model()
         on_main_for_long(self.world, lambda: self._evaluate(model, epoch, during_training=True))
         self._steps_evaluated.add(self.step)

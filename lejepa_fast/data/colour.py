@@ -1,10 +1,13 @@
 """What is done to views that DALI has cut: jitter in its drawn order, grayscale, blur, solarize.
 
-On a GPU four kernels do it for a view of the whole batch (`kernels/colour.py`), on a CPU torchvision's own.
+On a GPU four kernels do it for a view of the whole batch (`kernels/colour.py`). On a CPU, and on a GPU that
+cannot run Triton's kernels, torchvision's own operators do, picture by picture.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +17,9 @@ from torch import Tensor
 from lejepa_fast.data.draws import COLUMN_SIGMA, ViewParams, as_params
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.data.torchvision import JITTER, F, finish_view, one_thread
+from lejepa_fast.triton_ops import why_not
+
+log = logging.getLogger("lejepa_fast.data")
 
 
 def change_colours(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
@@ -22,7 +28,7 @@ def change_colours(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCrop
     views: contiguous. table: (B, V, COLUMNS) of `draws.view_table`. On a GPU all is queued on the current
     stream and nothing waits.
     """
-    if views[0].is_cuda:
+    if views[0].is_cuda and _has_kernels(views[0].device):
         return _by_kernels(views, table, recipe)
     made = [torch.empty_like(view) for view in views]
     with one_thread():
@@ -31,6 +37,14 @@ def change_colours(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCrop
                 changed = _changed(view[row].permute(2, 0, 1), as_params(parameters[v]), recipe)
                 made[v][row] = changed.permute(1, 2, 0)
     return made
+
+
+@functools.cache
+def _has_kernels(device: torch.device) -> bool:
+    fault = why_not(device, torch.float32)
+    if fault is not None:
+        log.warning("colours are changed by torchvision's operators, which takes longer: %s", fault)
+    return fault is None
 
 
 def _by_kernels(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
