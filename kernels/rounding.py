@@ -7,7 +7,7 @@ Sci. 7:e330; bit-accurate models: Xie et al., arXiv 2511.10909). T multiplies an
 and so a share of 4e-7 (K = 512) is several times the error that float32 would make. Hence
 
 - tensor cores add no more dimensions than the `chain` of a tile; chains are added in float32, which rounds;
-- the share that a chain loses on average goes back in with the factor of the phase, which costs nothing.
+- most of the share that a chain loses on average goes back in with the factor of the phase, at no cost.
 
 CDNA3's matrix cores cut the old sum towards minus infinity but round the new one: nothing to make up for.
 `bench/rounding_bench.py` has the models and measures the shares; no GPU has been measured yet.
@@ -42,7 +42,7 @@ class Chain(NamedTuple):
     Attributes:
         tiles: of `block_k`, that matrix units add, 0 for all of them.
         even: K is a multiple of `block_k`, and of the chain where K is stepped through.
-        lost: share of a projection that is lost on average.
+        lost: share of a projection that is made up for.
     """
 
     tiles: int
