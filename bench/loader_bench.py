@@ -46,13 +46,13 @@ from loader_files import BAD_KINDS, ODD_KINDS, QUALITY, Folder, damage, make_fol
 from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader
-from lejepa_fast.data.backend import RawBatch
-from lejepa_fast.data.choice import dali_fault
-from lejepa_fast.data.pack import pack_folder
-from lejepa_fast.data.plan import TrainPlan
+from lejepa_fast.data.backends.base import RawBatch
+from lejepa_fast.data.backends.choose_backend import dali_fault
+from lejepa_fast.data.backends.torchvision_backend import TrainBatches
+from lejepa_fast.data.commands.pack import pack_folder
 from lejepa_fast.data.sampler import BatchKey
-from lejepa_fast.data.sources import FolderSource
-from lejepa_fast.data.torchvision import TrainBatches
+from lejepa_fast.data.sources.base import FolderSource
+from lejepa_fast.data.views import TrainPlan
 
 CPU_TARGET, GPU_TARGET, GPU_SHARE = 2.2, 8.0, 0.6
 MEMORY_EPOCHS, MEMORY_COPIES, MEMORY_LIMIT = 5, 2, 1.05
@@ -139,7 +139,7 @@ def measure_graph(setting: Setting, repeats: int) -> list[dict[str, Any]]:
     """What DALI's operators that make the views take on one image of 16 x 16 px: there is nothing to do."""
     if dali_fault(setting.on_gpu):
         return []
-    from lejepa_fast.data.dali_graph import view_pipeline
+    from lejepa_fast.data.backends.dali_graph import view_pipeline
 
     sizes = setting.recipe.view_sizes()
     pipe = view_pipeline(

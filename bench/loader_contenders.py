@@ -14,9 +14,9 @@ from plain_torchvision import PlainDataset
 from torch.utils.data import DataLoader, Dataset
 
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader
-from lejepa_fast.data.reading import Encoded, Reader
-from lejepa_fast.data.sources import EncodedSource, FolderSource
-from lejepa_fast.data.webdataset import ShardSource
+from lejepa_fast.data.backends.reading import Encoded, Reader
+from lejepa_fast.data.sources.base import EncodedSource, FolderSource
+from lejepa_fast.data.sources.shards import ShardSource
 
 PLAIN, PLAIN_TENSORS = "torchvision v2", "torchvision v2, tensors"
 OURS, DALI = "backend torchvision", "backend dali"
@@ -139,7 +139,7 @@ def pillow_only(setting: Setting) -> Pass:
 
 def dali_only(setting: Setting, *, copies: int = 1, hw_decoder_load: float = 0.65) -> Pass:
     """DALI's decoder, fed as the backend feeds it, two batches in flight."""
-    from lejepa_fast.data.dali_graph import decode_pipeline
+    from lejepa_fast.data.backends.dali_graph import decode_pipeline
 
     source = setting.source(copies)
     reader = Reader(source, 1, setting.workers)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from lejepa_fast.data import open_source
-from lejepa_fast.data.sources import ImageSource
+from lejepa_fast.data.sources.base import ImageSource
 
 WIDTH, HEIGHT = 500, 375  # the size of a typical ImageNet file
 QUALITY = 95

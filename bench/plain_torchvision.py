@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from lejepa_fast.data import MultiCropRecipe
-from lejepa_fast.data.sources import ImageSource
+from lejepa_fast.data.sources.base import ImageSource
 
 
 def view_transform(

@@ -21,8 +21,8 @@ from benchlib import RESULTS, append_rows, machine
 
 from lejepa_fast.train.config import ModelConfig
 from lejepa_fast.train.plan import PlanOptions, run_config
-from lejepa_fast.train.plan_memory import plan_memory
-from lejepa_fast.train.plan_report import plot_memory
+from lejepa_fast.train.planning.memory import plan_memory
+from lejepa_fast.train.planning.plan_report import plot_memory
 
 MODELS = ("vit_large", "vit_giant", "vit_gigantic")
 GPUS = tuple(2**power for power in range(9))

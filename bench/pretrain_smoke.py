@@ -84,10 +84,10 @@ def run_command(changes: dict[str, Any], impl: str, data: dict[str, Any]) -> int
 
 def run_trainer(changes: dict[str, Any], impl: str, data: dict[str, Any]) -> int:
     import no_tyro  # noqa: F401, I001 - before the trainer
-    from lejepa_fast.train.command_line import log_to_stderr
-    from lejepa_fast.train.loop import Trainer
-    from lejepa_fast.train.presets import PRESETS
-    from lejepa_fast.train.world import setup_world
+    from lejepa_fast.train.runtime.command import log_to_stderr
+    from lejepa_fast.train.engine.trainer import Trainer
+    from lejepa_fast.train.config.presets import PRESETS
+    from lejepa_fast.train.runtime.world import setup_world
 
     log_to_stderr()
     preset = PRESETS["laptop"]

@@ -38,10 +38,10 @@ from lejepa_fast.train.config import (
     OptimConfig,
     ParallelConfig,
 )
-from lejepa_fast.train.loop import Trainer
-from lejepa_fast.train.metrics import peak_memory_gib, read_rows
-from lejepa_fast.train.plan_memory import trace_step
-from lejepa_fast.train.world import World, close_world, setup_world
+from lejepa_fast.train.engine.metrics import peak_memory_gib, read_rows
+from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.planning.memory import trace_step
+from lejepa_fast.train.runtime.world import World, close_world, setup_world
 
 SCHEDULE = 10_000  # steps of the learning rate's schedule, of which a case runs the first
 AROUND_A_SAVE = 12  # steps that are timed with one save among them, and without

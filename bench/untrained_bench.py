@@ -16,8 +16,8 @@ from pathlib import Path
 from benchlib import RESULTS, append_rows, machine, print_table
 
 from lejepa_fast.train.config import Config, EvalConfig, ModelConfig
+from lejepa_fast.train.config.presets import PRESETS
 from lejepa_fast.train.evaluate import evaluate_untrained, open_splits
-from lejepa_fast.train.presets import PRESETS
 
 MODELS = ("laptop", "resnet10t", "resnet18", "test_resnet", "mobilenetv3_small_050", "lcnet_100")
 

@@ -1,6 +1,6 @@
 """The colour kernels against torchvision's tensor kernels (see `kernel_helpers.py`).
 
-The suite of `test_data_parity.py` holds them on a GPU to photographs, crops and distributions. Here they are
+The suite of `test_parity.py` holds them on a GPU to photographs, crops and distributions. Here they are
 few and small, so that the interpreter can do it: odd sides, several programs for a picture, every order of
 kinds of operation.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_helpers import DEVICE
-from test_data_parity import (
+from test_parity import (
     CHAIN,
     GRAPH,
     OP_TOLERANCE,
@@ -28,8 +28,10 @@ from test_data_parity import (
     rendered,
 )
 
-from lejepa_fast.data import MultiCropRecipe, colour, dali, open_source
-from lejepa_fast.data.choice import dali_fault
+from lejepa_fast.data import MultiCropRecipe, open_source
+from lejepa_fast.data.backends import dali_backend as dali
+from lejepa_fast.data.backends import gpu_color as colour
+from lejepa_fast.data.backends.choose_backend import dali_fault
 from lejepa_fast.data.draws import COLUMNS, ViewParams, as_params, sample_views
 from lejepa_fast.kernels import colour as kernels
 

@@ -20,7 +20,7 @@ from sigreg_bench import Setting
 from sigreg_variants import BASELINE, COMPILED, GRAPH, REDUCED, STREAMING, TRITON, Case, Loss, Size
 
 from lejepa_fast.data import MultiCropRecipe
-from lejepa_fast.data.choice import dali_fault
+from lejepa_fast.data.backends.choose_backend import dali_fault
 from lejepa_fast.kernels import autotune
 
 TINY = Case("custom", Size(1, 64, 8, 16, 17), torch.float32, "given", (BASELINE, STREAMING))

@@ -19,7 +19,7 @@ import train_bench
 import train_case
 import train_targets
 
-from lejepa_fast.train.optimization import build_scheduler
+from lejepa_fast.train.engine.optimization import build_scheduler
 
 TINY = dataclasses.replace(train_bench.CPU_CASES[0], steps=4, warm_up=1)
 

@@ -26,9 +26,7 @@ from torch import Tensor, nn
 
 from lejepa_fast.data import ImageSource, MultiCropRecipe, eval_loader, multicrop_loader, open_source
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.checkpoint import find_checkpoint, has_average, load_model
-from lejepa_fast.train.collapse import Verdict, effective_rank, embedding_std, sigreg_statistic, verdict
-from lejepa_fast.train.command_line import log_to_stderr, parse_options, run_command
+from lejepa_fast.train.checkpoint.storage import find_checkpoint, has_average, load_model
 from lejepa_fast.train.config import (
     Config,
     DataConfig,
@@ -38,14 +36,22 @@ from lejepa_fast.train.config import (
     to_dict,
     validate,
 )
-from lejepa_fast.train.embeddings import Embeddings, calibrate_batchnorm, embed_source
-from lejepa_fast.train.files import make_folder
-from lejepa_fast.train.initialize import memory_format
-from lejepa_fast.train.metrics import read_rows
-from lejepa_fast.train.model import LeJEPAModel, build_model
-from lejepa_fast.train.probes import fit_linear_probe, knn_accuracy, linear_probe
-from lejepa_fast.train.report import write_report
-from lejepa_fast.train.world import choose_device
+from lejepa_fast.train.engine.metrics import read_rows
+from lejepa_fast.train.evaluation.collapse import (
+    Verdict,
+    effective_rank,
+    embedding_std,
+    sigreg_statistic,
+    verdict,
+)
+from lejepa_fast.train.evaluation.embeddings import Embeddings, calibrate_batchnorm, embed_source
+from lejepa_fast.train.evaluation.probes import fit_linear_probe, knn_accuracy, linear_probe
+from lejepa_fast.train.model.initialize import memory_format
+from lejepa_fast.train.model.model import LeJEPAModel, build_model
+from lejepa_fast.train.report.report import write_report
+from lejepa_fast.train.runtime.command import log_to_stderr, parse_options, run_command
+from lejepa_fast.train.runtime.files import make_folder
+from lejepa_fast.train.runtime.world import choose_device
 
 __all__ = [
     "Embeddings",

@@ -22,11 +22,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.checkpoint import find_checkpoint, has_average, load_model
-from lejepa_fast.train.command_line import log_to_stderr, parse_options, run_command
+from lejepa_fast.train.checkpoint.storage import find_checkpoint, has_average, load_model
 from lejepa_fast.train.config import Config, from_dict
-from lejepa_fast.train.files import write_atomically
-from lejepa_fast.train.model import build_model
+from lejepa_fast.train.model.model import build_model
+from lejepa_fast.train.runtime.command import log_to_stderr, parse_options, run_command
+from lejepa_fast.train.runtime.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,6 @@ import tyro
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import config
-from lejepa_fast.train.accelerators import GIB, Accelerator, by_option
-from lejepa_fast.train.command_line import parse_options, run_command
 from lejepa_fast.train.config import (
     AverageConfig,
     Config,
@@ -30,10 +28,12 @@ from lejepa_fast.train.config import (
     ModelConfig,
     ParallelConfig,
 )
-from lejepa_fast.train.flops import Flops, count_flops
-from lejepa_fast.train.model import build_model
-from lejepa_fast.train.parallelize import Strategy, choose_strategy
-from lejepa_fast.train.plan_memory import MemoryPlan, plan_memory
+from lejepa_fast.train.model.flops import Flops, count_flops
+from lejepa_fast.train.model.model import build_model
+from lejepa_fast.train.parallel.parallelize import Strategy, choose_strategy
+from lejepa_fast.train.planning.memory import MemoryPlan, plan_memory
+from lejepa_fast.train.runtime.command import parse_options, run_command
+from lejepa_fast.train.runtime.gpu_specs import GIB, Accelerator, by_option
 
 GPUS_OF_A_MACHINE = 8
 
@@ -306,7 +306,7 @@ def _validate(options: PlanOptions, batch: int, cfg: Config) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from lejepa_fast.train.plan_report import report
+    from lejepa_fast.train.planning.plan_report import report
 
     def work() -> None:
         options = parse_options(

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Sequence
 
 from lejepa_fast.train import config
-from lejepa_fast.train.command_line import log_to_stderr, run_command
-from lejepa_fast.train.loop import Trainer
-from lejepa_fast.train.world import (
+from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.runtime.command import log_to_stderr, run_command
+from lejepa_fast.train.runtime.world import (
     close_world,
     is_said_by_rank_0,
     one_line_for_a_lost_peer,

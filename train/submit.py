@@ -22,7 +22,7 @@ from typing import Any
 
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.train import config
-from lejepa_fast.train.command_line import parse_options, run_command
+from lejepa_fast.train.runtime.command import parse_options, run_command
 
 PRETRAIN = Path(__file__).resolve().with_name("pretrain.py")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from lejepa_fast.data.sources import ImageSource
+from lejepa_fast.data.sources.base import ImageSource
 
 _NAMED_IMAGES = 10_000  # at most, of each source: enough to tell data sets apart
 

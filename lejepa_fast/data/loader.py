@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from lejepa_fast.data.backend import Backend, RawBatch
-from lejepa_fast.data.choice import make_backend
+from lejepa_fast.data.backends.base import Backend, RawBatch
+from lejepa_fast.data.backends.choose_backend import make_backend
+from lejepa_fast.data.backends.memory import give_memory_back
+from lejepa_fast.data.bad_images import DEFAULT_MAX_BAD_FRACTION, Omission, Quarantine, Substitutes
 from lejepa_fast.data.identity import names_digest
-from lejepa_fast.data.memory import give_memory_back
-from lejepa_fast.data.plan import EvalPlan, TrainPlan
-from lejepa_fast.data.quarantine import DEFAULT_MAX_BAD_FRACTION, Omission, Quarantine, Substitutes
 from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey, EpochSchedule, Part
-from lejepa_fast.data.sources import ImageSource, check_sizes
+from lejepa_fast.data.sources.base import ImageSource, check_sizes
 from lejepa_fast.data.state import check_fields, wrong_field
+from lejepa_fast.data.views import EvalPlan, TrainPlan
 from lejepa_fast.errors import UsageError
 
 log = logging.getLogger("lejepa_fast.data")
@@ -177,7 +177,7 @@ class MultiCropLoader:
             log.warning(
                 "the loader state is of the %s backend in mid-epoch, and this is %s: they may differ on "
                 "which damaged JPEG files are bad, and then on the images of the rest; a quarantine file of "
-                "'python -m lejepa_fast.data.verify', made ahead of a run, makes them agree",
+                "'python -m lejepa_fast.data.commands.verify', made ahead of a run, makes them agree",
                 state["backend"],
                 self.backend,
             )

@@ -1,0 +1,75 @@
+"""What is done to views that DALI has cut: jitter in its drawn order, grayscale, blur, solarize.
+
+On a GPU four kernels do it for a view of the whole batch (`kernels/colour.py`). On a CPU, and on a GPU that
+cannot run Triton's kernels, torchvision's own operators do, picture by picture.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lejepa_fast.data.backends.torchvision_backend import JITTER, F, finish_view, one_thread
+from lejepa_fast.data.draws import COLUMN_SIGMA, ViewParams, as_params
+from lejepa_fast.data.recipe import MultiCropRecipe
+from lejepa_fast.triton_ops import why_not
+
+log = logging.getLogger("lejepa_fast.data")
+
+
+def change_colours(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
+    """Views (B, S, S, 3) uint8 with the colours that were drawn for them, in new memory.
+
+    views: contiguous. table: (B, V, COLUMNS) of `draws.view_table`. On a GPU all is queued on the current
+    stream and nothing waits.
+    """
+    if views[0].is_cuda and _has_kernels(views[0].device):
+        return _by_kernels(views, table, recipe)
+    made = [torch.empty_like(view) for view in views]
+    with one_thread():
+        for row, parameters in enumerate(table.tolist()):
+            for v, view in enumerate(views):
+                changed = _changed(view[row].permute(2, 0, 1), as_params(parameters[v]), recipe)
+                made[v][row] = changed.permute(1, 2, 0)
+    return made
+
+
+@functools.cache
+def _has_kernels(device: torch.device) -> bool:
+    fault = why_not(device, torch.float32)
+    if fault is not None:
+        log.warning("colours are changed by torchvision's operators, which takes longer: %s", fault)
+    return fault is None
+
+
+def _by_kernels(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
+    from lejepa_fast.kernels.colour import change_colours as by_kernels
+
+    rows = torch.from_numpy(table.astype(np.float32).transpose(1, 0, 2).copy())
+    blurred = (rows[..., COLUMN_SIGMA] > 0).any(dim=1).tolist()
+    if views[0].is_cuda:  # from pinned memory the copy waits for nothing
+        rows = rows.pin_memory().to(views[0].device, non_blocking=True)
+    return [
+        by_kernels(
+            view,
+            rows[v],
+            kernel_size=recipe.blur_kernel,
+            threshold=recipe.solarize_threshold,
+            blurred=blurred[v],
+        )
+        for v, view in enumerate(views)
+    ]
+
+
+def _changed(view: Tensor, params: ViewParams, recipe: MultiCropRecipe) -> Tensor:
+    """One view (3, S, S) by torchvision's tensor kernels."""
+    for name, factor in params.jitter:
+        view = JITTER[name](view, factor)
+    if params.grayscale:
+        view = F.rgb_to_grayscale(view, num_output_channels=3)
+    return finish_view(view, params, recipe)

@@ -1,0 +1,271 @@
+"""What breaks loaders: a folder with damaged and odd files, and a process that is killed in mid-epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from loader_backends import on
+from loader_files import BAD_KINDS, ODD_KINDS, damage
+from odd_files import BAD, ODD, png_bomb, spoil
+from PIL import Image
+from torch import Tensor
+
+from lejepa_fast.data import MultiCropLoader, MultiCropRecipe, multicrop_loader
+from lejepa_fast.data.backends.torchvision_backend import apply_view, to_tensor
+from lejepa_fast.data.draws import sample_views
+from lejepa_fast.data.sampler import EpochSchedule
+from lejepa_fast.data.sources.base import FolderSource
+from lejepa_fast.errors import RunError
+
+RECIPE = MultiCropRecipe(
+    global_crops=1, global_size=24, local_crops=1, local_size=16, blur_kernel=3, min_image_size=1
+)
+GOOD = 1000
+
+
+class NumberedFolder(FolderSource):
+    """The label of a file is its number, so that batches tell which files they hold."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._targets = np.arange(len(self))
+
+    def name_of(self, index: int) -> str:
+        return Path(self.describe(index)).name
+
+
+def write_photographs(root: Path, count: int) -> None:
+    root.mkdir()
+    random = np.random.default_rng(0)
+    colours = random.integers(0, 256, (count, 4, 5, 3), dtype=np.uint8)
+    for number, pixels in enumerate(colours):
+        image = Image.fromarray(pixels).resize((40, 32), Image.Resampling.BILINEAR)
+        image.save(root / f"{number:05d}.jpg", quality=90)
+
+
+class Corpus(NamedTuple):
+    """Good files, bad ones and odd ones. shown: what the odd ones show, upright, by name."""
+
+    source: NumberedFolder
+    shown: dict[str, Image.Image]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    root = tmp_path_factory.mktemp("corpus") / "images"
+    write_photographs(root, GOOD)
+    damage(root)
+    picture = Image.open(root / "00000.jpg").convert("RGB")
+    shown = spoil(root, picture)
+    shown |= {
+        "cmyk.jpg": picture,
+        "sixteen.png": picture.convert("L").convert("RGB"),
+        "exif.jpg": picture.transpose(Image.Transpose.ROTATE_270),
+        "pixel.png": Image.new("RGB", (1, 1), (200, 30, 30)),
+        "huge.jpg": picture.resize((8000, 6000)).reduce(8),
+    }
+    assert shown.keys() == {*ODD, *ODD_KINDS}
+    return Corpus(NumberedFolder(root), shown)
+
+
+def is_bad(name: str) -> bool:
+    return name in BAD or name.startswith(tuple(BAD_KINDS))
+
+
+def telling_seed(source: NumberedFolder, batch_size: int) -> int:
+    """A seed whose first epoch has to try every bad file: none is left over among the spare images."""
+    for seed in range(1000):
+        _, spare = EpochSchedule(len(source), batch_size, seed).places(0)
+        if not is_bad(source.name_of(int(spare[-1]))):
+            return seed
+    raise AssertionError("no such seed")
+
+
+def test_an_epoch_over_damaged_and_odd_files(corpus, backend, tmp_path):
+    source = corpus.source
+    bad = {i for i in range(len(source)) if is_bad(source.name_of(i))}
+    assert len(bad) == 15 + len(BAD)
+    assert len(source) == GOOD + len(bad) + len(corpus.shown)
+    batch_size = 44
+    assert (len(source) - len(bad)) % batch_size == 0  # whole batches are exactly the good files
+    file = tmp_path / "quarantine.txt"
+    seed = telling_seed(source, batch_size)
+    options = {**on(backend), "seed": seed, "quarantine": file, "dtype": torch.uint8}
+    seen: dict[int, list[Tensor]] = {}
+    for views, labels in multicrop_loader(source, RECIPE, batch_size=batch_size, num_workers=2, **options):
+        assert all(len(view) == batch_size for view in views)
+        for row, label in enumerate(labels.tolist()):
+            assert label not in seen
+            seen[label] = [view[row] for view in views]
+    assert seen.keys() == set(range(len(source))) - bad
+    lines = [line.split("\t") for line in file.read_text().splitlines()]
+    assert sorted(int(index) for _, index, _ in lines) == sorted(bad)
+    for path, index, reason in lines:
+        assert path == source.describe(int(index))
+        assert expected_reason(Path(path).name) in reason.lower()
+    odd = {name: index for index in seen if (name := source.name_of(index)) in corpus.shown}
+    assert odd.keys() == corpus.shown.keys()
+    for name, picture in corpus.shown.items():
+        # Of JPEG what compression costs; of DALI's decoders and kernels what rounding does.
+        limit = (
+            6 if name.endswith(".jpg") or name.startswith("jpeg") else 1 if backend == "torchvision" else 4
+        )
+        for made, right in zip(seen[odd[name]], views_of(picture, odd[name], seed), strict=True):
+            gap = (made.cpu().int() - right.int()).abs().float().mean()
+            assert gap <= limit, name
+
+
+def expected_reason(name: str) -> str:
+    if name in BAD:
+        return BAD[name][1]
+    return "not an image" if name.startswith("text") else "truncated"
+
+
+def views_of(picture: Image.Image, index: int, seed: int) -> list[Tensor]:
+    """The views of image `index` in epoch 0, if it shows this picture."""
+    draws = sample_views(RECIPE, seed=seed, epoch=0, index=index, width=picture.width, height=picture.height)
+    pixels = to_tensor(picture)
+    return [
+        apply_view(pixels, params, size, RECIPE)
+        for params, size in zip(draws, RECIPE.view_sizes(), strict=True)
+    ]
+
+
+def test_too_many_bad_files_stop_the_run(backend, tmp_path):
+    root = tmp_path / "images"
+    write_photographs(root, 40)
+    spoil(root, Image.open(root / "00000.jpg").convert("RGB"))
+    for name in ODD:
+        (root / name).unlink()
+    # Opening finds three of the five in the headers, and lets them pass; decoding finds the others.
+    source = NumberedFolder(root)
+    options = {"batch_size": 8, "num_workers": 2, **on(backend), "seed": telling_seed(source, 8)}
+    loader = multicrop_loader(source, RECIPE, max_bad_fraction=0.07, **options)
+    with pytest.raises(RunError, match=r"4 of 45 images are bad, more than the allowed 7 % ") as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RunError, match=r"cannot read image .*bomb\.jpg") as caught:
+        multicrop_loader(source, RECIPE, max_bad_fraction=0.05, **options)
+    assert "\n" not in str(caught.value)
+
+
+# Largest resident memory in KiB before and after images that must not be decoded as a whole. Not from
+# `getrusage`: its figure starts from that of the process that started this one.
+MEMORY = r"""
+import json, re, sys
+from pathlib import Path
+sys.path[:0] = json.loads(sys.argv[1])
+from loader_backends import on
+from test_corpus import RECIPE
+from lejepa_fast.data import multicrop_loader
+from lejepa_fast.data.sources.base import FolderSource
+
+for root in sys.argv[3:]:
+    loader = multicrop_loader(
+        FolderSource(root), RECIPE, batch_size=4, **on(sys.argv[2]), max_bad_fraction=0.3
+    )
+    for epoch in range(3):
+        seen = sum(len(views[0]) for views, _ in loader)
+    status = Path("/proc/self/status").read_text()
+    print(re.search(r"VmHWM:\s+(\d+)", status)[1], seen, len(loader.quarantined))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("backend", ["torchvision", "dali"], indirect=True)  # memory of the host
+def test_bombs_and_huge_images_take_little_memory(backend, tmp_path):
+    folders = ["few", "sixteen", "alpha", "large"]  # by what may be needed: the figure never falls
+    for name in folders:
+        write_photographs(tmp_path / name, 7)
+    picture = Image.open(tmp_path / "few" / "00000.jpg").convert("RGB")
+    picture.resize((8000, 6000)).save(tmp_path / "large" / "huge.jpg")
+    (tmp_path / "large" / "bomb.png").write_bytes(png_bomb(picture))
+    side = 4100
+    Image.new("I;16", (side, side), 9000).save(tmp_path / "sixteen" / "huge.png", compress_level=1)
+    Image.new("RGBA", (side, side), (1, 2, 3, 99)).save(tmp_path / "alpha" / "huge.png", compress_level=1)
+    arguments = [json.dumps(sys.path), backend, *(str(tmp_path / name) for name in folders)]
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, check=True
+    )
+    peaks, *seen = zip(*(map(int, line.split()) for line in done.stdout.splitlines()), strict=True)
+    assert seen == [(4, 8, 8, 8), (0, 0, 0, 1)]
+    before, sixteen, alpha, large = peaks
+    pixels = side * side / 1024
+    # As Pillow holds them, they have 2 and 4 bytes a pixel.
+    assert sixteen - before < 7 * pixels
+    assert alpha - before < 9 * pixels
+    assert large - before < 9 * pixels  # 48 megapixels, of 3 bytes each
+
+
+# --- a process that is killed -------------------------------------------------------------------
+
+# Saves its position after each batch, as a trainer would, until it is killed.
+TRAINER = """
+import json, os, sys, time
+sys.path[:0] = json.loads(sys.argv[1])
+from test_corpus import digest, loader_of
+from pathlib import Path
+
+loader = loader_of(Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+state = Path(sys.argv[4]) / "state.json"
+loader.set_epoch(2)
+for batch in loader:
+    line = digest(batch)
+    state.with_suffix(".new").write_text(json.dumps(loader.state_dict()))
+    os.replace(state.with_suffix(".new"), state)
+    print(line, flush=True)
+    time.sleep(0.02)
+"""
+
+
+def loader_of(root: Path, backend: str, out: Path) -> MultiCropLoader:
+    """40 good images, 3 bad ones; 10 batches an epoch."""
+    options = {"quarantine": out / "quarantine.txt", "max_bad_fraction": 0.5, "num_workers": 2}
+    return multicrop_loader(NumberedFolder(root), RECIPE, batch_size=4, **on(backend), **options)
+
+
+def digest(batch: tuple[list[Tensor], Tensor | None]) -> str:
+    views, labels = batch
+    found = hashlib.sha256()
+    for tensor in (labels, *views):
+        found.update(tensor.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def test_killed_in_mid_epoch_and_resumed(backend, tmp_path):
+    root = tmp_path / "images"
+    write_photographs(root, 40)
+    for number in (5, 15, 25):
+        (root / f"{number:05d}-bad.jpg").write_bytes((root / f"{number:05d}.jpg").read_bytes()[:200])
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = loader_of(root, backend, tmp_path / "whole")
+    whole.set_epoch(2)
+    expected = [digest(batch) for batch in whole]
+    assert len(set(expected)) == 10
+    arguments = [json.dumps(sys.path), str(root), backend, str(tmp_path / "killed")]
+    trainer = subprocess.Popen([sys.executable, "-c", TRAINER, *arguments], stdout=subprocess.PIPE, text=True)
+    lines = [trainer.stdout.readline().strip() for _ in range(4)]
+    trainer.kill()
+    lines += [line.strip() for line in trainer.stdout]
+    assert trainer.wait(60) == -signal.SIGKILL
+    assert lines == expected[: len(lines)]
+    state = json.loads((tmp_path / "killed" / "state.json").read_text())
+    taken = state["batch"]
+    assert 4 <= len(lines) <= taken <= len(lines) + 1 < 10
+    resumed = loader_of(root, backend, tmp_path / "killed")
+    resumed.load_state_dict(state)
+    resumed.set_epoch(2)
+    assert [digest(batch) for batch in resumed] == expected[taken:]
+    # The files that both have met are written down once.
+    quarantine = (tmp_path / "killed" / "quarantine.txt").read_text().splitlines()
+    assert sorted(quarantine) == sorted((tmp_path / "whole" / "quarantine.txt").read_text().splitlines())

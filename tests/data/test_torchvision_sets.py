@@ -1,0 +1,262 @@
+"""torchvision's data sets on disk: torchvision's own items, within the limits of all image files."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from odd_files import png_bomb
+from PIL import Image
+from torchvision import datasets
+
+from lejepa_fast.data import MultiCropRecipe, multicrop_loader, open_source
+from lejepa_fast.data.backends.choose_backend import dali_fault
+from lejepa_fast.data.sources.base import EncodedSource, torchvision_sets
+from lejepa_fast.errors import UsageError
+
+COUNT = 6  # images of each data set below
+
+
+def picture(number: int) -> Image.Image:
+    return Image.new("RGB", (12, 10), (20 * number, 90, 7))
+
+
+def write(root: Path, contents: dict[str, str | int]) -> None:
+    """Files by path: texts, and pictures by number. A path that ends in / is an empty folder."""
+    for name, content in contents.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("/"):
+            path.mkdir(exist_ok=True)
+        elif isinstance(content, str):
+            path.write_text(content)
+        else:
+            kind = "PPM" if path.suffix == ".ppm" else "JPEG" if path.suffix in (".jpg", ".jpeg") else "PNG"
+            file = io.BytesIO()
+            picture(content).save(file, kind)
+            path.write_bytes(file.getvalue())
+
+
+def images(pattern: str, *groups: str) -> dict[str, str | int]:
+    """`COUNT` pictures, in turn over the groups: {i} is the number of one, {n} that in its group, from 1."""
+    return {
+        pattern.format(group=groups[i % len(groups)], n=i // len(groups) + 1, i=i): i for i in range(COUNT)
+    }
+
+
+def scenes() -> str:
+    scenes = [{"image_filename": f"{i}.png", "objects": [{}] * (COUNT - i)} for i in range(COUNT)]
+    return json.dumps({"scenes": scenes})
+
+
+# What must lie on the disk for the training split, in the order that each set wants.
+LAYOUTS: dict[str, dict[str, str | int]] = {
+    "Food101": {
+        "food-101/meta/train.json": json.dumps({"b": ["b/2", "b/1", "b/0"], "a": ["a/0", "a/1", "a/2"]}),
+        **{f"food-101/images/{'ab'[i % 2]}/{i // 2}.jpg": i for i in range(COUNT)},
+    },
+    "GTSRB": images("gtsrb/GTSRB/Training/{group}/{i}.ppm", "00000", "00001"),
+    "DTD": {
+        "dtd/dtd/labels/train1.txt": "".join(f"{'zy'[i % 2]}/{i}.jpg\n" for i in range(COUNT)),
+        **images("dtd/dtd/images/{group}/{i}.jpg", "z", "y"),
+    },
+    "FGVCAircraft": {
+        "fgvc-aircraft-2013b/data/variants.txt": "a\nb\n",
+        "fgvc-aircraft-2013b/data/images_variant_train.txt": "".join(
+            f"{9 - i} {'ab'[i % 2]}\n" for i in range(COUNT)
+        ),
+        **{f"fgvc-aircraft-2013b/data/images/{9 - i}.jpg": i for i in range(COUNT)},
+    },
+    "Imagenette": images("imagenette2/train/{group}/{i}.jpeg", "n01440764", "n02102040"),
+    "RenderedSST2": images("rendered-sst2/train/{group}/{i}.png", "negative", "positive"),
+    "CLEVRClassification": {
+        "clevr/CLEVR_v1.0/scenes/CLEVR_train_scenes.json": scenes(),
+        **images("clevr/CLEVR_v1.0/images/train/{i}.png", ""),
+    },
+    "Country211": images("country211/train/{group}/{i}.jpg", "AD", "ZW"),
+    "OxfordIIITPet": {
+        "oxford-iiit-pet/annotations/trainval.txt": "".join(
+            f"{'cd'[i % 2]}_{i} {i % 2 + 1} 1 1\n" for i in range(COUNT)
+        ),
+        **images("oxford-iiit-pet/images/{group}_{i}.jpg", "c", "d"),
+    },
+    "EuroSAT": images("eurosat/2750/{group}/{i}.png", "Forest", "River"),
+    "SUN397": {
+        "SUN397/ClassName.txt": "/a/abbey\n/a/alley\n",
+        **images("SUN397/a/{group}/sun_{i}.jpg", "abbey", "alley"),
+    },
+    "Caltech101": {
+        "caltech101/101_ObjectCategories/BACKGROUND_Google/": 0,
+        **images("caltech101/101_ObjectCategories/{group}/image_{n:04d}.jpg", "ant", "bass"),
+    },
+    # The contents of a .mat file are JSON here, and so read by `loadmat`.
+    "Flowers102": {
+        "flowers-102/setid.mat": json.dumps({"trnid": [7, 2, 9, 4, 8, 3], "valid": [1], "tstid": [5, 6]}),
+        "flowers-102/imagelabels.mat": json.dumps({"labels": [5, 1, 2, 3, 4, 4, 102, 6, 7]}),
+        **{f"flowers-102/jpg/image_{number:05d}.jpg": i for i, number in enumerate((7, 2, 9, 4, 8, 3))},
+    },
+    "StanfordCars": {
+        "stanford_cars/devkit/cars_train_annos.mat": json.dumps(
+            {"annotations": [{"fname": f"{9 - i:05d}.jpg", "class": i % 2 + 1} for i in range(COUNT)]}
+        ),
+        "stanford_cars/devkit/cars_meta.mat": json.dumps({"class_names": ["Acura", "BMW"]}),
+        **{f"stanford_cars/cars_train/{9 - i:05d}.jpg": i for i in range(COUNT)},
+    },
+    "Caltech256": {
+        **{f"caltech256/256_ObjectCategories/001.a/001_{n:04d}.jpg": n - 1 for n in (1, 2, 3)},
+        **{f"caltech256/256_ObjectCategories/002.b/002_{n:04d}.jpg": n + 2 for n in (1, 2, 3)},
+    },
+}
+
+
+def loadmat(path: str | Path, squeeze_me: bool) -> dict[str, np.ndarray]:
+    """What scipy's function of that name makes of a .mat file, here of one of `LAYOUTS`."""
+    assert squeeze_me
+    found = json.loads(Path(path).read_text())
+    if "annotations" in found:  # MATLAB's structures, with numbers of few bits
+        rows = [(row["fname"], np.uint8(row["class"])) for row in found["annotations"]]
+        return {"annotations": np.array(rows, dtype=[("fname", object), ("class", object)])}
+    return {name: np.array(values) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_items_are_those_of_torchvision(tmp_path, name, monkeypatch):
+    for module in ("scipy", "scipy.io"):  # which need not be installed
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    sys.modules["scipy"].io = sys.modules["scipy.io"]
+    sys.modules["scipy.io"].loadmat = loadmat
+    monkeypatch.setattr(datasets.flowers102, "check_integrity", lambda path, md5: os.path.isfile(path))
+    write(tmp_path, LAYOUTS[name])
+    splits = torchvision_sets._SETS[name]
+    theirs = getattr(datasets, name)(tmp_path, **({} if splits is None else splits[0]))
+    found = torchvision_sets.open_torchvision_set(f"torchvision:{name}:{tmp_path}", "train")
+    ours = found if isinstance(found, EncodedSource) else found.source
+    assert isinstance(ours, EncodedSource)
+    assert ours.kind == "torchvision"
+
+    def items(source) -> list[tuple[bytes, int]]:
+        return sorted((source[i][0].convert("RGB").tobytes(), int(source[i][1])) for i in range(len(source)))
+
+    assert items(ours) == items(theirs)
+    assert len(set(items(ours))) == COUNT
+    # In the order of their names: SUN397 comes in that of the disk, which differs between machines.
+    names = [ours.describe(i) for i in range(COUNT)]
+    assert names == sorted(names)
+    assert pickle.loads(pickle.dumps(ours)).encoded(3) == Path(names[3]).read_bytes()
+    theirs_named = [c for c in [getattr(theirs, "classes", None)] if c and isinstance(c[0], str)]
+    assert ours.classes == (theirs_named[0] if theirs_named else None)
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+def test_files_have_the_limits_of_all_image_files(tmp_path, backend, monkeypatch):
+    if backend == "dali" and dali_fault(False):
+        pytest.skip(str(dali_fault(False)))
+    write(tmp_path, images("eurosat/2750/{group}/{i}.png", "Forest", "River"))
+    forest = tmp_path / "eurosat" / "2750" / "Forest"
+    (forest / "bomb.png").write_bytes(png_bomb(picture(0)))
+    (forest / "large.png").write_bytes(b"")
+    os.truncate(forest / "large.png", 200 << 30)  # sparse
+    (forest / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some programs do
+    found = torchvision_sets.open_torchvision_set(f"torchvision:EuroSAT:{tmp_path}", "train")
+    source, file = found.source, tmp_path / "quarantine.txt"
+    recipe = MultiCropRecipe(global_size=8, local_crops=0)
+    options = {"backend": backend, "quarantine": file, "max_bad_fraction": 0.5, "dtype": torch.uint8}
+    for _ in multicrop_loader(source, recipe, batch_size=COUNT + 3, **options):
+        pass
+    reasons = dict(line.split("\t")[::2] for line in file.read_text().splitlines())
+    assert reasons == {
+        str(forest / "bomb.png"): "20000 x 20000 px, more than the 178,956,970 pixels an image may have",
+        str(forest / "large.png"): "204,800 MiB, more than the 256 that an image file may have",
+        str(forest / "script.png"): "not an image",
+    }
+
+
+@pytest.mark.parametrize("name", ["Flowers102", "StanfordCars"])
+def test_a_package_that_is_missing_is_named(tmp_path, name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    monkeypatch.setattr(datasets.flowers102, "check_integrity", lambda path, md5: os.path.isfile(path))
+    write(tmp_path, LAYOUTS[name])
+    text = usage_error(f"torchvision:{name}:{tmp_path}")
+    assert text == f"torchvision's {name} needs a package that is not installed: pip install scipy"
+
+
+def test_an_unknown_layout_is_explained(tmp_path, monkeypatch):
+    write(tmp_path, LAYOUTS["EuroSAT"])
+    whole = datasets.EuroSAT(tmp_path)
+
+    class Other:
+        def __len__(self) -> int:
+            return len(whole)
+
+    monkeypatch.setattr(datasets, "EuroSAT", lambda root: Other())
+    assert "keeps the files or labels of Other" in usage_error(f"torchvision:EuroSAT:{tmp_path}")
+
+
+def usage_error(path: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        open_source(path, "train")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- torchvision sets on disk -------------------------------------------------------------------
+
+
+def write_fashion_mnist(root: Path) -> None:
+    """The files of FashionMNIST with 12 training and 5 test images."""
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, count in (("train", 12), ("t10k", 5)):
+        pixels = np.arange(count, dtype=np.uint8).repeat(28 * 28).tobytes()
+        labels = (np.arange(count, dtype=np.uint8) % 10).tobytes()
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pixels)
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels)
+
+
+def test_torchvision_set_with_its_own_splits(tmp_path):
+    write_fashion_mnist(tmp_path)
+    train = open_source(f"torchvision:FashionMNIST:{tmp_path}", "train")
+    val = open_source(f"torchvision:FashionMNIST:{tmp_path}", "val")
+    assert (len(train), len(val), train.kind, train.name) == (12, 5, "torchvision", "FashionMNIST")
+    assert train.targets == [*range(10), 0, 1]
+    assert train.classes[9] == "Ankle boot"
+    image, target = train[11]
+    assert (image.mode, image.size, image.getpixel((3, 3)), target) == ("RGB", (28, 28), (11,) * 3, 1)
+    assert pickle.loads(pickle.dumps(val))[4][1] == 4
+
+
+def test_torchvision_set_without_splits_is_held_out(tmp_path):
+    for name in ("Forest", "River"):
+        write(tmp_path, {f"eurosat/2750/{name}/{number}.png": number for number in range(10)})
+    sizes = {split: len(open_source(f"torchvision:EuroSAT:{tmp_path}", split)) for split in ("train", "val")}
+    assert sizes == {"train": 18, "val": 2}
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [
+        ("torchvision:CIFAR11:{}", ["'CIFAR11'", "did you mean CIFAR10?"]),
+        ("torchvision:fashionmnist:{}", ["did you mean FashionMNIST?"]),
+        ("torchvision:Zzz:{}", ["known: CIFAR10"]),
+        ("torchvision:CIFAR10", ["expected torchvision:NAME:/dir"]),
+        ("torchvision:CIFAR10:{}", ["CIFAR10 cannot be opened in", "nothing is downloaded", "download=True"]),
+        ("torchvision:DTD:{}", ["DTD cannot be opened in"]),
+        ("torchvision:CIFAR10:{}/nowhere", ["no such folder", "nowhere"]),
+        ("torchvision:ImageFolder:{}", ["'ImageFolder' is not known here"]),
+    ],
+)
+def test_bad_torchvision_paths(tmp_path, path, parts):
+    text = usage_error(path.format(tmp_path))
+    for part in parts:
+        assert part in text

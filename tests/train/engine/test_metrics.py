@@ -1,0 +1,133 @@
+"""The meter; metrics.jsonl and TensorBoard, also on a disk that refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lejepa_fast.errors import RunError
+from lejepa_fast.train.engine.metrics import Meter, Metrics, read_rows
+
+
+def metrics_in(folder: Path, *, tensorboard: bool = False, step: int = 0) -> Metrics:
+    return Metrics(folder, enabled=True, tensorboard=tensorboard, step=step, total_steps=9)
+
+
+def write_rows(metrics: Metrics, count: int) -> None:
+    for step in range(count):
+        metrics.write("eval", step, knn=step / 7)
+
+
+def test_a_refused_row_leaves_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = metrics_in(tmp_path)
+    metrics.write("eval", 1, knn=1.0)
+    whole = metrics.path.read_bytes()
+    write, calls = os.write, []
+
+    def half_of_it(descriptor: int, data: bytes) -> int:
+        calls.append(descriptor)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data[:5])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", half_of_it)
+        with pytest.raises(RunError, match=r"metrics\.jsonl: No space left on device; free some") as refusal:
+            metrics.write("eval", 2, knn=2.0)
+    assert "\n" not in str(refusal.value)
+    assert metrics.path.read_bytes() == whole
+    metrics.write("eval", 2, knn=3.0)
+    metrics.close()
+    assert [row["knn"] for row in read_rows(metrics.path)] == [1.0, 3.0]
+
+
+def test_a_small_file_system_is_one_line_and_closes(tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mount.returncode:
+        pytest.skip(f"mounting is not permitted here: {mount.stderr.strip()}")
+    try:
+        metrics = metrics_in(folder)
+        with pytest.raises(RunError, match=r"metrics\.jsonl: No space left on device"):
+            write_rows(metrics, 3000)
+        metrics.close()
+        rows = read_rows(metrics.path)
+        assert [row["step"] for row in rows] == list(range(len(rows)))
+        assert metrics.path.read_bytes().endswith(b"}\n")
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_refused_tensorboard_events_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = metrics_in(tmp_path, tensorboard=True)
+    writer = metrics._board._get_file_writer().event_writer._async_writer._writer
+
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer, "write", refuse)
+    monkeypatch.setattr(writer, "flush", refuse)
+    with pytest.raises(RunError, match=r"cannot write .*tensorboard: No space left on device"):
+        write_rows(metrics, 1000)
+    metrics.close()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_board_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("in the way")
+    with pytest.raises(RunError, match=r"cannot write .*tensorboard: "):
+        metrics_in(tmp_path, tensorboard=True)
+
+
+def test_dropping_rows_on_a_full_disk_leaves_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}\n')
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(RunError, match=r"metrics\.jsonl: No space left on device"):
+        metrics_in(tmp_path, step=1)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert len(read_rows(path)) == 2
+
+
+def test_meter_counts_images_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    meter = Meter()
+    for _ in range(4):
+        meter.add(100, waited=0.5)
+    clock[0] = 12.5
+    meter.pause(2.0)  # an evaluation
+    meter.saved(0.5)
+    assert meter.read() == {"images_per_second": 40.0, "data_wait": 0.2, "save_seconds": 0.5}
+    clock[0] = 13.5
+    meter.add(7, waited=0.0)
+    assert meter.read() == {"images_per_second": 7.0, "data_wait": 0.0, "save_seconds": 0.0}
+
+
+def test_a_torn_last_row_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "st')
+    metrics = Metrics(tmp_path, enabled=True, tensorboard=False, step=1, total_steps=2)
+    metrics.write("eval", 1, knn=float("nan"))
+    metrics.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"kind": "train", "step": 1},
+        {"kind": "eval", "step": 1, "knn": None},
+    ]

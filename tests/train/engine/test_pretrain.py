@@ -1,0 +1,461 @@
+"""The command: exit codes and one-line errors, signals, and torchrun with two processes on gloo."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import lejepa_fast.train
+from lejepa_fast.data.backends import choose_backend as choice
+from lejepa_fast.errors import RunError
+from lejepa_fast.train import config, pretrain
+from lejepa_fast.train.checkpoint.storage import read_checkpoint
+from lejepa_fast.train.config import Config
+from lejepa_fast.train.engine.metrics import read_rows
+from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.runtime.signals import Interrupted
+from lejepa_fast.train.runtime.world import World
+
+SCRIPT = Path(lejepa_fast.train.__path__[0]) / "pretrain.py"
+
+Make = Callable[..., Config]
+
+
+def arguments_of(cfg: Config, folder: Path, *more: str) -> list[str]:
+    """A command line that means `cfg`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{cfg.out.name if cfg.out else 'none'}.config.json"
+    file.write_text(json.dumps(config.to_dict(cfg)))
+    out = ["--out", str(cfg.out)] if cfg.out else []
+    return ["--config", str(file), *out, "--resume", cfg.resume, *more]
+
+
+def train_rows(cfg: Config) -> list[dict[str, Any]]:
+    assert cfg.out is not None
+    return [row for row in read_rows(cfg.out / "metrics.jsonl") if row["kind"] == "train"]
+
+
+# ---- usage errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "{tmp}/nowhere"], "nowhere does not exist"),
+        (["--data", "{tmp}/empty"], "{tmp}/empty"),
+        (["--model", "resnet51"], "'resnet51'; did you mean resnet5"),
+        (["--batch-size", "1"], "BatchNorm and SIGReg take statistics over at least 2; use --batch-size 2"),
+        (["--batch-size", "64"], "has 32 images, fewer than one batch of 64"),
+        (["--crops.global-size", "400"], "use a smaller --crops.global-size"),
+        (["--crops.local-size", "20"], "--crops.local-size 16"),
+        (["--preset", "desktop"], "--preset"),
+        (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
+        (["--eval.temperature", "0"], "eval.temperature: expected a number above 0, got 0.0"),
+        (["--device", "cuda"], "use --device cpu"),
+        (["--resume", "{tmp}/nowhere"], "checkpoint {tmp}/nowhere does not exist"),
+        (["--lambda", "2"], "loss.lambd: expected a number from 0 to 1"),
+        (["--loss.t-max", "-1"], "loss: t_max"),
+        (["--loss.impl", "triton"], "expected on a GPU for impl='triton'"),
+        (["--data.backend", "dali"], "backend 'dali': DALI is not installed: pip install nvidia-dali-cuda1"),
+        (["--data.max-bad-fraction", "2"], "data.max_bad_fraction: expected a number from 0 to 1, got 2"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_with_2(
+    arguments: list[str],
+    message: str,
+    tiny: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choice, "_is_installed", lambda: False)  # DALI
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (tmp_path / "empty").mkdir()
+    cfg = tiny()
+    given = [argument.format(tmp=tmp_path) for argument in arguments]
+    argv = given if "--preset" in given else arguments_of(cfg, tmp_path / "configs", *given)
+    assert pretrain.main(argv) == 2
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message.format(tmp=tmp_path) in errors[0]
+    assert captured.err.rstrip().endswith(errors[0])  # nothing of it runs on to a second line
+    assert "Traceback" not in captured.err
+    assert cfg.out is not None
+    assert not cfg.out.exists()
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """33 images without labels, one of which is cut short."""
+    folder = tmp_path / "data" / "train"
+    folder.mkdir(parents=True)
+    for index in range(33):
+        Image.new("RGB", (40, 40), (index * 5, 99, 200 - index)).save(folder / f"{index}.jpg")
+    file = folder / "30.jpg"
+    file.write_bytes(file.read_bytes()[:150])
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("backend", ["torchvision", "dali"])
+def test_an_unreadable_image_is_listed_and_the_run_goes_on(
+    backend: str, damaged: Path, tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "dali" and choice.dali_fault(False):
+        pytest.skip(str(choice.dali_fault(False)))
+    cfg = tiny(data={"path": str(damaged), "backend": backend}, epochs=2)
+    trainer = Trainer(cfg, World(torch.device("cpu")))
+    trainer.run()
+    assert cfg.out is not None
+    lines = (cfg.out / "quarantine.txt").read_text().splitlines()
+    assert len(lines) == 1
+    assert lines[0].split("\t")[0].endswith("30.jpg")
+    assert [
+        row["loader_backend"] for row in read_rows(cfg.out / "metrics.jsonl") if row["kind"] == "run"
+    ] == [backend]
+
+
+@pytest.mark.parametrize("backend", ["torchvision", "dali"])
+def test_too_many_unreadable_images_are_one_line_and_exit_with_1(
+    backend: str, damaged: Path, tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if backend == "dali" and choice.dali_fault(False):
+        pytest.skip(str(choice.dali_fault(False)))
+    cfg = tiny(data={"path": str(damaged), "backend": backend, "max_bad_fraction": 0.0})
+    assert pretrain.main(arguments_of(cfg, tmp_path / "configs")) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "30.jpg" in errors[0]
+
+
+def test_a_checkpoint_of_another_model_exits_with_2(
+    tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = tiny(max_steps=1)
+    trainer = Trainer(cfg, World(torch.device("cpu")))
+    trainer.finish = lambda: Path()  # type: ignore[method-assign]
+    trainer.run()
+    assert pretrain.main(arguments_of(cfg, tmp_path / "configs", "--model", "test_resnet")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: checkpoint ")
+    assert "is of model test_vit, and this run is of test_resnet" in error
+
+
+def test_a_refused_export_exits_with_1(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk fills up when the training is done: one line, and the checkpoint is there to go on from."""
+    cfg = tiny(max_steps=1)
+
+    def full(weights: Any) -> bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("lejepa_fast.train.export.save", full)
+    assert pretrain.main(arguments_of(cfg, tmp_path / "configs")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: cannot write {cfg.out}/encoder.safetensors: No space left on device; ")
+    assert cfg.out is not None
+    assert (cfg.out / "checkpoints" / "step-00000001").exists()
+    assert not (cfg.out / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (RunError("the disk is full"), 1, "error: the disk is full"),
+        (Interrupted("stopped by SIGTERM", signal.SIGTERM), 0, "stopped by SIGTERM"),
+        (Interrupted("stopped by SIGINT", signal.SIGINT), 130, "stopped by SIGINT"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_exit_codes(
+    raised: BaseException,
+    code: int,
+    said: str,
+    tiny: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(self: Trainer) -> Path:
+        raise raised
+
+    monkeypatch.setattr(Trainer, "run", fail)
+    assert pretrain.main(arguments_of(tiny(), tmp_path)) == code
+    assert capsys.readouterr().err.splitlines()[-1].startswith(said)
+
+
+def test_other_exceptions_keep_their_traceback(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "run", lambda self: [][0])
+    with pytest.raises(IndexError):
+        pretrain.main(arguments_of(tiny(), tmp_path))
+
+
+# ---- signals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_signals_end_the_command_with_the_state_saved(tiny: Make, tmp_path: Path) -> None:
+    """SIGTERM: exit code 0; Ctrl-C: 130; each saves, and the losses are those of the undisturbed run."""
+    cfg = tiny(epochs=400, data={"workers": 2})
+    command = [sys.executable, str(SCRIPT), *arguments_of(cfg, tmp_path / "configs")]
+    ends = [
+        (signal.SIGTERM, 0, "stopped by SIGTERM after step"),
+        (signal.SIGINT, 130, "stopped by SIGINT after step"),
+    ]
+    assert cfg.out is not None
+    step = 0
+    for signum, code, said in ends:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+        try:
+            wait_for(lambda least=step + 3: len(train_rows(cfg)) >= least, process)
+            process.send_signal(signum)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == code, errors
+        assert said in errors.splitlines()[-1]
+        assert "Traceback" not in errors
+        saved = sorted((cfg.out / "checkpoints").iterdir())[-1]
+        step = read_checkpoint(saved)["step"]
+        assert step == train_rows(cfg)[-1]["step"]
+        assert f"after step {step} " in errors
+    straight = replace(cfg, out=tmp_path / "straight", checkpoint_every=10_000)
+    trainer = Trainer(straight, World(torch.device("cpu")))
+    trainer.total_steps = step  # the schedule stays that of 400 epochs
+    trainer.finish = lambda: Path()  # type: ignore[method-assign]
+    trainer.run()
+    assert [row["loss"] for row in train_rows(straight)] == [row["loss"] for row in train_rows(cfg)]
+
+
+def environment() -> dict[str, str]:
+    """One thread, so that a subprocess adds up in the same order as this process under the same setting."""
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"the command did not get there: {process.communicate()[1]}")
+        time.sleep(0.05)
+
+
+# ---- torchrun ----------------------------------------------------------------------------------------
+
+
+def torchrun(script: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*command, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tiny: Make, tmp_path: Path) -> None:
+    """Two ranks of 4 images equal one process with 8 within 1e-5, from the start and from its checkpoint.
+
+    Without BatchNorm: on gloo its statistics are per rank.
+    """
+    one = tiny(out=tmp_path / "one", optim={"lr": 2e-4}, checkpoint_every=5)
+    trainer = Trainer(one, World(torch.device("cpu")))
+    trainer.finish = lambda: Path()  # type: ignore[method-assign]
+    trainer.run()
+
+    two = replace(one, out=tmp_path / "two")
+    result = torchrun(SCRIPT, *arguments_of(two, tmp_path / "configs"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("report: ") == 1
+    check_same_course(one, two, first=1)
+
+    assert one.out is not None
+    resumed = replace(one, out=tmp_path / "resumed", resume=str(one.out / "checkpoints" / "step-00000005"))
+    result = torchrun(SCRIPT, *arguments_of(resumed, tmp_path / "configs"))
+    assert result.returncode == 0, result.stderr
+    check_same_course(one, resumed, first=6)
+
+
+def check_same_course(one: Config, two: Config, first: int) -> None:
+    expected, found = (
+        {row["step"]: row for row in train_rows(cfg) if row["step"] >= first} for cfg in (one, two)
+    )
+    assert list(found) == list(range(first, 13)) == list(expected)
+    print("differences", [f"{abs(found[s]['loss'] / row['loss'] - 1):.1e}" for s, row in expected.items()])
+    for step, row in expected.items():
+        assert found[step]["loss"] == pytest.approx(row["loss"], rel=1e-5), step
+    # The gradient before any update: later ones differ more, since Adam's first steps make full steps of
+    # gradients that are nothing but rounding (keys' biases in attention).
+    assert found[first]["grad_norm"] == pytest.approx(expected[first]["grad_norm"], rel=1e-5)
+    assert (
+        abs(expected[12]["loss"] - expected[first]["loss"]) > 1e-3
+    )  # the losses moved: 1e-5 is a comparison
+
+
+ONE_BAD_RANK = '''
+"""Run by torchrun: on rank 1 images are NaN in step 3 and the loss is infinite in step 4."""
+import sys
+import torch
+from lejepa_fast.train import config
+from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.runtime.world import close_world, setup_world
+from lejepa_fast.train.runtime.command import log_to_stderr
+
+def say(line):
+    sys.stdout.write(line + "\\n")  # one write: both ranks share the pipe
+    sys.stdout.flush()
+
+world = setup_world("cpu")
+log_to_stderr(main_process=world.is_main, who="")
+trainer = Trainer(config.parse(sys.argv[1:]), world)
+trainer.finish = lambda: None
+step = trainer._train_step
+
+def spoiled(views, epoch):
+    number = trainer.step + 1
+    if number == 3 and world.rank == 1:
+        views[0][0] = torch.nan
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    step(views, epoch)
+    same = all(torch.equal(p, b) for p, b in zip(trainer.model.parameters(), before))
+    say(f"rank {world.rank} step {number} unchanged {same}")
+
+check = trainer.guard.check
+
+def checked(loss, own_part, grad_norm, *, stop):
+    # SIGReg carries a NaN to all ranks; here is a loss that is bad on one rank and fine on the other.
+    if trainer.step + 1 == 4 and world.rank == 1:
+        loss = loss * torch.inf
+    check(loss, own_part, grad_norm, stop=stop)
+
+trainer._train_step = spoiled
+trainer.guard.check = checked
+trainer.run()
+total = sum(p.double().sum().item() for p in trainer.model.parameters())
+say(f"rank {world.rank} sum {total!r}")
+close_world()
+'''
+
+
+@pytest.mark.slow
+def test_a_nan_on_one_rank_is_skipped_on_all(tiny: Make, tmp_path: Path) -> None:
+    script = tmp_path / "one_bad_rank.py"
+    script.write_text(ONE_BAD_RANK)
+    result = torchrun(script, *arguments_of(tiny(max_steps=5), tmp_path / "configs"))
+    assert result.returncode == 0, result.stderr
+    unchanged = dict(re.findall(r"(rank \d step \d) unchanged (\w+)", result.stdout))
+    assert unchanged == {f"rank {r} step {s}": str(s in (3, 4)) for r in (0, 1) for s in range(1, 6)}
+    sums = re.findall(r"rank \d sum (\S+)", result.stdout)
+    assert len(sums) == 2
+    assert sums[0] == sums[1] != "nan"
+    for said in ("not finite (rank 1, step 3, loss nan)", "not finite (rank 1, step 4, loss inf)"):
+        assert result.stderr.count(said) == 2  # each rank knows which one it was
+
+
+@pytest.mark.slow
+def test_usage_errors_under_torchrun(tiny: Make, tmp_path: Path) -> None:
+    result = torchrun(SCRIPT, *arguments_of(tiny(), tmp_path / "configs", "--batch-size", "7"))
+    assert result.returncode != 0
+    assert (
+        "error (rank 0): data.batch_size: 7 images cannot be split evenly over 2 processes" in result.stderr
+    )
+    assert result.stderr.count("error (rank ") == 1  # both ranks have the same one
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_is_one_line_on_each(tiny: Make, tmp_path: Path) -> None:
+    """One image cannot be read: one rank says which, the other one that it was not its fault."""
+    folder = tmp_path / "data" / "train"
+    folder.mkdir(parents=True)
+    for index in range(16):
+        Image.new("RGB", (40, 40), (index * 10, 0, 0)).save(folder / f"{index}.jpg")
+    damaged = folder / "3.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:-300])
+    cfg = tiny(data={"path": str(tmp_path / "data"), "max_bad_fraction": 0.0}, max_steps=8)
+    result = torchrun(SCRIPT, *arguments_of(cfg, tmp_path / "configs"))
+    assert result.returncode == 1
+    assert result.stderr.count("Traceback") <= 1  # torchrun's own
+    assert "train/loop.py" not in result.stderr
+    errors = re.findall(r"error \(rank \d\): (.*)", result.stderr)
+    assert any("3.jpg" in error for error in errors)
+    assert all("3.jpg" in error or error.startswith("another rank failed") for error in errors)
+
+
+ONE_RANK_WITHOUT_ROOM = '''
+"""Run by torchrun: rank 1 has no room for a gathered tensor, in the middle of gathering the whole model."""
+import sys
+import threading
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from lejepa_fast.train import pretrain
+from lejepa_fast.train.engine.trainer import Trainer
+
+whole_model, full_tensor = Trainer._whole_model, DTensor.full_tensor
+left = 3
+
+def without_room(tensor):
+    global left
+    left -= 1
+    if not left:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return full_tensor(tensor)
+
+def gathered(self):
+    if self.world.rank == 1:
+        DTensor.full_tensor = without_room
+        dist.destroy_process_group = threading.Event().wait  # as NCCL: until the others come
+    return whole_model(self)
+
+Trainer._whole_model = gathered
+sys.exit(pretrain.main())
+'''
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_in_a_collective_ends_the_others(tiny: Make, tmp_path: Path) -> None:
+    script = tmp_path / "one_rank_without_room.py"
+    script.write_text(ONE_RANK_WITHOUT_ROOM)
+    cfg = tiny(max_steps=1, parallel={"strategy": "fsdp"})
+    result = torchrun(script, *arguments_of(cfg, tmp_path / "configs"))
+    assert result.returncode == 1
+    assert "error (rank 1): out of memory; what helps: " in result.stderr
+    assert result.stderr.count("Traceback") <= 1  # torchrun's own
+
+
+def test_a_defect_among_ranks_is_printed_before_the_process_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    monkeypatch.setattr(pretrain, "setup_world", lambda device: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretrain.main(["--device", "cpu"])
+    assert ended == [1]
+    assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
+    assert not dist.is_initialized()

@@ -1,0 +1,491 @@
+"""Sharded, recomputed, compiled, resumed on other numbers of ranks: the same training each time."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import parallel_worker as worker
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from training import CPU, Make, rows_of, run_ranks
+
+from lejepa_fast.errors import UsageError
+from lejepa_fast.train import config, export
+from lejepa_fast.train.checkpoint import storage as checkpoint
+from lejepa_fast.train.config import Config, ParallelConfig
+from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.evaluate import open_splits
+from lejepa_fast.train.model.initialize import named_tensors
+from lejepa_fast.train.model.model import build_encoder, build_model, initialize
+from lejepa_fast.train.parallel import parallelize
+from lejepa_fast.train.parallel.blocks import find_blocks
+from lejepa_fast.train.parallel.parallelize import choose_strategy, make_mesh
+
+# ---- two ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of one process on the whole batch."""
+    folder = tmp_path_factory.mktemp("parallel")
+    cfg = worker.run_config(str(image_folder), folder / "one")
+    worker.train(cfg, CPU)
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def ranks(one: Config, image_folder: Path) -> list[dict[str, Any]]:
+    """Results of two ranks; one pair of processes serves all tests of this file."""
+    assert one.out is not None
+    folder = one.out.parent
+    run_ranks(worker.run, 2, str(folder), str(image_folder), ranks=2)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def check_same_course(one: Config, name: str, *, first: int = 1, rel: float = 1e-5) -> None:
+    assert one.out is not None
+    other = replace(one, out=one.out.parent / name)
+    expected = {row["step"]: row for row in rows_of(one) if row["step"] >= first}
+    found = {row["step"]: row for row in rows_of(other)}
+    assert list(found) == list(expected) == list(range(first, worker.STEPS + 1))
+    for step, row in expected.items():
+        for part in ("loss", "prediction", "sigreg"):
+            assert found[step][part] == pytest.approx(row[part], rel=rel), (step, part)
+    # The norm before clipping, which scales the step: of all shards, not of one.
+    assert found[first]["grad_norm"] == pytest.approx(expected[first]["grad_norm"], rel=10 * rel)
+    assert expected[first]["grad_norm"] > one.optim.clip_grad_norm
+    losses = [row["loss"] for row in expected.values()]
+    assert max(losses) / min(losses) > 1.001  # they moved: the tolerance compares something
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "hsdp"])
+def test_two_ranks_equal_one_process(name: str, one: Config, ranks: list[dict[str, Any]]) -> None:
+    check_same_course(one, name)
+    for results in ranks:
+        assert results[name]["sigreg step"] == worker.STEPS
+        assert (results[name]["sharded"] > 0) == (name != "ddp")
+
+
+@pytest.mark.slow
+def test_two_groups_of_two_ranks_equal_one_process(one: Config, image_folder: Path) -> None:
+    """HSDP: each group holds the model once, half of it on each of its ranks."""
+    assert one.out is not None
+    folder = one.out.parent
+    run_ranks(worker.run_groups, 4, str(folder), str(image_folder), ranks=4)
+    check_same_course(one, "groups")
+    held = [torch.load(folder / f"rank{rank}-groups.pt", weights_only=True) for rank in range(4)]
+    for name, (shape, first) in held[0].items():
+        second = held[1][name][1]
+        assert first.numel() + second.numel() == torch.Size(shape).numel(), name
+        assert torch.equal(held[2][name][1], first), name  # the other group's, bit for bit
+        assert torch.equal(held[3][name][1], second), name
+
+
+def test_recomputed_and_compiled_it_is_the_same(one: Config, ranks: list[dict[str, Any]]) -> None:
+    check_same_course(one, "compiled", rel=1e-4)
+    for results in ranks:
+        graphs = results["compiled"]["graphs"]
+        assert graphs[2] > 0
+        assert graphs[2:] == [graphs[2]] * (worker.STEPS - 2)  # nothing is compiled after step 3
+
+
+@pytest.mark.parametrize("name", ["one to fsdp", "one to ddp"])
+def test_a_run_goes_on_on_more_ranks(name: str, one: Config, ranks: list[dict[str, Any]]) -> None:
+    check_same_course(one, name, first=11)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_a_run_goes_on_on_fewer_ranks(name: str, one: Config, ranks: list[dict[str, Any]]) -> None:
+    assert one.out is not None
+    folder = one.out.parent
+    out = folder / f"{name} to one"
+    cfg = replace(one, out=out, resume=str(folder / name / "checkpoints" / "step-00000010"))
+    worker.train(cfg, CPU)
+    check_same_course(one, out.name, first=11)
+
+
+def test_a_sharded_run_is_evaluated_and_exported_whole(one: Config, ranks: list[dict[str, Any]]) -> None:
+    assert one.out is not None
+    run = one.out.parent / "fsdp"
+    assert (run / "report" / "report.html").exists()
+    assert len(rows_of(replace(one, out=run), "eval")) == 1
+    out = run / "again.safetensors"
+    assert export.main(["--checkpoint", str(run), "--out", str(out)]) == 0
+    assert out.read_bytes() == (run / "encoder.safetensors").read_bytes()
+
+
+def test_copies_that_differ_are_saved_from_rank_0(one: Config, ranks: list[dict[str, Any]]) -> None:
+    """As running statistics do on the CPU: a mixture would be of no rank."""
+    assert one.out is not None
+    saved = checkpoint.load_model(one.out.parent / "copies" / "step-00000001")
+    assert {name: tensor.tolist() for name, tensor in saved.items()} == {str(i): [0.0] * 3 for i in range(4)}
+
+
+def test_all_ranks_end_where_rank_0_cannot_hold_the_whole(ranks: list[dict[str, Any]]) -> None:
+    first, second = (results["no room"] for results in ranks)
+    assert "out of memory; what helps: " in first
+    assert second == "rank 0 failed with OutOfMemoryError; see its message"
+
+
+def test_what_all_ranks_refuse_rank_0_tells(ranks: list[dict[str, Any]]) -> None:
+    words = ("is of model test_vit (kwargs", "which this model does not have", "does not fit this run")
+    for (first, said), (second, left), expected in zip(
+        ranks[0]["refused"], ranks[1]["refused"], words, strict=True
+    ):
+        assert expected in first
+        assert (first, said) == (second, left)
+        assert left, first
+
+
+def test_nans_on_one_rank_change_no_shard_and_their_images_are_written_down(
+    one: Config, ranks: list[dict[str, Any]]
+) -> None:
+    for results in ranks:
+        assert results["nan"]["changed"] == [1, 3, 4]
+        assert results["nan"]["skipped"] == 4
+        assert "not finite in 3 steps in a row (last: rank 1, step 7, loss nan)" in results["nan"]["error"]
+        assert results["nan"]["left to rank 0"]
+    assert one.out is not None
+    rows = rows_of(replace(one, out=one.out.parent / "nan"), "skipped")
+    assert [(row["step"], row["rank"], row["loss"]) for row in rows] == [(s, 1, None) for s in (2, 5, 6, 7)]
+    taken = ranks[1]["nan"]["images"]
+    assert [row["ids"] for row in rows] == [taken[step - 1] for step in (2, 5, 6, 7)]
+    source = open_splits(one.data)[0]
+    assert rows[0]["images"] == [source.describe(index) for index in taken[1]]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_finite_spike_on_one_rank_changes_nothing_on_any(
+    kind: str, one: Config, ranks: list[dict[str, Any]]
+) -> None:
+    """Bit for bit; the norm of the gradient is that of all ranks, so the images of all are written down."""
+    name = f"spike {kind}"
+    for results in ranks:
+        assert results[name]["changed"] == [1, 3]
+        assert (results[name]["skipped"], results[name]["error"]) == (1, "")
+    assert one.out is not None
+    rows = rows_of(replace(one, out=one.out.parent / name), "skipped")
+    assert [(row["step"], row["rank"]) for row in rows] == [(2, 0), (2, 1)]
+    assert 0 < 1e4 * rows[0]["loss"] < rows[1]["loss"] < float("inf")
+    assert [row["ids"] for row in rows] == [results[name]["images"][1] for results in ranks]
+
+
+@pytest.mark.parametrize("name", worker.FAMILIES)
+def test_every_family_shards(name: str, ranks: list[dict[str, Any]]) -> None:
+    """Weights of the seed, and the same loss and averaged gradient under FSDP2 as under DDP."""
+    expected = dict(named_tensors(build_model(worker.family_config(name))))
+    for results in ranks:
+        ddp, fsdp = results[name]["ddp"], results[name]["fsdp"]
+        for kind in (ddp, fsdp):
+            assert kind["weights"].keys() == expected.keys()
+            for key, value in expected.items():
+                assert torch.equal(kind["weights"][key], value), key
+        torch.testing.assert_close(fsdp["loss"], ddp["loss"], rtol=1e-5, atol=0)
+        assert fsdp["grads"].keys() == ddp["grads"].keys()
+        norm = torch.stack([g.norm() for g in ddp["grads"].values()]).norm()
+        for key, grad in ddp["grads"].items():
+            assert (fsdp["grads"][key] - grad).norm() <= 1e-4 * norm, key
+
+
+# ---- from the meta device ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", worker.FAMILIES)
+def test_on_one_device_too(name: str) -> None:
+    """Bit for bit timm's own initialisation, buffers outside the state dict included."""
+    cfg = worker.family_config(name)
+    model = build_model(cfg, meta=True)
+    assert all(tensor.is_meta for tensor in model.parameters())
+    parallelize.parallelize(model, cfg, None, worker.CPU)
+    expected = dict(named_tensors(build_model(cfg)))
+    found = dict(named_tensors(model))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize(
+    "forgotten", ["encoder.pos_embed", "encoder.blocks.0.attn.qkv.weight", "projector.0.bias"]
+)
+def test_a_forgotten_tensor_is_named(forgotten: str, tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_but_one(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor) for name, tensor in named_tensors(model) if name != forgotten)
+
+    copy = initialize.copy_from_main
+
+    def copy_all_but_one(*args: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(initialize, "named_tensors", all_but_one)
+            copy(*args)
+
+    monkeypatch.setattr(initialize, "copy_from_main", copy_all_but_one)
+    cfg = tiny()
+    with pytest.raises(RuntimeError, match=rf"^{re.escape(forgotten)}: no value after initialisation"):
+        initialize.initialize(build_model(cfg, meta=True), cfg, worker.CPU)
+
+
+def test_a_tensor_that_a_module_holds_as_an_attribute_arrives(tiny: Make) -> None:
+    cfg = tiny()
+    model, reference = build_model(cfg, meta=True), build_model(cfg)
+    model.encoder.table = torch.empty(3, device="meta")  # type: ignore[assignment]
+    reference.encoder.table = torch.arange(3.0)  # type: ignore[assignment]
+    initialize.allocate(model, worker.CPU)
+    initialize.fill_with_nan(model)
+    initialize.copy_from_main(model, reference, CPU)
+    initialize.check_initialized(model)
+    assert torch.equal(model.encoder.table, torch.arange(3.0))
+
+
+def test_shared_parameters_are_refused(tiny: Make) -> None:
+    cfg = tiny()
+    model = build_model(cfg, meta=True)
+    model.encoder.norm.weight = model.encoder.norm.bias
+    with pytest.raises(UsageError, match=r"share a parameter.*--parallel\.strategy ddp"):
+        initialize.initialize(model, cfg, worker.CPU)
+
+
+def test_a_whole_copy_has_shared_parameters_under_each_name(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tied(cfg: Config, *, meta: bool = False) -> Any:
+        model = build_model(cfg, meta=meta)
+        model.encoder.norm.weight = model.encoder.norm.bias
+        return model
+
+    cfg = tiny()
+    model = tied(cfg)
+    nn.init.normal_(model.encoder.norm.bias)
+    monkeypatch.setattr(initialize, "build_model", tied)
+    whole = initialize.whole_model(model, cfg, CPU, {})
+    assert whole is not None
+    found, expected = whole.state_dict(), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    monkeypatch.setattr(initialize, "build_model", build_model)
+    del model.encoder.norm.weight
+    with pytest.raises(RuntimeError, match=r"^encoder\.norm\.weight: not both in the model and in its copy"):
+        initialize.whole_model(model, cfg, CPU, {})
+
+
+@pytest.fixture
+def fake_ranks() -> Iterator[None]:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=64)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("replicate", [1, 8])
+def test_gigantic_shards_over_64_ranks(replicate: int, fake_ranks: None) -> None:
+    cfg = Config(
+        model=config.ModelConfig(name="vit_gigantic"),
+        parallel=ParallelConfig(replicate=replicate, activation_checkpointing="full"),
+        precision="bf16",
+    )
+    model = build_model(cfg, meta=True)
+    mesh = make_mesh(cfg.parallel, "cpu")
+    assert mesh is not None
+    parallelize.parallelize(model, cfg, mesh, worker.CPU, weights=False)
+    whole = sum(p.numel() for p in model.parameters())
+    assert whole > 1.8e9
+    mine = 0
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor), name
+        assert parameter.is_meta
+        mine += parameter.to_local().numel()
+    # Even up to the rounding of first dimensions; position embeddings have one row, and rank 0 has it.
+    assert whole / 64 * replicate <= mine <= 1.02 * whole / 64 * replicate
+
+
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0"])
+def test_on_gpus_batchnorm_is_global_and_otherwise_the_same(name: str) -> None:
+    """As far as a CPU can tell: every BatchNorm synchronises, and in evaluation mode nothing has changed, the
+    activations included that timm's hold."""
+    model = build_model(worker.family_config(name)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            nn.init.normal_(norm.running_mean)
+            nn.init.normal_(norm.bias)
+    _, before = model([images, images])
+    synchronised = parallelize._with_global_batchnorm(model, torch.device("cuda"), 2)
+    norms = [m for m in synchronised.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    assert any(norm in norms for norm in synchronised.projector.modules())
+    _, after = synchronised([images, images])
+    torch.testing.assert_close(after, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "compiled"),
+    [("resnet50", 1, 4), ("resnet50", 2, 0), ("vit_small_patch16_224", 2, 2)],
+)
+def test_what_synchronises_inside_is_not_compiled(
+    name: str, ranks: int, compiled: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The projector's BatchNorm is in no block. Here SyncBatchNorm cannot be traced, as between two GPUs."""
+    normalise = nn.SyncBatchNorm.forward
+
+    def untraceable(norm: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return normalise(norm, x)
+
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", untraceable)
+    monkeypatch.setattr(parallelize, "COMPILE_BACKEND", "eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    cfg = replace(worker.family_config(name), compile="on")
+    model = parallelize._with_global_batchnorm(build_model(cfg), torch.device("cuda"), ranks)
+    with caplog.at_level("INFO", "lejepa_fast.train"):
+        parallelize.compile_blocks(list(find_blocks(model.encoder).values()), worker.CPU)
+    assert ("4 of 4 blocks are not compiled: PyTorch cannot compile SyncBatchNorm" in caplog.text) == (
+        not compiled
+    )
+    model([torch.randn(2, 3, 64, 64)] * 2)
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == (compiled > 0)
+    assert parallelize.compiled_blocks(model, cfg, worker.CPU) == compiled
+
+
+# ---- blocks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "kind", "covered"),
+    [
+        ("vit_small_patch16_224", 12, "Block", 0.98),
+        ("resnet50", 16, "Bottleneck", 0.99),
+        ("convnextv2_nano", 14, "ConvNeXtBlock", 0.9),
+        ("swin_tiny_patch4_window7_224", 12, "SwinTransformerBlock", 0.9),
+        ("maxvit_tiny_rw_224", 11, "MaxxVitBlock", 0.99),
+        ("efficientnet_b0", 16, "InvertedResidual", 0.85),
+        ("regnety_004", None, None, 0.9),
+        ("densenet121", None, None, 0.8),
+        ("levit_128s", None, None, 0.8),
+    ],
+)
+def test_blocks_are_found(name: str, count: int | None, kind: str | None, covered: float) -> None:
+    with torch.device("meta"):
+        encoder = build_encoder(name)
+    blocks = find_blocks(encoder)
+    modules = dict(encoder.named_modules())
+    assert all(modules[block] is module for block, module in blocks.items())
+    sizes = [sum(p.numel() for p in module.parameters()) for module in blocks.values()]
+    whole = sum(p.numel() for p in encoder.parameters())
+    assert covered * whole <= sum(sizes) <= whole  # more: they would overlap
+    assert max(sizes) <= 0.35 * whole
+    if count is not None:
+        assert len(blocks) == count
+        assert sum(type(module).__name__ == kind for module in blocks.values()) >= count - 1
+
+
+# ---- compilation and recomputation -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [("test_vit", "none"), ("test_vit", "selective"), ("test_vit", "full"), ("test_resnet", "none")],
+)
+def test_two_sizes_of_crops_compile_once(
+    name: str, recompute: str, tiny: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Drop path differs from block to block. Evaluation in between, on other sizes, compiles nothing."""
+    monkeypatch.setattr(parallelize, "COMPILE_BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    cfg = tiny(
+        model={"name": name, "drop_path": 0.2},
+        parallel={"activation_checkpointing": recompute},
+        compile="on",
+        max_steps=6,
+        eval={"every": 1, "batch_size": 7},
+    )
+    graphs: list[int] = []
+    trainer = Trainer(cfg, CPU)
+    trainer.finish = lambda: Path()  # type: ignore[method-assign]
+    step = trainer._train_step
+
+    def counted(views: list[Tensor], epoch: int) -> None:
+        step(views, epoch)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    trainer._train_step = counted  # type: ignore[method-assign]
+    torch._dynamo.utils.counters.clear()
+    torch._logging._internal.warning_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("torch._higher_order_ops.wrap"), "handlers", [caplog.handler])
+    trainer.run()
+    assert "context_fn" not in caplog.text  # a warning of what is taken care of
+    # One for each size: of the first transformer block, which has no drop path, and of all the others; of
+    # each residual block, since every one has another width.
+    assert graphs[0] == {"test_vit": 4, "test_resnet": 8}[name]
+    assert graphs == [graphs[0]] * 6
+    assert len(rows_of(cfg, "eval")) == 1  # after step 4
+
+
+@pytest.mark.parametrize("name", worker.FAMILIES)
+def test_recomputation_changes_no_gradient_or_statistic_and_keeps_less(name: str) -> None:
+    grads, buffers, kept = {}, {}, {}
+    for mode in ("none", "selective", "full"):
+        cfg = worker.family_config(name, activation_checkpointing=mode)
+        model = build_model(cfg)
+        parallelize.parallelize(model, cfg, None, worker.CPU)
+        torch.manual_seed(0)
+        views = [torch.randn(2, 3, 64, 64)] * 2
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _, z = model(views)
+        z.square().mean().backward()
+        kept[mode] = sum(sizes.values())
+        grads[mode] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        buffers[mode] = dict(model.named_buffers())
+    assert kept["full"] < kept["none"]
+    for mode in ("selective", "full"):
+        for key, grad in grads["none"].items():
+            torch.testing.assert_close(grads[mode][key], grad, rtol=1e-4, atol=1e-5)
+        for key, buffer in buffers["none"].items():
+            assert torch.equal(buffers[mode][key], buffer), key
+
+
+# ---- choice ------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_what_fits() -> None:
+    auto = ParallelConfig()
+    assert choose_strategy(auto, 2_000_000_000, ranks=None) == "none"
+    assert choose_strategy(auto, 300_000_000, ranks=2) == "ddp"
+    assert choose_strategy(auto, 600_000_000, ranks=2) == "fsdp"
+    assert choose_strategy(ParallelConfig(replicate=2), 1000, ranks=2) == "fsdp"
+
+
+@pytest.mark.parametrize(
+    ("options", "distributed", "message"),
+    [
+        ({"strategy": "fsdp"}, False, r"parallel\.strategy: fsdp needs processes.*torchrun"),
+        ({"strategy": "ddp"}, False, r"parallel\.strategy: ddp needs processes.*torchrun"),
+        ({"strategy": "ddp", "replicate": 2}, True, r"parallel\.replicate: 2 groups are for FSDP"),
+        ({"replicate": 2}, False, r"parallel\.replicate: 2 groups are for FSDP, and this run uses none"),
+        ({"keep_gathered": True}, True, r"parallel\.keep_gathered: .* without FSDP, and this run uses ddp"),
+    ],
+)
+def test_what_cannot_be_had_is_named(options: dict, distributed: bool, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose_strategy(ParallelConfig(**options), 1000, ranks=2 if distributed else None)
+
+
+def test_a_mesh_that_does_not_divide_is_named(tiny: Make) -> None:
+    with pytest.raises(UsageError, match=r"parallel\.replicate: 8 processes cannot be split .* 3 groups"):
+        config.validate(tiny(data={"batch_size": 16}, parallel={"replicate": 3}), world_size=8)
