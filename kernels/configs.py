@@ -243,7 +243,7 @@ _SINGLE = {
         _always(_MIDDLE_SINGLE),
         _always(_MIDDLE_SINGLE),
         Tile(32, 128, 128, 8, 3),
-        (Choice(32, _FUSED_SINGLE), Choice(64, _FUSED_SINGLE)),
+        (Choice(32, _FUSED_SINGLE), Choice(64, _FUSED_SINGLE._replace(block_n=16))),
         _SINGLE_OTHERS,
     ),
     "sm_100": _config(

@@ -52,7 +52,7 @@ def cos_sin(p, factor_hi, factor_lo):
     arbitrary. NaN and infinity give NaN.
     """
     shifted = tl.fma(p, factor_hi, _ROUND)
-    q = tl.fma(p, factor_hi, _ROUND - shifted)
+    q = tl.fma(p, factor_hi, -(shifted - _ROUND))  # the interpreter takes no constant minus a tensor here
     q = tl.fma(p, factor_lo, q)
     q = tl.clamp(q, -0.5625, 0.5625, propagate_nan=tl.PropagateNan.ALL)
     odd = shifted.to(tl.int32, bitcast=True) << 31  # the sign bit, when k is odd

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,12 +24,19 @@ from .kernels.configs import Config, get_config, target_of
 from .kernels.layout import Plan, coefficient_shape, count_splits, make_plan
 from .kernels.runtime import interpreting
 
+F = TypeVar("F", bound=Callable[..., Any])
 MIN_TRITON = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 
-@torch.compiler.assume_constant_result
+def _constant_when_compiled(function: F) -> F:
+    """Mark as `torch.compiler.assume_constant_result` does, without importing the compiler (two seconds)."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_when_compiled
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot take a tensor: "argument: expected ..., got ...", or None if they can.
 
@@ -74,7 +82,7 @@ def default_precision(device: torch.device) -> str:
     return "ieee" if device.type == "cpu" or torch.version.hip else "tf32x3"
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def why_not_precision(device: torch.device, precision: str | None) -> str | None:
     """Why the device's compiler cannot multiply float32 so, or None: AMD's has little but "ieee"."""
     if device.type != "cuda" or not torch.version.hip or precision in (None, "ieee"):
