@@ -32,7 +32,12 @@ from torch import Tensor
 
 from lejepa_fast import Knots, sample_directions, sample_unit_directions, sigreg, standard_normal_knots
 from lejepa_fast.kernels.runtime import interpreting
-from lejepa_fast.reference import allowed_error, statistic_from_sums
+from lejepa_fast.reference import (
+    HALF_PRECISION_ERROR,
+    RELATIVE_ERROR,
+    allowed_error,
+    statistic_from_sums,
+)
 
 KNOTS = (17, 3, 5, 9, 33, 65)  # the default first: what comes later may be stopped
 SCALES = (1.0, 10.0, 100.0, 1e3, 1e4)
@@ -154,11 +159,14 @@ def measured(variant: Variant, J: int, device: str) -> dict[str, Any]:
 def share_of_allowed(row: dict[str, Any]) -> float:
     """The largest error of a row as a share of what the rule allows; infinite for what is no number."""
     dtype = getattr(torch, row["dtype"])
-    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    half = dtype.itemsize == 2
+    rounding = torch.finfo(dtype).eps / 2 if half else 0.0
+    value_error = HALF_PRECISION_ERROR if half else RELATIVE_ERROR
     shares = [0.0]
-    for part, ulp in (("value_errors", 0.0), ("gradient_errors", rounding)):
+    parts = (("value_errors", 0.0, value_error), ("gradient_errors", rounding, RELATIVE_ERROR))
+    for part, ulp, relative in parts:
         for error, reference in zip(row[part], row[f"plain_{part}"], strict=True):
-            share = error / allowed_error(reference, ulp=ulp)
+            share = error / allowed_error(reference, ulp=ulp, relative=relative)
             shares.append(share if share == share else float("inf"))
     return max(shares)
 

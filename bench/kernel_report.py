@@ -11,8 +11,7 @@ statistic for each direction, and bf16 embeddings with float32 directions: there
 than excluded.
 Instructions are counted in the hot loop: the stretch of machine code between two branches
 that holds the range reductions. One range reduction (two beyond 17 knots) belongs to one projected sample,
-and its constant can be found in the code, so `per sample` means: of that stretch, divided by its samples,
-and the additions between chains of the matrix units (`kernels/rounding.py`), which stand outside of it.
+and its constant can be found in the code, so `per sample` means: of that stretch, divided by its samples.
 Beyond 17 knots several programs of `forward` share them; the figure is that of one.
 
 Floors are for one H200 and a launch of the whole size: instructions on the FP32 pipe, the matrix product, and
@@ -40,7 +39,7 @@ from benchlib import print_table
 from kernel_build import TILED, Kernel, Size, compile_kernel, plain_kernels, tiled_kernel
 
 from lejepa_fast.kernels.configs import TARGETS, shipped_config
-from lejepa_fast.kernels.layout import Plan, count_splits, make_plan
+from lejepa_fast.kernels.table import Plan, count_splits, make_plan
 
 BUDGETS = Path(__file__).parent / "kernel_budgets.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -144,7 +143,6 @@ def inspect(compiled: Any, target: str, reductions: int = 1) -> dict[str, Any]:
     row["stack_bytes"] = int(re.findall(r"STACK:(\d+)", usage)[-1])
     row["tensor_instructions"] = sum(everything[name] for name in TENSOR)
     row["tensor_kind"] = next((name for name in TENSOR if everything[name]), None)
-    row["chains"] = len(re.findall(r"HGMMA.*RZ, !UPT", code))  # sm_90: products that start from 0
     samples, loop = hot_loop(code)
     if samples:
         samples /= reductions
@@ -219,18 +217,6 @@ def floors(row: dict[str, Any], kernel: Kernel, size: Size, plan: Plan) -> dict[
     return {name: 1e6 * seconds for name, seconds in figures.items()} | {"programs_per_sm": resident}
 
 
-def additions(kernel: Kernel, target: str, dtype: str, K: int) -> int:
-    """Float32 additions of a projection outside the hot loop, between chains of the matrix units."""
-    if dtype == "fp32":  # the compiler adds every tile of tf32x3; "ieee" is not a chain
-        return triton.cdiv(K, kernel.arguments["BLOCK_K"]) if target.startswith("sm_") else 0
-    if not kernel.arguments["CHAIN"]:
-        return 0
-    chains = triton.cdiv(K, kernel.arguments["BLOCK_K"] * kernel.arguments["CHAIN"])
-    if kernel.name != "fused" and not kernel.tile.resident:
-        return chains
-    return chains - 1 if kernel.arguments["TURNS"] > 1 else 0  # else they are in the hot loop
-
-
 def report(target: str, dtypes: list[str]) -> list[dict[str, Any]]:
     plan = make_plan(KNOTS, 3 / (KNOTS - 1))
     rows = []
@@ -244,22 +230,22 @@ def report(target: str, dtypes: list[str]) -> list[dict[str, Any]]:
 
 
 def _row(target: str, dtype: str, uneven: str, plan: Plan, size: Size, kernel: Kernel) -> dict[str, Any]:
-    row = {"kernel": kernel.name, "uneven": uneven, "target": target, "dtype": dtype, **size._asdict()}
+    row = {"triton": triton.__version__, "kernel": kernel.name, "uneven": uneven, "target": target}
+    row |= {"dtype": dtype, **size._asdict()}
     reductions = 2 if plan.chunks > 1 else 1  # giant steps far from 0 have one of their own
     row |= {**kernel.tile._asdict(), **inspect(compile_kernel(kernel, target), target, reductions)}
     if not plan.equidistant:  # a range reduction for each knot: they do not count samples
         row.pop("loop_samples", None)
         row.pop("per_sample", None)
     samples = row.pop("loop_samples", None)
-    if samples and "TURNS" in kernel.arguments and target != "sm_100":  # whose packed instructions reduce two
-        due = kernel.tile.block_m * kernel.tile.block_n / kernel.arguments["TURNS"]
+    if (
+        samples and "SUB_TILES" in kernel.arguments and target != "sm_100"
+    ):  # whose packed instructions reduce two
+        due = kernel.tile.block_m * kernel.tile.block_n / kernel.arguments["SUB_TILES"]
         row["repeated"] = samples * 32 * kernel.tile.num_warps / due
     if kernel.name not in TILED:
         row.pop("per_sample", None)  # it draws normals and projects nothing
         return row
-    if "per_sample" in row:
-        added = additions(kernel, target, dtype, size.K)
-        row["per_sample"] |= {kind: row["per_sample"][kind] + added for kind in ("fp32", "total")}
     if target == "sm_90" and plan.equidistant:
         row["floor_h200"] = floors(row, kernel, size, plan)
     return row
@@ -300,7 +286,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     table = []
     for row in rows:
         tile = f"{row['block_m']}x{row['block_n']}x{row['block_k']} w{row['num_warps']} s{row['num_stages']}"
-        tile += f" t{row['turns']}" + " resident" * row["resident"]
+        tile += f" t{row['sub_tiles']}" + " resident" * row["resident"]
         each, floor = row.get("per_sample"), row.get("floor_h200")
         cells = [
             row["kernel"],

@@ -156,23 +156,6 @@ def accuracy_table() -> str:
     return markdown(header, table) + f"\n\n{size}, kernels {rows[0]['kernels']}. {origin(rows[0])}"
 
 
-def rounding_table() -> str:
-    """Error of T over what is allowed, by models of the matrix units."""
-    everything = read_rows(RESULTS / "rounding.jsonl")
-    rows = [row for row in everything if row["command"] == everything[-1]["command"]]
-    rows = [row for row in rows if row["date"] == everything[-1]["date"]]
-    table = []
-    for row in sorted(rows, key=lambda row: (row["products"], row["target"])):
-        if row["target"] == "sm_100" or row["K"] in (16, 128, 256):  # the units of sm_90; between the others
-            continue
-        errors = [f"{row[name]:.2f}" for name in ("error_of_one_chain", "error_in_chains", "error")]
-        share = f"{row['chain'] * row['lost_per_dim']:.0e}"
-        what = f"{row['target']}, {row['products']}, {row['embeddings']}"
-        table.append([what, str(row["K"]), str(row["N"]), str(row["chain"]), share, *errors])
-    header = ["", "K", "N", "chain", "a chain loses", "one chain", "in chains", "made up for"]
-    return markdown(header, table) + f"\n\nJ = {rows[0]['J']}; the units are modelled. {origin(rows[0])}"
-
-
 def loader_rows(kind: str, *, gpu: bool = False) -> list[Row]:
     """Rows of one kind of the newest run of loader_bench.py that measured it."""
     rows = [row for row in read_rows(RESULTS / "loader.jsonl") if not row.get("rehearsal")]
@@ -315,7 +298,6 @@ TABLES: dict[str, Callable[[], str]] = {"sigreg": sigreg_table, "pretrain": pret
 DOCS = README.parent / "docs"
 DOCUMENTS = {
     README: TABLES,
-    DOCS / "kernels.md": {"accuracy": accuracy_table, "floors": floors_table, "rounding": rounding_table},
     DOCS / "training.md": {"measured": train_table},
     DOCS / "launching.md": {"plan-time": plan_time},
     DOCS / "loader.md": {

@@ -21,7 +21,7 @@ from benchlib import Mark
 from torch import Tensor
 
 from lejepa_fast import SIGReg, sample_unit_directions, sigreg, standard_normal_knots
-from lejepa_fast.ops import Implementation
+from lejepa_fast.dispatch import Implementation
 
 T_MAX = 3.0
 # Largest error relative to float64, of value and of gradient. bf16: two operands of 8 bits, and a result

@@ -1,7 +1,7 @@
 """Times of the candidate tiles of each kernel: python bench/tiles_bench.py --out DIR
 
 On a GPU at the sizes of the targets, on the CPU (`--rehearse`, with TRITON_INTERPRET=1) at a tiny one.
-Appends the rows of `lejepa_fast.kernels.autotune.time_candidates` to DIR/kernel_tiles.jsonl, kernel by
+Appends the rows of `lejepa_fast.kernels.timing.time_candidates` to DIR/kernel_tiles.jsonl, kernel by
 kernel, and prints for each its fastest tile beside the shipped one: candidates for `kernels/configs.py`. The
 backward is timed both ways: in one kernel (fused), and in two (gradient and product). Tiles are compiled by
 several processes before they are timed.
@@ -26,8 +26,8 @@ import torch
 from benchlib import RESULTS, Timed, append_rows, machine, print_table
 from sigreg_variants import GIANT, MINIMAL, REFERENCE, Size
 
-from lejepa_fast import sample_unit_directions, triton_ops
-from lejepa_fast.kernels import autotune
+from lejepa_fast import sample_unit_directions, triton_operators
+from lejepa_fast.kernels import autotune, timing
 
 Row = dict[str, Any]
 Save = Callable[[Sequence[Row]], None]
@@ -60,13 +60,13 @@ def time_once(
     case = variants.Case("tiles", size, dtype, "given", ())
     (x,) = variants.make_inputs(case, 1, device)
     A, scale = sample_unit_directions(size.K, size.M, step=0, device=device, dtype=dtype)
-    return autotune.time_candidates(
+    return timing.time_candidates(
         x,
         A,
         scale if dtype.itemsize == 2 else None,
         J=size.J,
         t_max=variants.T_MAX,
-        precision=triton_ops.default_precision(device),
+        precision=triton_operators.default_precision(device),
         timer=timer,
         **options,
     )
@@ -80,7 +80,7 @@ def measure(
 
     def saving_timer(call: Callable[[], None]) -> float:
         nonlocal saved
-        done = autotune._rows or []  # of the kernels before this one
+        done = autotune.collected or []  # of the kernels before this one
         if len(done) > saved:
             save(done[saved:])
             saved = len(done)

@@ -1,8 +1,8 @@
 """Gradient of the statistic in x: projections recomputed, dT/dp in registers, dx on the tensor cores.
 
-With the coefficients of `finish.py`, the derivative of T at a projection p is the series
+With the coefficients of `epilogue.py`, the derivative of T at a projection p is the series
 
-    dT/dp = sum over table entries (r, c) of coef[r, c] * giant[r](p) * baby[c](p)         (see `series.py`)
+    dT/dp = sum over table entries (r, c) of coef[r, c] * giant[r](p) * baby[c](p)         (see `phases.py`)
 
 and dx[n] = sum over m of dT/dp[n, m] * scale[m] * A[:, m]. While K is small enough for dx^T (K, BLOCK_N) to
 stay in registers, one program owns BLOCK_N samples and walks over all directions (`_sigreg_bwd_kernel`):
@@ -26,10 +26,9 @@ from torch import Tensor
 from .autotune import Problem, choose
 from .configs import Config, Tile, get_config
 from .derivative import coefficient_pointers, derivative, load_coefficients, normalizing_power
-from .layout import COEF_BLOCK, Plan, count_splits
-from .rounding import Chain, kind_of_products, plan_chain
+from .phases import dot, load_directions, load_samples, multiply, project, scaled_factor, to_dtype
 from .runtime import OPTIONS, empty, kernel_device
-from .series import dot, load_directions, load_samples, multiply, project, scaled_factor, to_dtype
+from .table import COEF_BLOCK, Plan, count_splits
 
 # A table of up to two giant steps fits into registers beside everything else.
 _COEF_IN_REGISTERS = 35
@@ -37,7 +36,7 @@ _COEF_BLOCK = tl.constexpr(COEF_BLOCK)
 
 
 # A value of 1 or a multiple of 16 would be a compilation of its own, for nothing.
-@triton.jit(do_not_specialize=["first_view", "splits", "turn_stride"])
+@triton.jit(do_not_specialize=["first_view", "splits", "sub_tile_stride"])
 def _sigreg_dp_kernel(
     x_ptr,  # (V, N, K)
     a_ptr,  # (K, M)
@@ -58,8 +57,8 @@ def _sigreg_dp_kernel(
     factor_lo,
     giant_hi,
     giant_lo,
-    turns,  # TURNS, at run time
-    turn_stride,
+    sub_tiles,  # SUB_TILES, at run time
+    sub_tile_stride,
     stride_xv,
     stride_xn,
     stride_xk,
@@ -79,13 +78,12 @@ def _sigreg_dp_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RESIDENT: tl.constexpr,  # tiles that hold the directions during the whole program, or 0
-    CHAIN: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,  # n_stop - n_first is a multiple of BLOCK_N
     MASK_M: tl.constexpr,  # M is not a multiple of BLOCK_M
     COEF_IN_REGISTERS: tl.constexpr,
     LANES: tl.constexpr,
-    TURNS: tl.constexpr,
+    SUB_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Programs are those of the forward kernel: BLOCK_M directions and a split of the samples of a view."""
@@ -119,7 +117,7 @@ def _sigreg_dp_kernel(
         a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, RESIDENT, EVEN_K, MASK_M)
         n = start + tl.arange(0, BLOCK_N)
         x = load_samples(x_ptr, n, n_stop, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, not EVEN_N)
-        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, CHAIN, PRECISION)
+        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
     last = start + (stop - start - 1) // BLOCK_N * BLOCK_N
     for n0 in range(start, stop, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
@@ -130,9 +128,9 @@ def _sigreg_dp_kernel(
                 BLOCK_K, RESIDENT, EVEN_K, not EVEN_N)  # fmt: skip
         else:
             p = project(x_ptr, a_ptr, a, m, n, n_stop, K, M, stride_xn, stride_xk, stride_ak, stride_am,
-                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, CHAIN, EVEN_K, not EVEN_N, PRECISION)  # fmt: skip
-        dp = derivative(p, coef, coef_ptrs, t_ptr, f_hi, f_lo, g_hi, g_lo, J, turns, turn_stride,
-            EQUIDISTANT, B, G, FAR, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
+                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, EVEN_K, not EVEN_N, PRECISION)  # fmt: skip
+        dp = derivative(p, coef, coef_ptrs, t_ptr, f_hi, f_lo, g_hi, g_lo, J, sub_tiles, sub_tile_stride,
+            EQUIDISTANT, B, G, FAR, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if SLICE_GRAD:
             dp *= grad
         if NORMALIZE:
@@ -140,10 +138,10 @@ def _sigreg_dp_kernel(
         out_ptrs = out_ptr + (n - n_first)[None, :].to(tl.int64) * M + m[:, None]
         tl.store(out_ptrs, to_dtype(dp, out_ptr.dtype.element_ty), mask=m_mask & (n < n_stop)[None, :])
         if RESIDENT > 0:
-            p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, CHAIN, PRECISION)
+            p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
 
 
-@triton.jit(do_not_specialize=["turn_stride"])
+@triton.jit(do_not_specialize=["sub_tile_stride"])
 def _sigreg_bwd_kernel(
     x_ptr,  # (V, N, K)
     a_ptr,  # (K, M)
@@ -161,8 +159,8 @@ def _sigreg_bwd_kernel(
     giant_hi,
     giant_lo,
     out_factor,  # multiplies dx
-    turns,  # TURNS, at run time
-    turn_stride,
+    sub_tiles,  # SUB_TILES, at run time
+    sub_tile_stride,
     stride_xv,
     stride_xn,
     stride_xk,
@@ -182,11 +180,10 @@ def _sigreg_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILES: tl.constexpr,  # of BLOCK_K, that cover K
-    CHAIN: tl.constexpr,
     EVEN_K: tl.constexpr,
     MASK_M: tl.constexpr,  # M is not a multiple of BLOCK_M
     LANES: tl.constexpr,
-    TURNS: tl.constexpr,
+    SUB_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -211,9 +208,9 @@ def _sigreg_bwd_kernel(
         if FAR:
             g_hi, g_lo = scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
         a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, TILES, EVEN_K, MASK_M)
-        p = multiply(a, x, BLOCK_M, BLOCK_N, TILES, CHAIN, PRECISION)
-        dp = derivative(p, (), coef_ptrs, t_ptr, f_hi, f_lo, g_hi, g_lo, J, turns, turn_stride,
-            EQUIDISTANT, B, G, FAR, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
+        p = multiply(a, x, BLOCK_M, BLOCK_N, TILES, PRECISION)
+        dp = derivative(p, (), coef_ptrs, t_ptr, f_hi, f_lo, g_hi, g_lo, J, sub_tiles, sub_tile_stride,
+            EQUIDISTANT, B, G, FAR, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if SLICE_GRAD:
             dp *= tl.load(grad_ptr + view * stride_gv + m[:, None] * stride_gm, mask=m_mask, other=0.0)
         if NORMALIZE:
@@ -326,10 +323,10 @@ def gradient(
     return dx
 
 
-def count_turns(tile: Tile, plan: Plan, lanes: int) -> int:
+def count_sub_tiles(tile: Tile, plan: Plan, lanes: int) -> int:
     """Turns of a tile: twice as many, if it has the columns, where a direction has more coefficients."""
-    twice = 2 * tile.turns * lanes <= tile.block_n and not _in_registers(plan)
-    return tile.turns * (2 if twice else 1)
+    twice = 2 * tile.sub_tiles * lanes <= tile.block_n and not _in_registers(plan)
+    return tile.sub_tiles * (2 if twice else 1)
 
 
 def _in_registers(plan: Plan) -> bool:
@@ -368,25 +365,22 @@ class _Launch(NamedTuple):
         scale = self.A if self.scale is None else self.scale
         return self.x, self.A, scale, self.t, self.coef, self.grad
 
-    def chain(self, tile: Tile, *, held: bool) -> Chain:
-        kind = kind_of_products(self.x, self.A, self.precision)
-        return plan_chain(self.config.lost, tile, self.x.shape[2], kind, held=held)
-
-    def scalars(self, chain: Chain) -> tuple[int | float, ...]:
-        plan = self.plan.stretched(chain.lost)
+    def scalars(self) -> tuple[int | float, ...]:
+        plan = self.plan
         return self.A.shape[1], plan.J, plan.factor_hi, plan.factor_lo, *plan.giant_factor
 
     def problem(self) -> Problem:
         return Problem(self.x, self.A, self.plan, (self.precision, self.slice_grad))
 
-    def turns(self, tile: Tile) -> int:
-        return count_turns(tile, self.plan, self.config.lanes)
+    def sub_tiles(self, tile: Tile) -> int:
+        return count_sub_tiles(tile, self.plan, self.config.lanes)
 
     def strides(self) -> tuple[int, ...]:
         return *self.x.stride(), *self.A.stride(), *(self.grad.stride() if self.slice_grad else (0, 0))
 
-    def constants(self, tile: Tile, chain: Chain) -> dict[str, Any]:
-        plan = self.plan
+    def constants(self, tile: Tile) -> dict[str, Any]:
+        plan, K = self.plan, self.x.shape[2]
+        block_k, _ = tile.steps(K)
         return {
             "HAS_SCALE": self.scale is not None,
             "SLICE_GRAD": self.slice_grad,
@@ -398,12 +392,11 @@ class _Launch(NamedTuple):
             "ROWS": plan.rows,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
-            "BLOCK_K": tile.steps(self.x.shape[2])[0],
-            "CHAIN": chain.tiles,
-            "EVEN_K": chain.even,
+            "BLOCK_K": block_k,
+            "EVEN_K": K % block_k == 0,
             "MASK_M": self.A.shape[1] % tile.block_m != 0,
             "LANES": self.config.lanes,
-            "TURNS": self.turns(tile),
+            "SUB_TILES": self.sub_tiles(tile),
             "PRECISION": self.precision,
             **OPTIONS,
             "num_warps": tile.num_warps,
@@ -415,18 +408,17 @@ def _launch_fused(c: _Launch, dx: Tensor) -> None:
     views, N, K = c.x.shape
 
     def launch(tile: Tile) -> None:
-        chain = c.chain(tile, held=True)
         _sigreg_bwd_kernel[(views * triton.cdiv(N, tile.block_n),)](
             *c.tensors(),
             dx,
             N,
             K,
-            *c.scalars(chain),
+            *c.scalars(),
             c.factor,
-            c.turns(tile),
+            c.sub_tiles(tile),
             0,
             *c.strides(),
-            **c.constants(tile, chain),
+            **c.constants(tile),
             TILES=triton.cdiv(K, tile.steps(K)[0]),
         )
 
@@ -438,7 +430,6 @@ def _launch_dp(c: _Launch, dp: Tensor, views: range, samples: range) -> None:
     splits, split_samples = count_splits(len(views), len(samples), M, 1, c.config.split)
 
     def launch(tile: Tile) -> None:
-        chain = c.chain(tile, held=tile.resident)
         _sigreg_dp_kernel[(len(views) * splits * triton.cdiv(M, tile.block_m),)](
             *c.tensors(),
             dp,
@@ -448,11 +439,11 @@ def _launch_dp(c: _Launch, dp: Tensor, views: range, samples: range) -> None:
             splits,
             split_samples,
             K,
-            *c.scalars(chain),
-            c.turns(tile),
+            *c.scalars(),
+            c.sub_tiles(tile),
             0,
             *c.strides(),
-            **c.constants(tile, chain),
+            **c.constants(tile),
             RESIDENT=tile.steps(K)[1],
             EVEN_N=len(samples) % tile.block_n == 0,
             COEF_IN_REGISTERS=_in_registers(c.plan),

@@ -1,12 +1,11 @@
-"""dT/dp of a tile of projections from the coefficients of `finish.py` (maths: `backward.py`, `series.py`)."""
+"""dT/dp of a tile of projections, from the coefficients of `epilogue.py` (maths: `phases.py`)."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .layout import COEF_BLOCK
-from .series import (
+from .phases import (
     baby_steps,
     complex_mul,
     complex_square,
@@ -16,6 +15,7 @@ from .series import (
     split_columns,
     stride_from_babies,
 )
+from .table import COEF_BLOCK
 
 _COEF_BLOCK = tl.constexpr(COEF_BLOCK)
 
@@ -137,29 +137,29 @@ def derivative(
     g_hi,
     g_lo,
     J,
-    turns,
-    turn_stride,  # of the coefficients: 0, which the compiler does not know, see below
+    sub_tiles,
+    sub_tile_stride,  # of the coefficients: 0, which the compiler does not know, see below
     EQUIDISTANT: tl.constexpr,
     B: tl.constexpr,
     G: tl.constexpr,
     FAR: tl.constexpr,
-    TURNS: tl.constexpr,
+    SUB_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """dT/dp of a tile of projections (BLOCK_M, BLOCK_N), in `turns` turns."""
+    """dT/dp of a tile of projections (BLOCK_M, BLOCK_N), one sub-tile at a time."""
     if EQUIDISTANT:
         parts = split_columns(p, BLOCK_M, BLOCK_N, LANES)
-        COUNT: tl.constexpr = BLOCK_N // LANES // TURNS
-        for _turn in range(turns):
+        COUNT: tl.constexpr = BLOCK_N // LANES // SUB_TILES
+        for _ in range(sub_tiles):
             done = ()
             for i in tl.static_range(COUNT):
                 part = _series(parts[i], coef, coef_ptrs, f_hi, f_lo, g_hi, g_lo, B, G, FAR)
                 done = done + (part,)
             # Pointers that move are read in every turn. Else all coefficients would be read before the first
             # one and stay in registers, which `coef` is for.
-            coef_ptrs += turn_stride
+            coef_ptrs += sub_tile_stride
             parts = replace_front(parts, done)
         dp = join_columns(parts, BLOCK_M, BLOCK_N, LANES)
     else:

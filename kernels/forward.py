@@ -1,4 +1,4 @@
-"""Sums of the table's products over samples, without the projected matrix (maths: `series.py`).
+"""Sums of the table's products over samples, without the projected matrix (maths: `phases.py`).
 
 One program takes BLOCK_M directions, a range of samples of one view (a split) and a chunk of the table. It
 projects BLOCK_N samples at a time on the tensor cores and accumulates the products in registers; every
@@ -14,10 +14,7 @@ from torch import Tensor
 
 from .autotune import Problem, choose
 from .configs import Config, Tile
-from .layout import COEF_BLOCK, Plan, count_splits
-from .rounding import kind_of_products, plan_chain
-from .runtime import OPTIONS, empty, kernel_device
-from .series import (
+from .phases import (
     baby_steps,
     complex_mul,
     complex_square,
@@ -31,6 +28,8 @@ from .series import (
     split_columns,
     stride_from_babies,
 )
+from .runtime import OPTIONS, empty, kernel_device
+from .table import COEF_BLOCK, Plan, count_splits
 
 # Samples are counted in int32: the end of a split, less than twice as far, must fit too. So are the entries
 # of a table of one view.
@@ -111,24 +110,24 @@ def _add_tile(
     factors_lo,
     g_hi,
     g_lo,
-    turns,
+    sub_tiles,
     EQUIDISTANT: tl.constexpr,
     B: tl.constexpr,
     G: tl.constexpr,
     FAR: tl.constexpr,
     MASK: tl.constexpr,
-    TURNS: tl.constexpr,
+    SUB_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """`sums` plus a tile of projections p (BLOCK_M, BLOCK_N), in `turns` turns."""
+    """`sums` plus a tile of projections p (BLOCK_M, BLOCK_N), one sub-tile at a time."""
     parts = split_columns(p, BLOCK_M, BLOCK_N, LANES)
     masks = parts
     if MASK:
         masks = split_columns(valid, BLOCK_M, BLOCK_N, LANES)
-    COUNT: tl.constexpr = BLOCK_N // LANES // TURNS
-    for _turn in range(turns):
+    COUNT: tl.constexpr = BLOCK_N // LANES // SUB_TILES
+    for _ in range(sub_tiles):
         for i in tl.static_range(COUNT):
             mask = masks[i] != 0
             if EQUIDISTANT:
@@ -137,7 +136,7 @@ def _add_tile(
                 )
             else:
                 sums = _add_knots(sums, parts[i], mask, factors_hi, factors_lo, MASK)
-        if TURNS > 1:
+        if SUB_TILES > 1:
             parts = rotate(parts, COUNT)
             if MASK:
                 masks = rotate(masks, COUNT)
@@ -161,7 +160,7 @@ def _sigreg_fwd_kernel(
     factor_lo,
     splits,
     split_samples,  # a multiple of BLOCK_N
-    turns,  # TURNS, at run time
+    sub_tiles,  # SUB_TILES, at run time
     stride_xv,
     stride_xn,
     stride_xk,
@@ -178,11 +177,10 @@ def _sigreg_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RESIDENT: tl.constexpr,  # tiles that hold the directions during the whole program, or 0
-    CHAIN: tl.constexpr,  # tiles that are added on the matrix units, or 0
-    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K, or of CHAIN of them where the directions stream
+    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
     EVEN_N: tl.constexpr,  # N is a multiple of BLOCK_N
     LANES: tl.constexpr,
-    TURNS: tl.constexpr,
+    SUB_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Programs next to each other share samples: their tile of x comes from the cache.
@@ -232,7 +230,7 @@ def _sigreg_fwd_kernel(
     if RESIDENT > 0:
         n = start + tl.arange(0, BLOCK_N)
         x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, True)
-        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, CHAIN, PRECISION)
+        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
     for n0 in range(start, full_stop, BLOCK_N):
         if RESIDENT > 0:
             # The next tile travels while this one is summed; after the last one it is not used.
@@ -241,19 +239,19 @@ def _sigreg_fwd_kernel(
         else:
             n = n0 + tl.arange(0, BLOCK_N)
             p = project(x_ptr, a_ptr, a, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
-                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, CHAIN, EVEN_K, False, PRECISION)  # fmt: skip
-        sums = _add_tile(sums, p, valid, factors_hi, factors_lo, g_hi, g_lo, turns, EQUIDISTANT, B, G,
-            CHUNKS > 1, False, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
+                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, EVEN_K, False, PRECISION)  # fmt: skip
+        sums = _add_tile(sums, p, valid, factors_hi, factors_lo, g_hi, g_lo, sub_tiles, EQUIDISTANT, B, G,
+            CHUNKS > 1, False, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if RESIDENT > 0:
-            p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, CHAIN, PRECISION)
+            p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
     if not EVEN_N:
         for n0 in range(full_stop, stop, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
             p = project(x_ptr, a_ptr, a, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
-                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, CHAIN, EVEN_K, True, PRECISION)  # fmt: skip
+                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, EVEN_K, True, PRECISION)  # fmt: skip
             valid = tl.broadcast_to((n < N)[None, :].to(tl.int32), (BLOCK_M, BLOCK_N))
-            sums = _add_tile(sums, p, valid, factors_hi, factors_lo, g_hi, g_lo, turns, EQUIDISTANT, B, G,
-                CHUNKS > 1, True, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
+            sums = _add_tile(sums, p, valid, factors_hi, factors_lo, g_hi, g_lo, sub_tiles, EQUIDISTANT, B, G,
+                CHUNKS > 1, True, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
 
     out_ptr += (split.to(tl.int64) * views + view) * ROWS * M + m
     if EQUIDISTANT:
@@ -307,13 +305,9 @@ def table_sums(
         )
     splits, split_samples = count_splits(views, N, M, plan.chunks, config.split)
     out = empty(x, (splits, views, plan.rows, M), torch.float32)
-    kind = kind_of_products(x, A, precision)
 
     def launch(tile: Tile) -> None:
-        tile = tile.for_sums(plan.chunks, kind)
         block_k, resident = tile.steps(K)
-        chain = plan_chain(config.lost, tile, K, kind, held=tile.resident)
-        stretched = plan.stretched(chain.lost)
         programs = views * triton.cdiv(M, tile.block_m) * plan.chunks * splits
         _sigreg_fwd_kernel[(programs,)](
             x,
@@ -326,11 +320,11 @@ def table_sums(
             K,
             M,
             plan.J,
-            stretched.factor_hi,
-            stretched.factor_lo,
+            plan.factor_hi,
+            plan.factor_lo,
             splits,
             split_samples,
-            tile.turns,
+            tile.sub_tiles,
             *x.stride(),
             *A.stride(),
             HAS_SCALE=scale is not None,
@@ -344,11 +338,10 @@ def table_sums(
             BLOCK_N=tile.block_n,
             BLOCK_K=block_k,
             RESIDENT=resident,
-            CHAIN=chain.tiles,
-            EVEN_K=chain.even,
+            EVEN_K=K % block_k == 0,
             EVEN_N=N % tile.block_n == 0,
             LANES=config.lanes,
-            TURNS=tile.turns,
+            SUB_TILES=tile.sub_tiles,
             PRECISION=precision,
             **OPTIONS,
             num_warps=tile.num_warps,

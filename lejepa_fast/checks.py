@@ -52,3 +52,10 @@ def check_count(name: str, count: int, *, unbiased: bool) -> None:
     if count < 1 + unbiased:
         least = "2 samples for the unbiased statistic" if unbiased else "1 sample"
         raise ValueError(f"{name}: expected at least {least}, got N = {count}")
+
+
+def refuse_double_backward(ctx: Any, grad: Tensor) -> None:
+    """The gradient of the operators' gradients: raises RuntimeError."""
+    raise RuntimeError(
+        "sigreg: double backward is supported by impl='reference' only; choose it to differentiate twice"
+    )

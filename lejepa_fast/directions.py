@@ -15,7 +15,7 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
-from . import triton_ops
+from . import triton_operators
 from .checks import check_integer
 
 _MASK = 0xFFFFFFFF
@@ -93,7 +93,7 @@ def sample_unit_directions(
     signed_seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # operators take signed 64-bit integers
     step = _step_tensor(step, device)
     by_kernel = impl == "triton" or (impl == "auto" and step.is_cuda)
-    by_kernel = by_kernel and triton_ops.why_not(step.device, dtype) is None
+    by_kernel = by_kernel and triton_operators.why_not(step.device, dtype) is None
     return torch.ops.lejepa_fast.sample_directions(step, dim, num_slices, signed_seed, dtype, by_kernel)
 
 
@@ -110,9 +110,9 @@ def _sample_directions(
 ) -> tuple[Tensor, Tensor]:
     """`sample_unit_directions` for checked arguments and a 0-dim int64 step on the target device."""
     if by_kernel:
-        from .kernels.directions import sample_directions
+        from .kernels.philox import draw_directions
 
-        return sample_directions(step, dim, num_slices, seed, dtype)
+        return draw_directions(step, dim, num_slices, seed, dtype)
     normals = _normals(dim, num_slices, step, seed)
     if dtype == torch.float64:
         normals = normals.double()

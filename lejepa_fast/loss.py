@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_count, check_embeddings, check_number
-from .ops import all_reduce_sums, resolve_group, sum_gradient_over_ranks
+from .collectives import all_reduce_sums, resolve_group, sum_gradient_over_ranks
 from .reference import full_precision
-from .sigreg import SIGReg
+from .regularizer import SIGReg
 
 
 class LeJEPAOutput(NamedTuple):
@@ -92,7 +92,7 @@ class LeJEPALoss(nn.Module):
         if resolve_group(self.sigreg.process_group, self.sigreg.sync) is None:
             check_count("all_views", all_views.shape[1], unbiased=self.sigreg.unbiased)
         prediction = self._prediction(global_views, all_views)
-        sigreg = self.sigreg(all_views, step)
+        sigreg = self.sigreg.evaluate(all_views, step)
         weight = 1 - self.lambd if self.form == "convex" else 1.0
         return LeJEPAOutput(weight * prediction + self.lambd * sigreg, prediction, sigreg)
 

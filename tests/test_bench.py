@@ -21,7 +21,7 @@ from sigreg_variants import BASELINE, COMPILED, GRAPH, REDUCED, STREAMING, TRITO
 
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.data.backends.choose_backend import dali_fault
-from lejepa_fast.kernels import autotune
+from lejepa_fast.kernels import autotune, timing
 
 TINY = Case("custom", Size(1, 64, 8, 16, 17), torch.float32, "given", (BASELINE, STREAMING))
 CPU = torch.device("cpu")
@@ -158,12 +158,12 @@ def test_tiles_are_saved_kernel_by_kernel(monkeypatch):
     kernels = ("forward", "fused")
 
     def time_candidates(*arguments, timer, **options):
-        monkeypatch.setattr(autotune, "_rows", rows := [])
+        monkeypatch.setattr(autotune, "collected", rows := [])
         for kernel in kernels:
             rows.extend([{"kernel": kernel, "seconds": timer(lambda: None)} for _ in range(2)])
         return rows
 
-    monkeypatch.setattr(autotune, "time_candidates", time_candidates)
+    monkeypatch.setattr(timing, "time_candidates", time_candidates)
     saved = []
     timer = lambda call: float(len(saved))  # noqa: E731
     rows = tiles_bench.measure(Size(1, 4, 4, 4, 3), torch.float32, CPU, timer, saved.append)

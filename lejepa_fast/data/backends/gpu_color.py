@@ -1,7 +1,7 @@
 """What is done to views that DALI has cut: jitter in its drawn order, grayscale, blur, solarize.
 
-On a GPU four kernels do it for a view of the whole batch (`kernels/colour.py`). On a CPU, and on a GPU that
-cannot run Triton's kernels, torchvision's own operators do, picture by picture.
+On a GPU four kernels do it for a view of the whole batch (`kernels/color_jitter.py`). On a CPU, and on a
+GPU that cannot run Triton's kernels, torchvision's own operators do, picture by picture.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lejepa_fast.data.backends.torchvision_backend import JITTER, F, finish_view, one_thread
-from lejepa_fast.data.draws import COLUMN_SIGMA, ViewParams, as_params
+from lejepa_fast.data.draws import COLUMN_CODES, COLUMN_SIGMA, COLUMN_SOLARIZE, ViewParams, as_params
 from lejepa_fast.data.recipe import MultiCropRecipe
-from lejepa_fast.triton_ops import why_not
+from lejepa_fast.triton_operators import why_not
 
 log = logging.getLogger("lejepa_fast.data")
 
@@ -48,14 +48,15 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def _by_kernels(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
-    from lejepa_fast.kernels.colour import change_colours as by_kernels
+    from lejepa_fast.kernels.color_jitter import change_colors
 
-    rows = torch.from_numpy(table.astype(np.float32).transpose(1, 0, 2).copy())
-    blurred = (rows[..., COLUMN_SIGMA] > 0).any(dim=1).tolist()
+    blurred = (table[..., COLUMN_SIGMA] > 0).any(axis=0).tolist()
+    drawn = table[..., COLUMN_CODES : COLUMN_SOLARIZE + 1]  # the columns that the kernels read
+    rows = torch.from_numpy(drawn.astype(np.float32).transpose(1, 0, 2).copy())
     if views[0].is_cuda:  # from pinned memory the copy waits for nothing
         rows = rows.pin_memory().to(views[0].device, non_blocking=True)
     return [
-        by_kernels(
+        change_colors(
             view,
             rows[v],
             kernel_size=recipe.blur_kernel,

@@ -47,7 +47,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def note(self) -> None:
-        # (The knots' spacing is looked at where they lie on the CPU, and never on a GPU: ops._readable.)
+        # (Knots are read on the CPU only, see functional.readable.)
         ours = [f.name for f in traceback.extract_stack() if "/tests/" not in f.filename and _is_ours(f)]
         place = ours[-1] if ours else "elsewhere"
         if place != "_fits":

@@ -1,4 +1,4 @@
-"""How the sums of J knots are laid out in a table and shared between programs (maths: `series.py`)."""
+"""How the sums of J knots are laid out in a table and shared between programs (maths: `phases.py`)."""
 
 from __future__ import annotations
 
@@ -43,34 +43,32 @@ class Plan(NamedTuple):
     factor_lo: float
     giant_factor: tuple[float, float]
 
-    def stretched(self, share: float) -> Plan:
-        """The plan for projections that are too small by that share."""
-        hi, lo = _two_floats((self.factor_hi + self.factor_lo) * (1 + share))
-        return self._replace(
-            factor_hi=hi, factor_lo=lo, giant_factor=_two_floats(sum(self.giant_factor) * (1 + share))
-        )
 
+def make_plan(J: int, spacing: float | None, stretch: float = 1.0) -> Plan:
+    """The table for J knots, `spacing` apart from 0 or, with None, anywhere.
 
-def make_plan(J: int, spacing: float | None) -> Plan:
-    """The table for J knots, `spacing` apart from 0 or, with None, anywhere."""
-    return _make_plan(int(J), spacing)  # a size may be a symbol of torch.compile, which is no key
+    `stretch` multiplies all phases, see `Config.stretch`.
+    """
+    return _make_plan(int(J), spacing, stretch)  # a size may be a symbol of torch.compile, which is no key
 
 
 @functools.lru_cache(maxsize=64)
-def _make_plan(J: int, spacing: float | None) -> Plan:
+def _make_plan(J: int, spacing: float | None, stretch: float) -> Plan:
     if spacing is None or J < 2:
         chunk_knots = min(J, _CHUNK_KNOTS)
         chunks = -(-J // chunk_knots)
-        return Plan(False, J, 0, 0, 0, chunk_knots, chunks, 2 * J, *_two_floats(1 / math.pi), (0.0, 0.0))
+        return Plan(
+            False, J, 0, 0, 0, chunk_knots, chunks, 2 * J, *_two_floats(stretch / math.pi), (0.0, 0.0)
+        )
     degree = J - 1
     B = min(degree, _BABIES)
     G = -(-max(0, degree - B) // (2 * B + 1))
     chunk_giants = min(G, _CHUNK_GIANTS)
     chunks = -(-G // chunk_giants) if G else 1
     rows = (1 + 2 * G) * (1 + 2 * B)
-    turns = spacing / math.pi
-    giant = _two_floats((2 * B + 1) * turns)
-    return Plan(True, J, B, G, chunk_giants, 0, chunks, rows, *_two_floats(turns), giant)
+    half_turns = stretch * spacing / math.pi
+    giant = _two_floats((2 * B + 1) * half_turns)
+    return Plan(True, J, B, G, chunk_giants, 0, chunks, rows, *_two_floats(half_turns), giant)
 
 
 def coefficient_shape(views: int, M: int, plan: Plan) -> tuple[int, int, int, int]:

@@ -13,7 +13,7 @@ Equidistant knots `t_j = j dt`: with z = exp(i dt p), every power z^j, 0 < j < J
 (baby steps z^b, giant steps Z_a). A sum over samples of all cos(j u), sin(j u) follows from the sums of
 the products of {1, Re Z_a, Im Z_a} with {1, Re z^b, Im z^b}, which accumulate as one FMA each: the
 `table`, rows (1, Re Z_1, Im Z_1, Re Z_2, ...) and columns (1, Re z .. Re z^B, Im z .. Im z^B). The series
-sum_j alpha_j cos(j u) + beta_j sin(j u) of the gradient is the same bilinear form. `finish.py` converts.
+sum_j alpha_j cos(j u) + beta_j sin(j u) of the gradient is the same bilinear form. `epilogue.py` converts.
 
 Register tiles. A projected tile (slices, samples) leaves the tensor cores with the samples of a slice
 spread over the registers of a few threads. `split_columns` cuts it into columns of LANES samples
@@ -128,8 +128,8 @@ def split_columns(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.con
 def rotate(parts, COUNT: tl.constexpr):
     """The tuple with its first COUNT parts moved to the end.
 
-    A loop over a tile in turns takes COUNT parts from the front each time. Unrolled, the compiler would start
-    all parts of a large tile at once and run out of registers.
+    A loop over the sub-tiles of a tile takes COUNT parts from the front each time. Unrolled, the compiler
+    would start all parts of a large tile at once and run out of registers.
     """
     out = ()
     for i in tl.static_range(len(parts)):
@@ -194,73 +194,37 @@ def project(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RESIDENT: tl.constexpr,
-    CHAIN: tl.constexpr,
     EVEN_K: tl.constexpr,
     MASK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Projections of samples n on directions m, (BLOCK_M, BLOCK_N) float32; 0 outside the batch.
-
-    CHAIN: as in `multiply`; with one, EVEN_K says that K is a multiple of CHAIN tiles.
-    """
+    """Projections of samples n on directions m, (BLOCK_M, BLOCK_N) float32; 0 outside the batch."""
     if RESIDENT > 0:
         x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, MASK_N)
-        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, CHAIN, PRECISION)
+        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
     else:
         k = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + n[None, :].to(tl.int64) * stride_xn + k[:, None].to(tl.int64) * stride_xk
         a_ptrs = a_ptr + m[:, None].to(tl.int64) * stride_am + k[None, :].to(tl.int64) * stride_ak
         p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        STEPS: tl.constexpr = CHAIN if CHAIN > 0 else 1
-        for k0 in range(0, K, STEPS * BLOCK_K):
-            part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if CHAIN > 0 else p
-            for i in tl.static_range(STEPS):
-                left = K - k0 - i * BLOCK_K
-                x = load_tile(x_ptrs, n[None, :] < N, k[:, None] < left, MASK_N, not EVEN_K)
-                a_step = load_tile(a_ptrs, m[:, None] < M, k[None, :] < left, True, not EVEN_K)
-                part = dot(a_step, x, part, PRECISION)
-                x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
-                a_ptrs += BLOCK_K * tl.cast(stride_ak, tl.int64)
-            p = add_chain(p, part) if CHAIN > 0 else part
+        for k0 in range(0, K, BLOCK_K):
+            x = load_tile(x_ptrs, n[None, :] < N, k[:, None] < K - k0, MASK_N, not EVEN_K)
+            a_step = load_tile(a_ptrs, m[:, None] < M, k[None, :] < K - k0, True, not EVEN_K)
+            p = dot(a_step, x, p, PRECISION)
+            x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
+            a_ptrs += BLOCK_K * tl.cast(stride_ak, tl.int64)
     return p
 
 
 @triton.jit
 def multiply(
-    a,
-    x,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    COUNT: tl.constexpr,
-    CHAIN: tl.constexpr,  # tiles that are added on the matrix units; 0: all of them
-    PRECISION: tl.constexpr,
+    a, x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Sum of the products of COUNT tiles, (BLOCK_M, BLOCK_N) float32 (why in chains: `rounding.py`)."""
-    STEPS: tl.constexpr = CHAIN if CHAIN > 0 else COUNT
+    """Sum of the products of COUNT tiles, (BLOCK_M, BLOCK_N) float32."""
     p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    part = p
     for i in tl.static_range(COUNT):
-        part = dot(a[i], x[i], part, PRECISION)
-        if (i + 1) % STEPS == 0 or i + 1 == COUNT:
-            p = add_chain(p, part) if i >= STEPS else part
-            part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        p = dot(a[i], x[i], p, PRECISION)
     return p
-
-
-@triton.jit
-def add_chain(total, part):
-    """total + part, at this place.
-
-    The compiler would move a plain addition into the matrix product, or keep all chains in registers to add
-    them at the end.
-    """
-    if _INTERPRETED:
-        total = total + part
-    else:
-        total = tl.inline_asm_elementwise(
-            "add.rn.f32 $0, $1, $2;", "=f,f,f", [total, part], dtype=tl.float32, is_pure=False, pack=1
-        )
-    return total
 
 
 @triton.jit
@@ -337,7 +301,7 @@ def to_dtype(value, dtype: tl.constexpr):
     """float32 `value` rounded to nearest even; the interpreter's own conversion to bf16 truncates."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
-        # The lower half is cleared: the interpreter turns subnormal numbers into others.
+        # The lower half is cleared: the interpreter changes subnormal numbers.
         bits = (bits + (0x7FFF + ((bits >> 16) & 1))) & -65536
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
     return value.to(dtype)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from lejepa_fast import ops
+from lejepa_fast import collectives
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -133,8 +133,8 @@ def test_counts_that_bf16_cannot_hold(ranks):
 
 @pytest.mark.parametrize("count", [0, 1, 257, 65_535, 65_536, 70_001, (1 << 24) - 1])
 def test_counts_survive_the_packing(count, monkeypatch):
-    monkeypatch.setattr(ops, "_all_reduce", lambda tensor, group: tensor)
-    sums, total = ops.all_reduce_sums(torch.arange(6.0).view(1, 2, 3), count, group=object())
+    monkeypatch.setattr(collectives, "_all_reduce", lambda tensor, group: tensor)
+    sums, total = collectives.all_reduce_sums(torch.arange(6.0).view(1, 2, 3), count, group=object())
     assert torch.equal(sums, torch.arange(6.0).view(1, 2, 3))
     assert total.item() == count
 

@@ -20,18 +20,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .checks import refuse_double_backward
 from .kernels.configs import Config, get_config, target_of
-from .kernels.layout import Plan, coefficient_shape, count_splits, make_plan
 from .kernels.runtime import interpreting
+from .kernels.table import Plan, coefficient_shape, count_splits, make_plan
 
-F = TypeVar("F", bound=Callable[..., Any])
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 MIN_TRITON = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 
-def _constant_when_compiled(function: F) -> F:
-    """Mark as `torch.compiler.assume_constant_result` does, without importing the compiler (two seconds)."""
+def _constant_when_compiled(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`, which would import all of torch._dynamo with this module."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -45,7 +46,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """
     if dtype not in DTYPES:
         return f"x: expected float32, bfloat16 or float16 for impl='triton', got {dtype}; use impl='torch'"
-    version = _triton_version()
+    version = triton_version()
     if version is None:
         return "impl: 'triton' needs the package triton, which is not installed; use impl='torch'"
     if version < MIN_TRITON:
@@ -66,7 +67,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
-def _triton_version() -> tuple[int, ...] | None:
+def triton_version() -> tuple[int, ...] | None:
     try:
         import triton
     except ImportError:
@@ -100,8 +101,10 @@ def tile_itemsize(x: Tensor, A: Tensor) -> int:
     return x.element_size() if x.dtype == A.dtype else 4
 
 
-def _layout(x: Tensor, A: Tensor, J: int, spacing: float | None) -> tuple[Plan, Config]:
-    return make_plan(J, spacing), get_config(x.device, tile_itemsize(x, A))
+def _plan(x: Tensor, A: Tensor, t: Tensor, spacing: float | None, precision: str) -> tuple[Plan, Config]:
+    config = get_config(x.device, tile_itemsize(x, A))
+    stretch = config.stretch if precision == "tf32x3" else 1.0
+    return make_plan(t.shape[0], spacing, stretch), config
 
 
 @torch.library.custom_op("lejepa_fast::triton_table", mutates_args=())
@@ -111,13 +114,13 @@ def triton_table(
     """x (V, N, K), A (K, M), scale (M,), t (J,) -> sums (splits, V, rows, M), see `kernels/forward.py`."""
     from .kernels.forward import table_sums
 
-    plan, config = _layout(x, A, t.shape[0], spacing)
+    plan, config = _plan(x, A, t, spacing, precision)
     return table_sums(x, A, scale, t, plan, config, precision)
 
 
 @triton_table.register_fake
 def _(x: Tensor, A: Tensor, scale: Tensor | None, t: Tensor, spacing: float | None, precision: str) -> Tensor:
-    plan, config = _layout(x, A, t.shape[0], spacing)
+    plan, config = _plan(x, A, t, spacing, precision)
     views, N, M = x.shape[0], x.shape[1], A.shape[1]
     splits, _ = count_splits(views, N, M, plan.chunks, config.split)
     return x.new_empty(splits, views, plan.rows, M, dtype=torch.float32)
@@ -140,12 +143,12 @@ def triton_finish(
     factor: float | None,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """Statistic (V, M), or its sum times `factor`, and coefficients, see `kernels/finish.py`.
+    """Statistic (V, M), or its sum times `factor`, and coefficients, see `kernels/epilogue.py`.
 
     x is not read: it is here because the gradient goes to it. `count` is the number of samples behind the
     table if ranks were added, else `local_count` is.
     """
-    from .kernels.finish import finish
+    from .kernels.epilogue import finish
 
     return finish(
         table,
@@ -198,7 +201,7 @@ def triton_gradient(
     """Gradient in x, shape and dtype of x, contiguous, see `kernels/backward.py`."""
     from .kernels.backward import gradient
 
-    plan, config = _layout(x, A, t.shape[0], spacing)
+    plan, config = _plan(x, A, t, spacing, precision)
     return gradient(grad, factor, coef, x, A, scale, t, plan, config, precision)
 
 
@@ -235,11 +238,5 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...
     return (dx, *[None] * 13)
 
 
-def _refuse_double_backward(ctx: Any, grad: Tensor) -> None:
-    raise RuntimeError(
-        "sigreg: double backward is supported by impl='reference' only; choose it to differentiate twice"
-    )
-
-
 triton_finish.register_autograd(_backward, setup_context=_setup_context)
-triton_gradient.register_autograd(_refuse_double_backward)
+triton_gradient.register_autograd(refuse_double_backward)

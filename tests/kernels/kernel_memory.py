@@ -8,13 +8,12 @@ from accuracy import evaluate
 from kernel_helpers import DEVICE, TWO_KERNELS, arbitrary_knots, directions, normal
 
 from lejepa_fast import Knots, sample_unit_directions, sigreg, standard_normal_knots
-from lejepa_fast.kernels import backward, finish, forward
-from lejepa_fast.kernels import directions as kernel_directions
+from lejepa_fast.kernels import backward, epilogue, forward, philox
 from lejepa_fast.kernels.configs import get_config
-from lejepa_fast.kernels.layout import COEF_BLOCK, count_splits
+from lejepa_fast.kernels.table import COEF_BLOCK, count_splits
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-ALLOCATORS = (forward, backward, finish, kernel_directions)
+ALLOCATORS = (forward, backward, epilogue, philox)
 
 
 class Guards:
@@ -55,7 +54,7 @@ def test_nothing_outside_the_buffers_is_touched(monkeypatch, N, K, M, J, dtype):
     guards = Guards(monkeypatch)
     knots = arbitrary_knots(9) if J is None else standard_normal_knots(3.0, J)
     knots = Knots(*(surrounded(a.float().to(DEVICE)) for a in knots[:3]), knots.spacing)
-    A, scale = kernel_directions.sample_directions(torch.tensor(3, device=DEVICE), K, M, 0, dtype)
+    A, scale = philox.draw_directions(torch.tensor(3, device=DEVICE), K, M, 0, dtype)
     x = surrounded(normal(2, N, K, dtype=dtype)).requires_grad_()
     value = sigreg(
         x, surrounded(A), *knots[:3], spacing=knots.spacing, scale=surrounded(scale), impl="triton"

@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from lejepa_fast.kernels import autotune, forward
+from lejepa_fast.kernels import autotune, forward, timing
 from lejepa_fast.kernels.configs import TARGETS, Config, Tile, shipped_config
-from lejepa_fast.kernels.layout import count_splits, make_plan
+from lejepa_fast.kernels.table import count_splits, make_plan
 
 CONFIG = shipped_config("sm_90", 2)
 
@@ -153,7 +153,7 @@ def test_rows_of_a_benchmark_say_what_cannot_run(monkeypatch):
             raise RuntimeError("as far as this test goes")
 
         monkeypatch.setattr(forward, "table_sums", table_sums)
-        rows = autotune.time_candidates(torch.empty(1, 16, 8), torch.empty(8, 4))
+        rows = timing.time_candidates(torch.empty(1, 16, 8), torch.empty(8, 4))
         assert len(rows) == len(CONFIG.candidates("forward", 512))
         assert [row["error"] is None for row in rows] == [Tile(**row["tile"]) in able for row in rows]
         assert rows[0]["error"] == "PTXASError: PTXAS error: too large"

@@ -9,9 +9,9 @@ import torch
 from kernel_helpers import DEVICE, TWO_KERNELS
 
 from lejepa_fast import sample_directions, sample_unit_directions
-from lejepa_fast.kernels import autotune, backward, finish, forward
+from lejepa_fast.kernels import autotune, backward, epilogue, forward, timing
 from lejepa_fast.kernels.configs import Tile, get_config
-from lejepa_fast.kernels.layout import make_plan
+from lejepa_fast.kernels.table import make_plan
 
 t = torch.arange(17, device=DEVICE) * 0.1875
 PHI = torch.exp(-t.square() / 2)
@@ -23,7 +23,7 @@ def forward_backward(x, A, scale=None, precision="ieee"):
     config = get_config(x.device, x.element_size() if x.dtype == A.dtype else 4)
     table = forward.table_sums(x, A, scale, t, PLAN, config, precision)
     options = {"unbiased": False, "scale_by_n": True, "factor": 1.0}
-    value, coef = finish.finish(table, x.shape[1], scale, t, PHI, PHI, PLAN, **options)
+    value, coef = epilogue.finish(table, x.shape[1], scale, t, PHI, PHI, PLAN, **options)
     one = torch.ones((), device=x.device)
     return value, backward.gradient(one, 1.0, coef, x, A, scale, t, PLAN, config, precision)
 
@@ -69,12 +69,12 @@ def test_every_candidate_gives_the_same_result(monkeypatch, K, dtype, kernels):
 def test_candidates_for_a_benchmark():
     x, A = torch.randn(2, 20, 8, device=DEVICE), sample_directions(8, 9, step=0, device=DEVICE)
     calls = []
-    rows = autotune.time_candidates(x, A, timer=lambda call: calls.append(call()) or 0.5)
+    rows = timing.time_candidates(x, A, timer=lambda call: calls.append(call()) or 0.5)
     assert len(rows) == len(calls)
     assert {row["kernel"] for row in rows} == {"forward", "fused"}
     assert all(row["seconds"] == 0.5 and row["error"] is None for row in rows)
     assert sum(row["shipped"] for row in rows) == 2
-    rows = autotune.time_candidates(x, A, fused=False, timer=lambda call: 0.5)
+    rows = timing.time_candidates(x, A, fused=False, timer=lambda call: 0.5)
     assert {row["kernel"] for row in rows} == {"forward", "gradient", "product"}
 
 
@@ -150,7 +150,7 @@ def test_memory_is_what_the_documentation_says(monkeypatch, V, N, K, M, dtype):
         sizes.append(torch.Size(shape).numel() * dtype.itemsize)
         return torch.empty(shape, dtype=dtype, device=like.device)
 
-    for module in (forward, finish, backward):
+    for module in (forward, epilogue, backward):
         monkeypatch.setattr(module, "empty", empty)
     x = torch.randn(V, N, K).to(DEVICE, dtype)
     A, scale = sample_unit_directions(K, M, step=1, device=DEVICE, dtype=dtype)
@@ -176,7 +176,7 @@ def test_many_partial_sums_lose_no_digit():
     options = {"unbiased": False, "scale_by_n": False, "factor": None}
 
     def statistic(sums, count):
-        return finish.finish(sums.to(DEVICE), count, None, t, PHI, PHI, PLAN, **options)[0].cpu()
+        return epilogue.finish(sums.to(DEVICE), count, None, t, PHI, PHI, PLAN, **options)[0].cpu()
 
     exact = statistic((table.double().sum(0, keepdim=True) / count).float(), 1.0)
     one_after_another = table[0]

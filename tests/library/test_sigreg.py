@@ -18,7 +18,7 @@ from lejepa_fast import (
     streaming,
     symmetric_knots,
 )
-from lejepa_fast.ops import find_spacing
+from lejepa_fast.functional import find_spacing
 
 IMPLEMENTATIONS = ("reference", "torch")
 both = pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -8,7 +8,15 @@ from accuracy import COMPILE_BACKEND
 from host_reads import host_reads
 from torch.utils.checkpoint import checkpoint
 
-from lejepa_fast import Knots, LeJEPALoss, SIGReg, ops, standard_normal_knots, symmetric_knots
+from lejepa_fast import (
+    Knots,
+    LeJEPALoss,
+    SIGReg,
+    dispatch,
+    functional,
+    standard_normal_knots,
+    symmetric_knots,
+)
 
 both = pytest.mark.parametrize("impl", ["reference", "torch"])
 
@@ -131,7 +139,7 @@ def test_compiles_to_one_graph(impl):
 def test_logging_the_choice_does_not_recompile():
     from torch._dynamo.testing import CompileCounter
 
-    ops._logged_choices.clear()
+    dispatch.logged_choices.clear()
     counter, x = CompileCounter(), torch.randn(20, 4)
     compiled = torch.compile(SIGReg(num_slices=8), fullgraph=True, backend=counter)
     compiled(x)
@@ -162,7 +170,7 @@ def test_module_returns_a_float32_scalar(dtype):
 
 
 def test_auto_is_readable_and_logged_once(caplog):
-    ops._logged_choices.clear()
+    dispatch.logged_choices.clear()
     with caplog.at_level("INFO", logger="lejepa_fast"):
         reg = SIGReg(num_slices=4)
         assert reg.chosen_impl == "torch"
@@ -199,7 +207,7 @@ def test_two_runs_are_equal_bit_for_bit():
 @both
 def test_the_host_never_reads_from_the_device(impl, monkeypatch):
     """In eager mode, operators and backward pass included; a CPU stands for the device."""
-    monkeypatch.setattr(ops, "_readable", lambda t: False)  # knots on a device are not looked at
+    monkeypatch.setattr(functional, "readable", lambda t: False)  # knots on a device are not looked at
     reg, x = SIGReg(num_slices=8, impl=impl), torch.randn(2, 20, 4, requires_grad=True)
     assert host_reads(lambda: reg(x).backward()) == set()
     assert host_reads(lambda: reg.step.item()), "reads are not seen"

@@ -1,14 +1,14 @@
-"""Colours of finished crops: jitter in its drawn order, grayscale, Gaussian blur, solarize.
+"""Color jitter in its drawn order, grayscale, Gaussian blur and solarize, for finished crops.
 
-The arithmetic is torchvision's, as in `data/cpu_kernels.py`: values are whole numbers from 0 to 255 between
-any two operations. Each picture of a batch has its row of `draws.view_table`. Programs read it as scalars
-and branch, so what was not drawn is not computed, and neighbours in a batch do not wait for each other.
+The arithmetic is torchvision's on uint8: values are whole numbers from 0 to 255 between any two operations.
+Each picture has a row of parameters (columns below). Programs read it as scalars and branch, so what was not
+drawn is not computed.
 
-    view --[sums]--> gray sums      view, sums --[colour]--> middle --[blur]--> between --[blur]--> out
+    view --[sums]--> gray sums      view, sums --[color]--> middle --[blur]--> between --[blur]--> out
 
 Contrast needs the mean of the gray picture at its place in the order. The first kernel applies what comes
-before and adds up whole numbers, which gives the same sum in any order. Between two kernels pixels are
-8 bits, or float32 between the two passes of the blur; what is not blurred goes straight to `out`.
+before and adds whole numbers, whose sum does not depend on the order. Between two kernels pixels are 8 bits,
+or float32 between the two passes of the blur; pictures without blur go straight to `out`.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lejepa_fast.data import draws
-
 from .runtime import OPTIONS, empty, kernel_device
 
-_CODES = tl.constexpr(draws.COLUMN_CODES)
-_FACTORS = tl.constexpr(draws.COLUMN_FACTORS)
-_GRAY = tl.constexpr(draws.COLUMN_GRAY)
-_SIGMA = tl.constexpr(draws.COLUMN_SIGMA)
-_SOLARIZE = tl.constexpr(draws.COLUMN_SOLARIZE)
-_BRIGHTNESS = tl.constexpr(draws.BRIGHTNESS)
-_CONTRAST = tl.constexpr(draws.CONTRAST)
-_SATURATION = tl.constexpr(draws.SATURATION)
-_HUE = tl.constexpr(draws.HUE)
-_STEPS = tl.constexpr(len(draws.JITTER_OPS))
+# Columns of a row of parameters: four operations in their order (0: none), their factors, then what follows.
+_CODES = tl.constexpr(0)
+_FACTORS = tl.constexpr(4)
+_GRAY = tl.constexpr(8)  # > 0: grayscale
+_SIGMA = tl.constexpr(9)  # of the blur in pixels; 0: none
+_SOLARIZE = tl.constexpr(10)  # > 0: solarize
+COLUMNS = 11
+_BRIGHTNESS = tl.constexpr(1)
+_CONTRAST = tl.constexpr(2)
+_SATURATION = tl.constexpr(3)
+_HUE = tl.constexpr(4)
+_STEPS = tl.constexpr(4)
 # torchvision turns [0, 1] into 8 bits by truncating x * 255.999; here the values are on 0-255 already.
 _TO_BYTE = tl.constexpr(255.999 / 255)
 
@@ -40,7 +40,7 @@ _BLOCK = 1024  # pixels of a program
 
 @triton.jit
 def _truncated(x):
-    """Into [0, 255], and whole."""
+    """Clamped to [0, 255] and truncated to a whole number."""
     return tl.floor(tl.minimum(tl.maximum(x, 0.0), 255.0))
 
 
@@ -59,11 +59,11 @@ def _sector(position, largest, chroma):
 
 @triton.jit
 def _shift_hue(r, g, b, turns):
-    """Turn the hue by `turns` of the colour circle: value and chroma stay, as in HSV."""
+    """Rotate the hue by `turns` of the color circle; value and chroma stay, as in HSV."""
     largest = tl.maximum(r, tl.maximum(g, b))
     chroma = largest - tl.minimum(r, tl.minimum(g, b))
     inverse = 1.0 / tl.maximum(chroma, 1.0)  # the smallest difference other than 0 is 1
-    # Of several largest channels the first decides, as in torchvision.
+    # Of equally large channels the first decides, as in torchvision.
     hue = (r - g) * inverse + 4.0
     hue = tl.where(largest == g, (b - r) * inverse + 2.0, hue)
     hue = tl.where(largest == r, (g - b) * inverse, hue) + turns * 6.0
@@ -126,7 +126,7 @@ def _gray_sums_kernel(
     pixels,
     BLOCK: tl.constexpr,
 ):
-    """Sum of the gray values of each picture where its contrast is changed, if it is."""
+    """Sum of the gray values of each picture at the step that changes its contrast, if one does."""
     sample = tl.program_id(0).to(tl.int64)
     row_ptr = table_ptr + sample * stride_row
     steps = _STEPS + 0
@@ -142,18 +142,18 @@ def _gray_sums_kernel(
 
 
 @triton.jit
-def _colour_kernel(
+def _color_kernel(
     view_ptr,  # (B, pixels, 3) uint8
     table_ptr,  # (B, COLUMNS) float32, rows stride_row apart
     sums_ptr,  # (B,) int64
-    middle_ptr,  # (B, pixels, 3) uint8: pictures that are yet to be blurred
-    out_ptr,  # (B, pixels, 3) uint8: all others
+    middle_ptr,  # (B, pixels, 3) uint8: pictures to blur
+    out_ptr,  # (B, pixels, 3) uint8: the others
     stride_row,
     pixels,
     threshold,
     BLOCK: tl.constexpr,
 ):
-    """Jitter and grayscale, and solarize where no blur comes between."""
+    """Jitter, grayscale, and solarize of the pictures without blur."""
     sample = tl.program_id(0).to(tl.int64)
     row_ptr = table_ptr + sample * stride_row
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -186,7 +186,7 @@ def _blur_kernel(
     LAST: tl.constexpr,  # round and solarize
     BLOCK: tl.constexpr,
 ):
-    """One pass of the Gaussian blur, with mirrored borders, over the pictures that are blurred."""
+    """One pass of the Gaussian blur, with mirrored borders, over the pictures to blur."""
     sample = tl.program_id(0).to(tl.int64)
     row_ptr = table_ptr + sample * stride_row
     sigma = tl.load(row_ptr + _SIGMA)
@@ -212,11 +212,18 @@ def _blur_kernel(
         tl.store(out_ptr + sample * values + value, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def change_colours(view: Tensor, rows: Tensor, *, kernel_size: int, threshold: int, blurred: bool) -> Tensor:
-    """Pictures (B, S, S, 3) uint8 with the colours that were drawn for them, in new memory.
+def change_colors(view: Tensor, rows: Tensor, *, kernel_size: int, threshold: int, blurred: bool) -> Tensor:
+    """Pictures with the colors that were drawn for them, in new memory.
 
-    view: contiguous. rows: (B, COLUMNS) float32 on the same device, of `draws.view_table`. kernel_size: side
-    of the blur in pixels. threshold: of solarize, 0-255. blurred: whether there is any picture to blur.
+    Args:
+        view: pictures (B, S, S, 3), uint8, contiguous.
+        rows: parameters (B, COLUMNS), float32, on the same device; columns contiguous.
+        kernel_size: side of the blur's window in pixels, odd.
+        threshold: of solarize, 0-255.
+        blurred: whether any picture is blurred; False saves two kernels.
+
+    Returns:
+        (B, S, S, 3), uint8.
     """
     count, size = view.shape[:2]
     pixels = size * size
@@ -229,9 +236,7 @@ def change_colours(view: Tensor, rows: Tensor, *, kernel_size: int, threshold: i
     grid = (count, triton.cdiv(pixels, _BLOCK))
     with kernel_device(view):
         _gray_sums_kernel[grid](view, rows, sums, stride, pixels, BLOCK=_BLOCK, **OPTIONS)
-        _colour_kernel[grid](
-            view, rows, sums, middle, out, stride, pixels, threshold, BLOCK=_BLOCK, **OPTIONS
-        )
+        _color_kernel[grid](view, rows, sums, middle, out, stride, pixels, threshold, BLOCK=_BLOCK, **OPTIONS)
         if blurred:
             between = empty(view, view.shape, torch.float32)
             grid = (count, triton.cdiv(3 * pixels, _BLOCK))

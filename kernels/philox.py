@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .phases import cos_sin, to_dtype
 from .runtime import OPTIONS, empty, kernel_device
-from .series import cos_sin, to_dtype
 
 _BLOCK_Q = 16
 _BLOCK_M = 16
@@ -84,7 +84,7 @@ def _directions_kernel(
     tl.store(scale_ptr + m, tl.div_rn(norm * 0.0 + 1.0, norm), mask=m < M)
 
 
-def sample_directions(
+def draw_directions(
     step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Directions A (dim, num_slices) in `dtype`, and the scale (num_slices,) that makes its columns unit.

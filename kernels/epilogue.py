@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import COEF_BLOCK, Plan, coefficient_shape
 from .runtime import OPTIONS, empty, kernel_device
+from .table import COEF_BLOCK, Plan, coefficient_shape
 
 _SUM_BLOCK = 1024
 

@@ -9,20 +9,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checks import check_count, check_embeddings, check_flag, check_integer
+from .collectives import resolve_group
 from .directions import sample_unit_directions
-from .ops import (
-    IMPLEMENTATIONS,
+from .dispatch import (
     Implementation,
     Precision,
-    Reduction,
+    check_implementation,
     check_precision,
-    check_spacing,
-    check_transforms,
-    is_recomputing,
-    resolve_group,
+    choose,
     resolve_implementation,
-    sigreg,
+    transforming,
 )
+from .functional import Reduction, check_spacing, evaluate
 from .reference import Knots, standard_normal_knots
 
 
@@ -98,6 +96,7 @@ class SIGReg(nn.Module):
         check_integer("seed", seed)
         if reduction not in ("mean", "sum", None):
             raise ValueError(f"reduction: expected 'mean', 'sum' or None, got {reduction!r}")
+        check_implementation(impl)
         check_precision(precision)
         flags = {"unbiased": unbiased, "sync": sync, "scale_by_n": scale_by_n, "pool_views": pool_views}
         for name, flag in flags.items():
@@ -115,8 +114,6 @@ class SIGReg(nn.Module):
         self._knots = standard_normal_knots(t_max, n_points) if knots is None else _checked(knots)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._register_knots(self.step.device)
-        if impl not in IMPLEMENTATIONS:
-            raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
         # What activation checkpointing needs to know: calls since a backward pass began or recomputed.
         self._calls = 0
         self._backward_began = False
@@ -134,13 +131,18 @@ class SIGReg(nn.Module):
             step: directions to use instead of those of the module's counter, which then stays as it is.
         """
         check_embeddings("z", z)
+        if resolve_group(self.process_group, self.sync) is None:
+            count = z.shape[:-1].numel() if self.pool_views else z.shape[-2]
+            check_count("z", count, unbiased=self.unbiased)
+        return self.evaluate(z, step)
+
+    def evaluate(self, z: Tensor, step: int | Tensor | None = None) -> Tensor:
+        """`forward` for embeddings that have been checked."""
         if self.pool_views:
             z = z.flatten(0, -2)
-        if resolve_group(self.process_group, self.sync) is None:
-            check_count("z", z.shape[-2], unbiased=self.unbiased)
-        chosen = resolve_implementation(self.impl, z.device, z.dtype)
-        transforming = check_transforms(chosen)
-        if transforming and self.training and step is None:
+        group = resolve_group(self.process_group, self.sync)
+        chosen = choose(self.impl, z, self.precision, several_ranks=group is not None)
+        if transforming() and self.training and step is None:
             raise RuntimeError(
                 "step: expected an explicit step in training mode under torch.func transforms, which cannot "
                 "advance the module's counter, got None; call it with step=..., or after eval()"
@@ -166,7 +168,7 @@ class SIGReg(nn.Module):
             )
             if advances and not recomputed:
                 self.step.add_(1)  # after its use: a copy would be one more launch
-        loss = sigreg(
+        loss = evaluate(
             z,
             A,
             knots.t,
@@ -175,14 +177,13 @@ class SIGReg(nn.Module):
             unbiased=self.unbiased,
             reduction=self.reduction,
             scale_by_n=self.scale_by_n,
-            process_group=self.process_group,
-            sync=self.sync,
-            impl=chosen,
+            group=group,
+            chosen=chosen,
             spacing=self._knots.spacing,
             scale=scale if z.dtype.itemsize == 2 else None,
             precision=self.precision,
         )
-        if loss.requires_grad and not (transforming or torch.compiler.is_compiling()):
+        if loss.requires_grad and not (transforming() or torch.compiler.is_compiling()):
             loss.register_hook(self._note_backward)
         return loss.float()
 
@@ -190,7 +191,7 @@ class SIGReg(nn.Module):
         """Whether activation checkpointing makes this call a second time; counts the others."""
         if torch.compiler.is_compiling():
             return False
-        if not is_recomputing():
+        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
             self._calls = 1 if self._backward_began else self._calls + 1
             self._backward_began = False
             return False
