@@ -119,23 +119,25 @@ def _pytest(*arguments: str, parallel: bool = True) -> list[str]:
 def _kernel_tests(run: Run) -> list[str]:
     """The tests that also run in the interpreter, and the ones that need a GPU."""
     files = [
-        str(path) for path in sorted(TESTS.glob("kernel_*.py")) if path.stem not in NO_TESTS | {GENERATED}
+        str(path)
+        for path in sorted((TESTS / "kernels").glob("kernel_*.py"))
+        if path.stem not in NO_TESTS | {GENERATED}
     ]
     if run.rehearse:
         return _pytest(*files, "-k", "double_backward", parallel=False)
-    return _pytest(*files, str(TESTS / "test_kernels_gpu.py"), "-k", f"not {SANITIZER}")
+    return _pytest(*files, str(TESTS / "kernels" / "test_kernels_gpu.py"), "-k", f"not {SANITIZER}")
 
 
 def _generated_cases(run: Run) -> list[str] | str:
     if not importlib.util.find_spec("hypothesis"):
         return "hypothesis is not installed: the generated cases are left out"
-    return _pytest(str(TESTS / f"{GENERATED}.py"))
+    return _pytest(str(TESTS / "kernels" / f"{GENERATED}.py"))
 
 
 def _sanitizer(run: Run) -> list[str] | str:
     if shutil.which("compute-sanitizer") is None:
         return "no compute-sanitizer on PATH"
-    return _pytest(str(TESTS / "test_kernels_gpu.py"), "-k", SANITIZER)
+    return _pytest(str(TESTS / "kernels" / "test_kernels_gpu.py"), "-k", SANITIZER)
 
 
 def _loader_tests(run: Run) -> list[str] | str:

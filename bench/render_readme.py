@@ -7,7 +7,6 @@ nothing is written, and the exit code is 1 when a document is not what the rows 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -279,27 +278,13 @@ def plan_time() -> str:
     return f"`{row['planned']}` takes {row['seconds']:.0f} s ({where(row)}; row of kind `time`)."
 
 
-def floors_table() -> str:
-    """Prices of the kernels' launches at the reference size, from the static report."""
-    rows = json.loads((RESULTS / "kernel_report.json").read_text(encoding="utf-8"))
-    size = {"target": "sm_90", "dtype": "bf16", "uneven": "", "V": 8, "N": 2048, "K": 512, "M": 1024}
-    found = {row["kernel"]: row for row in rows if all(row[k] == v for k, v in size.items())}
-    names = ("fp32_us", "matmul_us", "l2_us", "floor_us", "l2_64_us")
-    table = []
-    for kernel in ("forward", "fused", "gradient", "product"):
-        figures = dict(found[kernel]["floor_h200"])
-        if kernel == "fused":
-            figures["l2_64_us"] = 0.0  # it has no such tile
-        table.append([kernel, *(f"{figures[name]:.0f}" if figures[name] else "-" for name in names)])
-    return markdown(["", "FP32", "matmul", "L2", "floor", "L2 of 64 x 64 tiles, nothing resident"], table)
-
-
 TABLES: dict[str, Callable[[], str]] = {"sigreg": sigreg_table, "pretrain": pretrain_table}
 DOCS = README.parent / "docs"
 DOCUMENTS = {
     README: TABLES,
     DOCS / "training.md": {"measured": train_table},
     DOCS / "launching.md": {"plan-time": plan_time},
+    DOCS / "kernels.md": {"accuracy": accuracy_table},
     DOCS / "loader.md": {
         "large": loader_large,
         "speed": loader_speed_table,

@@ -1,4 +1,4 @@
-"""Gradient of the statistic in x: projections recomputed, dT/dp in registers, dx on the tensor cores.
+"""Backward kernels: recompute projections, form dT/dp in registers, multiply by A^T on the tensor cores.
 
 With the coefficients of `epilogue.py`, the derivative of T at a projection p is the series
 
@@ -6,12 +6,11 @@ With the coefficients of `epilogue.py`, the derivative of T at a projection p is
 
 and dx[n] = sum over m of dT/dp[n, m] * scale[m] * A[:, m]. While K is small enough for dx^T (K, BLOCK_N) to
 stay in registers, one program owns BLOCK_N samples and walks over all directions (`_sigreg_bwd_kernel`):
-nothing of the size of the projections reaches memory. For larger K one kernel writes dT/dp of a chunk and a
-product follows (`_sigreg_dp_kernel`, `_sigreg_dx_kernel`). Either way dx is a sum in a fixed order.
+nothing of the size of the projections is stored. For larger K one kernel writes dT/dp of a chunk of samples
+and another multiplies it by A^T (`_sigreg_dp_kernel`, `_sigreg_dx_kernel`). The order of all sums is fixed.
 
-The second product takes dT/dp in the dtype of x and A. float16 holds a few orders of magnitude only, and
-dT/dp has no fixed size (weights, `scale_by_n`): with NORMALIZE it is multiplied with a power of two for each
-view, taken back in float32.
+The product takes dT/dp in the dtype of x and A. float16 has a small range, while dT/dp depends on weights and
+`scale_by_n`: with NORMALIZE it is multiplied by a power of two for each view, which is undone in float32.
 """
 
 from __future__ import annotations
@@ -25,17 +24,179 @@ from torch import Tensor
 
 from .autotune import Problem, choose
 from .configs import Config, Tile, get_config
-from .derivative import coefficient_pointers, derivative, load_coefficients, normalizing_power
-from .phases import dot, load_directions, load_samples, multiply, project, scaled_factor, to_dtype
+from .phases import (
+    baby_steps,
+    complex_mul,
+    complex_square,
+    cos_sin,
+    dot,
+    join_columns,
+    load_directions,
+    load_samples,
+    multiply,
+    project,
+    replace_front,
+    scaled_factor,
+    split_columns,
+    stride_from_babies,
+    to_dtype,
+)
 from .runtime import OPTIONS, empty, kernel_device
 from .table import COEF_BLOCK, Plan, count_splits
 
-# A table of up to two giant steps fits into registers beside everything else.
+# A table of up to two giant steps fits into the registers of a program.
 _COEF_IN_REGISTERS = 35
 _COEF_BLOCK = tl.constexpr(COEF_BLOCK)
 
 
-# A value of 1 or a multiple of 16 would be a compilation of its own, for nothing.
+@triton.jit
+def _coefficient_pointers(coef_ptr, m, M, ROWS: tl.constexpr):
+    """The first coefficient of each direction m, (BLOCK_M, 1); the next ones follow COEF_BLOCK apart.
+
+    Beyond M it reads those of the last direction; their results are multiplied by directions that are 0.
+    """
+    m = tl.minimum(m, M - 1)
+    offsets = m // _COEF_BLOCK * ((ROWS + 1) * _COEF_BLOCK) + m % _COEF_BLOCK
+    return coef_ptr + offsets[:, None]
+
+
+@triton.jit
+def _normalizing_power(coef_ptr, views, M, ROWS: tl.constexpr, COUNT: tl.constexpr):
+    """Powers of two (COUNT, 1) that scale dT/dp of `views` (COUNT,) to the upper end of float16.
+
+    |dT/dp| <= ROWS * peak, the largest coefficient of the view; times the power it is below 2**15. Within
+    2**100 either way its inverse is exact, and both leave float32 room for what they multiply.
+    """
+    STRIDE: tl.constexpr = (ROWS + 1) * _COEF_BLOCK
+    blocks = tl.cdiv(M, _COEF_BLOCK)
+    coef_ptrs = coef_ptr + (views * blocks)[:, None] * STRIDE + ROWS * _COEF_BLOCK
+    peaks = tl.zeros((COUNT, 16), tl.float32)
+    for first in range(0, blocks, 16):
+        block = (first + tl.arange(0, 16))[None, :]
+        peaks = tl.maximum(peaks, tl.load(coef_ptrs + block * STRIDE, mask=block < blocks, other=0.0))
+    bound = tl.max(peaks, 1)[:, None] * ROWS
+    exponent = bound.to(tl.int32, bitcast=True) >> 23  # biased by 127; bound < 2**(exponent - 126)
+    power = tl.minimum(tl.maximum(127 + 15 + 126 - exponent, 27), 227)
+    return (power << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_coefficients(coef_ptrs, COUNT: tl.constexpr):
+    """The first COUNT coefficients of every direction, a tuple of (BLOCK_M, 1)."""
+    coef = ()
+    for i in tl.static_range(COUNT):
+        coef = coef + (_coefficient((), coef_ptrs, i),)
+    return coef
+
+
+@triton.jit
+def _coefficient(coef, coef_ptrs, INDEX: tl.constexpr):
+    if len(coef) > 0:  # noqa: SIM108 - Triton takes the branch while it compiles
+        value = coef[INDEX]
+    else:
+        value = tl.load(coef_ptrs + INDEX * _COEF_BLOCK)
+    return value
+
+
+@triton.jit
+def _table_row(babies, coef, coef_ptrs, ROW: tl.constexpr, B: tl.constexpr):
+    """sum over c of coef[ROW, c] * baby[c], baby[0] = 1."""
+    FIRST: tl.constexpr = ROW * (1 + 2 * B)
+    total = _coefficient(coef, coef_ptrs, FIRST)
+    for b in tl.static_range(2 * B):
+        total = tl.fma(_coefficient(coef, coef_ptrs, FIRST + b + 1), babies[b], total)
+    return total
+
+
+@triton.jit
+def _series(
+    p,  # (BLOCK_M, LANES)
+    coef,  # `_load_coefficients`, or () to load each where it is used
+    coef_ptrs,  # (BLOCK_M, 1)
+    f_hi,
+    f_lo,
+    g_hi,
+    g_lo,
+    B: tl.constexpr,
+    G: tl.constexpr,
+    FAR: tl.constexpr,
+):
+    """dT/dp for projections p."""
+    c1, s1 = cos_sin(p, f_hi, f_lo)
+    babies = baby_steps(c1, s1, B)
+    total = _table_row(babies, coef, coef_ptrs, 0, B)
+    if G > 0:
+        if FAR:
+            c_s, s_s = cos_sin(p, g_hi, g_lo)
+        else:
+            c_s, s_s = stride_from_babies(babies)
+        c_a, s_a = c_s, s_s
+        for g in tl.static_range(G):
+            if g == 1:
+                c_a, s_a = complex_square(c_s, s_s)
+            elif g > 1:
+                c_a, s_a = complex_mul(c_a, s_a, c_s, s_s)
+            total = tl.fma(c_a, _table_row(babies, coef, coef_ptrs, 2 * g + 1, B), total)
+            total = tl.fma(s_a, _table_row(babies, coef, coef_ptrs, 2 * g + 2, B), total)
+    return total
+
+
+@triton.jit
+def _knot_series(p, coef_ptrs, t_ptr, f_hi, f_lo, J):
+    """dT/dp by a sine and cosine for every knot, for a whole tile of projections."""
+    total = tl.zeros_like(p)
+    for j in range(J):
+        t = tl.load(t_ptr + j)
+        h_hi = f_hi * t
+        c, s = cos_sin(p, h_hi, tl.fma(f_hi, t, -h_hi) + f_lo * t)
+        total = tl.fma(_coefficient((), coef_ptrs, 0), c, total)
+        total = tl.fma(_coefficient((), coef_ptrs, 1), s, total)
+        coef_ptrs += 2 * _COEF_BLOCK
+    return total
+
+
+@triton.jit
+def _derivative(
+    p,
+    coef,
+    coef_ptrs,
+    t_ptr,
+    f_hi,
+    f_lo,
+    g_hi,
+    g_lo,
+    J,
+    sub_tiles,
+    sub_tile_stride,  # of the coefficients: 0, which the compiler does not know, see below
+    EQUIDISTANT: tl.constexpr,
+    B: tl.constexpr,
+    G: tl.constexpr,
+    FAR: tl.constexpr,
+    SUB_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """dT/dp of a tile of projections (BLOCK_M, BLOCK_N), one sub-tile at a time."""
+    if EQUIDISTANT:
+        parts = split_columns(p, BLOCK_M, BLOCK_N, LANES)
+        COUNT: tl.constexpr = BLOCK_N // LANES // SUB_TILES
+        for _ in range(sub_tiles):
+            done = ()
+            for i in tl.static_range(COUNT):
+                part = _series(parts[i], coef, coef_ptrs, f_hi, f_lo, g_hi, g_lo, B, G, FAR)
+                done = done + (part,)
+            # Pointers that move are read for every sub-tile. Else the compiler would read all coefficients
+            # before the first one and keep them in registers, which `coef` is for.
+            coef_ptrs += sub_tile_stride
+            parts = replace_front(parts, done)
+        dp = join_columns(parts, BLOCK_M, BLOCK_N, LANES)
+    else:
+        dp = _knot_series(p, coef_ptrs, t_ptr, f_hi, f_lo, J)
+    return dp
+
+
+# Not specialized: 1 or a multiple of 16 would compile another kernel without making it faster.
 @triton.jit(do_not_specialize=["first_view", "splits", "sub_tile_stride"])
 def _sigreg_dp_kernel(
     x_ptr,  # (V, N, K)
@@ -97,14 +258,14 @@ def _sigreg_dp_kernel(
     view = first_view + launch_view
     x_ptr += view * stride_xv
     if NORMALIZE:
-        power = normalizing_power(coef_ptr, view + tl.zeros((1,), tl.int64), M, ROWS, 1)
+        power = _normalizing_power(coef_ptr, view + tl.zeros((1,), tl.int64), M, ROWS, 1)
     coef_ptr += view * tl.cdiv(M, _COEF_BLOCK) * ((ROWS + 1) * _COEF_BLOCK)
     out_ptr += launch_view * (n_stop - n_first) * M
     m_mask = (m < M)[:, None]
-    coef_ptrs = coefficient_pointers(coef_ptr, m, M, ROWS)
+    coef_ptrs = _coefficient_pointers(coef_ptr, m, M, ROWS)
     coef = ()
     if COEF_IN_REGISTERS:
-        coef = load_coefficients(coef_ptrs, ROWS)
+        coef = _load_coefficients(coef_ptrs, ROWS)
     f_hi, f_lo = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
     g_hi, g_lo = f_hi, f_lo
     if FAR:
@@ -122,14 +283,14 @@ def _sigreg_dp_kernel(
     for n0 in range(start, stop, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         if RESIDENT > 0:
-            # The next tile travels while this one is worked on; after the last one it is not used.
+            # Prefetch the next tile while this one is processed; the one after the last is not used.
             ahead = tl.minimum(n0 + BLOCK_N, last) + tl.arange(0, BLOCK_N)
             x = load_samples(x_ptr, ahead, n_stop, K, stride_xn, stride_xk,
                 BLOCK_K, RESIDENT, EVEN_K, not EVEN_N)  # fmt: skip
         else:
             p = project(x_ptr, a_ptr, a, m, n, n_stop, K, M, stride_xn, stride_xk, stride_ak, stride_am,
                 BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, EVEN_K, not EVEN_N, PRECISION)  # fmt: skip
-        dp = derivative(p, coef, coef_ptrs, t_ptr, f_hi, f_lo, g_hi, g_lo, J, sub_tiles, sub_tile_stride,
+        dp = _derivative(p, coef, coef_ptrs, t_ptr, f_hi, f_lo, g_hi, g_lo, J, sub_tiles, sub_tile_stride,
             EQUIDISTANT, B, G, FAR, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if SLICE_GRAD:
             dp *= grad
@@ -192,7 +353,7 @@ def _sigreg_bwd_kernel(
     view = (pid // n_blocks).to(tl.int64)
     x_ptr += view * stride_xv
     if NORMALIZE:
-        power = normalizing_power(coef_ptr, view + tl.zeros((1,), tl.int64), M, ROWS, 1)
+        power = _normalizing_power(coef_ptr, view + tl.zeros((1,), tl.int64), M, ROWS, 1)
     coef_ptr += view * tl.cdiv(M, _COEF_BLOCK) * ((ROWS + 1) * _COEF_BLOCK)
     x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, TILES, EVEN_K, True)
     dx = ()
@@ -202,14 +363,14 @@ def _sigreg_bwd_kernel(
     for m0 in range(0, M, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         m_mask = (m < M)[:, None]
-        coef_ptrs = coefficient_pointers(coef_ptr, m, M, ROWS)
+        coef_ptrs = _coefficient_pointers(coef_ptr, m, M, ROWS)
         f_hi, f_lo = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
         g_hi, g_lo = f_hi, f_lo
         if FAR:
             g_hi, g_lo = scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
         a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, TILES, EVEN_K, MASK_M)
         p = multiply(a, x, BLOCK_M, BLOCK_N, TILES, PRECISION)
-        dp = derivative(p, (), coef_ptrs, t_ptr, f_hi, f_lo, g_hi, g_lo, J, sub_tiles, sub_tile_stride,
+        dp = _derivative(p, (), coef_ptrs, t_ptr, f_hi, f_lo, g_hi, g_lo, J, sub_tiles, sub_tile_stride,
             EQUIDISTANT, B, G, FAR, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if SLICE_GRAD:
             dp *= tl.load(grad_ptr + view * stride_gv + m[:, None] * stride_gm, mask=m_mask, other=0.0)
@@ -272,7 +433,7 @@ def _sigreg_dx_kernel(
         a_ptrs += BLOCK_M * tl.cast(stride_am, tl.int64)
     if NORMALIZE:
         view = first_view + tl.minimum(n, rows - 1) // view_rows
-        dx *= 1.0 / normalizing_power(coef_ptr, view, M, TABLE_ROWS, BLOCK_N)
+        dx *= 1.0 / _normalizing_power(coef_ptr, view, M, TABLE_ROWS, BLOCK_N)
     if not SLICE_GRAD:
         out_factor *= tl.load(grad_ptr)
     mask = (n < rows)[:, None] & (k < K)[None, :]
@@ -324,7 +485,7 @@ def gradient(
 
 
 def count_sub_tiles(tile: Tile, plan: Plan, lanes: int) -> int:
-    """Turns of a tile: twice as many, if it has the columns, where a direction has more coefficients."""
+    """Sub-tiles of a tile: twice as many where coefficients do not fit into registers."""
     twice = 2 * tile.sub_tiles * lanes <= tile.block_n and not _in_registers(plan)
     return tile.sub_tiles * (2 if twice else 1)
 
@@ -333,12 +494,12 @@ def _in_registers(plan: Plan) -> bool:
     return plan.equidistant and plan.rows <= _COEF_IN_REGISTERS
 
 
-# Bytes of dT/dp at a time: large enough to fill a GPU many times over, small beside any batch.
+# Bytes of dT/dp at a time: enough to fill a GPU many times, small beside a batch.
 _CHUNK_BYTES, _CHUNK_STEP = 32 << 20, 128
 
 
 def _chunk(views: int, N: int, sample_bytes: int) -> tuple[int, int]:
-    """Views and samples of a chunk: some whole views, or a part of one."""
+    """Views and samples of a chunk: several whole views, or a part of one."""
     samples = max(1, _CHUNK_BYTES // sample_bytes)
     if samples >= N:
         return min(views, samples // N), N
@@ -483,6 +644,6 @@ def _launch_product(c: _Launch, dp: Tensor, dx: Tensor, views: range, samples: r
             num_stages=tile.num_stages,
         )
 
-    # float32 gradients per direction beside directions in half precision need the shared memory of float32.
+    # float32 gradients with half-precision directions need the shared memory of float32.
     config = c.config if dp.dtype == c.A.dtype else get_config(c.x.device, dp.itemsize)
     launch(choose(config, "product", c.problem(), launch))

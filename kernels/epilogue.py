@@ -6,8 +6,8 @@ samples of a product of a giant step a and a baby step b; four of them give the 
     cos(j u) = cc - ss    sin(j u) = sc + cs        j = s a + b
     cos(j u) = cc + ss    sin(j u) = sc - cs        j = s a - b
 
-and take back the gradients of both, so a program works on pairs (a, b) of a block of directions. Their
-coefficients stand in the same rows: `backward.py` evaluates the same bilinear form.
+and receive the gradients of both, so a program processes pairs (a, b) of a block of directions. Their
+coefficients have the same rows: `backward.py` evaluates the same bilinear form.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _table_sums(table_ptr, rows, mask, splits, stride_split):
 
 @triton.jit
 def _divide(values, count):
-    """Rounded correctly. `/` errs the same way for every value, and T multiplies that with N."""
+    """Division with correct rounding. `/` is biased, and T multiplies an error of the mean by N."""
     return tl.div_rn(values, tl.zeros(values.shape, tl.float32) + count)
 
 

@@ -1,8 +1,8 @@
-"""Sums of the table's products over samples, without the projected matrix (maths: `phases.py`).
+"""Forward kernel: sums of the table's products over samples, projections not stored (maths: `phases.py`).
 
-One program takes BLOCK_M directions, a range of samples of one view (a split) and a chunk of the table. It
-projects BLOCK_N samples at a time on the tensor cores and accumulates the products in registers; every
-program writes its partial table once, so two runs agree bit for bit.
+A program takes BLOCK_M directions, a range of samples of one view (a split) and a chunk of the table. It
+projects BLOCK_N samples at a time on the tensor cores and accumulates the products in registers. It writes
+its partial table once, so two runs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .phases import (
 from .runtime import OPTIONS, empty, kernel_device
 from .table import COEF_BLOCK, Plan, count_splits
 
-# Samples are counted in int32: the end of a split, less than twice as far, must fit too. So are the entries
-# of a table of one view.
+# int32 counts samples (the end of a split, less than twice as far, must fit too) and the entries of a view's
+# table.
 MAX_SAMPLES = 1 << 30
 MAX_TABLE = (1 << 31) - 1
 
@@ -56,7 +56,7 @@ def _add_products(
     babies = baby_steps(c1, s1, B)
     giants = ()
     if FAR:
-        # Giant steps far from 0 start at a sine and cosine of their own: powers lose a digit in ten.
+        # Giant steps far from 0 start from their own sine and cosine: ten powers lose a digit.
         c_a, s_a = cos_sin(p, g_hi, g_lo)
         c7, s7 = stride_from_babies(babies)
         c_b, s_b = complex_mul(c_a, s_a, c7, s7)
@@ -143,7 +143,7 @@ def _add_tile(
     return sums
 
 
-# A value of 1 or a multiple of 16 would be a compilation of its own, for nothing.
+# Not specialized: 1 or a multiple of 16 would compile another kernel without making it faster.
 @triton.jit(do_not_specialize=["views", "splits"])
 def _sigreg_fwd_kernel(
     x_ptr,  # (V, N, K)
@@ -183,7 +183,7 @@ def _sigreg_fwd_kernel(
     SUB_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Programs next to each other share samples: their tile of x comes from the cache.
+    # Neighbouring programs share samples, so that their tile of x comes from the L2 cache.
     pid = tl.program_id(0)
     m_blocks = tl.cdiv(M, BLOCK_M)
     m = (pid % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -233,7 +233,7 @@ def _sigreg_fwd_kernel(
         p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
     for n0 in range(start, full_stop, BLOCK_N):
         if RESIDENT > 0:
-            # The next tile travels while this one is summed; after the last one it is not used.
+            # Prefetch the next tile while this one is summed; the one after the last is not used.
             n = tl.minimum(n0 + BLOCK_N, full_stop - BLOCK_N) + tl.arange(0, BLOCK_N)
             x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, False)
         else:
@@ -277,10 +277,10 @@ def table_sums(
 
     Args:
         x: embeddings, shape (V, N, K), float32, bf16 or fp16, any strides.
-        A: directions, shape (K, M). Of the dtype of x they meet on the tensor cores of that dtype;
-            else both are multiplied as float32.
+        A: directions, shape (K, M). In the dtype of x both are multiplied on the tensor cores of that dtype,
+            else as float32.
         scale: multiplies the columns of A, shape (M,) float32, or None.
-        t: knots, shape (J,) float32; read on the device, for arbitrary knots only.
+        t: knots, shape (J,) float32; read on the device, and for arbitrary knots only.
         plan: layout of the table.
         config: tile sizes.
         precision: of float32 products: "ieee", "tf32x3" or "tf32".

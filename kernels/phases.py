@@ -1,10 +1,9 @@
-r"""Device functions shared by the forward and backward kernels: sine and cosine, powers, the series.
+r"""Device functions of the forward and backward kernels: sine and cosine, their powers, projections.
 
 Phases are counted in half turns, `h = t p / pi`, so that range reduction is exact: with k the integer
 nearest to h, `q = h - k` lies in [-1/2, 1/2], cos(pi h) = (-1)^k cos(pi q), and the same for the sine.
-Both are polynomials in q^2 whose error (2e-10 and 4e-9) is below float32 rounding. That is ten
-instructions more than the hardware's sine, whose absolute error (2^-21) would break the accuracy
-rule of a gradient.
+Both are polynomials in q^2 whose error (2e-10 and 4e-9) is below float32 rounding. They cost ten instructions
+more than the hardware's sine, whose absolute error (2^-21) would break the accuracy rule of a gradient.
 
 Equidistant knots `t_j = j dt`: with z = exp(i dt p), every power z^j, 0 < j < J, is
 
@@ -48,8 +47,8 @@ _C5 = tl.constexpr(-0.02439397)
 def cos_sin(p, factor_hi, factor_lo):
     """(cos, sin) of pi * (factor_hi + factor_lo) * p.
 
-    Beyond 2**22 half turns, where float32 projections carry no phase, the results are bounded but
-    arbitrary. NaN and infinity give NaN.
+    Beyond 2**22 half turns a float32 projection has no phase left: results are bounded but arbitrary. NaN and
+    infinity give NaN.
     """
     shifted = tl.fma(p, factor_hi, _ROUND)
     q = tl.fma(p, factor_hi, -(shifted - _ROUND))  # the interpreter takes no constant minus a tensor here
@@ -74,8 +73,7 @@ def complex_mul(c_a, s_a, c_b, s_b):
 def complex_square(c, s):
     """(cos, sin) of twice the angle.
 
-    Not 2 c^2 - 1: that doubles an error of the modulus where c^2 - s^2 keeps it, and four doublings are
-    a digit.
+    Not 2 c^2 - 1, which doubles an error of the modulus where c^2 - s^2 keeps it.
     """
     return tl.fma(c, c, -(s * s)), (c + c) * s
 
@@ -275,7 +273,7 @@ def load_directions(
 
 @triton.jit
 def load_tile(ptrs, row_mask, column_mask, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
-    """A tile, 0 where a mask that counts is false."""
+    """A tile; 0 where a mask is false that MASK_ROWS or MASK_COLUMNS enables."""
     if MASK_ROWS and MASK_COLUMNS:
         tile = tl.load(ptrs, mask=row_mask & column_mask, other=0.0)
     elif MASK_ROWS:

@@ -1,9 +1,9 @@
-"""Random unit directions in one launch, the same numbers as `lejepa_fast.directions` (which has the maths).
+"""Random unit directions in one launch: the numbers of `lejepa_fast/directions.py`, which has the maths.
 
-A program owns a block of columns. It draws their normals to get the norms, then draws them again to write
-the unit vectors: Philox is cheaper than a trip through memory. Half-precision output is rounded, and
-the norm of the ROUNDED column gives a float32 scale that makes it a unit vector again: tensor cores
-then multiply with directions that are known exactly.
+A program owns a block of columns. It draws their normals to get the norms and draws them again to write the
+unit vectors: Philox is cheaper than memory traffic. Half-precision output is rounded, and the norm of the
+ROUNDED column gives a float32 scale that makes it a unit vector again. So tensor cores multiply by exactly
+known unit directions.
 """
 
 from __future__ import annotations

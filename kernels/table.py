@@ -1,4 +1,4 @@
-"""How the sums of J knots are laid out in a table and shared between programs (maths: `phases.py`)."""
+"""The table of sums of J knots, and how programs share it and the samples (maths: `phases.py`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 _BABIES = 3
 _CHUNK_GIANTS = 2  # 34 running sums a direction: more do not fit into registers
 _CHUNK_KNOTS = 8
-# Directions whose coefficients stand together: a row of the table is a cache line then.
+# Directions whose coefficients are stored together, so that a row of them is a cache line.
 COEF_BLOCK = 32
 
 
@@ -93,11 +93,11 @@ class Split(NamedTuple):
     programs: int
 
 
-# Later programs fill the gaps of earlier ones: up to so many for each that runs at a time, ...
+# Programs for each that runs at a time, at most: later ones fill the gaps of earlier ones, ...
 _WAVES = 8
-# ... as long as a split has so many times the least samples, because starting a program costs too.
+# ... as long as a split has this many times the least samples, because starting a program has a cost.
 _MIN_SHARE = 4
-# A program adds its samples one after another in float32; what it adds up to is summed with compensation.
+# A program adds its samples one by one in float32; the sums of programs are added with compensation.
 _MAX_SAMPLES = 1024
 
 

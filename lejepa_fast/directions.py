@@ -3,8 +3,8 @@
 The directions are a pure function of (seed, step, k, m): Philox-4x32-10 (Salmon et al., SC 2011)
 with the seed as key and (m, k // 4, step low word, step high word) as counter, four normals per call
 by Box-Muller for rows 4q .. 4q+3 of column m. So every rank and every device draws the same
-directions without communication, a checkpoint needs only the step, and nothing waits for the GPU:
-`step` may be a tensor that lives there. Column m does not depend on how many columns are asked for.
+directions without communication, a checkpoint needs only the step, and nothing waits for the GPU: `step` may
+be a tensor on it. Column m does not depend on how many columns are asked for.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def sample_unit_directions(
 ) -> tuple[Tensor, Tensor]:
     """`sample_directions` and the scale that makes the rounded columns unit vectors again.
 
-    For `sigreg(x, A, ..., scale=scale)` with half-precision x: the tensor cores multiply with A as it is,
-    and the scale corrects the projections, so the rounding of A costs no accuracy. It only makes the
-    direction another one, by 2^-9 in bf16.
+    For `sigreg(x, A, ..., scale=scale)` with half-precision x: tensor cores multiply by A as it is and the
+    scale corrects the projections. So rounding A costs no accuracy; it only changes the direction slightly,
+    by 2^-9 in bf16.
 
     Args:
         dim, num_slices, step, seed, device, dtype: as in `sample_directions`.

@@ -78,7 +78,7 @@ class LeJEPALoss(nn.Module):
     def forward(
         self, global_views: Tensor, all_views: Tensor, step: int | Tensor | None = None
     ) -> LeJEPAOutput:
-        """Loss of one batch.
+        """The loss of one batch.
 
         Args:
             global_views: embeddings of the global views, shape (Vg, N, K).

@@ -1,4 +1,4 @@
-"""SIGReg as a module: holds the knots and the step, draws directions, calls the functional core."""
+"""SIGReg as a module: holds the knots and the step, draws directions and calls `functional.py`."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class SIGReg(nn.Module):
 
     Activation checkpointing calls the module a second time. In eager mode the directions of the last
     call are used again and the step stays; several calls before one backward are ambiguous and raise.
-    Give `step` to `forward` then, and wherever checkpointing meets `torch.compile`. Better still, keep
-    the loss outside the checkpointed region: it holds no activations worth the name.
+    Give `step` to `forward` then, and wherever checkpointing is combined with `torch.compile`. Better still,
+    keep the loss outside the checkpointed region: it stores no large activations.
 
     Args:
         num_slices: number of directions M.
@@ -51,8 +51,8 @@ class SIGReg(nn.Module):
         reduction: "mean" or "sum" over views and slices, or None for a statistic of each.
         process_group: ranks that share a batch; None is the default group, looked up at every call.
         sync: take the statistic of the batch of all ranks; False keeps it local.
-        impl: "triton", "torch", "reference" or "auto", see `lejepa_fast.sigreg`; `chosen_impl` tells what
-            "auto" takes.
+        impl: "triton", "torch", "reference" or "auto", see `lejepa_fast.sigreg`; `chosen_impl` is what "auto"
+            takes.
         seed: selects the sequence of directions.
         scale_by_n: multiply by the number of samples, as the paper does.
         pool_views: treat all leading dimensions as one sample of V * N embeddings (stable-pretraining)
@@ -114,7 +114,7 @@ class SIGReg(nn.Module):
         self._knots = standard_normal_knots(t_max, n_points) if knots is None else _checked(knots)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._register_knots(self.step.device)
-        # What activation checkpointing needs to know: calls since a backward pass began or recomputed.
+        # For activation checkpointing: calls since a backward pass began or recomputed one.
         self._calls = 0
         self._backward_began = False
 
@@ -188,7 +188,7 @@ class SIGReg(nn.Module):
         return loss.float()
 
     def _recomputed(self) -> bool:
-        """Whether activation checkpointing makes this call a second time; counts the others."""
+        """Whether activation checkpointing repeats an earlier call; counts the other calls."""
         if torch.compiler.is_compiling():
             return False
         if torch._C._current_graph_task_id() == -1:  # not inside a backward pass

@@ -3,11 +3,11 @@
     x, A --[triton_table]--> partial sums --[sum over splits, all-reduce]--> --[triton_finish]--> loss
                                                                      grad --[triton_gradient]--> dx
 
-`triton_finish` is where the gradient lives: it returns the coefficients of dT/dp beside the value and
-hands them to `triton_gradient`, so nothing of the size of the sums is differentiated, and x enters
-`triton_table` detached. Without ranks to add up, the splits are summed inside `triton_finish`.
+`triton_finish` carries the gradient: it returns the coefficients of dT/dp beside the value and passes them to
+`triton_gradient`. So nothing of the size of the sums is differentiated, and x enters `triton_table` detached.
+Without several ranks, `triton_finish` sums the splits itself.
 
-Triton is imported when an operator runs, not with this module.
+The kernels are imported when an operator runs: importing Triton takes longer than importing this library.
 """
 
 from __future__ import annotations
@@ -39,11 +39,7 @@ def _constant_when_compiled(function: _Function) -> _Function:
 
 @_constant_when_compiled
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot take a tensor: "argument: expected ..., got ...", or None if they can.
-
-    Any number of dimensions K is taken: where a configuration cannot hold dx in registers, the backward
-    goes through chunks of dT/dp.
-    """
+    """Why the kernels cannot take a tensor: "argument: expected ..., got ...", or None if they can."""
     if dtype not in DTYPES:
         return f"x: expected float32, bfloat16 or float16 for impl='triton', got {dtype}; use impl='torch'"
     version = triton_version()
@@ -76,16 +72,13 @@ def triton_version() -> tuple[int, ...] | None:
 
 
 def default_precision(device: torch.device) -> str:
-    """How float32 is multiplied unless told otherwise: as accurately as float32, on tensor cores if possible.
-
-    "tf32x3" splits each factor into two tf32 numbers; AMD's compiler does not have it.
-    """
+    """The default for float32 products: as accurate as float32, on tensor cores if the compiler can."""
     return "ieee" if device.type == "cpu" or torch.version.hip else "tf32x3"
 
 
 @_constant_when_compiled
 def why_not_precision(device: torch.device, precision: str | None) -> str | None:
-    """Why the device's compiler cannot multiply float32 so, or None: AMD's has little but "ieee"."""
+    """Why the device's compiler lacks a precision, or None if it has it; AMD's has little but "ieee"."""
     if device.type != "cuda" or not torch.version.hip or precision in (None, "ieee"):
         return None
     name = torch.cuda.get_device_properties(device).gcnArchName
@@ -97,7 +90,7 @@ def why_not_precision(device: torch.device, precision: str | None) -> str | None
 
 
 def tile_itemsize(x: Tensor, A: Tensor) -> int:
-    """Bytes of an element as it is multiplied: x and A of different dtypes meet as float32."""
+    """Bytes of an element as it is multiplied: x and A of different dtypes are multiplied as float32."""
     return x.element_size() if x.dtype == A.dtype else 4
 
 
@@ -119,7 +112,7 @@ def triton_table(
 
 
 @triton_table.register_fake
-def _(x: Tensor, A: Tensor, scale: Tensor | None, t: Tensor, spacing: float | None, precision: str) -> Tensor:
+def _(x, A, scale, t, spacing, precision):
     plan, config = _plan(x, A, t, spacing, precision)
     views, N, M = x.shape[0], x.shape[1], A.shape[1]
     splits, _ = count_splits(views, N, M, plan.chunks, config.split)
@@ -145,8 +138,8 @@ def triton_finish(
 ) -> tuple[Tensor, Tensor]:
     """Statistic (V, M), or its sum times `factor`, and coefficients, see `kernels/epilogue.py`.
 
-    x is not read: it is here because the gradient goes to it. `count` is the number of samples behind the
-    table if ranks were added, else `local_count` is.
+    x is not read; it is an argument because the gradient goes to it. `count` is the number of samples of all
+    ranks, on the device; None without several ranks, where `local_count` is the number.
     """
     from .kernels.epilogue import finish
 
@@ -166,21 +159,8 @@ def triton_finish(
 
 @triton_finish.register_fake
 def _(
-    x: Tensor,
-    A: Tensor,
-    scale: Tensor | None,
-    table: Tensor,
-    count: Tensor | None,
-    local_count: int,
-    t: Tensor,
-    phi: Tensor,
-    weights: Tensor,
-    spacing: float | None,
-    unbiased: bool,
-    scale_by_n: bool,
-    factor: float | None,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
+    x, A, scale, table, count, local_count, t, phi, weights, spacing, unbiased, scale_by_n, factor, precision
+):
     _, views, _, M = table.shape
     value = table.new_empty((views, M) if factor is None else ())
     return value, table.new_empty(coefficient_shape(views, M, make_plan(t.shape[0], spacing)))
@@ -206,17 +186,7 @@ def triton_gradient(
 
 
 @triton_gradient.register_fake
-def _(
-    grad: Tensor,
-    factor: float,
-    coef: Tensor,
-    x: Tensor,
-    A: Tensor,
-    scale: Tensor | None,
-    t: Tensor,
-    spacing: float | None,
-    precision: str,
-) -> Tensor:
+def _(grad, factor, coef, x, A, scale, t, spacing, precision):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -165,7 +165,7 @@ def test_the_loader_hands_over_what_it_drew():
         global_crops=2, local_crops=0, jitter_prob=1.0, blur_kernel=7, solarize_prob=0.5, min_image_size=1
     )
     views = [pictures(4, 33), pictures(4, 33).flip(0).contiguous()]
-    table = view_table(recipe, seed=0, epoch=0, indices=np.arange(4), sizes=[(40, 40)] * 4)
+    table = view_table(recipe, seed=0, epoch=0, indices=range(4), sizes=[(40, 40)] * 4)
     assert table.shape == (4, 2, COLUMNS)
     made = colour._by_kernels(views, table, recipe)
     right = colour.change_colours([view.cpu() for view in views], table, recipe)

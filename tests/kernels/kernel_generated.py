@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from accuracy import Result, evaluate, plain_float32, truth
+from accuracy import Result, evaluate, plain_float32, truth, value_error
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kernel_helpers import DEVICE, arbitrary_knots, directions, normal
@@ -155,7 +155,7 @@ def _errors(x: torch.Tensor, A: torch.Tensor, knots: Knots, options: dict[str, A
     if x.dtype != torch.float32:  # also of numbers so small beside the largest that they have fewer digits
         info, largest = torch.finfo(x.dtype), 2 * exact.grad.abs().max()
         rounding += info.eps / 2 * (exact.grad.norm() + info.smallest_normal * largest * x.numel() ** 0.5)
-    norms = (plain_value, error, plain_grad, (grad - exact.grad).norm(), 1e-6 * size, rounding)
+    norms = (plain_value, error, plain_grad, (grad - exact.grad).norm(), value_error(x) * size, rounding)
     return tuple(float(norm) for norm in norms)
 
 
