@@ -231,7 +231,7 @@ class DaliBackend:
                 batch_size=self._batch_size,
                 num_threads=self._threads,
                 device_id=None if self._stream is None else self._stream.device.index,
-                prefetch_queue_depth=self._prefetch,
+                prefetch_queue_depth=1,  # the loader itself counts what is in flight
                 device="cpu" if self._stream is None else "gpu",
                 hw_decoder_load=self._hw_decoder_load,
                 sizes=self._views.sizes,
