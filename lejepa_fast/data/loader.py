@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from lejepa_fast.data.backends.base import Backend, RawBatch
 from lejepa_fast.data.backends.choose_backend import make_backend
@@ -376,12 +375,18 @@ def _usable(device: torch.device | str | None) -> torch.device | None:
 
 
 def channel_values(values: tuple[float, float, float], device: torch.device | None) -> Tensor:
-    """One number per channel as (3, 1, 1) float32 on `device`.
+    """One number per channel, scaled from 0-1 to 0-255: (3, 1, 1) float32 on `device`.
 
     Made once per loader: on a GPU, making it from Python numbers waits for the GPU.
     """
     # "cpu" by name: None would be the caller's default device.
-    return torch.tensor(values, dtype=torch.float32, device=device or "cpu").view(3, 1, 1)
+    return (
+        torch.tensor(values, dtype=torch.float64, device="cpu")
+        .mul(255)
+        .float()
+        .to(device or "cpu")
+        .view(3, 1, 1)
+    )
 
 
 def normalise(
@@ -392,17 +397,16 @@ def normalise(
     dtype: torch.dtype = torch.float32,
     layout: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Compute (x / 255 - mean) / std in float32 on the device of `mean`.
+    """Compute (x - mean) / std in float32 on the device of `mean`.
 
     Args:
         pixels: (B, 3, H, W) uint8.
-        mean: (3, 1, 1), of `channel_values`.
+        mean: (3, 1, 1) on the scale 0-255, of `channel_values`.
         std: As `mean`.
         dtype: Of the result; torch.uint8 returns the pixels as they are.
         layout: Memory format of the result.
     """
     pixels = pixels.to(mean.device, non_blocking=True)
     if dtype is not torch.uint8:
-        scaled = F.to_dtype(pixels, torch.float32, scale=True)
-        pixels = scaled.sub_(mean).div_(std).to(dtype)
+        pixels = pixels.to(torch.float32).sub_(mean).div_(std).to(dtype)
     return pixels.contiguous(memory_format=layout)
