@@ -379,14 +379,9 @@ def channel_values(values: tuple[float, float, float], device: torch.device | No
 
     Made once per loader: on a GPU, making it from Python numbers waits for the GPU.
     """
+    scaled = [255 * value for value in values]
     # "cpu" by name: None would be the caller's default device.
-    return (
-        torch.tensor(values, dtype=torch.float64, device="cpu")
-        .mul(255)
-        .float()
-        .to(device or "cpu")
-        .view(3, 1, 1)
-    )
+    return torch.tensor(scaled, dtype=torch.float32, device=device or "cpu").view(3, 1, 1)
 
 
 def normalise(

@@ -7,7 +7,6 @@ import functools
 import importlib
 import importlib.util
 import logging
-from typing import NamedTuple
 
 import torch
 
@@ -21,17 +20,13 @@ log = logging.getLogger("lejepa_fast.data")
 BACKENDS = ("auto", "dali", "cpu", "torchvision")
 
 
-class Choice(NamedTuple):
-    """A backend's name and the reason for it."""
-
-    name: str
-    reason: str
-
-
-def choose_backend(name: str, device: torch.device | None) -> Choice:
+def choose_backend(name: str, device: torch.device | None) -> tuple[str, str]:
     """Choose the backend of a loader whose batches go to `device` (None: the CPU).
 
     "auto" is "dali" on a GPU where DALI is installed, else "cpu" where Numba is, else "torchvision".
+
+    Returns:
+        The backend's name and the reason for it.
 
     Raises:
         UsageError: `name` is unknown, or that backend cannot run here.
@@ -43,15 +38,15 @@ def choose_backend(name: str, device: torch.device | None) -> Choice:
         reasons = []
         if on_gpu:
             if (fault := dali_fault(True)) is None:
-                return Choice("dali", "DALI and a GPU are there")
+                return "dali", "DALI and a GPU are there"
             reasons.append(fault)
         fault = numba_fault()
         reasons.append(fault or "Numba is there")
-        return Choice("torchvision" if fault else "cpu", "; ".join(reasons))
-    fault = {"dali": lambda: dali_fault(on_gpu), "cpu": numba_fault, "torchvision": lambda: None}[name]()
+        return "torchvision" if fault else "cpu", "; ".join(reasons)
+    fault = dali_fault(on_gpu) if name == "dali" else numba_fault() if name == "cpu" else None
     if fault:
         raise UsageError(f"backend {name!r}: {fault}, or use backend='torchvision'")
-    return Choice(name, "as asked for")
+    return name, "as asked for"
 
 
 def dali_fault(on_gpu: bool) -> str | None:

@@ -6,6 +6,7 @@ as PPM.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from PIL import Image
@@ -17,7 +18,8 @@ from lejepa_fast.data.views import EvalViews, TrainViews
 from lejepa_fast.errors import RunError, UsageError
 
 
-class Encoded(NamedTuple):
+@dataclass(frozen=True)
+class Encoded:
     """An image file that any decoder reads."""
 
     index: int

@@ -85,13 +85,8 @@ def centre_view(image: Image.Image, size: int) -> Tensor:
     return F.center_crop(F.resize(pixels, [size], antialias=True), [size, size])
 
 
-class _Fault(NamedTuple):
-    """A row of a batch whose image is bad."""
-
-    epoch: int
-    row: int
-    index: int
-    reason: str
+_Fault = tuple[int, int, int, str]
+"""A bad image: (epoch, row of the batch, number of the image, reason)."""
 
 
 class _Failure(NamedTuple):
@@ -114,13 +109,14 @@ class Batches(Dataset):
             give_memory_back()
         count = len(key.indices)
         views = [torch.empty((count, 3, size, size), dtype=torch.uint8) for size in self.views.sizes]
-        batch, faults = RawBatch(views, torch.empty(count, dtype=torch.int64)), []
+        batch = RawBatch(views, torch.empty(count, dtype=torch.int64))
+        faults: list[_Fault] = []
         try:
             for row, index in enumerate(key.indices):
                 try:
                     self.fill(batch, row, key.epoch, index)
                 except UnreadableImageError as error:
-                    faults.append(_Fault(key.epoch, row, index, error.reason))
+                    faults.append((key.epoch, row, index, error.reason))
         except UsageError as error:
             return _Failure(True, str(error))
         except RunError as error:
