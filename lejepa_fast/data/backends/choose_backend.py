@@ -138,11 +138,11 @@ def make_backend(
     views: TrainViews | EvalViews,
     *,
     batch_size: int,
-    num_workers: int,
-    device: torch.device | None,
-    start_method: str | None,
-    prefetch: int,
-    hw_decoder_load: float,
+    num_workers: int = 0,
+    device: torch.device | None = None,
+    start_method: str | None = None,
+    prefetch: int = 2,
+    hw_decoder_load: float = 0.65,
 ) -> tuple[Backend, str]:
     """Make the backend. A further backend goes in here.
 
