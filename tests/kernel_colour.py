@@ -13,14 +13,12 @@ import numpy as np
 import pytest
 import torch
 from kernel_helpers import DEVICE
-from test_parity import (
+from view_parity import (
     CHAIN,
-    GRAPH,
     OP_TOLERANCE,
     OPERATIONS,
     PHOTOGRAPHS,
-    Engine,
-    FixedPlan,
+    FixedViews,
     MemorySource,
     as_row,
     distance,
@@ -29,7 +27,6 @@ from test_parity import (
 )
 
 from lejepa_fast.data import MultiCropRecipe, open_source
-from lejepa_fast.data.backends import dali_backend as dali
 from lejepa_fast.data.backends import gpu_color as colour
 from lejepa_fast.data.backends.choose_backend import dali_fault
 from lejepa_fast.data.draws import COLUMNS, ViewParams, as_params, sample_views
@@ -125,15 +122,13 @@ def test_from_files_through_the_backend(monkeypatch):
     on_gpu = DEVICE == "cuda"
     if fault := dali_fault(on_gpu):
         pytest.skip(fault)
-    monkeypatch.setattr(dali, "change_colours", colour._by_kernels)
-    engine = Engine(torch.device(DEVICE), "operators") if on_gpu else GRAPH
+    monkeypatch.setattr("lejepa_fast.data.backends.dali_backend.change_colors", colour._by_kernels)
     source = open_source("trashnet96", "train")
     images = [source[index][0] for index in PHOTOGRAPHS[:2]]
     used = [OPERATIONS[name][0] for name in ("jitter", "blur 1", "plain")]
     recipe = MultiCropRecipe(global_crops=3, global_size=40, local_crops=0, blur_kernel=CHAIN.blur_kernel)
-    views = rendered(
-        engine, FixedPlan(MemorySource(images), recipe, 0, np.stack([as_row(p) for p in used])), 2
-    )
+    fixed = FixedViews(MemorySource(images), recipe, 0, np.stack([as_row(p) for p in used]))
+    views = rendered("gpu" if on_gpu else "dali", fixed, 2)
     for view, params in zip(views, used, strict=True):
         for made, image in zip(view, images, strict=True):
             assert distance(made, reference(image, params, 40, recipe)) < OP_TOLERANCE
