@@ -45,9 +45,7 @@ def test_auto_takes_what_is_there(monkeypatch):
         name, reason = choice.choose_backend("auto", device)
         assert name == "torchvision"
         assert reason.endswith("Numba is not installed: pip install numba")
-    with pytest.raises(
-        UsageError, match=r"^backend 'cpu': Numba is not installed: pip install numba, or use"
-    ):
+    with pytest.raises(UsageError, match=r"^backend 'cpu': Numba is not installed: pip install numba, or"):
         choice.choose_backend("cpu", cpu)
 
 
@@ -181,7 +179,7 @@ def test_evaluation_views_equal_torchvisions(tmp_path, name, size):
         "batch_size": 2,
     }
     (made, labels), (right, same) = (
-        next(iter(eval_loader(NumberedFolder(root), backend=backend, **options)))
+        next(iter(eval_loader(NumberedFolder(root), backend=backend, max_bad_fraction=1, **options)))
         for backend in (name, "torchvision")
     )
     assert labels.tolist() == same.tolist() == [0, 1]
@@ -309,10 +307,6 @@ def test_the_interpreter_ends_with_a_pass_under_way(name, tmp_path):
         "batches = iter(multicrop_loader(source, recipe, batch_size=2, backend=sys.argv[2]))\n"
         "print(len(next(batches)[0]))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "images"), name],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    arguments = [sys.executable, "-c", script, str(tmp_path / "images"), name]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
