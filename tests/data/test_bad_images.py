@@ -261,9 +261,7 @@ def test_too_many_bad_images_stop_the_run(tmp_path, backend):
     (loader,) = loaders_of(source, 1, 79, **on(backend), max_bad_fraction=0.05)
     last = rf"{tmp_path}/images/0\d\d\.png: .+; repair or remove them \(`lejepa-data verify` lists all\)"
     allowed = r"more than the allowed 5 % \(max_bad_fraction\)"
-    message = (
-        rf"[4-7] of 79 images are bad, {allowed}; the last one: {last}"
-    )
+    message = rf"[4-7] of 79 images are bad, {allowed}; the last one: {last}"
     with pytest.raises(RunError, match=rf"^{message}, or raise max_bad_fraction$"):
         list(loader)
     (loader,) = loaders_of(source, 1, 79, **on(backend), max_bad_fraction=0.0)
