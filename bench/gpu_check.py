@@ -144,7 +144,7 @@ def _loader_tests(run: Run) -> list[str] | str:
     """Parity of the DALI pipeline on the GPU with torchvision, and the loader's own GPU tests."""
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
         return "DALI is not installed"
-    names = ("parity", "loader", "dali", "corpus", "quarantine", "large", "ranks", "headers")
+    names = ("parity", "loader", "backends", "corpus", "bad_images", "large", "headers")
     files = [str(TESTS / f"test_data_{name}.py") for name in names]
     return _pytest(*files, "-k", "gpu", parallel=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,12 +15,13 @@ from plain_torchvision import PlainDataset
 from torch.utils.data import DataLoader, Dataset
 
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader
-from lejepa_fast.data.backends.reading import Encoded, Reader
+from lejepa_fast.data.backends.reading import read_encoded
 from lejepa_fast.data.sources.base import EncodedSource, FolderSource
 from lejepa_fast.data.sources.shards import ShardSource
+from lejepa_fast.data.views import EvalViews
 
 PLAIN, PLAIN_TENSORS = "torchvision v2", "torchvision v2, tensors"
-OURS, DALI = "backend torchvision", "backend dali"
+OURS, CPU, DALI = "backend torchvision", "backend cpu", "backend dali"
 BYTES, PILLOW, DECODED = "bytes only", "decode only, Pillow", "decode only, DALI"
 
 
@@ -142,7 +144,7 @@ def dali_only(setting: Setting, *, copies: int = 1, hw_decoder_load: float = 0.6
     from lejepa_fast.data.backends.dali_graph import decode_pipeline
 
     source = setting.source(copies)
-    reader = Reader(source, 1, setting.workers)
+    views, pool = EvalViews(source, 1), ThreadPoolExecutor(max(2, setting.workers))
     pipe = decode_pipeline(
         batch_size=setting.batch_size,
         num_threads=setting.workers,
@@ -156,12 +158,12 @@ def dali_only(setting: Setting, *, copies: int = 1, hw_decoder_load: float = 0.6
     parts = [range(i, i + size) for i in range(0, len(source) - size + 1, size)]
 
     def run() -> int:
-        reads = deque(reader.read(part) for part in parts[:2])
+        reads = deque(pool.map(partial(read_encoded, views), part) for part in parts[:2])
         running = 0
         for number in range(len(parts)):
-            rows = [row for row in reads.popleft().result() if isinstance(row, Encoded)]
+            rows = list(reads.popleft())
             if number + 2 < len(parts):
-                reads.append(reader.read(parts[number + 2]))
+                reads.append(pool.map(partial(read_encoded, views), parts[number + 2]))
             pipe.feed_input("encoded", [np.frombuffer(row.data, dtype=np.uint8) for row in rows])
             pipe.schedule_run()
             running += 1
@@ -182,6 +184,7 @@ def contenders(setting: Setting) -> dict[str, Callable[[], Pass]]:
     copies = 16 if setting.on_gpu else 1
     return {
         PLAIN: lambda: plain(setting, tensors=False),
+        CPU: lambda: ours(setting, "cpu"),
         DALI: lambda: ours(setting, "dali", copies=copies),
         OURS: lambda: ours(setting, "torchvision"),
         DECODED: lambda: dali_only(setting, copies=copies),

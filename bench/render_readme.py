@@ -188,29 +188,6 @@ def _has_gpu_rows() -> bool:
     return any(row["gpu"] for row in read_rows(RESULTS / "loader.jsonl") if not row.get("rehearsal"))
 
 
-def loader_targets_table() -> str:
-    rows = loader_rows("target")
-    table = [
-        [row["target"], f"{row['wanted']:g}", f"{row['figure']:.2f}", "met" if row["met"] else "missed"]
-        for row in rows
-    ]
-    return markdown(["target, on a CPU", "wanted", "measured", ""], table)
-
-
-def loader_views() -> str:
-    rows = {row["contender"].rpartition(" ")[2]: row for row in loader_rows("views")}
-    speeds = " and ".join(f"{row['images_per_s']:,.0f} with `{name}`" for name, row in rows.items())
-    return f"On a CPU, in images/s: {speeds}. {loader_origin(rows['numba'])}"
-
-
-def loader_graph() -> str:
-    (row,) = loader_rows("graph")
-    return (
-        f"The graph has {row['operators']} operators at {row['views']}, and takes {row['run_ms']:.1f} ms for "
-        f"one image of 16 x 16 px. {origin(row)}"
-    )
-
-
 def loader_large() -> str:
     (row,) = loader_rows("large")
     whole, reduced, usual = (row[f"{kind}_s"] for kind in ("whole", "reduced", "usual"))
@@ -284,14 +261,7 @@ DOCUMENTS = {
     README: TABLES,
     DOCS / "training.md": {"measured": train_table},
     DOCS / "launching.md": {"plan-time": plan_time},
-    DOCS / "kernels.md": {"accuracy": accuracy_table},
-    DOCS / "loader.md": {
-        "large": loader_large,
-        "speed": loader_speed_table,
-        "views": loader_views,
-        "graph": loader_graph,
-        "targets": loader_targets_table,
-    },
+    DOCS / "loader.md": {"large": loader_large, "speed": loader_speed_table},
 }
 
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import types
-from importlib.util import find_spec
 
 import benchlib
 import gpu_timing
@@ -388,9 +387,7 @@ def test_loader_bench_rehearsal(tmp_path, monkeypatch, capsys):
     assert all(0 < row["bad"] <= 15 for row in damage)  # a part of them is dropped at the end of the epoch
     (large,) = (row for row in rows if row["kind"] == "large")
     assert min(large[f"{kind}_s"] for kind in ("whole", "reduced", "usual")) > 0
-    if dali_fault(False) is None and find_spec("numba"):
-        views = [row["contender"] for row in rows if row["kind"] == "views"]
-        assert views == ["backend dali, numba", "backend dali, operators"]
+    if dali_fault(False) is None:
         (graph,) = (row for row in rows if row["kind"] == "graph")
         assert graph["run_ms"] > 0
         # Encoded bytes, windows and the decoder; for each of the 8 views two corners and the crop.
@@ -417,7 +414,7 @@ def test_memory_of_the_loader_is_measured_on_shards_too(tmp_path, monkeypatch):
     monkeypatch.setattr(loader_bench, "MEMORY_SHARD_BYTES", 100_000)
     setting = Setting(folder, MultiCropRecipe(), 2, 0, CPU)
     rows = loader_bench.measure_memory(setting, time.monotonic() + 60)
-    names = ["backend dali", "backend torchvision"]
+    names = ["backend cpu", "backend dali", "backend torchvision"]
     assert [(row["contender"], row["kind"]) for row in rows] == [
         *((name, "folder") for name in names),
         *((f"{name}, shards", "webdataset") for name in names),
@@ -427,16 +424,16 @@ def test_memory_of_the_loader_is_measured_on_shards_too(tmp_path, monkeypatch):
 def test_loader_targets_are_judged():
     import loader_bench
 
-    def judged(dali: float, memory: list[float], seconds: float) -> list[bool]:
+    def judged(cpu: float, memory: list[float], seconds: float) -> list[bool]:
         rows = [
             {"kind": "speed", "contender": "torchvision v2", "images_per_s": 90.0},
             {"kind": "speed", "contender": "torchvision v2, tensors", "images_per_s": 100.0},
-            {"kind": "speed", "contender": "backend dali", "images_per_s": dali},
+            {"kind": "speed", "contender": "backend cpu", "images_per_s": cpu},
             {"kind": "memory", "contender": "backend dali", "growth": max(memory) / min(memory)},
             {"kind": "damage", "contender": "backend dali", "ratio": seconds},
         ]
         return [row["met"] for row in loader_bench.targets(rows, on_gpu=False)]
 
-    assert judged(221.0, [100.0, 104.0], 1.09) == [True, True, True]
+    assert judged(501.0, [100.0, 104.0], 1.09) == [True, True, True]
     # Against the faster of the two ways to write it.
-    assert judged(219.0, [100.0, 106.0], 1.11) == [False, False, False]
+    assert judged(499.0, [100.0, 106.0], 1.11) == [False, False, False]

@@ -294,8 +294,7 @@ def loading_options(data: DataConfig | None, device: torch.device, quarantine: P
         "device": device,
         "prefetch": data.prefetch,
         "hw_decoder_load": data.hw_decoder_load,
-        "dali_views": data.dali_views,
-        "quarantine": quarantine,
+        "bad_images": quarantine,
         "max_bad_fraction": data.max_bad_fraction,
     }
 

@@ -20,7 +20,7 @@ import numpy as np
 from lejepa_fast.data.recipe import MultiCropRecipe
 
 # Purposes (streams). A new purpose takes a new number; changing one changes every run.
-ORDER, AUGMENT, HOLDOUT, PACK = 1, 2, 3, 4
+ORDER, AUGMENT, HOLDOUT, PACK, SUBSTITUTE = 1, 2, 3, 4, 5
 
 _MASK = (1 << 64) - 1
 _CROP_TRIES = 10  # as torchvision's RandomResizedCrop
@@ -92,9 +92,7 @@ def permutation(seed: int, stream: int, epoch: int, index: int, count: int) -> n
 COLUMN_TOP, COLUMN_LEFT, COLUMN_HEIGHT, COLUMN_WIDTH, COLUMN_FLIP = range(5)
 COLUMN_CODES, COLUMN_FACTORS = 5, 9
 COLUMN_GRAY, COLUMN_SIGMA, COLUMN_SOLARIZE = 13, 14, 15
-# 1: the window is cut out after resizing, so the resizing filter may read beyond it (evaluation).
-COLUMN_WHOLE = 16
-COLUMNS = 17
+COLUMNS = 16
 SKIP, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(5)
 
 

@@ -1,4 +1,4 @@
-"""The saved state of a loader: what each of its fields must be, whoever wrote them."""
+"""The saved state of a loader: checks each field, whoever wrote it."""
 
 from __future__ import annotations
 
@@ -10,44 +10,40 @@ from typing import Any
 from lejepa_fast.errors import UsageError
 
 
-def _whole(value: object, least: int = 0) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+def _whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _listing(value: object, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(fits, value))
+def _count(value: Any) -> bool:
+    return _whole(value) and value >= 0
 
 
-def _part(value: Any) -> bool:
-    """Whether it is a `sampler.Part`, as JSON keeps it."""
-    if not _listing(value, _whole) or len(value) != 4:
-        return False
-    ranks, size, first, last = map(int, value)
-    return min(ranks, size) >= 1 and first <= last
+def _pairs(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and _count(pair[0]) and isinstance(pair[1], str)
+        for pair in value
+    )
 
 
-_COUNT = "a whole number, 0 or more"
-_NUMBER = "a whole number, 1 or more"
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "epoch": (_COUNT, _whole),
-    "batch": (_COUNT, _whole),
-    "world_size": (_NUMBER, lambda value: _whole(value, 1)),
-    "global_batch": (_NUMBER, lambda value: _whole(value, 1)),
-    "since": (_COUNT, _whole),
-    "earlier": (
-        "a list of parts [ranks, batch size, first batch, batch after the last]",
-        lambda value: _listing(value, _part),
-    ),
-    "bad": ("a list of numbers of images", lambda value: _listing(value, _whole)),
-    "reasons": ("a list of texts", lambda value: _listing(value, lambda reason: isinstance(reason, str))),
+    "epoch": ("a whole number, 0 or more", _count),
+    "images_seen": ("a whole number, 0 or more", _count),
+    "seed": ("a whole number", _whole),
+    "num_images": ("a whole number, 0 or more", _count),
+    "names_sha256": ("a text", lambda value: isinstance(value, str)),
+    "bad": ("a list of pairs [number of the image, reason]", _pairs),
 }
-_NEEDED = ("epoch", "batch")  # older states lack some of the others
+_NEEDED = ("epoch", "images_seen")
 
 
-def check_fields(state: Mapping[str, Any]) -> None:
-    """Raise `UsageError` naming the first field of a loader's state that cannot be one."""
+def check_state(state: Mapping[str, Any]) -> None:
+    """Check the type of each field of a loader's state; only the epoch and the position must be there.
+
+    Raises:
+        UsageError: Names the first field that is wrong, what was expected and what came.
+    """
     if not isinstance(state, Mapping):
-        raise UsageError(f"a loader state must be what state_dict() has returned; got {type(state).__name__}")
+        raise UsageError(f"a loader state must be what state_dict() returned; got {type(state).__name__}")
     for name, (expected, fits) in _FIELDS.items():
         if (name in state or name in _NEEDED) and not fits(state.get(name)):
             raise wrong_field(state, name, expected)

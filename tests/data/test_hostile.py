@@ -173,7 +173,7 @@ def is_one_line(said: str) -> bool:
     return said.startswith("error: ") and said.endswith("\n") and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("backend", ["torchvision", "dali"])
+@pytest.mark.parametrize("backend", ["torchvision", "cpu", "dali"])
 def test_hostile_shards_do_no_harm(hostile, backend):
     if backend == "dali" and dali_fault(False):
         pytest.skip(str(dali_fault(False)))

@@ -15,7 +15,8 @@ from PIL import Image, ImageFilter
 from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader, open_source
 from lejepa_fast.data.backends.torchvision_backend import apply_view, to_tensor
 from lejepa_fast.data.draws import COLUMN_HEIGHT, COLUMN_WIDTH, sample_views, view_table
-from lejepa_fast.data.sources.base import FolderSource, large
+from lejepa_fast.data.sources import large
+from lejepa_fast.data.sources.base import FolderSource
 from lejepa_fast.data.sources.decoding import open_encoded, to_rgb
 
 RECIPE = MultiCropRecipe(

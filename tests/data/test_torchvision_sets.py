@@ -156,7 +156,7 @@ def test_items_are_those_of_torchvision(tmp_path, name, monkeypatch):
     assert ours.classes == (theirs_named[0] if theirs_named else None)
 
 
-@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+@pytest.mark.parametrize("backend", ["cpu", "dali", "torchvision"])
 def test_files_have_the_limits_of_all_image_files(tmp_path, backend, monkeypatch):
     if backend == "dali" and dali_fault(False):
         pytest.skip(str(dali_fault(False)))
@@ -170,7 +170,7 @@ def test_files_have_the_limits_of_all_image_files(tmp_path, backend, monkeypatch
     found = torchvision_sets.open_torchvision_set(f"torchvision:EuroSAT:{tmp_path}", "train")
     source, file = found.source, tmp_path / "quarantine.txt"
     recipe = MultiCropRecipe(global_size=8, local_crops=0)
-    options = {"backend": backend, "quarantine": file, "max_bad_fraction": 0.5, "dtype": torch.uint8}
+    options = {"backend": backend, "bad_images": file, "max_bad_fraction": 0.5, "dtype": torch.uint8}
     for _ in multicrop_loader(source, recipe, batch_size=COUNT + 3, **options):
         pass
     reasons = dict(line.split("\t")[::2] for line in file.read_text().splitlines())

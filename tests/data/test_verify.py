@@ -53,9 +53,9 @@ def test_bad_files_are_listed_and_counted(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(FolderSource, "encoded", lambda self, i: read.append(i) or encoded(self, i))
     source = open_source(str(data), "train")
     loader = multicrop_loader(
-        source, recipe, batch_size=30, quarantine=listing, backend="torchvision", max_bad_fraction=0.1
+        source, recipe, batch_size=30, bad_images=listing, backend="torchvision", max_bad_fraction=0.1
     )
-    assert loader.quarantined == [3, 7]
+    assert loader.bad_images == [3, 7]
     list(loader)
     assert set(read) == set(range(30)) - {3, 7}
 

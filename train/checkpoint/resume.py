@@ -150,7 +150,7 @@ class Parts:
             self.average.follow()
         _load_schedule(self.optimizer, self.scheduler, state["scheduler"])
         same_images = state.get("data") in (None, self.data)
-        position = {"epoch": state["loader"]["epoch"], "batch": 0}
+        position = {"epoch": state["loader"]["epoch"], "images_seen": 0}
         self.loader.load_state_dict(state["loader"] if same_images else position)
 
     def _tensors_to_load(self, path: Path) -> dict[str, Tensor]:

@@ -47,15 +47,13 @@ class DataConfig:
     """Share of each class held out for evaluation where the data has no val split of its own."""
     workers: int | None = None
     """Loader worker processes per training process; 0: load in the training process; None: by CPU count."""
-    backend: Literal["auto", "dali", "torchvision"] = "auto"
-    """What decodes and augments. auto: DALI where it is installed and runs on the GPU, or with numba on the
-    CPU; else torchvision."""
+    backend: Literal["auto", "dali", "cpu", "torchvision"] = "auto"
+    """What decodes and augments. auto: dali on a GPU where it is installed, else cpu where Numba is, else
+    torchvision."""
     prefetch: int = 2
     """Finished batches that wait for the training; with torchvision, for each worker. Each costs memory."""
     hw_decoder_load: float = 0.65
     """Share of JPEGs for the hardware decoder of a GPU, where DALI decodes there; 0: all go to CUDA."""
-    dali_views: Literal["auto", "numba", "operators"] = "auto"
-    """What makes DALI's views: its operators, or compiled code, on the CPU only. auto: that if installed."""
     max_bad_fraction: float = 0.05
     """Unreadable images are listed in RUN/quarantine.txt and replaced; more than this share stops the run."""
 
@@ -239,11 +237,7 @@ def resolve(cfg: Config) -> Config:
 def validate(cfg: Config, world_size: int = 1) -> None:
     """Raise UsageError for values that cannot work; names the field, what is expected and what came."""
     cfg.crops.validate()
-    check_loading(
-        prefetch=cfg.data.prefetch,
-        hw_decoder_load=cfg.data.hw_decoder_load,
-        dali_views=cfg.data.dali_views,
-    )
+    check_loading(prefetch=cfg.data.prefetch, hw_decoder_load=cfg.data.hw_decoder_load)
     at_least: list[tuple[str, Any, float]] = [
         ("data.workers", cfg.data.workers, 0),
         ("model.img_size", cfg.model.img_size, 1),

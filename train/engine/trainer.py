@@ -229,7 +229,8 @@ class Trainer:
         self.model.train()
         self.meter.restart()
         while self.step < self.total_steps:
-            epoch, batch = self._position()
+            # The number of steps does not tell it after a resume with another batch size.
+            epoch, batch = self.loader.position
             if batch == 0:
                 self._evaluate_if_due(epoch)
             self.loader.set_epoch(epoch)
@@ -247,13 +248,6 @@ class Trainer:
                     break
         self.save()
         self.saver.wait()
-
-    def _position(self) -> tuple[int, int]:
-        """Epoch, and batches taken of it, fewer than it has. The loader's own count: after a resume with
-        another batch size, the number of steps does not tell."""
-        state = self.loader.state_dict()
-        epoch, batch = state["epoch"], state["batch"]
-        return (epoch + 1, 0) if batch == len(self.loader) else (epoch, batch)
 
     def _batches(self) -> Iterator[tuple[list[Tensor], float]]:
         """The rest of the epoch: views, and the seconds that the training waited for them."""
@@ -470,7 +464,7 @@ class Trainer:
         export_encoder(model.encoder, cfg, self.step, self.run_dir)
         averaged = f" (the {cfg.average.kind} of its weights)" if self.parts.averaged() else ""
         log.info("evaluating the trained%s and the untrained encoder", averaged)
-        epoch, batch = self._position()
+        epoch, batch = self.loader.position
         trained = self._evaluate(model, epoch + (batch > 0), during_training=False)
         with self._evaluating():
             untrained = evaluate_untrained(cfg, self.train_source, self.val_source, **self._how_to_evaluate)

@@ -1,56 +1,30 @@
-"""What a backend is: the contract between the loader and whatever makes the pixels."""
+"""The contract between the loader and a backend, which makes the pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.sampler import BatchKey
-
-# Why an image that is known to be bad cannot be used.
-LISTED = "listed in the quarantine"
-
-
-# Why a pass cannot go on: a backend makes one at a time.
-ANOTHER_PASS = "another pass over the same loader has begun; make a loader for each"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A row of a batch whose image cannot be used."""
-
-    row: int
-    index: int
-    reason: str
+from lejepa_fast.errors import RunError
 
 
 class RawBatch(NamedTuple):
-    """What a backend hands to the loader: uint8 pixels and labels, on the CPU (possibly pinned) or the GPU.
-
-    views: V tensors (B, 3, S, S) uint8, of any memory layout; targets: (B,) int64 on the CPU, -1 where
-    unlabelled; epoch: of the images; faults: rows to be replaced, none in what the loader gets.
-    """
+    """Pixels and labels before normalisation."""
 
     views: list[Tensor]
+    """V tensors (B, 3, S, S) uint8 of any memory layout, on the CPU (possibly pinned) or the GPU."""
     targets: Tensor
-    epoch: int = 0
-    faults: tuple[Fault, ...] = ()
+    """(B,) int64 on the CPU, -1 where unlabelled."""
 
-
-class FaultHandler(Protocol):
-    """Decides what takes the place of a bad image. Asked in the order of the places in the epoch."""
-
-    position: int
-    """How many substitutes are used up; set back by a backend that makes batches again."""
-    known: set[int]
-    """Images that are known to be bad: to be reported with the reason `LISTED`, not to be read."""
-
-    def replace(self, index: int, reason: str) -> int | None:
-        """Note that image `index` is bad; the number of the image that comes in, None for none."""
-        ...
+    def rows(self, kept: Sequence[int]) -> RawBatch:
+        """The batch with these rows only."""
+        if len(kept) == len(self.targets):
+            return self
+        return RawBatch([view[list(kept)] for view in self.views], self.targets[list(kept)])
 
 
 class Backend(Protocol):
@@ -58,6 +32,16 @@ class Backend(Protocol):
 
     name: str
 
-    def batches(self, keys: Iterable[BatchKey], faults: FaultHandler) -> Iterator[RawBatch]:
-        """One uint8 batch per key, in order. A pass that was begun before ends: it raises `RunError`."""
+    def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Iterator[RawBatch]:
+        """Yield one batch per key, in order.
+
+        A bad image is added to `bad`, and its first usable substitute takes its place (`Views.substitute`);
+        where there is none the batch is shorter. A new call ends the pass of the call before: that one
+        raises `another_pass()`.
+        """
         ...
+
+
+def another_pass() -> RunError:
+    """The error of a pass that a newer one has ended."""
+    return RunError("another pass over the same loader has begun; make a loader for each")

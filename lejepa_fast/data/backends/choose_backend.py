@@ -7,50 +7,46 @@ import functools
 import importlib
 import importlib.util
 import logging
-from typing import NamedTuple
 
 import torch
 
 from lejepa_fast.data.backends.base import Backend
 from lejepa_fast.data.backends.torchvision_backend import TorchvisionBackend
-from lejepa_fast.data.views import EvalPlan, TrainPlan
+from lejepa_fast.data.views import EvalViews, TrainViews
 from lejepa_fast.errors import UsageError
 
 log = logging.getLogger("lejepa_fast.data")
 
-BACKENDS = ("auto", "dali", "torchvision")
-DALI_VIEWS = ("auto", "numba", "operators")
+BACKENDS = ("auto", "dali", "cpu", "torchvision")
 
 
-class Choice(NamedTuple):
-    """A backend's name and the reason for it."""
+def choose_backend(name: str, device: torch.device | None) -> tuple[str, str]:
+    """Choose the backend of a loader whose batches go to `device` (None: the CPU).
 
-    name: str
-    reason: str
+    "auto" is "dali" on a GPU where DALI is installed, else "cpu" where Numba is, else "torchvision".
 
+    Returns:
+        The backend's name and the reason for it.
 
-def choose_backend(name: str, device: torch.device | None) -> Choice:
-    """Resolve "auto" for a loader whose batches go to `device` (None: CPU).
-
-    Raises `UsageError` for an unknown name, and for "dali" where DALI cannot run.
+    Raises:
+        UsageError: `name` is unknown, or that backend cannot run here.
     """
     if name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}; expected one of {', '.join(map(repr, BACKENDS))}")
-    if name == "torchvision":
-        return Choice(name, "as asked for")
     on_gpu = device is not None and device.type == "cuda"
-    fault = dali_fault(on_gpu)
-    if name == "dali":
-        if fault:
-            raise UsageError(f"backend 'dali': {fault}, or use backend='torchvision'")
-        return Choice(name, "as asked for")
+    if name == "auto":
+        reasons = []
+        if on_gpu:
+            if (fault := dali_fault(True)) is None:
+                return "dali", "DALI and a GPU are there"
+            reasons.append(fault)
+        fault = numba_fault()
+        reasons.append(fault or "Numba is there")
+        return "torchvision" if fault else "cpu", "; ".join(reasons)
+    fault = dali_fault(on_gpu) if name == "dali" else numba_fault() if name == "cpu" else None
     if fault:
-        return Choice("torchvision", fault)
-    if on_gpu:
-        return Choice("dali", "DALI and a GPU are there")
-    if missing := numba_fault():
-        return Choice("torchvision", f"on the CPU, DALI is the faster one only with numba, and {missing}")
-    return Choice("dali", "DALI and numba are there")
+        raise UsageError(f"backend {name!r}: {fault}, or use backend='torchvision'")
+    return name, "as asked for"
 
 
 def dali_fault(on_gpu: bool) -> str | None:
@@ -62,25 +58,17 @@ def dali_fault(on_gpu: bool) -> str | None:
         dali = importlib.import_module("nvidia.dali")
         importlib.import_module("nvidia.dali.fn")
     except Exception as error:  # a library that cannot be loaded: ImportError, OSError, RuntimeError
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"DALI cannot be loaded ({first}): pip install {package}"
+        return f"DALI cannot be loaded ({_first_line(error)}): pip install {package}"
     if not on_gpu:
         return None
-    built = _major(str(getattr(dali, "__cuda_version__", "")))
-    available, driver = torch.cuda.is_available(), _driver_version()
-    if available and not (built and driver):
-        _say_unchecked()
-    return cuda_fault(built, available, driver)
-
-
-def cuda_fault(built: int, available: bool, driver: int) -> str | None:
-    """Why a DALI built for CUDA `built` (13) cannot use the GPU.
-
-    driver: the newest CUDA that it supports (12080 for 12.8). 0 for what is not known.
-    """
-    if not available:
+    if not torch.cuda.is_available():
         return "there is no CUDA device"
-    if driver and built > driver // 1000:
+    # "13.4.92", or "13492" without the dots.
+    built = int("".join(c for c in str(getattr(dali, "__cuda_version__", "")) if c.isdigit())[:2] or 0)
+    driver = _driver_version()
+    if not (built and driver):
+        _warn_unchecked()
+    elif built > driver // 1000:
         supported = f"{driver // 1000}.{driver % 1000 // 10}"
         return (
             f"DALI is built for CUDA {built}, the driver supports CUDA {supported}: "
@@ -89,38 +77,35 @@ def cuda_fault(built: int, available: bool, driver: int) -> str | None:
     return None
 
 
-def _major(version: str) -> int:
-    """13 of "13.4.92", "13492" (as DALI has it, without the dots) and "13000"; 0 of what is no version."""
-    digits = "".join(c for c in version if c.isdigit())
-    return int(digits[:2] or 0)
-
-
-@functools.cache
-def _say_unchecked() -> None:
-    log.warning(
-        "cannot tell whether this build of DALI suits the CUDA driver, as one of their versions is not to be "
-        "had; if DALI fails on the GPU, use backend='torchvision'"
-    )
-
-
-@functools.cache
-def numba_fault() -> str | None:
-    """Why the compiled CPU kernels cannot be used; None if they can. One that is broken is logged, once."""
-    if importlib.util.find_spec("numba") is None:
-        return "numba is not installed: pip install numba"
-    try:
-        importlib.import_module("lejepa_fast.data.backends.cpu_kernels")
-    except Exception as error:  # another NumPy than numba wants, a cache that cannot be written, ...
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        log.warning("the compiled CPU kernels cannot be used: numba says %r", first)
-        return f"numba is broken ({first}): pip install --upgrade numba, or set NUMBA_CACHE_DIR"
-    return None
-
-
 def wanted_package(cuda: str | None) -> str:
     """The build of DALI for a CUDA version such as "12.8"; None (no CUDA) takes the newest."""
     major = int(cuda.split(".")[0]) if cuda else 13
     return f"nvidia-dali-cuda{min(max(major, 12), 13)}0"
+
+
+@functools.cache
+def numba_fault() -> str | None:
+    """Why the compiled CPU kernels cannot be used; None if they can. A broken Numba is logged once."""
+    if importlib.util.find_spec("numba") is None:
+        return "Numba is not installed: pip install numba"
+    try:
+        importlib.import_module("lejepa_fast.data.backends.cpu_kernels")
+    except Exception as error:  # another NumPy than Numba wants, a cache that cannot be written, ...
+        log.warning("the compiled CPU kernels cannot be used: Numba says %r", _first_line(error))
+        return f"Numba is broken ({_first_line(error)}): pip install --upgrade numba, or set NUMBA_CACHE_DIR"
+    return None
+
+
+@functools.cache
+def _warn_unchecked() -> None:
+    log.warning(
+        "cannot tell whether this build of DALI fits the CUDA driver: one of their versions is unknown; if "
+        "DALI fails on the GPU, use backend='cpu' or 'torchvision'"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _is_installed() -> bool:
@@ -131,7 +116,7 @@ def _is_installed() -> bool:
 
 
 def _driver_version() -> int:
-    """CUDA version that the driver supports, 12080 for 12.8; 0 when it is not to be had."""
+    """The newest CUDA version of the driver, 12080 for 12.8; 0 when unknown."""
     version = ctypes.c_int(0)
     try:
         fault = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -140,56 +125,62 @@ def _driver_version() -> int:
     return 0 if fault else version.value
 
 
-def check_loading(*, prefetch: int, hw_decoder_load: float, dali_views: str) -> None:
+def check_loading(*, prefetch: int, hw_decoder_load: float) -> None:
     """Raise `UsageError` for settings of the loading that cannot work."""
     if prefetch < 1:
         raise UsageError(f"prefetch must be at least 1 batch; got {prefetch}")
     if not 0.0 <= hw_decoder_load <= 1.0:
         raise UsageError(f"hw_decoder_load must lie in [0, 1]; got {hw_decoder_load}")
-    if dali_views not in DALI_VIEWS:
-        raise UsageError(f"dali_views must be one of {', '.join(map(repr, DALI_VIEWS))}; got {dali_views!r}")
 
 
 def make_backend(
     name: str,
-    plan: TrainPlan | EvalPlan,
+    views: TrainViews | EvalViews,
     *,
     batch_size: int,
-    num_workers: int,
-    device: torch.device | None,
-    start_method: str | None,
-    prefetch: int,
-    hw_decoder_load: float,
-    dali_views: str,
+    num_workers: int = 0,
+    device: torch.device | None = None,
+    start_method: str | None = None,
+    prefetch: int = 2,
+    hw_decoder_load: float = 0.65,
 ) -> tuple[Backend, str]:
-    """The backend and the reason for the choice. The place where a further backend goes in."""
+    """Make the backend. A further backend goes in here.
+
+    Returns:
+        The backend and the reason for the choice.
+
+    Raises:
+        UsageError: A setting cannot work.
+    """
     if num_workers < 0:
         raise UsageError(f"num_workers must be 0 or more; got {num_workers}")
-    check_loading(prefetch=prefetch, hw_decoder_load=hw_decoder_load, dali_views=dali_views)
+    check_loading(prefetch=prefetch, hw_decoder_load=hw_decoder_load)
     if start_method not in (None, "fork", "spawn", "forkserver"):
         raise UsageError(f"start_method must be 'fork', 'spawn', 'forkserver' or None; got {start_method!r}")
-    choice = choose_backend(name, device)
-    if choice.name == "dali":
+    chosen, reason = choose_backend(name, device)
+    pin_memory = device is not None and device.type == "cuda"
+    made: Backend
+    if chosen == "dali":
         from lejepa_fast.data.backends.dali_backend import DaliBackend
 
         made = DaliBackend(
-            plan,
+            views,
             batch_size=batch_size,
             threads=num_workers,
             device=device,
             prefetch=prefetch,
             hw_decoder_load=hw_decoder_load,
-            views=dali_views,
         )
-        return made, f"{choice.reason}; views by {made.views}"
-    pin_memory = device is not None and device.type == "cuda"
-    return (
-        TorchvisionBackend(
-            plan,
+    elif chosen == "cpu":
+        from lejepa_fast.data.backends.cpu_backend import CpuBackend
+
+        made = CpuBackend(views, threads=num_workers, pin_memory=pin_memory, prefetch=prefetch)
+    else:
+        made = TorchvisionBackend(
+            views,
             num_workers=num_workers,
             pin_memory=pin_memory,
             start_method=start_method,
             prefetch=prefetch,
-        ),
-        choice.reason,
-    )
+        )
+    return made, reason

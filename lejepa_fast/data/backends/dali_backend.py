@@ -1,52 +1,47 @@
-"""The DALI backend: one thread drives a DALI pipeline a few batches ahead of the trainer.
+"""The DALI backend: decodes and crops on a GPU, a few batches ahead of the trainer.
 
-Files are read and their headers checked in Python threads (`reading`), so which images make up a batch, what
-is quarantined and where a run resumes is the same as with torchvision. DALI decodes. On a GPU it also cuts
-the views (`dali_graph`), and Triton kernels change their colours (`colour`); on the CPU compiled kernels make
-them (`cpu_kernels`), because DALI's own CPU operators are slower, also than torchvision's (docs/loader.md has
-the figures). Without Numba, or when asked for (`views`), the graph runs on the CPU, too.
+Threads read the files and check their headers (`reading`). A DALI pipeline decodes each image once and cuts
+all its views (`dali_graph`), and Triton kernels change their colors (`gpu_color`). The same pipeline runs on
+a CPU, slowly, for tests.
 
-A failure inside DALI ends a pipeline for good. Should one happen in spite of the checks, the pipeline is made
-anew and the batch runs again from pixels that Pillow has decoded; what Pillow refuses is quarantined.
+An error inside DALI breaks its pipeline. A new one is made then, and the batch runs again from pixels that
+Pillow has decoded; what Pillow refuses is a bad image.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import queue
-import threading
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lejepa_fast.data.backends.base import ANOTHER_PASS, FaultHandler, RawBatch
-from lejepa_fast.data.backends.choose_backend import numba_fault
-from lejepa_fast.data.backends.gpu_color import change_colours
-from lejepa_fast.data.backends.reading import Bad, Encoded, PendingRead, Reader
+from lejepa_fast.data.backends.base import RawBatch, another_pass
+from lejepa_fast.data.backends.dali_graph import view_pipeline, window_table
+from lejepa_fast.data.backends.gpu_color import change_colors
+from lejepa_fast.data.backends.reading import TURNS, Encoded, read_encoded
+from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.draws import COLUMNS
 from lejepa_fast.data.sampler import BatchKey
-from lejepa_fast.data.sources.headers import TURNS
-from lejepa_fast.data.views import EvalPlan, TrainPlan
+from lejepa_fast.data.views import EvalViews, TrainViews
 from lejepa_fast.errors import RunError, UsageError
 
 log = logging.getLogger("lejepa_fast.data")
 
-_IN_FLIGHT = 2  # batches inside DALI: one decodes while the views of the one before are made
-_READ_AHEAD = 2  # batches of encoded bytes beyond those
-_PATIENCE = 0.1  # seconds between two looks at whether somebody still wants the batches
+_READ_AHEAD = 2  # batches of encoded bytes beyond those inside DALI
+_FILES_PER_TASK = 8
 
-
-# A forked process has none of a pipeline's threads: destroying its copy there would wait for them for ever.
-# So references are held from before the fork on, even to pipelines that are already garbage: a collection may
-# run in the child before any hook of ours does.
+# A forked process has none of a pipeline's threads: destroying the pipeline there would hang.
+# So the child keeps references, taken before the fork, even to pipelines that are already garbage: the child
+# may collect garbage before any hook of ours runs in it.
 _pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
 _held: list[Any] = []
 _immortal: list[Any] = []
@@ -59,350 +54,196 @@ os.register_at_fork(
 
 @dataclass
 class _Batch:
-    """A batch on its way through DALI.
-
-    position: substitutes used up before it; refusal: why DALI did not take it.
-    """
+    """A batch on its way through DALI."""
 
     key: BatchKey
-    images: list[Encoded | Bad]
-    position: int
-    rows: list[Encoded] = field(default_factory=list)
+    rows: list[Encoded]
     table: np.ndarray = field(default_factory=lambda: np.empty((0, 0, COLUMNS)))
+    """Parameters of its views."""
     refusal: Exception | None = None
+    """Why DALI did not take it."""
 
 
 class DaliBackend:
-    """Makes batches with DALI on `threads` threads. See `backend.Backend` for the contract.
+    """Makes batches with DALI. See `base.Backend` for the contract.
 
-    device: a CUDA device decodes and augments there; else everything happens on the CPU. prefetch: finished
-    batches that wait for the trainer. hw_decoder_load: share of JPEGs for the GPU's hardware decoder. views:
-    what makes them, "operators" of DALI's or compiled code ("numba", on the CPU only); "auto": as above.
-    Raises `UsageError` for "numba" where that cannot be.
+    Args:
+        views: What to make of each image.
+        batch_size: Images per batch, at most.
+        threads: Threads that read files, and threads of DALI; at least 1 each.
+        device: A CUDA device decodes and augments there; else all happens on the CPU.
+        prefetch: Batches that are made ahead of the trainer.
+        hw_decoder_load: Share of JPEGs for the hardware decoder of a GPU.
     """
 
     name = "dali"
 
     def __init__(
         self,
-        plan: TrainPlan | EvalPlan,
+        views: TrainViews | EvalViews,
         *,
         batch_size: int,
         threads: int,
         device: torch.device | None,
         prefetch: int = 2,
         hw_decoder_load: float = 0.65,
-        views: str = "auto",
     ) -> None:
-        self._plan, self._batch_size, self._prefetch = plan, batch_size, prefetch
-        self._threads = max(1, threads)
-        self._gpu = device if device is not None and device.type == "cuda" else None
-        self._hw_decoder_load = hw_decoder_load
-        self._compiled = _compiled(views, on_gpu=self._gpu is not None)
-        self._reader = Reader(plan.source, plan.smallest_image, self._threads, plan.reduction)
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="lejepa-views")
-        self._stream = torch.cuda.Stream(self._gpu) if self._gpu is not None else None
+        self._views, self._batch_size, self._prefetch = views, batch_size, prefetch
+        self._threads, self._hw_decoder_load = max(1, threads), hw_decoder_load
+        on_gpu = device is not None and device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_gpu else None
+        # More threads than cores do no harm: most of the time they wait for the disk.
+        self._pool = ThreadPoolExecutor(max(2, min(self._threads, 16)), thread_name_prefix="lejepa-read")
         self._pipe: Any = None
-        self._pass: _Pass | None = None
+        self._running: deque[_Batch] = deque()  # inside DALI
+        self._pass: object | None = None  # the one that began last
 
-    @property
-    def views(self) -> str:
-        """What makes the views: "numba" or "operators"."""
-        return "numba" if self._compiled else "operators"
+    def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Iterator[RawBatch]:
+        self._drain()  # what an earlier pass left
+        keys, reads = iter(keys), deque[tuple[BatchKey, list[Future[list[Encoded]]]]]()
+        current = self._pass = object()
 
-    def batches(self, keys: Iterable[BatchKey], faults: FaultHandler) -> Iterator[RawBatch]:
-        """Batches in the order of `keys`; a pass that was begun before ends."""
-        if self._pass is not None:
-            self._pass.stop()
-        current = self._pass = _Pass(self, keys, faults, self._prefetch)
-        try:
-            yield from current
-        finally:
-            current.stop()
-
-    # ---- in the driving thread -------------------------------------------------------------------
-
-    def produce(
-        self, keys: Iterator[BatchKey], faults: FaultHandler, wanted: _Pass
-    ) -> Generator[Any, None, None]:
-        """All batches with the CUDA events that say when they are ready (None on the CPU)."""
-        reads: deque[tuple[BatchKey, PendingRead]] = deque()
-        running: deque[_Batch] = deque()
-        try:
-            while not wanted.stopped():
-                while len(reads) < _READ_AHEAD and (key := next(keys, None)) is not None:
-                    reads.append((key, self._reader.read(key.indices, faults.known)))
-                if reads and len(running) < _IN_FLIGHT:
-                    key, pending = reads.popleft()
-                    batch = _Batch(key, pending.result(), faults.position)
-                    self._start(batch, faults)
-                    running.append(batch)
-                elif running:
-                    yield self._finish(running, faults)
-                else:
+        def fill() -> None:
+            while len(reads) < self._prefetch + _READ_AHEAD and (key := next(keys, None)) is not None:
+                reads.append((key, self._read(key, bad)))
+            while reads and len(self._running) < self._prefetch:
+                if self._running and not all(part.done() for part in reads[0][1]):
                     return
-        finally:
-            for _, pending in reads:
-                pending.cancel()
-            self._drain(running)
+                key, parts = reads.popleft()
+                self._running.append(_Batch(key, [row for part in parts for row in part.result()]))
+                self._start(self._running[-1])
 
-    def _start(self, batch: _Batch, faults: FaultHandler, *, careful: bool = False) -> None:
-        """Put good images in the places of bad ones and send the batch on its way."""
-        batch.position, batch.rows, batch.refusal = faults.position, [], None
-        for found in batch.images:
-            image: Encoded | Bad = found
-            while isinstance(image, Bad):
-                substitute = faults.replace(image.index, image.reason)
-                if substitute is None:
-                    break
-                image = self._reader.one(substitute, careful=careful)
-            if isinstance(image, Encoded):
-                batch.rows.append(image)
+        try:
+            fill()
+            while self._running:
+                made = self._collect_or_repeat(bad)
+                fill()
+                yield made
+                if self._pass is not current:
+                    raise another_pass()
+                fill()
+        finally:
+            for _, parts in reads:
+                for part in parts:
+                    part.cancel()
+            if self._pass is current:
+                self._drain()
+
+    def _read(self, key: BatchKey, bad: BadImages, *, careful: bool = False) -> list[Future[list[Encoded]]]:
+        """Start reading the images of a batch, with good ones in the places of bad ones."""
+        next_try = partial(self._views.substitute, key.epoch)
+        read = partial(read_encoded, self._views, careful=careful)
+
+        def read_part(indices: Sequence[int]) -> list[Encoded]:
+            found = [bad.first_usable(index, next_try, read) for index in indices]
+            return [row for row in found if row is not None]
+
+        size = _FILES_PER_TASK
+        parts = [key.indices[first : first + size] for first in range(0, len(key.indices), size)]
+        return [self._pool.submit(read_part, part) for part in parts]
+
+    def _start(self, batch: _Batch) -> None:
+        """Send a batch on its way."""
         if not batch.rows:
             return
-        rows = batch.rows
-        batch.table = self._plan.table(
-            batch.key.epoch, [row.index for row in rows], [(row.width, row.height) for row in rows]
-        )
+        batch.refusal = None
+        sizes = [(row.width, row.height) for row in batch.rows]
+        batch.table = self._views.table(batch.key.epoch, [row.index for row in batch.rows], sizes)
         if self._pipe is None:
             self._pipe = self._build()
+        windows = window_table(batch.table, sizes, [TURNS[row.orientation] for row in batch.rows])
         try:
-            self._feed(batch)
-        except Exception as error:  # most likely an earlier batch has broken the pipeline: see `_finish`
+            self._pipe.feed_input("encoded", [np.frombuffer(row.data, dtype=np.uint8) for row in batch.rows])
+            self._pipe.feed_input("windows", windows)
+            self._pipe.schedule_run()
+        except Exception as error:  # most likely a batch before this one has broken the pipeline
             batch.refusal = error
 
-    def _feed(self, batch: _Batch) -> None:
-        pipe = self._pipe
-        pipe.feed_input("encoded", [np.frombuffer(row.data, dtype=np.uint8) for row in batch.rows])
-        if not self._compiled:
-            from lejepa_fast.data.backends.dali_graph import window_table
-
-            sizes = [(row.width, row.height) for row in batch.rows]
-            turns = [TURNS[row.orientation] for row in batch.rows]
-            pipe.feed_input("windows", window_table(batch.table, sizes, turns))
-        pipe.schedule_run()
-
-    def _finish(self, running: deque[_Batch], faults: FaultHandler) -> Any:
-        batch = running.popleft()
+    def _collect_or_repeat(self, bad: BadImages) -> RawBatch:
+        """The next finished batch; where DALI fails, made again from what Pillow decodes."""
+        batch = self._running.popleft()
         try:
             return self._collect(batch)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # DALI raises several kinds
-            if "cannot schedule new futures" in str(error):  # the program ends, and with it our own threads
-                raise
-            reason = dali_reason(error)
-        log.warning("DALI failed (%s); decoding this batch with Pillow", reason)
+            log.warning("DALI failed (%s); decoding this batch with Pillow", dali_reason(error))
         self._pipe = None
-        faults.position = batch.position
-        batch.images = list(
-            self._pool.map(
-                lambda image: self._reader.one(image.index, faults.known, careful=True), batch.images
-            )
-        )
-        self._start(batch, faults, careful=True)
+        batch.rows = [row for part in self._read(batch.key, bad, careful=True) for row in part.result()]
+        self._start(batch)
         try:
             made = self._collect(batch)
         except Exception as error:
             raise RunError(f"DALI fails on a batch that Pillow can read: {dali_reason(error)}") from error
-        for later in running:  # they were lost with the pipeline, and substitutes may have changed
-            self._start(later, faults)
+        for later in self._running:  # they were lost with the pipeline
+            self._start(later)
         return made
 
-    def _drain(self, running: deque[_Batch]) -> None:
-        """Let what is in flight come out, so that the pipeline can be used again."""
+    def _collect(self, batch: _Batch) -> RawBatch:
+        if batch.refusal is not None:  # what DALI hands out next is another batch's
+            raise batch.refusal
+        source = self._views.source
+        targets = torch.tensor([source.target(row.index) for row in batch.rows], dtype=torch.int64)
+        if not batch.rows:
+            empty = [torch.empty((0, 3, size, size), dtype=torch.uint8) for size in self._views.sizes]
+            return RawBatch(empty, targets)
+        if self._stream is None:
+            outputs = self._pipe.share_outputs()
+            views = self._change([torch.from_numpy(np.asarray(out.as_tensor())) for out in outputs], batch)
+            del outputs
+            self._pipe.release_outputs()
+            return RawBatch(views, targets)
+        with torch.cuda.stream(self._stream):
+            outputs = self._pipe.share_outputs(cuda_stream=self._stream)
+            views = self._change([torch.from_dlpack(out.as_tensor()) for out in outputs], batch)
+            event = self._stream.record_event()
+            self._pipe.release_outputs()
+        stream = torch.cuda.current_stream(self._stream.device)
+        stream.wait_event(event)
+        for view in views:
+            view.record_stream(stream)
+        return RawBatch(views, targets)
+
+    def _change(self, views: list[Tensor], batch: _Batch) -> list[Tensor]:
+        """Views with their colors changed, upright (B, 3, S, S). Always copies: DALI reuses its buffers."""
+        recipe = self._views.recipe if isinstance(self._views, TrainViews) else None
+        changed = change_colors(views, batch.table, recipe) if recipe else [view.clone() for view in views]
+        turned = [row for row, image in enumerate(batch.rows) if TURNS[image.orientation].transposed]
+        for pixels in changed if turned else []:
+            pixels[turned] = pixels[turned].transpose(1, 2)
+        return [pixels.permute(0, 3, 1, 2) for pixels in changed]
+
+    def _drain(self) -> None:
+        """Take out what is inside DALI, so that the pipeline can be used again."""
         try:
-            for batch in running:
+            for batch in self._running:
                 if batch.rows and batch.refusal is None and self._pipe is not None:
                     self._pipe.share_outputs()
                     self._pipe.release_outputs()
         except Exception as error:
             log.debug("DALI failed on an abandoned batch: %s", error)
             self._pipe = None
-
-    def _collect(self, batch: _Batch) -> tuple[RawBatch, Any]:
-        if batch.refusal is not None:  # what DALI hands out next is another batch's
-            raise batch.refusal
-        count = len(batch.rows)
-        targets = torch.tensor([self._plan.source.target(row.index) for row in batch.rows], dtype=torch.int64)
-        event = None
-        if not count:
-            views = [torch.empty((0, 3, size, size), dtype=torch.uint8) for size in self._plan.sizes]
-        elif self._compiled:
-            images = self._pipe.share_outputs()[0]
-            decoded = [np.asarray(images[row]) for row in range(count)]
-            _check_shapes(batch.rows, decoded)
-            views = self._render(batch.rows, decoded, batch.table)
-            del images
-            self._pipe.release_outputs()
-        elif self._stream is None:
-            outputs = self._pipe.share_outputs()
-            views = self._change([torch.from_numpy(np.asarray(out.as_tensor())) for out in outputs], batch)
-            del outputs
-            self._pipe.release_outputs()
-        else:
-            with torch.cuda.stream(self._stream):
-                outputs = self._pipe.share_outputs(cuda_stream=self._stream)
-                views = self._change([torch.from_dlpack(out.as_tensor()) for out in outputs], batch)
-                event = self._stream.record_event()
-                self._pipe.release_outputs()
-        return RawBatch(views, targets, batch.key.epoch), event
-
-    def _change(self, views: list[Tensor], batch: _Batch) -> list[Tensor]:
-        """Colours changed, as upright (B, 3, S, S); always copies, because DALI uses its buffers again."""
-        recipe = self._plan.recipe
-        changed = (
-            [view.clone() for view in views] if recipe is None else change_colours(views, batch.table, recipe)
-        )
-        return [_as_views(view, batch.rows) for view in changed]
-
-    def _render(
-        self, rows: Sequence[Encoded], images: Sequence[np.ndarray], table: np.ndarray
-    ) -> list[Tensor]:
-        """The views of decoded images, by compiled kernels that do not hold the interpreter's lock."""
-        from lejepa_fast.data.backends.cpu_kernels import render_view
-
-        sizes = self._plan.sizes
-        recipe = self._plan.recipe
-        kernel, threshold = (recipe.blur_kernel, recipe.solarize_threshold) if recipe else (1, 256)
-        parameters = table.astype(np.float32)
-        made = [torch.empty((len(images), 3, size, size), dtype=torch.uint8) for size in sizes]
-        arrays = [view.numpy() for view in made]
-
-        def render(row: int) -> None:
-            image = _upright(images[row], rows[row].orientation)
-            for v, out in enumerate(arrays):
-                render_view(image, parameters[row, v], kernel, threshold, out[row])
-
-        for _ in self._pool.map(render, range(len(images))):
-            pass
-        return made
+        self._running.clear()
 
     def _build(self) -> Any:
-        from lejepa_fast.data.backends.dali_graph import decode_pipeline, view_pipeline
-
-        options: dict[str, Any] = {
-            "batch_size": self._batch_size,
-            "num_threads": self._threads,
-            "device_id": None if self._stream is None else self._stream.device.index,
-            "prefetch_queue_depth": 1,  # the loader counts itself what is in flight
-            "device": "cpu" if self._gpu is None else "gpu",
-            "hw_decoder_load": self._hw_decoder_load,
-        }
-        if not self._compiled:
-            options["sizes"] = self._plan.sizes
         try:
-            pipe = (decode_pipeline if self._compiled else view_pipeline)(**options)
+            pipe = view_pipeline(
+                batch_size=self._batch_size,
+                num_threads=self._threads,
+                device_id=None if self._stream is None else self._stream.device.index,
+                prefetch_queue_depth=1,  # the loader itself counts what is in flight
+                device="cpu" if self._stream is None else "gpu",
+                hw_decoder_load=self._hw_decoder_load,
+                sizes=self._views.sizes,
+            )
             pipe.build()
         except Exception as error:
             raise UsageError(
                 f"DALI cannot build its pipeline: {dali_reason(error)}; "
-                "use another build of DALI, or backend='torchvision'"
+                "use another build of DALI, or backend='cpu' or 'torchvision'"
             ) from error
         _pipelines.add(pipe)
         return pipe
-
-
-class _Pass:
-    """One pass over the keys: a thread that makes batches and a short queue of finished ones."""
-
-    def __init__(
-        self, backend: DaliBackend, keys: Iterable[BatchKey], faults: FaultHandler, prefetch: int
-    ) -> None:
-        self._queue: queue.Queue[Any] = queue.Queue(max(1, prefetch))
-        self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, args=(backend, iter(keys), faults), name="lejepa-dali"
-        )
-        self._thread.start()
-
-    def stopped(self) -> bool:
-        """Whether nobody wants further batches. The interpreter waits for this thread when it ends."""
-        return self._stop.is_set() or not threading.main_thread().is_alive()
-
-    def stop(self) -> None:
-        """End the thread and wait for it."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self, backend: DaliBackend, keys: Iterator[BatchKey], faults: FaultHandler) -> None:
-        made = backend.produce(keys, faults, self)
-        try:
-            for item in made:
-                self._put(item)
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
-        finally:
-            made.close()
-
-    def _put(self, item: Any) -> None:
-        while not self.stopped():
-            try:
-                self._queue.put(item, timeout=_PATIENCE)
-                return
-            except queue.Full:
-                continue
-
-    def __iter__(self) -> Iterator[RawBatch]:
-        while not self._stop.is_set():
-            try:
-                item = self._queue.get(timeout=_PATIENCE)
-            except queue.Empty:
-                if self._thread.is_alive() or not self._queue.empty():
-                    continue
-                raise RunError("the thread that drives DALI has ended without a word") from None
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            batch, event = item
-            if event is not None:
-                stream = torch.cuda.current_stream(batch.views[0].device)
-                stream.wait_event(event)
-                for view in batch.views:
-                    view.record_stream(stream)
-            yield batch
-        raise RunError(ANOTHER_PASS)
-
-
-def _check_shapes(rows: Sequence[Encoded], images: Sequence[np.ndarray]) -> None:
-    """The windows were drawn for the sizes that the headers promise."""
-    for row, image in zip(rows, images, strict=True):
-        if image.shape != row.stored_shape:
-            raise RuntimeError(
-                f"image {row.index} is of shape {image.shape}, its header says {row.stored_shape}"
-            )
-
-
-def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    """(H, W, 3) pixels as they are to be seen, of those that are stored with this EXIF orientation."""
-    if orientation == 1:
-        return image
-    turn = TURNS[orientation]
-    if turn.transposed:
-        image = image.transpose(1, 0, 2)
-    image = image[:: -1 if turn.inverted else 1, :: -1 if turn.mirrored else 1]
-    turned = np.empty(image.shape, np.uint8)
-    for channel in range(3):  # in one go, four times as slow
-        turned[..., channel] = image[..., channel]
-    return turned
-
-
-def _as_views(pixels: Tensor, rows: Sequence[Encoded]) -> Tensor:
-    """(B, S, S, 3), of which transposed rows are turned, as (B, 3, S, S), which is then channels last."""
-    turned = [number for number, row in enumerate(rows) if TURNS[row.orientation].transposed]
-    if turned:
-        pixels[turned] = pixels[turned].transpose(1, 2)
-    return pixels.permute(0, 3, 1, 2)
-
-
-def _compiled(views: str, *, on_gpu: bool) -> bool:
-    """Whether compiled code makes the views, and not DALI's operators."""
-    if views == "operators" or (views == "auto" and on_gpu):
-        return False
-    fault = "it works on the CPU only" if on_gpu else numba_fault()
-    if fault and views == "numba":
-        raise UsageError(f"dali_views 'numba': {fault}; or use 'operators' or 'auto'")
-    return fault is None
 
 
 def dali_reason(error: Exception) -> str:

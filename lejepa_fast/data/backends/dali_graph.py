@@ -1,11 +1,11 @@
 """The DALI pipeline: decode each image once, cut all its views. One definition for GPU and CPU.
 
-Nothing in it is random. The host draws every parameter (`draws.view_table`) and feeds the windows beside the
-encoded bytes, so both backends make the same choices and resuming needs no random state of DALI's.
+Nothing in it is random. The host draws every parameter (`draws.view_table`) and feeds the windows with the
+encoded bytes, so all backends make the same choices, and a resumed run needs no random state of DALI.
 
-Colours are changed behind it (`colour`): DALI runs one operator after the other, each for a whole batch, and
-an operator takes its time even if there is nothing to do. Jitter in a drawn order with torchvision's meaning,
-hue shift in HSV included, takes about 200 of them for a view.
+Colors are changed behind the pipeline (`gpu_color`). DALI runs its operators one after the other, each for a
+whole batch and even where there is nothing to do, and color jitter as torchvision defines it, in a random
+order and with the hue shifted in HSV, takes about 200 of them for each view.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ from typing import Any
 import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 
+from lejepa_fast.data.backends.reading import Turn
 from lejepa_fast.data.draws import COLUMN_FLIP, COLUMN_HEIGHT, COLUMN_LEFT, COLUMN_TOP, COLUMN_WIDTH
-from lejepa_fast.data.sources.headers import Turn
 
 
 def window_table(table: np.ndarray, sizes: Sequence[tuple[int, int]], turns: Sequence[Turn]) -> np.ndarray:
-    """(B, V, 2, 2) float32: (y, x), in the stored pixels, where the window starts and ends.
+    """Start and end of each window in stored pixels, (B, V, 2, 2) float32 with (y, x) last.
 
-    sizes: (width, height) of the images, upright; turns: how their stored pixels become that. A view that is
-    mirrored, or of an image stored so, ends where it starts; of a transposed image, it comes out transposed.
+    A mirrored view ends before it starts. Of a transposed image the view comes out transposed.
+
+    Args:
+        table: (B, V, COLUMNS) of `draws.view_table`.
+        sizes: (width, height) of the upright images.
+        turns: How their stored pixels become upright.
     """
     width, height = np.asarray(sizes, dtype=np.float64).T[..., None]
     transposed, mirrored, inverted = np.asarray(turns).T[..., None]
@@ -41,16 +45,13 @@ def window_table(table: np.ndarray, sizes: Sequence[tuple[int, int]], turns: Seq
 
 @pipeline_def
 def decode_pipeline(*, device: str, hw_decoder_load: float) -> Any:
-    """Encoded bytes to RGB images (H, W, 3) uint8, turned as they are stored; `device` is "cpu" or "gpu"."""
+    """Encoded bytes to RGB images (H, W, 3) uint8 as stored: what decoding alone costs."""
     return _decode(device, hw_decoder_load)
 
 
 @pipeline_def
 def view_pipeline(*, device: str, hw_decoder_load: float, sizes: list[int]) -> Any:
-    """Encoded bytes and windows to V outputs (S, S, 3) uint8, one per entry of `sizes`.
-
-    Those of images that are stored transposed are transposed, too.
-    """
+    """Encoded bytes and windows (see `window_table`) to V outputs (S, S, 3) uint8, of these sizes."""
     images = _decode(device, hw_decoder_load)
     windows = fn.external_source(name="windows", dtype=types.FLOAT, ndim=3)
     return tuple(
@@ -74,6 +75,6 @@ def _decode(device: str, hw_decoder_load: float) -> Any:
         device="mixed" if device == "gpu" else "cpu",
         output_type=types.RGB,
         jpeg_fancy_upsampling=True,  # as Pillow
-        adjust_orientation=False,  # see `headers`
+        adjust_orientation=False,  # DALI takes other EXIF entries for valid than Pillow; `window_table` turns
         **options,
     )

@@ -1,7 +1,7 @@
-"""What is done to views that DALI has cut: jitter in its drawn order, grayscale, blur, solarize.
+"""Colors of views that DALI has cut: jitter in its drawn order, grayscale, blur, solarize.
 
-On a GPU four kernels do it for a view of the whole batch (`kernels/color_jitter.py`). On a CPU, and on a
-GPU that cannot run Triton's kernels, torchvision's own operators do, picture by picture.
+On a GPU four Triton kernels do it for one view of the whole batch (`lejepa_fast.kernels.color_jitter`). On a CPU,
+and on a GPU that cannot run them, torchvision's operators do it image by image.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ from lejepa_fast.triton_operators import why_not
 log = logging.getLogger("lejepa_fast.data")
 
 
-def change_colours(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
-    """Views (B, S, S, 3) uint8 with the colours that were drawn for them, in new memory.
+def change_colors(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
+    """Change the colors of views as drawn. On a GPU all work is queued on the current stream.
 
-    views: contiguous. table: (B, V, COLUMNS) of `draws.view_table`. On a GPU all is queued on the current
-    stream and nothing waits.
+    Args:
+        views: V contiguous tensors (B, S, S, 3) uint8.
+        table: (B, V, COLUMNS) of `draws.view_table`.
+        recipe: Kernel size of the blur and threshold of solarize.
+
+    Returns:
+        Tensors of the same shapes in new memory.
     """
     if views[0].is_cuda and _has_kernels(views[0].device):
         return _by_kernels(views, table, recipe)
@@ -43,7 +48,9 @@ def change_colours(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCrop
 def _has_kernels(device: torch.device) -> bool:
     fault = why_not(device, torch.float32)
     if fault is not None:
-        log.warning("colours are changed by torchvision's operators, which takes longer: %s", fault)
+        log.warning(
+            "torchvision's operators change the colors, which is slower than Triton kernels: %s", fault
+        )
     return fault is None
 
 
@@ -53,7 +60,7 @@ def _by_kernels(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRec
     blurred = (table[..., COLUMN_SIGMA] > 0).any(axis=0).tolist()
     drawn = table[..., COLUMN_CODES : COLUMN_SOLARIZE + 1]  # the columns that the kernels read
     rows = torch.from_numpy(drawn.astype(np.float32).transpose(1, 0, 2).copy())
-    if views[0].is_cuda:  # from pinned memory the copy waits for nothing
+    if views[0].is_cuda:  # a copy from pinned memory need not wait
         rows = rows.pin_memory().to(views[0].device, non_blocking=True)
     return [
         change_colors(

@@ -18,7 +18,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from lejepa_fast.data.bad_images import Quarantine
+from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.draws import PACK, permutation
 from lejepa_fast.data.sources.base import FolderSource, find_splits
 from lejepa_fast.data.sources.decoding import UnreadableImageError, unreadable
@@ -44,7 +44,7 @@ def pack_folder(
     are packed ({"train": n, "val": m}, in sub-folders of those names); else the folder is packed as it is
     ({"": n}). Class names go to `out_dir/classes.txt`. shard_bytes: a new shard begins before one grows
     past this. verify: decode every image first, so that no broken file ends up in a shard. skip_bad: leave
-    such files out, and list them in `out_dir/skipped.txt` with their reasons, as a `Quarantine` does.
+    such files out, and list them in `out_dir/skipped.txt` with their reasons, as a `BadImages` does.
     Raises `UsageError` for a missing source or an `out_dir` that holds something, `RunError` for an
     unreadable image (with skip_bad: if no image is readable) or a failed write; `out_dir` is then left as it
     was.
@@ -71,7 +71,7 @@ def pack_folder(
     try:
         packed = {}
         for name, part in parts.items():
-            skipped = Quarantine(part, work / SKIPPED, max_bad_fraction=1.0) if skip_bad else None
+            skipped = BadImages(part, work / SKIPPED, max_bad_fraction=1.0) if skip_bad else None
             packed[name] = _write_split(part, work / name, shard_bytes, seed, verify, skipped)
         if train.classes is not None:
             (work / "classes.txt").write_text(
@@ -89,7 +89,7 @@ def pack_folder(
 
 
 def _write_split(
-    source: FolderSource, folder: Path, shard_bytes: int, seed: int, verify: bool, skipped: Quarantine | None
+    source: FolderSource, folder: Path, shard_bytes: int, seed: int, verify: bool, skipped: BadImages | None
 ) -> int:
     """Write one split into `folder`; returns the number of images in it. skipped: gets the bad ones."""
     folder.mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lejepa_fast.data.bad_images import Quarantine
+from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.sources.base import (
     EncodedSource,
     HoldOutError,
@@ -127,10 +127,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise UsageError("--threads and --min-size must be at least 1")
         for split, source in _open(options.path, splits):
             found[split] = scan(source, threads=options.threads, smallest=options.min_size, progress=True)
-            quarantine = Quarantine(source, options.quarantine, max_bad_fraction=1.0, log_each=False)
+            listed = BadImages(source, options.quarantine, max_bad_fraction=1.0, log_each=False)
             for index, reason in found[split].bad:
                 print(f"{printable(source.describe(index))}\t{reason}")
-                quarantine.add(index, reason)
+                listed.add(index, reason)
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -219,12 +219,12 @@ def test_settings_of_the_loading_reach_both_loaders(tiny: Make, monkeypatch: pyt
         return make_backend(*arguments, **options)
 
     monkeypatch.setattr("lejepa_fast.data.loader.make_backend", recorded)
-    trainer = Trainer(tiny(data={"prefetch": 3, "hw_decoder_load": 0.25, "dali_views": "operators"}), CPU)
+    trainer = Trainer(tiny(data={"prefetch": 3, "hw_decoder_load": 0.25}), CPU)
     sources = trainer.train_source, trainer.val_source
     evaluate_untrained(trainer.cfg, *sources, device="cpu", linear=False)
     assert len(given) == 4  # calibration and two splits, too
-    names = ("prefetch", "hw_decoder_load", "dali_views")
-    assert {tuple(options[name] for name in names) for options in given} == {(3, 0.25, "operators")}
+    names = ("prefetch", "hw_decoder_load")
+    assert {tuple(options[name] for name in names) for options in given} == {(3, 0.25)}
 
 
 def test_workers_share_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:

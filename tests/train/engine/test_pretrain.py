@@ -114,12 +114,12 @@ def damaged(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-@pytest.mark.parametrize("backend", ["torchvision", "dali"])
+@pytest.mark.parametrize("backend", ["torchvision", "cpu"])
 def test_an_unreadable_image_is_listed_and_the_run_goes_on(
     backend: str, damaged: Path, tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if backend == "dali" and choice.dali_fault(False):
-        pytest.skip(str(choice.dali_fault(False)))
+    if backend == "cpu" and choice.numba_fault():
+        pytest.skip(str(choice.numba_fault()))
     cfg = tiny(data={"path": str(damaged), "backend": backend}, epochs=2)
     trainer = Trainer(cfg, World(torch.device("cpu")))
     trainer.run()
@@ -132,12 +132,12 @@ def test_an_unreadable_image_is_listed_and_the_run_goes_on(
     ] == [backend]
 
 
-@pytest.mark.parametrize("backend", ["torchvision", "dali"])
+@pytest.mark.parametrize("backend", ["torchvision", "cpu"])
 def test_too_many_unreadable_images_are_one_line_and_exit_with_1(
     backend: str, damaged: Path, tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if backend == "dali" and choice.dali_fault(False):
-        pytest.skip(str(choice.dali_fault(False)))
+    if backend == "cpu" and choice.numba_fault():
+        pytest.skip(str(choice.numba_fault()))
     cfg = tiny(data={"path": str(damaged), "backend": backend, "max_bad_fraction": 0.0})
     assert pretrain.main(arguments_of(cfg, tmp_path / "configs")) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
