@@ -90,7 +90,7 @@ def _step(trainer: Trainer) -> None:
 
 
 def _run_step(trainer: Trainer, views: list[torch.Tensor]) -> None:
-    trainer._train_step(views, epoch=0)
+    trainer.train_step(views, epoch=0)
     trainer.meter.add(8, 0.0)
     trainer._log_if_due()
 

@@ -150,7 +150,6 @@ def test_a_checkpoint_of_another_model_exits_with_2(
 ) -> None:
     cfg = tiny(max_steps=1)
     trainer = Trainer(cfg, World(torch.device("cpu")))
-    trainer.finish = lambda: Path()  # type: ignore[method-assign]
     trainer.run()
     assert pretrain.main(arguments_of(cfg, tmp_path / "configs", "--model", "test_resnet")) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -242,7 +241,6 @@ def test_signals_end_the_command_with_the_state_saved(tiny: Make, tmp_path: Path
     straight = replace(cfg, out=tmp_path / "straight", checkpoint_every=10_000)
     trainer = Trainer(straight, World(torch.device("cpu")))
     trainer.total_steps = step  # the schedule stays that of 400 epochs
-    trainer.finish = lambda: Path()  # type: ignore[method-assign]
     trainer.run()
     assert [row["loss"] for row in train_rows(straight)] == [row["loss"] for row in train_rows(cfg)]
 
@@ -283,7 +281,6 @@ def test_two_processes_equal_one(tiny: Make, tmp_path: Path) -> None:
     """
     one = tiny(out=tmp_path / "one", optim={"lr": 2e-4}, checkpoint_every=5)
     trainer = Trainer(one, World(torch.device("cpu")))
-    trainer.finish = lambda: Path()  # type: ignore[method-assign]
     trainer.run()
 
     two = replace(one, out=tmp_path / "two")
@@ -331,8 +328,7 @@ def say(line):
 world = setup_world("cpu")
 log_to_stderr(main_process=world.is_main, who="")
 trainer = Trainer(config.parse(sys.argv[1:]), world)
-trainer.finish = lambda: None
-step = trainer._train_step
+step = trainer.train_step
 
 def spoiled(views, epoch):
     number = trainer.step + 1
@@ -351,7 +347,7 @@ def checked(loss, own_part, grad_norm, *, stop):
         loss = loss * torch.inf
     check(loss, own_part, grad_norm, stop=stop)
 
-trainer._train_step = spoiled
+trainer.train_step = spoiled
 trainer.guard.check = checked
 trainer.run()
 total = sum(p.double().sum().item() for p in trainer.model.parameters())

@@ -85,7 +85,6 @@ def test_other_images_take_over_no_place_and_no_bad_ones(
     first = tiny(max_steps=2, data=data)  # of 4 in the epoch
     trainer = Trainer(first, CPU)
     trainer.loader._quarantine.learn([3, 7])
-    trainer.finish = lambda: Path()  # type: ignore[method-assign]
     trainer.run()
     assert trainer.loader.state_dict()["bad"] == [3, 7]
     other = tmp_path / "other"
@@ -148,7 +147,6 @@ def test_workers_that_a_signal_ended_are_no_failure(
     """The signal reached the whole process group, so the trainer waits for a batch that will not come."""
     cfg = tiny()
     trainer = Trainer(cfg, CPU)
-    trainer.finish = lambda: Path()  # type: ignore[method-assign]
     take = type(trainer.loader).__iter__
 
     def broken(self: Any) -> Any:

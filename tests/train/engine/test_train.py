@@ -378,7 +378,7 @@ def poison(
 ) -> list[dict[str, torch.Tensor]]:
     """Images NaN, or the loss times `factor`, in these steps; returns the state before and after each."""
     states: list[dict[str, torch.Tensor]] = []
-    step, forward = trainer._train_step, trainer.loss_fn.forward
+    step, forward = trainer.train_step, trainer.loss_fn.forward
 
     def snapshot() -> None:
         state = {f"model.{k}": v.clone() for k, v in trainer.model.state_dict().items()}
@@ -399,8 +399,7 @@ def poison(
         step(views, epoch)
         snapshot()
 
-    trainer._train_step = poisoned_step  # type: ignore[method-assign]
-    trainer.finish = lambda: Path()  # type: ignore[method-assign]
+    trainer.train_step = poisoned_step  # type: ignore[method-assign]
     return states
 
 
@@ -411,7 +410,7 @@ def test_a_bad_step_is_skipped(
 ) -> None:
     cfg = tiny(model={"name": "test_resnet", "projector_norm": "batch"}, max_steps=6)
     trainer = Trainer(cfg, CPU)
-    trainer.guard._lags = lags  # the host learns of a bad step after the next one
+    trainer.guard.lag = lags  # the host learns of a bad step after the next one
     states = poison(trainer, {2, 3, 5}, images=images)  # two in a row are borne, and a third later
     with caplog.at_level(logging.WARNING):
         trainer.run()
@@ -466,14 +465,14 @@ def test_a_save_that_fails_ends_the_run_and_leaves_the_last_one(
     tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = tiny(checkpoint_every=4)
-    write = saving._write_synced
+    write = saving.write_synced
 
     def full_on_the_second(path: Path, data: bytes) -> None:
         if "step-00000008" in str(path):
             raise OSError(28, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(saving, "_write_synced", full_on_the_second)
+    monkeypatch.setattr(saving, "write_synced", full_on_the_second)
     with pytest.raises(RunError, match=r"step-00000008: No space left on device; .*free some space"):
         train_only(cfg)
     assert cfg.out is not None

@@ -17,7 +17,7 @@ from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.train.runtime import heartbeat as long_work
 from lejepa_fast.train.runtime.heartbeat import on_main_for_long
 from lejepa_fast.train.runtime.signals import Interrupted
-from lejepa_fast.train.runtime.world import World, is_said_by_rank_0, one_line_for_a_lost_peer
+from lejepa_fast.train.runtime.world import World, lost_rank_is_a_run_error, reported_elsewhere
 
 TIMEOUT = timedelta(seconds=2)  # of a collective
 
@@ -46,7 +46,7 @@ def outwait(rank: int, folder: str) -> None:
 
         with pytest.raises(type(error), match=str(error.args[0])) as caught:
             on_main_for_long(world, raising)
-        assert rank == 0 or isinstance(error, Interrupted) or is_said_by_rank_0(caught.value)  # type: ignore[arg-type]
+        assert rank == 0 or isinstance(error, Interrupted) or reported_elsewhere(caught.value, 1)  # type: ignore[arg-type]
     assert on_main_for_long(world, lambda: 9) == (9 if rank == 0 else None)  # nothing is left of the errors
     gc.collect()
     dist.destroy_process_group()
@@ -60,7 +60,7 @@ def wait_for_the_dead(rank: int, folder: str) -> None:
         os._exit(0)
 
     # By the connection: of a timeout it says something else.
-    with pytest.raises(RunError, match="another rank failed"), one_line_for_a_lost_peer():
+    with pytest.raises(RunError, match="another rank failed"), lost_rank_is_a_run_error():
         on_main_for_long(world, dying)
     Path(folder, "told").touch()
     os._exit(0)
