@@ -41,8 +41,8 @@ def choose_checkpoint(run_dir: Path, resume: str) -> tuple[Path, dict[str, Any]]
     found = None if resume == "none" else storage.find_checkpoint(resume)
     if existing and not (found and existing[-1].resolve() == found[0].resolve()):
         raise UsageError(
-            f"--resume {resume}: {run_dir} holds checkpoints of another run ({existing[-1].name}); nothing is "
-            "overwritten; choose another --out, or --resume auto to continue that run"
+            f"--resume {resume}: {run_dir} holds checkpoints of another run ({existing[-1].name}); choose "
+            "another --out, or --resume auto to continue that run"
         )
     return found
 
@@ -56,19 +56,10 @@ def data_identity(train: ImageSource, val: ImageSource) -> dict[str, Any]:
 def check_same_run(
     state: Mapping[str, Any], current: Mapping[str, Any], data: Mapping[str, Any], path: Path, run_dir: Path
 ) -> None:
-    """Check that a run may continue from the checkpoint `path`.
+    """Raise UsageError if the checkpoint `path` is of this run folder and of another seed or of other images.
 
-    A checkpoint of another run folder may be of other images; a warning then says what that means.
-
-    Args:
-        state: state.json of the checkpoint.
-        current: the run's configuration, as `config.to_dict` returns it.
-        data: the run's `data_identity`.
-        path: the checkpoint.
-        run_dir: the run folder.
-
-    Raises:
-        UsageError: the checkpoint is of this run folder and of another seed or of other images.
+    A checkpoint of another run folder may be of other images; a warning says what that means. `state` is its
+    state.json, `current` the run's configuration (`config.to_dict`), `data` the run's `data_identity`.
     """
     own, before = is_own(path, run_dir), state.get("data")
     if own and state["config"]["seed"] != current["seed"]:
@@ -93,8 +84,8 @@ def check_same_run(
             "--data.val-fraction"
         )
     log.warning(
-        "%s: some images that are held out now may have been trained on; the list of bad images is not taken "
-        "over, and the epoch starts over",
+        "%s: some that are held out now may have been trained on; the epoch starts over, without the list of "
+        "bad images",
         difference,
     )
 

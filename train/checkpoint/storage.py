@@ -139,8 +139,7 @@ def sha256_of(path: Path) -> str:
 def saved_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by name, on the meta device: shapes and dtypes.
 
-    Raises:
-        UsageError: a file is not in the safetensors format, although its SHA-256 matches.
+    UsageError if a file is not in the safetensors format, although its SHA-256 matches.
     """
     try:
         found = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
@@ -155,8 +154,7 @@ def saved_tensors(path: Path) -> dict[str, Tensor]:
 def load_tensors(path: Path, into: dict[str, Tensor]) -> None:
     """Fill tensors, sharded or not, from a checkpoint of any number of ranks. All ranks call it.
 
-    Raises:
-        UsageError: the checkpoint lacks a name or has it in another shape.
+    UsageError if the checkpoint lacks a name or has it in another shape.
     """
     try:
         dcp.load(
@@ -175,9 +173,7 @@ def load_tensors(path: Path, into: dict[str, Tensor]) -> None:
 def load_model(path: Path, section: str = "model") -> dict[str, Tensor]:
     """Load the whole model of a checkpoint to the CPU, by the names of its state dict. For one process.
 
-    Args:
-        path: the checkpoint.
-        section: "model", "average" for the averaged model (see `has_average`), or a part: "model.encoder".
+    `section`: "model", "average" for the averaged model (see `has_average`), or a part: "model.encoder".
     """
     saved, prefix = saved_tensors(path), f"{section}."
     whole = {n: torch.empty_like(t, device="cpu") for n, t in saved.items() if n.startswith(prefix)}
@@ -196,15 +192,9 @@ def has_average(state: Mapping[str, Any]) -> bool:
 def newest_checkpoint(folder: Path, *, own: bool = False) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest readable checkpoint in `folder` and its state, or None if there are no checkpoints.
 
-    A damaged checkpoint is skipped with a warning.
-
-    Args:
-        folder: the `checkpoints` folder of a run.
-        own: the caller is the trainer that writes to `folder`. It renames damaged checkpoints to `*.damaged`,
-            so that they do not count among the newest kept, and removes what a killed trainer left unfinished.
-
-    Raises:
-        RunError: checkpoints exist and none can be read; further what `read_checkpoint` raises.
+    A damaged checkpoint is skipped with a warning. With `own` the caller is the trainer that writes to `folder`:
+    it renames damaged ones to `*.damaged`, so that they do not count among the newest kept, and removes what a
+    killed trainer left unfinished. RunError if checkpoints exist and none can be read.
     """
     if own:
         remove_unfinished(folder)
@@ -215,7 +205,9 @@ def newest_checkpoint(folder: Path, *, own: bool = False) -> tuple[Path, dict[st
         except UnreadableCheckpointError as error:
             log.warning("checkpoint %s cannot be read (%s): trying the one before it", path, error)
             if own:
-                _set_aside(path)
+                damaged = path.with_name(path.name + ".damaged")
+                shutil.rmtree(damaged, ignore_errors=True)
+                path.rename(damaged)
     if paths:
         raise RunError(
             f"no checkpoint in {folder} can be read (tried {len(paths)}); "
@@ -224,20 +216,10 @@ def newest_checkpoint(folder: Path, *, own: bool = False) -> tuple[Path, dict[st
     return None
 
 
-def _set_aside(path: Path) -> None:
-    aside = path.with_name(path.name + ".damaged")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-    except OSError as error:
-        raise RunError(f"cannot rename the damaged {path}: {error.strerror}; move it away") from error
-
-
 def find_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
-    """Return the checkpoint that a user named and its state: a checkpoint, a run folder or its `checkpoints`.
+    """Return the checkpoint that a user named, and its state: a checkpoint, a run folder or its `checkpoints`.
 
-    Raises:
-        UsageError: there is none; further what `read_checkpoint` raises.
+    UsageError if there is none, or if it is damaged.
     """
     path = Path(where)
     if not path.is_dir():

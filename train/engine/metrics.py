@@ -1,5 +1,5 @@
-"""What a run reports: metrics.jsonl always, TensorBoard by default, Weights & Biases on request, and a progress
-bar in a terminal or a few log lines without one.
+"""What a run reports: metrics.jsonl always, TensorBoard by default, Weights & Biases on request; a progress bar
+in a terminal, a few log lines without one.
 
 Rows of metrics.jsonl, one JSON object a line (a value that is not finite is null):
 
@@ -13,11 +13,11 @@ Rows of metrics.jsonl, one JSON object a line (a value that is not finite is nul
                                                              a step that was not finite, by rank
 
 `step` counts finished steps. `images_per_second` counts images (not views) over all ranks; `data_wait` is the
-share of wall time spent waiting for the loader; both are since the last row, without evaluations and without
-`save_seconds`, the time that checkpoints held up the training. `mfu`, model flops utilisation, is the share of
-the devices' dense bf16 peak that the model's operations make (flops.py, gpu_specs.py); without a known peak
-there is none. `memory_gib` is the most that rank 0 has held since the program started: of the allocator on a
-GPU, else of the process. `eta_seconds` is the time left at the pace since this start, everything included.
+share of wall time spent waiting for the loader. Both are since the last row, without evaluations and without
+`save_seconds`, the time that checkpoints held up the training. `mfu` (model flops utilisation) is the share of
+the devices' dense bf16 peak that the model's operations make, if the peak is known (flops.py, gpu_specs.py).
+`memory_gib` is the most that rank 0 has held since the program started: of the allocator on a GPU, else of the
+process. `eta_seconds` is the time left at the pace since this start, saves and evaluations included.
 """
 
 from __future__ import annotations
@@ -52,19 +52,16 @@ _WAY_OUT = "free some space or choose another --out"
 
 
 class Metrics:
-    """Writes the rows of a run. A context manager: an exception other than Interrupted marks the run as failed.
+    """Writes the rows of a run; RunError if the disk refuses. As a context manager it marks the run at Weights &
+    Biases as failed after an exception other than Interrupted.
 
     Args:
-        run_dir: the run folder. Rows of its metrics.jsonl beyond `step` are dropped: they come from a run that
-            went on after the checkpoint which this one resumes from.
+        run_dir: the run folder. Rows of its metrics.jsonl beyond `step` are dropped: their steps run again.
         enabled: False on ranks other than 0; then nothing is written.
         tensorboard: write events to RUN/tensorboard as well.
         step: number of finished steps at the start.
-        total_steps: of the run.
+        total_steps: number of steps of the run.
         wandb: opens the run at Weights & Biases, if one is asked for.
-
-    Raises:
-        RunError: the disk refuses a file; here and in `write`.
     """
 
     def __init__(
@@ -197,7 +194,7 @@ class Meter:
         self.pause(seconds)
 
     def read(self) -> dict[str, float]:
-        """Return `images_per_second`, `data_wait`, `save_seconds` and, if known, `mfu`; begin to count anew."""
+        """Return `images_per_second`, `data_wait`, `save_seconds` and perhaps `mfu`; begin to count anew."""
         seconds = max(time.perf_counter() - self._since, 1e-9)
         rate = self._images / seconds
         values = {

@@ -266,8 +266,8 @@ class Trainer:
         log.info("%s", " | ".join(f"{key} {value}" for key, value in facts.items()))
         images, batch = len(self.train_source), cfg.data.batch_size
         log.info(
-            f"training {cfg.model.name} on {self.train_source.name}: {images} images, {self.total_steps} steps "
-            f"of {batch} images, run folder {self.run_dir}"
+            f"training {cfg.model.name} on {self.train_source.name}: {images} images, {self.total_steps} "
+            f"steps of {batch} images, run folder {self.run_dir}"
         )
         # The preset of the embedded images is made for small batches.
         if cfg.data.path != config.EMBEDDED_DATA and (warning := config.small_batch_warning(batch)):

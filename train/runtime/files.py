@@ -16,19 +16,14 @@ from lejepa_fast.errors import RunError
 log = logging.getLogger("lejepa_fast.train")
 
 UNFINISHED = ".unfinished"
-"""Suffix of files and folders that are being written. A killed process leaves them; the next run removes them."""
+"""Suffix of files and folders that are being written; the next run removes those of a killed process."""
 
 
 def write_atomically(path: Path, fill: Callable[[IO[bytes]], object], *, way_out: str) -> None:
-    """Write a temporary file beside `path`, sync it to the disk and rename it to `path`.
+    """Let `fill` write a temporary file beside `path`, sync it to the disk and rename it to `path`.
 
-    Args:
-        path: the file; its folder is made if needed.
-        fill: writes the content into the open temporary file.
-        way_out: what the user can do if the write fails; the end of the error message.
-
-    Raises:
-        RunError: the file system refuses. No partial file is left; an earlier file at `path` is untouched.
+    RunError, which ends with the advice `way_out`, if the file system refuses; then no partial file is left
+    and an earlier file at `path` is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
@@ -74,7 +69,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a metrics.jsonl; [] if it does not exist. Incomplete lines (power cut) are left out."""
+    """Read the rows of a metrics.jsonl; [] if it does not exist. Incomplete lines are skipped (power cut)."""
     if not path.exists():
         return []
     rows = []

@@ -12,14 +12,7 @@ from typing import Any
 
 
 class Interrupted(BaseException):
-    """A signal ended the run and its state is saved.
-
-    Like KeyboardInterrupt it is no `Exception`, so that code that handles errors does not catch it.
-
-    Args:
-        message: for the user; the text of the exception.
-        signum: number of the signal.
-    """
+    """A signal ended the run and its state is saved. Not an `Exception`: error handlers must not catch it."""
 
     def __init__(self, message: str, signum: int):
         super().__init__(message, signum)
@@ -32,9 +25,8 @@ class Interrupted(BaseException):
 class SignalWatch:
     """Context in which SIGTERM and SIGINT set `signum` instead of ending the process.
 
-    The training loop checks `requested` after every step. Inside `exit_at_once` a signal raises Interrupted
-    immediately. A second Ctrl-C raises KeyboardInterrupt anywhere. Outside the main thread the context does
-    nothing, because Python handles signals in the main thread only.
+    The training checks `requested` after every step. Inside `exit_at_once` a signal raises Interrupted. A second
+    Ctrl-C raises KeyboardInterrupt anywhere. Outside the main thread, where Python has no signals, nothing.
     """
 
     def __init__(self) -> None:

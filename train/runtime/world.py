@@ -29,8 +29,8 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Of collectives between devices in a training step."""
 CONTROL_TIMEOUT = timedelta(days=7)
-"""Of the control group. Ranks wait there while rank 0 evaluates, which may take hours. A rank that dies closes
-its connections, so the others notice at once and do not wait for the timeout."""
+"""Of the control group, in which ranks wait while rank 0 evaluates for hours. They do not wait for the dead: a
+rank that dies closes its connections."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,10 @@ def setup_world(device: str = "auto") -> World:
 def store_of_this_start(rank: int, size: int) -> dist.Store:
     """Return torchrun's store under a prefix that the ranks of this start share and no earlier start used.
 
-    The store lives in torchrun and outlives the ranks. Without a fresh prefix, restarted ranks find the
-    addresses of dead ones there and connect to them (pytorch/pytorch#135712; seen with torch 2.15).
-    TORCHELASTIC_RESTART_COUNT does not serve as a prefix, because each machine counts for itself.
-
-    Rank 0 draws a random name. Every other rank asks for it under a random key of its own, so that it cannot
-    read an answer to a dead rank, and confirms it.
+    The store outlives the ranks: without a fresh prefix, restarted ranks find the addresses of dead ones there
+    and connect to them (pytorch/pytorch#135712; seen with torch 2.15). TORCHELASTIC_RESTART_COUNT is no such
+    prefix, because each machine counts for itself. So rank 0 draws a random name. Every other rank asks for it
+    under a random key, so that it cannot read an answer to a dead rank, and confirms it.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=COLLECTIVE_TIMEOUT)
@@ -128,14 +126,10 @@ def store_of_this_start(rank: int, size: int) -> dist.Store:
 
 
 def close_world(code: int = 0) -> None:
-    """Leave the process group at the end of a command with this exit code.
+    """Leave the process group at the end of a command with this exit code. DDP modules must be gone by then.
 
-    DDP modules must be gone by then: one that still holds the group at the interpreter's exit lets gloo's
-    threads abort the process (seen with torch 2.15).
-
-    If this rank fails (code above 0) among others, it ends at once, without cleaning up. The others may wait
-    for it in a collective, and NCCL's clean exit would wait for them (pytorch/torchtitan#1342); torchrun ends
-    them when this process is gone.
+    A rank that fails among others ends at once, without cleaning up: the others may wait for it in a
+    collective, where NCCL's clean exit would wait for them (pytorch/torchtitan#1342). torchrun ends them.
     """
     if not dist.is_initialized():
         return
@@ -165,9 +159,8 @@ def on_main(world: World, work: Callable[[], T]) -> T | None:
 def on_all(world: World, work: Callable[[], T]) -> T:
     """Run `work` on every rank; if it fails on one, every rank raises, so that none waits for a dead one.
 
-    The first rank that failed raises its error as it is. The others raise a copy that is marked as reported
-    there: UsageError, RunError or Interrupted with the same text, or a RunError that points to that rank.
-    `work` must not communicate.
+    The first rank that failed raises its own error, the others a copy that is marked as reported there; of a
+    defect (another class than UsageError, RunError, Interrupted) a RunError. `work` must not communicate.
     """
     return _run_and_agree(world, work)
 
@@ -210,11 +203,12 @@ def _reported_by(rank: int, error: BaseException) -> BaseException:
 
 @contextmanager
 def same_error_on_all_ranks() -> Iterator[None]:
-    """Every rank raises the same UsageError, RunError or Interrupted inside: only rank 0 needs to print it."""
+    """Mark an error that every rank raises alike: only rank 0 needs to print it."""
     try:
         yield
     except (UsageError, RunError, Interrupted) as error:
-        raise _reported_by(0, error)  # noqa: B904 - the error itself, marked
+        _reported_by(0, error)
+        raise
 
 
 def reported_elsewhere(error: BaseException, rank: int) -> bool:

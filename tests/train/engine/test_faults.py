@@ -19,8 +19,7 @@ import faults_worker
 import pytest
 import torch
 import torch.distributed as dist
-from test_pretrain import SCRIPT, arguments_of, train_rows
-from training import Make, rows_of, train_only
+from training import SCRIPT, Make, arguments_of, rows_of, train_only
 
 from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.config import Config
@@ -155,7 +154,7 @@ def test_killed_and_signalled_and_on_other_numbers_of_ranks(
     starts = rows_of(cfg, "run")
     assert [row["world_size"] for row in starts] == [2, 1, 2, 2, 2, 2]
 
-    expected, found = train_rows(straight), train_rows(cfg)
+    expected, found = rows_of(straight), rows_of(cfg)
     assert [row["step"] for row in found] == [row["step"] for row in expected] == list(range(1, STEPS + 1))
     for mine, other in zip(found, expected, strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5), mine["step"]
@@ -168,18 +167,18 @@ def kill_and_see_it_back(job: Job, step: int, victim: Callable[[], int]) -> None
     """SIGKILL once this step is saved: within 60 s new steps are made; at most one interval was lost."""
     job.wait_for_save(step)
     starts = len(rows_of(job.cfg, "run"))
-    before = train_rows(job.cfg)
+    before = rows_of(job.cfg)
     os.kill(victim(), signal.SIGKILL)
 
     def goes_on() -> bool:
-        return len(rows_of(job.cfg, "run")) > starts and train_rows(job.cfg)[-1]["step"] > before[-1]["step"]
+        return len(rows_of(job.cfg, "run")) > starts and rows_of(job.cfg)[-1]["step"] > before[-1]["step"]
 
     job.wait_for(goes_on, seconds=60)
     resumed = rows_of(job.cfg, "run")[-1]["step"]
     assert step <= resumed
     # A kill while a save is under way loses that one too, and the steps that went on during it.
     assert before[-1]["step"] - resumed <= EVERY + 2
-    again = train_rows(job.cfg)[: len(before)]
+    again = rows_of(job.cfg)[: len(before)]
     for row, other in zip(again, before, strict=True):
         assert (row["step"], row["loss"]) == (other["step"], other["loss"])  # bit for bit
 
@@ -199,9 +198,9 @@ def test_ranks_that_start_again_do_not_take_the_dead_for_the_living(monkeypatch:
     monkeypatch.setenv("MASTER_PORT", str(server.port))
     with ThreadPoolExecutor(3) as threads:
         for size in (3, 3, 2):
-            ranks = [threads.submit(world._store_of_this_start, 0, size)]
+            ranks = [threads.submit(world.store_of_this_start, 0, size)]
             time.sleep(0.1)  # rank 0 answers the dead first
-            ranks += [threads.submit(world._store_of_this_start, rank, size) for rank in range(1, size)]
+            ranks += [threads.submit(world.store_of_this_start, rank, size) for rank in range(1, size)]
             stores = [rank.result(timeout=30) for rank in ranks]
             assert not stores[0].check(["who"])
             stores[1].set("who", "1")

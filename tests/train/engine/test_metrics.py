@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from lejepa_fast.errors import RunError
-from lejepa_fast.train.engine.metrics import Meter, Metrics, read_rows
+from lejepa_fast.train.engine.metrics import Meter, Metrics
+from lejepa_fast.train.runtime.files import read_rows
 
 
 def metrics_in(folder: Path, *, tensorboard: bool = False, step: int = 0) -> Metrics:

@@ -8,7 +8,6 @@ import shlex
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.model.average import WeightAverage
 from lejepa_fast.train.model.model import flops
 from lejepa_fast.train.planning import out_of_memory
+from lejepa_fast.train.planning.out_of_memory import settings_that_help
 from lejepa_fast.train.runtime.command import parse_options
 from lejepa_fast.train.runtime.world import World
 
@@ -75,13 +75,11 @@ class _ReadingMethods(TorchFunctionMode):
 @pytest.fixture
 def stepped(tiny: Make) -> Iterator[Trainer]:
     """A trainer between two steps that need no row."""
-    trainer = Trainer(tiny(log_every=10, average={"kind": "ema"}), CPU)
-    trainer._prepare()
-    trainer.model.train()
-    for _ in range(2):
-        _step(trainer)
-    yield trainer
-    trainer.metrics.close()
+    with Trainer(tiny(log_every=10, average={"kind": "ema"}), CPU) as trainer:
+        trainer.model.train()
+        for _ in range(2):
+            _step(trainer)
+        yield trainer
 
 
 def _step(trainer: Trainer) -> None:
@@ -92,7 +90,8 @@ def _step(trainer: Trainer) -> None:
 def _run_step(trainer: Trainer, views: list[torch.Tensor]) -> None:
     trainer.train_step(views, epoch=0)
     trainer.meter.add(8, 0.0)
-    trainer._log_if_due()
+    if trainer.step % 10 == 0:
+        trainer.log_metrics()
 
 
 def _waits_of_a_step(trainer: Trainer) -> list[str]:
@@ -111,7 +110,7 @@ def test_a_step_reads_nothing_back_but_the_flags(stepped: Trainer) -> None:
 
 def test_a_row_costs_one_wait(stepped: Trainer) -> None:
     stepped.step = 9
-    assert sorted(_waits_of_a_step(stepped)) == ["_act_on", "_log_if_due"]
+    assert sorted(_waits_of_a_step(stepped)) == ["_act_on", "log_metrics"]
 
 
 @pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.tolist, bool, float, torch.Tensor.numpy])
@@ -132,12 +131,10 @@ def stepped_on_a_gpu(tiny: Make) -> Iterator[Trainer]:
     from lejepa_fast.train.runtime.world import setup_world
 
     cfg = tiny(log_every=10, device="cuda", average={"kind": "ema"}, optim={"clip_grad_norm": 1.0})
-    trainer = Trainer(cfg, setup_world("cuda"))
-    trainer._prepare()
-    for _ in range(2):
-        _step(trainer)
-    yield trainer
-    trainer.metrics.close()
+    with Trainer(cfg, setup_world("cuda")) as trainer:
+        for _ in range(2):
+            _step(trainer)
+        yield trainer
 
 
 def _step_that_must_not_wait(trainer: Trainer) -> None:
@@ -234,7 +231,7 @@ def test_a_run_without_profile_writes_none(tiny: Make) -> None:
 
 
 def test_out_of_gpu_memory_says_which_settings_help(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(tiny(max_steps=2), CPU)
+    trainer = Trainer(tiny(max_steps=2), CPU, settings_that_help)
 
     def full(views: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
@@ -254,7 +251,7 @@ def test_no_memory_for_the_average_is_told_too(tiny: Make, monkeypatch: pytest.M
 
     monkeypatch.setattr(WeightAverage, "__init__", full)
     with pytest.raises(RunError, match=r"out of memory; what helps: .*no --average ema"):
-        Trainer(tiny(average={"kind": "ema"}), CPU)
+        Trainer(tiny(average={"kind": "ema"}), CPU, settings_that_help)
 
 
 def test_the_plan_that_it_names_is_that_of_the_run(tiny: Make) -> None:
@@ -303,14 +300,16 @@ def test_a_run_under_ddp_is_planned_so(tiny: Make) -> None:
 
 
 def test_the_machine_runs_out_of_memory(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(tiny(max_steps=2, parallel={"activation_checkpointing": "full"}), CPU)
+    trainer = Trainer(
+        tiny(max_steps=2, parallel={"activation_checkpointing": "full"}), CPU, settings_that_help
+    )
     monkeypatch.setattr(trainer, "parallel", lambda views: torch.empty(2**60))  # no machine has that
     with pytest.raises(RunError, match=r"^out of memory; what helps: a smaller --batch-size"):
         trainer.run()
 
 
 def test_other_errors_keep_their_text(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(tiny(max_steps=2), CPU)
+    trainer = Trainer(tiny(max_steps=2), CPU, settings_that_help)
 
     def broken(views: Any) -> Any:
         raise RuntimeError("shapes do not fit")
@@ -321,25 +320,26 @@ def test_other_errors_keep_their_text(tiny: Make, monkeypatch: pytest.MonkeyPatc
     assert not isinstance(refusal.value, RunError)
 
 
-def test_an_evaluation_and_its_save_pause_the_meter_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(tiny(eval={"every": 1}), CPU)
-    trainer._steps_evaluated = set()
-    clock, paused = [0.0], list[float]()
+def test_evaluations_and_saves_do_not_count_as_training(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time passes only in the save before the evaluation (5 s), in the evaluation (7 s) and in a step (1 s)."""
+    clock = [0.0]
 
-    def takes(seconds: float) -> Any:
-        return lambda *args, **options: clock.__setitem__(0, clock[0] + seconds)
+    def takes(seconds: float, work: Any = lambda *args, **options: None) -> Any:
+        def timed(*args: Any, **options: Any) -> Any:
+            clock[0] += seconds
+            return work(*args, **options)
 
-    monkeypatch.setattr(
-        "lejepa_fast.train.engine.trainer.time", SimpleNamespace(perf_counter=lambda: clock[0])
-    )
+        return timed
+
+    cfg = tiny(eval={"every": 1}, max_steps=5)
+    trainer = Trainer(cfg, CPU)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     monkeypatch.setattr(trainer.saver, "start", takes(5))
-    monkeypatch.setattr(trainer, "_evaluate", takes(7))
-    trainer._given_up = set()
-    trainer.metrics = Metrics(trainer.run_dir, enabled=False, tensorboard=False, step=0, total_steps=1)
-    monkeypatch.setattr(trainer.meter, "pause", paused.append)
-    trainer._evaluate_if_due(1)
-    assert sum(paused) == clock[0] == 12
-    assert trainer.meter.read()["save_seconds"] == 5
+    monkeypatch.setattr(trainer, "evaluate", takes(7))
+    monkeypatch.setattr(trainer, "train_step", takes(1, trainer.train_step))
+    trainer.run()
+    assert [row["save_seconds"] for row in rows_of(cfg)] == [0, 0, 0, 0, 5]
+    assert [row["images_per_second"] for row in rows_of(cfg)] == [8.0] * 5
 
 
 def test_what_a_checkpoint_held_up_stands_in_the_next_row(tiny: Make) -> None:
@@ -353,7 +353,6 @@ def test_a_batch_that_is_small_for_sigreg_is_told(
 ) -> None:
     """On data of one's own; the embedded images have a recipe of small batches."""
     monkeypatch.setattr(Trainer, "train", lambda self: None)
-    monkeypatch.setattr(Trainer, "finish", lambda self: Path())
     Trainer(tiny(out=tmp_path / "embedded", data={"path": config.EMBEDDED_DATA}), CPU).run()
     assert "rule of thumb" not in caplog.text
     Trainer(tiny(out=tmp_path / "own"), CPU).run()
