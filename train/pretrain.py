@@ -1,8 +1,8 @@
 """Pretrain an encoder: `python train/pretrain.py`, or `torchrun --nproc-per-node N train/pretrain.py`.
 
 Joins the trainer (engine/trainer.py) with evaluation at the end, export and report. Exit codes: 0 done (also
-after SIGTERM, with the state saved), 1 the run failed, 2 wrong usage, 130 Ctrl-C. Failures that a user can act
-on are one line on stderr, `error: ...`.
+after SIGTERM, with the state saved), 1 the run failed, 2 wrong usage, 130 Ctrl-C. Failures that a user can
+act on are one line on stderr, `error: ...`.
 """
 
 from __future__ import annotations

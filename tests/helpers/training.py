@@ -62,7 +62,7 @@ def install_wandb_stand_in(folder: Path) -> None:
 
 
 def run_ranks(worker: Callable[..., None], *arguments: Any, ranks: int) -> None:
-    """Run `worker(rank, *arguments)` in a process for each rank, forked from one with the trainer imported."""
+    """Run `worker(rank, *arguments)` in a process for each rank; the trainer is imported once."""
     multiprocessing.set_forkserver_preload(["lejepa_fast.train.engine.trainer"])
     mp.start_processes(worker, arguments, nprocs=ranks, start_method="forkserver")
 

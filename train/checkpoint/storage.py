@@ -192,9 +192,9 @@ def has_average(state: Mapping[str, Any]) -> bool:
 def newest_checkpoint(folder: Path, *, own: bool = False) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest readable checkpoint in `folder` and its state, or None if there are no checkpoints.
 
-    A damaged checkpoint is skipped with a warning. With `own` the caller is the trainer that writes to `folder`:
-    it renames damaged ones to `*.damaged`, so that they do not count among the newest kept, and removes what a
-    killed trainer left unfinished. RunError if checkpoints exist and none can be read.
+    A damaged checkpoint is skipped with a warning. With `own` the caller is the trainer that writes to
+    `folder`: it renames damaged ones to `*.damaged`, so that they do not count among the newest kept, and
+    removes what a killed trainer left unfinished. RunError if checkpoints exist and none can be read.
     """
     if own:
         remove_unfinished(folder)
@@ -217,9 +217,9 @@ def newest_checkpoint(folder: Path, *, own: bool = False) -> tuple[Path, dict[st
 
 
 def find_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
-    """Return the checkpoint that a user named, and its state: a checkpoint, a run folder or its `checkpoints`.
+    """Return the checkpoint that a user named, and its state; UsageError if there is none or it is damaged.
 
-    UsageError if there is none, or if it is damaged.
+    `where`: a checkpoint, a run folder (its newest one is taken) or the `checkpoints` of a run folder.
     """
     path = Path(where)
     if not path.is_dir():

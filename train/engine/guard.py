@@ -4,9 +4,10 @@ If the loss or gradient is not finite on ANY rank, or the gradient's norm is abo
 set, the step is skipped on EVERY rank: parameters, optimiser state and running statistics stay as they were,
 bit for bit. (The learning-rate schedule and the SIGReg step go on.) Three in a row end the run.
 
-One all-reduce of 2 W + 1 floats a step carries the flags of W ranks. The skip happens on the device, where the
-fused optimiser reads `found_inf`, as it does for a gradient scaler. On a GPU the host reads the flags of step t
-after it has queued step t + 1, so that the GPU never idles; it learns of a bad step or a stop one step late.
+One all-reduce of 2 W + 1 floats a step carries the flags of W ranks. The skip happens on the device, where
+the fused optimiser reads `found_inf`, as it does for a gradient scaler. On a GPU the host reads the flags of
+step t after it has queued step t + 1, so that the GPU never idles; it learns of a bad step or a stop one step
+late.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ class StepGuard:
         self._bad_in_a_row = 0
         # W flags, W losses, and the number of ranks that were told to stop.
         self._flags = torch.zeros(2 * world.size + 1, device=world.device)
-        # A NaN would spoil running statistics for good. Two backups, used in turn, because with a lag the host
-        # learns of a bad step after the next forward pass.
+        # A NaN would spoil running statistics for good. Two backups, used in turn, because with a lag the
+        # host learns of a bad step after the next forward pass.
         self._buffers = [b for b in model.buffers() if b.is_floating_point() and b.numel()]
         self._backups = [[b.clone() for b in self._buffers] for _ in range(2)]
 
@@ -163,7 +164,7 @@ class StepGuard:
             return
         with same_error_on_all_ranks():
             raise RunError(
-                f"{problem} in {MAX_BAD_STEPS} steps in a row (last: {where}); they changed no parameter, and "
+                f"{problem} in {MAX_BAD_STEPS} steps in a row (last: {where}); they changed no parameter; "
                 f"metrics.jsonl names their images; {advice}, and resume from a checkpoint"
             )
 

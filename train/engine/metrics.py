@@ -1,5 +1,4 @@
-"""What a run reports: metrics.jsonl always, TensorBoard by default, Weights & Biases on request; a progress bar
-in a terminal, a few log lines without one.
+"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases on request; a progress bar or log lines.
 
 Rows of metrics.jsonl, one JSON object a line (a value that is not finite is null):
 
@@ -14,10 +13,11 @@ Rows of metrics.jsonl, one JSON object a line (a value that is not finite is nul
 
 `step` counts finished steps. `images_per_second` counts images (not views) over all ranks; `data_wait` is the
 share of wall time spent waiting for the loader. Both are since the last row, without evaluations and without
-`save_seconds`, the time that checkpoints held up the training. `mfu` (model flops utilisation) is the share of
-the devices' dense bf16 peak that the model's operations make, if the peak is known (flops.py, gpu_specs.py).
-`memory_gib` is the most that rank 0 has held since the program started: of the allocator on a GPU, else of the
-process. `eta_seconds` is the time left at the pace since this start, saves and evaluations included.
+`save_seconds`, the time that checkpoints held up the training. `mfu` (model flops utilisation) is the share
+of the devices' dense bf16 peak that the model's operations make, if the peak is known (flops.py,
+gpu_specs.py). `memory_gib` is the most that rank 0 has held since the program started: of the allocator on a
+GPU, else of the process. `eta_seconds` is the time left at the pace since this start, saves and evaluations
+included.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ _WAY_OUT = "free some space or choose another --out"
 
 
 class Metrics:
-    """Writes the rows of a run; RunError if the disk refuses. As a context manager it marks the run at Weights &
-    Biases as failed after an exception other than Interrupted.
+    """Writes the rows of a run; RunError if the disk refuses.
+
+    As a context manager it marks the run at Weights & Biases as failed after any exception but Interrupted.
 
     Args:
         run_dir: the run folder. Rows of its metrics.jsonl beyond `step` are dropped: their steps run again.

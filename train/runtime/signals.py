@@ -25,8 +25,9 @@ class Interrupted(BaseException):
 class SignalWatch:
     """Context in which SIGTERM and SIGINT set `signum` instead of ending the process.
 
-    The training checks `requested` after every step. Inside `exit_at_once` a signal raises Interrupted. A second
-    Ctrl-C raises KeyboardInterrupt anywhere. Outside the main thread, where Python has no signals, nothing.
+    The training checks `requested` after every step. Inside `exit_at_once` a signal raises Interrupted. A
+    second Ctrl-C raises KeyboardInterrupt anywhere. Outside the main thread, where Python has no signals,
+    nothing.
     """
 
     def __init__(self) -> None:

@@ -29,8 +29,8 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Of collectives between devices in a training step."""
 CONTROL_TIMEOUT = timedelta(days=7)
-"""Of the control group, in which ranks wait while rank 0 evaluates for hours. They do not wait for the dead: a
-rank that dies closes its connections."""
+"""Of the control group, in which ranks wait while rank 0 evaluates for hours. They do not wait for the dead:
+a rank that dies closes its connections."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ def setup_world(device: str = "auto") -> World:
 def store_of_this_start(rank: int, size: int) -> dist.Store:
     """Return torchrun's store under a prefix that the ranks of this start share and no earlier start used.
 
-    The store outlives the ranks: without a fresh prefix, restarted ranks find the addresses of dead ones there
-    and connect to them (pytorch/pytorch#135712; seen with torch 2.15). TORCHELASTIC_RESTART_COUNT is no such
-    prefix, because each machine counts for itself. So rank 0 draws a random name. Every other rank asks for it
-    under a random key, so that it cannot read an answer to a dead rank, and confirms it.
+    The store outlives the ranks: without a fresh prefix, restarted ranks find the addresses of dead ones
+    there and connect to them (pytorch/pytorch#135712; seen with torch 2.15). TORCHELASTIC_RESTART_COUNT is no
+    such prefix, because each machine counts for itself. So rank 0 draws a random name. Every other rank asks
+    for it under a random key, so that it cannot read an answer to a dead rank, and confirms it.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=COLLECTIVE_TIMEOUT)

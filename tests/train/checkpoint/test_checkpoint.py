@@ -245,7 +245,7 @@ def test_nothing_readable_is_an_error_and_no_fresh_start(tmp_path: Path) -> None
 
 
 def test_reading_changes_nothing_and_the_trainer_cleans_up(tmp_path: Path) -> None:
-    """As an evaluation reads the run of a live trainer, which has an unfinished save and a damaged checkpoint."""
+    """With an unfinished save and a damaged checkpoint."""
     folder = tmp_path / "checkpoints"
     save(folder, 1)
     (save(folder, 2) / SHARD).write_bytes(b"")

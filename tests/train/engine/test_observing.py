@@ -321,7 +321,7 @@ def test_other_errors_keep_their_text(tiny: Make, monkeypatch: pytest.MonkeyPatc
 
 
 def test_evaluations_and_saves_do_not_count_as_training(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time passes only in the save before the evaluation (5 s), in the evaluation (7 s) and in a step (1 s)."""
+    """Time passes only in a save (5 s), in the evaluation (7 s) and in a step (1 s)."""
     clock = [0.0]
 
     def takes(seconds: float, work: Any = lambda *args, **options: None) -> Any:
