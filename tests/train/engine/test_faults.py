@@ -10,22 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import faults_worker
 import pytest
 import torch
-import torch.distributed as dist
 from training import SCRIPT, Make, arguments_of, rows_of, train_only
 
 from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.engine.metrics import Metrics
 from lejepa_fast.train.engine.trainer import Trainer
-from lejepa_fast.train.runtime import world
 from lejepa_fast.train.runtime.signals import Interrupted
 
 WORKER = Path(__file__).parents[2] / "helpers" / "faults_worker.py"
@@ -189,23 +185,6 @@ def check_same_images(expected: dict[int, list[list[str]]], found: dict[int, lis
     for step, (whole,) in expected.items():
         assert len(set(whole)) == 8
         assert {digest for part in found[step] for digest in part} == set(whole), step
-
-
-def test_ranks_that_start_again_do_not_take_the_dead_for_the_living(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun's store outlives the ranks: each start is met by what the one before left there."""
-    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", str(server.port))
-    with ThreadPoolExecutor(3) as threads:
-        for size in (3, 3, 2):
-            ranks = [threads.submit(world.store_of_this_start, 0, size)]
-            time.sleep(0.1)  # rank 0 answers the dead first
-            ranks += [threads.submit(world.store_of_this_start, rank, size) for rank in range(1, size)]
-            stores = [rank.result(timeout=30) for rank in ranks]
-            assert not stores[0].check(["who"])
-            stores[1].set("who", "1")
-            for store in stores:
-                store.wait(["who"], timedelta(seconds=10))  # raises where they do not share it
 
 
 # ---- no network --------------------------------------------------------------------------------------
