@@ -141,7 +141,7 @@ def test_resume_none_does_not_overwrite_and_a_path_starts_a_second_run(tiny: Mak
     cfg = tiny(max_steps=4)
     train_only(cfg)
     with pytest.raises(
-        UsageError, match=r"--resume none: .* holds checkpoints of an earlier run.*another --out"
+        UsageError, match=r"--resume none: .* holds checkpoints of another run .*another --out"
     ):
         train_only(tiny(max_steps=4, resume="none"))
     # The checkpoint of one run as the start of another: the schedule is the new one's, the steps go on.
