@@ -19,9 +19,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OF
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lejepa_fast.errors import RunError
 from lejepa_fast.train.checkpoint.storage import (
     FORMAT,
     MANIFEST,
@@ -44,10 +42,12 @@ from lejepa_fast.train.checkpoint.storage import (
     list_checkpoints,
     sha256_of,
 )
-from lejepa_fast.train.runtime.files import UNFINISHED, sync_folder
+from lejepa_fast.train.runtime.files import UNFINISHED, disk_errors_named, sync_folder
 from lejepa_fast.train.runtime.world import World, gather_to_main, on_all, on_main
 
 log = logging.getLogger("lejepa_fast.train")
+
+_WAY_OUT = "earlier checkpoints are untouched; free some space and run the same command again"
 
 Offsets = dict[str, tuple[int, ...]]
 
@@ -140,19 +140,19 @@ class Saver:
         world, folder = self._world, unfinished(path)
         file = folder / f"shard-{world.rank + 1:05d}.safetensors"
 
-        @_disk_errors_named(path)
+        @disk_errors_named(path, _WAY_OUT)
         def prepare() -> None:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier, killed save
             folder.mkdir(parents=True)
 
-        @_disk_errors_named(path)
+        @disk_errors_named(path, _WAY_OUT)
         def write() -> dict[str, str]:
             if not tensors:
                 return {}
             write_shard(file, tensors, offsets)
             return {file.name: sha256_of(file)}
 
-        @_disk_errors_named(path)
+        @disk_errors_named(path, _WAY_OUT)
         def publish() -> None:
             self._publish(path, {name: digest for part in sums for name, digest in part.items()}, state)
 
@@ -196,17 +196,6 @@ def _offset_to_write(tensor: Tensor, world: World) -> tuple[int, ...] | None:
     if not first or not tensor.to_local().numel():
         return None
     return compute_local_shape_and_global_offset(tensor.shape, mesh, placements)[1]
-
-
-@contextmanager
-def _disk_errors_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}; earlier checkpoints are untouched; "
-            "free some space and run the same command again"
-        ) from error
 
 
 def _discard(path: Path) -> None:

@@ -32,16 +32,15 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from lejepa_fast.errors import RunError
 from lejepa_fast.train.engine.weights_and_biases import WandbRun
-from lejepa_fast.train.runtime.files import read_rows, write_atomically
+from lejepa_fast.train.runtime.files import disk_errors_named, read_rows, write_atomically
 from lejepa_fast.train.runtime.signals import Interrupted
 
 log = logging.getLogger("lejepa_fast.train")
@@ -80,16 +79,16 @@ class Metrics:
         self._board: Any = None
         self._bar: tqdm | None = None
         self._wandb: WandbRun | None = None
-        self._first_step, self._logged_step, self._total_steps = step, step, total_steps
+        self._first_step, self._logged_step, self._total_steps = step, -total_steps, total_steps
         self._started = time.perf_counter()
         if not enabled:
             return
-        with _disk_errors_named(self.path):
+        with disk_errors_named(self.path, _WAY_OUT):
             _drop_rows_after(self.path, step)
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         self._board_folder = run_dir / "tensorboard"
         if tensorboard:
-            with _disk_errors_named(self._board_folder):
+            with disk_errors_named(self._board_folder, _WAY_OUT):
                 self._board = _open_board(self._board_folder, purge_step=step + 1)
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
@@ -113,11 +112,11 @@ class Metrics:
             pace = (time.perf_counter() - self._started) / max(1, step - self._first_step)
             values["eta_seconds"] = pace * max(0, self._total_steps - step)
         row = {"kind": kind, "step": step, **{key: _json_number(value) for key, value in values.items()}}
-        with _disk_errors_named(self.path):
+        with disk_errors_named(self.path, _WAY_OUT):
             _append(self._file, (json.dumps(row, allow_nan=False) + "\n").encode())
         numbers = {key: value for key, value in values.items() if _is_number(value) and key != "epoch"}
         if self._board is not None:
-            with _disk_errors_named(self._board_folder):
+            with disk_errors_named(self._board_folder, _WAY_OUT):
                 for key, value in numbers.items():
                     self._board.add_scalar(f"{kind}/{key}", value, step)
         if self._wandb is not None:
@@ -254,11 +253,3 @@ def _is_number(value: Any) -> bool:
 
 def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextlib.contextmanager
-def _disk_errors_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; {_WAY_OUT}") from error

@@ -21,10 +21,8 @@ def build_optimizer(model: LeJEPAModel, cfg: OptimConfig, device: torch.device) 
     """
     if isinstance(cfg.weight_decay, str):
         raise TypeError(f"weight_decay: expected a resolved number, got {cfg.weight_decay!r}")
-    names = model.encoder.no_weight_decay() if hasattr(model.encoder, "no_weight_decay") else ()
-    groups = param_groups_weight_decay(
-        model, cfg.weight_decay, no_weight_decay_list=[f"encoder.{name}" for name in names]
-    )
+    names = [f"encoder.{name}" for name in getattr(model.encoder, "no_weight_decay", set)()]
+    groups = param_groups_weight_decay(model, cfg.weight_decay, no_weight_decay_list=names)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=device.type in ("cpu", "cuda"))
 
 

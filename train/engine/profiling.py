@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from lejepa_fast.errors import RunError
+from lejepa_fast.train.runtime.files import disk_errors_named
 
 log = logging.getLogger("lejepa_fast.train")
 
@@ -60,16 +60,11 @@ class StepProfiler:
         table = recorded.key_averages().table(
             sort_by="self_cuda_time_total" if self._gpu else "self_cpu_time_total", row_limit=60
         )
-        try:
+        with disk_errors_named(self._folder, "free some space, choose another --out, or leave out --profile"):
             self._folder.mkdir(parents=True, exist_ok=True)
             recorded.export_chrome_trace(f"{stem}.trace.json.gz")
             Path(f"{stem}.operators.txt").write_text(table + "\n", encoding="utf-8")
             if self._gpu:
                 torch.cuda.memory._dump_snapshot(f"{stem}.memory.pickle")
                 torch.cuda.memory._record_memory_history(enabled=None)
-        except OSError as error:
-            raise RunError(
-                f"cannot write {self._folder}: {error.strerror or error}; free some space, choose another "
-                "--out, or leave out --profile"
-            ) from error
         log.info("profile of the last %d steps: %s.*", ACTIVE, stem)

@@ -36,7 +36,7 @@ from lejepa_fast.train.engine.guard import StepGuard
 from lejepa_fast.train.engine.metrics import Meter, Metrics, peak_memory_gib
 from lejepa_fast.train.engine.optimization import build_optimizer, build_scheduler
 from lejepa_fast.train.engine.profiling import StepProfiler
-from lejepa_fast.train.engine.weights_and_biases import open_run
+from lejepa_fast.train.engine.weights_and_biases import WandbRun
 from lejepa_fast.train.evaluate import (
     EvalResult,
     check_validation_images,
@@ -210,14 +210,19 @@ class Trainer:
         self._resume()
         on_main(world, lambda: config.write(cfg, self.run_dir))
         on_main(world, self.lock.take)
-        open_metrics = functools.partial(
-            Metrics, self.run_dir, tensorboard=cfg.tensorboard, step=self.step, total_steps=self.total_steps
-        )
-        with random_state.preserved_rng():  # wandb may draw random numbers
-            on_rank_0 = functools.partial(
-                open_metrics, enabled=True, wandb=lambda: open_run(self.run_dir, cfg)
+
+        def open_metrics() -> Metrics:
+            return Metrics(
+                self.run_dir,
+                enabled=world.is_main,
+                tensorboard=cfg.tensorboard,
+                step=self.step,
+                total_steps=self.total_steps,
+                wandb=lambda: WandbRun(self.run_dir, cfg.wandb, config.to_dict(cfg)) if cfg.wandb else None,
             )
-            self.metrics = on_main(world, on_rank_0) or open_metrics(enabled=False)
+
+        with random_state.preserved_rng():  # wandb may draw random numbers
+            self.metrics = on_all(world, open_metrics)
         rows = read_rows(self.metrics.path) if world.is_main else []
         kinds = ("eval", "evaluating")
         done, begun = (Counter(row["step"] for row in rows if row["kind"] == kind) for kind in kinds)

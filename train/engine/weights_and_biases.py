@@ -14,25 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from lejepa_fast.errors import RunError, UsageError, first_line
-from lejepa_fast.train.config import Config, to_dict
 from lejepa_fast.train.runtime.files import write_atomically
 
 log = logging.getLogger("lejepa_fast.train")
 
 
-def open_run(run_dir: Path, cfg: Config) -> WandbRun | None:
-    """Open the run of a configuration at Weights & Biases; None if it does not ask for one."""
-    return None if cfg.wandb is None else WandbRun(run_dir, cfg.wandb, to_dict(cfg))
-
-
 class WandbRun:
     """A run at Weights & Biases for a run folder, the same one after a resume.
 
-    Later failures of wandb are warnings: metrics.jsonl has all rows, and the training goes on.
-
-    Raises:
-        UsageError: wandb is not installed.
-        RunError: wandb refuses to start.
+    UsageError if wandb is not installed, RunError if it refuses to start. Later failures of wandb are
+    warnings: metrics.jsonl has all rows, and the training goes on.
     """
 
     def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any]):

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +19,15 @@ UNFINISHED = ".unfinished"
 """Suffix of files and folders that are being written; the next run removes those of a killed process."""
 
 
+@contextlib.contextmanager
+def disk_errors_named(path: Path, way_out: str) -> Iterator[None]:
+    """Turn an OSError into a RunError that names the path, the reason and what the user can do."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; {way_out}") from error
+
+
 def write_atomically(path: Path, fill: Callable[[IO[bytes]], object], *, way_out: str) -> None:
     """Let `fill` write a temporary file beside `path`, sync it to the disk and rename it to `path`.
 
@@ -26,20 +35,19 @@ def write_atomically(path: Path, fill: Callable[[IO[bytes]], object], *, way_out
     and an earlier file at `path` is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise RunError(f"cannot write {path}: {error.strerror or error}; {way_out}") from error
-        raise
+    with disk_errors_named(path, way_out):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -53,10 +61,8 @@ def remove_unfinished(folder: Path) -> None:
 
 def make_folder(path: Path) -> None:
     """Make `path` and its parents; RunError if that fails."""
-    try:
+    with disk_errors_named(path, "choose another --out"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot make the folder {path}: {error.strerror}; choose another --out") from error
 
 
 def sync_folder(folder: Path) -> None:
