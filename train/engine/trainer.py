@@ -141,7 +141,6 @@ class Trainer:
         self.flops_per_image = count_flops(cfg).per_image
         peak = peak_flops(world.device)
         self.meter = Meter(flops_per_image=self.flops_per_image, peak_flops=peak and peak * world.size)
-        self.profiler = StepProfiler(self.run_dir, world.device, enabled=cfg.profile and world.is_main)
         self._saved_step = -1
 
     def _open_data(self) -> None:
@@ -189,7 +188,10 @@ class Trainer:
             stack.callback(self._release)
             self._open_run_folder()
             stack.enter_context(self.metrics)
-            stack.enter_context(contextlib.closing(self.profiler))
+            profiler = StepProfiler(
+                self.run_dir, self.world.device, enabled=self.cfg.profile and self.world.is_main
+            )
+            self.profiler = stack.enter_context(contextlib.closing(profiler))
             self._log_start()
             self._stack = stack.pop_all()
         return self
