@@ -105,14 +105,12 @@ def _read_checked(path: Path) -> dict[str, Any]:
         state = json.loads((path / STATE).read_bytes())
     except ValueError as error:
         raise UnreadableCheckpointError(f"{STATE} is not JSON: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UnreadableCheckpointError("not a checkpoint of lejepa_fast's trainer")
-    version = state.get("version")
-    if not isinstance(version, int):
-        raise UnreadableCheckpointError(f"expected a number as the format version, got {version!r}")
-    if version > VERSION:
+    known = isinstance(state, dict) and state.get("format") == FORMAT
+    if not known or not isinstance(state.get("version"), int):
+        raise UnreadableCheckpointError(f"{STATE} is not that of a checkpoint of lejepa_fast's trainer")
+    if state["version"] > VERSION:
         raise UsageError(
-            f"checkpoint {path} was written by a newer version (format {version}, known: {VERSION}); "
+            f"checkpoint {path} was written by a newer version (format {state['version']}, not {VERSION}); "
             "update lejepa_fast, or choose another --out"
         )
     return state

@@ -16,6 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from lejepa_fast.train.runtime.files import disk_errors_named
+from lejepa_fast.train.runtime.world import World
 
 log = logging.getLogger("lejepa_fast.train")
 
@@ -23,14 +24,14 @@ SKIPPED, WARM_UP, ACTIVE = 3, 2, 4
 
 
 class StepProfiler:
-    """Call `step` after every training step, and `close` at the end; does nothing unless `enabled`."""
+    """Call `step` after every training step, and `close` at the end; works on rank 0 if `enabled`."""
 
-    def __init__(self, run_dir: Path, device: torch.device, *, enabled: bool):
+    def __init__(self, run_dir: Path, world: World, *, enabled: bool):
         self._folder = run_dir / "profile"
-        self._gpu = device.type == "cuda"
+        self._gpu = world.device.type == "cuda"
         self._step = 0
         self._profile: profile | None = None
-        if not enabled:
+        if not enabled or not world.is_main:
             return
         if self._gpu:
             torch.cuda.memory._record_memory_history(max_entries=200_000)

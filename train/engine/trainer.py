@@ -76,6 +76,8 @@ log = logging.getLogger("lejepa_fast.train")
 
 MemoryAdvice = Callable[[Config, World, Strategy, int], AbstractContextManager[None]]
 
+no_advice: MemoryAdvice = lambda cfg, world, strategy, images: contextlib.nullcontext()  # noqa: E731
+
 EVALUATION_ATTEMPTS = 2
 EVALUATION_FIGURES = ("knn", "linear", "embedding_std", "effective_rank", "sigreg")
 
@@ -98,12 +100,7 @@ class Trainer:
         Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        world: World,
-        memory_advice: MemoryAdvice = lambda *run: contextlib.nullcontext(),
-    ):
+    def __init__(self, cfg: Config, world: World, memory_advice: MemoryAdvice = no_advice):
         on_all(world, lambda: config.validate(cfg, world.size))
         self.cfg = cfg = config.resolve(cfg)
         self.world = world
@@ -120,15 +117,11 @@ class Trainer:
             # Random numbers of the training (drop path) differ between ranks, and not between runs.
             random_state.seed_rng(cfg.seed + 7919 * world.rank)
             self.optimizer = build_optimizer(self.model, cfg.optim, world.device)
-            self.guard = StepGuard(
-                self.model, self.optimizer, world, self._record_skipped, cfg.optim.skip_grad_norm
-            )
+            limit = cfg.optim.skip_grad_norm
+            self.guard = StepGuard(self.model, self.optimizer, world, self._record_skipped, limit)
             self.total_steps = config.total_steps(cfg, len(self.loader))
-            self.average = (
-                None
-                if cfg.average.kind == "none"
-                else WeightAverage(self.model, cfg.average, self.total_steps)
-            )
+            averages = cfg.average.kind != "none"
+            self.average = WeightAverage(self.model, cfg.average, self.total_steps) if averages else None
         self.scheduler = build_scheduler(self.optimizer, cfg.optim, self.total_steps)
         self.state = resume.TrainingState(
             self.model, self.optimizer, self.loss_fn, self.scheduler, self.loader, self.average, self.data
@@ -188,9 +181,7 @@ class Trainer:
             stack.callback(self._release)
             self._open_run_folder()
             stack.enter_context(self.metrics)
-            profiler = StepProfiler(
-                self.run_dir, self.world.device, enabled=self.cfg.profile and self.world.is_main
-            )
+            profiler = StepProfiler(self.run_dir, self.world, enabled=self.cfg.profile)
             self.profiler = stack.enter_context(contextlib.closing(profiler))
             self._log_start()
             self._stack = stack.pop_all()
@@ -233,8 +224,7 @@ class Trainer:
 
     def _resume(self) -> None:
         run_dir, current, world = self.run_dir, config.to_dict(self.cfg), self.world
-        found = on_main(world, lambda: resume.choose_checkpoint(run_dir, self.cfg.resume))
-        found = from_main(world, found)
+        found = from_main(world, on_main(world, lambda: resume.choose_checkpoint(run_dir, self.cfg.resume)))
         if found is None:
             return
         path, state = found
