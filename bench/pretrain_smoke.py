@@ -85,7 +85,7 @@ def run_command(changes: dict[str, Any], impl: str, data: dict[str, Any]) -> int
 def run_trainer(changes: dict[str, Any], impl: str, data: dict[str, Any]) -> int:
     import no_tyro  # noqa: F401, I001 - before the trainer
     from lejepa_fast.train.runtime.command import log_to_stderr
-    from lejepa_fast.train.engine.trainer import Trainer
+    from lejepa_fast.train.pretrain import pretrain
     from lejepa_fast.train.config.presets import PRESETS
     from lejepa_fast.train.runtime.world import setup_world
 
@@ -99,7 +99,7 @@ def run_trainer(changes: dict[str, Any], impl: str, data: dict[str, Any]) -> int
         tensorboard=False,
         **changes,
     )
-    Trainer(cfg, setup_world(cfg.device)).run()
+    pretrain(cfg, setup_world(cfg.device))
     return 0
 
 

@@ -38,9 +38,11 @@ from lejepa_fast.train.config import (
     OptimConfig,
     ParallelConfig,
 )
-from lejepa_fast.train.engine.metrics import peak_memory_gib, read_rows
+from lejepa_fast.train.engine.metrics import peak_memory_gib
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.planning.memory import trace_step
+from lejepa_fast.train.planning.out_of_memory import settings_that_help
+from lejepa_fast.train.runtime.files import read_rows
 from lejepa_fast.train.runtime.world import World, close_world, setup_world
 
 SCHEDULE = 10_000  # steps of the learning rate's schedule, of which a case runs the first
@@ -169,9 +171,7 @@ def _measure(case: Case, world: World, folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     if case.loader:
         return _with_the_loader(case, world, folder)
-    trainer = SyntheticTrainer(case.config(folder / "run"), world)
-    with trainer.telling_of_memory():
-        trainer._prepare()
+    with SyntheticTrainer(case.config(folder / "run"), world, settings_that_help) as trainer:
         trainer.model.train()
         steps = _Steps(trainer)
         steps.run(case.warm_up)
@@ -185,16 +185,12 @@ def _measure(case: Case, world: World, folder: Path) -> dict[str, Any]:
         row["losses"] = [float(value) for value in torch.stack(steps.losses).tolist()]
     if case.plan:
         row["planned_memory_gib"] = _planned_gib(case, trainer.cfg)
-    trainer.metrics.close()
-    trainer.saver.wait()
-    trainer.lock.release()
-    trainer.parallel = trainer.model
     return row
 
 
 def _figures(trainer: Trainer, step: float, seconds: list[float]) -> dict[str, Any]:
     images = trainer.cfg.data.batch_size
-    share = trainer.meter._share_per_image
+    share = trainer.meter.mfu_per_image
     deciles = statistics.quantiles(seconds, n=10, method="inclusive")
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -225,8 +221,8 @@ class _Steps:
         marks = [self._mark()]
         for index in range(count):
             between(index)
-            self._trainer._train_step(next(self._views)[0], 0)
-            self.losses.append(self._trainer._last["parts"][0].detach().clone())
+            self._trainer.train_step(next(self._views)[0], 0)
+            self.losses.append(self._trainer.last["parts"][0].detach().clone())
             marks.append(self._mark())
         if not self._gpu:
             return [b - a for a, b in itertools.pairwise(marks)]
@@ -243,7 +239,7 @@ class _Steps:
 
 def _sigreg_seconds(trainer: Trainer) -> float:
     """Median seconds of SIGReg's forward and backward alone, on embeddings of the run's shape."""
-    z = trainer._last["z"].float().requires_grad_()
+    z = trainer.last["z"].float().requires_grad_()
     gpu = z.device.type == "cuda"
     seconds = []
     for _ in range(8):
@@ -296,7 +292,6 @@ def _with_the_loader(case: Case, world: World, folder: Path) -> dict[str, Any]:
     images = _photographs(folder / "images", EPOCH * case.images)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=str(images)))
     trainer = Trainer(cfg, world)
-    trainer.finish = lambda: Path()  # type: ignore[method-assign]
     trainer.run()
     rows = [row for row in read_rows(folder / "run" / "metrics.jsonl") if row["kind"] == "train"]
     later = [row for row in rows if row["step"] > case.warm_up]

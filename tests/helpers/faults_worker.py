@@ -18,7 +18,7 @@ from torch import Tensor
 from lejepa_fast.train import pretrain
 from lejepa_fast.train.engine.trainer import Trainer
 
-train_step = Trainer._train_step
+train_step = Trainer.train_step
 
 
 def noted_step(self: Trainer, views: list[Tensor], epoch: int) -> None:
@@ -31,6 +31,6 @@ def noted_step(self: Trainer, views: list[Tensor], epoch: int) -> None:
 
 
 if __name__ == "__main__":
-    Trainer._train_step = noted_step  # type: ignore[method-assign]
-    Trainer.finish = lambda self: self.run_dir  # type: ignore[method-assign]
+    Trainer.train_step = noted_step  # type: ignore[method-assign]
+    pretrain.pretrain = lambda cfg, world: Trainer(cfg, world).run()  # type: ignore[assignment]
     sys.exit(pretrain.main())

@@ -32,10 +32,12 @@ from lejepa_fast.train.config import (
     ParallelConfig,
 )
 from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.model import initialize
 from lejepa_fast.train.model.initialize import named_tensors
-from lejepa_fast.train.model.model import build_model, initialize
+from lejepa_fast.train.model.model import build_model
 from lejepa_fast.train.parallel.parallelize import make_mesh, parallelize
-from lejepa_fast.train.runtime.world import World, is_said_by_rank_0
+from lejepa_fast.train.pretrain import pretrain
+from lejepa_fast.train.runtime.world import World, reported_elsewhere
 
 STEPS = 20
 CPU = torch.device("cpu")
@@ -159,7 +161,6 @@ def run_groups(rank: int, size: int, folder: str, images: str) -> None:
     try:
         cfg = run_config(images, Path(folder) / "groups", parallel=ParallelConfig(replicate=2))
         trainer = Trainer(cfg, world)
-        trainer.finish = lambda: Path()  # type: ignore[method-assign]
         trainer.run()
         shards = {n: (tuple(t.shape), local(t).clone()) for n, t in trainer.model.named_parameters()}
         torch.save(shards, Path(folder) / f"rank{rank}-groups.pt")
@@ -170,18 +171,18 @@ def run_groups(rank: int, size: int, folder: str, images: str) -> None:
 
 
 def train(cfg: Config, world: World, *, whole: bool = False) -> dict[str, Any]:
+    if whole:
+        pretrain(cfg, world)
     trainer = Trainer(cfg, world)
-    if not whole:
-        trainer.finish = lambda: Path()  # type: ignore[method-assign]
     graphs: list[int] = []
-    step = trainer._train_step
+    step = trainer.train_step
 
     def counted(views: list[Tensor], epoch: int) -> None:
         step(views, epoch)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
     if cfg.compile == "on":
-        trainer._train_step = counted  # type: ignore[method-assign]
+        trainer.train_step = counted  # type: ignore[method-assign]
     trainer.run()
     sharded = sum(isinstance(p, DTensor) for p in trainer.model.parameters())
     return {"sigreg step": int(trainer.loss_fn.sigreg.step), "sharded": sharded, "graphs": graphs}
@@ -192,8 +193,7 @@ def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None
     that changed anything in this rank's parameters and moments, the error that ended the run, and the images
     of this rank at each step."""
     trainer = Trainer(cfg, world)
-    trainer.finish = lambda: Path()  # type: ignore[method-assign]
-    step, make_batches = trainer._train_step, trainer.loader._backend.batches
+    step, make_batches = trainer.train_step, trainer.loader._backend.batches
     changed: list[int] = []
     images: list[list[int]] = []
 
@@ -226,13 +226,13 @@ def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None
         return out._replace(total=out.total * factor) if bad else out
 
     trainer.loss_fn.register_forward_hook(larger)
-    trainer._train_step = spoiled  # type: ignore[method-assign]
+    trainer.train_step = spoiled  # type: ignore[method-assign]
     trainer.loader._backend.batches = noted  # type: ignore[method-assign]
     error, left_to_rank_0 = "", False
     try:
         trainer.run()
     except RunError as caught:
-        error, left_to_rank_0 = str(caught), is_said_by_rank_0(caught)
+        error, left_to_rank_0 = str(caught), reported_elsewhere(caught, 1)
     return {
         "changed": changed,
         "skipped": trainer.guard.skipped,
@@ -253,7 +253,7 @@ def refused(images: str, folder: Path, world: World) -> list[tuple[str, bool]]:
         unchecked = mock.patch.object(checkpoint, "check_same_model")
         with contextlib.nullcontext() if checked else unchecked, pytest.raises(UsageError) as caught:
             Trainer(cfg, world).run()
-        found.append((str(caught.value), is_said_by_rank_0(caught.value)))
+        found.append((str(caught.value), reported_elsewhere(caught.value, 1)))
     return found
 
 
@@ -266,14 +266,13 @@ def save_different_copies(folder: Path, world: World) -> None:
 
 def run_without_room_for_the_whole(cfg: Config, world: World) -> str:
     """The error of a sharded run where rank 0 cannot hold the model that it would evaluate."""
-    trainer = Trainer(replace(cfg, parallel=FSDP, max_steps=1), world)
 
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with mock.patch.object(initialize, "allocate", full):
         try:
-            trainer.run()
+            pretrain(replace(cfg, parallel=FSDP, max_steps=1), world)
         except RunError as caught:
             return str(caught)
     return ""

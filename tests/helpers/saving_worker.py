@@ -38,10 +38,10 @@ def train_and_never_finish_a_save(arguments: list[str], threads: int, step: int,
     from lejepa_fast.train import pretrain
 
     torch.set_num_threads(threads)
-    save_synced, sync_folder, folder = saving._save_synced, saving.sync_folder, f".step-{step:08d}."
+    write_shard, sync_folder, folder = saving.write_shard, saving.sync_folder, f".step-{step:08d}."
 
     def save_half(path: Path, *args: Any) -> None:
-        save_synced(path, *args)
+        write_shard(path, *args)
         if path.parent.name.startswith(folder):
             os.truncate(path, path.stat().st_size // 2)
             time.sleep(600)
@@ -52,7 +52,7 @@ def train_and_never_finish_a_save(arguments: list[str], threads: int, step: int,
             time.sleep(600)
 
     if stage == "half a shard":
-        saving._save_synced = save_half
+        saving.write_shard = save_half
     else:
         saving.sync_folder = stop_before_the_name
     pretrain.main(arguments)

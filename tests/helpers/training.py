@@ -1,8 +1,12 @@
-"""What several tests of the trainer share: running one and reading its rows."""
+"""Shared by the tests of the trainer: run one, in this process or under torchrun, and read its rows."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,32 +14,89 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+import lejepa_fast.train
+from lejepa_fast.train import config
 from lejepa_fast.train.config import Config
-from lejepa_fast.train.engine.metrics import read_rows
 from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.runtime.files import read_rows
 from lejepa_fast.train.runtime.world import World
 
 CPU = World(torch.device("cpu"))
+SCRIPT = Path(lejepa_fast.train.__path__[0]) / "pretrain.py"
 
 Make = Callable[..., Config]
 
+WANDB_STAND_IN = """
+import json, os, random, sys
+import numpy, torch
+
+def _note(call, **values):
+    with open(os.environ["WANDB_CALLS"], "a") as file:
+        file.write(json.dumps({"call": call, **values}) + "\\n")
+
+class Run:
+    def define_metric(self, name, *, step_metric):
+        _note("define_metric", name=name, step_metric=step_metric)
+
+    def log(self, values):
+        if os.environ.get("WANDB_REFUSES") == "log":
+            raise ValueError("no room\\nthere")
+        _note("log", **values)
+
+    def finish(self, exit_code=None):
+        _note("finish", exit_code=exit_code)
+
+def init(**options):
+    if os.environ.get("WANDB_REFUSES") == "init":
+        raise RuntimeError("api_key not configured (no-tty)\\nmore")
+    random.random(), numpy.random.rand(), torch.rand(())
+    _note("init", mode=os.environ.get("WANDB_MODE"), **options)
+    return Run()
+"""
+
+
+def install_wandb_stand_in(folder: Path) -> None:
+    """Write a package `wandb` that records its calls in the file WANDB_CALLS; nothing uses a network."""
+    (folder / "wandb").mkdir(parents=True)
+    (folder / "wandb" / "__init__.py").write_text(WANDB_STAND_IN)
+
 
 def run_ranks(worker: Callable[..., None], *arguments: Any, ranks: int) -> None:
-    """`worker(rank, *arguments)` in a process for each rank. They are forked from one that has imported the
-    trainer, which takes each of them seconds otherwise."""
+    """Run `worker(rank, *arguments)` in a process for each rank; the trainer is imported once."""
     multiprocessing.set_forkserver_preload(["lejepa_fast.train.engine.trainer"])
     mp.start_processes(worker, arguments, nprocs=ranks, start_method="forkserver")
 
 
 def train_only(cfg: Config) -> Trainer:
-    """`Trainer.run` without the evaluation at the end."""
+    """Train in this process, without export, evaluation at the end and report."""
     trainer = Trainer(cfg, CPU)
-    trainer.finish = lambda: Path()  # type: ignore[method-assign]
     trainer.run()
     return trainer
 
 
+def arguments_of(cfg: Config, folder: Path, *more: str) -> list[str]:
+    """A command line that means `cfg`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{cfg.out.name if cfg.out else 'none'}.config.json"
+    file.write_text(json.dumps(config.to_dict(cfg)))
+    out = ["--out", str(cfg.out)] if cfg.out else []
+    return ["--config", str(file), *out, "--resume", cfg.resume, *more]
+
+
+def torchrun(script: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run a script on so many CPU ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*command, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
 def rows_of(cfg: Config, kind: str = "train") -> list[dict[str, Any]]:
+    """The rows of this kind in metrics.jsonl."""
     assert cfg.out is not None
     return [row for row in read_rows(cfg.out / "metrics.jsonl") if row["kind"] == kind]
 

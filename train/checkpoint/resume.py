@@ -1,4 +1,4 @@
-"""What a resumed run takes from its checkpoint, what from its own settings, and what must be the same."""
+"""What a resumed run takes from its checkpoint, what from its own settings, and what must be equal."""
 
 from __future__ import annotations
 
@@ -15,46 +15,40 @@ from torch.optim.lr_scheduler import LambdaLR
 from lejepa_fast.data import ImageSource
 from lejepa_fast.data.identity import names_digest
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.checkpoint import storage as checkpoint
+from lejepa_fast.train.checkpoint import storage
 from lejepa_fast.train.model.average import WeightAverage
-from lejepa_fast.train.runtime.world import World, on_all, the_same_on_every_rank
+from lejepa_fast.train.runtime.world import World, on_all, same_error_on_all_ranks
 
 log = logging.getLogger("lejepa_fast.train")
 
 
 def is_own(path: Path, run_dir: Path) -> bool:
-    """Whether a checkpoint is one of this run folder."""
+    """Whether a checkpoint belongs to this run folder."""
     return path.resolve().parent == (run_dir / "checkpoints").resolve()
 
 
 def choose_checkpoint(run_dir: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that a run starts from, by `--resume`; None: it starts anew.
+    """Return the checkpoint that `--resume` asks for and its state; None: the run starts anew.
 
-    Raises UsageError where later checkpoints of another course would be mixed with this run's: the newest
-    are kept by their step, so they would outlive it.
+    Raises:
+        UsageError: the run folder already holds other checkpoints. Those of the new run would be mixed with
+            them, and the ones with more steps would be kept as the newest.
     """
     own = run_dir / "checkpoints"
     if resume == "auto":
-        return checkpoint.newest_checkpoint(own, own=True)
-    there = checkpoint.list_checkpoints(own)
-    if resume == "none":
-        if there:
-            raise UsageError(
-                f"--resume none: {run_dir} holds checkpoints of an earlier run; nothing is overwritten; "
-                "choose another --out, or --resume auto to continue that run"
-            )
-        return None
-    path, state = checkpoint.find_checkpoint(resume)
-    if there and there[-1].resolve() != path.resolve():
+        return storage.newest_checkpoint(own, own=True)
+    existing = storage.list_checkpoints(own)
+    found = None if resume == "none" else storage.find_checkpoint(resume)
+    if existing and not (found and existing[-1].resolve() == found[0].resolve()):
         raise UsageError(
-            f"--resume {resume}: {run_dir} holds {there[-1].name}, which is not of that course; nothing is "
-            "overwritten; choose another --out, or --resume auto to continue the run in there"
+            f"--resume {resume}: {run_dir} holds checkpoints of another run ({existing[-1].name}); choose "
+            "another --out, or --resume auto to continue that run"
         )
-    return path, state
+    return found
 
 
 def data_identity(train: ImageSource, val: ImageSource) -> dict[str, Any]:
-    """Which images a run trains on and which it holds out: counts and a digest of their names."""
+    """Identify the images of a run: counts of both splits and a digest of their names."""
     names = names_digest({"train": train, "val": val})
     return {"train_images": len(train), "val_images": len(val), "names_sha256": names}
 
@@ -62,46 +56,43 @@ def data_identity(train: ImageSource, val: ImageSource) -> dict[str, Any]:
 def check_same_run(
     state: Mapping[str, Any], current: Mapping[str, Any], data: Mapping[str, Any], path: Path, run_dir: Path
 ) -> None:
-    """UsageError where the run folder is that of another seed or of other images.
+    """Raise UsageError if the checkpoint `path` is of this run folder and of another seed or of other images.
 
-    `current` is the configuration as `config.to_dict` gives it, `data` the run's `data_identity`. From a
-    checkpoint of another run folder a run may go on with other images; then a warning says what it means.
+    A checkpoint of another run folder may be of other images; a warning says what that means. `state` is its
+    state.json, `current` the run's configuration (`config.to_dict`), `data` the run's `data_identity`.
     """
-    if is_own(path, run_dir) and state["config"]["seed"] != current["seed"]:
+    own, before = is_own(path, run_dir), state.get("data")
+    if own and state["config"]["seed"] != current["seed"]:
         raise UsageError(
             f"seed: {run_dir} holds a run with seed {state['config']['seed']}, and this one has "
             f"{current['seed']}; choose another --out, or continue that run with its seed"
         )
-    before = state.get("data")
     if before is None or before == data:
         return
-    theirs, ours = state["config"]["data"]["path"], current["data"]["path"]
+
+    def described(images: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+        counts = f"{images['train_images']} for training, {images['val_images']} held out"
+        return f"({counts} of {config['data']['path']})"
+
     difference = (
-        f"the checkpoint {path} was trained on other images ({_counted(before)} of {theirs}) than this run "
-        f"has ({_counted(data)} of {ours})"
+        f"the checkpoint {path} was trained on other images {described(before, state['config'])} than this "
+        f"run has {described(data, current)}"
     )
-    if is_own(path, run_dir):
+    if own:
         raise UsageError(
             f"data: {difference}; choose another --out, or continue with the same --data and "
             "--data.val-fraction"
         )
     log.warning(
-        "%s: some that are held out now may have been trained on; its list of bad images is not taken over, "
-        "and the epoch begins anew",
+        "%s: some that are held out now may have been trained on; the epoch starts over, without the list of "
+        "bad images",
         difference,
     )
 
 
-def _counted(data: Mapping[str, Any]) -> str:
-    return f"{data['train_images']} for training, {data['val_images']} held out"
-
-
 @dataclass(frozen=True)
-class Parts:
-    """What of a run its checkpoints hold, but for the random states of the ranks and the configuration.
-
-    `data` is the run's `data_identity`.
-    """
+class TrainingState:
+    """Everything in a checkpoint but the configuration and the random states of the ranks."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -110,9 +101,10 @@ class Parts:
     loader: Any
     average: WeightAverage | None
     data: Mapping[str, Any]
+    """The run's `data_identity`."""
 
     def state(self) -> dict[str, Any]:
-        """What is no tensor, as JSON has it."""
+        """Everything that is not a tensor, as JSON."""
         return {
             "data": self.data,
             "scheduler": self.scheduler.state_dict(),
@@ -121,7 +113,7 @@ class Parts:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """By their names in a checkpoint; they share memory with the run's."""
+        """The tensors by their names in a checkpoint; they share memory with those of the run."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"loss.{name}": tensor for name, tensor in self.loss_fn.state_dict().items()}
         tensors |= {f"average.{name}": tensor for name, tensor in self.averaged().items()}
@@ -131,35 +123,37 @@ class Parts:
         return tensors
 
     def averaged(self) -> dict[str, Tensor]:
-        """Those of the averaged model; {} where there is none, or none yet."""
+        """The tensors of the averaged model; {} if there is none yet."""
         return self.average.tensors() if self.average is not None else {}
 
     def load(self, path: Path, state: Mapping[str, Any], world: World) -> None:
-        """The inverse of both, from a checkpoint of any number of ranks; all ranks call it.
+        """Load a checkpoint of any number of ranks. All ranks call it.
 
-        Of other images than the run's the loader takes the epoch alone. An average in the checkpoint that
-        this run does not continue is left out.
-        UsageError naming a tensor that the run or the checkpoint does not have, or has in another shape.
+        If it is of other images, the loader takes over the epoch only. An averaged model that this run does
+        not continue is left out.
+
+        Raises:
+            UsageError: a tensor is missing in the run or in the checkpoint, or has another shape.
         """
         if self.average is not None:
             self.average.restore(state.get("average"))
         tensors = on_all(world, lambda: self._tensors_to_load(path))
-        with the_same_on_every_rank():  # what fails on one
-            checkpoint.load_tensors(path, tensors)
+        with same_error_on_all_ranks():  # DCP raises an error of one rank on all
+            storage.load_tensors(path, tensors)
         if self.average is not None:
             self.average.follow()
-        _load_schedule(self.optimizer, self.scheduler, state["scheduler"])
+        self._load_schedule(state["scheduler"])
         same_images = state.get("data") in (None, self.data)
         position = {"epoch": state["loader"]["epoch"], "images_seen": 0}
         self.loader.load_state_dict(state["loader"] if same_images else position)
 
     def _tensors_to_load(self, path: Path) -> dict[str, Tensor]:
-        """As `tensors`, with the optimiser's state made, in which there may be none yet."""
-        saved = checkpoint.saved_tensors(path)
+        """As `tensors`, with the optimiser's state allocated, which a new optimiser does not have."""
+        saved = storage.saved_tensors(path)
         self.optimizer.state.clear()
         wanted = self.tensors()
         parameters = dict(self.model.named_parameters())
-        for name in sorted(saved.keys() - wanted.keys()):  # of several, all ranks name the same
+        for name in sorted(saved.keys() - wanted.keys()):
             section, _, rest = name.partition(".")
             if section == "average" and not self.averaged():
                 continue
@@ -170,38 +164,32 @@ class Parts:
                     "have; choose another --out"
                 )
             owner, like = parameters[parameter], saved[name]
+            sharded = like.ndim and like.shape == owner.shape
             wanted[name] = (
                 torch.empty_like(owner, dtype=like.dtype)
-                if like.ndim and like.shape == owner.shape
+                if sharded
                 else torch.empty_like(like, device=owner.device)
             )
             self.optimizer.state[owner][slot] = wanted[name]
         return wanted
 
-
-def _load_schedule(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, saved: Mapping[str, Any]) -> None:
-    """Load the position in the schedule; rate, decay and betas stay those of this run's settings.
-
-    The rate of the next step follows from the schedule of this run, which may be longer than that of the
-    checkpoint.
-    """
-    base_lrs = scheduler.base_lrs
-    scheduler.load_state_dict(dict(saved))
-    scheduler.base_lrs = base_lrs
-    rates = [
-        base * factor(scheduler.last_epoch)
-        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates
+    def _load_schedule(self, saved: Mapping[str, Any]) -> None:
+        """Load the position in the schedule. Rate, decay and betas stay those of this run's settings, and the
+        rate of the next step follows this run's schedule, which may be longer than the checkpoint's."""
+        scheduler, base_lrs = self.scheduler, self.scheduler.base_lrs
+        scheduler.load_state_dict(dict(saved))
+        scheduler.base_lrs = base_lrs
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        scheduler._last_lr = [base * factor for base, factor in zip(base_lrs, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
 
 
-def tell_changes(saved: dict[str, Any], current: dict[str, Any], where: str = "") -> None:
-    """Log every setting that differs from the checkpoint's: a resumed run may then take another course."""
+def log_changes(saved: dict[str, Any], current: dict[str, Any], where: str = "") -> None:
+    """Warn of every setting that differs from the checkpoint's."""
     for key in sorted(saved.keys() | current.keys()):
         before, now = saved.get(key), current.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
-            tell_changes(before, now, f"{where}{key}.")
+            log_changes(before, now, f"{where}{key}.")
         elif before != now and key not in ("out", "resume"):
             log.warning("%s%s: the checkpoint has %s, this run %s", where, key, before, now)

@@ -1,21 +1,19 @@
-"""Checkpoints: found, and checked before they are used.
+"""Find checkpoints, check them and read them.
 
 A checkpoint is a folder, `checkpoints/step-00000123`, written by `saving.py`:
 
-    shard-*.safetensors   the tensors, by `torch.distributed.checkpoint`: each rank's share in its own file.
+    shard-*.safetensors   tensors, by `torch.distributed.checkpoint` (DCP): each rank writes its share.
                           "model.NAME", "optimizer.NAME.SLOT" (moments and step of a parameter), "loss.NAME",
-                          and "average.NAME", the averaged model, where the run keeps one
+                          and with --average "average.NAME", the averaged model
     state.json            {"format", "version", "step", "config", "data", "scheduler", "loader", "average",
-                          "rng"}:
-                          `data` says which images the run trains on (`resume.data_identity`), `rng` is a list
-                          with an entry for each rank
-    manifest.sha256       the SHA-256 sum of every other file, as `sha256sum -c` reads it
+                          "rng"}: everything else. "data" identifies the images (`resume.data_identity`),
+                          "rng" has an entry for each rank
+    manifest.sha256       SHA-256 of every other file; `sha256sum -c` reads it
 
-Any number of processes may read it. No file is a pickle, so no code in one can run: DCP's own format has a
-pickled index and unpickles it without restriction (torch 2.11 to 2.15), its safetensors format has none.
-
-Reading changes nothing on the disk: another program may read a run that is still being written. Only the
-trainer cleans up, in its own folder (`newest_checkpoint(..., own=True)`).
+Any number of processes can read it. No file is a pickle, so no code in one can run. (DCP's default format has
+a pickled index, `.metadata`, which torch 2.11 to 2.15 unpickle without restriction; its safetensors format
+has none.) Reading changes nothing on the disk, because another process may still be writing the run; only the
+trainer cleans up its own folder (`newest_checkpoint(..., own=True)`).
 """
 
 from __future__ import annotations
@@ -44,26 +42,27 @@ from lejepa_fast.train.runtime.files import remove_unfinished
 
 log = logging.getLogger("lejepa_fast.train")
 
-# DCP says so at each save and load of a single process, and it is no news.
+# DCP warns so at each save and load of a single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-FORMAT = "lejepa_fast.checkpoint"
-VERSION = 2  # 1 was a single file, step-*.pt, and only ever in development versions
+FORMAT, VERSION = "lejepa_fast.checkpoint", 2
 STATE, MANIFEST = "state.json", "manifest.sha256"
 _NAME = re.compile(r"step-(\d{8,})")
-_LINE = re.compile(r"([0-9a-f]{64})  (\S+)")
+_MANIFEST_LINE = re.compile(r"([0-9a-f]{64})  (\S+)")
+_EXPECTED = "give a run folder, or a folder checkpoints/step-*"
 
 
 class UnreadableCheckpointError(Exception):
-    """The checkpoint is damaged or none of this trainer. `args[0]` is the reason; it names the file in it."""
+    """The checkpoint is damaged, or not one of this trainer. The message names the file and the reason."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return the path of the checkpoint of this step in `folder`."""
     return folder / f"step-{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first; [] if there is no such folder."""
+    """Return the checkpoints in `folder`, oldest first; [] if there is no such folder."""
     found = [(int(m.group(1)), p) for p in folder.glob("step-*") if (m := _NAME.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
 
@@ -72,10 +71,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Check every file of a checkpoint and return what is no tensor, `state.json`; changes nothing on disk.
+    """Check every file of a checkpoint against its SHA-256 and return the content of state.json.
 
-    Raises UnreadableCheckpointError if it is damaged or something else, RunError if the disk or the rights
-    do not let it be read (it may be good), UsageError if a newer version wrote it.
+    Raises:
+        UnreadableCheckpointError: the checkpoint is damaged or something else.
+        RunError: the file system refuses to read it; the checkpoint may be good.
+        UsageError: a newer version of this package wrote it.
     """
     try:
         return _read_checked(path)
@@ -84,55 +85,48 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UnreadableCheckpointError(f"{missing} is missing") from error
     except OSError as error:
         raise RunError(
-            f"cannot read {error.filename or path}: {error.strerror or error}; it is left as it is: "
+            f"cannot read {error.filename or path}: {error.strerror or error}; nothing was changed: "
             "run the same command again once it can be read"
         ) from error
 
 
 def _read_checked(path: Path) -> dict[str, Any]:
-    sums = _read_manifest(path / MANIFEST)
-    raw = (path / STATE).read_bytes()
-    if hashlib.sha256(raw).hexdigest() != sums.get(STATE):
-        raise UnreadableCheckpointError(f"{STATE} is not what its SHA-256 sum says")
+    expected = _read_manifest(path / MANIFEST)
+    present = {file.name for file in path.iterdir()} - {MANIFEST}
+    if odd := sorted(present ^ set(expected)):
+        problem = "is not in" if odd[0] in present else "is missing, but in"
+        raise UnreadableCheckpointError(f"{odd[0]} {problem} {MANIFEST}")
+    names = sorted(present)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for name, digest in zip(names, pool.map(lambda name: sha256_of(path / name), names), strict=True):
+            if digest != expected[name]:
+                raise UnreadableCheckpointError(f"{name} does not match its SHA-256 sum")
     try:
-        state = json.loads(raw)
+        state = json.loads((path / STATE).read_bytes())
     except ValueError as error:
-        raise UnreadableCheckpointError(f"{STATE} is no JSON: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UnreadableCheckpointError("not a checkpoint of lejepa_fast's trainer")
-    version = state.get("version")
-    if not isinstance(version, int):
-        raise UnreadableCheckpointError(f"expected the number of its format version, got {version!r}")
-    if version > VERSION:
+        raise UnreadableCheckpointError(f"{STATE} is not JSON: {error}") from error
+    known = isinstance(state, dict) and state.get("format") == FORMAT
+    if not known or not isinstance(state.get("version"), int):
+        raise UnreadableCheckpointError(f"{STATE} is not that of a checkpoint of lejepa_fast's trainer")
+    if state["version"] > VERSION:
         raise UsageError(
-            f"checkpoint {path} was written by a newer version (format {version}, known: {VERSION}); "
+            f"checkpoint {path} was written by a newer version (format {state['version']}, not {VERSION}); "
             "update lejepa_fast, or choose another --out"
         )
-    there = {file.name for file in path.iterdir()} - {MANIFEST}
-    if there != set(sums):
-        odd = sorted(there ^ set(sums))[0]
-        raise UnreadableCheckpointError(f"{odd} is {'not of this checkpoint' if odd in there else 'missing'}")
-    names = sorted(there - {STATE})
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for name, digest in zip(names, pool.map(lambda n: sha256_of(path / n), names), strict=True):
-            if digest != sums[name]:
-                raise UnreadableCheckpointError(f"{name} is not what its SHA-256 sum says")
     return state
 
 
 def _read_manifest(path: Path) -> dict[str, str]:
-    try:
-        text = path.read_bytes().decode("ascii")
-        lines = [_LINE.fullmatch(line) for line in text.removesuffix("\n").split("\n")]
-    except UnicodeDecodeError as error:
-        raise UnreadableCheckpointError(f"{path.name} is no list of SHA-256 sums") from error
-    found = [line for line in lines if line is not None]
-    if not found or len(found) != len(lines):
-        raise UnreadableCheckpointError(f"{path.name} is no list of SHA-256 sums")
-    return {line.group(2): line.group(1) for line in found}
+    lines = path.read_bytes().decode("ascii", errors="replace").removesuffix("\n").split("\n")
+    matches = [_MANIFEST_LINE.fullmatch(line) for line in lines]
+    found = {match.group(2): match.group(1) for match in matches if match}
+    if len(found) != len(lines):
+        raise UnreadableCheckpointError(f"{path.name} is not a list of SHA-256 sums")
+    return found
 
 
 def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
@@ -141,14 +135,14 @@ def sha256_of(path: Path) -> str:
 
 
 def saved_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, on the meta device: shapes and dtypes.
+    """Return the tensors of a checkpoint by name, on the meta device: shapes and dtypes.
 
-    UsageError for files that are no safetensors, though their sums say that they were written so.
+    UsageError if a file is not in the safetensors format, although its SHA-256 matches.
     """
     try:
         found = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except SafetensorError as error:
-        raise UsageError(f"checkpoint {path} holds files that are no safetensors: {error}") from error
+        raise UsageError(f"checkpoint {path} holds files that are not safetensors: {error}") from error
     return {
         name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")  # type: ignore[union-attr]
         for name, entry in found.items()
@@ -156,9 +150,9 @@ def saved_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_tensors(path: Path, into: dict[str, Tensor]) -> None:
-    """Fill these tensors, DTensors or not, from a checkpoint of any number of ranks. All ranks call it.
+    """Fill tensors, sharded or not, from a checkpoint of any number of ranks. All ranks call it.
 
-    UsageError where the checkpoint lacks a name or has it in another shape.
+    UsageError if the checkpoint lacks a name or has it in another shape.
     """
     try:
         dcp.load(
@@ -175,9 +169,9 @@ def load_tensors(path: Path, into: dict[str, Tensor]) -> None:
 
 
 def load_model(path: Path, section: str = "model") -> dict[str, Tensor]:
-    """The whole model of a checkpoint on the CPU, by the names of its state dict; for one process.
+    """Load the whole model of a checkpoint to the CPU, by the names of its state dict. For one process.
 
-    `section`: "average" for the averaged one (see `has_average`), and "model.encoder" for a part.
+    `section`: "model", "average" for the averaged model (see `has_average`), or a part: "model.encoder".
     """
     saved, prefix = saved_tensors(path), f"{section}."
     whole = {n: torch.empty_like(t, device="cpu") for n, t in saved.items() if n.startswith(prefix)}
@@ -186,7 +180,7 @@ def load_model(path: Path, section: str = "model") -> dict[str, Tensor]:
 
 
 def has_average(state: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint, of which this is `state.json`, holds averaged weights."""
+    """Whether the checkpoint with this state.json holds averaged weights."""
     return bool((state.get("average") or {}).get("count"))
 
 
@@ -194,28 +188,24 @@ def has_average(state: Mapping[str, Any]) -> bool:
 
 
 def newest_checkpoint(folder: Path, *, own: bool = False) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be read, or None where there is none at all.
+    """Return the newest readable checkpoint in `folder` and its state, or None if there are no checkpoints.
 
-    A damaged one is passed over with a warning. `own`: the caller is the trainer that writes to `folder`,
-    and a damaged one is also renamed to `*.damaged`, since under its own name it would count among the
-    newest kept; what a killed trainer left unfinished is removed.
-    Raises RunError where checkpoints exist and none can be read, and what `read_checkpoint` raises.
+    A damaged checkpoint is skipped with a warning. With `own` the caller is the trainer that writes to
+    `folder`: it renames damaged ones to `*.damaged`, so that they do not count among the newest kept, and
+    removes what a killed trainer left unfinished. RunError if checkpoints exist and none can be read.
     """
     if own:
         remove_unfinished(folder)
     paths = list_checkpoints(folder)
-    if not paths and any(folder.glob("step-*.pt")):
-        raise UsageError(
-            f"{folder} holds checkpoints of an earlier development version (format 1, step-*.pt), which this "
-            "one does not read; choose another --out"
-        )
     for path in reversed(paths):
         try:
             return path, read_checkpoint(path)
         except UnreadableCheckpointError as error:
             log.warning("checkpoint %s cannot be read (%s): trying the one before it", path, error)
             if own:
-                _set_aside(path)
+                damaged = path.with_name(path.name + ".damaged")
+                shutil.rmtree(damaged, ignore_errors=True)
+                path.rename(damaged)
     if paths:
         raise RunError(
             f"no checkpoint in {folder} can be read (tried {len(paths)}); "
@@ -224,36 +214,20 @@ def newest_checkpoint(folder: Path, *, own: bool = False) -> tuple[Path, dict[st
     return None
 
 
-def _set_aside(path: Path) -> None:
-    aside = path.with_name(path.name + ".damaged")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-    except OSError as error:
-        raise RunError(f"cannot rename the damaged {path}: {error.strerror}; move it away") from error
-
-
 def find_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that a user named: itself, a run folder or its `checkpoints`.
+    """Return the checkpoint that a user named, and its state; UsageError if there is none or it is damaged.
 
-    Changes nothing on the disk. UsageError if there is none, and what `read_checkpoint` raises.
+    `where`: a checkpoint, a run folder (its newest one is taken) or the `checkpoints` of a run folder.
     """
     path = Path(where)
-    if not path.exists():
-        raise UsageError(
-            f"checkpoint {path} does not exist; give a run folder, or a folder checkpoints/step-*"
-        )
     if not path.is_dir():
-        raise UsageError(
-            f"checkpoint {path} is a file, not a checkpoint of lejepa_fast; give a run folder, or a folder "
-            "checkpoints/step-*"
-        )
+        problem = "is a file" if path.exists() else "does not exist"
+        raise UsageError(f"checkpoint {path} {problem}; {_EXPECTED}")
     if not _NAME.fullmatch(path.name):
-        for folder in (path / "checkpoints", path):
-            found = newest_checkpoint(folder)
-            if found is not None:
-                return found
-        raise UsageError(f"{path} holds no checkpoint; give a run folder, or a folder checkpoints/step-*")
+        found = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
+        if found is None:
+            raise UsageError(f"{path} holds no checkpoint; {_EXPECTED}")
+        return found
     try:
         return path, read_checkpoint(path)
     except UnreadableCheckpointError as error:
@@ -261,25 +235,23 @@ def find_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def check_same_model(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """UsageError naming both models where the checkpoint's model is another one than the run's.
+    """Raise UsageError, naming both models, if the checkpoint `path` is of another model than the run.
 
-    Both are configurations as `config.to_dict` gives them.
+    `saved` and `current` are configurations as `config.to_dict` returns them.
     """
-    theirs, ours = dict(saved["model"]), dict(current["model"])
-    # None means the size of the global crops.
-    theirs["img_size"] = theirs["img_size"] or saved["crops"]["global_size"]
-    ours["img_size"] = ours["img_size"] or current["crops"]["global_size"]
-    # It acts in training only, and no weight depends on it.
-    theirs.pop("drop_path", None)
-    ours.pop("drop_path", None)
-    if theirs == ours:
-        return
 
-    def named(options: dict[str, Any], other: dict[str, Any]) -> str:
-        details = [f"{k} {v}" for k, v in options.items() if k != "name" and other.get(k) != v]
-        return options["name"] + (f" ({', '.join(details)})" if details else "")
+    def weights(config: dict[str, Any]) -> dict[str, Any]:
+        """The model's settings that its weights depend on."""
+        size = config["model"]["img_size"] or config["crops"]["global_size"]
+        return {k: v for k, v in config["model"].items() if k != "drop_path"} | {"img_size": size}
 
-    raise UsageError(
-        f"checkpoint {path} is of model {named(theirs, ours)}, and this run is of {named(ours, theirs)}; "
-        "choose another --out, or the checkpoint's model"
-    )
+    def described(model: dict[str, Any], other: dict[str, Any]) -> str:
+        details = [f"{k} {v}" for k, v in model.items() if k != "name" and other.get(k) != v]
+        return model["name"] + (f" ({', '.join(details)})" if details else "")
+
+    theirs, ours = weights(saved), weights(current)
+    if theirs != ours:
+        raise UsageError(
+            f"checkpoint {path} is of model {described(theirs, ours)}, and this run is of "
+            f"{described(ours, theirs)}; choose another --out, or the checkpoint's model"
+        )

@@ -12,38 +12,31 @@ from torch.optim.lr_scheduler import LambdaLR
 from lejepa_fast.train.config import OptimConfig
 from lejepa_fast.train.model.model import LeJEPAModel
 
-# Devices on which PyTorch has a fused AdamW. It reads `found_inf` on the device, so a bad step is
-# skipped without a host synchronisation (see guard.py).
-_FUSED = ("cpu", "cuda")
-
 
 def build_optimizer(model: LeJEPAModel, cfg: OptimConfig, device: torch.device) -> torch.optim.AdamW:
-    """`cfg.weight_decay` is a number here (config.resolve).
+    """Build a fused AdamW, which skips a bad step on the device (`found_inf`, see guard.py).
 
-    Not decayed: 1-D parameters, biases, and what the encoder itself names (timm's `no_weight_decay`:
-    position embeddings and tokens of a transformer).
+    Not decayed: 1-D parameters, biases, and what the encoder names in timm's `no_weight_decay` (position
+    embeddings and tokens of a transformer). `cfg.weight_decay` must be a number (config.resolve).
     """
     if isinstance(cfg.weight_decay, str):
         raise TypeError(f"weight_decay: expected a resolved number, got {cfg.weight_decay!r}")
-    names = model.encoder.no_weight_decay() if hasattr(model.encoder, "no_weight_decay") else ()
-    groups = param_groups_weight_decay(
-        model, cfg.weight_decay, no_weight_decay_list=[f"encoder.{name}" for name in names]
-    )
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=device.type in _FUSED)
+    names = [f"encoder.{name}" for name in getattr(model.encoder, "no_weight_decay", set)()]
+    groups = param_groups_weight_decay(model, cfg.weight_decay, no_weight_decay_list=names)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=device.type in ("cpu", "cuda"))
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, cfg: OptimConfig, total_steps: int) -> LambdaLR:
-    """Step it after every optimiser step. Its state is one counter, so a run may be extended on resume."""
+    """Build the schedule; step it after every optimiser step. Its state is one counter, so that a resumed run
+    can be extended."""
     warmup = min(total_steps - 1, math.ceil(cfg.warmup_fraction * total_steps))
     factor = partial(lr_factor, warmup=warmup, total=total_steps, final=cfg.final_lr_fraction)
     return LambdaLR(optimizer, factor)
 
 
 def lr_factor(step: int, *, warmup: int, total: int, final: float) -> float:
-    """Share of the peak rate at `step` = 0, 1, ...: 1/warmup ... 1 linearly, then a half cosine to `final`.
-
-    The last step, total - 1, runs at exactly `final`.
-    """
+    """Share of the peak rate at `step` = 0, 1, ..., total - 1: linear from 1/warmup to 1, then half a cosine
+    that reaches `final` at the last step."""
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - 1 - warmup))

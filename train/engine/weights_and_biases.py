@@ -1,7 +1,7 @@
-"""Rows of metrics.jsonl sent to Weights & Biases, on request (`--wandb PROJECT`); else nothing is imported.
+"""Rows of metrics.jsonl to Weights & Biases, on request (`--wandb PROJECT`); otherwise wandb is not imported.
 
-Where they go is up to wandb's own settings: `wandb login`, WANDB_ENTITY, WANDB_MODE=offline (to the run
-folder alone; `wandb sync` sends it later). https://docs.wandb.ai/ref/python/init
+wandb's own settings hold: `wandb login`, WANDB_ENTITY, WANDB_MODE=offline (writes to the run folder only;
+`wandb sync` sends it later). https://docs.wandb.ai/ref/python/init
 """
 
 from __future__ import annotations
@@ -14,22 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from lejepa_fast.errors import RunError, UsageError, first_line
-from lejepa_fast.train.config import Config, to_dict
 from lejepa_fast.train.runtime.files import write_atomically
 
 log = logging.getLogger("lejepa_fast.train")
 
 
-def open_run(run_dir: Path, cfg: Config) -> WandbRun | None:
-    """The run there of a configuration; None where it asks for none."""
-    return None if cfg.wandb is None else WandbRun(run_dir, cfg.wandb, to_dict(cfg))
-
-
 class WandbRun:
-    """A run there for the run folder, the same one after a resume.
+    """A run at Weights & Biases for a run folder, the same one after a resume.
 
-    UsageError where wandb is not installed, RunError where it refuses to start. What it refuses later is a
-    warning: metrics.jsonl has all rows, and the training goes on.
+    UsageError if wandb is not installed, RunError if it refuses to start. Later failures of wandb are
+    warnings: metrics.jsonl has all rows, and the training goes on.
     """
 
     def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any]):
@@ -52,25 +46,27 @@ class WandbRun:
                 dir=str(run_dir),
                 config=dict(config),
             )
-        except Exception as error:  # its own kinds, which are not the same in all versions
+        except Exception as error:  # wandb's own classes, which differ between versions
             raise RunError(
                 f"wandb: {first_line(error)}; run `wandb login`, set WANDB_MODE=offline, or leave out --wandb"
             ) from error
-        # Rows have steps of their own, since wandb's count may not go back and a resumed run repeats some.
+        # wandb's own step may not go back, and a resumed run repeats some.
         self._run.define_metric("*", step_metric="step")
 
     def add(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Send the numbers of a row, as `kind/name`."""
-        with self._told():
+        with _failures_logged():
             self._run.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
 
     def close(self, *, failed: bool) -> None:
-        with self._told():
+        """End the run, as failed or finished."""
+        with _failures_logged():
             self._run.finish(exit_code=int(failed))
 
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            log.warning("wandb: %s", first_line(error))
+
+@contextlib.contextmanager
+def _failures_logged() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        log.warning("wandb: %s", first_line(error))

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: finish the step, save a checkpoint, leave."""
+"""SIGTERM and Ctrl-C: finish the step, save a checkpoint, exit."""
 
 from __future__ import annotations
 
@@ -7,72 +7,71 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 
 class Interrupted(BaseException):
-    """The run was told to end and its state is saved. `args[0]` is the message, `signum` the signal.
-
-    No `Exception`, like KeyboardInterrupt: code that survives errors must not survive this.
-    """
+    """A signal ended the run and its state is saved. Not an `Exception`: error handlers must not catch it."""
 
     def __init__(self, message: str, signum: int):
-        super().__init__(message)
+        super().__init__(message, signum)
         self.signum = signum
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class SignalWatch:
-    """Context in which SIGTERM and SIGINT set `requested` instead of ending the process.
+    """Context in which SIGTERM and SIGINT set `signum` instead of ending the process.
 
-    The training loop looks at it at the end of every step. Within `leaving_at_once` a signal raises
-    Interrupted on the spot. A second SIGINT ends the process at once, anywhere. Elsewhere than in the
-    main thread all this does nothing: Python has signals there only.
+    The training checks `requested` after every step. Inside `exit_at_once` a signal raises Interrupted. A
+    second Ctrl-C raises KeyboardInterrupt anywhere. Outside the main thread, where Python has no signals,
+    nothing.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self._process = os.getpid()
-        self._message: str | None = None  # of the Interrupted to raise on the spot
-        self._before: dict[int, Any] = {}
+        self._exit_message: str | None = None
+        self._previous: dict[int, Any] = {}
 
     @property
     def requested(self) -> bool:
+        """Whether a signal has asked this process to stop."""
         return self.signum is not None
 
     @contextmanager
-    def leaving_at_once(self, message: str) -> Iterator[None]:
-        """Where all that matters is saved already: a signal, also an earlier one, raises Interrupted."""
+    def exit_at_once(self, message: str) -> Iterator[None]:
+        """Raise Interrupted(message) on a signal, also on an earlier one. For code with nothing to save."""
         if self.signum is not None:
             raise Interrupted(message, self.signum)
-        self._message = message
+        self._exit_message = message
         try:
             yield
         finally:
-            self._message = None
+            self._exit_message = None
 
     def __enter__(self) -> SignalWatch:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
+    def __exit__(self, *error: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous.clear()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            # A forked loader worker inherits this handler. Ctrl-C reaches it with the whole group, and the
-            # trainer still needs its batch; SIGTERM is how it is ended.
-            if number == signal.SIGTERM:
-                os._exit(128 + number)
+            # A forked loader worker inherits this handler. It ignores Ctrl-C, because the trainer still needs
+            # its batch to finish the step, and exits on SIGTERM, which is how the trainer ends its workers.
+            if signum == signal.SIGTERM:
+                os._exit(128 + signum)
             return
-        if self.requested and number == signal.SIGINT:
+        if self.requested and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signum = number
-        if self._message is not None:
-            raise Interrupted(self._message, number)
+        self.signum = signum
+        if self._exit_message is not None:
+            raise Interrupted(self._exit_message, signum)

@@ -1,13 +1,12 @@
-"""Processes and devices: who this process is, and what ranks say to each other outside the model.
+"""Processes and devices: which rank this process is, and what ranks exchange outside the model.
 
-`torchrun` starts W processes and sets RANK, LOCAL_RANK and WORLD_SIZE; without these variables the run
-is a single process and no process group exists. NCCL connects GPUs and gloo connects CPUs.
+`torchrun` starts W processes and sets RANK, LOCAL_RANK and WORLD_SIZE. Without these variables the run is a
+single process without a process group. NCCL connects GPUs, gloo connects CPUs.
 """
 
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import sys
 import time
@@ -25,34 +24,38 @@ import torch.distributed as dist
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.train.runtime.signals import Interrupted
 
-log = logging.getLogger("lejepa_fast.train")
-
 T = TypeVar("T")
 
-# Rank 0 evaluates and writes the report while the others wait in a collective: they must outwait it.
-COLLECTIVE_TIMEOUT = timedelta(hours=2)
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Of collectives between devices in a training step."""
+CONTROL_TIMEOUT = timedelta(days=7)
+"""Of the control group, in which ranks wait while rank 0 evaluates for hours. They do not wait for the dead:
+a rank that dies closes its connections."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands: its rank among `size` processes, and the device that it computes on."""
+    """The place of this process: its device, and its rank among `size` processes."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    control: Any = None
+    """Process group (gloo, CPU) for everything outside the training step; None: the default group."""
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     @property
     def distributed(self) -> bool:
-        """True when a process group exists: also with torchrun and one process."""
+        """Whether a process group exists: also under torchrun with one process."""
         return dist.is_initialized()
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Resolve `auto`, `cpu` or `cuda` for the process with this local rank; UsageError if it is not there."""
+    """Resolve `auto`, `cpu` or `cuda` for the process with this local rank; UsageError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -69,172 +72,153 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def setup_world(device: str = "auto") -> World:
-    """Choose the device and, under torchrun, join the process group. Pair it with `close_world`."""
+    """Choose the device and, under torchrun, join the process group. Call `close_world` at the end."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = choose_device(device, local_rank)
-    if chosen.type == "cuda":
+    on_gpu = chosen.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True  # a run has two input sizes at most
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(chosen)
-    # gloo beside NCCL: checkpoints are coordinated on the CPU, while NCCL trains.
-    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    device_id = chosen if chosen.type == "cuda" else None
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store: dict[str, Any] = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = _store_of_this_start(rank, size)
-        where: dict[str, Any] = {"store": store, "rank": rank, "world_size": size}
-    else:
-        where = {}
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id, **where)
-    return World(chosen, rank=dist.get_rank(), size=dist.get_world_size())
+        store = {"store": store_of_this_start(rank, size), "rank": rank, "world_size": size}
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=chosen if on_gpu else None,
+        **store,
+    )
+    return World(chosen, rank, size, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
 
 
-def _store_of_this_start(rank: int, size: int) -> dist.Store:
-    """torchrun's store, under a prefix that the ranks of this start share and no earlier start had.
+def store_of_this_start(rank: int, size: int) -> dist.Store:
+    """Return torchrun's store under a prefix that the ranks of this start share and no earlier start used.
 
-    The store lives in torchrun. Without the prefix, processes that it starts again find the addresses of
-    those that are dead there, and connect to them (pytorch/pytorch#135712; seen with torch 2.15). Its count
-    of restarts would not do as a prefix: each machine has its own.
+    The store outlives the ranks: without a fresh prefix, restarted ranks find the addresses of dead ones
+    there and connect to them (pytorch/pytorch#135712; seen with torch 2.15). TORCHELASTIC_RESTART_COUNT is no
+    such prefix, because each machine counts for itself. So rank 0 draws a random name. Every other rank asks
+    for it under a random key, so that it cannot read an answer to a dead rank, and confirms it.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=COLLECTIVE_TIMEOUT)
     shared = dist.PrefixStore("lejepa_fast", store)
-    if rank == 0:
-        start = _hand_out_a_name(shared, size)
-    else:
-        # What rank 0 answers stands under a name that only this process has: it cannot be an old answer.
-        me = uuid.uuid4().hex
-        shared.set(f"here/{rank}", me)
-        start = shared.get(f"start/{me}").decode()
-        shared.set(f"known/{start}/{rank}", "")
-    return dist.PrefixStore(f"lejepa_fast/{start}", store)
-
-
-def _hand_out_a_name(shared: dist.Store, size: int) -> str:
-    """On rank 0: answers whoever is here, which dead processes still seem to be, until all others know."""
+    if rank > 0:
+        key = uuid.uuid4().hex
+        shared.set(f"asks/{rank}", key)
+        start = shared.get(f"answer/{key}").decode()
+        shared.set(f"confirmed/{start}/{rank}", "")
+        return dist.PrefixStore(f"lejepa_fast/{start}", store)
     start = uuid.uuid4().hex
     missing = set(range(1, size))
     deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
     while missing:
         if time.monotonic() > deadline:
             raise RunError(f"rank {', '.join(map(str, sorted(missing)))} did not start; see its message")
-        for other in sorted(missing):
-            if shared.check([f"here/{other}"]):
-                shared.set(f"start/{shared.get(f'here/{other}').decode()}", start)
+        for other in missing:
+            if shared.check([f"asks/{other}"]):
+                shared.set(f"answer/{shared.get(f'asks/{other}').decode()}", start)
         time.sleep(0.02)
-        missing = {other for other in missing if not shared.check([f"known/{start}/{other}"])}
-    return start
+        missing = {other for other in missing if not shared.check([f"confirmed/{start}/{other}"])}
+    return dist.PrefixStore(f"lejepa_fast/{start}", store)
 
 
 def close_world(code: int = 0) -> None:
-    """Leave the process group, at the end of a command with this exit code. DDP modules must be gone by then:
-    one that still holds the group when the interpreter exits lets gloo's threads abort the process (seen with
-    torch 2.15).
+    """Leave the process group at the end of a command with this exit code. DDP modules must be gone by then.
 
-    Among other ranks a code above 0 ends the process at once, after what is being raised is printed. They may
-    wait for this one in a collective, and NCCL's way of leaving waits for them (pytorch/torchtitan#1342);
-    torchrun ends them when this process is gone.
+    A rank that fails among others ends at once, without cleaning up: the others may wait for it in a
+    collective, where NCCL's clean exit would wait for them (pytorch/torchtitan#1342). torchrun ends them.
     """
     if not dist.is_initialized():
         return
     if code and dist.get_world_size() > 1:
-        try:  # what it prints to may be gone
+        try:
             if sys.exc_info()[0] is not None:
                 traceback.print_exc()
             sys.stdout.flush()
             sys.stderr.flush()
-            time.sleep(1)  # for the others to print why they end: torchrun ends them when the first is gone
-        finally:
+        finally:  # also if the reader of the output is gone
             os._exit(code)
     gc.collect()
     dist.destroy_process_group()
 
 
+# ---- work on some ranks, errors on all -----------------------------------------------------------------
+
+
 def on_main(world: World, work: Callable[[], T]) -> T | None:
-    """Run `work` on rank 0 while the others wait; returns its result there and None elsewhere.
+    """Run `work` on rank 0 while the others wait, for hours if need be; None on the other ranks.
 
-    What rank 0 raises ends every rank, instead of leaving them waiting for one that has gone: UsageError,
-    RunError and Interrupted with the same text, anything else as a RunError that points to rank 0.
+    An error on rank 0 is raised on every rank (see `on_all`). `work` must not communicate.
     """
-    if not world.distributed:
-        return work()
-    result: T | None = None
-    failure: list[tuple[str, str, int] | None] = [None]
-    error: BaseException | None = None
-    if world.is_main:
-        try:
-            result = work()
-        except (Exception, Interrupted) as caught:
-            error = caught
-            failure = [_described(caught)]
-    dist.broadcast_object_list(failure, src=0, device=world.device)
-    if error is not None:
-        raise error
-    if failure[0] is not None:
-        kind, text, signum = failure[0]
-        if kind == "interrupted":
-            raise Interrupted(text, signum)
-        with the_same_on_every_rank():
-            raise (UsageError if kind == "usage" else RunError)(text)
-    return result
-
-
-def _described(error: BaseException) -> tuple[str, str, int]:
-    if isinstance(error, Interrupted):
-        return "interrupted", str(error), error.signum
-    if isinstance(error, (UsageError, RunError)):
-        return ("usage" if isinstance(error, UsageError) else "run"), str(error), 0
-    return "run", f"rank 0 failed with {type(error).__name__}; see its message", 0
+    return _run_and_agree(world, work if world.is_main else lambda: None)
 
 
 def on_all(world: World, work: Callable[[], T]) -> T:
-    """Run `work`, which must not communicate, on every rank; if one fails, all end together.
+    """Run `work` on every rank; if it fails on one, every rank raises, so that none waits for a dead one.
 
-    Each rank raises its own error; a rank that has none raises one that names those which have.
+    The first rank that failed raises its own error, the others a copy that is marked as reported there; of a
+    defect (another class than UsageError, RunError, Interrupted) a RunError. `work` must not communicate.
     """
+    return _run_and_agree(world, work)
+
+
+def _run_and_agree(world: World, work: Callable[[], T]) -> T:
     if not world.distributed:
         return work()
-    result: T | None = None
-    error: Exception | None = None
+    result: Any = None
+    error: BaseException | None = None
     try:
         result = work()
-    except Exception as caught:
+    except (Exception, Interrupted) as caught:
         error = caught
-    ends: list[tuple[str, str, int] | None] = [None] * world.size
-    dist.all_gather_object(ends, None if error is None else _described(error))
-    if error is not None:
-        if all(end == ends[0] for end in ends):
-            with the_same_on_every_rank():
-                raise error
-        raise error
-    failed = {str(rank): end[0] for rank, end in enumerate(ends) if end}
-    if failed:
-        kind = RunError if "run" in failed.values() else UsageError
-        raise kind(f"rank {', '.join(failed)} failed; see the message there")
-    return result  # type: ignore[return-value]
+    errors: list[Any] = [None] * world.size
+    try:
+        dist.all_gather_object(errors, error and _portable(error, world.rank), group=world.control)
+    except RuntimeError as lost:  # another rank is gone; this rank's own error may explain why
+        raise (error or lost) from (lost if error else None)
+    failed = [rank for rank, other in enumerate(errors) if other is not None]
+    if not failed:
+        return result
+    first = failed[0]
+    raise _reported_by(first, error if error is not None and first == world.rank else errors[first])
 
 
-_SAID_BY_RANK_0 = "lejepa_fast_said_by_rank_0"
+def _portable(error: BaseException, rank: int) -> BaseException:
+    """The error as other ranks raise it."""
+    if isinstance(error, Interrupted):
+        return Interrupted(str(error), error.signum)
+    for kind in (UsageError, RunError):
+        if isinstance(error, kind):
+            return kind(str(error))
+    return RunError(f"rank {rank} failed with {type(error).__name__}; see its message")
+
+
+def _reported_by(rank: int, error: BaseException) -> BaseException:
+    error.reported_by = rank  # type: ignore[attr-defined]
+    return error
 
 
 @contextmanager
-def the_same_on_every_rank() -> Iterator[None]:
-    """An error raised in here is raised on rank 0 with the same text: it is enough if that one prints it."""
+def same_error_on_all_ranks() -> Iterator[None]:
+    """Mark an error that every rank raises alike: only rank 0 needs to print it."""
     try:
         yield
-    except (UsageError, RunError) as error:
-        setattr(error, _SAID_BY_RANK_0, True)
+    except (UsageError, RunError, Interrupted) as error:
+        _reported_by(0, error)
         raise
 
 
-def is_said_by_rank_0(error: Exception) -> bool:
-    return getattr(error, _SAID_BY_RANK_0, False)
+def reported_elsewhere(error: BaseException, rank: int) -> bool:
+    """Whether another rank than `rank` prints this error."""
+    return getattr(error, "reported_by", rank) != rank
 
 
 @contextmanager
-def one_line_for_a_lost_peer() -> Iterator[None]:
-    """Where another rank has gone, its own message says why: RunError for the collective that failed."""
+def lost_rank_is_a_run_error() -> Iterator[None]:
+    """Raise RunError for a collective that failed because another rank died, whose own message says why."""
     try:
         yield
     except (RuntimeError, ConnectionError) as error:
@@ -247,26 +231,29 @@ def one_line_for_a_lost_peer() -> Iterator[None]:
         raise RunError("another rank failed; see its message above") from error
 
 
+# ---- exchange ------------------------------------------------------------------------------------------
+
+
 def from_main(world: World, value: T) -> T:
-    """Rank 0's `value` on every rank."""
+    """Return rank 0's `value` on every rank."""
     if not world.distributed:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=world.device)
+    dist.broadcast_object_list(box, src=0, group=world.control)
     return box[0]
 
 
 def gather_to_main(world: World, value: Any) -> list[Any] | None:
-    """Every rank's `value`, in the order of ranks, on rank 0; None elsewhere."""
+    """Return every rank's `value`, in the order of ranks, on rank 0; None on the others."""
     if not world.distributed:
         return [value]
     box: list[Any] | None = [None] * world.size if world.is_main else None
-    dist.gather_object(value, box, dst=0)
+    dist.gather_object(value, box, dst=0, group=world.control)
     return box
 
 
 def mean_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:
-    """The mean of a small float32 tensor over the ranks (in place where there is more than one)."""
+    """The mean of a small float32 tensor over the ranks (in place if there is more than one)."""
     if world.distributed:
         dist.all_reduce(values)
         values /= world.size

@@ -1,7 +1,7 @@
 """Colors of views that DALI has cut: jitter in its drawn order, grayscale, blur, solarize.
 
-On a GPU four Triton kernels do it for one view of the whole batch (`lejepa_fast.kernels.color_jitter`). On a CPU,
-and on a GPU that cannot run them, torchvision's operators do it image by image.
+On a GPU four Triton kernels (`lejepa_fast.kernels.color_jitter`) do it for one view of the whole batch. On a
+CPU, and on a GPU that cannot run them, torchvision's operators do it image by image.
 """
 
 from __future__ import annotations

@@ -1,48 +1,73 @@
-"""Checkpoints: whole or not at all, checked before use, code in them never runs, full disks."""
+"""Checkpoints: whole or not at all, checked before use, no code runs from them, full disks."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
-import logging
 import os
 import pickle
 import random
 import resource
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from training import CPU
 
 from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.train.checkpoint import saving
 from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.checkpoint.saving import Saver, unfinished
 from lejepa_fast.train.checkpoint.storage import UnreadableCheckpointError
 from lejepa_fast.train.engine import random_state
 from lejepa_fast.train.runtime import files
-from lejepa_fast.train.runtime.world import World
 
-WORLD = World(torch.device("cpu"))
-SHARD = "shard-00001-model-00001-of-00001.safetensors"
+SHARD = "shard-00001.safetensors"
+FILES = [SHARD, checkpoint.STATE, checkpoint.MANIFEST]
 
 
-def save(folder: Path, step: int, keep: int = 3) -> Path:
-    saver = Saver(folder, WORLD, keep=keep)
-    tensors = {"model.weight": torch.full((50_000,), float(step)), "loss.step": torch.tensor(step)}
-    state = {"rng": [random_state.capture_rng()], "config": {"out": None, "lr": 0.1}}
-    saver.start(step, tensors, state)
+def save(folder: Path, step: int, keep: int = 3, **tensors: torch.Tensor) -> Path:
+    saver = Saver(folder, CPU, keep=keep)
+    tensors = tensors or {"model.weight": torch.full((50_000,), float(step)), "loss.step": torch.tensor(step)}
+    saver.start(step, tensors, {"rng": [random_state.capture_rng()], "config": {"out": None, "lr": 0.1}})
     saver.wait()
     return checkpoint.checkpoint_path(folder, step)
 
 
+def newest_step(folder: Path, *, own: bool = False) -> int:
+    found = checkpoint.newest_checkpoint(folder, own=own)
+    assert found is not None
+    return found[1]["step"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+# ---- saving ------------------------------------------------------------------------------------------
+
+
 def test_round_trip(tmp_path: Path) -> None:
-    path = save(tmp_path, 7)
+    before = os.umask(0o027)
+    try:
+        path = save(tmp_path, 7)
+    finally:
+        os.umask(before)
     assert path.name == "step-00000007"
     state = checkpoint.read_checkpoint(path)
     assert (state["step"], state["config"]) == (7, {"out": None, "lr": 0.1})
@@ -52,22 +77,15 @@ def test_round_trip(tmp_path: Path) -> None:
         "model.weight": ((50_000,), torch.float32),
         "loss.step": ((), torch.int64),
     }
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o027])
-def test_tensors_are_as_readable_as_the_rest(umask: int, tmp_path: Path) -> None:
-    before = os.umask(umask)
-    try:
-        path = save(tmp_path, 1)
-    finally:
-        os.umask(before)
+    # safetensors gives its file mode 0600; the umask decides here.
     modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()}
-    assert modes == dict.fromkeys([SHARD, checkpoint.STATE, checkpoint.MANIFEST], 0o666 & ~umask)
+    assert modes == dict.fromkeys(FILES, 0o640)
+    check = subprocess.run(["sha256sum", "-c", checkpoint.MANIFEST], cwd=path, capture_output=True, text=True)
+    assert sorted(check.stdout.split()) == sorted(["OK", "OK", f"{SHARD}:", "state.json:"])
 
 
-def test_training_goes_on_while_it_is_written(tmp_path: Path) -> None:
-    """What changes after `start` is not in the checkpoint."""
-    saver = Saver(tmp_path, WORLD, keep=3)
+def test_the_training_may_change_the_tensors_after_start(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, CPU, keep=3)
     weight = torch.ones(50_000)
     saver.start(1, {"model.weight": weight}, {})
     weight.zero_()
@@ -75,117 +93,132 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.load_model(tmp_path / "step-00000001")["weight"], torch.ones(50_000))
 
 
-def test_no_file_is_made_under_the_interpreters_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As bytes in memory it would be, and meanwhile the training could not go on."""
-
-    def refuse(*arguments: Any, **options: Any) -> bytes:
-        raise AssertionError("serialised to bytes")
-
-    monkeypatch.setattr("safetensors.torch.save", refuse)
-    assert checkpoint.read_checkpoint(save(tmp_path, 1))["step"] == 1
-
-
-def test_the_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
-    path = save(tmp_path, 1)
-    check = subprocess.run(["sha256sum", "-c", checkpoint.MANIFEST], cwd=path, capture_output=True, text=True)
-    assert check.returncode == 0
-    assert sorted(check.stdout.split()) == sorted(["OK", "OK", f"{SHARD}:", "state.json:"])
-
-
-def test_a_save_of_the_same_step_replaces_and_takes_nothing_from_a_killed_one(tmp_path: Path) -> None:
-    """Also where more ranks had begun it: their files are not of the new one."""
+def test_a_save_of_the_same_step_replaces_and_keeps_no_file_of_a_killed_one(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     left = unfinished(path)
     left.mkdir()
-    (left / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b"half")
-    saver = Saver(tmp_path, WORLD, keep=3)
-    saver.start(1, {"model.weight": torch.zeros(3)}, {})
-    saver.wait()
-    assert checkpoint.read_checkpoint(path)["step"] == 1
+    (left / "shard-00002.safetensors").write_bytes(b"half, by a second rank")
+    save(tmp_path, 1, **{"model.weight": torch.zeros(3)})
     assert torch.equal(checkpoint.load_model(path)["weight"], torch.zeros(3))
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert names(tmp_path) == ["step-00000001"]
 
 
 def test_the_last_k_are_kept_in_the_order_of_steps(tmp_path: Path) -> None:
     for step in (5, 20, 100, 1000):
         save(tmp_path, step, keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000100", "step-00001000"]
+    assert names(tmp_path) == ["step-00000100", "step-00001000"]
 
 
-def test_random_states_come_back() -> None:
-    def draws() -> tuple[float, float, float]:
-        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+@pytest.mark.parametrize("rank", range(4))
+def test_each_shard_is_written_once(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two replicas of two shards: the first replica writes, rank 0 also the plain tensors; the copy makes no
+    process groups, each of which would be a communicator between GPUs."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    np.random.standard_normal()  # noqa: NPY002 - leaves numpy with a spare Gaussian, which is state as well
-    state = random_state.capture_rng()
-    expected = draws()
-    assert draws() != expected
-    random_state.restore_rng(state)
-    assert draws() == expected
-    with random_state.preserved_rng():
-        inside = draws()
-    assert draws() == inside
+    written: list[tuple[dict[str, torch.Tensor], dict[str, Any]]] = []
+
+    def write_shard(path: Path, *what: Any) -> None:
+        written.append(what)  # type: ignore[arg-type]
+        path.parent.mkdir(exist_ok=True)  # rank 0 has made it
+        path.touch()
+
+    monkeypatch.setattr(saving, "write_shard", write_shard)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        values = torch.arange(6.0) + 6 * (rank % 2)
+        tensors = {
+            "sharded": DTensor.from_local(values, mesh, [Replicate(), Shard(0)], run_check=False),
+            "plain": torch.ones(2),
+        }
+        monkeypatch.setattr(dist, "new_group", lambda **options: None)
+        monkeypatch.setattr(dist, "is_initialized", lambda: False)  # the thread does not communicate
+        saver = Saver(tmp_path, CPU.__class__(CPU.device, rank, 4), keep=1)
+        groups = len(dist.distributed_c10d._world.pg_map)
+        saver.start(1, tensors, {})
+        assert len(dist.distributed_c10d._world.pg_map) == groups
+        saver.wait()
+    finally:
+        monkeypatch.undo()
+        dist.destroy_process_group()
+    found = [{name: (t.tolist(), offsets[name]) for name, t in parts.items()} for parts, offsets in written]
+    sharded = {"sharded": (values.tolist(), (6 * rank,))}
+    plain = {"plain": ([1.0, 1.0], (0,))}
+    assert found == {0: [sharded | plain], 1: [sharded]}.get(rank, [])
+
+
+def test_without_pinned_memory_the_copy_is_pageable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    empty = torch.empty
+
+    def refused(*size: object, pin_memory: bool = False, **options: object) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ...")
+        return empty(*size, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(torch, "empty", refused)
+    saver = Saver(tmp_path, CPU.__class__(torch.device("cuda")), keep=1)
+    for step in (1, 2):
+        saver.start(step, {f"model.{name}": torch.full((3,), float(step)) for name in ("bias", "weight")}, {})
+        saver.wait()
+    monkeypatch.undo()
+    assert checkpoint.load_model(tmp_path / "step-00000002")["weight"].tolist() == [2.0] * 3
+    assert caplog.text.count("no pinned memory to copy a checkpoint (CUDA error: out of memory)") == 1
 
 
 def test_random_states_survive_the_file(tmp_path: Path) -> None:
+    def draws() -> tuple[float, ...]:
+        return random.random(), float(np.random.standard_normal()), float(torch.rand(()))  # noqa: NPY002
+
+    np.random.standard_normal()  # noqa: NPY002 - leaves numpy with a spare Gaussian, which is state as well
     path = save(tmp_path, 1)
-    expected = (random.random(), float(np.random.rand()), float(torch.rand(())))  # noqa: NPY002
+    expected = draws()
+    with random_state.preserved_rng():
+        after = draws()
+    assert after != expected
     random_state.restore_rng(checkpoint.read_checkpoint(path)["rng"][0])
-    assert (random.random(), float(np.random.rand()), float(torch.rand(()))) == expected  # noqa: NPY002
+    assert draws() == expected
+    assert draws() == after  # what happens in `preserved_rng` leaves no trace
 
 
-def flip_a_bit(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
+# ---- damage ------------------------------------------------------------------------------------------
 
 
-def cut_off(file: Path) -> None:
-    data = file.read_bytes()
-    file.write_bytes(data[: len(data) // 2])
+def flip_a_bit(data: bytes) -> bytes:
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
 
 
-def empty(file: Path) -> None:
-    file.write_bytes(b"")
-
-
-def replace_by_text(file: Path) -> None:
-    file.write_text("no checkpoint")
-
-
-def delete(file: Path) -> None:
-    file.unlink()
-
-
-DAMAGES = [flip_a_bit, cut_off, empty, replace_by_text, delete]
-
-
-@pytest.mark.parametrize("file", [SHARD, checkpoint.STATE, checkpoint.MANIFEST])
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    "damage",
+    [flip_a_bit, lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no checkpoint", None],
+    ids=["bit flipped", "truncated", "empty", "text", "deleted"],
+)
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(
-    damage: Any, file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    damage: Callable[[bytes], bytes] | None, file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, 1)
     bad = save(tmp_path, 2)
-    damage(bad / file)
-    # A manifest that lost lines or a digit is whole in itself: the file that it then disagrees with is named.
-    named = "|".join([SHARD, checkpoint.STATE, checkpoint.MANIFEST]) if file == checkpoint.MANIFEST else file
+    if damage is None:
+        (bad / file).unlink()
+    else:
+        (bad / file).write_bytes(damage((bad / file).read_bytes()))
+    # A manifest with a changed sum is valid in itself: the file that it then disagrees with is named.
+    named = "|".join(FILES) if file == checkpoint.MANIFEST else file
     with pytest.raises(UnreadableCheckpointError, match=named):
         checkpoint.read_checkpoint(bad)
     with pytest.raises(UsageError, match=r"step-00000002 cannot be read"):
         checkpoint.find_checkpoint(bad)
-    with caplog.at_level(logging.WARNING):
-        found = checkpoint.newest_checkpoint(tmp_path, own=True)
-    assert found is not None
-    assert found[1]["step"] == 1
+    assert newest_step(tmp_path, own=True) == 1
     assert "step-00000002 cannot be read" in caplog.text
     # It no longer counts among the newest, so that pruning cannot leave it as the only one.
     save(tmp_path, 3, keep=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002.damaged", "step-00000003"]
+    assert names(tmp_path) == ["step-00000002.damaged", "step-00000003"]
 
 
-def test_every_single_bit_of_the_manifest_counts(tmp_path: Path) -> None:
-    """Its own bits have no sum: a change must show in what it says."""
+def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
+    """The manifest has no sum of its own: a change must show in what it says."""
     path = save(tmp_path, 1)
     manifest = path / checkpoint.MANIFEST
     good = manifest.read_bytes()
@@ -197,41 +230,38 @@ def test_every_single_bit_of_the_manifest_counts(tmp_path: Path) -> None:
             checkpoint.read_checkpoint(path)
 
 
-def test_a_file_too_many_is_named(tmp_path: Path) -> None:
+def test_an_extra_file_is_named(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    (path / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b"")
-    with pytest.raises(UnreadableCheckpointError, match=r"shard-00002.* is not of this checkpoint"):
+    (path / "shard-00002.safetensors").write_bytes(b"")
+    with pytest.raises(UnreadableCheckpointError, match=r"shard-00002.* is not in manifest\.sha256"):
         checkpoint.read_checkpoint(path)
 
 
 def test_nothing_readable_is_an_error_and_no_fresh_start(tmp_path: Path) -> None:
     assert checkpoint.newest_checkpoint(tmp_path) is None
-    cut_off(save(tmp_path, 1) / SHARD)
+    (save(tmp_path, 1) / SHARD).write_bytes(b"")
     with pytest.raises(RunError, match=r"no checkpoint in .* can be read"):
         checkpoint.newest_checkpoint(tmp_path)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def test_reading_changes_nothing(tmp_path: Path) -> None:
-    """As the evaluation of a live run reads it: its trainer's unfinished file, and a damaged one, stay."""
+def test_reading_changes_nothing_and_the_trainer_cleans_up(tmp_path: Path) -> None:
+    """With an unfinished save and a damaged checkpoint."""
     folder = tmp_path / "checkpoints"
     save(folder, 1)
-    cut_off(save(folder, 2) / SHARD)
-    unfinished(folder / "step-00000003").mkdir()
-    (unfinished(folder / "step-00000003") / SHARD).write_bytes(b"half")
-    before = contents(folder)
-    assert checkpoint.find_checkpoint(tmp_path)[1]["step"] == 1
-    assert checkpoint.newest_checkpoint(folder)[1]["step"] == 1  # type: ignore[index]
-    assert contents(folder) == before
-    assert checkpoint.newest_checkpoint(folder, own=True)[1]["step"] == 1  # type: ignore[index]
-    assert sorted(p.name for p in folder.iterdir()) == ["step-00000001", "step-00000002.damaged"]
+    (save(folder, 2) / SHARD).write_bytes(b"")
+    half = unfinished(folder / "step-00000003")
+    half.mkdir()
+    (half / SHARD).write_bytes(b"half")
+    (folder / f".config.json.4711{files.UNFINISHED}").write_bytes(b"half")
+    before = contents(tmp_path)
+    for where in (tmp_path, folder):
+        assert checkpoint.find_checkpoint(where)[1]["step"] == 1
+    assert contents(tmp_path) == before
+    assert newest_step(folder, own=True) == 1
+    assert names(folder) == ["step-00000001", "step-00000002.damaged"]
 
 
-@pytest.mark.parametrize("file", [SHARD, checkpoint.STATE, checkpoint.MANIFEST])
+@pytest.mark.parametrize("file", FILES)
 def test_a_disk_that_does_not_read_is_no_damage(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,35 +281,32 @@ def test_a_disk_that_does_not_read_is_no_damage(
         with pytest.raises(RunError, match=rf"cannot read .*step-00000002/{file}: Input/output error"):
             checkpoint.newest_checkpoint(tmp_path, own=True)
     assert contents(tmp_path) == before
-    assert checkpoint.newest_checkpoint(tmp_path)[1]["step"] == 2  # type: ignore[index]
-
-
-def with_state(path: Path, **changes: Any) -> Path:
-    """The checkpoint with another state.json, and sums that fit."""
-    state = {**checkpoint.read_checkpoint(path), **changes}
-    (path / checkpoint.STATE).write_text(json.dumps(state))
-    sign(path)
-    return path
+    assert newest_step(tmp_path) == 2
 
 
 def sign(path: Path) -> None:
+    """Write a manifest that fits the files, whatever they hold."""
     sums = [(checkpoint.sha256_of(f), f.name) for f in path.iterdir() if f.name != checkpoint.MANIFEST]
     (path / checkpoint.MANIFEST).write_text("".join(f"{digest}  {name}\n" for digest, name in sums))
 
 
-def test_a_newer_version_is_left_alone(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    newer = with_state(save(tmp_path, 2), version=99)
-    with pytest.raises(UsageError, match=r"step-00000002 was written by a newer version \(format 99.*update"):
-        checkpoint.newest_checkpoint(tmp_path, own=True)
-    assert newer.exists()
-
-
-def test_foreign_states_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UnreadableCheckpointError, match="format version, got None"):
-        checkpoint.read_checkpoint(with_state(save(tmp_path, 1), version=None))
-    with pytest.raises(UnreadableCheckpointError, match="not a checkpoint of lejepa_fast"):
-        checkpoint.read_checkpoint(with_state(save(tmp_path, 1), format="other"))
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"version": 99}, UsageError, r"was written by a newer version \(format 99, not 2\); update"),
+        ({"version": None}, UnreadableCheckpointError, "not that of a checkpoint of lejepa_fast"),
+        ({"format": "other"}, UnreadableCheckpointError, "not that of a checkpoint of lejepa_fast"),
+    ],
+)
+def test_foreign_states_are_named(
+    change: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    path = save(tmp_path, 1)
+    (path / checkpoint.STATE).write_text(json.dumps({**checkpoint.read_checkpoint(path), **change}))
+    sign(path)
+    with pytest.raises(error, match=message):
+        checkpoint.read_checkpoint(path)
+    assert path.exists()
 
 
 class _Intruder:
@@ -297,12 +324,12 @@ def test_code_in_a_checkpoint_never_runs(tmp_path: Path) -> None:
     path = save(tmp_path / "run", 1)
     (path / checkpoint.STATE).write_bytes(armed)
     sign(path)
-    with pytest.raises(UnreadableCheckpointError, match="no JSON"):
+    with pytest.raises(UnreadableCheckpointError, match="not JSON"):
         checkpoint.read_checkpoint(path)
     path = save(tmp_path / "run", 1)
     (path / SHARD).write_bytes(armed)
     sign(path)
-    with pytest.raises(UsageError, match="no safetensors"):
+    with pytest.raises(UsageError, match="not safetensors"):
         checkpoint.load_model(path)
     path = save(tmp_path / "run", 1)
     (path / ".metadata").write_bytes(armed)
@@ -320,10 +347,9 @@ def test_a_run_folder_or_a_checkpoint_can_be_named(tmp_path: Path) -> None:
     for where in (tmp_path, tmp_path / "checkpoints", newest, str(newest)):
         assert checkpoint.find_checkpoint(where)[0] == newest
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="holds no checkpoint"):
-        checkpoint.find_checkpoint(tmp_path / "empty")
-    with pytest.raises(UsageError, match="does not exist"):
-        checkpoint.find_checkpoint(tmp_path / "none")
+    for name, message in (("empty", "holds no checkpoint"), ("none", "does not exist")):
+        with pytest.raises(UsageError, match=message):
+            checkpoint.find_checkpoint(tmp_path / name)
 
 
 def test_another_model_is_named() -> None:
@@ -332,9 +358,8 @@ def test_another_model_is_named() -> None:
         return {"model": options, "crops": {"global_size": 48}}
 
     path = Path("step-00000001")
-    checkpoint.check_same_model(
-        configured(), configured(img_size=48, drop_path=0.2), path
-    )  # the same weights
+    same_weights = configured(img_size=48, drop_path=0.2)
+    checkpoint.check_same_model(configured(), same_weights, path)
     with pytest.raises(UsageError, match="is of model resnet18, and this run is of resnet50"):
         checkpoint.check_same_model(configured(), configured(name="resnet50"), path)
     with pytest.raises(UsageError, match=r"resnet18 \(projector_dim 64\).*resnet18 \(projector_dim 32\)"):
@@ -345,17 +370,15 @@ def test_another_model_is_named() -> None:
 
 
 def check_a_refused_save(folder: Path) -> None:
-    """With a checkpoint of step 1 in place and a disk that refuses: what must hold for step 2."""
+    """With a checkpoint of step 1 and a disk that refuses: what must hold for step 2."""
     with pytest.raises(RunError, match=r"cannot write .*step-00000002: .*free some space") as refusal:
         save(folder, 2)
     assert "\n" not in str(refusal.value)
-    assert [p.name for p in folder.iterdir() if p.name != "ballast"] == ["step-00000001"]
-    found = checkpoint.newest_checkpoint(folder)
-    assert found is not None
-    assert found[1]["step"] == 1
+    assert [name for name in names(folder) if name != "ballast"] == ["step-00000001"]
+    assert newest_step(folder) == 1
 
 
-@pytest.mark.parametrize("fails_at", ["fsync", "replace", "rename"])
+@pytest.mark.parametrize("fails_at", ["fsync", "state.json", "rename"])
 def test_full_disk(fails_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
 
@@ -363,13 +386,13 @@ def test_full_disk(fails_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        if fails_at == "replace":
-            patch.setattr("lejepa_fast.train.checkpoint.saving._write_synced", refuse)
+        if fails_at == "state.json":
+            patch.setattr(saving, "write_synced", refuse)
         else:
             patch.setattr(os, fails_at, refuse)
         check_a_refused_save(tmp_path)
     save(tmp_path, 2)  # with space again, it goes through
-    assert checkpoint.newest_checkpoint(tmp_path)[1]["step"] == 2  # type: ignore[index]
+    assert newest_step(tmp_path) == 2
 
 
 @contextlib.contextmanager
@@ -397,28 +420,11 @@ def test_a_small_file_system(tmp_path: Path) -> None:
     if mount.returncode:
         pytest.skip(f"mounting is not permitted here: {mount.stderr.strip()}")
     try:
-        save(folder, 1)
+        path = save(folder, 1)
         space = os.statvfs(folder)
-        half_of_one = (folder / "step-00000001" / SHARD).stat().st_size // 2
+        half_of_one = (path / SHARD).stat().st_size // 2
         (folder / "ballast").write_bytes(bytes(space.f_bavail * space.f_bsize - half_of_one))
         check_a_refused_save(folder)
+        assert load_file(path / SHARD)["model.weight"][0] == 1
     finally:
         subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    path = save(tmp_path, 1)
-    half = unfinished(tmp_path / "step-00000002")
-    half.mkdir()
-    (half / SHARD).write_bytes(b"half")
-    (tmp_path / f".config.json.4711{files.UNFINISHED}").write_bytes(b"half")
-    assert checkpoint.newest_checkpoint(tmp_path, own=True)[1]["step"] == 1  # type: ignore[index]
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(
-        RunError, match=r"cannot make the folder .*file/run: Not a directory; choose another --out"
-    ):
-        files.make_folder(tmp_path / "file" / "run")

@@ -14,8 +14,7 @@ import pytest
 import saving_worker
 import torch
 from safetensors.torch import load_file
-from test_pretrain import arguments_of
-from training import CPU, Make, course_of, rows_of, train_only
+from training import CPU, Make, arguments_of, course_of, rows_of, train_only
 
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.train import pretrain
@@ -31,7 +30,7 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
     """One in each twentieth of a save, from its start to its publication; every start finds the newest step,
     whole. In every second round one rank is killed before the other, rank 0 and rank 1 in turn."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.tensor", "lejepa_fast.train.checkpoint.saving"])
+    context.set_forkserver_preload(["lejepa_fast.train.checkpoint.saving"])
     folder = tmp_path / "checkpoints"
     moments = random.Random(0)
     newest = 0
@@ -114,7 +113,7 @@ def test_a_trainer_killed_during_a_save_goes_on_from_the_one_before(
         process.join()
     assert [path.name for path in checkpoint.list_checkpoints(folder)] == ["step-00000004"]
 
-    monkeypatch.setattr(Trainer, "finish", lambda self: self.run_dir)
+    monkeypatch.setattr(pretrain, "pretrain", lambda cfg, world: Trainer(cfg, world).run())
     assert pretrain.main(arguments) == 0
     assert [row["step"] for row in rows_of(cfg, "run")] == [0, 4]
     train_only(straight)
@@ -139,14 +138,14 @@ def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(
     tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not when the next checkpoint is due, 100 steps later."""
-    write = saving._write_synced
+    write = saving.write_synced
 
     def full(path: Path, data: bytes) -> None:
         if "step-00000002" in str(path):
             raise OSError(28, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(saving, "_write_synced", full)
+    monkeypatch.setattr(saving, "write_synced", full)
     cfg = tiny(max_steps=200, checkpoint_every=2)
     trainer = Trainer(cfg, CPU)
     start = trainer.saver.start

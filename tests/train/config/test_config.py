@@ -62,8 +62,8 @@ def test_long_names_and_aliases_are_the_same() -> None:
     [
         (["--bogus", "1"], "unknown option --bogus; see --help for all options"),
         (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
-        (["--optim.lrr", "1"], "unknown option --optim.lrr; did you mean --optim.lr?"),
-        (["--weight-decay=1"], "unknown option --weight-decay; did you mean --optim.weight-decay?"),
+        (["--optim.lrr", "1"], "unknown option --optim.lrr; did you mean --lr?"),
+        (["--weight-decay", "1"], "unknown option --weight-decay; did you mean --optim.weight-decay?"),
         (["--no-tensorbord"], "unknown option --no-tensorbord; did you mean --no-tensorboard?"),
         (["stray"], "unexpected argument 'stray'; see --help"),
         (["--lr", "fast"], "--lr/--optim.lr: could not convert string to float: 'fast'; see --help"),

@@ -11,8 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from parallel_worker import train
-from test_wandb import STAND_IN
-from training import CPU, rows_of
+from training import CPU, install_wandb_stand_in, rows_of
 
 from lejepa_fast.train import export
 from lejepa_fast.train.checkpoint import storage as checkpoint
@@ -26,8 +25,7 @@ NAMES = ("ddp", "fsdp", "one to fsdp", "fsdp to one")
 def runs(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
     """One process; then two ranks, in one pair of processes; then one that goes on with a run of two."""
     folder, images = tmp_path_factory.mktemp("options"), str(image_folder)
-    (folder / "site" / "wandb").mkdir(parents=True)
-    (folder / "site" / "wandb" / "__init__.py").write_text(STAND_IN)
+    install_wandb_stand_in(folder / "site")
     one = worker.options_config(images, folder / "one")
     train(one, CPU)
     with pytest.MonkeyPatch.context() as patch:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import logging
 import os
 import subprocess
 from pathlib import Path
@@ -12,7 +14,8 @@ from typing import Any
 import pytest
 
 from lejepa_fast.errors import RunError
-from lejepa_fast.train.engine.metrics import Meter, Metrics, read_rows
+from lejepa_fast.train.engine.metrics import LOG_LINES, Meter, Metrics
+from lejepa_fast.train.runtime.files import read_rows
 
 
 def metrics_in(folder: Path, *, tensorboard: bool = False, step: int = 0) -> Metrics:
@@ -119,6 +122,33 @@ def test_meter_counts_images_and_waiting(monkeypatch: pytest.MonkeyPatch) -> Non
     clock[0] = 13.5
     meter.add(7, waited=0.0)
     assert meter.read() == {"images_per_second": 7.0, "data_wait": 0.0, "save_seconds": 0.0}
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_a_bar_in_a_terminal_and_few_lines_without_one(
+    terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run of 40 epochs of the embedded images: 1,400 steps with a row each 5."""
+    screen = io.StringIO()
+    screen.isatty = lambda: terminal  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stderr", screen)
+    caplog.set_level(logging.INFO)
+    numbers = dict.fromkeys(("loss", "prediction", "sigreg", "images_per_second", "data_wait"), 0.5)
+    with Metrics(tmp_path, enabled=True, tensorboard=False, step=0, total_steps=1400) as metrics:
+        for step in range(1, 1401):
+            metrics.advance()
+            if step == 1 or step % 5 == 0:
+                metrics.write("train", step, **numbers, memory_gib=1.0, mfu=0.25)
+    assert len(read_rows(metrics.path)) == 281
+    lines = [record.getMessage() for record in caplog.records]
+    assert ("1400/1400" in screen.getvalue()) == terminal
+    assert ("loss 0.5000" in screen.getvalue()) == terminal
+    assert len(lines) == 0 if terminal else LOG_LINES - 5 < len(lines) <= LOG_LINES
+    if not terminal:
+        assert lines[-1].startswith(
+            "step 1400/1400 | loss 0.5000 (prediction 0.5000, sigreg 0.500) | 0 images/s"
+        )
+        assert "MFU 25.0%" in lines[-1]
 
 
 def test_a_torn_last_row_is_left_out(tmp_path: Path) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-import shlex
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,17 +15,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import CPU, Make, rows_of, train_only
 
-from lejepa_fast.errors import RunError
-from lejepa_fast.train import config, plan
-from lejepa_fast.train.config import Config, ModelConfig
+from lejepa_fast.train import config
 from lejepa_fast.train.engine.metrics import Meter, Metrics, peak_memory_gib
 from lejepa_fast.train.engine.profiling import ACTIVE, SKIPPED, WARM_UP
 from lejepa_fast.train.engine.trainer import Trainer
-from lejepa_fast.train.model.average import WeightAverage
-from lejepa_fast.train.model.model import flops
-from lejepa_fast.train.planning import out_of_memory
-from lejepa_fast.train.runtime.command import parse_options
-from lejepa_fast.train.runtime.world import World
+from lejepa_fast.train.model import flops
 
 
 class Waits(TorchDispatchMode):
@@ -75,13 +67,11 @@ class _ReadingMethods(TorchFunctionMode):
 @pytest.fixture
 def stepped(tiny: Make) -> Iterator[Trainer]:
     """A trainer between two steps that need no row."""
-    trainer = Trainer(tiny(log_every=10, average={"kind": "ema"}), CPU)
-    trainer._prepare()
-    trainer.model.train()
-    for _ in range(2):
-        _step(trainer)
-    yield trainer
-    trainer.metrics.close()
+    with Trainer(tiny(log_every=10, average={"kind": "ema"}), CPU) as trainer:
+        trainer.model.train()
+        for _ in range(2):
+            _step(trainer)
+        yield trainer
 
 
 def _step(trainer: Trainer) -> None:
@@ -90,9 +80,10 @@ def _step(trainer: Trainer) -> None:
 
 
 def _run_step(trainer: Trainer, views: list[torch.Tensor]) -> None:
-    trainer._train_step(views, epoch=0)
+    trainer.train_step(views, epoch=0)
     trainer.meter.add(8, 0.0)
-    trainer._log_if_due()
+    if trainer.step % 10 == 0:
+        trainer.log_metrics()
 
 
 def _waits_of_a_step(trainer: Trainer) -> list[str]:
@@ -111,7 +102,7 @@ def test_a_step_reads_nothing_back_but_the_flags(stepped: Trainer) -> None:
 
 def test_a_row_costs_one_wait(stepped: Trainer) -> None:
     stepped.step = 9
-    assert sorted(_waits_of_a_step(stepped)) == ["_act_on", "_log_if_due"]
+    assert sorted(_waits_of_a_step(stepped)) == ["_act_on", "log_metrics"]
 
 
 @pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.tolist, bool, float, torch.Tensor.numpy])
@@ -132,12 +123,10 @@ def stepped_on_a_gpu(tiny: Make) -> Iterator[Trainer]:
     from lejepa_fast.train.runtime.world import setup_world
 
     cfg = tiny(log_every=10, device="cuda", average={"kind": "ema"}, optim={"clip_grad_norm": 1.0})
-    trainer = Trainer(cfg, setup_world("cuda"))
-    trainer._prepare()
-    for _ in range(2):
-        _step(trainer)
-    yield trainer
-    trainer.metrics.close()
+    with Trainer(cfg, setup_world("cuda")) as trainer:
+        for _ in range(2):
+            _step(trainer)
+        yield trainer
 
 
 def _step_that_must_not_wait(trainer: Trainer) -> None:
@@ -233,113 +222,26 @@ def test_a_run_without_profile_writes_none(tiny: Make) -> None:
     assert not (cfg.out / "profile").exists()
 
 
-def test_out_of_gpu_memory_says_which_settings_help(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(tiny(max_steps=2), CPU)
+def test_evaluations_and_saves_do_not_count_as_training(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time passes only in a save (5 s), in the evaluation (7 s) and in a step (1 s)."""
+    clock = [0.0]
 
-    def full(views: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+    def takes(seconds: float, work: Any = lambda *args, **options: None) -> Any:
+        def timed(*args: Any, **options: Any) -> Any:
+            clock[0] += seconds
+            return work(*args, **options)
 
-    monkeypatch.setattr(trainer, "parallel", full)
-    with pytest.raises(RunError) as refusal:
-        trainer.run()
-    text = str(refusal.value)
-    assert "\n" not in text
-    assert "--parallel.activation-checkpointing selective or full (now none)" in text
-    assert "a smaller --batch-size (now 8, 8 images per process)" in text
+        return timed
 
-
-def test_no_memory_for_the_average_is_told_too(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(WeightAverage, "__init__", full)
-    with pytest.raises(RunError, match=r"out of memory; what helps: .*no --average ema"):
-        Trainer(tiny(average={"kind": "ema"}), CPU)
-
-
-def test_the_plan_that_it_names_is_that_of_the_run(tiny: Make) -> None:
-    cfg = tiny(
-        parallel={"activation_checkpointing": "selective", "replicate": 2, "keep_gathered": True},
-        average={"kind": "swa"},
-        model={"kwargs": '{"depth": 2, "class_token": false}', "register_tokens": 3, "drop_path": 0.1},
-        data={"batch_size": 24},
-        crops={"local_crops": 3, "global_crops": 1},
-        max_steps=150,
-    )
-    text = out_of_memory.describe(cfg, World(torch.device("cpu"), size=4), "fsdp", images=500)
-    assert "no --parallel.keep-gathered" in text
-    assert "no --average swa" in text
-    assert "--parallel.strategy" not in text
-    assert "a smaller --batch-size (now 24, 6 images per process)" in text
-    words = shlex.split(text.partition("what fits: ")[2])
-    assert words[:2] == ["python", "train/plan.py"]
-    options = parse_options(plan.PlanOptions, words[2:], description="")
-    planned = plan.run_config(options, options.batch or 0)
-    assert options.gpus == 4
-    assert planned.model == cfg.model
-    assert planned.precision == "fp32"
-    assert planned.loss.num_slices == cfg.loss.num_slices
-    assert planned.data.batch_size == cfg.data.batch_size
-    assert planned.parallel == cfg.parallel
-    assert planned.average.kind == "swa"
-    assert (options.images, options.epochs) == (500, 7.5)  # 150 steps of 24 images
-    for name in ("global_crops", "global_size", "local_crops", "local_size"):
-        assert getattr(planned.crops, name) == getattr(cfg.crops, name), name
-
-
-def test_a_usual_run_has_a_short_plan() -> None:
-    cfg = Config(model=ModelConfig("vit_giant"), precision="bf16")
-    text = out_of_memory.describe(cfg, CPU, "none", images=plan.PlanOptions.images)
-    assert text.endswith("what fits: python train/plan.py --model vit_giant --gpus 1 --batch 512")
-
-
-def test_a_run_under_ddp_is_planned_so(tiny: Make) -> None:
-    cfg = tiny(parallel={"strategy": "ddp"}, model={"name": "vit_giant"}, epochs=3)
-    text = out_of_memory.describe(cfg, World(torch.device("cpu"), size=2), "ddp", images=100)
-    assert "--parallel.strategy fsdp (now ddp)" in text
-    words = shlex.split(text.partition("what fits: ")[2])
-    options = parse_options(plan.PlanOptions, words[2:], description="")
-    assert (options.strategy, options.epochs, options.images) == ("ddp", 3, 100)
-
-
-def test_the_machine_runs_out_of_memory(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(tiny(max_steps=2, parallel={"activation_checkpointing": "full"}), CPU)
-    monkeypatch.setattr(trainer, "parallel", lambda views: torch.empty(2**60))  # no machine has that
-    with pytest.raises(RunError, match=r"^out of memory; what helps: a smaller --batch-size"):
-        trainer.run()
-
-
-def test_other_errors_keep_their_text(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(tiny(max_steps=2), CPU)
-
-    def broken(views: Any) -> Any:
-        raise RuntimeError("shapes do not fit")
-
-    monkeypatch.setattr(trainer, "parallel", broken)
-    with pytest.raises(RuntimeError, match=r"^shapes do not fit$") as refusal:
-        trainer.run()
-    assert not isinstance(refusal.value, RunError)
-
-
-def test_an_evaluation_and_its_save_pause_the_meter_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(tiny(eval={"every": 1}), CPU)
-    trainer._steps_evaluated = set()
-    clock, paused = [0.0], list[float]()
-
-    def takes(seconds: float) -> Any:
-        return lambda *args, **options: clock.__setitem__(0, clock[0] + seconds)
-
-    monkeypatch.setattr(
-        "lejepa_fast.train.engine.trainer.time", SimpleNamespace(perf_counter=lambda: clock[0])
-    )
+    cfg = tiny(eval={"every": 1}, max_steps=5)
+    trainer = Trainer(cfg, CPU)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     monkeypatch.setattr(trainer.saver, "start", takes(5))
-    monkeypatch.setattr(trainer, "_evaluate", takes(7))
-    trainer._given_up = set()
-    trainer.metrics = Metrics(trainer.run_dir, enabled=False, tensorboard=False, step=0, total_steps=1)
-    monkeypatch.setattr(trainer.meter, "pause", paused.append)
-    trainer._evaluate_if_due(1)
-    assert sum(paused) == clock[0] == 12
-    assert trainer.meter.read()["save_seconds"] == 5
+    monkeypatch.setattr(trainer, "evaluate", takes(7))
+    monkeypatch.setattr(trainer, "train_step", takes(1, trainer.train_step))
+    trainer.run()
+    assert [row["save_seconds"] for row in rows_of(cfg)] == [0, 0, 0, 0, 5]
+    assert [row["images_per_second"] for row in rows_of(cfg)] == [8.0] * 5
 
 
 def test_what_a_checkpoint_held_up_stands_in_the_next_row(tiny: Make) -> None:
@@ -353,7 +255,6 @@ def test_a_batch_that_is_small_for_sigreg_is_told(
 ) -> None:
     """On data of one's own; the embedded images have a recipe of small batches."""
     monkeypatch.setattr(Trainer, "train", lambda self: None)
-    monkeypatch.setattr(Trainer, "finish", lambda self: Path())
     Trainer(tiny(out=tmp_path / "embedded", data={"path": config.EMBEDDED_DATA}), CPU).run()
     assert "rule of thumb" not in caplog.text
     Trainer(tiny(out=tmp_path / "own"), CPU).run()

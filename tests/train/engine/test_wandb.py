@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -11,50 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import Make, rows_of, train_only
+from training import Make, install_wandb_stand_in, rows_of, train_only
 
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.config import Config
-from lejepa_fast.train.engine import metrics
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.runtime.signals import Interrupted
-
-STAND_IN = """
-import json, os, random, sys
-import numpy, torch
-
-def _note(call, **values):
-    with open(os.environ["WANDB_CALLS"], "a") as file:
-        file.write(json.dumps({"call": call, **values}) + "\\n")
-
-class Run:
-    def define_metric(self, name, *, step_metric):
-        _note("define_metric", name=name, step_metric=step_metric)
-
-    def log(self, values):
-        if os.environ.get("WANDB_REFUSES") == "log":
-            raise ValueError("no room\\nthere")
-        _note("log", **values)
-
-    def finish(self, exit_code=None):
-        _note("finish", exit_code=exit_code)
-
-def init(**options):
-    if os.environ.get("WANDB_REFUSES") == "init":
-        raise RuntimeError("api_key not configured (no-tty)\\nmore")
-    random.random(), numpy.random.rand(), torch.rand(())
-    _note("init", mode=os.environ.get("WANDB_MODE"), **options)
-    return Run()
-"""
 
 
 @pytest.fixture
 def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[dict[str, Any]]]:
     """Puts the stand-in where the package would be; calling it gives the calls so far."""
     folder = tmp_path / "site"
-    (folder / "wandb").mkdir(parents=True)
-    (folder / "wandb" / "__init__.py").write_text(STAND_IN)
+    install_wandb_stand_in(folder)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     calls = tmp_path / "calls.jsonl"
@@ -131,11 +102,15 @@ def test_no_run_is_left_open_where_the_folder_refuses(
 def test_a_run_that_fails_is_marked_there_from_the_first_row_on(
     wandb: Callable[[], list[dict[str, Any]]], tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(descriptor: int, row: bytes) -> None:
-        raise OSError(28, "No space left on device")
+    write = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if b'"kind"' in data:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(metrics, "_append_whole", full)
+        patch.setattr(os, "write", full)
         with pytest.raises(RunError, match="No space left"):
             train_only(tiny(wandb="birds", max_steps=1))
     assert [(call["call"], call.get("exit_code")) for call in wandb()][2:] == [("finish", 1)]

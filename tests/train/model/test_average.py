@@ -15,6 +15,7 @@ from lejepa_fast.train import config, export
 from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.pretrain import pretrain
 
 EMA = {"kind": "ema", "decay": 0.7}
 NORMED = {"name": "test_resnet", "projector_norm": "batch"}  # with running statistics
@@ -43,15 +44,14 @@ def test_it_is_the_one_of_pytorch(kind: str, first: int, tiny: Make) -> None:
             function(averaged, current, count)
 
     theirs = AveragedModel(trainer.model, multi_avg_fn=floats, use_buffers=True)
-    step = trainer._train_step
+    step = trainer.train_step
 
     def followed(views: Any, epoch: int) -> None:
         step(views, epoch)
         if trainer.step >= first:
             theirs.update_parameters(trainer.model)
 
-    trainer._train_step = followed  # type: ignore[method-assign]
-    trainer.finish = lambda: Path()  # type: ignore[method-assign]
+    trainer.train_step = followed  # type: ignore[method-assign]
     trainer.run()
     mine, expected = saved(cfg, 6), theirs.module.state_dict()
     counts = [name for name in expected if "num_batches" in name]
@@ -97,14 +97,14 @@ def test_a_resumed_run_continues_it(tiny: Make, tmp_path: Path) -> None:
 def test_it_is_evaluated_and_exported(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = tiny(average=EMA, max_steps=6, eval={"every": 1, "linear_steps": 0})
     judged: list[dict[str, torch.Tensor]] = []
-    evaluate = Trainer._evaluate
+    evaluate = Trainer.evaluate
 
     def noted(self: Trainer, model: Any, *args: Any, **options: Any) -> Any:
         judged.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return evaluate(self, model, *args, **options)
 
-    monkeypatch.setattr(Trainer, "_evaluate", noted)
-    Trainer(cfg, CPU).run()
+    monkeypatch.setattr(Trainer, "evaluate", noted)
+    pretrain(cfg, CPU)
     assert [(row["step"], row["linear"] is None) for row in rows_of(cfg, "eval")] == [(4, True), (6, False)]
     assert same(judged[0], saved(cfg, 4))
     assert same(judged[1], saved(cfg, 6))
@@ -120,15 +120,14 @@ def test_it_is_evaluated_and_exported(tiny: Make, tmp_path: Path, monkeypatch: p
 
 def train_with_a_bad_step(cfg: Config, bad: int) -> Trainer:
     trainer = Trainer(cfg, CPU)
-    trainer.finish = lambda: Path()  # type: ignore[method-assign]
-    step = trainer._train_step
+    step = trainer.train_step
 
     def poisoned(views: list[torch.Tensor], epoch: int) -> None:
         if trainer.step + 1 == bad:
             views[0][0] = torch.nan
         step(views, epoch)
 
-    trainer._train_step = poisoned  # type: ignore[method-assign]
+    trainer.train_step = poisoned  # type: ignore[method-assign]
     trainer.run()
     assert trainer.guard.skipped == 1
     return trainer
@@ -151,9 +150,8 @@ def test_one_that_begins_with_a_bad_step_has_the_running_statistics_from_before(
 def test_a_bad_step_does_not_enter(told: bool, tiny: Make) -> None:
     """As on a GPU, where the host puts running statistics back a step late. Not told, the NaN would enter."""
     trainer = Trainer(tiny(model=NORMED, average=EMA, max_steps=4), CPU)
-    trainer.guard._lags = True
-    trainer.finish = lambda: Path()  # type: ignore[method-assign]
-    step, check = trainer._train_step, trainer.guard.check
+    trainer.guard.lag = True
+    step, check = trainer.train_step, trainer.guard.check
 
     def poisoned(views: list[torch.Tensor], epoch: int) -> None:
         if trainer.step == 1:
@@ -164,7 +162,7 @@ def test_a_bad_step_does_not_enter(told: bool, tiny: Make) -> None:
         check(*args, **options)
         trainer.guard.bad = torch.zeros(())
 
-    trainer._train_step = poisoned  # type: ignore[method-assign]
+    trainer.train_step = poisoned  # type: ignore[method-assign]
     if not told:
         trainer.guard.check = silent  # type: ignore[method-assign]
     trainer.run()

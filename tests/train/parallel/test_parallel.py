@@ -411,14 +411,13 @@ def test_two_sizes_of_crops_compile_once(
     )
     graphs: list[int] = []
     trainer = Trainer(cfg, CPU)
-    trainer.finish = lambda: Path()  # type: ignore[method-assign]
-    step = trainer._train_step
+    step = trainer.train_step
 
     def counted(views: list[Tensor], epoch: int) -> None:
         step(views, epoch)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
-    trainer._train_step = counted  # type: ignore[method-assign]
+    trainer.train_step = counted  # type: ignore[method-assign]
     torch._dynamo.utils.counters.clear()
     torch._logging._internal.warning_once.cache_clear()
     monkeypatch.setattr(logging.getLogger("torch._higher_order_ops.wrap"), "handlers", [caplog.handler])
