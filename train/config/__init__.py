@@ -4,8 +4,7 @@
 from lejepa_fast.train.config.cli import parse
 from lejepa_fast.train.config.settings import (
     EMBEDDED_DATA,
-    PUBLISHED,
-    SMALLEST_GOOD_BATCH,
+    AtLeast1,
     AverageConfig,
     Config,
     DataConfig,
@@ -14,6 +13,7 @@ from lejepa_fast.train.config.settings import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    Positive,
     from_dict,
     load_json,
     loader_workers,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,8 +22,7 @@ from lejepa_fast.train.config import Config
 from lejepa_fast.train.model.model import LeJEPAModel, build_model
 from lejepa_fast.train.runtime.gpu_specs import by_device_name
 
-# Images to count on; BatchNorm refuses one. All operations are proportional to their number.
-_IMAGES = 2
+_IMAGES = 2  # to count on; BatchNorm refuses one. All operations are proportional to their number.
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,6 @@ class Flops:
         global_view, local_view: one view through the encoder.
         projector, loss: all views of the image.
         global_crops, local_crops: views per image.
-        convolutions: the convolutions' share of all views, included above.
     """
 
     global_view: float
@@ -43,7 +41,6 @@ class Flops:
     loss: float
     global_crops: int
     local_crops: int
-    convolutions: float
 
     @property
     def per_image(self) -> float:
@@ -54,24 +51,20 @@ class Flops:
 
 def count_flops(cfg: Config, model: LeJEPAModel | None = None) -> Flops:
     """Count the operations of a configuration; `model`, on the meta device, saves building one."""
-    if model is None:
-        model = build_model(cfg, meta=True)
+    model = model or build_model(cfg, meta=True)
     crops = cfg.crops
-    features, of_global, convolutions = _encoder(model.encoder, crops.global_size)
-    convolutions *= crops.global_crops
-    of_local = 0.0
-    if crops.local_crops:
-        _, of_local, more = _encoder(model.encoder, crops.local_size)
-        convolutions += crops.local_crops * more
-    views = crops.global_crops + crops.local_crops
-    rows = torch.empty(views * _IMAGES, features, device="meta", requires_grad=True)
-    embeddings, of_projector, _ = _counted(model.projector, rows)
-    z = torch.empty(views, _IMAGES, embeddings.shape[-1], device="meta", requires_grad=True)
+
+    def image(size: int) -> Tensor:
+        return torch.empty(_IMAGES, 3, size, size, device="meta")
+
+    features, of_global = _counted(model.encoder, image(crops.global_size))
+    of_local = _counted(model.encoder, image(crops.local_size))[1] if crops.local_crops else 0.0
+    rows = torch.empty(crops.num_views * _IMAGES, features.shape[-1], device="meta", requires_grad=True)
+    embeddings, of_projector = _counted(model.projector, rows)
+    z = torch.empty(crops.num_views, _IMAGES, embeddings.shape[-1], device="meta", requires_grad=True)
     loss = LeJEPALoss(sigreg=SIGReg(num_slices=cfg.loss.num_slices, impl="torch", sync=False)).to("meta")
-    _, of_loss, _ = _counted(lambda z: loss(z[: crops.global_crops], z).total, z)
-    return Flops(
-        of_global, of_local, of_projector, of_loss, crops.global_crops, crops.local_crops, convolutions
-    )
+    _, of_loss = _counted(lambda z: loss(z[: crops.global_crops], z).total, z)
+    return Flops(of_global, of_local, of_projector, of_loss, crops.global_crops, crops.local_crops)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -82,21 +75,13 @@ def peak_flops(device: torch.device) -> float | None:
     return known.tflops * 1e12 if known else None
 
 
-def _encoder(encoder: nn.Module, size: int) -> tuple[int, float, float]:
-    """Return the width of the features and the operations of one view: all, and those of convolutions."""
-    features, flops, convolutions = _counted(encoder, torch.empty(_IMAGES, 3, size, size, device="meta"))
-    return features.shape[-1], flops, convolutions
-
-
-def _counted(call: Any, *inputs: Tensor) -> tuple[Tensor, float, float]:
-    """Return the output and the operations per image, forward and backward: all, and those of convolutions."""
+def _counted(call: Any, *inputs: Tensor) -> tuple[Tensor, float]:
+    """Return the output and the operations per image, forward and backward."""
     counter = FlopCounterMode(display=False, custom_mapping=_OURS)
     with counter, sdpa_kernel(SDPBackend.MATH):
         output = call(*inputs)
         output.float().sum().backward()
-    by_operator = counter.get_flop_counts()["Global"]
-    convolutions = sum(flops for operator, flops in by_operator.items() if "convolution" in str(operator))
-    return output, counter.get_total_flops() / _IMAGES, convolutions / _IMAGES
+    return output, counter.get_total_flops() / _IMAGES
 
 
 def _projections(x_shape: Any, A_shape: Any, *rest: Any, **options: Any) -> int:

@@ -1,68 +1,74 @@
-"""What train/plan.py prints, as text, and its figure of memory against the number of GPUs."""
+"""The text that train/plan.py prints."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
+from lejepa_fast.train.config import small_batch_warning
+from lejepa_fast.train.planning.estimate import Plan, Row
 from lejepa_fast.train.runtime.gpu_specs import GIB
 
-if TYPE_CHECKING:
-    from lejepa_fast.train.parallel.parallelize import Strategy
-    from lejepa_fast.train.plan import Plan, Row
-
-_STRATEGIES: Mapping[Strategy, str] = {"none": "no wrapper", "ddp": "DDP", "fsdp": "FSDP2"}
+_STRATEGIES = {"none": "no wrapper", "ddp": "DDP", "fsdp": "FSDP2"}
+_HEADER = "GPUs|images/GPU|GiB/GPU|fits|GB sent|network ms|compute ms|images/s|days".split("|")
 
 
 def report(plan: Plan) -> str:
-    asked = plan.row(plan.options.gpus)
-    lines = [_head(plan), "", *_model(plan), "", *_memory(plan, asked), "", *_network(plan, asked), ""]
-    lines += [*_budget(plan, asked), "", *_table(plan), "", _smallest(plan)]
-    if plan.warning:
-        lines.append(f"warning: {plan.warning}")
+    """Return parameters, operations, memory, network, budget, a table by GPUs, and the smallest that fits."""
+    asked, smallest = plan.row(plan.options.gpus), plan.smallest()
+    lines = [
+        _head(plan),
+        "",
+        f"parameters        {plan.encoder_parameters / 1e6:,.1f} M encoder, "
+        f"{(plan.parameters - plan.encoder_parameters) / 1e6:,.1f} M projector",
+        f"GFLOP per image   {_flops(plan)}",
+        "",
+        f"memory per GPU    {_memory(plan, asked)}",
+        *_network(plan, asked),
+        f"budget            {plan.steps:,} steps, {_days(plan, asked):,.2f} days, "
+        f"{_days(plan, asked) * asked.gpus * 24:,.0f} GPU hours",
+        "",
+        *_table(plan),
+        "",
+        _no_fit(plan)
+        if smallest is None
+        else f"smallest number of GPUs that fits this batch: {smallest.gpus:,} "
+        f"({_gib(smallest.peak)} GiB each, {_STRATEGIES[plan.strategy(smallest.gpus)]})",
+    ]
+    if warning := small_batch_warning(plan.batch):
+        lines.append(f"warning: {warning}")
     return "\n".join(lines)
 
 
 def _head(plan: Plan) -> str:
-    options = plan.options
-    groups = f" in {options.replicate} groups" if options.replicate > 1 else ""
-    said = [
-        f"{options.model.name} on {options.gpus} x {plan.device.name}{groups}",
-        _STRATEGIES[plan.strategy(options.gpus)]
-        + (", gathered once a step" if options.keep_gathered else ""),
-        options.precision,
-        f"activation checkpointing {options.activation_checkpointing}",
-    ]
-    if options.average != "none":
-        said.append(f"{options.average} of the weights")
-    return ", ".join([*said, f"{plan.batch:,} images a step"])
+    cfg, parallel = plan.cfg, plan.cfg.parallel
+    groups = f" in {parallel.replicate} groups" if parallel.replicate > 1 else ""
+    kept = ", gathered once a step" if parallel.keep_gathered else ""
+    average = f", {cfg.average.kind} of the weights" if cfg.average.kind != "none" else ""
+    return (
+        f"{cfg.model.name} on {plan.options.gpus} x {plan.gpu.name}{groups}, "
+        f"{_STRATEGIES[plan.strategy(plan.options.gpus)]}{kept}, {cfg.precision}, activation checkpointing "
+        f"{parallel.activation_checkpointing}{average}, {plan.batch:,} images a step"
+    )
 
 
-def _model(plan: Plan) -> list[str]:
-    flops, options = plan.flops, plan.options
-    views = [f"global {options.global_size} px {options.global_crops} x {flops.global_view / 1e9:,.1f}"]
-    if options.local_crops:
-        views.append(f"local {options.local_size} px {options.local_crops} x {flops.local_view / 1e9:,.1f}")
-    rest = f"projector {flops.projector / 1e9:,.1f}, loss {flops.loss / 1e9:,.2f}"
-    return [
-        f"parameters        {plan.encoder_parameters / 1e6:,.1f} M encoder, "
-        f"{(plan.parameters - plan.encoder_parameters) / 1e6:,.1f} M projector",
-        f"GFLOP per image   {flops.per_image / 1e9:,.1f}: {', '.join(views)}, {rest} (forward and backward)",
-    ]
+def _flops(plan: Plan) -> str:
+    flops, crops = plan.flops, plan.cfg.crops
+    views = f"global {crops.global_size} px {crops.global_crops} x {flops.global_view / 1e9:,.1f}"
+    if crops.local_crops:
+        views += f", local {crops.local_size} px {crops.local_crops} x {flops.local_view / 1e9:,.1f}"
+    return (
+        f"{flops.per_image / 1e9:,.1f}: {views}, projector {flops.projector / 1e9:,.1f}, "
+        f"loss {flops.loss / 1e9:,.2f} (forward and backward)"
+    )
 
 
-def _memory(plan: Plan, asked: Row) -> list[str]:
-    parts = sorted(plan.memory(asked.gpus).traced.at_peak.items(), key=lambda part: -part[1])
-    said = ", ".join(f"{name.lower()} {_gib(size)}" for name, size in parts if size >= 0.005 * asked.peak)
-    share = asked.peak / (plan.device.memory_gib * GIB)
+def _memory(plan: Plan, asked: Row) -> str:
+    share = asked.peak / (plan.gpu.memory_gib * GIB)
     verdict = "fits" if asked.fits else "DOES NOT FIT"
-    return [
-        f"memory per GPU    {_gib(asked.peak)} GiB at the peak, {share:.0%} of {plan.device.memory_gib:g}: "
-        f"{verdict} ({plan.options.reserve:.0%} kept free)",
-        f"                  {said} (GiB)",
-    ]
+    state = min(asked.peak, plan.memory(asked.gpus).traced.state)
+    return (
+        f"{_gib(asked.peak)} GiB at the peak, {share:.0%} of {plan.gpu.memory_gib:g}: {verdict} "
+        f"({plan.options.reserve:.0%} kept free); weights and moments {_gib(state)}, activations, gradients and "
+        f"gathered parameters {_gib(asked.peak - state)}"
+    )
 
 
 def _network(plan: Plan, asked: Row) -> list[str]:
@@ -74,30 +80,19 @@ def _network(plan: Plan, asked: Row) -> list[str]:
     rate = f"{between if shards == 1 else within:g} GB/s"
     if shards > 1 and copies > 1 and between != within:
         rate += f" within a group, {between:g} between groups"
-    verdict = "hidden behind it" if ratio < 1 else "the network sets the pace"
-    of = "MFU" if plan.options.precision == "bf16" else "of the float32 peak"
+    verdict = "hidden by computation" if ratio < 1 else "the network limits the speed"
     return [
         f"network           {asked.sent / 1e9:,.1f} GB sent by each GPU a step: "
         f"{1e3 * asked.network_seconds:,.0f} ms at {rate}",
-        f"compute           {1e3 * asked.compute_seconds:,.0f} ms a step at {plan.options.mfu:.0%} {of}; "
+        f"compute           {1e3 * asked.compute_seconds:,.0f} ms a step at {plan.options.mfu:.0%} MFU; "
         f"network / compute {ratio:.2f}: {verdict}",
     ]
 
 
-def _budget(plan: Plan, asked: Row) -> list[str]:
-    options = plan.options
-    steps = round(options.epochs * (options.images // plan.batch))
-    days = steps * asked.step_seconds / 86400
-    return [
-        f"budget            {options.epochs:g} epochs of {options.images:,} images: {steps:,} steps, "
-        f"{days:,.2f} days, {days * asked.gpus * 24:,.0f} GPU hours",
-    ]
-
-
 def _table(plan: Plan) -> list[str]:
-    steps = plan.options.epochs * (plan.options.images // plan.batch)
-    rows = [
-        [
+    lines = [_HEADER]
+    for row in plan.table():
+        cells = [
             f"{row.gpus:,}" + ("*" if row.gpus == plan.options.gpus else ""),
             f"{row.images:,}",
             _gib(row.peak),
@@ -106,74 +101,26 @@ def _table(plan: Plan) -> list[str]:
             f"{1e3 * row.network_seconds:,.0f}",
             f"{1e3 * row.compute_seconds:,.0f}",
             f"{plan.batch / row.step_seconds:,.0f}",
-            f"{steps * row.step_seconds / 86400:,.2f}",
+            f"{_days(plan, row):,.2f}",
         ]
-        for row in plan.table()
-    ]
-    header = [
-        "GPUs",
-        "images/GPU",
-        "GiB/GPU",
-        "fits",
-        "GB sent",
-        "network ms",
-        "compute ms",
-        "images/s",
-        "days",
-    ]
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in [header, *rows]
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
     ]
 
 
-def _smallest(plan: Plan) -> str:
-    found = plan.smallest()
-    if found is not None:
-        under = _STRATEGIES[plan.strategy(found.gpus)]
-        each = f"{_gib(found.peak)} GiB each, {under}"
-        return f"smallest number of GPUs that fits this batch: {found.gpus:,} ({each})"
-    better = {"none": "selective or full", "selective": "full"}.get(plan.options.activation_checkpointing)
-    helps = [f"--activation-checkpointing {better}"] if better else []
+def _no_fit(plan: Plan) -> str:
+    helps = [f"--parallel.activation-checkpointing {mode}" for mode in ("selective", "full")]
+    helps = helps[("none", "selective", "full").index(plan.cfg.parallel.activation_checkpointing) :]
     if plan.strategy(max(plan.possible())) != "fsdp":
-        helps.append("--strategy fsdp")
-    return (
-        "no number of GPUs that divides this batch fits; try "
-        f"{', '.join(helps)}{', ' if helps else ''}a smaller --batch or fewer crops"
-    )
+        helps.append("--parallel.strategy fsdp")
+    return f"no number of GPUs that divides this batch fits; try {', '.join([*helps, 'a smaller --batch-size'])}"
+
+
+def _days(plan: Plan, row: Row) -> float:
+    return plan.steps * row.step_seconds / 86400
 
 
 def _gib(size: float) -> str:
     return f"{size / GIB:,.2f}" if size < 10 * GIB else f"{size / GIB:,.1f}"
-
-
-def plot_memory(
-    path: Path, curves: Mapping[tuple[str, str], Sequence[tuple[int, float]]], *, title: str
-) -> None:
-    """Peak GiB per GPU against the number of GPUs: a curve of (GPUs, GiB) for each (model, variant).
-
-    A model has one colour, and each of its variants another line.
-    """
-    from matplotlib.ticker import FuncFormatter
-
-    from lejepa_fast.train.report.plots import TARGET, TRAINED, UNTRAINED, report_figure
-
-    models = list(dict.fromkeys(model for model, _ in curves))
-    variants = list(dict.fromkeys(variant for _, variant in curves))
-    colours = dict(zip(models, itertools.cycle((TRAINED, UNTRAINED, TARGET)), strict=False))
-    lines = dict(zip(variants, itertools.cycle(("-", "--", ":")), strict=False))
-    with report_figure(path, 7.6, 5.0) as drawing:
-        axes = drawing.subplots()
-        for (model, variant), points in curves.items():
-            gpus, gib = zip(*points, strict=True)
-            look: dict[str, Any] = {"color": colours[model], "linestyle": lines[variant]}
-            axes.plot(gpus, gib, marker="o", markersize=4, label=f"{model}, {variant}", **look)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_xlabel("GPUs")
-        axes.set_ylabel("peak GiB per GPU")
-        axes.set_title(title)
-        drawing.legend(loc="outside lower center", ncols=max(1, len(models)), fontsize=8)

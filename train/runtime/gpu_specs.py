@@ -22,8 +22,6 @@ class GpuSpec:
     name: str
     tflops: float
     """Dense bfloat16 peak, 1e12 operations per second."""
-    fp32_tflops: float
-    """Float32 peak without TF32, on AMD that of the matrix cores."""
     memory_gib: float
     """Memory that the driver offers, rounded down; less than the product's name says."""
     link_gb_s: float
@@ -33,35 +31,30 @@ class GpuSpec:
     words: tuple[str, ...]
     """Words that all occur in PyTorch's name of the device; the first entry of the table that fits counts."""
 
-    @property
-    def convolution_tflops(self) -> float:
-        """Peak of float32 convolutions: cuDNN computes them in TF32, at half the bfloat16 peak; AMD does not."""
-        return self.fp32_tflops if self.name.startswith("mi") else self.tflops / 2
-
 
 # Longer names first: "H100 NVL" also holds the words of "H100".
 _TABLE = (
-    GpuSpec("b300", 2250, 75, 268, 900, 100, ("B300",)),
-    GpuSpec("gb200", 2500, 80, 184, 900, 50, ("GB200",)),
-    GpuSpec("b200", 2250, 75, 178, 900, 50, ("B200",)),
-    GpuSpec("gh200", 989.4, 66.9, 94, 450, 50, ("GH200",)),
-    GpuSpec("h200-nvl", 835.5, 60, 140, 450, 50, ("H200", "NVL")),
-    GpuSpec("h200", 989.4, 66.9, 139, 450, 50, ("H200",)),
-    GpuSpec("h100-nvl", 835.5, 60, 93, 300, 50, ("H100", "NVL")),
-    GpuSpec("h100-pcie", 756, 51.2, 79, 64, 50, ("H100", "PCIE")),
-    GpuSpec("h100", 989.4, 66.9, 79, 450, 50, ("H100",)),
-    GpuSpec("h20", 148, 44, 95, 450, 50, ("H20",)),
-    GpuSpec("a100-40gb", 312, 19.5, 39, 300, 25, ("A100", "40GB")),
-    GpuSpec("a100", 312, 19.5, 79, 300, 25, ("A100",)),
-    GpuSpec("a10", 125, 31.2, 22, 32, 12.5, ("A10",)),
-    GpuSpec("a10g", 70, 35, 22, 32, 12.5, ("A10G",)),
-    GpuSpec("l40s", 362, 91.6, 44, 32, 12.5, ("L40S",)),
-    GpuSpec("l4", 121, 30.3, 22, 32, 12.5, ("L4",)),
-    GpuSpec("rtx-4090", 165.2, 82.6, 23, 32, 12.5, ("RTX", "4090")),
-    GpuSpec("mi250x", 191.5, 47.9, 63, 100, 25, ("MI250X",)),  # one of the two dies: what PyTorch sees
-    GpuSpec("mi300x", 1307.4, 163.4, 191, 448, 50, ("MI300X",)),
-    GpuSpec("mi325x", 1307.4, 163.4, 255, 448, 50, ("MI325X",)),
-    GpuSpec("mi355x", 2516.6, 157.3, 287, 537, 50, ("MI355X",)),
+    GpuSpec("b300", 2250, 268, 900, 100, ("B300",)),
+    GpuSpec("gb200", 2500, 184, 900, 50, ("GB200",)),
+    GpuSpec("b200", 2250, 178, 900, 50, ("B200",)),
+    GpuSpec("gh200", 989.4, 94, 450, 50, ("GH200",)),
+    GpuSpec("h200-nvl", 835.5, 140, 450, 50, ("H200", "NVL")),
+    GpuSpec("h200", 989.4, 139, 450, 50, ("H200",)),
+    GpuSpec("h100-nvl", 835.5, 93, 300, 50, ("H100", "NVL")),
+    GpuSpec("h100-pcie", 756, 79, 64, 50, ("H100", "PCIE")),
+    GpuSpec("h100", 989.4, 79, 450, 50, ("H100",)),
+    GpuSpec("h20", 148, 95, 450, 50, ("H20",)),
+    GpuSpec("a100-40gb", 312, 39, 300, 25, ("A100", "40GB")),
+    GpuSpec("a100", 312, 79, 300, 25, ("A100",)),
+    GpuSpec("a10", 125, 22, 32, 12.5, ("A10",)),
+    GpuSpec("a10g", 70, 22, 32, 12.5, ("A10G",)),
+    GpuSpec("l40s", 362, 44, 32, 12.5, ("L40S",)),
+    GpuSpec("l4", 121, 22, 32, 12.5, ("L4",)),
+    GpuSpec("rtx-4090", 165.2, 23, 32, 12.5, ("RTX", "4090")),
+    GpuSpec("mi250x", 191.5, 63, 100, 25, ("MI250X",)),  # one of the two dies: what PyTorch sees
+    GpuSpec("mi300x", 1307.4, 191, 448, 50, ("MI300X",)),
+    GpuSpec("mi325x", 1307.4, 255, 448, 50, ("MI325X",)),
+    GpuSpec("mi355x", 2516.6, 287, 537, 50, ("MI355X",)),
 )
 GPUS = {device.name: device for device in _TABLE}
 
