@@ -1,8 +1,8 @@
 """Estimate what a run needs, without a GPU: python train/plan.py --model vit_gigantic --gpus 256 --batch 4096
 
-Prints parameters, operations per image, peak memory per GPU, traffic against compute time, steps and days, the
-same for other numbers of GPUs, and the smallest number that fits. Takes all options of train/pretrain.py. Exit
-code 2 for options that cannot work.
+Prints parameters, operations per image, peak memory per GPU, traffic against compute time, steps and days,
+the same for other numbers of GPUs, and the smallest number that fits. Takes all options of train/pretrain.py.
+Exit code 2 for options that cannot work.
 """
 
 from __future__ import annotations

@@ -299,7 +299,7 @@ def load_json(path: Path) -> Config:
     return from_dict(values, str(path))
 
 
-def from_dict(values: dict[str, Any], where: str = "config", cls: type[C] = Config) -> C:  # type: ignore[assignment]
+def from_dict(values: Any, where: str = "config", cls: type[C] = Config) -> C:  # type: ignore[assignment]
     """Invert `to_dict`; missing keys keep their defaults.
 
     Args:

@@ -1,11 +1,11 @@
 """The average of the weights over the training steps: `--average ema` or `swa`.
 
 It never changes the training. Evaluations, report and export use it in place of the weights. The averaging
-functions are those of `torch.optim.swa_utils`; its `AveragedModel` copies a module, which FSDP2 refuses (torch
-2.11 to 2.15), so here they run over tensors: each rank averages its own shards, without communication.
+functions are those of `torch.optim.swa_utils`. Its `AveragedModel` copies a module, which FSDP2 refuses
+(torch 2.11 to 2.15), so here they run over tensors: each rank averages its own shards, without communication.
 
-Running statistics of BatchNorm are averaged like weights. A skipped step leaves the weights unchanged, but its
-running statistics may be NaN and are left out.
+Running statistics of BatchNorm are averaged like weights. A skipped step leaves the weights unchanged, but
+its running statistics may be NaN and are left out.
 """
 
 from __future__ import annotations

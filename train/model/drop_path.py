@@ -1,7 +1,7 @@
 """Stochastic depth whose rate is a tensor, so that compiled blocks of different rates share one graph.
 
 timm's `DropPath` keeps its rate as a number, which becomes a constant of a compiled graph. As the rate rises
-from block to block, a transformer of 40 blocks would compile 80 graphs for its two sizes of crops instead of 4.
+from block to block, a transformer of 40 blocks would compile 80 graphs for its two sizes of crops, not 4.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Floating-point operations of a training step, counted on the meta device.
 
-PyTorch's flop counter runs over encoder, projector and loss: shapes only, no arithmetic and no memory. It counts
-matrix products and convolutions, forward and backward, as two operations per multiply-add. Operations that an
-implementation repeats (activation checkpointing, the backward pass of fused attention and of SIGReg) do not
-count, so they do not raise the "model flops utilisation".
+PyTorch's flop counter runs over encoder, projector and loss: shapes only, no arithmetic and no memory. It
+counts matrix products and convolutions, forward and backward, as two operations per multiply-add. Operations
+that an implementation repeats (activation checkpointing, the backward pass of fused attention and of SIGReg)
+do not count, so they do not raise the "model flops utilisation".
 """
 
 from __future__ import annotations

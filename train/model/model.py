@@ -82,7 +82,9 @@ def build_encoder(
             refusal = error
             continue
         except (AssertionError, RuntimeError, ValueError) as error:
-            raise UsageError(f"model {name}: cannot be built with {arguments}: {first_line(error)}") from error
+            raise UsageError(
+                f"model {name}: cannot be built with {arguments}: {first_line(error)}"
+            ) from error
         encoder.encoder_args = {"model_name": timm_name, **arguments}  # type: ignore[assignment]
         return encoder
     raise UsageError(

@@ -1,8 +1,8 @@
 """The blocks of an encoder: units of compilation, recomputation and sharding.
 
 timm's families name their blocks differently (`blocks.3`, `layer2.0`, `stages.1.blocks.2`), so they are found
-by structure: the members of a list (`Sequential`, `ModuleList`) if every member has modules of its own and none
-contains such a list. Families with another structure (RegNet, DenseNet) are cut by size.
+by structure: the members of a list (`Sequential`, `ModuleList`) if every member has modules of its own and
+none contains such a list. Families with another structure (RegNet, DenseNet) are cut by size.
 """
 
 from __future__ import annotations

@@ -22,7 +22,9 @@ _INPUTS_IN_FLOAT32 = """
     _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa
 """.split()
 # These read bfloat16 and accumulate in float32 by themselves.
-_RESULT_IN_FLOAT32 = "softmax.int log_softmax.int cumsum cumprod linalg_vector_norm sum sum.dim_IntList".split()
+_RESULT_IN_FLOAT32 = (
+    "softmax.int log_softmax.int cumsum cumprod linalg_vector_norm sum sum.dim_IntList".split()
+)
 
 _OFF = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 

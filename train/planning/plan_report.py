@@ -105,9 +105,7 @@ def _table(plan: Plan) -> list[str]:
         ]
         lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
-    ]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
 
 
 def _no_fit(plan: Plan) -> str:
@@ -115,7 +113,9 @@ def _no_fit(plan: Plan) -> str:
     helps = helps[("none", "selective", "full").index(plan.cfg.parallel.activation_checkpointing) :]
     if plan.strategy(max(plan.possible())) != "fsdp":
         helps.append("--parallel.strategy fsdp")
-    return f"no number of GPUs that divides this batch fits; try {', '.join([*helps, 'a smaller --batch-size'])}"
+    return (
+        f"no number of GPUs that divides this batch fits; try {', '.join([*helps, 'a smaller --batch-size'])}"
+    )
 
 
 def _days(plan: Plan, row: Row) -> float:
