@@ -243,7 +243,7 @@ def small_batch_warning(batch: int) -> str | None:
     if batch >= 256:
         return None
     return (
-        f"{batch} images over all GPUs are few for SIGReg, which compares the whole batch with a Gaussian; use "
+        f"{batch} images over all GPUs are few for SIGReg, which compares them with a Gaussian; use "
         "256 or more (linear accuracy of the paper's ViT-L: 72.2 % with 128, 74.15 % with 256)"
     )
 
@@ -299,7 +299,7 @@ def load_json(path: Path) -> Config:
     return from_dict(values, str(path))
 
 
-def from_dict(values: Any, where: str = "config", cls: type[C] = Config) -> C:  # type: ignore[assignment]
+def from_dict(values: Any, where: str = "config", cls: type[C] = Config) -> C:  # type: ignore
     """Invert `to_dict`; missing keys keep their defaults.
 
     Args:

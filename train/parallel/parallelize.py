@@ -5,8 +5,8 @@ each block, `torch.compile` of each block, FSDP2's `fully_shard` of each block, 
 (`initialize.py`), so that no process holds more than its share of a model.
 
 Recomputation and compilation replace a block's `forward` and wrap no module: the state dict has the same
-names under every setting. The loss already accounts for the averaging of gradients over ranks, so nothing here
-scales gradients.
+names under every setting. The loss already accounts for the averaging of gradients over ranks, so nothing
+here scales gradients.
 
 On several GPUs BatchNorm becomes SyncBatchNorm, and blocks that contain it are not compiled. PyTorch has no
 SyncBatchNorm for CPU tensors: under gloo every rank normalises its own share of the batch.
@@ -235,7 +235,7 @@ def compile_blocks(blocks: list[nn.Module], device: torch.device) -> None:
     """Compile the forward of each block that can be; equal blocks share one graph per size of crops.
 
     The hooks of FSDP2 and DDP stay outside. A run has two sizes that occur at every step, so sizes are
-    constants of the graphs; a shape that varies (the last batch of an evaluation) runs uncompiled, see `eagerly`.
+    constants of the graphs; a shape that varies (the last batch of an evaluation) runs uncompiled (`eagerly`).
     """
     config = torch._dynamo.config
     # Blocks that differ, for example in width, count as recompilations of one function, once per size.
@@ -284,8 +284,8 @@ def shard(
     """Apply FSDP2 to each block, to the projector, and to the rest of the model.
 
     Parameters, moments and the reduction of gradients are float32. A unit is gathered in `dtype` (None:
-    float32) for its forward and again for its backward; blocks for each size of crops, or with `keep` once per
-    step. Gradients are reduced once per step in any case, as autograd hands them over summed over all crops.
+    float32) for its forward and again for its backward: blocks for each size of crops, with `keep` once per step.
+    Gradients are reduced once per step in any case, as autograd hands them over summed over all crops.
     """
     # The embeddings are views of one tensor, and nothing changes them in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")

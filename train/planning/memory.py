@@ -1,9 +1,9 @@
 """Peak memory and traffic of one rank, without a GPU and without the other ranks.
 
 The trainer's step (forward, loss, backward, norm of the gradient, optimiser, average of the weights) runs on
-fake tensors, which have shapes but no memory, in a fake process group, whose collectives return at once. After
-every operator the storages alive are counted. Model, sharding, recomputation, loss and optimiser are those of
-the trainer. DDP's reducer is C++ that fake tensors cannot enter; its buckets are imitated here.
+fake tensors, which have shapes but no memory, in a fake process group, whose collectives return at once.
+After every operator the storages alive are counted. Model, sharding, recomputation, loss and optimiser are
+those of the trainer. DDP's reducer is C++ that fake tensors cannot enter; its buckets are imitated here.
 
 After each operator c + s / shards + a * images bytes are alive: s is sharded, a are activations. Three traces
 (two numbers of shards, two batches) give c, s and a of every operator, and so the peak for any number of GPUs

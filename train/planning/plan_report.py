@@ -7,7 +7,7 @@ from lejepa_fast.train.planning.estimate import Plan, Row
 from lejepa_fast.train.runtime.gpu_specs import GIB
 
 _STRATEGIES = {"none": "no wrapper", "ddp": "DDP", "fsdp": "FSDP2"}
-_HEADER = "GPUs|images/GPU|GiB/GPU|fits|GB sent|network ms|compute ms|images/s|days".split("|")
+_HEADER = "GPUs|images/GPU|GiB/GPU|fits|GB sent|network ms|compute ms|images/s|days"
 
 
 def report(plan: Plan) -> str:
@@ -66,8 +66,8 @@ def _memory(plan: Plan, asked: Row) -> str:
     state = min(asked.peak, plan.memory(asked.gpus).traced.state)
     return (
         f"{_gib(asked.peak)} GiB at the peak, {share:.0%} of {plan.gpu.memory_gib:g}: {verdict} "
-        f"({plan.options.reserve:.0%} kept free); weights and moments {_gib(state)}, activations, gradients and "
-        f"gathered parameters {_gib(asked.peak - state)}"
+        f"({plan.options.reserve:.0%} kept free); weights and moments {_gib(state)}, activations, gradients "
+        f"and gathered parameters {_gib(asked.peak - state)}"
     )
 
 
@@ -90,7 +90,7 @@ def _network(plan: Plan, asked: Row) -> list[str]:
 
 
 def _table(plan: Plan) -> list[str]:
-    lines = [_HEADER]
+    lines = [_HEADER.split("|")]
     for row in plan.table():
         cells = [
             f"{row.gpus:,}" + ("*" if row.gpus == plan.options.gpus else ""),
@@ -113,9 +113,8 @@ def _no_fit(plan: Plan) -> str:
     helps = helps[("none", "selective", "full").index(plan.cfg.parallel.activation_checkpointing) :]
     if plan.strategy(max(plan.possible())) != "fsdp":
         helps.append("--parallel.strategy fsdp")
-    return (
-        f"no number of GPUs that divides this batch fits; try {', '.join([*helps, 'a smaller --batch-size'])}"
-    )
+    helps.append("a smaller --batch-size")
+    return f"no number of GPUs that divides this batch fits; try {', '.join(helps)}"
 
 
 def _days(plan: Plan, row: Row) -> float:

@@ -1,7 +1,7 @@
 """Peak arithmetic, memory and links of GPUs, from the makers' data sheets.
 
-MFU divides by the dense bfloat16 peak (float32 accumulation, no structured sparsity), whatever precision a run
-uses. A device that is not listed has no peak, and then no MFU is reported.
+MFU divides by the dense bfloat16 peak (float32 accumulation, no structured sparsity), whatever precision a
+run uses. A device that is not listed has no peak, and then no MFU is reported.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ GPUS = {device.name: device for device in _TABLE}
 
 
 def by_device_name(name: str) -> GpuSpec | None:
-    """Return the entry for `torch.cuda.get_device_name()`; None for a device not listed, MIG slices included."""
+    """Return the entry for `torch.cuda.get_device_name()`; None if not listed, as MIG slices are not."""
     words = set(re.split(r"[^A-Z0-9]+", name.upper()))
     if "MIG" in words:
         return None
