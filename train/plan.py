@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from lejepa_fast.train.config.cli import PLAN, parse_as
+from lejepa_fast.train.config.cli import parse_as
 from lejepa_fast.train.planning.options import PlanOptions
 from lejepa_fast.train.runtime.command import run_command
 
@@ -20,11 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         arguments = sys.argv[1:] if argv is None else argv
-        options = parse_as(PlanOptions, arguments, preset="default", description=PLAN)
+        what = "Estimate what a training run needs, without a GPU. Takes the options of train/pretrain.py."
+        options = parse_as(PlanOptions, arguments, preset="default", what=what)
         from lejepa_fast.train.planning.estimate import Plan  # after --help, which does not need PyTorch
-        from lejepa_fast.train.planning.plan_report import report
 
-        print(report(Plan(options)))
+        print(Plan(options).report())
 
     return run_command(work)
 

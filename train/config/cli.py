@@ -15,16 +15,6 @@ from lejepa_fast.train.runtime.command import parse_options
 
 C = TypeVar("C", bound=Config)
 
-_BASE = (
-    "Base of the options below: --preset NAME "
-    f"({', '.join(PRESETS)}) or --config FILE.json (the config.json of an earlier run). "
-)
-PRETRAIN = (
-    f"Pretrain an encoder with LeJEPA. {_BASE}"
-    "Without either: laptop for the embedded images, default for other data."
-)
-PLAN = f"Estimate what a training run needs, without a GPU. {_BASE}Takes all options of train/pretrain.py."
-
 
 def parse(argv: Sequence[str]) -> Config:
     """Parse the command line of a training run.
@@ -39,15 +29,12 @@ def parse(argv: Sequence[str]) -> Config:
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     scan.add_argument("--data", "--data.path", dest="data", default=EMBEDDED_DATA)
     embedded = scan.parse_known_args(list(argv))[0].data == EMBEDDED_DATA
-    return parse_as(Config, argv, preset="laptop" if embedded else "default", description=PRETRAIN)
+    what = "Pretrain an encoder with LeJEPA. The embedded images start from the preset laptop."
+    return parse_as(Config, argv, preset="laptop" if embedded else "default", what=what)
 
 
-def parse_as(cls: type[C], argv: Sequence[str], *, preset: str, description: str) -> C:
-    """Parse a command line that has the options of `cls`; `preset` is the base if the line names none.
-
-    Raises:
-        UsageError: an unknown option, or a value of the wrong type.
-    """
+def parse_as(cls: type[C], argv: Sequence[str], *, preset: str, what: str) -> C:
+    """Parse a command line with the options of `cls`; `preset` is the base if it names none."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     first.add_argument("--config", type=Path)
@@ -63,4 +50,8 @@ def parse_as(cls: type[C], argv: Sequence[str], *, preset: str, description: str
         base = PRESETS[name]
     if not isinstance(base, cls):
         base = cls(**{field.name: getattr(base, field.name) for field in dataclasses.fields(Config)})
+    description = (
+        f"{what} Base of the options below: --preset NAME ({', '.join(PRESETS)}; here {preset}) "
+        "or --config FILE.json (the config.json of an earlier run)."
+    )
     return parse_options(type(base), rest, default=base, description=description)

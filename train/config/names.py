@@ -41,19 +41,17 @@ def resolve_name(name: str) -> tuple[str, dict[str, Any]]:
     return name, {}
 
 
-def has_fixed_input_size(name: str) -> bool:
-    """Whether the weights depend on the input size, by timm's records: transformers, mostly."""
+def fixed_input_size(name: str) -> bool | None:
+    """Whether the weights depend on the input size, by timm's records: transformers, mostly. None: unknown."""
     import timm
 
     pretrained_cfg = timm.get_pretrained_cfg(resolve_name(name)[0])
-    return pretrained_cfg is not None and pretrained_cfg.fixed_input_size
+    return None if pretrained_cfg is None else pretrained_cfg.fixed_input_size
 
 
 def is_convolutional(name: str) -> bool:
-    """Whether a model is a convolutional network, by timm's records: its weights fit every input size."""
-    import timm
-
-    return timm.get_pretrained_cfg(resolve_name(name)[0]) is not None and not has_fixed_input_size(name)
+    """Whether a model is a convolutional network: its weights fit every input size."""
+    return fixed_input_size(name) is False
 
 
 def default_weight_decay(name: str) -> float:

@@ -214,7 +214,7 @@ def validate(cfg: Config, world_size: int = 1) -> None:
     Raises:
         UsageError: the message names the field, what is expected and the value.
     """
-    from_dict(to_dict(cfg), where="", cls=type(cfg))
+    _checked(type(cfg), to_dict(cfg), "")
     cfg.crops.validate()
     if cfg.loss.form == "convex" and cfg.loss.lambd > 1:
         raise UsageError(f"loss.lambd: expected at most 1 with loss.form convex, got {cfg.loss.lambd}")
@@ -299,20 +299,18 @@ def load_json(path: Path) -> Config:
     return from_dict(values, str(path))
 
 
-def from_dict(values: Any, where: str = "config", cls: type[C] = Config) -> C:  # type: ignore
-    """Invert `to_dict`; missing keys keep their defaults.
-
-    Args:
-        values: the configuration as JSON has it.
-        where: begins an error message, for example a file name.
-        cls: `Config` or a subclass of it.
+def from_dict(values: Any, where: str = "config") -> Config:
+    """Invert `to_dict`; missing keys keep their defaults. `where` begins an error message.
 
     Raises:
         UsageError: an unknown key, a wrong type, or a value out of bounds.
     """
+    return _checked(Config, values, f"{where}: ")
+
+
+def _checked(cls: type, values: Any, prefix: str) -> Any:
     import pydantic
 
-    prefix = f"{where}: " if where else ""
     _refuse_unknown_keys(cls, values, prefix)
     try:
         return pydantic.TypeAdapter(cls).validate_json(json.dumps(values), strict=True)

@@ -28,7 +28,7 @@ def initialize(model: LeJEPAModel, cfg: Config, device: torch.device) -> None:
         UsageError: modules of a model on the meta device share a parameter, which sharding would separate.
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
-        model.to(device).to(memory_format=memory_format(cfg))  # type: ignore[call-overload]
+        model.to(device).to(memory_format=memory_format(cfg))
         return
     if len(list(model.named_parameters(remove_duplicate=False))) != len(list(model.parameters())):
         raise UsageError(
@@ -90,16 +90,9 @@ def copy_from_main(model: nn.Module, reference: nn.Module | None, world: World) 
 def whole_model(
     model: LeJEPAModel, cfg: Config, world: World, instead: Mapping[str, Tensor]
 ) -> LeJEPAModel | None:
-    """Gather a sharded model on rank 0. All ranks call it.
+    """Gather a sharded model on rank 0 and return it there, None elsewhere. All ranks call it.
 
-    Args:
-        model: the model, sharded or not.
-        cfg: its configuration.
-        world: the ranks.
-        instead: tensors, sharded like the model's, to take in place of those with their names.
-
-    Returns:
-        The whole model on rank 0, None on the others.
+    `instead` holds tensors, sharded like the model's, to take in place of those with their names.
     """
 
     def without_values() -> LeJEPAModel:

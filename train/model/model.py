@@ -20,22 +20,18 @@ from torch import Tensor, nn
 
 from lejepa_fast.errors import UsageError, first_line
 from lejepa_fast.train.config import Config
-from lejepa_fast.train.config.names import has_fixed_input_size, resolve_name
+from lejepa_fast.train.config.names import fixed_input_size, resolve_name
 
 # Arguments of timm.create_model that `model.kwargs` must not set, and what to do instead.
 _FROM_SCRATCH = "the encoder starts from random weights, which is what the untrained baseline compares with"
-_FIXED = "the trainer sets it; leave it out"
-_OWN_OPTIONS = {
+_REFUSED = {
     "model_name": "use --model",
     "img_size": "use --model.img-size",
-    "dynamic_img_size": _FIXED,
     "drop_path_rate": "use --model.drop-path",
     "reg_tokens": "use --model.register-tokens",
-    "in_chans": "images have 3 channels; leave it out",
-    "num_classes": "the encoder has no classifier; leave it out",
-    "features_only": "the encoder returns pooled features; leave it out",
-    **dict.fromkeys(("pretrained", "pretrained_cfg", "pretrained_cfg_overlay"), _FROM_SCRATCH),
-    **dict.fromkeys(("checkpoint_path", "cache_dir"), _FROM_SCRATCH),
+    **dict.fromkeys("in_chans num_classes features_only dynamic_img_size".split(), "the trainer sets it"),
+    **dict.fromkeys("pretrained pretrained_cfg pretrained_cfg_overlay".split(), _FROM_SCRATCH),
+    **dict.fromkeys("checkpoint_path cache_dir".split(), _FROM_SCRATCH),
 }
 
 
@@ -49,17 +45,9 @@ def build_encoder(
 ) -> nn.Module:
     """Build a timm model without its classifier: (B, 3, S, S) -> pooled features (B, D).
 
-    Args:
-        name: a timm name or a short name.
-        img_size: size of the position embeddings, for models that have them. Transformers that can
-            interpolate them for other sizes.
-        drop_path: stochastic depth rate of the last block.
-        register_tokens: extra learned tokens.
-        extra: further arguments of `timm.create_model`.
-
-    Returns:
-        The encoder. Its attribute `encoder_args` holds the keyword arguments with which `timm.create_model`
-        builds it again.
+    `img_size` is that of the position embeddings, for models that have them; transformers that can interpolate
+    them for other sizes. `extra` goes to `timm.create_model`. The encoder's attribute `encoder_args` holds the
+    keyword arguments with which `timm.create_model` builds it again.
 
     Raises:
         UsageError: an unknown model, or one that does not take these options.
@@ -71,7 +59,7 @@ def build_encoder(
     if register_tokens:
         kwargs["reg_tokens"] = register_tokens
     variants: list[dict[str, Any]] = [kwargs]
-    if img_size is not None and has_fixed_input_size(name):  # other models do not take img_size
+    if img_size is not None and fixed_input_size(name):  # other models do not take img_size
         sized = {**kwargs, "img_size": img_size}
         variants = [{**sized, "dynamic_img_size": True}, sized]  # some interpolate, some do not
     refusal: TypeError | None = None
@@ -102,8 +90,8 @@ def parse_kwargs(text: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"model.kwargs: expected a JSON object, got {text!r}")
     for key in values:
-        if key in _OWN_OPTIONS:
-            raise UsageError(f"model.kwargs: {key!r} cannot be given here; {_OWN_OPTIONS[key]}")
+        if key in _REFUSED:
+            raise UsageError(f"model.kwargs: {key!r} cannot be given here; {_REFUSED[key]}")
     return values
 
 
@@ -153,11 +141,8 @@ class LeJEPAModel(nn.Module):
 def build_model(cfg: Config, *, meta: bool = False) -> LeJEPAModel:
     """Build the model of a run on the CPU; its weights depend on `cfg.seed` alone.
 
-    The caller's random state does not change.
-
-    Args:
-        cfg: the configuration.
-        meta: build on the meta device, without memory and weights, for `parallelize`.
+    With `meta` it is on the meta device, without memory and weights, for `parallelize`. The caller's random
+    state does not change.
 
     Raises:
         UsageError: an unknown model, options that it does not have, or crop sizes that it cannot take.

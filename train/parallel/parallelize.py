@@ -62,12 +62,7 @@ _BUFFER_OPTION = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTION
 
 
 def choose_strategy(options: ParallelConfig, parameters: int, *, ranks: int | None) -> Strategy:
-    """Resolve `parallel.strategy` for a model of this many parameters.
-
-    Args:
-        options: the settings.
-        parameters: number of parameters of the model.
-        ranks: processes of the group; None without one.
+    """Resolve `parallel.strategy` for a model of this size; `ranks` is None without a process group.
 
     Raises:
         UsageError: the strategy needs another number of processes, or an option another strategy.
@@ -109,15 +104,10 @@ def make_mesh(options: ParallelConfig, device_type: str) -> DeviceMesh | None:
 def parallelize(
     model: LeJEPAModel, cfg: Config, mesh: DeviceMesh | None, device: torch.device, *, weights: bool = True
 ) -> nn.Module:
-    """Make a model ready to train on `device`; it changes in place and keeps parameters and state dict.
+    """Make a model ready to train on `device`, in place.
 
-    Args:
-        model: may be on the meta device (`build_model(cfg, meta=True)`). It then gets memory and the weights
-            of `cfg.seed`, the same for every number of ranks.
-        cfg: the configuration.
-        mesh: that of `make_mesh`.
-        device: of this process.
-        weights: False leaves the model where it is, which is enough to plan with.
+    A model on the meta device gets memory and the weights of `cfg.seed`, the same for every number of ranks;
+    with `weights=False`, enough to plan with, it stays there. `mesh` is that of `make_mesh`.
 
     Returns:
         The module to call in the training step: `model` itself, or a DDP wrapper over it.
@@ -234,8 +224,8 @@ def compiles(cfg: Config, device: torch.device) -> bool:
 def compile_blocks(blocks: list[nn.Module], device: torch.device) -> None:
     """Compile the forward of each block that can be; equal blocks share one graph per size of crops.
 
-    The hooks of FSDP2 and DDP stay outside. A run has two sizes that occur at every step, so sizes are
-    constants of the graphs; a shape that varies (the last batch of an evaluation) runs uncompiled (`eagerly`).
+    A run has two sizes that occur at every step, so sizes are constants of the graphs; a shape that varies
+    (the last batch of an evaluation) runs uncompiled (`eagerly`).
     """
     config = torch._dynamo.config
     # Blocks that differ, for example in width, count as recompilations of one function, once per size.
@@ -283,8 +273,8 @@ def shard(
 ) -> None:
     """Apply FSDP2 to each block, to the projector, and to the rest of the model.
 
-    Parameters, moments and the reduction of gradients are float32. A unit is gathered in `dtype` (None:
-    float32) for its forward and again for its backward: blocks for each size of crops, with `keep` once per step.
+    Parameters, moments and the reduction of gradients are float32. Blocks are gathered in `dtype` (None:
+    float32) for forward and backward of each size of crops, with `keep` once per step.
     Gradients are reduced once per step in any case, as autograd hands them over summed over all crops.
     """
     # The embeddings are views of one tensor, and nothing changes them in place.

@@ -8,28 +8,26 @@ from dataclasses import dataclass
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import config
-from lejepa_fast.train.config import Config
 from lejepa_fast.train.model.flops import count_flops
 from lejepa_fast.train.model.model import build_model
-from lejepa_fast.train.parallel.parallelize import Strategy, choose_strategy
-from lejepa_fast.train.planning.memory import MemoryPlan, plan_memory
+from lejepa_fast.train.parallel.parallelize import choose_strategy
+from lejepa_fast.train.planning.memory import plan_memory
 from lejepa_fast.train.planning.options import PlanOptions
 from lejepa_fast.train.runtime.gpu_specs import GIB, by_option
 
 GPUS_OF_A_MACHINE = 8
+_STRATEGIES = {"none": "no wrapper", "ddp": "DDP", "fsdp": "FSDP2"}
+_HEADER = "GPUs|images/GPU|GiB/GPU|fits|GB sent|network ms|compute ms|images/s|days"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of GPUs."""
+    """One number of GPUs; `images` and bytes (`peak`, `sent`) are per GPU and step."""
 
     gpus: int
     images: int
-    """Images per step and GPU."""
     peak: int
-    """Bytes per GPU."""
     sent: float
-    """Bytes that one GPU sends per step."""
     compute_seconds: float
     network_seconds: float
     fits: bool
@@ -49,46 +47,35 @@ class Plan:
         self.batch = options.data.batch_size
         config.validate(options, options.gpus)
         if options.images < self.batch:
-            raise UsageError(
-                f"images: expected at least one batch of {self.batch}, got {options.images}; "
-                "use a smaller --batch-size"
-            )
+            raise UsageError(f"images: expected at least one batch of {self.batch}, got {options.images}")
         self.steps = config.total_steps(options, options.images // self.batch)
-        precision = "fp32" if options.precision == "fp32" else "bf16"
-        self.cfg: Config = dataclasses.replace(options, precision=precision, device="cpu")
-        model = build_model(self.cfg, meta=True)
+        model = build_model(options, meta=True)
         self.encoder_parameters = sum(p.numel() for p in model.encoder.parameters())
         self.parameters = sum(p.numel() for p in model.parameters())
-        self.strategy(options.gpus)  # UsageError before the long work
-        self.flops = count_flops(self.cfg, model)
-        self._memory: dict[Strategy, MemoryPlan] = {}
-
-    def strategy(self, gpus: int) -> Strategy:
-        """Return how this many GPUs share the model; one GPU in the table of several shares it like those."""
-        parallel = self.cfg.parallel
-        alone = gpus == self.options.gpus == 1 and parallel.strategy in ("auto", "none")
-        return choose_strategy(parallel, self.parameters, ranks=None if alone else gpus)
+        alone = options.gpus == 1 and options.parallel.strategy in ("auto", "none")
+        ranks = None if alone else options.gpus
+        self.strategy = choose_strategy(options.parallel, self.parameters, ranks=ranks)
+        self.flops = count_flops(options, model)
+        self.cfg = dataclasses.replace(
+            options,
+            parallel=dataclasses.replace(options.parallel, strategy=self.strategy),
+            precision="bf16" if options.precision == "auto" else options.precision,
+            device="cpu",
+        )
+        self.memory = plan_memory(
+            self.cfg, shards=self.layout(options.gpus)[0], images=self.batch // options.gpus
+        )
 
     def layout(self, gpus: int) -> tuple[int, int]:
         """Return the shards of one copy of the model, and the copies."""
         copies = self.cfg.parallel.replicate
-        return (gpus // copies, copies) if self.strategy(gpus) == "fsdp" else (1, gpus)
-
-    def memory(self, gpus: int) -> MemoryPlan:
-        """Return the memory of a step, traced once per strategy, with the images per GPU of `--gpus`."""
-        strategy, asked = self.strategy(gpus), self.options.gpus
-        if strategy not in self._memory:
-            parallel = dataclasses.replace(self.cfg.parallel, strategy=strategy)
-            shards = self.layout(gpus if asked == 1 else asked)[0]
-            cfg = dataclasses.replace(self.cfg, parallel=parallel)
-            self._memory[strategy] = plan_memory(cfg, shards=shards, images=self.batch // asked)
-        return self._memory[strategy]
+        return (gpus // copies, copies) if self.strategy == "fsdp" else (1, gpus)
 
     def row(self, gpus: int) -> Row:
         """Return the estimate of the same global batch on this many GPUs, which must divide it."""
-        (shards, copies), images, memory = self.layout(gpus), self.batch // gpus, self.memory(gpus)
-        peak = memory.peak(shards, images)
-        within, between = memory.traced.traffic.sent(shards, copies)
+        (shards, copies), images = self.layout(gpus), self.batch // gpus
+        peak = self.memory.peak(shards, images)
+        within, between = self.memory.traced.traffic.sent(shards, copies)
         inside, outside = self.bandwidths(gpus)
         return Row(
             gpus=gpus,
@@ -115,15 +102,80 @@ class Plan:
     def possible(self) -> Iterator[int]:
         """Yield the numbers of GPUs that batch, groups and strategy allow, smallest first."""
         groups = self.cfg.parallel.replicate
-        most = 1 if self.cfg.parallel.strategy == "none" else self.batch // 2
+        most = 1 if self.strategy == "none" else self.batch // 2
         return (gpus for gpus in range(groups, most + 1, groups) if self.batch % gpus == 0)
 
     def smallest(self) -> Row | None:
         """Return the smallest number of GPUs that fits."""
         return next((row for row in map(self.row, self.possible()) if row.fits), None)
 
-    def table(self) -> list[Row]:
-        """Return powers of two around the number asked for, and the smallest that fits."""
-        asked, smallest = self.options.gpus, self.smallest()
+    def report(self) -> str:
+        """Return the text that train/plan.py prints."""
+        cfg, flops, crops, asked = self.cfg, self.flops, self.cfg.crops, self.row(self.options.gpus)
+        average = f", {cfg.average.kind} of the weights" if cfg.average.kind != "none" else ""
+        groups = f" in {cfg.parallel.replicate} groups" if cfg.parallel.replicate > 1 else ""
+        kept = ", gathered once a step" if cfg.parallel.keep_gathered else ""
+        state, smallest = min(asked.peak, self.memory.traced.state), self.smallest()
+        inside, outside = self.bandwidths(asked.gpus)
+        days = self.steps * asked.step_seconds / 86400
+        lines = [
+            f"{cfg.model.name} on {asked.gpus} x {self.gpu.name}{groups}, {_STRATEGIES[self.strategy]}{kept}, "
+            f"{cfg.precision}, activation checkpointing {cfg.parallel.activation_checkpointing}{average}, "
+            f"{self.batch:,} images a step",
+            f"parameters        {self.encoder_parameters / 1e6:,.1f} M encoder, "
+            f"{(self.parameters - self.encoder_parameters) / 1e6:,.1f} M projector",
+            f"GFLOP per image   {flops.per_image / 1e9:,.1f} forward and backward: "
+            f"global {crops.global_size} px {crops.global_crops} x {flops.global_view / 1e9:,.1f}, "
+            f"local {crops.local_size} px {crops.local_crops} x {flops.local_view / 1e9:,.1f}, "
+            f"projector {flops.projector / 1e9:,.1f}, loss {flops.loss / 1e9:,.2f}",
+            f"memory per GPU    {_gib(asked.peak)} GiB at the peak, "
+            f"{asked.peak / (self.gpu.memory_gib * GIB):.0%} of {self.gpu.memory_gib:g}: "
+            f"{'fits' if asked.fits else 'DOES NOT FIT'} ({self.options.reserve:.0%} kept free); "
+            f"weights and moments {_gib(state)}, activations, gradients and gathered weights "
+            f"{_gib(asked.peak - state)}",
+            f"network           {asked.sent / 1e9:,.1f} GB sent by each GPU a step: "
+            f"{1e3 * asked.network_seconds:,.0f} ms at {inside:g} GB/s within a group, {outside:g} beyond",
+            f"compute           {1e3 * asked.compute_seconds:,.0f} ms a step at {self.options.mfu:.0%} MFU; "
+            f"network / compute {asked.network_seconds / asked.compute_seconds:.2f}",
+            f"budget            {self.steps:,} steps, {days:,.2f} days, {24 * days * asked.gpus:,.0f} GPU hours",
+            *("", *self._table(smallest), ""),
+            f"smallest number of GPUs that fits this batch: {smallest.gpus:,} ({_gib(smallest.peak)} GiB each)"
+            if smallest
+            else f"this batch does not fit; {self._ways_out()}",
+        ]
+        if warning := config.small_batch_warning(self.batch):
+            lines.append(f"warning: {warning}")
+        return "\n".join(lines)
+
+    def _table(self, smallest: Row | None) -> list[str]:
+        """Powers of two around the number asked for, and the smallest that fits."""
+        asked = self.options.gpus
         near = {n for n in self.possible() if n & (n - 1) == 0 and asked / 64 <= n <= 8 * asked}
-        return [self.row(n) for n in sorted(near | {asked} | ({smallest.gpus} if smallest else set()))]
+        lines = [_HEADER.split("|")]
+        for row in map(self.row, sorted(near | {asked} | ({smallest.gpus} if smallest else set()))):
+            cells = [
+                f"{row.gpus:,}" + ("*" if row.gpus == asked else ""),
+                f"{row.images:,}",
+                _gib(row.peak),
+                "yes" if row.fits else "no",
+                f"{row.sent / 1e9:,.1f}",
+                f"{1e3 * row.network_seconds:,.0f}",
+                f"{1e3 * row.compute_seconds:,.0f}",
+                f"{self.batch / row.step_seconds:,.0f}",
+                f"{self.steps * row.step_seconds / 86400:,.2f}",
+            ]
+            lines.append(cells)
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return ["  ".join(map(str.rjust, line, widths)) for line in lines]
+
+    def _ways_out(self) -> str:
+        ways = ["a smaller --batch-size"]
+        if self.cfg.parallel.activation_checkpointing != "full":
+            ways.append("--parallel.activation-checkpointing full")
+        if self.strategy != "fsdp":
+            ways.append("more --gpus with --parallel.strategy fsdp")
+        return f"try {', '.join(ways)}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f}" if size < 10 * GIB else f"{size / GIB:,.1f}"

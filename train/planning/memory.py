@@ -142,7 +142,8 @@ class PlannedStep:
 
     def __init__(self, cfg: Config, images: int, *, fake: bool):
         self.model = build_model(cfg, meta=True)
-        self.context: Any = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
+        fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.context: Any = fake_mode if fake else contextlib.nullcontext()
         self.buckets: list[Tensor] = []
         self.loss_fn = build_loss(cfg, CPU)
         self.amp_dtype = compute_dtype(cfg, CPU)
@@ -155,8 +156,8 @@ class PlannedStep:
             if fake:
                 allocate(self.model, CPU)
                 for module in self.loss_fn.modules():
-                    for name, value in module._buffers.items():
-                        module._buffers[name] = self.context.from_tensor(value)
+                    for name, value in module.named_buffers(recurse=False):
+                        setattr(module, name, fake_mode.from_tensor(value))
             if imitated:
                 self._make_buckets()
             self.views = [torch.zeros(images, 3, size, size) for size in cfg.crops.view_sizes()]
