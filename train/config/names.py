@@ -42,7 +42,7 @@ def resolve_name(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def fixed_input_size(name: str) -> bool | None:
-    """Whether the weights depend on the input size, by timm's records: transformers, mostly. None: unknown."""
+    """Whether the weights depend on the input size, as in transformers, by timm's records; None: unknown."""
     import timm
 
     pretrained_cfg = timm.get_pretrained_cfg(resolve_name(name)[0])

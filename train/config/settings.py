@@ -89,8 +89,8 @@ class LossConfig:
     lambd: Annotated[Nonnegative, tyro.conf.arg(aliases=["--lambda"])] = 0.05
     """Weight of SIGReg; 0 trains the prediction alone, which collapses."""
     num_slices: AtLeast1 = 1024
-    t_max: Positive = 3.0
-    n_points: AtLeast1 = 17
+    t_max: float = 3.0
+    n_points: int = 17
     """Knots on the half line [0, t_max]."""
     unbiased: bool = False
     center: Literal["global", "all"] = "global"
@@ -217,7 +217,9 @@ def validate(cfg: Config, world_size: int = 1) -> None:
     _checked(type(cfg), to_dict(cfg), "")
     cfg.crops.validate()
     if cfg.loss.form == "convex" and cfg.loss.lambd > 1:
-        raise UsageError(f"loss.lambd: expected at most 1 with loss.form convex, got {cfg.loss.lambd}")
+        raise UsageError(
+            f"loss.lambd: expected a number from 0 to 1 with loss.form convex, got {cfg.loss.lambd}"
+        )
     if world_size % cfg.parallel.replicate:
         raise UsageError(
             f"parallel.replicate: {world_size} processes cannot be split evenly into "

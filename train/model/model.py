@@ -29,9 +29,9 @@ _REFUSED = {
     "img_size": "use --model.img-size",
     "drop_path_rate": "use --model.drop-path",
     "reg_tokens": "use --model.register-tokens",
-    **dict.fromkeys("in_chans num_classes features_only dynamic_img_size".split(), "the trainer sets it"),
-    **dict.fromkeys("pretrained pretrained_cfg pretrained_cfg_overlay".split(), _FROM_SCRATCH),
-    **dict.fromkeys("checkpoint_path cache_dir".split(), _FROM_SCRATCH),
+    **dict.fromkeys(("in_chans", "num_classes", "features_only", "dynamic_img_size"), "the trainer sets it"),
+    **dict.fromkeys(("pretrained", "pretrained_cfg", "pretrained_cfg_overlay"), _FROM_SCRATCH),
+    **dict.fromkeys(("checkpoint_path", "cache_dir"), _FROM_SCRATCH),
 }
 
 
@@ -45,9 +45,9 @@ def build_encoder(
 ) -> nn.Module:
     """Build a timm model without its classifier: (B, 3, S, S) -> pooled features (B, D).
 
-    `img_size` is that of the position embeddings, for models that have them; transformers that can interpolate
-    them for other sizes. `extra` goes to `timm.create_model`. The encoder's attribute `encoder_args` holds the
-    keyword arguments with which `timm.create_model` builds it again.
+    `img_size` is that of the position embeddings, for models that have them; transformers that can,
+    interpolate them for other sizes. `extra` goes to `timm.create_model`. The encoder's attribute
+    `encoder_args` holds the keyword arguments with which `timm.create_model` builds it again.
 
     Raises:
         UsageError: an unknown model, or one that does not take these options.

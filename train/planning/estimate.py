@@ -119,7 +119,8 @@ class Plan:
         inside, outside = self.bandwidths(asked.gpus)
         days = self.steps * asked.step_seconds / 86400
         lines = [
-            f"{cfg.model.name} on {asked.gpus} x {self.gpu.name}{groups}, {_STRATEGIES[self.strategy]}{kept}, "
+            f"{cfg.model.name} on {asked.gpus} x {self.gpu.name}{groups}, "
+            f"{_STRATEGIES[self.strategy]}{kept}, "
             f"{cfg.precision}, activation checkpointing {cfg.parallel.activation_checkpointing}{average}, "
             f"{self.batch:,} images a step",
             f"parameters        {self.encoder_parameters / 1e6:,.1f} M encoder, "
@@ -137,9 +138,9 @@ class Plan:
             f"{1e3 * asked.network_seconds:,.0f} ms at {inside:g} GB/s within a group, {outside:g} beyond",
             f"compute           {1e3 * asked.compute_seconds:,.0f} ms a step at {self.options.mfu:.0%} MFU; "
             f"network / compute {asked.network_seconds / asked.compute_seconds:.2f}",
-            f"budget            {self.steps:,} steps, {days:,.2f} days, {24 * days * asked.gpus:,.0f} GPU hours",
+            f"budget            {self.steps:,} steps, {days:,.2f} days, {24 * days * asked.gpus:,.0f} GPU-h",
             *("", *self._table(smallest), ""),
-            f"smallest number of GPUs that fits this batch: {smallest.gpus:,} ({_gib(smallest.peak)} GiB each)"
+            f"smallest number of GPUs that fits: {smallest.gpus:,} ({_gib(smallest.peak)} GiB each)"
             if smallest
             else f"this batch does not fit; {self._ways_out()}",
         ]
