@@ -32,8 +32,9 @@ from lejepa_fast.train.config import (
     ParallelConfig,
 )
 from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.model import initialize
 from lejepa_fast.train.model.initialize import named_tensors
-from lejepa_fast.train.model.model import build_model, initialize
+from lejepa_fast.train.model.model import build_model
 from lejepa_fast.train.parallel.parallelize import make_mesh, parallelize
 from lejepa_fast.train.runtime.world import World, is_said_by_rank_0
 

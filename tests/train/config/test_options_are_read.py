@@ -63,8 +63,8 @@ def fields_of(cfg: Config) -> set[tuple[str, str]]:
 def test_a_run_reads_every_option(
     tiny: Make, monkeypatch: pytest.MonkeyPatch, reads: set[tuple[str, str]]
 ) -> None:
-    """Two steps with an average and both probes. A planted option that nothing reads is found."""
-    cfg = tiny(average={"kind": "ema"}, eval={"every": 1, "linear_steps": 2}, max_steps=5)
+    """Two epochs with an average and both probes. A planted option that nothing reads is found."""
+    cfg = tiny(average={"kind": "ema"}, eval={"every": 1, "linear_steps": 2}, epochs=2)
     planted = Planted(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)})
     monkeypatch.setitem(PRESETS, "default", planted)
     every = fields_of(planted)
