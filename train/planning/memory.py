@@ -114,18 +114,14 @@ def plan_memory(cfg: Config, *, shards: int, images: int) -> MemoryPlan:
 def trace_step(cfg: Config, *, shards: int, images: int) -> Trace:
     """Run one step of rank 0 on fake tensors.
 
-    Args:
-        cfg: the configuration; `parallel.strategy` is not `auto`.
-        shards: ranks that share one copy of the model; 1 under `ddp` and `none`. There are
-            `parallel.replicate` such groups.
-        images: images per rank.
+    `parallel.strategy` is not `auto` here. `shards` ranks share one copy of the model, 1 under `ddp` and
+    `none`; `images` are those of one rank.
     """
     strategy = cfg.parallel.strategy
     assert strategy == "fsdp" or (shards == 1 and strategy != "auto")
     loss = dataclasses.replace(cfg.loss, impl="torch")
     cfg = resolve(dataclasses.replace(cfg, compile="off", loss=loss))
-    ranks = {"none": 1, "ddp": 2, "fsdp": shards * cfg.parallel.replicate}[strategy]
-    with contextlib.nullcontext() if strategy == "none" else _fake_processes(ranks), _quiet():
+    with _fake_processes(shards * cfg.parallel.replicate if strategy == "fsdp" else 0):
         step = PlannedStep(cfg, images, fake=True)
         with step.context:
             step.run()  # creates the optimiser's state, and caches shapes that DTensor infers
@@ -261,28 +257,20 @@ def _local_bytes(tensor: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide warnings about the fake processes."""
-    log = logging.getLogger("lejepa_fast.train")
-    level = log.level
-    log.setLevel(logging.ERROR)
+def _fake_processes(size: int) -> Iterator[None]:
+    """Make this process rank 0 of a group (0: none) whose other ranks do not exist; hide warnings of it."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise UsageError("plan: a process group exists already; plan outside of torchrun")
+    if size:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
-
-
-@contextlib.contextmanager
-def _fake_processes(size: int) -> Iterator[None]:
-    """Make this process rank 0 of a group whose other ranks do not exist."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if dist.is_initialized():
-        raise UsageError("plan: a process group exists already; plan outside of torchrun")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+        logging.disable(logging.NOTSET)
+        if size:
+            dist.destroy_process_group()
