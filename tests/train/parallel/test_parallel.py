@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from lejepa_fast.train.parallel.parallelize import choose_strategy
 def one(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run of one process on the whole batch."""
     folder = tmp_path_factory.mktemp("parallel")
+    (folder / "site").mkdir()
+    (folder / "site" / "wandb.py").write_text(worker.WANDB)
     cfg = worker.run_config(str(image_folder), folder / "one")
     worker.train(cfg, CPU)
     return cfg
@@ -43,7 +46,9 @@ def ranks(one: Config, image_folder: Path) -> list[dict[str, Any]]:
     """Results of two ranks; one pair of processes serves all tests of this file."""
     assert one.out is not None
     folder = one.out.parent
-    run_ranks(worker.run, 2, str(folder), str(image_folder), ranks=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder / "site"))
+        run_ranks(worker.run, 2, str(folder), str(image_folder), ranks=2)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -61,6 +66,27 @@ def check_same_course(one: Config, name: str, *, first: int = 1, rel: float = 1e
     assert expected[first]["grad_norm"] > one.optim.clip_grad_norm
     losses = [row["loss"] for row in expected.values()]
     assert max(losses) / min(losses) > 1.001  # they moved: the tolerance compares something
+    probes = [{row["step"]: (row["knn"], row["linear"]) for row in rows_of(c, "eval")} for c in (other, one)]
+    assert probes[0][12] == probes[1][12]
+    assert None not in probes[0][12]
+    check_same_average(one, other)
+
+
+def check_same_average(one: Config, other: Config) -> None:
+    def saved(cfg: Config, section: str) -> dict[str, Tensor]:
+        assert cfg.out is not None
+        path = checkpoint.checkpoint_path(cfg.out / "checkpoints", worker.STEPS)
+        return checkpoint.load_model(path, section)
+
+    mine, theirs, weights = saved(other, "average"), saved(one, "average"), saved(one, "model")
+    assert mine.keys() == theirs.keys()
+    moved = 0.0
+    for key, value in theirs.items():
+        # Against how far the average is from the weights: without a gradient, AdamW steps on rounding.
+        away = float((weights[key] - value).norm())
+        assert float((mine[key] - value).norm()) <= 1e-4 * float(value.norm()) + 0.05 * away, key
+        moved += away
+    assert moved > 1e-3
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "hsdp"])
@@ -113,10 +139,18 @@ def test_a_sharded_run_is_evaluated_and_exported_whole(one: Config, ranks: list[
     assert one.out is not None
     run = one.out.parent / "fsdp"
     assert (run / "report" / "report.html").exists()
-    assert len(rows_of(replace(one, out=run), "eval")) == 1
-    out = run / "again.safetensors"
+    assert [row["step"] for row in rows_of(replace(one, out=run), "eval")] == [12, 20]
+    out = run / "again.safetensors"  # of the average
     assert export.main(["--checkpoint", str(run), "--out", str(out)]) == 0
     assert out.read_bytes() == (run / "encoder.safetensors").read_bytes()
+
+
+def test_one_rank_speaks_to_wandb(one: Config, ranks: list[dict[str, Any]]) -> None:
+    assert one.out is not None
+    calls = (one.out.parent / "site" / "calls.jsonl").read_text().splitlines()
+    steps = [call["step"] for call in map(json.loads, calls) if "train/loss" in call]
+    assert steps == list(range(1, worker.STEPS + 1))
+    assert sum("finished" in call for call in calls) == 1
 
 
 def test_copies_that_differ_are_saved_from_rank_0(one: Config, ranks: list[dict[str, Any]]) -> None:
