@@ -1,36 +1,26 @@
 """Turn finished runs into rows of bench/results/pretrain.jsonl: python bench/pretrain_rows.py RUN [RUN ...]
 
-Each row holds the report's summary of one run of train/pretrain.py, with the machine that this is called
-on: call it where the runs were made.
+A row holds the report's summary of a run, with this machine: call it where the runs were made.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-from benchlib import RESULTS, append_rows, machine
-
-
-def row_of(run: Path) -> dict[str, Any]:
-    summary = json.loads((run / "report" / "summary.json").read_text(encoding="utf-8"))
-    return {"benchmark": "pretrain", **summary, **machine()}
+from benchlib import Rows, command_line
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(arguments: list[str] | None = None) -> None:
+    parser = command_line(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders with report/summary.json")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for pretrain.jsonl")
-    options = parser.parse_args()
-    for run in options.runs:
-        if not (run / "report" / "summary.json").is_file():
-            parser.error(f"runs: {run} has no report/summary.json; finish the run first")
-    append_rows(options.out / "pretrain.jsonl", [row_of(run) for run in options.runs])
-    print(f"rows: {options.out / 'pretrain.jsonl'}")
+    options = parser.parse_args(arguments)
+    summaries = [run / "report" / "summary.json" for run in options.runs]
+    for path in summaries:
+        if not path.is_file():
+            parser.error(f"runs: expected a finished run, got one without {path}")
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in summaries]
+    Rows(options.out / "pretrain.jsonl", "pretrain").write(*rows)
 
 
 if __name__ == "__main__":

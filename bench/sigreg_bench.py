@@ -21,12 +21,10 @@ plus backward; `serial_floor_ms` adds the three instead.
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import subprocess
 import sys
-import timeit
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,7 +113,7 @@ def add_times(
 ) -> None:
     """Times of forward and of both, their difference as backward, and on a GPU the wall clock of both."""
     if setting.rehearsal:
-        found = timing.interleave(calls, repeats, functools.partial(timeit.timeit, number=1))
+        found = timing.interleave(calls, repeats, timing.once)
     elif setting.clock is None:
         found = timing.interleave(calls, repeats)
     else:
@@ -376,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sweeps = variants.SWEEPS[device.type]
         sizes = [base.size._replace(**{a: v}) for a, vs in sweeps.items() for v in vs]
         swept = [
-            row for s in dict.fromkeys(sizes) for row in run(base._replace(size=s), options.repeats // 3 + 1)
+            row for s in dict.fromkeys(sizes) for row in run(base._replace(size=s), options.repeats // 3 + 2)
         ]
         plot(swept, base, sweeps, options.out / "sigreg.png")
         rows += swept

@@ -12,7 +12,6 @@ import itertools
 import multiprocessing
 import os
 import statistics
-import timeit
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -108,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("expected a GPU, PyTorch finds none; --rehearse runs on the CPU")
     device = torch.device("cpu") if options.rehearse else torch.device("cuda", torch.cuda.current_device())
     if options.rehearse:
-        timer: Timer = lambda call: timeit.timeit(call, number=1)  # noqa: E731
+        timer: Timer = timing.once
     else:
         clock = timing.GpuClock(device)
 

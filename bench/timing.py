@@ -13,6 +13,7 @@ import gc
 import re
 import statistics
 import time
+import timeit
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,11 @@ def wall_clock(call: Call, number: int = 1) -> float:
     """Wall seconds per call of `number` calls back to back, after two untimed ones."""
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return timer.timeit(number).mean
+
+
+def once(call: Call) -> float:
+    """Wall seconds of one call, for calls that take long or count for nothing."""
+    return timeit.timeit(call, number=1)
 
 
 def wall_clock_of_many(call: Call, seconds: float = 0.02) -> float:

@@ -103,11 +103,11 @@ class Case:
         )
 
 
-_LARGE = Case("vit_large", 128)
+LARGE = Case("vit_large", 128)
 GPU_CASES = (
-    dataclasses.replace(_LARGE, checkpoint=True),
-    dataclasses.replace(_LARGE, strategy="ddp"),
-    dataclasses.replace(_LARGE, strategy="fsdp"),
+    dataclasses.replace(LARGE, checkpoint=True),
+    dataclasses.replace(LARGE, strategy="ddp"),
+    dataclasses.replace(LARGE, strategy="fsdp"),
     Case("vit_gigantic", 64, strategy="fsdp", activation_checkpointing="full", steps=40),
     Case("vit_giant", 64),
     Case("vit_small_patch16_224", 512),
@@ -115,13 +115,13 @@ GPU_CASES = (
     Case("vit_large", 64, strategy="fsdp", compile="off", steps=5, plan=True),
     Case("vit_small_patch16_224", 512, loader=True, steps=40, warm_up=10),
 )
-_TINY = Case("test_vit", 16, global_size=32, local_size=16, local_crops=2, steps=10)
+TINY = Case("test_vit", 16, global_size=32, local_size=16, local_crops=2, steps=10)
 CPU_CASES = (
-    dataclasses.replace(_TINY, checkpoint=True, steps=20),
-    dataclasses.replace(_TINY, strategy="ddp"),
-    dataclasses.replace(_TINY, strategy="fsdp"),
-    dataclasses.replace(_TINY, activation_checkpointing="full"),
-    dataclasses.replace(_TINY, loader=True),
+    dataclasses.replace(TINY, checkpoint=True, steps=20),
+    dataclasses.replace(TINY, strategy="ddp"),
+    dataclasses.replace(TINY, strategy="fsdp"),
+    dataclasses.replace(TINY, activation_checkpointing="full"),
+    dataclasses.replace(TINY, loader=True),
 )
 # What makes a case another kind of case, and its rehearsal another rehearsal.
 KINDS = ("strategy", "activation_checkpointing", "checkpoint", "plan", "loader")
@@ -313,7 +313,7 @@ def line_of(row: Row) -> str:
 def shrunk(case: Case) -> Case:
     """The same kind of case in a second on a CPU."""
     kinds = {name: getattr(case, name) for name in KINDS}
-    return dataclasses.replace(_TINY, **kinds, steps=20 if case.checkpoint else WINDOW)
+    return dataclasses.replace(TINY, **kinds, steps=20 if case.checkpoint else WINDOW)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
