@@ -199,7 +199,7 @@ def measure_damage(setting: Setting, count: int, repeats: int, deadline: float) 
 
         def epoch(kind: str, backend: str) -> int:
             """Of a loader that knows of no bad files yet, its start included."""
-            # Without the tenth that is held out, 22 batches of the 1000 files, with and without the 20 others.
+            # A tenth is held out: 22 batches, with and without the 20 other files.
             there = setting._replace(folder=Folder(folders[kind], "", 0.0), batch_size=DAMAGE_BATCH)
             return loader_contenders.ours(there._replace(recipe=recipe), backend, max_bad_fraction=0.5)()
 

@@ -88,5 +88,7 @@ def test_a_rehearsal_runs_every_kind_of_case_and_judges_nothing(
 
 
 def test_the_benchmarks_of_training_need_no_tyro() -> None:
-    code = "import sys; sys.modules['tyro'] = None; import train_bench, pretrain_smoke; train_bench.TINY.config(None)"
+    code = (
+        "import sys; sys.modules['tyro'] = None; import pretrain_smoke, train_bench as t; t.TINY.config(None)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(train_bench.__file__).parent)
