@@ -63,25 +63,30 @@ def comparison() -> str:
 
 
 def simple(name: str, columns: dict[str, str], **wanted: object) -> str:
-    """A line for each row of the last measurement; a column is a format of the row."""
+    """A line for each row that the last command and commit measured; a column is a format of the row."""
     rows = rows_of(name, **wanted)
-    rows = [row for row in rows if (row["date"], row["command"]) == (rows[-1]["date"], rows[-1]["command"])]
-    cells = [{k: float("nan") if v is None else v for k, v in row.items()} for row in rows]
-    table = [[cell.format(**row).replace("nan%", "-") for cell in columns.values()] for row in cells]
-    return markdown(list(columns), table, rows[-1])
+    rows = [
+        row for row in rows if (row["commit"], row["command"]) == (rows[-1]["commit"], rows[-1]["command"])
+    ]
+    shown = [{k: float("nan") if v is None else v for k, v in row.items()} for row in rows]
+    lines = [[cell.format(**row).replace("nan%", "-") for cell in columns.values()] for row in shown]
+    return markdown(list(columns), list({line[0]: line for line in lines}.values()), rows[-1])
 
 
 _PRETRAIN = {"seed": "{seed}"}
 _PRETRAIN |= {"kNN untrained": "{knn_untrained:.1f} %", "kNN trained": "{knn_trained:.1f} %"}
 _PRETRAIN |= {"linear untrained": "{linear_untrained:.1f} %", "linear trained": "{linear_trained:.1f} %"}
-_TRAIN = {"case": "{model} x {images}", "strategy": "{strategy}", "recomputed": "{activation_checkpointing}"}
-_TRAIN |= {"loader": "{loader_backend}", "ms a step": "{step_ms:.0f}", "images/s": "{images_per_second:,.0f}"}
-_TRAIN |= {"MFU": "{mfu:.1%}", "GiB": "{peak_memory_gib:.1f}", "data wait": "{data_wait:.0%}"}
-_ACCURACY = {"": "{variant}", "J": "{J}"}
-_ACCURACY |= {f"projections ~ {s}": f"{{value_errors[{i}]:.0e}} / {{gradient_errors[{i}]:.0e}}"
-              for i, s in enumerate(("1", "10", "100", "1e3", "1e4"))}  # fmt: skip
+_TRAIN = {
+    "case": "{model} x {images}, wrapper {strategy}, recomputed {activation_checkpointing}, files {loader}"
+}
+_TRAIN |= {"images/s": "{images_per_second:,.0f}", "MFU": "{mfu:.1%}", "GiB": "{peak_memory_gib:.1f}"}
+_TRAIN |= {"data wait": "{data_wait:.0%}"}
+_ACCURACY = {"": "{variant}, J {J}"}
+for _index, _scale in enumerate(("1", "10", "100", "1e3", "1e4")):
+    _cell = f"{{value_errors[{_index}]:.0e}} / {{gradient_errors[{_index}]:.0e}}"
+    _ACCURACY[f"projections ~ {_scale}"] = _cell
 _SPEED = {"loader": "{contender}", "images/s": "{images_per_s:,.0f}"}
-_GOALS = {"target": "{target}", "goal": "{goal}", "measured": "{figure:.2f}", "met": "{met}"}
+_GOALS = {"target": "{target}", "wanted": "{wanted:g}", "measured": "{figure:.2f}", "met": "{met}"}
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"comparison": comparison, "pretrain": functools.partial(simple, "pretrain", _PRETRAIN)},
     "docs/kernels.md": {"accuracy": functools.partial(simple, "sigreg_accuracy", _ACCURACY)},

@@ -1,94 +1,104 @@
-"""The README says what was measured, and what it shows works."""
+"""The documents show what was measured, and what the README shows works."""
 
 from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
+import pytest
 import render_readme
 import torch
+from benchlib import RESULTS, ROOT, read_rows
+from loader_contenders import OURS, STABLE
+from sigreg_variants import BASELINE, COMPILED, LIGHTLY, STREAMING, TRITON
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_tables_are_what_the_rows_say():
-    assert render_readme.render(README) == README, "run python bench/render_readme.py"
+@pytest.mark.parametrize("document", render_readme.DOCUMENTS)
+def test_tables_are_what_the_rows_say(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    tables = render_readme.DOCUMENTS[document]
+    assert render_readme.render(text, tables) == text, "run python bench/render_readme.py"
+    empty = re.sub(r"(<!-- (\S+) -->\n).*?(<!-- /\2 -->)", r"\1\3", text, flags=re.DOTALL)
+    assert empty != text
+    assert render_readme.render(empty, tables) == text
+    with pytest.raises(ValueError, match=f"expected one <!-- {next(iter(tables))} -->"):
+        render_readme.render("no place", tables)
 
 
-def test_tables_of_the_other_documents_are_what_the_rows_say():
-    for document, tables in render_readme.DOCUMENTS.items():
-        text = document.read_text(encoding="utf-8")
-        assert render_readme.render(text, tables) == text, (
-            f"{document.name}: run python bench/render_readme.py"
-        )
-
-
-def test_empty_tables_are_filled():
-    empty = re.sub(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", r"\1\3", README, flags=re.DOTALL)
-    assert empty != README
-    assert render_readme.render(empty) == README
-
-
-def test_a_changed_figure_is_noticed():
-    table = render_readme.sigreg_table()
-    figure = re.search(r"\d+ ms", table)
-    assert figure is not None
-    tampered = README.replace(figure.group(), "1 ms", 1)
-    assert render_readme.render(tampered) != tampered
-
-
-def gpu_row(variant, case, dtype, milliseconds, mebibytes, **changes):
-    where = {
-        "device": "NVIDIA H200",
-        "driver": "580.1",
-        "torch": "2.11",
-        "triton": "3.6",
-        "date": "2030-01-02",
+def row(variant, case, dtype, milliseconds, **changes):
+    base = {"device": "NVIDIA H200", "driver": "580.1", "threads": 16, "torch": "2.11", "triton": "3.6"}
+    base |= {
+        "variant": variant,
+        "case": case,
+        "dtype": dtype,
+        "directions": "drawn",
+        "correct": True,
+        "group": 0,
     }
-    figure = {"median_ms": milliseconds}
-    row = {"variant": variant, "case": case, "dtype": dtype, "directions": "drawn", "correct": True}
-    row |= dict(zip("VNKMJ", (8, 2048, 512, 1024, 17), strict=True))
-    row |= {"forward_backward": figure, "wall": {"median_ms": 10 * milliseconds}}
-    return row | {"peak_extra_mib": mebibytes, "command": "python bench/x.py", **where, **changes}
+    base |= dict(zip("VNKMJ", (8, 2048, 512, 1024, 17), strict=True))
+    base |= {"forward_backward": {"median_ms": milliseconds}, "wall": {"median_ms": 10 * milliseconds}}
+    return base | {"date": "2030-01-02T00:00", "command": "python bench/x.py"} | changes
 
 
-def test_rows_of_a_gpu_take_the_place_of_the_cpu_table(tmp_path, monkeypatch):
-    eager, compiled, ours = "authors' formulation", "torch.compile of it", "our impl='triton'"
-    lost = {"correct": False, "problem": "does not fit: needs about 99 GiB"}
-    rows = [
-        gpu_row(ours, "reference", "bfloat16", 9.0, 9.0, date="2029-01-01"),  # older
-        gpu_row(eager, "reference", "bfloat16", 7.25, 7000.0),
-        gpu_row(compiled, "reference", "bfloat16", 1.5, 20.0),
-        gpu_row(ours, "reference", "bfloat16", 0.125, 70.0),
-        gpu_row(compiled, "minimal", "float32", 0.2, 20.0, group=1),
-        gpu_row(ours, "minimal", "float32", 0.05, 1.0, group=1),  # the clock had fallen
-        gpu_row(ours, "reference", "bfloat16", 0.1, 60.0, directions="given"),
-        gpu_row(eager, "giant", "bfloat16", 1.0, 1.0, **lost),
-        gpu_row(ours, "giant", "bfloat16", 4.0, 1500.0),
-        gpu_row(eager, "minimal", "float32", 0.1, 1.0, group=0),
-        gpu_row(ours, "minimal", "float32", 0.02, 1.0, group=0),
-        gpu_row(ours, "reference", "float32", 0.001, 1.0, rehearsal=True),
-    ]
-    before = [line for line in (render_readme.RESULTS / "sigreg.jsonl").read_text().splitlines() if line]
-    (tmp_path / "sigreg.jsonl").write_text("\n".join([*before, *map(json.dumps, rows)]))
+def compared(tmp_path, monkeypatch, rows, loader=()):
+    for name, written in (("sigreg", rows), ("loader", loader)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, written)))
     monkeypatch.setattr(render_readme, "RESULTS", tmp_path)
-    lines = render_readme.sigreg_table().splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert "2 cores" not in "\n".join(lines)
-    reference = next(c for c in cells if c[0].endswith("bf16"))
-    assert reference[1:] == ["7.25 ms", "1.5 ms", "**0.125 ms**", "58.0x", "12.0x", "7000 MiB", "70 MiB"]
-    giant = next(c for c in cells[3:] if "does not fit" in c)
-    assert giant[1:] == ["does not fit", "-", "**4 ms**", "-", "-", "-", "1500 MiB"]
-    (wall,) = (c for c in cells if "wall clock" in c[0])
-    assert wall[1:6] == ["1 ms", "2 ms", "**0.2 ms**", "5.0x", "4.0x"]
-    assert not any("float32" in c[0] and "wall" not in c[0] for c in cells), "a rehearsal is no figure"
-    assert lines[-1].startswith("NVIDIA H200, driver 580.1, torch 2.11, triton 3.6, 2030-01-02")
+    lines = render_readme.comparison().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:-2]]
+    return {line[0]: line[1:] for line in cells} if not rows[-1]["driver"] else cells, lines[-1]
+
+
+def test_the_first_table_compares_with_packages(tmp_path, monkeypatch):
+    cpu = {"driver": None, "device": "AMD EPYC"}
+    rows = [
+        row(STREAMING, "peers", "float32", 70.0, **cpu),
+        row(LIGHTLY, "peers", "float32", 500.0, version="1.5", **cpu, date="2029-01-01"),  # older
+        row(LIGHTLY, "peers", "float32", 350.0, version="1.6.0", **cpu),
+        row(BASELINE, "cpu", "float32", 1.0, **cpu),
+    ]
+    about = {**cpu, "kind": "peers", "views": "2 x 224"}
+    loader = [
+        {"contender": STABLE, "images_per_s": 60.0, "version": "0.1.8", **about},
+        {"contender": OURS, "images_per_s": 900.0, **about},
+    ]
+    table, origin = compared(tmp_path, monkeypatch, rows, loader)
+    assert table["loss of 8 x 2048 embeddings of size 512, 1024 directions, float32"] == [
+        "lightly 1.6.0: 350 ms",
+        "**70 ms**",
+        "5.0x",
+    ]
+    speeds = ["stable-pretraining 0.1.8: 60 images/s", "**900 images/s**", "15.0x"]
+    assert table["loading JPEGs, 2 x 224 crops, one worker"] == speeds
+    assert origin == "AMD EPYC, 16 threads, torch 2.11, triton 3.6, 2030-01-02: `python bench/x.py`"
+
+
+def test_rows_of_a_gpu_take_the_place_of_those_of_a_cpu(tmp_path, monkeypatch):
+    rows = [
+        row(STREAMING, "peers", "float32", 70.0, driver=None),
+        row(LIGHTLY, "peers", "float32", 350.0, driver=None),
+        row(BASELINE, "reference", "bfloat16", 7.25),
+        row(TRITON, "reference", "bfloat16", 0.125),
+        row(COMPILED, "reference", "bfloat16", 1.5, group=1),
+        row(TRITON, "reference", "bfloat16", 0.25, group=1),  # the clock had fallen
+        row(BASELINE, "minimal", "float32", 0.1),
+        row(TRITON, "minimal", "float32", 0.02),
+        row(BASELINE, "giant", "bfloat16", 1.0, correct=False),
+        row(TRITON, "giant", "bfloat16", 0.001, rehearsal=True),
+    ]
+    cells, origin = compared(tmp_path, monkeypatch, rows)
+    assert [line[1:] for line in cells] == [
+        [f"{BASELINE}: 7.25 ms", "**0.125 ms**", "58.0x"],
+        [f"{COMPILED}: 1.5 ms", "**0.25 ms**", "6.0x"],
+        [f"{BASELINE}: 1 ms", "**0.2 ms**", "5.0x"],
+    ]
+    assert origin.startswith("NVIDIA H200")
 
 
 def test_the_text_does_not_deny_figures_that_there_are():
-    measured = any("wall" in row for row in render_readme.read_rows(render_readme.RESULTS / "sigreg.jsonl"))
+    measured = any(row["driver"] for row in read_rows(RESULTS / "sigreg.jsonl"))
     assert measured != ("none has been measured on a GPU" in " ".join(README.split()))
 
 
@@ -99,7 +109,7 @@ def test_linked_files_exist():
 
 
 def test_six_lines_of_use():
-    """The first code block of the README, run with small stand-ins."""
+    """The first Python block of the README, run with small stand-ins."""
     code = next(c for c in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "LeJEPALoss" in c)
     encoder = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
     projector = torch.nn.Linear(12, 6)
@@ -118,6 +128,6 @@ def test_migration_rows_are_valid_code():
     rows = re.findall(r"^\| .+ \| `((?:LeJEPALoss|SIGReg)\(.*\))`(?:, times 4)? \|$", pages, re.MULTILINE)
     assert len(rows) >= 12
     scope = {"LeJEPALoss": LeJEPALoss, "SIGReg": SIGReg, "symmetric_knots": symmetric_knots}
-    for row in rows:
-        module = eval(row, scope | {"M": 64, "gather_distributed": True})
-        assert isinstance(module, (LeJEPALoss, SIGReg)), row
+    for expression in rows:
+        module = eval(expression, scope | {"M": 64, "gather_distributed": True})
+        assert isinstance(module, (LeJEPALoss, SIGReg)), expression
