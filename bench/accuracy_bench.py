@@ -4,11 +4,10 @@ Relative errors, in the Euclidean norm, of the statistic of every direction and 
 over the number of knots J and the size of the projections |p|. The rounding of half-precision inputs is taken
 as given. Rows go to bench/results/sigreg_accuracy.jsonl. Each is held to the accuracy rule
 (`lejepa_fast.reference.allowed_error`) by plain float32 on the same inputs, whose errors it carries. The exit
-code is 1 if one is beyond the rule. "recurrence" and tf32 are there to be compared only.
+code is 1 if one is beyond the rule. Plain float32 and tf32 are there to be compared only.
 
 On a GPU the kernels are compiled. Without one they run in Triton's interpreter, at a size of one tile, where
-float32 is multiplied as such whatever the precision. "recurrence" is what the kernels do not do: cos(k u) and
-sin(k u) by c[k+1] = 2 c[1] c[k] - c[k-1] in float32.
+float32 is multiplied as such whatever the precision.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from lejepa_fast import Knots, sample_directions, sample_unit_directions, sigreg, standard_normal_knots
 from lejepa_fast.kernels.runtime import interpreting
-from lejepa_fast.reference import allowed_error, statistic_from_sums
+from lejepa_fast.reference import allowed_error
 
 KNOTS = (17, 3, 5, 9, 33, 65)  # the default first: what comes later may be stopped
 SCALES = (1.0, 10.0, 100.0, 1e3, 1e4)
@@ -47,7 +46,7 @@ class Variant(NamedTuple):
 
     name: str
     dtype: torch.dtype
-    impl: str | None  # None: the recurrence
+    impl: str
     precision: str | None = None
     knots: Sequence[int] = KNOTS
     judged: bool = True
@@ -56,7 +55,6 @@ class Variant(NamedTuple):
 def variants(device: str) -> Iterator[Variant]:
     """On a GPU each variant and J is compiled: the default precision at every J, most others at 17."""
     yield Variant("plain float32", torch.float32, "reference", judged=False)
-    yield Variant("recurrence", torch.float32, None, judged=False)
     yield Variant("impl='torch'", torch.float32, "torch")
     if device == "cpu" or torch.version.hip:
         yield Variant("impl='triton'", torch.float32, "triton", "ieee")
@@ -66,26 +64,6 @@ def variants(device: str) -> Iterator[Variant]:
         yield Variant("impl='triton', tf32", torch.float32, "triton", "tf32", knots=(17,), judged=False)
     yield Variant("impl='triton', bf16", torch.bfloat16, "triton", knots=(17, 65))
     yield Variant("impl='triton', fp16", torch.float16, "triton", knots=(17,))
-
-
-def recurrence(x: Tensor, A: Tensor, knots: Knots) -> tuple[Tensor, Tensor]:
-    """Statistic (M,) and gradient of its sum, float32, with powers by the three-term recurrence."""
-    assert knots.spacing is not None
-    p = x @ A
-    t, phi, weights = (a.to(x.device, x.dtype) for a in knots[:3])
-    u = p * knots.spacing
-    cos, sin = [torch.ones_like(u), u.cos()], [torch.zeros_like(u), u.sin()]
-    for _ in range(2, len(t)):
-        cos.append(2 * cos[1] * cos[-1] - cos[-2])
-        sin.append(2 * cos[1] * sin[-1] - sin[-2])
-    sums = torch.stack([torch.stack([c.sum(0) for c in powers]) for powers in (cos, sin)])  # (2, J, M)
-    sums.requires_grad_()
-    value = statistic_from_sums(sums[None], x.shape[0], phi, weights)[0]
-    (grad,) = torch.autograd.grad(value.sum(), sums)
-    dp = torch.zeros_like(p)
-    for j, (c, s) in enumerate(zip(cos, sin, strict=True)):
-        dp += t[j] * (grad[1, j] * c - grad[0, j] * s)
-    return value.detach(), dp @ A.T
 
 
 def evaluate(x: Tensor, A: Tensor, knots: Knots, **options: Any) -> tuple[Tensor, Tensor]:
@@ -116,10 +94,7 @@ def errors(variant: Variant, J: int, scale: float, device: str) -> Errors:
         A = sample_directions(size["K"], size["M"], step=0).to(device)
     exact = evaluate(x.double(), A.double(), knots, impl="reference", scale=unit)
     plain = evaluate(x.float(), A.float(), knots, impl="reference", scale=unit)
-    if variant.impl is None:
-        got = recurrence(x, A, knots)
-    else:
-        got = evaluate(x, A, knots, impl=variant.impl, precision=variant.precision, scale=unit)
+    got = evaluate(x, A, knots, impl=variant.impl, precision=variant.precision, scale=unit)
     pairs = zip((*got, *plain), (*exact, *exact), strict=True)
     return Errors(*(((g.double() - e).norm() / e.norm()).item() for g, e in pairs))
 

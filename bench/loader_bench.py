@@ -14,15 +14,11 @@ import argparse
 import dataclasses
 import functools
 import gc
-import io
-import json
 import logging
 import os
 import re
 import statistics
 import subprocess
-import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -43,7 +39,7 @@ MEMORY_EPOCHS, MEMORY_COPIES, MEMORY_LIMIT = 5, 2, 1.05
 # A batch of 32 is 60 MB, a tenth of what is resident: one more or less in flight would decide. So small ones.
 MEMORY_BATCH = 8
 DAMAGE_BATCH, DAMAGE_LIMIT = 40, 1.10
-PARTS = ("speed", "damage", "memory", "hw_decoder_load")
+PARTS = ("speed", "damage", "memory")
 BACKENDS = {OURS: "auto", FALLBACK: "torchvision"}
 
 
@@ -94,20 +90,6 @@ def measure_speed(
     return rows
 
 
-def sweep_hardware_decoder(setting: Setting, repeats: int, deadline: float) -> list[Row]:
-    """Share of JPEGs for the GPU's hardware decoder: what it does to DALI, whole and decoding only."""
-    rows: list[Row] = []
-    for load in (0.0, 0.25, 0.5, 0.65, 0.8, 1.0) if setting.on_gpu else ():
-        fast = setting._replace(copies=16)
-        makers = {
-            OURS: functools.partial(loader_contenders.ours, fast, "dali", hw_decoder_load=load),
-            DECODED: functools.partial(loader_contenders.dali_only, fast, hw_decoder_load=load),
-        }
-        found = measure_speed("hw_decoder_load", makers, setting, min(repeats, 2), deadline)
-        rows += [{**row, "hw_decoder_load": load} for row in found]
-    return rows
-
-
 # --- Memory ---------------------------------------------------------------------------------------
 
 
@@ -136,49 +118,19 @@ def memory_by_epoch(setting: Setting, backend: str) -> list[float]:
     return found
 
 
-def pack(files: list[Path], folder: Path, each: int = 64) -> None:
-    """WebDataset shards of `each` images."""
-    folder.mkdir()
-    for first in range(0, len(files), each):
-        with tarfile.open(folder / f"{first:06d}.tar", "w") as shard:
-            for file in files[first : first + each]:
-                shard.add(file, file.name)
-                label = tarfile.TarInfo(f"{file.stem}.cls")
-                label.size = 1
-                shard.addfile(label, io.BytesIO(b"0"))
-
-
 def measure_memory(setting: Setting, deadline: float) -> list[Row]:
-    """Of both backends, from the files and from shards of them, each in a process of its own."""
+    """Of both backends, each in a process of its own."""
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as place:
-        pack(setting.files, Path(place) / "shards")
-        sources = {"": setting.folder.path, ", shards": Path(place) / "shards"}
-        for name, backend, kind in ((n, b, kind) for kind in sources for n, b in BACKENDS.items()):
-            if time.monotonic() > deadline:
-                print(f"memory of {name}{kind} is not measured: the budget is spent")
-                continue
-            batch_size = min(MEMORY_BATCH, setting.batch_size)
-            arguments = [
-                "--files",
-                str(sources[kind]),
-                "--memory-of",
-                backend,
-                "--device",
-                str(setting.device),
-            ]
-            arguments += ["--batch-size", str(batch_size), "--workers", str(setting.workers)]
-            arguments += ["--rehearse"] if setting.recipe != MultiCropRecipe() else []
-            command = [sys.executable, __file__, *arguments]
-            child = subprocess.run(command, capture_output=True, text=True, check=False)
-            if child.returncode:
-                print(f"memory of {name}{kind}: not available: {child.stderr.strip().splitlines()[-1:]}")
-                continue
-            epochs = json.loads(child.stdout.splitlines()[-1])
-            print(f"memory of {name}{kind}: {epochs} MiB after each epoch", flush=True)
-            row = {"kind": "memory", "contender": name + kind, "epoch_mib": epochs}
-            growth = max(epochs[1:]) / min(epochs[1:])
-            rows.append({**row, "memory_batch_size": batch_size, "growth": growth})
+    small = setting._replace(batch_size=min(MEMORY_BATCH, setting.batch_size))
+    for name, backend in BACKENDS.items():
+        if time.monotonic() > deadline:
+            print(f"memory of {name} is not measured: the budget is spent")
+            continue
+        epochs = timing.in_fresh_process(memory_by_epoch, small, backend)
+        print(f"memory of {name}: {epochs} MiB after each epoch", flush=True)
+        row = {"kind": "memory", "contender": name, "epoch_mib": epochs}
+        growth = max(epochs[1:]) / min(epochs[1:])
+        rows.append({**row, "memory_batch_size": small.batch_size, "growth": growth})
     return rows
 
 
@@ -263,8 +215,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="where batches end (default: a GPU that DALI can use, else cpu)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these parts alone")
     parser.add_argument("--peers", action="store_true", help="measure against stable-pretraining alone")
-    parser.add_argument("--files", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -279,10 +229,6 @@ def main(arguments: list[str] | None = None) -> None:
     batch_size = options.batch_size or (4 if options.rehearse else 128 if gpu else 32)
     small = MultiCropRecipe(global_size=32, local_size=16, local_crops=1)
     recipe = small if options.rehearse else MultiCropRecipe()
-    if options.memory_of:
-        setting = Setting(Folder(options.files, "", 0.0), recipe, batch_size, options.workers, device)
-        print(json.dumps(memory_by_epoch(setting, options.memory_of)))
-        return
     logging.getLogger("lejepa_fast.data").setLevel(logging.ERROR)  # not a line for each damaged file
     with tempfile.TemporaryDirectory() as place:
         folder = make_folder(Path(place) / "files", count, options.data)
@@ -300,7 +246,6 @@ def main(arguments: list[str] | None = None) -> None:
             "speed": lambda: speed("speed", loader_contenders.contenders(setting)),
             "damage": lambda: measure_damage(setting, good, repeats, deadline),
             "memory": lambda: measure_memory(setting, deadline),
-            "hw_decoder_load": lambda: sweep_hardware_decoder(setting, repeats, deadline),
             "peers": lambda: speed("peers", loader_contenders.peers(setting)),
         }
         rows: list[Row] = []

@@ -143,11 +143,9 @@ def pillow_only(setting: Setting) -> Pass:
     return stock(setting, Files(setting.files, lambda image: image.width), lambda batch: len(batch[1]))
 
 
-def dali_only(setting: Setting, *, hw_decoder_load: float = 0.65) -> Pass:
+def dali_only(setting: Setting) -> Pass:
     """DALI's reader and decoder alone."""
     from nvidia.dali import fn, pipeline_def
-
-    options = {"hw_decoder_load": hw_decoder_load} if setting.on_gpu else {}
 
     @pipeline_def(
         batch_size=setting.batch_size,
@@ -156,7 +154,7 @@ def dali_only(setting: Setting, *, hw_decoder_load: float = 0.65) -> Pass:
     )
     def decode() -> Any:
         encoded, _ = fn.readers.file(files=list(map(str, setting.files)))
-        return fn.decoders.image(encoded, device="mixed" if setting.on_gpu else "cpu", **options)
+        return fn.decoders.image(encoded, device="mixed" if setting.on_gpu else "cpu")
 
     pipe = decode()
     pipe.build()

@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -146,37 +144,25 @@ def checked(
     row |= {"relative_error": None, "correct": False}
     if name in PACKAGES:
         row["version"] = installed_version(PACKAGES[name])
-    problem = too_large(case, name, device)
-    if problem is None:
-        try:
-            loss, step, error = variants.build_and_compare(case, name, x, device, timing.graphed)
-        except torch.OutOfMemoryError:
-            problem = "does not fit into memory"
-        except Exception as failure:  # a compiler or a peer that does not work here; others go on
-            problem = f"not available here: {first_line(failure)}"
-            if name.startswith("our"):
-                traceback.print_exc()
-        else:
-            most = variants.MAX_ERROR[case.dtype]
-            row |= {"relative_error": error, "correct": error <= most}
-            if row["correct"]:
-                phases = {"forward": loss.forward, "forward_backward": step}
-                return row, phases if name != GRAPH else {"forward_backward": step}
-            problem = f"WRONG (error {error:.1e}, at most {most:.0e})"
+    try:
+        loss, step, error = variants.build_and_compare(case, name, x, device, timing.graphed)
+    except torch.OutOfMemoryError:
+        problem = "does not fit into memory"
+    except Exception as failure:  # a compiler or a peer that does not work here; others go on
+        problem = f"not available here: {first_line(failure)}"
+        if name.startswith("our"):
+            traceback.print_exc()
+    else:
+        most = variants.MAX_ERROR[case.dtype]
+        row |= {"relative_error": error, "correct": error <= most}
+        if row["correct"]:
+            both = {"forward_backward": step}
+            return row, both if name == GRAPH else {"forward": loss.forward, **both}
+        problem = f"WRONG (error {error:.1e}, at most {most:.0e})"
     print(f"{name}: {problem}", flush=True)
     if device.type == "cuda":
         timing.free_gpu_memory()
     return row | {"problem": problem}, None
-
-
-def too_large(case: Case, name: str, device: torch.device) -> str | None:
-    """Why a variant that materialises all phases is not tried, or None."""
-    if device.type != "cuda" or name not in variants.MATERIALISING:
-        return None
-    needed, free = variants.estimated_bytes(case.size), torch.cuda.mem_get_info(device)[0]
-    if needed <= free:
-        return None
-    return f"does not fit: needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
 
 
 def memory_and_launches(case: Case, name: str, call: timing.Call, setting: Setting) -> Row:
@@ -184,7 +170,7 @@ def memory_and_launches(case: Case, name: str, call: timing.Call, setting: Setti
     if setting.rehearsal:
         return {"peak_extra_mib": timing.peak_extra_bytes(call, setting.device) / 2**20}
     if setting.clock is None:
-        return {"peak_extra_mib": peak_in_fresh_process(case, name) / 2**20}
+        return {"peak_extra_mib": timing.in_fresh_process(peak_here, case, name) / 2**20}
     found: Row = {}
     if name not in GRAPH_POOLS:
         found["peak_extra_mib"] = timing.peak_extra_bytes(call, setting.device) / 2**20
@@ -192,17 +178,8 @@ def memory_and_launches(case: Case, name: str, call: timing.Call, setting: Setti
     return found | ({"launches": sum(kernels.values()), "kernels": kernels} if kernels else {})
 
 
-def peak_in_fresh_process(case: Case, name: str) -> int:
-    """Peak resident bytes of a training step above its inputs, on the CPU."""
-    command = [sys.executable, __file__, "--peak-memory-of", name, "--size", *map(str, case.size)]
-    command += ["--dtype", variants.dtype_name(case.dtype), *(["--given"] if case.given else [])]
-    run = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise RuntimeError(run.stderr.strip()[-300:])
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 def peak_here(case: Case, name: str) -> int:
+    """Peak resident bytes of a training step above its inputs, on the CPU."""
     device = torch.device("cpu")
     (x,) = variants.make_inputs(case, 1, device)
     loss = variants.VARIANTS[name](case, device)
@@ -302,8 +279,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of each variant")
     parser.add_argument("--sweep", action="store_true", help="also vary N and M, and plot")
     parser.add_argument("--sweep-only", action="store_true", help="the sweep alone")
-    parser.add_argument("--peak-memory-of", choices=variants.VARIANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--given", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.repeats < 2:
         parser.error(f"--repeats: expected at least 2, got {options.repeats}")
@@ -336,7 +311,7 @@ def choose_cases(options: argparse.Namespace, device: torch.device) -> list[Case
     if options.size:
         takes_part = variants.GPU_CASES[0].variants if device.type == "cuda" else variants.CPU_CASE.variants
         dtype = getattr(torch, options.dtype or "float32")
-        return [Case("custom", Size(*options.size), dtype, takes_part, options.given)]
+        return [Case("custom", Size(*options.size), dtype, takes_part)]
     cases = [c for c in variants.GPU_CASES if options.cases is None or c.key in options.cases]
     if options.rehearse:
         quick = (variants.BASELINE, variants.STREAMING, TRITON)
@@ -351,9 +326,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     device = _device(options)
     cases = choose_cases(options, device)
-    if options.peak_memory_of:
-        print(peak_here(cases[0], options.peak_memory_of))
-        return 0
     where = f"the {'GPU' if device.type == 'cuda' else 'CPU'}: {machine(device)['device']}"
     print(f"SIGReg on {where}, {torch.get_num_threads()} threads", flush=True)
     setting = Setting(device, rehearsal=options.rehearse)

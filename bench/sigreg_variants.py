@@ -248,13 +248,6 @@ PACKAGES = {LIGHTLY: "lightly", STABLE: "stable-pretraining", AUTHORS: "lejepa"}
 """Peers, and the packages that they come from."""
 PEERS = tuple(name for name, package in PACKAGES.items() if installed_version(package))
 """Peers that are installed here."""
-# They hold the phases of all samples, slices and knots: about 7 float32 copies, forward and backward.
-MATERIALISING = (BASELINE, EAGER_REFERENCE, *PACKAGES)
-
-
-def estimated_bytes(size: Size) -> int:
-    """Peak memory of the variants that materialise the phases."""
-    return 7 * 4 * size.V * size.N * size.M * size.J
 
 
 # --- The sizes ------------------------------------------------------------------------------------

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import multiprocessing
 import re
 import statistics
 import time
 import timeit
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -104,6 +106,12 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
 
 
 # --- Memory ---------------------------------------------------------------------------------------
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of `function`, whose memory is then that of nothing else."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def peak_extra_bytes(call: Call, device: torch.device) -> int:

@@ -24,7 +24,7 @@ H200 = timing.Ceilings(780e12, 4.3e12, 132 * 128 * 1.98e9)
 @pytest.fixture
 def measure(monkeypatch, tmp_path):
     """Measures a case, peak memory without a process for each variant; the rows as written."""
-    monkeypatch.setattr(sigreg_bench, "peak_in_fresh_process", sigreg_bench.peak_here)
+    monkeypatch.setattr(timing, "in_fresh_process", lambda function, *arguments: function(*arguments))
 
     def run(case, setting=None, repeats=2):
         setting = setting or Setting(CPU)
@@ -118,15 +118,6 @@ def test_rows_are_written_before_a_compiler_that_never_ends(tmp_path, monkeypatc
     assert len({row["date"] for row in rows}) == 1, "one measurement"
 
 
-def test_what_cannot_fit_is_not_tried(monkeypatch):
-    giant = next(case for case in sigreg_variants.GPU_CASES if case.name == "giant")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 << 30, 80 << 30))
-    gpu = torch.device("cuda", 0)
-    assert "does not fit: needs about" in (sigreg_bench.too_large(giant, BASELINE, gpu) or "")
-    assert sigreg_bench.too_large(giant, TRITON, gpu) is None
-    assert sigreg_bench.too_large(giant._replace(size=sigreg_variants.REFERENCE), BASELINE, gpu) is None
-
-
 @pytest.mark.parametrize("name", [sigreg_variants.LIGHTLY, sigreg_variants.STABLE])
 def test_peers_agree_with_float64(name):
     if name not in sigreg_variants.PEERS:
@@ -169,7 +160,8 @@ def test_peak_memory_sees_what_is_allocated_and_freed():
 def test_memory_is_measured_in_a_fresh_process():
     case = Case("custom", Size(1, 512, 8, 64, 17), torch.bfloat16, ())
     phases = 512 * 64 * 17 * 4
-    assert 2 * phases < sigreg_bench.peak_in_fresh_process(case, BASELINE) < 40 * phases
+    peak = timing.in_fresh_process(sigreg_bench.peak_here, case, BASELINE)
+    assert 2 * phases < peak < 40 * phases
 
 
 @pytest.fixture
