@@ -96,45 +96,23 @@ def _script(name: str, *arguments: str, budget: bool = False) -> Callable[[Run],
     return command
 
 
-def _pytest(*arguments: str, parallel: bool = True) -> list[str]:
-    """Tests in one process or in many; the options of pyproject.toml ask for plugins that may be missing."""
-    options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rf", "--tb=short"]
-    options += ["-o", "addopts=--import-mode=importlib", "-c", str(ROOT / "pyproject.toml")]
-    runner = [str(BENCH / "parallel_tests.py")] if parallel else ["-m", "pytest"]
-    return [*runner, *arguments, *options]
+def _tests(*patterns: str, only: str = "", needs: str = "pytest", rehearsed: str = "") -> Callable:
+    """Tests by file patterns and a pytest expression, in many processes; a rehearsal runs fewer in one."""
 
+    def command(run: Run) -> list[str] | str:
+        if not importlib.util.find_spec(needs.partition(".")[0]) or not importlib.util.find_spec(needs):
+            return f"{needs} is not installed"
+        found = {
+            path for pattern in patterns for path in TESTS.rglob(pattern) if path.stem != "kernel_helpers"
+        }
+        # The options of pyproject.toml ask for plugins that may be missing.
+        options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rf", "--tb=short", "-k"]
+        options += [rehearsed if run.rehearse else only, "-c", str(ROOT / "pyproject.toml")]
+        options += ["-o", "addopts=--import-mode=importlib"]
+        runner = ["-m", "pytest"] if run.rehearse else [str(BENCH / "parallel_tests.py")]
+        return [*runner, *map(str, sorted(found)), *options]
 
-def _test_files(pattern: str, *left_out: str) -> list[str]:
-    found = sorted(path for path in TESTS.rglob(pattern) if path.parent.name != "helpers")
-    return [str(path) for path in found if path.stem not in left_out]
-
-
-def _kernel_tests(run: Run) -> list[str]:
-    """The tests that also run in the interpreter, and the ones that need a GPU, without the slowest."""
-    files = _test_files("kernel_*.py", "kernel_helpers", "kernel_generated")
-    if run.rehearse:
-        return _pytest(*files, "-k", "double_backward", parallel=False)
-    slowest = "not sanitizer and not compile and not 32_bits"
-    return _pytest(*files, *_test_files("test_kernels_gpu.py"), "-k", slowest)
-
-
-def _generated_cases(run: Run) -> list[str] | str:
-    if not importlib.util.find_spec("hypothesis"):
-        return "hypothesis is not installed"
-    return _pytest(*_test_files("kernel_generated.py"))
-
-
-def _slow_kernel_tests(run: Run) -> list[str]:
-    return _pytest(*_test_files("test_kernels_gpu.py"), "-k", "sanitizer or compile or 32_bits")
-
-
-def _loader_tests(run: Run) -> list[str] | str:
-    """Parity of the DALI pipeline on the GPU with torchvision, and the loader's own GPU tests."""
-    if not importlib.util.find_spec("nvidia") or not importlib.util.find_spec("nvidia.dali"):
-        return "DALI is not installed"
-    return _pytest(
-        *_test_files("test_data_*.py"), *_test_files("data/test_*.py"), "-k", "gpu", parallel=False
-    )
+    return command
 
 
 def _profile(run: Run) -> list[str] | str:
@@ -149,49 +127,46 @@ def _profile(run: Run) -> list[str] | str:
     return ["-c", f"import subprocess, sys; sys.exit(subprocess.call({command!r}))"]
 
 
-def _smoke(run: Run) -> list[str]:
-    small = ["--steps", "2", "--device", "cpu", "--impl", "torch"]
-    return [str(BENCH / "pretrain_smoke.py"), *(small if run.rehearse else []), *run.extra]
-
-
 def _sigreg(part: int, seconds: int, case: str, *more: str) -> Stage:
     command = _script("sigreg_bench.py", "--cases", case, "--repeats", "30", *more)
     name = " ".join(["sigreg", case, *("eager" for option in more if option == "--no-compile")])
     return Stage(name, part, seconds, command, "sigreg.jsonl", (case,), rehearsed=False)
 
 
-_OTHER_TILES = ("minimal-float32", "reference-float32", "giant-bfloat16")
+_TILES, _OTHERS = "kernel_tiles.jsonl", ("minimal-float32", "reference-float32", "giant-bfloat16")
+_SLOW = "sanitizer or compile or 32_bits or generated"
 STAGES = (
-    Stage("environment", 1, 15, lambda run: [str(Path(__file__)), "--describe", *run.extra]),
-    Stage("tiles", 1, 70, _script("tiles_bench.py", "--sizes", "reference-bfloat16"), "kernel_tiles.jsonl"),
+    Stage("environment", 1, 15, lambda run: [__file__, "--describe", *run.extra]),
+    Stage("tiles", 1, 70, _script("tiles_bench.py", "--sizes", "reference-bfloat16"), _TILES),
     _sigreg(1, 35, "reference-bfloat16", "--no-compile"),
     _sigreg(1, 45, "giant-bfloat16"),
     _sigreg(1, 20, "minimal-float32", "--no-compile"),
     _sigreg(1, 45, "reference-bfloat16"),
     _sigreg(2, 40, "minimal-float32"),
     _sigreg(2, 40, "reference-float32"),
-    Stage("kernel tests", 2, 100, _kernel_tests),
-    Stage("accuracy", 2, 30, _script("accuracy_bench.py"), "sigreg_accuracy.jsonl", ("accuracy",), False),
-    Stage("pretraining, 50 steps", 2, 30, _smoke, "gpu_check.jsonl"),
-    Stage("ncu", 3, 30, _profile, rehearsed=False),
-    Stage("generated cases", 3, 120, _generated_cases, rehearsed=False),
     Stage(
-        "tiles of other sizes", 3, 90, _script("tiles_bench.py", "--sizes", *_OTHER_TILES), rehearsed=False
+        "kernel tests",
+        2,
+        100,
+        _tests("kernel_*.py", "test_kernels_gpu.py", only=f"not ({_SLOW})", rehearsed="double_backward"),
     ),
-    Stage("loader tests", 3, 90, _loader_tests, rehearsed=False),
-    Stage("loader", 3, 60, _script("loader_bench.py", budget=True), "loader.jsonl", rehearsed=False),
+    Stage("accuracy", 2, 30, _script("accuracy_bench.py"), "sigreg_accuracy.jsonl", ("accuracy",), False),
+    Stage("pretraining, 50 steps", 2, 30, _script("pretrain_smoke.py"), "gpu_check.jsonl"),
+    Stage("ncu", 3, 30, _profile, rehearsed=False),
+    Stage("tiles of other sizes", 3, 90, _script("tiles_bench.py", "--sizes", *_OTHERS), _TILES, (), False),
+    Stage("generated cases", 3, 120, _tests("kernel_generated.py", needs="hypothesis"), rehearsed=False),
     Stage(
-        "training",
+        "loader tests",
         3,
-        60,
-        _script("train_bench.py", budget=True),
-        "train.jsonl",
-        ("training",),
+        90,
+        _tests("test_data_*.py", "data/test_*.py", only="gpu", needs="nvidia.dali"),
         rehearsed=False,
     ),
+    Stage("loader", 3, 60, _script("loader_bench.py", budget=True), "loader.jsonl", (), False),
+    Stage("training", 3, 60, _script("train_bench.py", budget=True), "train.jsonl", ("training",), False),
     Stage("sigreg against peers", 3, 60, _script("sigreg_bench.py", "--peers"), rehearsed=False),
     Stage("sigreg against N and M", 3, 90, _script("sigreg_bench.py", "--sweep-only"), rehearsed=False),
-    Stage("slow kernel tests", 3, 300, _slow_kernel_tests, rehearsed=False),
+    Stage("slow kernel tests", 3, 300, _tests("test_kernels_gpu.py", only=_SLOW), rehearsed=False),
 )
 # The cases of the benchmark are rehearsed in one process.
 REHEARSAL = Stage(

@@ -33,21 +33,19 @@ def problem_of(trained: list[Row], steps: int) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = command_line(__doc__, rehearse="with a few images that are made here")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--impl", choices=["auto", "triton", "torch"], default="triton")
+    parser = command_line(__doc__, rehearse="two steps on the CPU, with a few images that are made here")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: expected a GPU for cuda, PyTorch finds none; use --device cpu")
+    steps, device, impl = (2, "cpu", "torch") if options.rehearse else (50, "cuda", "triton")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("expected a GPU, PyTorch finds none; --rehearse runs on the CPU")
     preset = PRESETS["laptop"]
     with tempfile.TemporaryDirectory() as folder:
         cfg = dataclasses.replace(
             preset,
             out=Path(folder, "run"),
-            max_steps=options.steps,
-            device=options.device,
-            loss=dataclasses.replace(preset.loss, impl=options.impl),
+            max_steps=steps,
+            device=device,
+            loss=dataclasses.replace(preset.loss, impl=impl),  # type: ignore[arg-type]
             eval=dataclasses.replace(preset.eval, every=0),
             tensorboard=False,
         )
@@ -64,8 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     trained = [row for row in rows if row["kind"] == "train"]
     row |= {"steps": trained[-1]["step"] if trained else 0, "losses": [row["loss"] for row in trained]}
     row |= {"sigreg_impl": facts["sigreg_impl"], "precision": facts["precision"]}
-    row["problem"] = problem_of(trained, options.steps)
-    writer = Rows(options.out / "gpu_check.jsonl", "pretrain_smoke", torch.device(options.device))
+    row["problem"] = problem_of(trained, steps)
+    writer = Rows(options.out / "gpu_check.jsonl", "pretrain_smoke", torch.device(device))
     writer.write(row)
     print(f"{row['steps']} steps, SIGReg {row['sigreg_impl']}: {row['problem'] or 'ok'}")
     return 1 if row["problem"] else 0
