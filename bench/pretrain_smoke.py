@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
             preset,
             out=Path(folder, "run"),
             max_steps=steps,
-            device=device,
+            device=device,  # type: ignore[arg-type]
             loss=dataclasses.replace(preset.loss, impl=impl),  # type: ignore[arg-type]
             eval=dataclasses.replace(preset.eval, every=0),
             tensorboard=False,

@@ -318,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.budget_minutes > 0:
         parser.error(f"--budget-minutes: expected a number above 0, got {options.budget_minutes}")
     gpu = torch.cuda.is_available() and not options.rehearse
-    cases = GPU_CASES if gpu or options.rehearse else CPU_CASES
+    cases: Sequence[Case] = GPU_CASES if gpu or options.rehearse else CPU_CASES
     if options.rehearse:
         cases = tuple(dict.fromkeys(map(shrunk, cases)))
     print(f"trainer on {machine()['device']}{'' if gpu else ': tiny sizes, no figure for GPUs'}")
