@@ -1,4 +1,4 @@
-"""The recipe as users of torchvision write it, of its own random transforms: what ours is compared with."""
+"""The recipe as users of torchvision write it, in its own random transforms: what ours is compared with."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from lejepa_fast.data import MultiCropRecipe
-from lejepa_fast.data.sources.base import ImageSource
 
 
 def view_transform(
@@ -53,18 +51,3 @@ def multicrop_transform(
         ]
 
     return views
-
-
-class PlainDataset(Dataset):
-    """(views, label) of each image, for `torch.utils.data.DataLoader` and its default collation."""
-
-    def __init__(self, source: ImageSource, recipe: MultiCropRecipe, *, tensors: bool) -> None:
-        self.source = source
-        self.views = multicrop_transform(recipe, tensors=tensors)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
-        image, target = self.source.open_image(index), self.source.target(index)
-        return self.views(image.convert("RGB")), target

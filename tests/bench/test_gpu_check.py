@@ -1,0 +1,207 @@
+"""The command for a GPU machine: its stages, their limits, and what counts as a failure."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import benchlib
+import gpu_check
+import pytest
+import sigreg_variants
+import targets
+import torch
+from gpu_check import STAGES, Outcome, Stage
+from sigreg_variants import TRITON
+
+SCRIPT = Path(gpu_check.__file__)
+
+
+def execute(code, limit=60.0):
+    return gpu_check.execute(["-u", "-c", code], limit, {"PATH": "/usr/bin:/bin"}, Path.cwd())
+
+
+# --- The whole command ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_rehearsal_runs_every_stage(tmp_path):
+    """The kernels run in the interpreter: this is what a GPU machine calls, as far as a CPU goes."""
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), "--out", str(tmp_path / "rows"), "--rehearse"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr
+    rows = benchlib.read_rows(tmp_path / "rows" / "gpu_check.jsonl")
+    stages = {row["stage"]: row["status"] for row in rows if "stage" in row}
+    assert stages == {s.name: "ok" for s in (gpu_check.REHEARSAL, *STAGES) if s.rehearsed}
+    met = {row["met"] for row in rows if "target" in row}
+    assert met == {None}, "a rehearsal measures nothing"
+    (smoke,) = (row for row in rows if row["benchmark"] == "pretrain_smoke")
+    assert (smoke["steps"], smoke["problem"], len(smoke["losses"])) == (2, None, 2)
+    measured = benchlib.read_rows(tmp_path / "rows" / "sigreg.jsonl")
+    assert {row["correct"] for row in measured if row["variant"] == TRITON} == {True}
+    assert "not measured" in run.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_a_gpu_it_is_one_line_and_exit_code_2(tmp_path, capsys):
+    assert gpu_check.main(["--out", str(tmp_path / "none")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: PyTorch finds no GPU here")
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_output_folder_that_cannot_be_is_exit_code_2(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert gpu_check.main(["--out", str(tmp_path / "file" / "rows"), "--rehearse"]) == 2
+    assert capsys.readouterr().err.startswith("error: --out: cannot write to")
+
+
+# --- Stages ---------------------------------------------------------------------------------------
+
+
+def test_lines_are_passed_on_and_a_failure_is_told(capfd):
+    outcome = execute("print('one'); raise ValueError('broken')")
+    assert outcome.status == "failed"
+    assert outcome.problem == "exit code 1: ValueError: broken"
+    assert "  one" in capfd.readouterr().out.splitlines()
+    assert execute("pass").status == "ok"
+
+
+def test_a_stage_that_overruns_is_stopped_with_all_its_processes(tmp_path):
+    note = tmp_path / "pid"
+    code = f"""
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+pathlib.Path({str(note)!r}).write_text(str(child.pid))
+time.sleep(60)
+"""
+    outcome = execute(code, limit=5.0)
+    assert (outcome.status, outcome.problem) == ("stopped", "not done after 5 s")
+    child = Path("/proc", note.read_text())
+    for _ in range(50):
+        if not child.exists() or "State:\tZ" in (child / "status").read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("the process that the stage had started lives on")
+
+
+@pytest.fixture
+def check(tmp_path):
+    return lambda minutes: gpu_check.Check(gpu_check.Run(tmp_path / "rows", False), minutes, tmp_path)
+
+
+def stage(name, code, part=1, **more):
+    return Stage(name, part, 60, lambda run: ["-c", code], **more)
+
+
+def test_later_stages_run_after_a_failure_and_the_exit_code_tells(check, tmp_path):
+    nine = check(9.0)
+    bad = stage("bad", "raise SystemExit(3)")
+    for each in (stage("good", "pass"), bad, stage("last", "pass")):
+        nine.carry_out(each)
+    assert [outcome.status for outcome in nine.outcomes.values()] == ["ok", "failed", "ok"]
+    assert nine.summarise() == 1
+    rows = benchlib.read_rows(tmp_path / "rows" / "gpu_check.jsonl")
+    assert [row["stage"] for row in rows] == ["good", "bad", "last"]
+    assert rows[1]["problem"].startswith("exit code 3")
+    del nine.outcomes[bad]
+    assert nine.summarise() == 0
+
+
+def test_a_stage_that_ran_nothing_has_failed(check, tmp_path):
+    nine = check(9.0)
+    nine.carry_out(stage("silent", "pass", rows="sigreg.jsonl"))
+    (tmp_path / "test_skipped.py").write_text("import pytest\ndef test_it():\n    pytest.skip('no GPU')\n")
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_skipped.py")]
+    nine.carry_out(Stage("skips", 1, 60, lambda run: command))
+    problems = [outcome.problem for outcome in nine.outcomes.values()]
+    assert problems == ["it wrote no row to sigreg.jsonl", "no test passed"]
+    assert nine.summarise() == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "status", "code"),
+    [
+        (3, "stopped", 0),
+        (3, "skipped", 0),
+        (3, "absent", 0),
+        (3, "failed", 1),
+        (1, "stopped", 1),
+        (1, "absent", 1),
+    ],
+)
+def test_an_optional_stage_may_lack_time_or_tool_but_not_fail(check, part, status, code):
+    nine = check(9.0)
+    nine.outcomes = {stage("it", "pass", part): Outcome(status, 1.0)}
+    assert nine.summarise() == code
+
+
+def test_nothing_begins_when_the_time_is_up(check):
+    late = check(0.01)
+    each = stage("late", "pass", cases=("giant-bfloat16",))
+    late.carry_out(each)
+    assert late.outcomes[each].status == "skipped"
+    assert {row["met"] for row in late.judged} == {None}
+    assert late.judged[0]["note"] == f"no row of {TRITON}"
+    assert late.summarise() == 1
+
+
+def test_a_missed_target_is_exit_code_1(check, tmp_path, monkeypatch):
+    nine = check(9.0)
+    training = next(s for s in STAGES if s.name == "training")._replace(part=1, seconds=500)
+
+    def run(arguments, limit, environment, folder):
+        assert 8.0 < float(arguments[arguments.index("--budget-minutes") + 1]) < 8.7
+        rows = benchlib.Rows(tmp_path / "rows" / "train.jsonl", "train")
+        rows.write(
+            {"model": "vit_large", "images": 8, "strategy": "none", "activation_checkpointing": "none"}
+            | speed
+        )
+        return Outcome("ok", 500.0)
+
+    monkeypatch.setattr(gpu_check, "execute", run)
+    monkeypatch.setattr(targets, "TARGETS", [t for t in targets.TARGETS if t.name == "ViT-L/14 MFU"])
+    for speed, code in (({"mfu": 0.2}, 1), ({"mfu": 0.6}, 0)):  # noqa: B007 - `run` reads it
+        nine.carry_out(training)
+        assert nine.summarise() == code
+
+
+def test_stages_fit_the_targets_the_files_and_the_time(check):
+    assert len({s.name for s in STAGES}) == len(STAGES)
+    keys = {case.key for case in sigreg_variants.GPU_CASES} | {"accuracy", "training"}
+    run_cases = {case for s in STAGES for case in s.cases}
+    assert {t.case for t in targets.TARGETS} <= run_cases <= keys
+    for part in (1, 2):  # a command of five and a half minutes
+        assert sum(s.seconds for s in STAGES if s.part == part) <= 330 - gpu_check.LAST_SECONDS
+    run = gpu_check.Run(Path("x"), False)
+    kernel_tests = next(s for s in STAGES if s.name == "kernel tests").command(run)
+    names = {Path(argument).name for argument in kernel_tests}
+    assert {"kernel_operators.py", "kernel_accuracy.py", "test_kernels_gpu.py"} <= names
+    nine, left = check(9.0), 60 * 9 - gpu_check.LAST_SECONDS
+    first, second = STAGES[0]._replace(seconds=30), STAGES[1]._replace(seconds=60)
+    assert nine.limit(first, left, [second]) == 60, "twice its seconds, where there is time"
+    assert nine.limit(first, 45.0, [second]) == 15, "a share where there is too little"
+
+
+def test_parallel_tests_share_all_tests_and_tell_what_fails(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pathlib, pytest\n"
+        "@pytest.mark.parametrize('i', range(30))\n"
+        f"def test_it(i):\n    pathlib.Path({str(tmp_path)!r}, f'ran{{i}}').touch(exist_ok=False)\n"
+        "    assert i != 7, 'seven is broken'\n"
+    )
+    script = str(SCRIPT.parent / "parallel_tests.py")
+    command = [sys.executable, script, str(tmp_path / "test_some.py"), "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 1
+    assert "seven is broken" in run.stdout
+    assert len(list(tmp_path.glob("ran*"))) == 30
+    none = subprocess.run([*command, "-k", "none"], capture_output=True, text=True, cwd=tmp_path)
+    assert none.returncode == 5
