@@ -7,13 +7,15 @@ draws plan.png.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from benchlib import Rows, command_line
 
-from lejepa_fast.train.config import ModelConfig
-from lejepa_fast.train.plan import PlanOptions, run_config
+from lejepa_fast.train.config import Config, ModelConfig, ParallelConfig
 from lejepa_fast.train.planning.memory import plan_memory
 from lejepa_fast.train.planning.plan_report import plot_memory
 
+MODES: tuple[Literal["none", "full"], ...] = ("none", "full")
 MODELS = ("vit_large", "vit_giant", "vit_gigantic")
 GPUS = tuple(2**power for power in range(9))
 IMAGES = 16
@@ -26,9 +28,10 @@ def main(arguments: list[str] | None = None) -> None:
     writer = Rows(options.out / "plan.jsonl", "plan")
     curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for model in options.models:
-        for mode in ("none", "full"):
-            asked = PlanOptions(ModelConfig(model), strategy="fsdp", activation_checkpointing=mode)  # type: ignore[arg-type]
-            found = plan_memory(run_config(asked, 8 * IMAGES), shards=8, images=IMAGES)
+        for mode in MODES:
+            parallel = ParallelConfig(strategy="fsdp", activation_checkpointing=mode)
+            cfg = Config(model=ModelConfig(model), parallel=parallel, precision="bf16", device="cpu")
+            found = plan_memory(cfg, shards=8, images=IMAGES)
             points = [(gpus, found.peak(gpus, IMAGES) / 2**30) for gpus in GPUS]
             about = {"kind": "memory", "model": model, "activation_checkpointing": mode}
             about["images_per_gpu"] = IMAGES

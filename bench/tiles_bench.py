@@ -1,7 +1,7 @@
 """Times of the candidate tiles of each kernel: python bench/tiles_bench.py --out DIR
 
 On a GPU at the sizes of the targets, on the CPU (`--rehearse`, with TRITON_INTERPRET=1) at a tiny one.
-Appends the rows of `lejepa_fast.kernels.autotune.time_candidates` to DIR/kernel_tiles.jsonl, kernel by
+Appends the rows of `lejepa_fast.kernels.timing.time_candidates` to DIR/kernel_tiles.jsonl, kernel by
 kernel, and prints for each its fastest tile beside the shipped one. The backward is timed both ways: in one
 kernel (fused), and in two (gradient and product). Several processes compile the tiles before they are timed.
 """
@@ -22,7 +22,7 @@ import torch
 from benchlib import Row, Rows, command_line, print_table
 from sigreg_variants import GIANT, MINIMAL, REFERENCE, Size
 
-import lejepa_fast.kernels.autotune
+import lejepa_fast.kernels.timing
 import lejepa_fast.triton_operators
 from lejepa_fast import sample_unit_directions
 
@@ -51,7 +51,7 @@ def time_candidates(
     options: dict[str, Any] = {"J": size.J, "t_max": variants.T_MAX, "timer": timer, "fused": fused}
     options["precision"] = lejepa_fast.triton_operators.default_precision(device)
     scaled = scale if dtype.itemsize == 2 else None
-    return lejepa_fast.kernels.autotune.time_candidates(x.detach(), A, scaled, **options)
+    return lejepa_fast.kernels.timing.time_candidates(x.detach(), A, scaled, **options)
 
 
 def compile_ahead(size: Size, dtype: torch.dtype, device: torch.device) -> None:

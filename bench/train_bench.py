@@ -45,6 +45,7 @@ from lejepa_fast.errors import RunError
 from lejepa_fast.train.engine.metrics import peak_memory_gib
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.planning.memory import plan_memory
+from lejepa_fast.train.planning.out_of_memory import settings_that_help
 from lejepa_fast.train.runtime.world import World, close_world, setup_world
 
 WINDOW = 5  # steps of a row of metrics
@@ -196,9 +197,8 @@ def run(case: Case, world: World, folder: Path) -> Row:
     if case.loader:
         images = photographs(folder / "images", 20 * case.images)
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=str(images)))
-    trainer = (Trainer if case.loader else SyntheticTrainer)(cfg, world)
-    trainer.finish = lambda: Path()  # type: ignore[method-assign]  # no evaluation
-    trainer.run()
+    with (Trainer if case.loader else SyntheticTrainer)(cfg, world, settings_that_help) as trainer:
+        trainer.train()
     rows = read_rows(folder / "run" / "metrics.jsonl")
     facts = next(row for row in rows if row["kind"] == "run")
     logged = [row for row in rows if row["kind"] == "train"]

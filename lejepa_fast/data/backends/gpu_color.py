@@ -57,7 +57,7 @@ def _has_kernels(device: torch.device) -> bool:
 def _by_kernels(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
     from lejepa_fast.kernels.color_jitter import change_colors
 
-    blurred = (table[..., COLUMN_SIGMA] > 0).any(axis=0).tolist()
+    blurred = np.any(table[..., COLUMN_SIGMA] > 0, axis=0)
     drawn = table[..., COLUMN_CODES : COLUMN_SOLARIZE + 1]  # the columns that the kernels read
     rows = torch.from_numpy(drawn.astype(np.float32).transpose(1, 0, 2).copy())
     if views[0].is_cuda:  # a copy from pinned memory need not wait
@@ -68,7 +68,7 @@ def _by_kernels(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRec
             rows[v],
             kernel_size=recipe.blur_kernel,
             threshold=recipe.solarize_threshold,
-            blurred=blurred[v],
+            blurred=bool(blurred[v]),
         )
         for v, view in enumerate(views)
     ]
