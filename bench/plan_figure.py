@@ -7,13 +7,14 @@ draws plan.png.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from benchlib import Rows, command_line
+from matplotlib.figure import Figure
 
 from lejepa_fast.train.config import Config, ModelConfig, ParallelConfig
 from lejepa_fast.train.planning.memory import plan_memory
-from lejepa_fast.train.planning.plan_report import plot_memory
 
 MODES: tuple[Literal["none", "full"], ...] = ("none", "full")
 MODELS = ("vit_large", "vit_giant", "vit_gigantic")
@@ -41,6 +42,25 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{model}, activation checkpointing {mode}: {said}", flush=True)
     title = f"Planned peak memory, FSDP2, bf16, {IMAGES} images per GPU"
     plot_memory(options.out / "plan.png", curves, title=title)
+
+
+def plot_memory(path: Path, curves: dict[tuple[str, str], list[tuple[int, float]]], title: str) -> None:
+    """Draw peak GiB per GPU against GPUs: one color per model, one line style per variant."""
+    models = list(dict.fromkeys(model for model, _ in curves))
+    variants = list(dict.fromkeys(variant for _, variant in curves))
+    figure = Figure(figsize=(7.6, 5.0), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for (model, variant), points in curves.items():
+        color, line = f"C{models.index(model)}", ("-", "--", ":")[variants.index(variant) % 3]
+        gpus, gib = zip(*points, strict=True)
+        axes.plot(gpus, gib, color=color, linestyle=line, marker="o", label=f"{model}, {variant}")
+    axes.set(xlabel="GPUs", ylabel="peak GiB per GPU", title=title)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    figure.legend(loc="outside lower center", ncols=max(1, len(models)), fontsize=8)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":
