@@ -40,6 +40,7 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
 	@$(BIN)/python -m mypy
+	@$(BIN)/lint-imports --no-logo
 
 bench: $(VENV)/.installed-dev
 	@$(BIN)/python bench/sigreg_bench.py --sweep

@@ -19,7 +19,7 @@ TRITONS = ["3.6.0", "3.7.0", "3.7.1", "3.8.0", "3.9.0"]
 OLDEST = ["torch==2.11.*", "torchvision==0.26.*"]
 NEWEST = ["torch", "torchvision"]
 TORCH = {"3.10": OLDEST, "3.11": NEWEST, "3.12": OLDEST, "3.13": NEWEST}
-LIBRARY = ["sigreg", "sigreg_module", "loss", "directions", "transforms", "distributed", "kernels"]
+LIBRARY = ["library/test_*", "test_kernels"]
 
 nox.options.envdir = ".venv/nox"
 nox.options.reuse_existing_virtualenvs = True
@@ -92,6 +92,6 @@ def library(session: nox.Session) -> None:
         "-q",
         "-p",
         "no:cacheprovider",
-        *find_tests(*(f"test_{name}" for name in LIBRARY)),
+        *find_tests(*LIBRARY),
         *session.posargs,
     )

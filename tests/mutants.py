@@ -47,7 +47,7 @@ TARGETS = (
     Target(
         "operators",
         8,
-        r"lejepa_fast/(triton_)?(ops|functional|dispatch|collectives)\.py",
+        r"lejepa_fast/(triton_)?(ops|operators|functional|dispatch|collectives)\.py",
         "test_kernels test_sigreg test_sigreg_module test_distributed kernel_operators",
     ),
     Target("sums", 8, r"lejepa_fast/(?!__init__|errors)\w+\.py", "test_sigreg test_sigreg_module test_loss"),
