@@ -84,8 +84,8 @@ def permutation(seed: int, stream: int, epoch: int, index: int, count: int) -> n
     return np.argsort(raw_words(seed, stream, epoch, index, count), kind="stable")
 
 
-# Columns of `view_table`. The window is in pixels of the upright image and need not be whole numbers. The four
-# codes say which color operation comes first, second, ... Sigma 0 means no blur.
+# Columns of `view_table`. The window is in pixels of the upright image and need not be whole. The four codes
+# say which color operation comes first, second, ... Sigma 0 means no blur.
 COLUMN_TOP, COLUMN_LEFT, COLUMN_HEIGHT, COLUMN_WIDTH, COLUMN_FLIP = range(5)
 COLUMN_CODES, COLUMN_FACTORS = 5, 9
 COLUMN_GRAY, COLUMN_SIGMA, COLUMN_SOLARIZE = 13, 14, 15

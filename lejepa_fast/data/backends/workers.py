@@ -91,7 +91,7 @@ def _await_parents_sigterm() -> None:
 def without_sigchld_handler() -> Iterator[None]:
     """Keep torch from installing its handler for the death of a worker.
 
-    The handler raises in the middle of whatever the main thread does (a step, a checkpoint) whenever any child
+    The handler raises in the middle of whatever the main thread does (a step, a checkpoint) when any child
     process ends. Without it, fetching the next batch reports the death within 5 s.
     """
     if threading.current_thread() is not threading.main_thread():
