@@ -72,7 +72,8 @@ class BadImages:
 
     def items(self) -> list[tuple[int, str]]:
         """(number, reason) of each bad image, in ascending order."""
-        return sorted(self._reasons.items())
+        with self._lock:
+            return sorted(self._reasons.items())
 
     def add(self, index: int, reason: str) -> None:
         """List image `index`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -28,6 +28,44 @@ log = logging.getLogger("lejepa_fast.data")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
+class Normalise:
+    """Moves a batch to its device and computes (x / 255 - mean) / std per channel in float32.
+
+    Args:
+        mean: Per channel, on the scale 0-1.
+        std: As `mean`.
+        device: Where batches go; None: they stay in the CPU's memory.
+        dtype: Of the views; torch.uint8 leaves the pixels as they are.
+        channels_last: Memory format of the views.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+    ) -> None:
+        self._device, self._dtype = device or torch.device("cpu"), dtype
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        # Once: on a GPU, making them from Python numbers waits for the GPU.
+        scaled = [[255 * value for value in values] for values in (mean, std)]
+        made = torch.tensor(scaled, dtype=torch.float32, device=self._device)
+        self._mean, self._std = made.view(2, 3, 1, 1)
+
+    def __call__(self, raw: RawBatch) -> tuple[list[Tensor], Tensor]:
+        """Views (B, 3, S, S) and targets (B,)."""
+        return [self._view(view) for view in raw.views], raw.targets.to(self._device, non_blocking=True)
+
+    def _view(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.to(self._device, non_blocking=True)
+        if self._dtype is not torch.uint8:
+            pixels = pixels.to(torch.float32).sub_(self._mean).div_(self._std).to(self._dtype)
+        return pixels.contiguous(memory_format=self._layout)
+
+
 class MultiCropLoader:
     """Iterable over (views, targets), one epoch per pass. Made by `multicrop_loader`.
 
@@ -39,20 +77,13 @@ class MultiCropLoader:
         self,
         backend: Backend,
         schedule: EpochSchedule,
-        recipe: MultiCropRecipe,
         bad: BadImages,
-        *,
-        labelled: bool,
-        names: str,
-        device: torch.device | None,
-        dtype: torch.dtype,
-        channels_last: bool,
+        normalise: Normalise,
+        source: ImageSource,
     ) -> None:
-        self._backend, self._schedule, self._bad = backend, schedule, bad
-        self._names = names  # their digest tells states of other images
-        self._labelled, self._device, self._dtype = labelled, device, dtype
-        self._layout = torch.channels_last if channels_last else torch.contiguous_format
-        self._mean, self._std = channel_values(recipe.mean, device), channel_values(recipe.std, device)
+        self._backend, self._schedule, self._bad, self._normalise = backend, schedule, bad, normalise
+        self._labelled = source.labelled
+        self._names = names_digest({"images": source})
         self._epoch = self._batch = 0  # _batch: batches of this epoch that the trainer has taken
         self._resuming = False
 
@@ -94,9 +125,9 @@ class MultiCropLoader:
         epoch = self._epoch
         self._bad.begin_epoch()
         for raw in self._backend.batches(self._schedule.keys(epoch, self._batch), self._bad):
-            batch = self._finish(raw)
+            views, targets = self._normalise(raw)
             self._batch += 1
-            yield batch
+            yield views, targets if self._labelled else None
         self._epoch, self._batch = epoch + 1, 0
         give_memory_back()
 
@@ -157,33 +188,15 @@ class MultiCropLoader:
         self._epoch, self._batch = (epoch + 1, 0) if batch >= len(self) else (epoch, batch)
         self._resuming = True
 
-    def _finish(self, raw: RawBatch) -> tuple[list[Tensor], Tensor | None]:
-        views = [
-            normalise(view, self._mean, self._std, dtype=self._dtype, layout=self._layout)
-            for view in raw.views
-        ]
-        if not self._labelled:
-            return views, None
-        return views, raw.targets.to(self._device, non_blocking=True) if self._device else raw.targets
-
 
 class EvalLoader:
     """Iterable over (images, targets) in the order of the source. Made by `eval_loader`."""
 
     def __init__(
-        self,
-        backend: Backend,
-        num_images: int,
-        batch_size: int,
-        bad: BadImages,
-        *,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        device: torch.device | None,
+        self, backend: Backend, num_images: int, batch_size: int, bad: BadImages, normalise: Normalise
     ) -> None:
         self._backend, self._num_images, self._batch_size = backend, num_images, batch_size
-        self._bad, self._device = bad, device
-        self._mean, self._std = channel_values(mean, device), channel_values(std, device)
+        self._bad, self._normalise = bad, normalise
 
     @property
     def backend(self) -> str:
@@ -200,9 +213,8 @@ class EvalLoader:
         self._bad.begin_epoch()
         for raw in self._backend.batches(keys, self._bad):
             if len(raw.targets):
-                images = normalise(raw.views[0], self._mean, self._std)
-                targets = raw.targets
-                yield images, targets.to(self._device, non_blocking=True) if self._device else targets
+                (images,), targets = self._normalise(raw)
+                yield images, targets
 
 
 def multicrop_loader(
@@ -284,17 +296,8 @@ def multicrop_loader(
         log.info(
             "multi-crop loader: %s backend (%s), %d workers, %s", made.name, reason, num_workers, source.name
         )
-    return MultiCropLoader(
-        made,
-        schedule,
-        recipe,
-        bad,
-        labelled=source.labelled,
-        names=names_digest({"images": source}),
-        device=device,
-        dtype=dtype,
-        channels_last=channels_last,
-    )
+    normalise = Normalise(recipe.mean, recipe.std, device, dtype=dtype, channels_last=channels_last)
+    return MultiCropLoader(made, schedule, bad, normalise, source)
 
 
 def eval_loader(
@@ -349,7 +352,7 @@ def eval_loader(
         hw_decoder_load=hw_decoder_load,
     )
     bad = BadImages(source, bad_images, max_bad_fraction=max_bad_fraction)
-    return EvalLoader(made, len(source), batch_size, bad, mean=mean, std=std, device=device)
+    return EvalLoader(made, len(source), batch_size, bad, Normalise(mean, std, device))
 
 
 def _check_whole(**values: object) -> None:
@@ -372,36 +375,3 @@ def _usable(device: torch.device | str | None) -> torch.device | None:
             "use another one, or 'cpu'"
         )
     return made
-
-
-def channel_values(values: tuple[float, float, float], device: torch.device | None) -> Tensor:
-    """One number per channel, scaled from 0-1 to 0-255: (3, 1, 1) float32 on `device`.
-
-    Made once per loader: on a GPU, making it from Python numbers waits for the GPU.
-    """
-    scaled = [255 * value for value in values]
-    # "cpu" by name: None would be the caller's default device.
-    return torch.tensor(scaled, dtype=torch.float32, device=device or "cpu").view(3, 1, 1)
-
-
-def normalise(
-    pixels: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    *,
-    dtype: torch.dtype = torch.float32,
-    layout: torch.memory_format = torch.contiguous_format,
-) -> Tensor:
-    """Compute (x - mean) / std in float32 on the device of `mean`.
-
-    Args:
-        pixels: (B, 3, H, W) uint8.
-        mean: (3, 1, 1) on the scale 0-255, of `channel_values`.
-        std: As `mean`.
-        dtype: Of the result; torch.uint8 returns the pixels as they are.
-        layout: Memory format of the result.
-    """
-    pixels = pixels.to(mean.device, non_blocking=True)
-    if dtype is not torch.uint8:
-        pixels = pixels.to(torch.float32).sub_(mean).div_(std).to(dtype)
-    return pixels.contiguous(memory_format=layout)

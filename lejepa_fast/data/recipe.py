@@ -20,7 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class MultiCropRecipe:
     """How one image becomes `global_crops + local_crops` views.
 
-    Each view goes through, in this order: random resized crop, horizontal flip, colour jitter (its
+    Each view goes through, in this order: random resized crop, horizontal flip, color jitter (its
     four operations in random order), grayscale, Gaussian blur, solarize, normalise. Global and local
     views differ in crop area and output size only. Sizes are in pixels, `*_scale` are shares of the
     image's area, `*_prob` are probabilities per view.
@@ -43,7 +43,7 @@ class MultiCropRecipe:
     flip_prob: float = 0.5
     """Probability of a horizontal flip."""
     jitter_prob: float = 0.8
-    """Probability of colour jitter."""
+    """Probability of color jitter."""
     brightness: float = 0.4
     """Brightness factor is uniform in [1 - x, 1 + x], not below 0."""
     contrast: float = 0.4
@@ -51,9 +51,9 @@ class MultiCropRecipe:
     saturation: float = 0.2
     """Saturation factor is uniform in [1 - x, 1 + x], not below 0."""
     hue: float = 0.1
-    """Hue shift is uniform in [-x, x], in turns of the colour circle (at most 0.5)."""
+    """Hue shift is uniform in [-x, x], in turns of the color circle (at most 0.5)."""
     grayscale_prob: float = 0.2
-    """Probability of losing all colour."""
+    """Probability of losing all color."""
     blur_prob: float = 0.5
     """Probability of a Gaussian blur."""
     blur_kernel: int = 7

@@ -15,6 +15,8 @@ from torchvision.transforms.v2 import functional as F
 
 from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader, open_source
 from lejepa_fast.data.backends import torchvision_backend as backend
+from lejepa_fast.data.backends.base import RawBatch
+from lejepa_fast.data.loader import Normalise
 from lejepa_fast.data.sampler import EpochSchedule
 from lejepa_fast.data.sources.base import ImageSource
 from lejepa_fast.errors import RunError, UsageError
@@ -323,12 +325,12 @@ def test_very_long_images_are_cut_before_they_are_resized(monkeypatch):
 
 def test_normalising_makes_no_tensors_from_python_numbers(monkeypatch):
     # On a GPU each would wait for the device, twice per view.
-    made = loader()
-    raw = next(made._backend.batches(made._schedule.keys(0), made._bad))
-    expected, _ = made._finish(raw)
+    normalise = Normalise(RECIPE.mean, RECIPE.std)
+    raw = RawBatch([torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)], torch.arange(2))
+    expected, _ = normalise(raw)
     for name in ("tensor", "as_tensor"):
         monkeypatch.setattr(torch, name, None)  # calling it fails
-    views, _ = made._finish(raw)
+    views, _ = normalise(raw)
     assert all(map(torch.equal, views, expected))
 
 

@@ -13,10 +13,11 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from lejepa_fast.data.backends import gpu_color as colour
+from lejepa_fast.data.backends import gpu_color
+from lejepa_fast.data.backends.base import RawBatch
 from lejepa_fast.data.backends.torchvision_backend import apply_view, to_tensor
 from lejepa_fast.data.draws import ViewParams, permutation, raw_words, sample_views, uniforms
-from lejepa_fast.data.loader import channel_values, normalise
+from lejepa_fast.data.loader import Normalise
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.errors import UsageError
 
@@ -26,7 +27,7 @@ PLAIN = ViewParams(4, 7, 40, 50, flip=False, jitter=(), grayscale=False, blur_si
 
 @pytest.fixture
 def image() -> Image.Image:
-    """Smooth colours with some noise, 96 x 72 px: every operation changes it."""
+    """Smooth colors with some noise, 96 x 72 px: every operation changes it."""
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[0:72, 0:96]
     pixels = np.stack([rows * 3, columns * 2, 255 - rows - columns], axis=-1) + rng.integers(
@@ -232,15 +233,19 @@ def test_grayscale_blur_and_solarize_equal_torchvision(image):
 def test_normalise(image):
     pixels = torch.stack([to_tensor(image), to_tensor(image).flip(-1)])
     expected = v2.Normalize(RECIPE.mean, RECIPE.std)(pixels.double() / 255)
-    values = channel_values(RECIPE.mean, None), channel_values(RECIPE.std, None)
-    got = normalise(pixels, *values)
+
+    def normalised(**options) -> torch.Tensor:
+        raw = RawBatch([pixels], torch.zeros(2, dtype=torch.int64))
+        return Normalise(RECIPE.mean, RECIPE.std, **options)(raw)[0][0]
+
+    got = normalised()
     assert got.dtype == torch.float32
     assert got.is_contiguous()
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
-    half = normalise(pixels, *values, dtype=torch.bfloat16, layout=torch.channels_last)
+    half = normalised(dtype=torch.bfloat16, channels_last=True)
     assert torch.equal(half, got.bfloat16())
     assert half.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(normalise(pixels, *values, dtype=torch.uint8), pixels)
+    assert torch.equal(normalised(dtype=torch.uint8), pixels)
 
 
 # --- recipe -------------------------------------------------------------------------------------
@@ -305,8 +310,8 @@ def test_blur_kernel_must_fit_the_crops():
     MultiCropRecipe(local_size=8, blur_kernel=23, blur_prob=0.0).validate()
 
 
-def test_colours_without_triton_kernels_are_told_of(caplog):
+def test_colors_without_triton_kernels_are_logged(caplog):
     """As on a GPU that cannot run them: torchvision's operators take over, after a line that says why."""
     caplog.set_level(logging.WARNING, logger="lejepa_fast.data")
-    assert not colour._has_kernels.__wrapped__(torch.device("cpu"))
-    assert "colours are changed by torchvision's operators" in caplog.text
+    assert not gpu_color._has_kernels.__wrapped__(torch.device("cpu"))
+    assert "torchvision's operators change the colors" in caplog.text

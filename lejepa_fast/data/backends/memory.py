@@ -1,4 +1,4 @@
-"""Memory that the C allocator holds although nothing is in it."""
+"""Freed memory that the C allocator keeps."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import ctypes
 
 
 def give_memory_back() -> None:
-    """Return it to the system, where the C library can (glibc); a few milliseconds.
+    """Return freed memory to the system, where the C library can (glibc). Takes a few milliseconds.
 
-    Batches of a few MB each, made in one thread and freed in another, leave gaps that glibc keeps. They are
-    used again, but not all: resident memory creeps up over epochs.
+    Batches of a few MB, made in one thread and freed in another, leave gaps in the heap. glibc does not reuse
+    all of them, so resident memory would grow over the epochs.
     """
     try:
         trim = ctypes.CDLL(None).malloc_trim

@@ -1,10 +1,10 @@
-"""Life and death of the worker processes: which signals reach them, and what ends them.
+"""Worker processes: which signals reach them, and what ends them.
 
-SIGTERM and Ctrl-C often go to a whole process group (torchrun, a job scheduler, a terminal). The
-trainer then still needs batches to finish its step and save, so a worker leaves only when
-- the trainer says so: by its queue, or by SIGTERM, which torch and multiprocessing send to what
-  remains at the end (a SIGTERM from any other sender is ignored);
-- the trainer has died, in whatever way;
+SIGTERM and Ctrl-C often go to a whole process group (torchrun, a job scheduler, a terminal). The trainer then
+still needs batches to finish its step and save. So a worker ends only when
+- the trainer ends it, by its queue or by a SIGTERM from torch or multiprocessing at the end (a SIGTERM of any
+  other sender is ignored);
+- the trainer has died;
 - somebody kills it, which the trainer then reports.
 """
 
@@ -32,15 +32,15 @@ def init_function(start_method: str | None) -> Callable[[int], None]:
     if (start_method or multiprocessing.get_start_method()) == "forkserver":
         # Their parent is the fork server.
         return partial(_start_worker, None, True)
-    # The kernel's "parent" is the thread that forked: workers that another thread than the main one
-    # starts may outlive it. (When the trainer dies, torch's own watch ends those within seconds.)
+    # For the kernel the parent is the thread that forked, and workers of a thread other than the main one may
+    # outlive it. (When the trainer dies, torch's own watchdog ends those within seconds.)
     tied = threading.current_thread() is threading.main_thread()
     return partial(_start_worker, os.getpid(), tied)
 
 
 @contextmanager
 def starting(start_method: str | None) -> Iterator[None]:
-    """Hold SIGTERM and SIGINT back while workers start, so that they begin life with both blocked.
+    """Block SIGTERM and SIGINT while workers start, so that they start with both blocked.
 
     A signal for the trainer itself arrives at the end of the context.
     """
@@ -54,15 +54,15 @@ def starting(start_method: str | None) -> Iterator[None]:
 
 
 def _start_worker(parent: int | None, tied: bool, worker: int) -> None:
-    """Runs first in each worker. parent: must still be there; tied: die with the forking thread."""
+    """Runs first in each worker. parent: the process that must still be there; tied: die with its thread."""
     torch.set_num_threads(1)
     if tied and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if parent is not None and os.getppid() != parent:
-        os._exit(1)  # it died before the line above: no signal will come
+        os._exit(1)  # the parent died before the line above: no signal will come
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Waited for rather than handled, because only that tells the sender. The threads that this one
-    # starts from now on inherit the mask; a fork server that was running before has not given it.
+    # A thread waits for SIGTERM, because only `sigwaitinfo` tells the sender. Threads that start from now on
+    # inherit the mask.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_await_parents_sigterm, daemon=True).start()
@@ -71,7 +71,7 @@ def _start_worker(parent: int | None, tied: bool, worker: int) -> None:
 
 
 def _await_trainers_death() -> None:
-    """Under a fork server, which need not end while its workers live, the trainer itself is watched."""
+    """Watch the trainer itself: a fork server may live on without it."""
     trainer = multiprocessing.parent_process()
     if trainer is not None:
         trainer.join()
@@ -84,19 +84,18 @@ def _await_parents_sigterm() -> None:
     allowed = {os.getppid(), trainer.pid if trainer else None}
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in allowed:
         pass
-    os._exit(0)  # as torch's own handler; the trainer wants no more of this worker
+    os._exit(0)  # as torch's own handler
 
 
 @contextmanager
 def without_sigchld_handler() -> Iterator[None]:
     """Keep torch from installing its handler for the death of a worker.
 
-    It raises in the middle of whatever the main thread does - a step, a checkpoint - again and again
-    whenever any child process ends. Without it a death is noticed within 5 s when the next batch is
-    fetched, which is the one place that can report it.
+    The handler raises in the middle of whatever the main thread does (a step, a checkpoint) when any child
+    process ends. Without it, fetching the next batch reports the death within 5 s.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # torch installs none there either
+        yield  # torch installs no handler in other threads
         return
     previous = signal.getsignal(signal.SIGCHLD)
     try:
@@ -106,8 +105,8 @@ def without_sigchld_handler() -> Iterator[None]:
 
 
 def is_death(error: Exception) -> bool:
-    """Whether a worker is gone, as opposed to an exception that it raised and passed on."""
+    """Whether a worker died, as opposed to an exception that it raised and passed on."""
     if isinstance(error, RuntimeError):
         return str(error).startswith("DataLoader worker")
-    # Died after it announced a batch and before its memory was fetched from it.
+    # It died after it announced a batch and before the trainer fetched the memory of the batch.
     return not str(error).startswith("Caught ")
