@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
 import pytest
 
+import lejepa_fast
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import config
 from lejepa_fast.train.config import Config
@@ -234,3 +237,18 @@ def test_a_small_batch_is_warned_of() -> None:
     assert "use 256 or more (linear accuracy of the paper's ViT-L: 72.2 %" in str(
         config.small_batch_warning(255)
     )
+
+
+def test_the_command_line_needs_no_pytorch() -> None:
+    """Of this room's own imports: `--help` must not wait for PyTorch and timm."""
+    code = """
+import sys, types
+for name, folder in (("lejepa_fast", sys.argv[1]), ("lejepa_fast.data", sys.argv[1] + "/data")):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder]
+from lejepa_fast.train import config, plan
+assert config.parse(["--model", "vit_tiny"]).model.name == "vit_tiny"
+assert not {"torch", "timm", "torchvision", "pydantic"} & set(sys.modules)
+"""
+    package = Path(lejepa_fast.__file__).parent
+    subprocess.run([sys.executable, "-c", code, str(package)], check=True)

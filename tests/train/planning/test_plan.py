@@ -66,7 +66,6 @@ def test_memory_of_two_real_processes(tmp_path: Path) -> None:
     cases = [
         (small(), 24),
         (small(precision="bf16", average="ema", **recompute), 24),
-        (small(strategy="ddp"), 4),
         (small(strategy="ddp", average="swa", **recompute), 4),
     ]
     values = [(config.to_dict(config.resolve(case)), images) for case, images in cases]
