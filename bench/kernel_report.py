@@ -18,8 +18,8 @@ Floors are for one H200 and a launch of the whole size: instructions on the FP32
 the bytes that programs read through the L2 cache, each by its rate below (`l2_64_us`: those of 64 x 64 tiles
 with nothing resident). Programs on a multiprocessor overlap; where registers or shared memory leave room for
 one only, its product and its arithmetic add.
-`--check` compares with bench/kernel_budgets.json and exits 1 when a budget is exceeded. A budget whose key begins
-with "triton 3.8" replaces the common one for that version.
+`--check` compares with bench/kernel_budgets.json and exits 1 when a budget is exceeded. A budget
+whose key begins with "triton 3.8" replaces the common one for that version.
 """
 
 from __future__ import annotations
