@@ -21,7 +21,9 @@ _SAME = ("case", "dtype", *"VNKMJ", "date", "group")  # of rows that took turns
 def rows_of(name: str, **wanted: object) -> list[Row]:
     """Rows of a file with these values, without rehearsals; those of a GPU alone where there are any."""
     rows = [row for row in read_rows(RESULTS / f"{name}.jsonl") if not row.get("rehearsal")]
-    rows = [{"group": 0, **row} for row in rows if all(row.get(k) == v for k, v in wanted.items())]
+    rows = [
+        {"group": 0, "case": "cpu", **row} for row in rows if all(row.get(k) == v for k, v in wanted.items())
+    ]
     return [row for row in rows if row["driver"]] or rows
 
 
@@ -51,14 +53,16 @@ def comparison() -> str:
         theirs, its = row[phase]["median_ms"], mine[phase]["median_ms"]
         what = "loss of {V} x {N} embeddings of size {K}, {M} directions, {dtype}".format(**row)
         name = f"{row['variant']} {row.get('version', '')}".strip()
-        table.append([what, f"{name}: {theirs:.3g} ms", f"**{its:.3g} ms**", f"{theirs / its:.1f}x"])
+        times = [f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms" for ms in (theirs, its)]
+        memory = "{:.0f} against {:.0f} MiB".format(*(r.get("peak_extra_mib", 0) for r in (row, mine)))
+        table.append([what, f"{name}: {times[0]}", f"**{times[1]}**", f"{theirs / its:.1f}x", memory])
     loaders = {row["contender"]: row for row in rows_of("loader", kind="peers")}
     if {OURS, STABLE} <= loaders.keys():
         theirs, its = (loaders[name]["images_per_s"] for name in (STABLE, OURS))
         what = "loading JPEGs, {views} crops, one worker".format(**loaders[OURS])
         name = f"{STABLE} {loaders[STABLE]['version']}: {theirs:.0f} images/s"
-        table.append([what, name, f"**{its:.0f} images/s**", f"{its / theirs:.1f}x"])
-    header = ["forward + backward of the loss; the loader", "other package", "lejepa_fast", "faster"]
+        table.append([what, name, f"**{its:.0f} images/s**", f"{its / theirs:.1f}x", ""])
+    header = ["forward + backward of the loss; the loader", "other", "lejepa_fast", "faster", "memory"]
     return markdown(header, table, right[-1])
 
 
