@@ -162,8 +162,8 @@ def cpu_seconds() -> float:
 def run_tests(copy: Path, target: Target, limit: int) -> str:
     """Run the tests of a target in the copy. Returns "killed", "survived" or "timeout".
 
-    The limit is in seconds of CPU time: a busy machine makes no difference. A test that waits for ever fails by
-    its own timeout.
+    The limit is in seconds of CPU time, so that a busy machine makes no difference. A test that waits without
+    end fails by its own timeout.
     """
     paths = sorted((copy / "tests").rglob("*.py"))
     found = [path for name in target.tests.split() for path in paths if fnmatch(path.stem, name)]
