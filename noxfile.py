@@ -64,7 +64,7 @@ def run_kernel_tests(session: nox.Session, triton: str, interpreted: list[str], 
 @nox.parametrize("triton", TRITONS, ids=TRITONS)
 def kernels(session: nox.Session, triton: str) -> None:
     """All kernel tests with one version of Triton."""
-    run_kernel_tests(session, triton, find_tests("kernel_*"), find_tests("test_kernel_compile"))
+    run_kernel_tests(session, triton, find_tests("kernels/kernel_*"), find_tests("test_kernel_compile"))
 
 
 @nox.session(venv_backend="none")
