@@ -31,6 +31,7 @@ from lejepa_fast.train.checkpoint.saving import Saver, unfinished
 from lejepa_fast.train.checkpoint.storage import UnreadableCheckpointError
 from lejepa_fast.train.engine import random_state
 from lejepa_fast.train.runtime import files
+from lejepa_fast.train.runtime.world import World
 
 SHARD = "shard-00001.safetensors"
 FILES = [SHARD, checkpoint.STATE, checkpoint.MANIFEST]
@@ -133,7 +134,7 @@ def test_each_shard_is_written_once(rank: int, tmp_path: Path, monkeypatch: pyte
         }
         monkeypatch.setattr(dist, "new_group", lambda **options: None)
         monkeypatch.setattr(dist, "is_initialized", lambda: False)  # the thread does not communicate
-        saver = Saver(tmp_path, CPU.__class__(CPU.device, rank, 4), keep=1)
+        saver = Saver(tmp_path, World(CPU.device, rank, 4), keep=1)
         groups = len(dist.distributed_c10d._world.pg_map)
         saver.start(1, tensors, {})
         assert len(dist.distributed_c10d._world.pg_map) == groups
@@ -158,7 +159,7 @@ def test_without_pinned_memory_the_copy_is_pageable(
         return empty(*size, **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(torch, "empty", refused)
-    saver = Saver(tmp_path, CPU.__class__(torch.device("cuda")), keep=1)
+    saver = Saver(tmp_path, World(torch.device("cuda")), keep=1)
     for step in (1, 2):
         saver.start(step, {f"model.{name}": torch.full((3,), float(step)) for name in ("bias", "weight")}, {})
         saver.wait()
