@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from benchlib import RESULTS, append_rows, machine
+from matplotlib.figure import Figure
 
-from lejepa_fast.train.config import ModelConfig
-from lejepa_fast.train.plan import PlanOptions, run_config
+from lejepa_fast.train.config import Config, ModelConfig, ParallelConfig
 from lejepa_fast.train.planning.memory import plan_memory
-from lejepa_fast.train.planning.plan_report import plot_memory
 
 MODELS = ("vit_large", "vit_giant", "vit_gigantic")
 GPUS = tuple(2**power for power in range(9))
@@ -32,8 +31,9 @@ MOST_SECONDS = 60.0
 
 
 def rows_of(model: str, mode: str) -> list[dict[str, Any]]:
-    options = PlanOptions(ModelConfig(model), gpus=8, strategy="fsdp", activation_checkpointing=mode)  # type: ignore[arg-type]
-    found = plan_memory(run_config(options, 8 * IMAGES), shards=8, images=IMAGES)
+    parallel = ParallelConfig(strategy="fsdp", activation_checkpointing=mode)  # type: ignore[arg-type]
+    cfg = Config(model=ModelConfig(model), parallel=parallel, precision="bf16", device="cpu")
+    found = plan_memory(cfg, shards=8, images=IMAGES)
     return [
         {
             "benchmark": "plan",
@@ -43,7 +43,7 @@ def rows_of(model: str, mode: str) -> list[dict[str, Any]]:
             "images_per_gpu": IMAGES,
             "gpus": gpus,
             "peak_gib": found.peak(gpus, IMAGES) / 2**30,
-            "sent_gb": sum(found.traffic.sent(gpus, 1)) / 1e9,
+            "sent_gb": sum(found.traced.traffic.sent(gpus, 1)) / 1e9,
             **machine(),
         }
         for gpus in GPUS
@@ -73,6 +73,25 @@ def _cpu_seconds_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def plot_memory(path: Path, curves: dict[tuple[str, str], list[tuple[int, float]]], title: str) -> None:
+    """Draw peak GiB per GPU against GPUs: one colour per model, one line style per variant."""
+    models = list(dict.fromkeys(model for model, _ in curves))
+    variants = list(dict.fromkeys(variant for _, variant in curves))
+    figure = Figure(figsize=(7.6, 5.0), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for (model, variant), points in curves.items():
+        colour, line = f"C{models.index(model)}", ("-", "--", ":")[variants.index(variant) % 3]
+        gpus, gib = zip(*points, strict=True)
+        axes.plot(gpus, gib, color=colour, linestyle=line, marker="o", label=f"{model}, {variant}")
+    axes.set(xlabel="GPUs", ylabel="peak GiB per GPU", title=title)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    figure.legend(loc="outside lower center", ncols=max(1, len(models)), fontsize=8)
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -93,7 +112,7 @@ def main() -> None:
             said = ", ".join(f"{gib:.1f} GiB on {gpus}" for gpus, gib in points)
             print(f"{model}, activation checkpointing {mode}: {said}")
     title = f"Planned peak memory, FSDP2, bf16, {IMAGES} images per GPU"
-    plot_memory(options.out / "plan.png", curves, title=title)
+    plot_memory(options.out / "plan.png", curves, title)
     print(f"figure: {options.out / 'plan.png'}")
 
 

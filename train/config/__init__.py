@@ -1,9 +1,10 @@
 """Configuration of a run: settings, presets, command line."""
+# ruff: noqa: F401 - this package re-exports what the rest of the trainer uses
 
+from lejepa_fast.train.config.cli import parse
 from lejepa_fast.train.config.settings import (
     EMBEDDED_DATA,
-    PUBLISHED,
-    SMALLEST_GOOD_BATCH,
+    AtLeast1,
     AverageConfig,
     Config,
     DataConfig,
@@ -12,10 +13,10 @@ from lejepa_fast.train.config.settings import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    Positive,
     from_dict,
     load_json,
     loader_workers,
-    parse,
     resolve,
     small_batch_warning,
     to_dict,
@@ -23,27 +24,3 @@ from lejepa_fast.train.config.settings import (
     validate,
     write,
 )
-
-__all__ = [
-    "EMBEDDED_DATA",
-    "PUBLISHED",
-    "SMALLEST_GOOD_BATCH",
-    "AverageConfig",
-    "Config",
-    "DataConfig",
-    "EvalConfig",
-    "LossConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "ParallelConfig",
-    "from_dict",
-    "load_json",
-    "loader_workers",
-    "parse",
-    "resolve",
-    "small_batch_warning",
-    "to_dict",
-    "total_steps",
-    "validate",
-    "write",
-]

@@ -1,4 +1,4 @@
-"""Named base configurations: `--preset NAME`. All numbers of the small CPU run live in this file.
+"""Named base configurations: `--preset NAME`. All numbers of the small CPU run are here.
 
 `default` holds the recipe of the LeJEPA paper (arXiv 2511.08544) for large data on GPUs. `laptop` trains
 a small convolutional network on the embedded images in a few minutes on two CPU cores.
@@ -7,7 +7,7 @@ a small convolutional network on the embedded images in a few minutes on two CPU
 from __future__ import annotations
 
 from lejepa_fast.data.recipe import MultiCropRecipe
-from lejepa_fast.train.config import (
+from lejepa_fast.train.config.settings import (
     Config,
     DataConfig,
     EvalConfig,

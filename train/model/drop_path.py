@@ -1,7 +1,7 @@
 """Stochastic depth whose rate is a tensor, so that compiled blocks of different rates share one graph.
 
 timm's `DropPath` keeps its rate as a number, which becomes a constant of a compiled graph. As the rate rises
-from block to block, a transformer of 40 blocks would compile 80 graphs for its two sizes of crops, and not 4.
+from block to block, a transformer of 40 blocks would compile 80 graphs for its two sizes of crops, not 4.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 
 class TensorDropPath(nn.Module):
-    """Drops the branch of a sample with probability `rate` in training, and scales what stays."""
+    """Drops the branch of a sample with probability `rate` in training, and rescales the others."""
 
     def __init__(self, rate: float, device: torch.device):
         super().__init__()
-        # In a tuple: it is no weight, so it takes no part in sharding, initialisation or the state dict.
+        # In a tuple, so that it is no part of sharding, initialisation and state dict.
         self._keep = (torch.tensor(1 - rate, device=device),)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) -> the same shape."""
+        """(B, ...) -> (B, ...)."""
         if not self.training:
             return x
         (keep,) = self._keep

@@ -10,60 +10,29 @@ mixture of crops in training whatever the number of resolutions.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from lejepa_fast.errors import UsageError, first_line
-
-if TYPE_CHECKING:
-    from lejepa_fast.train.config import Config
-
-# Patch 14 throughout, so that the recipe's 224 and 98 pixels are whole numbers of patches. timm has no
-# plain patch-14 tiny, small or base: these are its patch-16 models with another patch size.
-SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
-    "vit_tiny": ("vit_tiny_patch16_224", {"patch_size": 14}),
-    "vit_small": ("vit_small_patch16_224", {"patch_size": 14}),
-    "vit_base": ("vit_base_patch16_224", {"patch_size": 14}),
-    "vit_large": ("vit_large_patch14_224", {}),
-    "vit_huge": ("vit_huge_patch14_224", {}),
-    "vit_giant": ("vit_giant_patch14_224", {}),
-    "vit_gigantic": ("vit_gigantic_patch14_224", {}),
-}
-
+from lejepa_fast.train.config import Config
+from lejepa_fast.train.config.names import fixed_input_size, resolve_name
 
 # Arguments of timm.create_model that `model.kwargs` must not set, and what to do instead.
 _FROM_SCRATCH = "the encoder starts from random weights, which is what the untrained baseline compares with"
-_FIXED = "the trainer fixes it; leave it out"
-_OWN_OPTIONS = {
+_REFUSED = {
     "model_name": "use --model",
     "img_size": "use --model.img-size",
-    "dynamic_img_size": _FIXED,
     "drop_path_rate": "use --model.drop-path",
     "reg_tokens": "use --model.register-tokens",
-    "in_chans": "images have 3 channels; leave it out",
-    "num_classes": "the encoder has no classifier; leave it out",
-    "features_only": "the encoder returns pooled features; leave it out",
+    **dict.fromkeys(("in_chans", "num_classes", "features_only", "dynamic_img_size"), "the trainer sets it"),
     **dict.fromkeys(("pretrained", "pretrained_cfg", "pretrained_cfg_overlay"), _FROM_SCRATCH),
     **dict.fromkeys(("checkpoint_path", "cache_dir"), _FROM_SCRATCH),
 }
-
-
-def resolve_name(name: str) -> tuple[str, dict[str, Any]]:
-    """timm's name and extra arguments for a model name; UsageError with the nearest names if unknown."""
-    if name in SHORT_NAMES:
-        timm_name, extra = SHORT_NAMES[name]
-        return timm_name, dict(extra)
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*SHORT_NAMES, *timm.list_models()], n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models() for all names"
-        raise UsageError(f"model.name: no model is called {name!r}; {hint}")
-    return name, {}
 
 
 def build_encoder(
@@ -74,11 +43,14 @@ def build_encoder(
     register_tokens: int = 0,
     extra: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """A timm model without its classifier: (B, 3, S, S) -> pooled features (B, D).
+    """Build a timm model without its classifier: (B, 3, S, S) -> pooled features (B, D).
 
-    `img_size` sizes the position embeddings of models that have them (others ignore it); transformers
-    that can, interpolate them for other sizes. `extra` goes to `timm.create_model` as it is. The returned
-    module carries `encoder_args`, the keyword arguments with which `timm.create_model` builds it again.
+    `img_size` is that of the position embeddings, for models that have them; transformers that can,
+    interpolate them for other sizes. `extra` goes to `timm.create_model`. The encoder's attribute
+    `encoder_args` holds the keyword arguments with which `timm.create_model` builds it again.
+
+    Raises:
+        UsageError: an unknown model, or one that does not take these options.
     """
     timm_name, kwargs = resolve_name(name)
     kwargs |= {**(extra or {}), "num_classes": 0}
@@ -86,13 +58,11 @@ def build_encoder(
         kwargs["drop_path_rate"] = drop_path
     if register_tokens:
         kwargs["reg_tokens"] = register_tokens
-    pretrained_cfg = timm.get_pretrained_cfg(timm_name)
     variants: list[dict[str, Any]] = [kwargs]
-    # Only models whose weights depend on the input size take img_size; of these some interpolate.
-    if img_size is not None and pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
+    if img_size is not None and fixed_input_size(name):  # other models do not take img_size
         sized = {**kwargs, "img_size": img_size}
-        variants = [{**sized, "dynamic_img_size": True}, sized]
-    refusal: Exception | None = None
+        variants = [{**sized, "dynamic_img_size": True}, sized]  # some interpolate, some do not
+    refusal: TypeError | None = None
     for arguments in variants:
         try:
             encoder = timm.create_model(timm_name, **arguments)
@@ -112,7 +82,7 @@ def build_encoder(
 
 
 def parse_kwargs(text: str) -> dict[str, Any]:
-    """The JSON object of `model.kwargs`; UsageError for anything else."""
+    """Parse the JSON object of `model.kwargs`; UsageError for anything else."""
     try:
         values = json.loads(text)
     except ValueError as error:
@@ -120,33 +90,27 @@ def parse_kwargs(text: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"model.kwargs: expected a JSON object, got {text!r}")
     for key in values:
-        if key in _OWN_OPTIONS:
-            raise UsageError(f"model.kwargs: {key!r} cannot be given here; {_OWN_OPTIONS[key]}")
+        if key in _REFUSED:
+            raise UsageError(f"model.kwargs: {key!r} cannot be given here; {_REFUSED[key]}")
     return values
 
 
 def build_projector(features: int, hidden: int, layers: int, out: int, norm: str) -> nn.Sequential:
-    """`layers` linear layers, norm and ReLU after all but the last: (B, features) -> (B, out)."""
-    if layers < 1 or hidden < 1 or out < 1:
-        raise UsageError(
-            f"model.projector: layers, hidden and dim must be at least 1, got {layers}, {hidden}, {out}"
-        )
+    """Build `layers` linear layers, with norm and ReLU after all but the last: (B, features) -> (B, out)."""
     norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": nn.Identity}
-    if norm not in norms:
-        raise UsageError(f"model.projector_norm: expected one of {', '.join(norms)}, got {norm!r}")
     stack: list[nn.Module] = []
     width = features
     for _ in range(layers - 1):
-        # A bias before BatchNorm would be subtracted again.
+        # BatchNorm subtracts a bias before it.
         stack += [nn.Linear(width, hidden, bias=norm != "batch"), norms[norm](hidden), nn.ReLU()]
         width = hidden
     return nn.Sequential(*stack, nn.Linear(width, out))
 
 
 class LeJEPAModel(nn.Module):
-    """Encoder and projector under one forward, so that DDP sees one call a step.
+    """Encoder and projector under one forward, so that DDP sees one call per step.
 
-    `num_global` says how many of the views, the first ones, are global crops.
+    The first `num_global` views are global crops.
     """
 
     def __init__(self, encoder: nn.Module, projector: nn.Module, *, num_global: int):
@@ -175,18 +139,20 @@ class LeJEPAModel(nn.Module):
 
 
 def build_model(cfg: Config, *, meta: bool = False) -> LeJEPAModel:
-    """The model of a run, on the CPU. Its weights depend on `cfg.seed` and nothing else.
+    """Build the model of a run on the CPU; its weights depend on `cfg.seed` alone.
 
-    `meta`: on the meta device instead, without memory and weights, for `parallelize`. The caller's random
-    state is left as it was. Raises UsageError for an unknown model, for options that it does not have and for
-    crop sizes that it cannot take.
+    With `meta` it is on the meta device, without memory and weights, for `parallelize`. The caller's random
+    state does not change.
+
+    Raises:
+        UsageError: an unknown model, options that it does not have, or crop sizes that it cannot take.
     """
     if not meta:
         return _build_model(cfg)
     try:
         with torch.device("meta"):
             return _build_model(cfg)
-    except UsageError:  # wrong usage, or a model that needs values while it is built
+    except UsageError:  # wrong usage, or a model that computes with values while it is built
         return _build_model(cfg).to("meta")
 
 
@@ -215,24 +181,8 @@ def _build_model(cfg: Config) -> LeJEPAModel:
     return LeJEPAModel(encoder, projector, num_global=cfg.crops.global_crops)
 
 
-def weight_decay_of(cfg: Config) -> float:
-    """The weight decay of a run: as set, or by family where "auto": 5e-2 transformers, 5e-4 convolutions.
-
-    (LeJEPA, arXiv 2511.08544, recommends these two values for ViT and ResNet.)
-    """
-    if not isinstance(cfg.optim.weight_decay, str):
-        return cfg.optim.weight_decay
-    return 5e-4 if is_convolutional(cfg.model.name) and "convnext" not in cfg.model.name else 5e-2
-
-
-def is_convolutional(name: str) -> bool:
-    """Whether a model's weights do not depend on the input size: convolutional networks, in timm."""
-    pretrained_cfg = timm.get_pretrained_cfg(resolve_name(name)[0])
-    return pretrained_cfg is not None and not pretrained_cfg.fixed_input_size
-
-
 def _check_sizes(encoder: nn.Module, cfg: Config) -> int:
-    """Try every input size of the run on the encoder; returns D. UsageError names the size that fails."""
+    """Run the encoder on every input size of the run and return D; UsageError names the size that fails."""
     sizes = {"crops.global_size": cfg.crops.global_size}
     if cfg.crops.local_crops:
         sizes["crops.local_size"] = cfg.crops.local_size
@@ -258,7 +208,7 @@ def _check_sizes(encoder: nn.Module, cfg: Config) -> int:
 
 
 def _output_shape(encoder: nn.Module, size: int) -> torch.Size:
-    """Shape of the output for one image: without arithmetic where every layer has a meta version."""
+    """Shape of the output for one image, on the meta device where all layers support it."""
     training = encoder.training
     encoder.eval()
     try:
@@ -269,7 +219,7 @@ def _output_shape(encoder: nn.Module, size: int) -> torch.Size:
                 image = torch.empty(1, 3, size, size, device="meta")
                 return torch.func.functional_call(encoder, on_meta, (image,)).shape
             except (AssertionError, RuntimeError, ValueError, NotImplementedError):
-                # The size, or a model that keeps tensors outside its state: the real forward tells which.
+                # A wrong size, or a model with tensors outside its state: the real forward tells which.
                 return encoder(torch.zeros(1, 3, size, size)).shape
     finally:
         encoder.train(training)

@@ -1,4 +1,4 @@
-"""What a run minimises, from its configuration."""
+"""The loss of a run, from its configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from lejepa_fast.train.config import Config
 
 
 def build_loss(cfg: Config, device: torch.device) -> LeJEPALoss:
-    """The loss of a run on its device; UsageError for values that it refuses, or an `impl` not to be had."""
+    """Build the loss on `device`.
+
+    Raises:
+        UsageError: a value that the loss refuses, or an implementation that cannot run on this device.
+    """
     options = cfg.loss
     try:
         sigreg = SIGReg(
@@ -23,7 +27,7 @@ def build_loss(cfg: Config, device: torch.device) -> LeJEPALoss:
         )
         loss_fn = LeJEPALoss(lambd=options.lambd, sigreg=sigreg, center=options.center, form=options.form)
         loss_fn.to(device)
-        _ = sigreg.chosen_impl  # raises where the implementation cannot run, before the run folder is made
+        _ = sigreg.chosen_impl  # raises here, before the run folder is made, if the implementation cannot run
     except (ValueError, TypeError) as error:
         raise UsageError(f"loss: {error}") from error
     return loss_fn

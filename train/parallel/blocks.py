@@ -1,9 +1,8 @@
-"""The blocks of an encoder: what is compiled, recomputed and sharded as one unit.
+"""The blocks of an encoder: units of compilation, recomputation and sharding.
 
 timm's families name their blocks differently (`blocks.3`, `layer2.0`, `stages.1.blocks.2`), so they are found
-by structure: the members of a list (`Sequential`, `ModuleList`) all of whose members have modules of their
-own, and no such list inside. Families that hold their blocks in another way (RegNet, DenseNet) are cut by
-size.
+by structure: the members of a list (`Sequential`, `ModuleList`) if every member has modules of its own and
+none contains such a list. Families with another structure (RegNet, DenseNet) are cut by size.
 """
 
 from __future__ import annotations
@@ -12,15 +11,12 @@ from collections.abc import Iterator
 
 from torch import nn
 
-# Blocks by structure that cover less of the encoder than this have missed its bulk (LeViT: the only lists are
-# pairs of convolution and norm).
-_COVERED = 0.5
-# Cut by size: a unit holds at most this share of the parameters, where the model's modules allow it.
-_LARGEST = 0.25
+_COVERED = 0.5  # blocks by structure must hold this share of the parameters (LeViT: its lists are tiny pairs)
+_LARGEST = 0.25  # cut by size: a unit holds at most this share, if the model's modules allow it
 
 
 def find_blocks(encoder: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a timm encoder by name, in the order of its modules; they do not overlap.
+    """Return the blocks of a timm encoder by name, in the order of its modules; they do not overlap.
 
     Parameters outside them (stem, position embeddings, last norm) belong to no block.
     """
@@ -45,9 +41,9 @@ def _members_of_lists(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.
 def _cut_by_size(prefix: str, module: nn.Module, largest: float) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         full = f"{prefix}{name}"
-        if not any(True for _ in child.children()):
+        if not _has_children(child):
             continue  # a single layer is not worth a unit
-        # The forward of a list may never be called: its owner may run through the members itself.
+        # Not a list: its owner may call the members and never the list's own forward.
         if 0 < _size(child) <= largest and not _is_list(child):
             yield full, child
         else:
@@ -63,8 +59,12 @@ def _is_block_list(module: nn.Module) -> bool:
     return (
         _is_list(module)
         and bool(members)
-        and all(_is_list(child) or any(True for _ in child.children()) for child in members)
+        and all(_is_list(child) or _has_children(child) for child in members)
     )
+
+
+def _has_children(module: nn.Module) -> bool:
+    return any(True for _ in module.children())
 
 
 def _size(module: nn.Module) -> int:

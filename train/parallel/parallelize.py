@@ -1,16 +1,15 @@
-"""From a model on the meta device to one that trains: recomputation, compilation, sharding, weights.
+"""From a model on the meta device to one that trains.
 
 `parallelize` works in torchtitan's order (https://github.com/pytorch/torchtitan): activation checkpointing of
-each block, `torch.compile` of each block around it, FSDP2's `fully_shard` of each block around that, and only
-then memory and weights (`initialize.py`), so that no process ever holds more than its share of a model.
+each block, `torch.compile` of each block, FSDP2's `fully_shard` of each block, then memory and weights
+(`initialize.py`), so that no process holds more than its share of a model.
 
-Blocks (`blocks.py`) keep their names: recomputation and compilation replace a block's `forward` and wrap no
-module, so a state dict is the same under every setting.
+Recomputation and compilation replace a block's `forward` and wrap no module: the state dict has the same
+names under every setting. The loss already accounts for the averaging of gradients over ranks, so nothing
+here scales gradients.
 
-The loss is already exact under the averaging of gradients over ranks (see `lejepa_fast.sigreg`), so nothing
-here scales gradients. Batch normalisation: on several GPUs its statistics are made global (SyncBatchNorm),
-and blocks that hold it are not compiled; PyTorch has no SyncBatchNorm for CPU tensors, so under gloo every
-rank normalises by its own share of the batch. `parallelize` says either once.
+On several GPUs BatchNorm becomes SyncBatchNorm, and blocks that contain it are not compiled. PyTorch has no
+SyncBatchNorm for CPU tensors: under gloo every rank normalises its own share of the batch.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import inspect
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -50,82 +49,68 @@ log = logging.getLogger("lejepa_fast.train")
 
 Strategy = Literal["none", "ddp", "fsdp"]
 
-# `--parallel.strategy auto` takes FSDP2 from here on. DDP keeps 16 bytes a parameter on every GPU (weights,
+# From here on `--parallel.strategy auto` takes FSDP2. DDP holds 16 bytes per parameter on every GPU (weights,
 # gradients and two moments in float32), here 8 GB, and sums all gradients in float32.
 FSDP_FROM_PARAMETERS = 500_000_000
 
 COMPILE_BACKEND = "inductor"
 
-# Running statistics are equal on all ranks (GPU), or rank 0's are the ones saved (CPU): broadcasting the
-# buffers at each forward would be one more collective for nothing. The option's name changed in torch 2.15.
+# Buffers need no broadcast at each forward: running statistics are equal on all ranks (GPU), or rank 0's are
+# saved (CPU). The option's name changed in torch 2.15.
 _DDP_OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
-_BUFFER_OPTION: str = (
-    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
-)
+_BUFFER_OPTION = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
 
 
 def choose_strategy(options: ParallelConfig, parameters: int, *, ranks: int | None) -> Strategy:
-    """What `parallel.strategy` means for a model of this many parameters; UsageError if it cannot be had.
+    """Resolve `parallel.strategy` for a model of this size; `ranks` is None without a process group.
 
-    `ranks`: processes of the group; None without one.
+    Raises:
+        UsageError: the strategy needs another number of processes, or an option another strategy.
     """
-    if options.strategy == "auto":
-        if ranks is None:
-            chosen: Strategy = "none"
-        elif options.replicate > 1 or parameters >= FSDP_FROM_PARAMETERS:
-            chosen = "fsdp"
-        else:
-            chosen = "ddp"
+    if options.strategy != "auto":
+        chosen: Strategy = options.strategy
+    elif ranks is None:
+        chosen = "none"
     else:
-        chosen = options.strategy
+        sharded = options.replicate > 1 or parameters >= FSDP_FROM_PARAMETERS
+        chosen = "fsdp" if sharded else "ddp"
     if chosen == "none" and ranks is not None and ranks > 1:
         raise UsageError(f"parallel.strategy: none trains {ranks} separate models; use ddp, fsdp or auto")
-    if ranks is None and chosen != "none":
+    if chosen != "none" and ranks is None:
         raise UsageError(
-            f"parallel.strategy: {chosen} needs processes that know each other; start with "
+            f"parallel.strategy: {chosen} needs a process group; start with "
             "torchrun --nproc-per-node N train/pretrain.py, or use --parallel.strategy auto"
         )
-    if options.replicate > 1 and chosen != "fsdp":
-        raise UsageError(
-            f"parallel.replicate: {options.replicate} groups are for FSDP, and this run uses {chosen}; use "
-            "--parallel.strategy fsdp under torchrun, or leave it out"
-        )
-    if options.keep_gathered and chosen != "fsdp":
-        raise UsageError(
-            f"parallel.keep_gathered: nothing is gathered without FSDP, and this run uses {chosen}; use "
-            "--parallel.strategy fsdp under torchrun, or leave it out"
-        )
+    for name, default in (("replicate", 1), ("keep_gathered", False)):
+        value = getattr(options, name)
+        if value != default and chosen != "fsdp":
+            raise UsageError(
+                f"parallel.{name}: {value} needs FSDP, and this run uses {chosen}; use "
+                "--parallel.strategy fsdp under torchrun, or leave it out"
+            )
     return chosen
 
 
 def make_mesh(options: ParallelConfig, device_type: str) -> DeviceMesh | None:
-    """The mesh of all ranks: ("shard",), or ("replicate", "shard") for HSDP; None without a process group.
-
-    `parallel.replicate` divides their number (`config.validate`).
-    """
+    """Make the mesh of all ranks: ("shard",), or ("replicate", "shard") for HSDP; None without a group."""
     if not dist.is_initialized():
         return None
-    size = dist.get_world_size()
-    if options.replicate == 1:
+    size, groups = dist.get_world_size(), options.replicate
+    if groups == 1:
         return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
-    shape = (options.replicate, size // options.replicate)
-    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device_type, (groups, size // groups), mesh_dim_names=("replicate", "shard"))
 
 
 def parallelize(
-    model: LeJEPAModel,
-    cfg: Config,
-    mesh: DeviceMesh | None,
-    device: torch.device,
-    *,
-    weights: bool = True,
+    model: LeJEPAModel, cfg: Config, mesh: DeviceMesh | None, device: torch.device, *, weights: bool = True
 ) -> nn.Module:
-    """The module to call in the training step, on `device`.
+    """Make a model ready to train on `device`, in place.
 
-    `model` may be on the meta device (`build_model(cfg, meta=True)`); it then gets memory and the weights of
-    `cfg.seed`, the same for every number of ranks. With `weights=False` it stays there: enough to plan with.
-    It is changed in place, and stays the module that holds parameters and state dict: sharded DTensors
-    under FSDP2. Returns `model` itself, or a DDP wrapper over it. `mesh` is that of `make_mesh`.
+    A model on the meta device gets memory and the weights of `cfg.seed`, the same for every number of ranks;
+    with `weights=False`, enough to plan with, it stays there. `mesh` is that of `make_mesh`.
+
+    Returns:
+        The module to call in the training step: `model` itself, or a DDP wrapper over it.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     strategy = choose_strategy(cfg.parallel, parameters, ranks=mesh.size() if mesh is not None else None)
@@ -166,65 +151,63 @@ def recompute(
     *,
     compiled: Collection[nn.Module] = (),
 ) -> None:
-    """Let the backward pass compute the activations of each block again, all or the cheap ones.
+    """Recompute the activations of each block in the backward pass, all ("full") or the cheap ones.
 
-    `compiled`: those that `compile_blocks` gets afterwards.
+    `compiled` are the blocks that `compile_blocks` gets afterwards.
     """
     if mode == "none":
         return
-    # Its warning of operators in place: those that would change what is kept are switched off below.
-    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_not_of_contexts)
+    # Dynamo warns that in-place operators break selective checkpointing; they are switched off below.
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_not_of_contexts)
     for block in blocks:
-        options: dict[str, Any] = {"use_reentrant": False}
+        contexts = noop_context_fn
         if mode == "selective":
-            options["context_fn"] = _selective_contexts
+            contexts = _selective_contexts
             for module in block.modules():
-                if getattr(module, "inplace", False):  # an activation that would change what is kept
+                if getattr(module, "inplace", False):
                     module.inplace = False  # type: ignore[assignment]
         norms = [module for module in block.modules() if _is_batchnorm(module)]
-        # Running statistics of a compiled block are results of its forward graph, which runs once.
+        # A compiled block updates its running statistics in its forward graph, which runs once.
         if norms and block not in compiled:
-            contexts = options.get("context_fn", noop_context_fn)
-            options["context_fn"] = functools.partial(_counting_once, norms, contexts)
-        block.forward = functools.partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
+            contexts = functools.partial(_with_frozen_statistics, norms, contexts)
+        block.forward = functools.partial(  # type: ignore[method-assign]
+            checkpoint, block.forward, use_reentrant=False, context_fn=contexts
+        )
 
 
-def _not_of_contexts(record: logging.LogRecord) -> bool:
+def _is_not_of_contexts(record: logging.LogRecord) -> bool:
     return "context_fn is passed to torch.utils.checkpoint" not in record.getMessage()
 
 
-def _counting_once(norms: list[nn.Module], contexts: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """`contexts` of which that of the recomputation leaves running statistics as they are."""
+def _with_frozen_statistics(norms: list[nn.Module], contexts: Any) -> tuple[Any, Any]:
+    """The contexts of forward and recomputation; the second one leaves running statistics unchanged."""
+
+    @contextlib.contextmanager
+    def frozen(inner: AbstractContextManager[Any]) -> Iterator[None]:
+        kept = [(n, name, value) for n in norms if n.training for name, value in n.named_buffers()]
+        try:
+            # Other buffers, not none: the norm must save as many tensors for backward as the first time.
+            for norm, name, buffer in kept:
+                setattr(norm, name, torch.zeros_like(buffer))
+            with inner:  # after the line above, because it counts operators
+                yield
+        finally:
+            for norm, name, buffer in kept:
+                setattr(norm, name, buffer)
+
     first, again = contexts()
-    return first, _statistics_aside(norms, again)
-
-
-@contextlib.contextmanager
-def _statistics_aside(norms: list[nn.Module], inner: AbstractContextManager[Any]) -> Iterator[None]:
-    """In training mode `norms` update other buffers. Without any they would keep fewer tensors for the
-    backward pass than the first time, and `inner` is entered later, as it counts operators."""
-    kept = [(n, name, buffer) for n in norms if n.training for name, buffer in n.named_buffers(recurse=False)]
-    try:
-        for norm, name, buffer in kept:
-            setattr(norm, name, torch.zeros_like(buffer))
-        with inner:
-            yield
-    finally:
-        for norm, name, buffer in kept:
-            setattr(norm, name, buffer)
+    return first, frozen(again)
 
 
 def _selective_contexts() -> tuple[Any, Any]:
-    """Keeps attention and every second matrix product or convolution: most of the time, half the memory."""
+    """Keep attention and every second matrix product or convolution: most of the time, half the memory."""
     counts = {False: 0, True: 0}  # in the forward pass, in the recomputation
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op in _ATTENTION:
-            return CheckpointPolicy.MUST_SAVE
         if op in _PRODUCTS:
             counts[context.is_recompute] += 1
-            if counts[context.is_recompute] % 2:
-                return CheckpointPolicy.MUST_SAVE
+        if op in _ATTENTION or (op in _PRODUCTS and counts[context.is_recompute] % 2):
+            return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
@@ -234,27 +217,26 @@ def _selective_contexts() -> tuple[Any, Any]:
 
 
 def compiles(cfg: Config, device: torch.device) -> bool:
+    """Whether the blocks of this run are compiled."""
     return cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
 
 
 def compile_blocks(blocks: list[nn.Module], device: torch.device) -> None:
-    """Compile the forward of each block that can be: equal blocks share their graphs, one for each size of
-    crops.
+    """Compile the forward of each block that can be; equal blocks share one graph per size of crops.
 
-    The hooks of FSDP2 and DDP stay outside. Sizes are constants of the graphs, since a run has two and each
-    occurs at every step; a shape that varies (an evaluation's last batch) runs uncompiled, see `eagerly`.
+    A run has two sizes that occur at every step, so sizes are constants of the graphs; a shape that varies
+    (the last batch of an evaluation) runs uncompiled (`eagerly`).
     """
     config = torch._dynamo.config
-    # Blocks that differ (in width from stage to stage) count as recompilations of one function, and each has
-    # a graph for each size.
+    # Blocks that differ, for example in width, count as recompilations of one function, once per size.
     config.recompile_limit += 4 * len(blocks)
     config.accumulated_recompile_limit += 4 * len(blocks)
-    config.optimize_ddp = False  # it would cut the graphs at DDP's buckets; a block's is smaller than one
+    config.optimize_ddp = False  # it would cut graphs at DDP's buckets, which are larger than a block
     found = compilable(blocks)
-    if len(found) < len(blocks):
+    if skipped := len(blocks) - len(found):
         log.info(
             "%d of %d blocks are not compiled: PyTorch cannot compile SyncBatchNorm (pytorch/pytorch#161302)",
-            len(blocks) - len(found),
+            skipped,
             len(blocks),
         )
     for block in found:
@@ -264,18 +246,17 @@ def compile_blocks(blocks: list[nn.Module], device: torch.device) -> None:
 
 
 def compilable(blocks: Iterable[nn.Module]) -> list[nn.Module]:
-    """Those without SyncBatchNorm. Dynamo cannot trace its operators and collectives, and graphs that end at
-    every norm would not fuse it with anything."""
+    """Return the blocks without SyncBatchNorm, whose collectives Dynamo cannot trace."""
     return [b for b in blocks if not any(isinstance(m, nn.SyncBatchNorm) for m in b.modules())]
 
 
 def compiled_blocks(model: LeJEPAModel, cfg: Config, device: torch.device) -> int:
-    """How many blocks of a model that went through `parallelize` are compiled."""
+    """Return how many blocks of a model that went through `parallelize` are compiled."""
     return len(compilable(find_blocks(model.encoder).values())) if compiles(cfg, device) else 0
 
 
 def eagerly() -> Any:
-    """A context in which compiled blocks run uncompiled: no graphs for sizes that occur once."""
+    """Return a context in which compiled blocks run uncompiled: no graphs for sizes that occur once."""
     return torch.compiler.set_stance("force_eager")
 
 
@@ -290,28 +271,25 @@ def shard(
     *,
     keep: bool = False,
 ) -> None:
-    """FSDP2: a unit for each block, one for the projector, and one for what remains of the model.
+    """Apply FSDP2 to each block, to the projector, and to the rest of the model.
 
-    Parameters and moments are float32 and sharded; a unit is gathered in `dtype` (None: float32) for its
-    forward and again for its backward, and gradients are summed in float32. Blocks are gathered so for the
-    crops of each size, or with `keep` once a step. (Their gradients are summed once in any case: autograd
-    hands them over when they are those of all crops.)
+    Parameters, moments and the reduction of gradients are float32. Blocks are gathered in `dtype` (None:
+    float32) for forward and backward of each size of crops, with `keep` once per step.
+    Gradients are reduced once per step in any case, as autograd hands them over summed over all crops.
     """
     # The embeddings are views of one tensor, and nothing changes them in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
-    units: list[nn.Module] = [*blocks, model.projector, model]
     done: set[nn.Module] = set()
-    for unit in units:
+    for unit in [*blocks, model.projector, model]:
         own = [module for module in unit.modules() if module not in done]
         done.update(own)
-        # BatchNorm's running statistics are float32, and its parameters must be what they are.
+        # BatchNorm's parameters must have the dtype of its running statistics, float32.
         gathered = None if any(map(_is_batchnorm, own)) else dtype
         policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
-        # The backward pass begins where the forward pass ends, so these are gathered once.
+        # Projector and rest end the forward pass and begin the backward pass: gathered once.
         once = keep or unit in (model.projector, model)
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not once)
-    # The next block is gathered while this one computes. The backward pass does the same by itself, from the
-    # order of the forward pass.
+    # Gather the next block while this one computes. FSDP2 itself does so in the backward pass.
     for block, following in itertools.pairwise(blocks):
         assert isinstance(block, FSDPModule)
         block.set_modules_to_forward_prefetch([following])  # type: ignore[list-item]
@@ -320,19 +298,15 @@ def shard(
 
 
 def _keep_until_the_first_call(model: LeJEPAModel, blocks: list[nn.Module]) -> None:
-    """In the backward pass let go of the blocks' parameters at the encoder's first call of the step only.
-
-    That call's turn is the last: autograd runs what came later first.
-    """
-    calls = 0
+    """Free the gathered blocks in the backward pass of the encoder's first call only, which comes last."""
+    calls = itertools.count()
 
     def begin(module: nn.Module, args: Any) -> None:
         nonlocal calls
-        calls = 0
+        calls = itertools.count()
 
     def called(module: nn.Module, args: Any, features: Tensor) -> None:
-        nonlocal calls
-        first, calls = calls == 0, calls + 1
+        first = next(calls) == 0
         if features.requires_grad:
             features.register_hook(lambda grad: backward_begins(first))
 
@@ -346,7 +320,7 @@ def _keep_until_the_first_call(model: LeJEPAModel, blocks: list[nn.Module]) -> N
 
 
 def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the run computes in it, else None; UsageError if the device has none."""
+    """Return bfloat16 if the run computes in it, else None; UsageError if the device does not support it."""
     if cfg.precision == "fp32" or (cfg.precision == "auto" and device.type == "cpu"):
         return None
     if device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -360,7 +334,7 @@ def _with_global_batchnorm(model: LeJEPAModel, device: torch.device, ranks: int)
     if ranks == 1 or not any(map(_is_batchnorm, model.modules())):
         return model
     if device.type == "cuda":
-        return convert_sync_batchnorm(model)  # timm's, which keeps the activation that some of its norms hold
+        return convert_sync_batchnorm(model)  # timm's keeps the activation that some of its norms contain
     if dist.get_rank() == 0:
         log.warning(
             "BatchNorm statistics are per rank: PyTorch has no SyncBatchNorm on CPU tensors, so the "

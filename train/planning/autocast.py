@@ -1,10 +1,9 @@
-"""Autocast of GPUs, on the CPU: which operators a plan has to run in float32.
+"""Autocast of GPUs on the CPU: which operators a plan runs in float32.
 
-Under bfloat16 autocast a GPU computes norms, softmax, powers and sums in float32, and keeps their inputs for
-the backward pass as float32; autocast of the CPU leaves most of them in bfloat16. Without a GPU there is no
-autocast of GPUs, not even on fake tensors, so here the CPU's learns the same rules, for as long as a plan
-needs them. The lists are those of ATen/autocast_mode.h (AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE),
-without losses, which the trainer computes outside of autocast, and functions that no encoder uses.
+Under bfloat16 autocast a GPU computes norms, softmax, powers and sums in float32 and keeps float32 inputs for
+the backward pass; a CPU keeps most of them in bfloat16. PyTorch has no GPU autocast without a GPU, so this
+module registers the GPU's rules for the CPU. The operators are those of ATen/autocast_mode.h (AT_FORALL_FP32
+and AT_FORALL_FP32_SET_OPT_DTYPE) that encoders use.
 """
 
 from __future__ import annotations
@@ -17,49 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-INPUTS_IN_FLOAT32 = (
-    "layer_norm",
-    "native_layer_norm",
-    "rms_norm",
-    "group_norm",
-    "pow.Tensor_Scalar",
-    "pow.Tensor_Tensor",
-    "pow.Scalar",
-    "exp",
-    "expm1",
-    "log",
-    "log1p",
-    "logsumexp",
-    "reciprocal",
-    "rsqrt",
-    "softplus",
-    "cosine_similarity",
-    "upsample_nearest2d",
-    "upsample_bilinear2d",
-    "_upsample_bilinear2d_aa",
-    "upsample_bicubic2d",
-    "_upsample_bicubic2d_aa",
-)
-RESULT_IN_FLOAT32 = (  # these read bfloat16 and accumulate in float32 by themselves
-    "softmax.int",
-    "log_softmax.int",
-    "cumsum",
-    "cumprod",
-    "linalg_vector_norm",
-    "sum",
-    "sum.dim_IntList",
-)
+_INPUTS_IN_FLOAT32 = """
+    layer_norm native_layer_norm rms_norm group_norm pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar exp expm1
+    log log1p logsumexp reciprocal rsqrt softplus cosine_similarity upsample_nearest2d upsample_bilinear2d
+    _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa
+"""
+# These read bfloat16 and accumulate in float32 by themselves.
+_RESULT_IN_FLOAT32 = "softmax.int log_softmax.int cumsum cumprod linalg_vector_norm sum sum.dim_IntList"
 
 _OFF = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
 
 @contextlib.contextmanager
 def autocast_as_on_gpus() -> Iterator[None]:
-    """In here `torch.autocast("cpu")` has the rules of `torch.autocast("cuda")`, of the installed PyTorch."""
+    """In this context `torch.autocast("cpu")` has the rules of `torch.autocast("cuda")`."""
     rules = torch.library.Library("aten", "IMPL")
     try:
-        for kernel, names in ((_cast_inputs, INPUTS_IN_FLOAT32), (_set_dtype, RESULT_IN_FLOAT32)):
-            for name in names:
+        for kernel, names in ((_cast_inputs, _INPUTS_IN_FLOAT32), (_set_dtype, _RESULT_IN_FLOAT32)):
+            for name in names.split():
                 if _has_rule(name, "AutocastCUDA") and not _has_rule(name, "AutocastCPU"):
                     packet, _, overload = name.partition(".")
                     op = getattr(getattr(torch.ops.aten, packet), overload or "default")

@@ -10,8 +10,9 @@ import torch
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config import Config, LossConfig, ModelConfig
-from lejepa_fast.train.model.model import build_model, flops
-from lejepa_fast.train.runtime import gpu_specs as accelerators
+from lejepa_fast.train.model import flops
+from lejepa_fast.train.model.model import build_model
+from lejepa_fast.train.runtime import gpu_specs
 
 CROPS = MultiCropRecipe(global_crops=2, global_size=56, local_crops=3, local_size=28)
 
@@ -67,35 +68,28 @@ def test_recomputation_is_not_counted() -> None:
     [
         ("NVIDIA H200", "h200"),
         ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H100 PCIe", "h100-pcie"),
         ("NVIDIA H100 NVL", "h100-nvl"),
-        ("NVIDIA A100-SXM4-80GB", "a100"),
         ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
-        ("NVIDIA B200", "b200"),
         ("NVIDIA GH200 480GB", "gh200"),
-        ("NVIDIA L40S", "l40s"),
         ("AMD Instinct MI300X OAM", "mi300x"),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),  # a slice has a part of the peak
         ("NVIDIA H1000", None),
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )
-def test_devices_by_name(name: str, expected: str | None) -> None:
-    found = accelerators.by_device_name(name)
+def test_gpus_by_name(name: str, expected: str | None) -> None:
+    found = gpu_specs.by_device_name(name)
     assert (found.name if found else None) == expected
 
 
 def test_an_unknown_device_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     assert flops.peak_flops(torch.device("cpu")) is None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    assert flops.peak_flops(torch.device("cuda", 0)) == 989.4e12
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T4")
-    assert flops.peak_flops(torch.device("cuda", 0)) is None
+    for name, peak in (("NVIDIA H200", 989.4e12), ("NVIDIA T4", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert flops.peak_flops(torch.device("cuda", 0)) == peak
 
 
 def test_an_unknown_option_lists_the_known() -> None:
-    assert accelerators.by_option("H200").name == "h200"
-    with pytest.raises(
-        UsageError, match=r"gpu: no accelerator is called 'h2000'; did you mean h200\? known: a10"
-    ):
-        accelerators.by_option("h2000")
+    assert gpu_specs.by_option("H200").name == "h200"
+    with pytest.raises(UsageError, match=r"gpu: no GPU is called 'h2000'; did you mean h200\? known: a10"):
+        gpu_specs.by_option("h2000")

@@ -10,20 +10,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from training import train_only
 
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train import export
 from lejepa_fast.train.config import Config
+from lejepa_fast.train.config.names import SHORT_NAMES, resolve_name
 from lejepa_fast.train.export import export_encoder
 from lejepa_fast.train.model.drop_path import TensorDropPath
-from lejepa_fast.train.model.model import (
-    SHORT_NAMES,
-    build_encoder,
-    build_model,
-    build_projector,
-    resolve_name,
-)
+from lejepa_fast.train.model.model import build_encoder, build_model, build_projector
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
@@ -56,22 +49,6 @@ def test_weights_depend_on_the_seed_alone(tiny: Callable[..., Config]) -> None:
     for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert not torch.equal(first.projector[0].weight, other.projector[0].weight)
-
-
-def test_further_arguments_reach_timm_and_the_export(tiny: Callable[..., Config], tmp_path: Path) -> None:
-    cfg = tiny(model={"name": "resnet18", "kwargs": '{"channels": [8, 16, 24, 32], "layers": [1, 1, 1, 1]}'})
-    encoder = build_model(cfg).encoder
-    assert encoder.num_features == 32
-    export_encoder(encoder, cfg, 0, tmp_path)
-    again = timm.create_model(**json.loads((tmp_path / "encoder.json").read_text())["model"])
-    again.load_state_dict(load_file(tmp_path / "encoder.safetensors"))
-    assert again.num_features == 32
-
-
-@pytest.mark.parametrize("kwargs", ["layers=1", "[1]", '{"no_such_argument": 1}'])
-def test_bad_further_arguments_are_named(kwargs: str, tiny: Callable[..., Config]) -> None:
-    with pytest.raises(UsageError, match=r"model[.-]kwargs"):
-        build_model(tiny(model={"name": "test_vit", "kwargs": kwargs}))
 
 
 @pytest.mark.parametrize(
@@ -154,16 +131,13 @@ def test_projector_layers(norm: str, kind: type) -> None:
     ]
 
 
-def test_bad_projectors_are_named() -> None:
-    with pytest.raises(UsageError, match="at least 1, got 0"):
-        build_projector(5, hidden=7, layers=0, out=2, norm="batch")
-    with pytest.raises(UsageError, match="batch, layer, none, got 'group'"):
-        build_projector(5, hidden=7, layers=2, out=2, norm="group")
-
-
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("test_vit", {"drop_path": 0.1, "register_tokens": 2}), ("vit_tiny", {}), ("test_resnet", {})],
+    [
+        ("test_vit", {"drop_path": 0.1, "register_tokens": 2}),
+        ("vit_tiny", {}),
+        ("resnet18", {"kwargs": '{"channels": [8, 16, 24, 32], "layers": [1, 1, 1, 1]}'}),
+    ],
 )
 def test_exported_encoder_is_what_timm_loads(
     name: str, options: dict, tiny: Callable[..., Config], tmp_path: Path
@@ -186,40 +160,20 @@ def test_exported_encoder_is_what_timm_loads(
 
 
 @pytest.mark.parametrize(
-    ("given", "way_out"),
+    ("given", "message"),
     [
-        ('{"pretrained": true}', "starts from random weights"),
-        ('{"pretrained_cfg": {"file": "x"}}', "starts from random weights"),
-        ('{"checkpoint_path": "x"}', "starts from random weights"),
-        ('{"in_chans": 1}', "3 channels"),
-        ('{"num_classes": 10}', "no classifier"),
-        ('{"model_name": "resnet50"}', "use --model"),
-        ('{"img_size": 64}', "use --model.img-size"),
-        ('{"dynamic_img_size": false}', "the trainer fixes it"),
+        ("layers=1", "model.kwargs: expected a JSON object, got 'layers=1'"),
+        ("[1]", "model.kwargs: expected a JSON object, got '\\[1\\]'"),
+        ('{"no_such_argument": 1}', "leave out .*--model.kwargs"),
+        ('{"pretrained": true}', "cannot be given here; .*starts from random weights"),
+        ('{"checkpoint_path": "x"}', "cannot be given here; .*starts from random weights"),
+        ('{"in_chans": 1}', "cannot be given here; the trainer sets it"),
+        ('{"img_size": 64}', "cannot be given here; use --model.img-size"),
     ],
 )
-def test_further_arguments_cannot_override_what_is_fixed(
-    given: str, way_out: str, tiny: Callable[..., Config]
-) -> None:
-    with pytest.raises(UsageError, match=f"cannot be given here; .*{way_out}"):
-        build_model(tiny(model={"kwargs": given}))
-
-
-def test_convert_writes_the_encoder_that_the_trainer_exports(
-    tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cfg = tiny(max_steps=2)
-    trainer = train_only(cfg)
-    export_encoder(trainer.model.encoder, cfg, 2, tmp_path)
-    out = tmp_path / "converted" / "mine.safetensors"
-    assert export.main(["--checkpoint", str(cfg.out), "--out", str(out)]) == 0
-    assert out.read_bytes() == (tmp_path / "encoder.safetensors").read_bytes()
-    assert out.with_suffix(".json").read_text() == (tmp_path / "encoder.json").read_text()
-    capsys.readouterr()
-    assert export.main(["--checkpoint", str(cfg.out), "--out", str(tmp_path / "mine.pt")]) == 2
-    assert "out: expected a file name that ends in .safetensors" in capsys.readouterr().err
-    assert export.main(["--checkpoint", str(tmp_path)]) == 2
-    assert "holds no checkpoint" in capsys.readouterr().err
+def test_bad_further_arguments_are_named(given: str, message: str, tiny: Callable[..., Config]) -> None:
+    with pytest.raises(UsageError, match=message):
+        build_model(tiny(model={"name": "test_vit", "kwargs": given}))
 
 
 def test_drop_path_with_a_tensor_drops_as_timms() -> None:
