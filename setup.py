@@ -11,5 +11,6 @@ setup(
     package_data={
         "lejepa_fast": ["py.typed"],
         "lejepa_fast.data": ["trashnet96/*", "trashnet96/*/*"],
+        "lejepa_fast.train.report": ["*.j2"],
     },
 )

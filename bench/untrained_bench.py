@@ -17,7 +17,7 @@ from benchlib import RESULTS, append_rows, machine, print_table
 
 from lejepa_fast.train.config import Config, EvalConfig, ModelConfig
 from lejepa_fast.train.config.presets import PRESETS
-from lejepa_fast.train.evaluate import evaluate_untrained, open_splits
+from lejepa_fast.train.evaluation.evaluate import evaluate_untrained, open_splits
 
 MODELS = ("laptop", "resnet10t", "resnet18", "test_resnet", "mobilenetv3_small_050", "lcnet_100")
 

@@ -28,6 +28,7 @@ from lejepa_fast.errors import RunError
 from lejepa_fast.train import config
 from lejepa_fast.train.checkpoint import resume
 from lejepa_fast.train.checkpoint import storage as checkpoint
+from lejepa_fast.train.checkpoint.export import export_encoder
 from lejepa_fast.train.checkpoint.saving import Saver
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.engine import random_state
@@ -37,17 +38,14 @@ from lejepa_fast.train.engine.optimization import build_optimizer, build_schedul
 from lejepa_fast.train.engine.profiling import StepProfiler
 from lejepa_fast.train.engine.skipped import write_skipped
 from lejepa_fast.train.engine.weights_and_biases import open_run
-from lejepa_fast.train.evaluate import (
+from lejepa_fast.train.evaluation.evaluate import (
     EvalResult,
     check_validation_images,
     evaluate_model,
     evaluate_untrained,
-    format_table,
     loading_options,
     open_splits,
-    training_speed,
 )
-from lejepa_fast.train.export import export_encoder
 from lejepa_fast.train.model.average import WeightAverage
 from lejepa_fast.train.model.flops import count_flops, peak_flops
 from lejepa_fast.train.model.initialize import memory_format, whole_model
@@ -63,7 +61,7 @@ from lejepa_fast.train.parallel.parallelize import (
     parallelize,
 )
 from lejepa_fast.train.planning.out_of_memory import settings_that_help
-from lejepa_fast.train.report.report import write_report
+from lejepa_fast.train.report.report import format_table, training_speed, write_report
 from lejepa_fast.train.runtime.heartbeat import IN_VAIN, on_main_for_long, tried_in_vain
 from lejepa_fast.train.runtime.lock import RunLock
 from lejepa_fast.train.runtime.signals import Interrupted, SignalWatch

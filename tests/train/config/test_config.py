@@ -16,7 +16,7 @@ from lejepa_fast.train import config
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.config.presets import PRESETS
 from lejepa_fast.train.engine.trainer import Trainer
-from lejepa_fast.train.evaluate import evaluate_untrained
+from lejepa_fast.train.evaluation.evaluate import evaluate_untrained
 from lejepa_fast.train.runtime.command import _message_of
 
 

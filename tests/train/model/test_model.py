@@ -14,8 +14,8 @@ from training import train_only
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import export
+from lejepa_fast.train.checkpoint.export import export_encoder
 from lejepa_fast.train.config import Config
-from lejepa_fast.train.export import export_encoder
 from lejepa_fast.train.model.drop_path import TensorDropPath
 from lejepa_fast.train.model.model import (
     SHORT_NAMES,
