@@ -12,5 +12,6 @@ setup(
         "": ["*.jinja", "*.j2", "*.html", "*.css"],
         "lejepa_fast": ["py.typed"],
         "lejepa_fast.data": ["trashnet96/*", "trashnet96/*/*"],
+        "lejepa_fast.train.report": ["*.j2"],
     },
 )

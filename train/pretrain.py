@@ -19,13 +19,13 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from lejepa_fast.train import config
+from lejepa_fast.train.checkpoint.export import export_encoder
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.engine.trainer import Trainer
-from lejepa_fast.train.evaluate import evaluate_untrained, format_table, training_speed
-from lejepa_fast.train.export import export_encoder
+from lejepa_fast.train.evaluation.evaluate import evaluate_untrained
 from lejepa_fast.train.model.model import LeJEPAModel
 from lejepa_fast.train.planning.out_of_memory import settings_that_help
-from lejepa_fast.train.report.report import write_report
+from lejepa_fast.train.report.report import format_table, training_speed, write_report
 from lejepa_fast.train.runtime.command import log_to_stderr, run_command
 from lejepa_fast.train.runtime.files import read_rows
 from lejepa_fast.train.runtime.world import (

@@ -9,8 +9,8 @@ import pytest
 from training import train_only
 
 from lejepa_fast.train import export
+from lejepa_fast.train.checkpoint.export import export_encoder
 from lejepa_fast.train.config import Config
-from lejepa_fast.train.export import export_encoder
 
 
 def test_convert_writes_the_encoder_that_the_trainer_exports(

@@ -37,7 +37,7 @@ from lejepa_fast.train.engine.metrics import Meter, Metrics, peak_memory_gib
 from lejepa_fast.train.engine.optimization import build_optimizer, build_scheduler
 from lejepa_fast.train.engine.profiling import StepProfiler
 from lejepa_fast.train.engine.weights_and_biases import WandbRun
-from lejepa_fast.train.evaluate import (
+from lejepa_fast.train.evaluation.evaluate import (
     EvalResult,
     check_validation_images,
     evaluate_model,

@@ -1,4 +1,4 @@
-"""Embedding a data set with a frozen model, without leaving a trace in the model or the random state."""
+"""Embed a data set with a frozen model. Model and random states stay as they were."""
 
 from __future__ import annotations
 
@@ -15,34 +15,27 @@ from lejepa_fast.errors import RunError, UsageError
 
 
 class Embeddings(NamedTuple):
-    """A data set seen through a model; all on the CPU, rows in the order of the source.
-
-    Attributes:
-        features: pooled output of the encoder, (n, D) float32; what kNN compares.
-        probe: input of the linear probe, (n, D') float32. For vision transformers the CLS tokens of the
-            last two blocks side by side (the mean of the patch tokens where there is no CLS), D' = 2 D;
-            for all other encoders the very same tensor as `features`.
-        z: output of the projector, (n, K) float32; what the loss acts on.
-        targets: classes (n,) int64, negative where the label is unknown.
-    """
+    """A data set seen through a model. All tensors are on the CPU, rows in the order of the source."""
 
     features: Tensor
+    """Pooled encoder output, (n, D) float32: the input of kNN."""
     probe: Tensor
+    """Input of the linear probe, (n, D') float32. Vision transformers: the CLS tokens of the last two blocks
+    side by side (the mean of the patch tokens if there is no CLS), D' = 2 D. Others: `features` itself."""
     z: Tensor
+    """Projector output, (n, K) float32: the input of the loss."""
     targets: Tensor
+    """Classes (n,) int64, negative where the label is unknown."""
 
 
 @contextmanager
 def frozen(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without gradients or autocast; modes and random states return as they were.
-
-    The mode of every module is kept on its own, because a caller may have put parts of a training model
-    into evaluation mode. The random state is kept because a DataLoader draws a seed from it on every pass.
-    """
+    """Evaluation mode without gradients and autocast; afterwards modes and random states are as before."""
     modes = {module: module.training for module in model.modules()}
     cuda = [device] if device.type == "cuda" else []
     try:
         model.eval()
+        # A DataLoader draws a seed from the random state on every pass.
         with torch.random.fork_rng(devices=cuda), torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
@@ -60,43 +53,41 @@ def embed_source(
     """Embed all images of `loader` with `model` in evaluation mode.
 
     Args:
-        model: a `LeJEPAModel` on `device`, or any module with the attributes `encoder` and `projector`
-            and the method `embed(images) -> (features (B, D), z (B, K))`.
+        model: a `LeJEPAModel` on `device`, or any module with attributes `encoder` and `projector` and a
+            method `embed(images) -> (features (B, D), z (B, K))`.
         loader: yields images (B, 3, S, S) and targets (B,), as `lejepa_fast.data.eval_loader` does.
         device: where the images go.
-        amp_dtype: autocast dtype of the forward pass; None computes in the dtype of the weights.
+        amp_dtype: autocast dtype of the forward pass; None: the dtype of the weights.
 
     Raises:
         UsageError: the loader yields nothing.
         RunError: an embedding is NaN or infinite.
     """
     device = torch.device(device)
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    batches: list[Embeddings] = []
     with frozen(model, device):
         for images, targets in loader:
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
                 features, probe, z = _forward(model, images.to(device, non_blocking=True))
-            # One copy where the probe takes the pooled features themselves.
             on_cpu = features.float().cpu()
-            parts.append(
-                (on_cpu, on_cpu if probe is features else probe.float().cpu(), z.float().cpu(), targets)
-            )
-    if not parts:
+            probe = on_cpu if probe is features else probe.float().cpu()
+            batches.append(Embeddings(on_cpu, probe, z.float().cpu(), targets.cpu().long()))
+    if not batches:
         raise UsageError(
             "there is no image to embed: the data source is empty; choose another split or folder"
         )
-    features = torch.cat([part[0] for part in parts])
-    shared = all(part[0] is part[1] for part in parts)
-    probe = features if shared else torch.cat([part[1] for part in parts])
-    z, targets = torch.cat([part[2] for part in parts]), torch.cat([part[3] for part in parts])
+    shared = batches[0].probe is batches[0].features
+    features, z, targets = (
+        torch.cat([getattr(b, name) for b in batches]) for name in ("features", "z", "targets")
+    )
     for name, values in (("encoder", features), ("projector", z)):
-        if not bool(torch.isfinite(values).all()):
+        if not values.isfinite().all():
             raise RunError(f"the {name} gives NaN or infinite embeddings: the training has diverged")
-    return Embeddings(features, probe, z, targets.to(torch.int64).cpu())
+    return Embeddings(features, features if shared else torch.cat([b.probe for b in batches]), z, targets)
 
 
 def _forward(model: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (B, D), linear-probe features (B, D') and embeddings (B, K)."""
+    """Features (B, D), input of the linear probe (B, D') and embeddings (B, K)."""
     encoder = model.encoder
     if not _has_token_blocks(encoder):
         features, z = model.embed(images)
@@ -105,25 +96,20 @@ def _forward(model: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         images, indices=min(2, len(encoder.blocks)), norm=True, output_fmt="NLC", return_prefix_tokens=True
     )
     features = encoder.forward_head(final)
-    return (
-        features,
-        torch.cat([_summary(encoder, block) for block in blocks], dim=1),
-        model.projector(features),
-    )
+    probe = torch.cat([_summary(encoder, block) for block in blocks], dim=1)
+    return features, probe, model.projector(features)
 
 
 def _has_token_blocks(encoder: nn.Module) -> bool:
-    """True for timm's plain vision transformers, which can return the tokens of any of their blocks."""
+    """Whether this is one of timm's plain vision transformers, which return the tokens of any block."""
     method = getattr(encoder, "forward_intermediates", None)
-    return (
-        method is not None
-        and hasattr(encoder, "blocks")
-        and "return_prefix_tokens" in inspect.signature(method).parameters
-    )
+    if method is None or not hasattr(encoder, "blocks"):
+        return False
+    return "return_prefix_tokens" in inspect.signature(method).parameters
 
 
 def _summary(encoder: nn.Module, block: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """One vector (B, D) for the tokens of a block: CLS, or the mean of the patches where there is none."""
+    """One vector (B, D) for the tokens of a block: CLS, or the mean of the patches if there is no CLS."""
     patches, prefix = block if isinstance(block, tuple) else (block, None)
     if prefix is not None and getattr(encoder, "cls_token", None) is not None:
         return prefix[:, 0]
@@ -131,31 +117,25 @@ def _summary(encoder: nn.Module, block: Tensor | tuple[Tensor, Tensor]) -> Tenso
 
 
 def calibrate_batchnorm(
-    model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    device: torch.device | str,
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device | str
 ) -> int:
-    """Set the running statistics of all BatchNorm layers from training images; return the images used.
+    """Set the running statistics of all BatchNorm layers from images; return the number of images used.
 
-    A network fresh from its initialisation has running mean 0 and variance 1, which are not the
-    statistics of its activations. Scored like that, the untrained encoder would look weaker than random
-    features are, and training better than it is. Afterwards the statistics are plain averages over the
-    batches that were used; a last batch smaller than the first would count too much and is left out.
-    Only BatchNorm runs in training mode, so no dropout acts; parameters, modes and random states stay
+    At initialisation they are mean 0 and variance 1, not those of the activations, which would make the
+    untrained encoder look weaker than it is. Afterwards they are averages over the batches; a batch smaller
+    than the first is skipped. Only BatchNorm runs in training mode. Parameters, modes and random states stay
     as they were.
 
     Args:
-        model: an encoder, or a whole model: with an attribute `embed` that is called, else the model itself.
+        model: its method `embed` is called, or the model itself if it has none.
         loader: yields (images (B, 3, S, S), anything).
-        device: where the images go and the model lies.
+        device: of the model; the images go there.
 
     Raises:
-        UsageError: there are BatchNorm layers but no batch of two images or more.
+        UsageError: there are BatchNorm layers, but no batch of two images or more.
     """
     device = torch.device(device)
-    norms = [
-        module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
-    ]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
     forward = getattr(model, "embed", model)

@@ -1,29 +1,29 @@
-"""The report of a run: `report.html`, `summary.json` and figures, written all together or not at all."""
+"""The report of a run: `report.html`, `summary.json` and figures. They appear all together or not at all."""
 
 from __future__ import annotations
 
+import base64
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import shutil
+import statistics
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jinja2
 import torch
 from torch import Tensor
 
 from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD
 from lejepa_fast.errors import RunError
 from lejepa_fast.train.evaluation.collapse import sigreg_levels
+from lejepa_fast.train.evaluation.evaluate import EvalResult
 from lejepa_fast.train.report import plots
-from lejepa_fast.train.report.html import render
-
-if TYPE_CHECKING:
-    from lejepa_fast.train.evaluate import EvalResult
 
 
 def write_report(
@@ -37,37 +37,33 @@ def write_report(
     images_per_second: float | None,
     steps: int,
 ) -> Path:
-    """Write `run_dir/report/` and return the path of its `report.html`.
-
-    The folder appears complete, in place of an earlier report, or not at all.
+    """Write `run_dir/report/`, in place of an earlier report, and return the path of its `report.html`.
 
     Args:
         run_dir: an existing folder.
-        config: resolved configuration as nested dicts (`config.to_dict`), copied into the report. Read
-            from it, where they stand: the crops' normalisation and number of global views, the loss's
-            knots, lambda and form.
-        trained, untrained: `evaluate_model` of both encoders, on the same data at the same image size.
-        history: rows of `metrics.jsonl`; `{"kind": "train", "step", "loss", "prediction", "sigreg",
-            "embedding_std", ...}` and `{"kind": "eval", "step", "knn", ...}`. Missing values leave gaps.
-        views: the views of one batch, tensors (B, 3, S, S), global ones first; an empty list leaves the
-            figure out.
-        images_per_second: of the training; None where it is not known.
-        steps: optimiser steps behind the trained encoder.
+        config: resolved configuration as nested dicts (`config.to_dict`), copied into the report. Missing
+            sections are allowed.
+        trained, untrained: results for both encoders, on the same data at the same image size.
+        history: rows of `metrics.jsonl`; missing values leave gaps in the figures.
+        views: views of one batch, tensors (B, 3, S, S), global ones first; if empty, there is no such figure.
+        images_per_second: of the training; None: not recorded.
+        steps: optimiser steps of the trained encoder.
 
     Raises:
-        RunError: the folder cannot be written (no space, no permission); nothing is left behind.
+        RunError: the folder cannot be written (no space, no permission). An earlier report is kept.
     """
     summary = _summary(config, trained, untrained, images_per_second, steps)
     target = run_dir / "report"
-    temporary = run_dir / ".report-new"  # a fixed name: the next report removes what a killed run has left
+    temporary = run_dir / ".report-new"  # a fixed name: the next report removes what a killed run left
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         _draw(temporary, config, trained, untrained, history, views, steps)
         text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
         (temporary / "summary.json").write_text(text, encoding="utf-8")
-        (temporary / "report.html").write_text(render(summary, temporary), encoding="utf-8")
-        _replace_folder(temporary, target)
+        (temporary / "report.html").write_text(_render(summary, temporary), encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
     except OSError as error:
         raise RunError(
             f"cannot write the report to {target}: {error.strerror or error}; "
@@ -76,6 +72,24 @@ def write_report(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target / "report.html"
+
+
+def _render(summary: Mapping[str, Any], folder: Path) -> str:
+    """The page, with the figures in `folder` embedded."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    config = summary["config"]
+    return environment.get_template("report.html.j2").render(
+        s=summary,
+        figures={path.name: base64.b64encode(path.read_bytes()).decode() for path in folder.glob("*.png")},
+        model=(config.get("model") or {}).get("name") or "encoder",
+        loss=config.get("loss") or {},
+        config=json.dumps(config, indent=2),
+    )
 
 
 def _draw(
@@ -87,7 +101,7 @@ def _draw(
     views: Sequence[Tensor],
     steps: int,
 ) -> None:
-    """All figures. The ones that need labels or views are left out where there are none."""
+    """Draw all figures, except those whose labels or views are missing."""
     loss, crops = config.get("loss") or {}, config.get("crops") or {}
     level = sigreg_levels(2, t_max=loss.get("t_max", 3.0), n_points=loss.get("n_points", 17)).gaussian
     plots.plot_losses(folder / "loss.png", history, sigreg_floor=0.0 if loss.get("unbiased") else level)
@@ -112,19 +126,7 @@ def _draw(
     plots.plot_spectrum(folder / "spectrum.png", trained.z_val, untrained.z_val)
 
 
-def _replace_folder(new: Path, target: Path) -> None:
-    """Rename `new` to `target`; a folder that stood there goes once the new one is in place."""
-    old = target.with_name(".report-old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    try:
-        os.replace(new, target)
-    except OSError:
-        if old.exists():
-            os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+# ---- summary.json ----------------------------------------------------------------------------------------
 
 
 def _summary(
@@ -134,93 +136,82 @@ def _summary(
     images_per_second: float | None,
     steps: int,
 ) -> dict[str, Any]:
-    """Everything in `summary.json`; accuracies in percent, None where there are no labels."""
+    """Contents of `summary.json`; accuracies in percent, None without labels."""
     levels = sigreg_levels(trained.n_val)
-    judged = trained.verdict
-    summary = {
-        "knn_untrained": untrained.knn,
-        "knn_trained": trained.knn,
-        "linear_untrained": untrained.linear,
-        "linear_trained": trained.linear,
-        "knn_gain": _difference(trained.knn, untrained.knn),
-        "linear_gain": _difference(trained.linear, untrained.linear),
-        "knn_k": trained.k,
-        "chance": trained.chance,
-        "majority_class": trained.majority,
-        "no_labels_because": trained.no_labels_because,
-        "embedding_std": trained.embedding_std,
-        "embedding_std_untrained": untrained.embedding_std,
-        "effective_rank": trained.effective_rank,
-        "effective_rank_untrained": untrained.effective_rank,
-        "effective_rank_limit": trained.rank_limit,
-        "sigreg_val": trained.sigreg,
-        "sigreg_val_untrained": untrained.sigreg,
-        "sigreg_val_gaussian": levels.gaussian,
-        "sigreg_val_all_zero": levels.collapsed,
-        "collapsed": judged.collapsed,
-        "verdict": judged.sentence,
-        "images_per_second": images_per_second,
-        "steps": steps,
-        "seed": config.get("seed"),
-        "train_images": trained.n_train,
-        "val_images": trained.n_val,
-        "num_classes": trained.num_classes,
-        "image_size": trained.image_size,
-        "feature_dim": trained.features_val.shape[1],
-        "embedding_dim": trained.z_val.shape[1],
-        "linear_learning_rate_untrained": untrained.linear_rate,
-        "linear_learning_rate_trained": trained.linear_rate,
-        "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": machine(),
-        "versions": versions(),
-        "config": config,
-    }
-    return _plain(summary)
+    verdict = trained.verdict
+    accuracies: dict[str, float | None] = {}
+    for name in ("knn", "linear"):
+        before, after = getattr(untrained, name), getattr(trained, name)
+        gain = None if before is None or after is None else after - before
+        accuracies |= {f"{name}_untrained": before, f"{name}_trained": after, f"{name}_gain": gain}
+    return _json_value(
+        {
+            **accuracies,
+            "knn_k": trained.k,
+            "chance": trained.chance,
+            "majority_class": trained.majority,
+            "no_labels_because": trained.no_labels_because,
+            "embedding_std": trained.embedding_std,
+            "embedding_std_untrained": untrained.embedding_std,
+            "effective_rank": trained.effective_rank,
+            "effective_rank_untrained": untrained.effective_rank,
+            "effective_rank_limit": trained.rank_limit,
+            "sigreg_val": trained.sigreg,
+            "sigreg_val_untrained": untrained.sigreg,
+            "sigreg_val_gaussian": levels.gaussian,
+            "sigreg_val_all_zero": levels.collapsed,
+            "collapsed": verdict.collapsed,
+            "verdict": verdict.sentence,
+            "images_per_second": images_per_second,
+            "steps": steps,
+            "seed": config.get("seed"),
+            "train_images": trained.n_train,
+            "val_images": trained.n_val,
+            "num_classes": trained.num_classes,
+            "image_size": trained.image_size,
+            "feature_dim": trained.features_val.shape[1],
+            "embedding_dim": trained.z_val.shape[1],
+            "linear_learning_rate_untrained": untrained.linear_rate,
+            "linear_learning_rate_trained": trained.linear_rate,
+            "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            "machine": _machine(),
+            "versions": _versions(),
+            "config": config,
+        }
+    )
 
 
-def _difference(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
-
-
-def _plain(value: Any) -> Any:
-    """The value in types that strict JSON knows: non-finite numbers become None, foreign objects text."""
+def _json_value(value: Any) -> Any:
+    """Convert to types of strict JSON: non-finite numbers become None, unknown objects text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
+        return [_json_value(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return str(value)
+    return value if value is None or isinstance(value, (str, bool, int)) else str(value)
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, memory and GPUs of this machine; names only, nothing that identifies its user."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+def _machine() -> dict[str, Any]:
+    """Processor, cores, memory and GPUs of this machine; nothing that identifies its user."""
+    processor = platform.processor() or "unknown"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        processor = names[0] if names else processor
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "memory_gib": round(memory / 2**30, 1) if memory else None,
-        "gpus": gpus,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
 
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
-
-
-def versions() -> dict[str, str]:
-    """Python and the packages that a result depends on; those that are not installed are left out."""
+def _versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on, if they are installed."""
     found = {"python": platform.python_version()}
     for package in ("lejepa_fast", "torch", "torchvision", "timm", "triton", "numpy", "matplotlib"):
         try:
@@ -228,3 +219,35 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+# ---- on the terminal -------------------------------------------------------------------------------------
+
+
+def format_table(trained: EvalResult, untrained: EvalResult) -> str:
+    """The main figures of both encoders side by side, for a terminal."""
+    lines = [f"{'':34}{'untrained':>12}{'trained':>12}{'difference':>12}"]
+    for label, name, form in (
+        (f"kNN accuracy, k = {trained.k} (%)", "knn", ".1f"),
+        ("linear probe accuracy (%)", "linear", ".1f"),
+        ("embedding std (target 1)", "embedding_std", ".3g"),
+        (f"effective rank of {trained.rank_limit}", "effective_rank", ".3g"),
+        ("SIGReg of validation embeddings", "sigreg", ".3g"),
+    ):
+        before, after = getattr(untrained, name), getattr(trained, name)
+        if before is None or after is None:
+            lines.append(f"{label:34}{'-':>12}{'-':>12}{'-':>12}")
+        else:
+            lines.append(f"{label:34}{before:>12{form}}{after:>12{form}}{after - before:>+12{form}}")
+    if trained.chance is not None:
+        lines.append(f"guessing: {trained.chance:.1f} %, always the largest class: {trained.majority:.1f} %")
+    if trained.no_labels_because:
+        lines.append(trained.no_labels_because)
+    return "\n".join([*lines, trained.verdict.sentence])
+
+
+def training_speed(history: Sequence[Mapping[str, Any]]) -> float | None:
+    """Images per second of a run: the median over its train rows; None without such rows."""
+    rates = [row.get("images_per_second") for row in history if row.get("kind") == "train"]
+    known = [rate for rate in rates if rate is not None]
+    return statistics.median(known) if known else None

@@ -141,7 +141,7 @@ def test_a_refused_export_exits_with_1(
     def full(weights: Any) -> bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("lejepa_fast.train.export.save", full)
+    monkeypatch.setattr("lejepa_fast.train.checkpoint.export.save", full)
     assert pretrain.main(arguments_of(cfg, tmp_path / "configs")) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: cannot write {cfg.out}/encoder.safetensors: No space left on device; ")

@@ -31,7 +31,7 @@ from lejepa_fast.train.config import (
 from lejepa_fast.train.engine import random_state
 from lejepa_fast.train.engine.metrics import Metrics
 from lejepa_fast.train.engine.trainer import Trainer
-from lejepa_fast.train.evaluate import EvalResult, evaluate_model, open_splits
+from lejepa_fast.train.evaluation.evaluate import EvalResult, evaluate_model, open_splits
 from lejepa_fast.train.pretrain import pretrain
 from lejepa_fast.train.runtime import files
 from lejepa_fast.train.runtime.signals import Interrupted

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from lejepa_fast.errors import UsageError
+from lejepa_fast.train.checkpoint.export import export_encoder
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.config.names import SHORT_NAMES, resolve_name
-from lejepa_fast.train.export import export_encoder
 from lejepa_fast.train.model.drop_path import TensorDropPath
 from lejepa_fast.train.model.model import build_encoder, build_model, build_projector
 

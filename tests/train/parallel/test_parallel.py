@@ -19,7 +19,7 @@ from lejepa_fast.train import export
 from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.config import Config, ParallelConfig
 from lejepa_fast.train.engine.trainer import Trainer
-from lejepa_fast.train.evaluate import open_splits
+from lejepa_fast.train.evaluation.evaluate import open_splits
 from lejepa_fast.train.model import initialize
 from lejepa_fast.train.model.initialize import named_tensors
 from lejepa_fast.train.model.model import build_encoder, build_model
