@@ -51,7 +51,7 @@ from lejepa_fast.data.backends.choose_backend import dali_fault
 from lejepa_fast.data.backends.torchvision_backend import TrainBatches
 from lejepa_fast.data.commands.pack import pack_folder
 from lejepa_fast.data.sampler import BatchKey
-from lejepa_fast.data.sources.base import FolderSource
+from lejepa_fast.data.sources import FolderSource
 from lejepa_fast.data.views import TrainPlan
 
 CPU_TARGET, GPU_TARGET, GPU_SHARE = 2.2, 8.0, 0.6

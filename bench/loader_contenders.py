@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader
 from lejepa_fast.data.backends.reading import Encoded, Reader
-from lejepa_fast.data.sources.base import EncodedSource, FolderSource
+from lejepa_fast.data.sources import EncodedSource, FolderSource
 from lejepa_fast.data.sources.shards import ShardSource
 
 PLAIN, PLAIN_TENSORS = "torchvision v2", "torchvision v2, tensors"

@@ -23,7 +23,7 @@ from lejepa_fast.data import MultiCropLoader, MultiCropRecipe, multicrop_loader
 from lejepa_fast.data.backends.torchvision_backend import apply_view, to_tensor
 from lejepa_fast.data.draws import sample_views
 from lejepa_fast.data.sampler import EpochSchedule
-from lejepa_fast.data.sources.base import FolderSource
+from lejepa_fast.data.sources import FolderSource
 from lejepa_fast.errors import RunError
 
 RECIPE = MultiCropRecipe(
@@ -167,7 +167,7 @@ sys.path[:0] = json.loads(sys.argv[1])
 from loader_backends import on
 from test_corpus import RECIPE
 from lejepa_fast.data import multicrop_loader
-from lejepa_fast.data.sources.base import FolderSource
+from lejepa_fast.data.sources import FolderSource
 
 for root in sys.argv[3:]:
     loader = multicrop_loader(

@@ -21,7 +21,7 @@ from PIL import Image
 from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader
 from lejepa_fast.data.backends import choose_backend as choice
 from lejepa_fast.data.backends import dali_backend as dali
-from lejepa_fast.data.sources.base import FolderSource
+from lejepa_fast.data.sources import FolderSource
 from lejepa_fast.errors import UsageError
 
 RECIPE = MultiCropRecipe(global_crops=1, global_size=24, local_crops=1, local_size=16, blur_kernel=3)

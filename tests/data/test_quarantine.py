@@ -23,7 +23,7 @@ from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader
 from lejepa_fast.data import bad_images as quarantine
 from lejepa_fast.data.backends.reading import read_image
 from lejepa_fast.data.bad_images import Quarantine
-from lejepa_fast.data.sources.base import FolderSource, ImageSource
+from lejepa_fast.data.sources import FolderSource, ImageSource
 from lejepa_fast.data.sources.shards import ShardSource
 from lejepa_fast.errors import RunError, UsageError
 

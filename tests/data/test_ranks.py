@@ -22,7 +22,7 @@ from lejepa_fast.data import MultiCropLoader, MultiCropRecipe, multicrop_loader
 from lejepa_fast.data.backends.choose_backend import dali_fault
 from lejepa_fast.data.bad_images import Quarantine, Substitutes
 from lejepa_fast.data.sampler import EpochSchedule, Part
-from lejepa_fast.data.sources.base import FolderSource, ImageSource
+from lejepa_fast.data.sources import FolderSource, ImageSource
 from lejepa_fast.errors import RunError
 
 RECIPE = MultiCropRecipe(

@@ -30,10 +30,9 @@ from torch import Tensor
 from lejepa_fast.data.backends.base import ANOTHER_PASS, FaultHandler, RawBatch
 from lejepa_fast.data.backends.choose_backend import numba_fault
 from lejepa_fast.data.backends.gpu_color import change_colours
-from lejepa_fast.data.backends.reading import Bad, Encoded, PendingRead, Reader
+from lejepa_fast.data.backends.reading import TURNS, Bad, Encoded, PendingRead, Reader
 from lejepa_fast.data.draws import COLUMNS
 from lejepa_fast.data.sampler import BatchKey
-from lejepa_fast.data.sources.headers import TURNS
 from lejepa_fast.data.views import EvalPlan, TrainPlan
 from lejepa_fast.errors import RunError, UsageError
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 
+from lejepa_fast.data.backends.reading import Turn
 from lejepa_fast.data.draws import COLUMN_FLIP, COLUMN_HEIGHT, COLUMN_LEFT, COLUMN_TOP, COLUMN_WIDTH
-from lejepa_fast.data.sources.headers import Turn
 
 
 def window_table(table: np.ndarray, sizes: Sequence[tuple[int, int]], turns: Sequence[Turn]) -> np.ndarray:
@@ -74,6 +74,6 @@ def _decode(device: str, hw_decoder_load: float) -> Any:
         device="mixed" if device == "gpu" else "cpu",
         output_type=types.RGB,
         jpeg_fancy_upsampling=True,  # as Pillow
-        adjust_orientation=False,  # see `headers`
+        adjust_orientation=False,  # DALI takes other EXIF entries for valid than Pillow; `window_table` turns
         **options,
     )

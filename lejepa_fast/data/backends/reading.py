@@ -5,17 +5,35 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from PIL import Image
 
 from lejepa_fast.data.backends.base import LISTED
 from lejepa_fast.data.sources.base import EncodedSource, ImageSource, size_fault
-from lejepa_fast.data.sources.decoding import UnreadableImageError, open_encoded, to_rgb, unreadable
-from lejepa_fast.data.sources.headers import TURNS, plain_header
+from lejepa_fast.data.sources.decoding import (
+    UnreadableImageError,
+    open_encoded,
+    plain_header,
+    to_rgb,
+    unreadable,
+)
 from lejepa_fast.data.sources.large import Reduction
 from lejepa_fast.errors import RunError, UsageError
 
 _FILES_PER_TASK = 8
+
+
+class Turn(NamedTuple):
+    """How stored pixels become upright: rows and columns exchanged, then mirrored, then upside down."""
+
+    transposed: bool
+    mirrored: bool
+    inverted: bool
+
+
+# By EXIF orientation.
+TURNS = {n: Turn(n >= 5, n in (2, 3, 6, 7), n in (3, 4, 7, 8)) for n in range(1, 9)}
 
 
 @dataclass(frozen=True)
