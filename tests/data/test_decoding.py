@@ -21,7 +21,6 @@ from odd_files import (
     ORIENTATION_6,
     exif_block,
     exif_entry,
-    jpeg_of_segments,
     saved,
     with_segment,
 )

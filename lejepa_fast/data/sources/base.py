@@ -31,7 +31,7 @@ _PROBED_IMAGES = 64
 
 
 class ImageSource(ABC):
-    """A sequence of (RGB image, class index or -1). To add a kind of source, subclass this or `EncodedSource`.
+    """A sequence of (RGB image, class index or -1).
 
     Args:
         name: What logs call the data set.

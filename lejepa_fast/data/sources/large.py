@@ -52,7 +52,7 @@ def _largest(width: int, height: int, limit: float) -> int:
 
 
 def ask_decoder(image: Image.Image, factor: int) -> int:
-    """Have the decoder reduce an image that is not decoded yet, if it can; returns the factor that is left."""
+    """Have the decoder of an image reduce it, if it can; returns the factor that is left."""
     width = image.width
     image.draft(None, (width // factor, image.height // factor))
     return factor // round(width / image.width)
