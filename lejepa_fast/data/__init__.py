@@ -11,7 +11,7 @@ require_extra("train", "torchvision", "numpy", "PIL")
 
 from lejepa_fast.data.loader import EvalLoader, MultiCropLoader, eval_loader, multicrop_loader
 from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe
-from lejepa_fast.data.sources.base import EncodedSource, ImageSource, open_source
+from lejepa_fast.data.sources import EncodedSource, ImageSource, open_source
 
 __all__ = [
     "IMAGENET_MEAN",

@@ -158,7 +158,7 @@ sys.path[:0] = json.loads(sys.argv[1])
 from loader_backends import on
 from test_corpus import RECIPE
 from lejepa_fast.data import multicrop_loader
-from lejepa_fast.data.sources.base import FolderSource
+from lejepa_fast.data.sources import FolderSource
 
 for root in sys.argv[3:]:
     loader = multicrop_loader(

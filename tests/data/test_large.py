@@ -15,8 +15,7 @@ from PIL import Image, ImageFilter
 from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader, open_source
 from lejepa_fast.data.backends.torchvision_backend import apply_view, to_tensor
 from lejepa_fast.data.draws import COLUMN_HEIGHT, COLUMN_WIDTH, sample_views, view_table
-from lejepa_fast.data.sources import large
-from lejepa_fast.data.sources.base import FolderSource
+from lejepa_fast.data.sources import FolderSource, large
 from lejepa_fast.data.sources.decoding import open_encoded, to_rgb
 
 RECIPE = MultiCropRecipe(
@@ -92,7 +91,7 @@ def test_reduction_for_the_centre(size, factor):
 # --- the same pixels ----------------------------------------------------------------------------
 
 
-def test_reduced_images_stay_upright_and_keep_their_colours():
+def test_reduced_images_stay_upright_and_keep_their_colors():
     picture = photograph((204, 152))
     turned = Image.Exif()
     turned[0x0112] = 6

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
@@ -13,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from odd_files import png_bomb
 from PIL import Image
 from torchvision import datasets
 
-from lejepa_fast.data import MultiCropRecipe, multicrop_loader, open_source
-from lejepa_fast.data.backends.choose_backend import dali_fault
-from lejepa_fast.data.sources.base import EncodedSource, torchvision_sets
+from lejepa_fast.data import open_source
+from lejepa_fast.data.sources import EncodedSource, UnreadableImageError
+from lejepa_fast.data.sources.torchvision_sets import open_torchvision_set, split_options
 from lejepa_fast.errors import UsageError
 
 COUNT = 6  # images of each data set below
@@ -40,10 +38,7 @@ def write(root: Path, contents: dict[str, str | int]) -> None:
         elif isinstance(content, str):
             path.write_text(content)
         else:
-            kind = "PPM" if path.suffix == ".ppm" else "JPEG" if path.suffix in (".jpg", ".jpeg") else "PNG"
-            file = io.BytesIO()
-            picture(content).save(file, kind)
-            path.write_bytes(file.getvalue())
+            picture(content).save(path)
 
 
 def images(pattern: str, *groups: str) -> dict[str, str | int]:
@@ -136,10 +131,8 @@ def test_items_are_those_of_torchvision(tmp_path, name, monkeypatch):
     sys.modules["scipy.io"].loadmat = loadmat
     monkeypatch.setattr(datasets.flowers102, "check_integrity", lambda path, md5: os.path.isfile(path))
     write(tmp_path, LAYOUTS[name])
-    splits = torchvision_sets._SETS[name]
-    theirs = getattr(datasets, name)(tmp_path, **({} if splits is None else splits[0]))
-    found = torchvision_sets.open_torchvision_set(f"torchvision:{name}:{tmp_path}", "train")
-    ours = found if isinstance(found, EncodedSource) else found.source
+    theirs = getattr(datasets, name)(tmp_path, **(split_options(name, "train") or {}))
+    ours, _ = open_torchvision_set(f"torchvision:{name}:{tmp_path}", "train")
     assert isinstance(ours, EncodedSource)
     assert ours.kind == "torchvision"
 
@@ -156,35 +149,32 @@ def test_items_are_those_of_torchvision(tmp_path, name, monkeypatch):
     assert ours.classes == (theirs_named[0] if theirs_named else None)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "dali", "torchvision"])
-def test_files_have_the_limits_of_all_image_files(tmp_path, backend, monkeypatch):
-    if backend == "dali" and dali_fault(False):
-        pytest.skip(str(dali_fault(False)))
+def test_files_have_the_limits_of_all_image_files(tmp_path, monkeypatch):
     write(tmp_path, images("eurosat/2750/{group}/{i}.png", "Forest", "River"))
-    forest = tmp_path / "eurosat" / "2750" / "Forest"
-    (forest / "bomb.png").write_bytes(png_bomb(picture(0)))
-    (forest / "large.png").write_bytes(b"")
-    os.truncate(forest / "large.png", 200 << 30)  # sparse
-    (forest / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    bad = tmp_path / "eurosat" / "2750" / "Forest"
+    (bad / "bomb.png").write_bytes(png_bomb(picture(0)))
+    (bad / "large.png").write_bytes(b"")
+    os.truncate(bad / "large.png", 200 << 30)  # sparse
+    (bad / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some programs do
-    found = torchvision_sets.open_torchvision_set(f"torchvision:EuroSAT:{tmp_path}", "train")
-    source, file = found.source, tmp_path / "quarantine.txt"
-    recipe = MultiCropRecipe(global_size=8, local_crops=0)
-    options = {"backend": backend, "bad_images": file, "max_bad_fraction": 0.5, "dtype": torch.uint8}
-    for _ in multicrop_loader(source, recipe, batch_size=COUNT + 3, **options):
-        pass
-    reasons = dict(line.split("\t")[::2] for line in file.read_text().splitlines())
+    source, _ = open_torchvision_set(f"torchvision:EuroSAT:{tmp_path}", "train")
+    reasons = {}
+    for index in range(len(source)):
+        try:
+            source.load(index)
+        except UnreadableImageError as error:
+            reasons[source.describe(index)] = error.reason
     assert reasons == {
-        str(forest / "bomb.png"): "20000 x 20000 px, more than the 178,956,970 pixels an image may have",
-        str(forest / "large.png"): "204,800 MiB, more than the 256 that an image file may have",
-        str(forest / "script.png"): "not an image",
+        str(bad / "bomb.png"): "20000 x 20000 px, more than the 178,956,970 pixels an image may have",
+        str(bad / "large.png"): "204,800 MiB, more than the 256 that an image file may have",
+        str(bad / "script.png"): "not an image",
     }
 
 
 @pytest.mark.parametrize("name", ["Flowers102", "StanfordCars"])
 def test_a_package_that_is_missing_is_named(tmp_path, name, monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    for module in ("scipy", "scipy.io"):
+        monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(datasets.flowers102, "check_integrity", lambda path, md5: os.path.isfile(path))
     write(tmp_path, LAYOUTS[name])
     text = usage_error(f"torchvision:{name}:{tmp_path}")
@@ -208,9 +198,6 @@ def usage_error(path: str) -> str:
         open_source(path, "train")
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-# --- torchvision sets on disk -------------------------------------------------------------------
 
 
 def write_fashion_mnist(root: Path) -> None:

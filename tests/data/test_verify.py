@@ -1,4 +1,4 @@
-"""The command that looks at every image before a run."""
+"""The command that decodes every image before a run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader, open_source
-from lejepa_fast.data.commands.verify import main
-from lejepa_fast.data.sources.base import FolderSource
+from lejepa_fast.data.commands import main
+from lejepa_fast.data.sources import FolderSource
 
 
 @pytest.fixture
@@ -37,12 +37,12 @@ def data(tmp_path: Path) -> Path:
 
 def test_bad_files_are_listed_and_counted(data, tmp_path, capsys, monkeypatch):
     listing = tmp_path / "run" / "quarantine.txt"
-    assert main([str(data), "--quarantine", str(listing)]) == 1
+    assert main(["verify", str(data), "--quarantine", str(listing)]) == 1
     out, err = capsys.readouterr()
     assert err == ""  # no progress bar where there is no terminal
     rows = [line.split() for line in out.splitlines()]
-    assert ["train", "30", "28", "2", "1", "30", "x", "9", "24", "x", "20"] in rows
-    assert ["val", "4", "3", "1", "0", "24", "x", "20", "24", "x", "20"] in rows
+    assert ["train", "30", "28", "2", "30", "x", "9", "24", "x", "20"] in rows
+    assert ["val", "4", "3", "1", "24", "x", "20", "24", "x", "20"] in rows
     assert ["2", "x", "not", "an", "image"] in rows
     assert out.count("03.jpg") == out.count("07.jpg") == out.count("01.jpg") == 1
     assert len(listing.read_text().splitlines()) == 3
@@ -65,7 +65,7 @@ def test_progress_is_shown_on_a_terminal(data, monkeypatch, capsys):
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # 24 lines of 100 columns
     with os.fdopen(end, "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
-        assert main([str(data)]) == 1
+        assert main(["verify", str(data)]) == 1
         stream.flush()
         shown = os.read(terminal, 1 << 16).decode()
     os.close(terminal)
@@ -76,26 +76,28 @@ def test_progress_is_shown_on_a_terminal(data, monkeypatch, capsys):
 
 
 def test_small_images_and_good_sets(data, tmp_path, capsys):
-    assert main([str(data), "--split", "val", "--min-size", "21"]) == 1
+    assert main(["verify", str(data), "--split", "val", "--min-size", "21"]) == 1
     assert "24 x 20 px, the crops need a short side of 21 px" in capsys.readouterr().out
     (data / "val" / "ant" / "01.jpg").unlink()
-    assert main([str(data), "--split", "val"]) == 0
+    assert main(["verify", str(data), "--split", "val"]) == 0
 
 
 def test_one_image_per_class_leaves_none_out(tmp_path, capsys):
     for name in ("ant", "bee", "cat"):
         (tmp_path / "few" / name).mkdir(parents=True)
         Image.new("RGB", (9, 9)).save(tmp_path / "few" / name / "0.png")
-    assert main([str(tmp_path / "few")]) == 0
+    assert main(["verify", str(tmp_path / "few")]) == 0
     (tmp_path / "few" / "bee" / "0.png").write_bytes(b"text")
     capsys.readouterr()
-    assert main([str(tmp_path / "few")]) == 1
+    assert main(["verify", str(tmp_path / "few")]) == 1
     out, err = capsys.readouterr()
     assert ["all", "3", "2", "1"] in [line.split()[:4] for line in out.splitlines()]
     assert err == ""
 
 
 def test_usage_errors(tmp_path, capsys):
-    assert main([str(tmp_path / "missing")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert main(["verify", str(tmp_path / "missing")]) == 2
     assert "does not exist" in capsys.readouterr().err
-    assert main([str(tmp_path), "--threads", "0"]) == 2
+    assert main(["verify", str(tmp_path), "--threads", "0"]) == 2

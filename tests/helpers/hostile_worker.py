@@ -1,7 +1,7 @@
-"""What a process meets in hostile shards, for test_data_hostile.py: prints one line of JSON.
+"""Opens hostile shards for test_hostile.py, and prints what came of them as one line of JSON.
 
-Arguments: backend, folder, and then names in it. Of each name it opens the shard and loads an epoch, writes
-the index, and says what came of it; and how much the memory has grown over all of them.
+Arguments: backend, names of shards in this folder. It loads an epoch of each shard, verifies it and writes its
+index. It also prints by how much its memory has grown over all of them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import resource
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from lejepa_fast.data import MultiCropRecipe, multicrop_loader, open_source
-from lejepa_fast.data.commands import index, verify
-from lejepa_fast.data.sources.base import HoldOutError
+from lejepa_fast.data import MultiCropRecipe, commands, multicrop_loader, open_source
+from lejepa_fast.data.sources import HoldOutError
 from lejepa_fast.errors import RunError, UsageError
 
 RECIPE = MultiCropRecipe(global_size=8, local_crops=0, blur_kernel=3, min_image_size=1)
@@ -63,11 +61,11 @@ def epoch_of(name: str, backend: str) -> list[int] | str:
         return f"{type(error).__name__}: {error}"
 
 
-def command(main: Any, *arguments: str) -> tuple[int, str]:
+def command(*arguments: str) -> tuple[int, str]:
     """Exit code and what it says on standard error."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        code = main(list(arguments))
+        code = commands.main(list(arguments))
     return code, said.getvalue()
 
 
@@ -82,8 +80,8 @@ def main() -> None:
         signal.alarm(60)  # ends this process
         found[name] = {
             "epoch": epoch_of(name, backend),
-            "verify": command(verify.main, name, "--threads", "1"),
-            "index": command(index.main, name),
+            "verify": command("verify", name, "--threads", "1"),
+            "index": command("index", name),
         }
     print(json.dumps({"found": found, "grown": peak() - before}))
 

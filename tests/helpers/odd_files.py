@@ -24,7 +24,7 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def exif_entry(tag: int, kind: int, count: int, value: int) -> bytes:
-    """An entry whose `value` stands in it, or is the place where the values are."""
+    """An entry that holds `value`, or whose values begin there."""
     return struct.pack("<HHII", tag, kind, count, value)
 
 
@@ -32,50 +32,29 @@ ORIENTATION_6 = exif_entry(0x0112, 3, 1, 6)
 DANGLING = exif_entry(0x010F, 2, 100, 60_000)  # a maker's name far behind the end
 
 
-def exif_inserted(jpeg: bytes, *entries: bytes, magic: int = 42) -> bytes:
-    """The JPEG file with one more EXIF segment, before all others."""
-    tiff = b"II" + struct.pack("<HIH", magic, 8, len(entries)) + b"".join(entries) + bytes(4)
-    return jpeg[:2] + struct.pack(">2sH", b"\xff\xe1", 8 + len(tiff)) + b"Exif\0\0" + tiff + jpeg[2:]
+def exif_block(*entries: bytes, magic: int = 42, rest: bytes = b"") -> bytes:
+    head = b"Exif\0\0II" + struct.pack("<HIH", magic, 8, len(entries))
+    return head + b"".join(entries) + bytes(4) + rest
 
 
-# --- bad ones: bytes made from a picture ----------------------------------------------------------
+def with_segment(jpeg: bytes, content: bytes, times: int = 1) -> bytes:
+    """The JPEG file with one more APP1 segment, or several, before all others."""
+    return jpeg[:2] + (struct.pack(">2sH", b"\xff\xe1", 2 + len(content)) + content) * times + jpeg[2:]
 
 
-def bad_huffman(picture: Image.Image) -> bytes:
-    """A JPEG with a code table that no code fits, of the right length: its headers look sound."""
-    data = bytearray(saved(picture, "JPEG"))
-    counts = data.index(b"\xff\xc4") + 5
-    total = sum(data[counts : counts + 16])
-    data[counts : counts + 16] = bytes([total, *[0] * 15])  # so many codes of one bit
-    return bytes(data)
+# --- bombs: small files that take much memory or time ---------------------------------------------
 
 
-def damaged_exif(picture: Image.Image) -> bytes:
-    """EXIF data of 515 entries, of which there are three; a wrong byte in a code table, one among the pixels.
-
-    Over this file DALI's decoder, asked to turn images upright, spoils the memory of the process. (Always the
-    same picture: in others the wrong byte may make another picture, and no error.)
-    """
-    colours = np.random.default_rng(1).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    picture = Image.fromarray(colours).resize((40, 32), Image.Resampling.BILINEAR)
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010F], exif[0x0110] = 6, "Make", "Model"
-    data = bytearray(saved(picture, "JPEG", exif=exif, quality=90))
-    data[data.index(b"MM\0*") + 8] = 2
-    data[data.rindex(b"\xff\xc4") + 70] = 214
-    data[data.index(b"\xff\xda") + 272] = 255
-    return bytes(data)
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def png_bomb(picture: Image.Image) -> bytes:
     """400 megapixels in 50 kB, and every one of them is there: decoding it takes 1.2 GB."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     header = struct.pack(">IIBBBBB", BOMB_SIDE, BOMB_SIDE, 1, 0, 0, 0, 0)
     rows = zlib.compress(bytes((1 + BOMB_SIDE // 8) * BOMB_SIDE), 1)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    chunks = png_chunk(b"IHDR", header), png_chunk(b"IDAT", rows), png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def jpeg_bomb(picture: Image.Image) -> bytes:
@@ -85,10 +64,76 @@ def jpeg_bomb(picture: Image.Image) -> bytes:
     return bytes(data)
 
 
+def webp_bomb(picture: Image.Image) -> bytes:
+    """100 megapixels in 28 bytes, within Pillow's limit: libwebp and Pillow take 1.6 GB for them."""
+    bits, place = 0, 0
+    # Signature, width, height, no alpha, version; no transforms or cache; five codes of one symbol each.
+    for value, count in [(0x2F, 8), (9_999, 14), (9_999, 14), (0, 4), (0, 3), *[(1, 4)] * 5]:
+        bits |= value << place
+        place += count
+    return b"RIFF" + struct.pack("<I4s4sI", 20, b"WEBP", b"VP8L", 8) + bits.to_bytes(8, "little")
+
+
+def jpeg_of_segments(picture: Image.Image) -> bytes:
+    """EXIF data in 4,000 segments, which Pillow would join one after the other."""
+    return with_segment(saved(picture, "JPEG"), b"Exif\0\0" + bytes(9_000), 4_000)
+
+
+def jpeg_of_junk(picture: Image.Image) -> bytes:
+    """Ten million bytes between two segments, which Pillow would skip one by one."""
+    data = saved(picture, "JPEG")
+    return data[:20] + bytes(10_000_000) + data[20:]
+
+
+def png_of_exif(picture: Image.Image) -> bytes:
+    """EXIF data of 0.4 MB, whose 16,000 entries are all of its other half: Pillow would make 3 GB of it."""
+    size = 200_000
+    entries = [exif_entry(tag, 7, size, 8 + 2 + 12 * 16_000 + 4) for tag in range(0x8000, 0x8000 + 16_000)]
+    data = saved(picture, "PNG")
+    return data[:33] + png_chunk(b"eXIf", exif_block(*entries, rest=bytes(size))[6:]) + data[33:]
+
+
+# Name to (how it is made, part of the reason for which it must be refused).
+BOMBS: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
+    "webp": (webp_bomb, "10000 x 10000 px, more than the 44,739,242 pixels"),
+    "segments": (jpeg_of_segments, "more than 128 KiB of EXIF data"),
+    "empty segments": (
+        lambda picture: with_segment(saved(picture, "JPEG"), b"", 100_000),
+        "too many segments before the pixels",
+    ),
+    "junk": (jpeg_of_junk, "too many segments before the pixels"),
+    "exif": (png_of_exif, "more than 128 KiB of EXIF data"),
+}
+
+
+# --- bad ones: bytes made from a picture ----------------------------------------------------------
+
+
+def bad_huffman(jpeg: bytes) -> bytes:
+    """The JPEG with a code table that no code fits, of the right length: its headers look sound."""
+    data = bytearray(jpeg)
+    counts = data.index(b"\xff\xc4") + 5
+    total = sum(data[counts : counts + 16])
+    data[counts : counts + 16] = bytes([total, *[0] * 15])  # so many codes of one bit
+    return bytes(data)
+
+
+def damaged_exif(picture: Image.Image) -> bytes:
+    """EXIF data of 515 entries, of which there are three, before a bad code table.
+
+    Asked to turn images upright, DALI's decoder spoils the memory of the process over such data.
+    """
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x0110] = 6, "Make", "Model"
+    data = bytearray(saved(picture, "JPEG", exif=exif))
+    data[data.index(b"MM\0*") + 8] = 2
+    return bad_huffman(bytes(data))
+
+
 # Name to (how it is made, part of the reason for which it must be refused).
 BAD: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
     "empty.jpg": (lambda picture: b"", "not an image"),
-    "huffman.jpg": (bad_huffman, "broken data stream"),
+    "huffman.jpg": (lambda picture: bad_huffman(saved(picture, "JPEG")), "broken data stream"),
     "damaged-exif.jpg": (damaged_exif, "broken data stream"),
     "bomb.png": (png_bomb, "400000000 pixels"),
     "bomb.jpg": (jpeg_bomb, "400000000 pixels"),
@@ -99,18 +144,13 @@ BAD: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
 
 
 def from_palette(picture: Image.Image) -> tuple[Image.Image, np.ndarray]:
-    """The picture in 32 colours, and its pixels."""
+    """The picture in 32 colors, and its pixels."""
     reduced = picture.quantize(32)
     return reduced, np.array(reduced.getpalette(), np.uint8).reshape(-1, 3)[np.asarray(reduced)]
 
 
-def palette(picture: Image.Image) -> tuple[bytes, np.ndarray]:
-    reduced, pixels = from_palette(picture)
-    return saved(reduced, "PNG"), pixels
-
-
 def clear_palette(picture: Image.Image) -> tuple[bytes, np.ndarray]:
-    """One colour of the palette is transparent; white shows through."""
+    """One color of the palette is transparent; white shows through."""
     reduced, pixels = from_palette(picture)
     clear = int(np.asarray(reduced)[0, 0])
     pixels[np.asarray(reduced) == clear] = 255
@@ -139,7 +179,7 @@ def gray(picture: Image.Image) -> tuple[bytes, np.ndarray]:
 
 
 ODD: dict[str, Callable[[Image.Image], tuple[bytes, np.ndarray]]] = {
-    "palette.png": palette,
+    "palette.png": lambda picture: (saved(from_palette(picture)[0], "PNG"), from_palette(picture)[1]),
     "clear.png": clear_palette,
     "animation.gif": animation,
     "alpha.png": alpha,

@@ -12,10 +12,21 @@ from typing import NamedTuple
 from PIL import Image
 
 from lejepa_fast.data.sources.base import EncodedSource
-from lejepa_fast.data.sources.decoding import open_encoded, to_rgb, unreadable
-from lejepa_fast.data.sources.headers import plain_header
+from lejepa_fast.data.sources.decoding import open_encoded, plain_header, to_rgb, unreadable
 from lejepa_fast.data.views import EvalViews, TrainViews
 from lejepa_fast.errors import RunError, UsageError
+
+
+class Turn(NamedTuple):
+    """How stored pixels become upright: rows and columns exchanged, then mirrored, then upside down."""
+
+    transposed: bool
+    mirrored: bool
+    inverted: bool
+
+
+# By EXIF orientation.
+TURNS = {n: Turn(n >= 5, n in (2, 3, 6, 7), n in (3, 4, 7, 8)) for n in range(1, 9)}
 
 
 @dataclass(frozen=True)
@@ -29,18 +40,6 @@ class Encoded:
     height: int
     orientation: int = 1
     """Of the stored pixels, 1-8 as in EXIF. The decoder must not apply it."""
-
-
-class Turn(NamedTuple):
-    """How stored pixels become upright: rows and columns exchanged, then mirrored, then upside down."""
-
-    transposed: bool
-    mirrored: bool
-    inverted: bool
-
-
-# By EXIF orientation.
-TURNS = {n: Turn(n >= 5, n in (2, 3, 6, 7), n in (3, 4, 7, 8)) for n in range(1, 9)}
 
 
 def read_encoded(views: TrainViews | EvalViews, index: int, *, careful: bool = False) -> Encoded:

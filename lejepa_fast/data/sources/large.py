@@ -1,31 +1,28 @@
 """Very large images are read at 1/2, 1/4 or 1/8 of their size.
 
-To decode 48 megapixels and to cut views of 224 px from them takes many times as long as for an image of a
-usual size (docs/loader.md has the figures), and a whole batch waits for it. A JPEG decoder makes a reduced
-image directly, in a fraction of the time; pixels of other formats are averaged. The factor is a function of
-the image's size and the settings alone: the same in every epoch, on every backend, and after a resume. The
-reduced image then takes the image's place: crops are drawn on it.
+An image of 48 megapixels takes many times as long as one of a usual size to decode and to cut views from
+(docs/loader.md has the figures), and a whole batch waits for it. A JPEG decoder makes a reduced image in a
+fraction of the time; pixels of other formats are averaged. The factor depends on the image's size and the
+settings alone, so it is the same in every epoch, on every backend and after a resume. Crops are drawn on the
+reduced image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
-if TYPE_CHECKING:
-    from lejepa_fast.data.recipe import MultiCropRecipe
+from lejepa_fast.data.recipe import MultiCropRecipe
 
-# (width, height) in px to the factor by which the image is to be reduced. Width and height may be exchanged.
+# (width, height) in pixels, in either order, to the factor by which the image is to be reduced.
 Reduction = Callable[[int, int], int]
 
-# Images of more pixels than this are reduced; all others are read as they are.
-LARGE_IMAGE = 1 << 24
-# Pixels of the reduced image for one pixel of any view, at least: the antialiasing filter of the resizing
-# that follows does its work. Pillow's `thumbnail` leaves as many.
+LARGE_IMAGE = 1 << 24  # images of more pixels are reduced
+_FACTORS = (8, 4, 2)  # that JPEG decoders can apply
+# The reduced image keeps at least so many pixels per pixel of a view, as Pillow's `thumbnail` does. They are
+# for the antialiasing filter of the resizing that follows.
 _SPARE = 2
-_FACTORS = (8, 4, 2)  # what JPEG decoders can do
 
 
 def reduction_for_crops(recipe: MultiCropRecipe, width: int, height: int) -> int:
@@ -36,7 +33,7 @@ def reduction_for_crops(recipe: MultiCropRecipe, width: int, height: int) -> int
     views = [(recipe.global_scale[0], recipe.global_size)]
     if recipe.local_crops:
         views.append((recipe.local_scale[0], recipe.local_size))
-    # The second: of very long images the largest central region with a legal aspect ratio is taken.
+    # The second bound: crops of very long images are the largest central region with a legal aspect ratio.
     spare = min(
         min((area * width * height * narrow) ** 0.5, short * min(1.0, narrow)) / size for area, size in views
     )
@@ -44,7 +41,7 @@ def reduction_for_crops(recipe: MultiCropRecipe, width: int, height: int) -> int
 
 
 def reduction_for_centre(image_size: int, width: int, height: int) -> int:
-    """1, 2, 4 or 8 for an image whose short side is to be resized to `image_size` px."""
+    """1, 2, 4 or 8 for an image whose short side is to be resized to `image_size` pixels."""
     return _largest(width, height, min(width, height) / (_SPARE * image_size))
 
 
@@ -55,7 +52,7 @@ def _largest(width: int, height: int, limit: float) -> int:
 
 
 def ask_decoder(image: Image.Image, factor: int) -> int:
-    """Have an image that is not decoded yet come out reduced, if its decoder can; the factor that is left."""
+    """Have the decoder of an image reduce it, if it can; returns the factor that is left."""
     width = image.width
     image.draft(None, (width // factor, image.height // factor))
     return factor // round(width / image.width)

@@ -1,41 +1,63 @@
 """WebDataset tar shards with random access.
 
-A shard is an uncompressed tar whose members come in pairs `key.jpg` + `key.cls` (the class index as
-text). Opening reads the headers and labels once; images are then read by offset. No file stays open, so
-workers and threads cannot disturb each other. Nothing is extracted,
-unpickled or executed: members are looked up by suffix in an allow-list and everything else is
-refused by name, as are links, devices, absolute names and `..`.
+A shard is an uncompressed tar whose members come in pairs `key.jpg` + `key.cls`, the class index as text.
+Opening reads headers and labels once, or an index file; images are then read by offset. No file stays open,
+so workers and threads cannot disturb each other. A shard is data, never code: nothing is extracted, unpickled
+or executed. Members must have a suffix from a list of allowed ones. Everything else is refused by name, as
+are links, devices, absolute names and `..`.
+
+`name.tar.idx` beside a shard is its index file: lines of JSON that say what is where, with which label. It
+counts as long as the shard has the size and modification time that it was written for.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from lejepa_fast.data.commands.index import read_index
-from lejepa_fast.data.sources.base import EncodedSource
+from lejepa_fast.data.sources.base import EncodedSource, Names
 from lejepa_fast.data.sources.decoding import IMAGE_SUFFIXES, printable, refuse_large, shortage
-from lejepa_fast.data.sources.members import Member
 from lejepa_fast.errors import RunError, UsageError
 
-# Captions and metadata that other packers add. They are inert text and never read.
-_IGNORED_SUFFIXES = frozenset({".txt", ".json"})
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+_IGNORED_SUFFIXES = frozenset({".txt", ".json"})  # captions that other packers add; never read
 _MAX_LABEL_BYTES = 32
 _MAX_HEADER_BYTES = 1 << 20
+_MAX_INDEX_LINE = 8 << 20  # characters; names in a tar are shorter
 _MAX_UNNAMED_CLASSES = 65_536
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"(\xb5/\xfd": "unzstd"}
+_INDEX_VERSION = 1
+
+
+class Member(NamedTuple):
+    """One image of a shard."""
+
+    key: str
+    suffix: str
+    offset: int
+    """Where it begins in the tar, in bytes."""
+    size: int
+    """In bytes."""
+    target: int | None
+    """Class index; None when unlabelled."""
 
 
 class ShardSource(EncodedSource):
     """All images of some shards, in the order of the shards and of their members.
 
-    Raises `UsageError` naming the shard (and member) that is missing, truncated, compressed, unsafe or
-    half labelled.
+    Args:
+        shards: The .tar files.
+        classes: Class names by index. None: unknown.
+
+    Raises:
+        UsageError: A shard is missing, truncated, compressed, unsafe or half labelled; names it.
     """
 
     def __init__(self, shards: Sequence[Path], *, classes: Sequence[str] | None = None) -> None:
@@ -48,14 +70,11 @@ class ShardSource(EncodedSource):
                 f"no images in {self._shards[0] if len(self._shards) == 1 else folder}; "
                 "expected tar members such as key.jpg and key.cls"
             )
-        targets = _check_labels(self._shards, per_shard, classes)
         self._shard_of = np.repeat(np.arange(len(per_shard), dtype=np.int32), [len(m) for m in per_shard])
         self._offsets = np.array([member.offset for member in members], dtype=np.int64)
         self._sizes = np.array([member.size for member in members], dtype=np.int64)
-        # As file names: they need not be UTF-8.
-        names = [os.fsencode(member.key + member.suffix) for member in members]
-        self._names = b"".join(names)
-        self._name_ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        self._names = Names(member.key + member.suffix for member in members)
+        targets = self._check_labels([member.target for member in members], classes)
         super().__init__(
             name=folder.name if len(self._shards) > 1 else self._shards[0].stem,
             kind="webdataset",
@@ -67,19 +86,17 @@ class ShardSource(EncodedSource):
         return len(self._offsets)
 
     def describe(self, index: int) -> str:
-        start = int(self._name_ends[index - 1]) if index else 0
-        name = os.fsdecode(self._names[start : int(self._name_ends[index])])
-        return f"{self._shards[self._shard_of[index]]}: {name}"
+        return f"{self._shards[self._shard_of[index]]}: {self._names[index]}"
 
     def encoded(self, index: int) -> bytes:
         size, offset = int(self._sizes[index]), int(self._offsets[index])
-        shard = int(self._shard_of[index])
+        shard = self._shards[self._shard_of[index]]
         refuse_large(self.describe(index), size)
         # Opened for each image: with thousands of shards, descriptors that stay open would run out.
         try:
-            descriptor = os.open(self._shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise RunError(_cannot("open", self._shards[shard], error)) from error
+            raise RunError(_cannot("open", shard, error)) from error
         try:
             data = os.pread(descriptor, size, offset)
         finally:
@@ -91,11 +108,43 @@ class ShardSource(EncodedSource):
             )
         return data
 
+    def _check_labels(self, labels: Sequence[int | None], classes: Sequence[str] | None) -> list[int] | None:
+        """Class indices of all images, or None when none has one."""
+        targets = [label for label in labels if label is not None]
+        limit = _MAX_UNNAMED_CLASSES if classes is None else len(classes)
+        for index, label in enumerate(labels) if targets else ():
+            if label is not None and label < limit:
+                continue
+            where = printable(self.describe(index))
+            if label is None:
+                raise UsageError(
+                    f"{where} has no .cls label while other images do; label all of them or none"
+                )
+            if classes is None:  # most likely a slip, and probes allocate memory for each class
+                raise UsageError(
+                    f"{where} has class {label}; without a classes.txt indices are below {limit}: "
+                    "correct the label, or name the classes"
+                )
+            raise UsageError(
+                f"{where} has class {label}, but classes.txt names {limit} classes (0 to {limit - 1})"
+            )
+        return targets or None
+
+
+def _cannot(what: str, shard: Path, error: OSError) -> str:
+    way_out = shortage(error) or "check that it is there, and its rights"
+    return f"cannot {what} the shard {shard}: {error.strerror}; {way_out}"
+
+
+# --- walking through a shard --------------------------------------------------------------------
+
 
 def index_shard(path: Path) -> list[Member]:
     """Byte ranges and labels of the images of one shard, in the order of the tar.
 
-    Raises `UsageError` naming the shard and member for anything that is not plain image data.
+    Raises:
+        UsageError: The shard holds anything but plain image data; names shard and member.
+        RunError: It cannot be read for now, because files or memory are short.
     """
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
@@ -114,7 +163,7 @@ def index_shard(path: Path) -> list[Member]:
                     images[key] = (suffix, info.offset_data, info.size)
     except UsageError:
         raise
-    # All but the first: numbers in its headers, such as the length of a name.
+    # tarfile raises all but the first for numbers in headers, such as the length of a name.
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         reason = printable(str(error)) or "a length in a header exceeds the memory"
         raise UsageError(
@@ -128,19 +177,14 @@ def index_shard(path: Path) -> list[Member]:
     return [Member(key, *place, labels.get(key)) for key, place in images.items()]
 
 
-def _cannot(what: str, shard: Path, error: OSError) -> str:
-    way_out = shortage(error) or "check that it is there, and its rights"
-    return f"cannot {what} the shard {shard}: {error.strerror}; {way_out}"
-
-
 def _walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The members but for folders, in bounded memory and time whatever their headers say."""
+    """All members but folders, in bounded memory and time whatever the headers say."""
     file.seek(0)
     headers = _Headers(file)
     with tarfile.open(fileobj=cast(BinaryIO, headers), mode="r:") as tar:
         while (info := tar.next()) is not None:
             headers.used = 0
-            # What tarfile gathers of all members.
+            # tarfile collects these of all members.
             tar.members = []  # type: ignore[attr-defined]
             tar.pax_headers = {}
             if info.size < 0:  # the next member would be an earlier one, for ever
@@ -149,30 +193,27 @@ def _walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
                 )
             if not info.isdir():
                 yield info
-        _check_complete(path, file.fileno(), tar.offset)
+        # A tar ends in a block of zeros. Without one, the file was cut between two members.
+        if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
+            raise UsageError(f"{path} is truncated (no end-of-archive block); copy or pack the shard again")
 
 
 class _Headers:
-    """An open tar for `tarfile`, which reads headers only, of not more than `_MAX_HEADER_BYTES` for a member.
+    """An open tar file that lets tarfile read at most `_MAX_HEADER_BYTES` of headers for a member.
 
-    A header may claim to be a name of any length, and tarfile would read it whole.
+    A header may claim to be a name of any length, which tarfile would read whole.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+        self._read = file.read
         self.used = 0
 
     def read(self, size: int) -> bytes:
         self.used += size
         if size < 0 or self.used > _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of more than {_MAX_HEADER_BYTES >> 20} MiB")
-        return self._file.read(size)
-
-    def seek(self, place: int) -> int:
-        return self._file.seek(place)
-
-    def tell(self) -> int:
-        return self._file.tell()
+        return self._read(size)
 
 
 def _refuse_compressed(path: Path, head: bytes) -> None:
@@ -193,10 +234,10 @@ def _check_member(path: Path, info: tarfile.TarInfo) -> tuple[str, str]:
     # WebDataset's rule: the key ends at the first dot of the file name.
     stem, dot, suffix = name.name.partition(".")
     suffix = dot + suffix.lower()
-    if suffix != ".cls" and suffix not in IMAGE_SUFFIXES and suffix not in _IGNORED_SUFFIXES:
+    if suffix != ".cls" and suffix not in IMAGE_SUFFIXES | _IGNORED_SUFFIXES:
         raise UsageError(
             f"{path}: member {info.name!r} is neither an image nor a .cls label, and nothing else is read; "
-            "pack the images again with 'python -m lejepa_fast.data.commands.pack SOURCE OUT'"
+            "pack the images again with 'lejepa-data pack SOURCE OUT'"
         )
     return str(name.parent / stem), suffix
 
@@ -209,36 +250,59 @@ def _read_label(path: Path, info: tarfile.TarInfo, file: int) -> int:
     return int(text)
 
 
-def _check_complete(path: Path, file: int, end: int) -> None:
-    """A tar ends in a block of zeros; without one, the file was cut between two members."""
-    if os.pread(file, tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
-        raise UsageError(f"{path} is truncated (no end-of-archive block); copy or pack the shard again")
+# --- index files --------------------------------------------------------------------------------
 
 
-def _check_labels(
-    shards: Sequence[Path], per_shard: Sequence[Sequence[Member]], classes: Sequence[str] | None
-) -> list[int] | None:
-    """Class indices of all images, or None when none has one; half-labelled data is an error."""
-    targets: list[int] = []
-    unlabelled: str | None = None
-    for shard, members in zip(shards, per_shard, strict=True):
-        for member in members:
-            where = printable(f"{shard}: {member.key}{member.suffix}")
-            if member.target is None:
-                unlabelled = unlabelled or where
-            elif classes is not None and member.target >= len(classes):
-                raise UsageError(
-                    f"{where} has class {member.target}, but classes.txt names {len(classes)} classes "
-                    f"(0 to {len(classes) - 1})"
-                )
-            elif classes is None and member.target >= _MAX_UNNAMED_CLASSES:
-                # A slip: probes and votes allocate memory per class up to the largest index.
-                raise UsageError(
-                    f"{where} has class {member.target}; without a classes.txt indices are below "
-                    f"{_MAX_UNNAMED_CLASSES}: correct the label, or name the classes"
-                )
-            else:
-                targets.append(member.target)
-    if unlabelled is not None and targets:
-        raise UsageError(f"{unlabelled} has no .cls label while other images do; label all of them or none")
-    return targets or None
+def index_path(shard: Path) -> Path:
+    """Where the index file of a shard lies."""
+    return shard.with_name(shard.name + ".idx")
+
+
+def read_index(shard: Path) -> list[Member] | None:
+    """The members of a shard from its index file; None when there is none that fits the shard."""
+    try:
+        size = shard.stat().st_size
+        if not index_path(shard).is_file():  # a pipe would wait for a writer
+            return None
+        members: list[Member] = []
+        with open(index_path(shard), encoding="utf-8") as file:
+            lines = iter(lambda: file.readline(_MAX_INDEX_LINE), "")
+            if json.loads(next(lines, "")) != _index_header(shard):
+                return None
+            for line in lines:
+                members.append(Member(*json.loads(line)))
+                if len(members) > size // tarfile.BLOCKSIZE or not _is_sound(members[-1], size):
+                    return None
+        return members
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def write_index(shard: Path, members: Sequence[Member]) -> None:
+    """Write the index file of a shard, complete or not at all. Raises `RunError` when that fails."""
+    target = index_path(shard)
+    work = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        rows = [_index_header(shard), *members]
+        work.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        os.replace(work, target)
+    except OSError as error:
+        work.unlink(missing_ok=True)
+        raise RunError(f"cannot write {target}: {error.strerror}; check space and rights") from error
+
+
+def _index_header(shard: Path) -> dict[str, Any]:
+    status = shard.stat()
+    return {"version": _INDEX_VERSION, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _is_sound(member: Member, size: int) -> bool:
+    """Whether an index may say so of a shard of `size` bytes. Unsound types may also raise `TypeError`."""
+    numbers = [member.offset, member.size] + ([] if member.target is None else [member.target])
+    return (
+        isinstance(member.key, str)
+        and bool(os.fsencode(member.key))  # fails for lone surrogates, which no file name has
+        and member.suffix in IMAGE_SUFFIXES
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and member.offset + member.size <= size
+    )

@@ -5,66 +5,33 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torchvision import datasets
 
-from lejepa_fast.data.sources.base import EncodedSource, ImageSource, Split
+from lejepa_fast.data.sources.base import EncodedSource, ImageSource, Names, Split
 from lejepa_fast.data.sources.decoding import read_file
 from lejepa_fast.errors import UsageError
 
-
-def _splits(val: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    return {"split": "train"}, {"split": val}
-
-
-_TRAIN_FLAG = ({"train": True}, {"train": False})
-
-# Arguments that select the two splits; None when a data set has no splits of its own. Sets that are
-# not image classification, or that would unpack archives on opening (ImageNet), are left out.
-_SETS: dict[str, tuple[dict[str, Any], dict[str, Any]] | None] = {
-    "CIFAR10": _TRAIN_FLAG,
-    "CIFAR100": _TRAIN_FLAG,
-    "MNIST": _TRAIN_FLAG,
-    "FashionMNIST": _TRAIN_FLAG,
-    "KMNIST": _TRAIN_FLAG,
-    "USPS": _TRAIN_FLAG,
-    "STL10": _splits("test"),
-    "SVHN": _splits("test"),
-    "Food101": _splits("test"),
-    "GTSRB": _splits("test"),
-    "StanfordCars": _splits("test"),
-    "Flowers102": _splits("val"),
-    "DTD": _splits("val"),
-    "FGVCAircraft": _splits("val"),
-    "Imagenette": _splits("val"),
-    "PCAM": _splits("val"),
-    "RenderedSST2": _splits("val"),
-    "CLEVRClassification": _splits("val"),
-    "Country211": _splits("valid"),
-    "OxfordIIITPet": ({"split": "trainval"}, {"split": "test"}),
-    "EuroSAT": None,
-    "SUN397": None,
-    "Caltech101": None,
-    "Caltech256": None,
+# Sets that are not image classification, or that unpack archives on opening (ImageNet), are left out.
+_BY_FLAG = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST", "USPS")  # train=True or False
+_UNSPLIT = ("EuroSAT", "SUN397", "Caltech101", "Caltech256")
+_VAL_SPLITS = {  # what the held-out split is called
+    **dict.fromkeys(("STL10", "SVHN", "Food101", "GTSRB", "StanfordCars", "OxfordIIITPet"), "test"),
+    **dict.fromkeys(("Flowers102", "DTD", "FGVCAircraft", "Imagenette", "PCAM", "RenderedSST2"), "val"),
+    "CLEVRClassification": "val",
+    "Country211": "valid",
 }
+NAMES = sorted([*_BY_FLAG, *_UNSPLIT, *_VAL_SPLITS])
 
-# Sets that keep their images decoded, in arrays; all others are image files.
-_ARRAYS = frozenset(
-    {"CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST", "USPS", "STL10", "SVHN", "PCAM"}
-)
-
-
-class Unsplit(NamedTuple):
-    """A data set that has no held-out part of its own."""
-
-    source: ImageSource
+# Sets that keep decoded images in arrays; all others consist of image files.
+_ARRAYS = frozenset({*_BY_FLAG, "STL10", "SVHN", "PCAM"})
 
 
 class ArraySource(ImageSource):
-    """A torchvision data set whose items are (image, class index), the images from arrays."""
+    """A torchvision data set that makes its images from arrays."""
 
     def __init__(self, dataset: Any, name: str) -> None:
         self._dataset = dataset
@@ -83,47 +50,63 @@ class ArraySource(ImageSource):
 class FileSource(EncodedSource):
     """A torchvision data set of image files, which are read here and not by torchvision.
 
-    So they have the limits, formats and conversions of all image files: torchvision lets Pillow try any
-    format on files of any size, and for EPS Pillow runs Ghostscript.
+    So the limits, formats and conversions of all image files hold. torchvision lets Pillow try any format on
+    files of any size, and for EPS Pillow runs Ghostscript.
     """
 
     def __init__(self, dataset: Any, name: str) -> None:
-        files = _files(dataset)
-        order = np.argsort(files, kind="stable")  # SUN397 lists them as the disk does
-        self._files = files[order]
-        labels = _labels(dataset)[order]
-        super().__init__(name=name, kind="torchvision", classes=_classes(dataset), targets=labels)
+        files, labels = _files(dataset), _labels(dataset)
+        order = sorted(range(len(files)), key=lambda item: os.fsencode(files[item]))  # SUN397 has the disk's
+        self._files = Names(files[item] for item in order)
+        super().__init__(name=name, kind="torchvision", classes=_classes(dataset), targets=labels[order])
 
     def __len__(self) -> int:
         return len(self._files)
 
     def describe(self, index: int) -> str:
-        return os.fsdecode(self._files[index])
+        return self._files[index]
 
     def encoded(self, index: int) -> bytes:
-        return read_file(self.describe(index))
+        return read_file(self._files[index])
 
 
-def open_torchvision_set(path: str, split: Split) -> ImageSource | Unsplit:
-    """Open "torchvision:NAME:/dir"; the files must be there already, nothing is downloaded."""
+def split_options(name: str, split: Split) -> dict[str, Any] | None:
+    """Arguments of torchvision's class that select the split; None for a set that has no splits."""
+    if name in _UNSPLIT:
+        return None
+    if name in _BY_FLAG:
+        return {"train": split == "train"}
+    if split == "val":
+        return {"split": _VAL_SPLITS[name]}
+    return {"split": "trainval" if name == "OxfordIIITPet" else "train"}
+
+
+def open_torchvision_set(path: str, split: Split) -> tuple[ImageSource, bool]:
+    """Open "torchvision:NAME:/dir". The files must be there; nothing is downloaded.
+
+    Returns:
+        The source, and whether it is only this split. Sets without splits come whole.
+
+    Raises:
+        UsageError: The path is malformed, or torchvision cannot open the set; says why.
+    """
     parts = path.split(":", 2)
     if len(parts) != 3 or not parts[1] or not parts[2]:
         raise UsageError(f"expected torchvision:NAME:/dir, such as torchvision:CIFAR10:/data; got {path!r}")
     _, name, root = parts
-    if name not in _SETS:
-        by_lower = {known.lower(): known for known in _SETS}
+    if name not in NAMES:
+        by_lower = {known.lower(): known for known in NAMES}
         close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
-        hint = f"did you mean {by_lower[close[0]]}?" if close else f"known: {', '.join(sorted(_SETS))}"
+        hint = f"did you mean {by_lower[close[0]]}?" if close else f"known: {', '.join(NAMES)}"
         raise UsageError(f"torchvision data set {name!r} is not known here; {hint}")
     root = os.path.expanduser(root)
     if not os.path.isdir(root):
         raise UsageError(f"no such folder: {root}; give the folder that holds the files of {name}")
-    splits = _SETS[name]
-    options = {} if splits is None else splits[0 if split == "train" else 1]
+    options = split_options(name, split)
     try:
-        dataset = getattr(datasets, name)(root, **options)
-    except Exception as error:  # RuntimeError, FileNotFoundError, ImportError, ...: each data set has its own
-        # Some turn the ImportError of a package that they read their files with into another error.
+        dataset = getattr(datasets, name)(root, **(options or {}))
+    except Exception as error:  # each data set raises its own: RuntimeError, FileNotFoundError, ImportError
+        # Some hide the ImportError of a package that reads their files.
         missing = next((e for e in (error, error.__context__) if isinstance(e, ModuleNotFoundError)), None)
         if missing is not None and missing.name:
             package = missing.name.partition(".")[0]
@@ -138,28 +121,29 @@ def open_torchvision_set(path: str, split: Split) -> ImageSource | Unsplit:
     source = ArraySource(dataset, name) if name in _ARRAYS else FileSource(dataset, name)
     if len(source) == 0:
         raise UsageError(f"torchvision's {name} in {root} holds no images for the split {split!r}")
-    return Unsplit(source) if splits is None else source
+    return source, options is not None
 
 
-def _files(dataset: Any) -> np.ndarray:
-    """Path of every item (bytes), from whichever attribute this data set keeps them in."""
-    found = None
-    for attribute in ("_image_files", "_images", "samples", "_samples"):
-        values = getattr(dataset, attribute, None)
-        if values is not None and len(values) == len(dataset):
-            found = [os.fspath(item[0] if isinstance(item, tuple) else item) for item in values]
+def _attribute(dataset: Any, *names: str) -> Any:
+    """The first of these attributes that holds something for every item; None when there is none."""
+    values = (getattr(dataset, name, None) for name in names)
+    return next((found for found in values if found is not None and len(found) == len(dataset)), None)
+
+
+def _files(dataset: Any) -> list[str]:
+    """Path of every item, from whichever attribute this data set keeps them in."""
     name = type(dataset).__name__
     if name in ("Caltech101", "Caltech256"):
         folder = os.path.join(dataset.root, f"{name[-3:]}_ObjectCategories")
         files = "image_{1:04d}.jpg" if name == "Caltech101" else "{0:03d}_{1:04d}.jpg"
-        found = [
+        return [
             os.path.join(folder, dataset.categories[label], files.format(label + 1, number))
             for label, number in zip(dataset.y, dataset.index, strict=True)
         ]
-    if found is None:
+    items = _attribute(dataset, "_samples", "samples", "_images", "_image_files")
+    if items is None:
         raise _unknown_layout(dataset)
-    # Not a list of strings: forked workers would copy its pages by counting references.
-    return np.array([os.fsencode(path) for path in found], dtype=np.bytes_)
+    return [os.fspath(item[0] if isinstance(item, tuple) else item) for item in items]
 
 
 def _classes(dataset: Any) -> Sequence[str] | None:
@@ -170,16 +154,14 @@ def _classes(dataset: Any) -> Sequence[str] | None:
 
 def _labels(dataset: Any) -> np.ndarray:
     """Class index of every item, from whichever attribute this data set keeps them in."""
-    for attribute in ("targets", "labels", "_labels", "y"):
-        values = getattr(dataset, attribute, None)
-        if values is not None and len(values) == len(dataset):
-            return np.asarray(values, dtype=np.int64)
-    samples = getattr(dataset, "_samples", None)
-    if samples is not None and len(samples) == len(dataset):
-        return np.asarray([label for _, label in samples], dtype=np.int64)
-    if type(dataset).__name__ not in _ARRAYS:
-        raise _unknown_layout(dataset)  # its items would be opened by torchvision
-    return np.asarray([dataset[index][1] for index in range(len(dataset))], dtype=np.int64)
+    labels = _attribute(dataset, "targets", "labels", "_labels", "y")
+    if labels is None and (samples := _attribute(dataset, "_samples")) is not None:
+        labels = [label for _, label in samples]
+    if labels is None and type(dataset).__name__ in _ARRAYS:
+        labels = [dataset[index][1] for index in range(len(dataset))]
+    if labels is None:
+        raise _unknown_layout(dataset)  # torchvision would have to open the images
+    return np.asarray(labels, dtype=np.int64)
 
 
 def _unknown_layout(dataset: Any) -> UsageError:
