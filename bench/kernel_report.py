@@ -18,7 +18,8 @@ Floors are for one H200 and a launch of the whole size: instructions on the FP32
 the bytes that programs read through the L2 cache, each by its rate below (`l2_64_us`: those of 64 x 64 tiles
 with nothing resident). Programs on a multiprocessor overlap; where registers or shared memory leave room for
 one only, its product and its arithmetic add.
-`--check` compares with bench/kernel_budgets.json and exits 1 when a budget is exceeded.
+`--check` compares with bench/kernel_budgets.json and exits 1 when a budget is exceeded. A budget
+whose key begins with "triton 3.8" replaces the common one for that version.
 """
 
 from __future__ import annotations
@@ -261,7 +262,8 @@ def violations(rows: list[dict[str, Any]], budgets: dict[str, Any]) -> list[str]
     """
     found = []
     for row in rows:
-        budget = budgets.get(budget_key(row))
+        version = ".".join(row["triton"].split(".")[:2])
+        budget = budgets.get(f"triton {version} {budget_key(row)}") or budgets.get(budget_key(row))
         name = f"{row['kernel']} ({row['dtype']}, {row['target']}, {row['uneven'] or 'K ' + str(row['K'])})"
         if budget is None:
             found.append(f"{name}: no budget in {BUDGETS.name} for {budget_key(row)!r}")
