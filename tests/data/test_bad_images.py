@@ -24,7 +24,7 @@ from lejepa_fast.data import MultiCropLoader, MultiCropRecipe, eval_loader, mult
 from lejepa_fast.data.backends.reading import read_encoded
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.sampler import EpochSchedule
-from lejepa_fast.data.sources.base import FolderSource, ImageSource
+from lejepa_fast.data.sources import FolderSource, ImageSource
 from lejepa_fast.data.sources.shards import ShardSource
 from lejepa_fast.data.views import EvalViews, TrainViews
 from lejepa_fast.errors import RunError, UsageError

@@ -12,7 +12,7 @@ from odd_files import saved
 from PIL import Image
 
 from lejepa_fast.data.backends.choose_backend import choose_backend
-from lejepa_fast.data.sources.base import FolderSource
+from lejepa_fast.data.sources import FolderSource
 from lejepa_fast.errors import UsageError
 
 BACKENDS = ("torchvision", "cpu", "dali", "gpu")
