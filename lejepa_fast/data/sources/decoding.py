@@ -36,8 +36,8 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
 )
 
-# Formats that Pillow may try on a file, whatever its suffix says. It opens MPO as JPEG. For EPS, which is left
-# out, it would run Ghostscript.
+# Formats that Pillow may try on a file, whatever its suffix says. It opens MPO as JPEG. EPS is left out:
+# Pillow would run Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 
 MAX_IMAGE_BYTES = 256 << 20  # a file is held in memory as a whole
