@@ -153,7 +153,8 @@ def plain_header(data: bytes) -> Header | None:
         return None
     if image.format == "PNG":
         # As stored, values have 8 bits. EXIF data may stand behind the pixels.
-        plain = [tile[3] for tile in image.tile] == [image.mode] and b"IEND" in data[-12:]  # type: ignore[attr-defined]
+        tiles = getattr(image, "tile")  # noqa: B009 - the stubs of Pillow lack it
+        plain = [tile[3] for tile in tiles] == [image.mode] and b"IEND" in data[-12:]
         plain = plain and not {"interlace", "transparency"} & image.info.keys()
         plain = plain and not _may_be_turned(image) and b"eXIf" not in data
     else:
