@@ -1,4 +1,4 @@
-"""Image files: what Pillow makes of them, the limits on what it may try, and which ones DALI decodes itself."""
+"""Image files: what is made of them, the limits on what may be tried, and which ones DALI decodes itself."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_bombs_are_refused_before_they_are_decoded(kind, tmp_path, monkeypatch):
     assert plain_header(source.encoded(0)) is None
 
 
-# Prints how much the largest resident memory, in MiB, has grown over the files; ends itself after 60 s of work.
+# Prints by how many MiB the largest resident memory has grown over the files; ends after 60 s of work.
 USES = r"""
 import re, resource, sys
 from pathlib import Path
@@ -169,7 +169,7 @@ def test_bombs_take_little_memory_and_time(tmp_path):
 
 
 def test_long_headers_of_real_files_are_read():
-    """Maps of depth and second pictures make hundreds of segments; profiles and EXIF data are joined of a few."""
+    """Cameras store depth maps and second pictures in hundreds of segments."""
     exif = exif_block(ORIENTATION_6, rest=bytes(60_000))
     data = with_segment(with_segment(saved(picture(), "JPEG"), bytes(60_000), 400), exif)
     assert to_rgb(open_encoded(data)).size == (32, 48)

@@ -1,7 +1,7 @@
 """Opens hostile shards for test_hostile.py, and prints what came of them as one line of JSON.
 
-Arguments: backend, names of shards in this folder. It loads an epoch of each shard, verifies it and writes its
-index. It also prints by how much its memory has grown over all of them.
+Arguments: backend, names of shards in this folder. It loads an epoch of each shard, verifies it and writes
+its index. It also prints by how much its memory has grown over all of them.
 """
 
 from __future__ import annotations
