@@ -1,4 +1,4 @@
-"""Image files: how Pillow reads them, limits on what it may try, and which ones DALI decodes itself."""
+"""Image files: what is made of them, the limits on what may be tried, and which ones DALI decodes itself."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_bombs_take_little_memory_and_time(tmp_path):
 
 
 def test_long_headers_of_real_files_are_read():
-    """Depth maps and second pictures make hundreds of segments; profiles and EXIF data have a few."""
+    """Cameras store depth maps and second pictures in hundreds of segments."""
     exif = exif_block(ORIENTATION_6, rest=bytes(60_000))
     data = with_segment(with_segment(saved(picture(), "JPEG"), bytes(60_000), 400), exif)
     assert to_rgb(open_encoded(data)).size == (32, 48)

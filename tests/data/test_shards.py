@@ -179,7 +179,10 @@ def test_absurd_labels_without_a_class_list_are_refused(tmp_path, label):
     [
         ("ant\nbee\n", r"has class 2, but classes\.txt names 2 classes"),
         ("ant\nant\ncat\n", "one distinct class name per line"),
-        ("ant\nb\xe9e\ncat\n", r"classes\.txt is not UTF-8"),
+        (
+            "ant\nb\xe9e\ncat\n",
+            r"cannot read class names from .*classes\.txt, one per line in UTF-8: .* byte 0xe9",
+        ),
         ("ant\nbee\ncat\n", None),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import struct
 import sys
 import types
@@ -178,7 +179,7 @@ def test_a_package_that_is_missing_is_named(tmp_path, name, monkeypatch):
     monkeypatch.setattr(datasets.flowers102, "check_integrity", lambda path, md5: os.path.isfile(path))
     write(tmp_path, LAYOUTS[name])
     text = usage_error(f"torchvision:{name}:{tmp_path}")
-    assert text == f"torchvision's {name} needs a package that is not installed: pip install scipy"
+    assert re.search(f"torchvision's {name} cannot be opened in .*scipy", text)
 
 
 def test_an_unknown_layout_is_explained(tmp_path, monkeypatch):
@@ -233,9 +234,7 @@ def test_torchvision_set_without_splits_is_held_out(tmp_path):
 @pytest.mark.parametrize(
     ("path", "parts"),
     [
-        ("torchvision:CIFAR11:{}", ["'CIFAR11'", "did you mean CIFAR10?"]),
-        ("torchvision:fashionmnist:{}", ["did you mean FashionMNIST?"]),
-        ("torchvision:Zzz:{}", ["known: CIFAR10"]),
+        ("torchvision:CIFAR11:{}", ["'CIFAR11'", "known: CIFAR10, CIFAR100"]),
         ("torchvision:CIFAR10", ["expected torchvision:NAME:/dir"]),
         ("torchvision:CIFAR10:{}", ["CIFAR10 cannot be opened in", "nothing is downloaded", "download=True"]),
         ("torchvision:DTD:{}", ["DTD cannot be opened in"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import runpy
 import struct
 import sys
 import termios
@@ -93,6 +94,13 @@ def test_one_image_per_class_leaves_none_out(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert ["all", "3", "2", "1"] in [line.split()[:4] for line in out.splitlines()]
     assert err == ""
+
+
+def test_the_package_is_the_command(data, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lejepa_fast.data", "verify", str(data), "--split", "val"])
+    with pytest.raises(SystemExit, match="1"):
+        runpy.run_module("lejepa_fast.data", run_name="__main__")
+    assert "01.jpg\tnot an image" in capsys.readouterr().out
 
 
 def test_usage_errors(tmp_path, capsys):

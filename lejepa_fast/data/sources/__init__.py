@@ -16,7 +16,7 @@ import numpy as np
 from lejepa_fast.data.draws import HOLDOUT, permutation
 from lejepa_fast.data.sources.base import EncodedSource, ImageSource, Split, check_sizes, size_fault
 from lejepa_fast.data.sources.decoding import UnreadableImageError, printable
-from lejepa_fast.data.sources.folder import FolderSource, is_image, list_folder, walk_images
+from lejepa_fast.data.sources.folder import FolderSource, list_folder, walk_images
 from lejepa_fast.data.sources.shards import SHARD_SUFFIXES, ShardSource
 from lejepa_fast.data.sources.torchvision_sets import open_torchvision_set
 from lejepa_fast.errors import UsageError
@@ -117,16 +117,15 @@ def _open_plain(
         shard_classes: Class names for shards, which hold numbers only: those of a classes.txt beside the
             splits. The shards' own classes.txt comes after it.
     """
-    files = list_folder(root)[1] if root.is_dir() else []
-    shards = [root / name for name in files if name.endswith(SHARD_SUFFIXES)]
-    if not root.is_dir():
-        if not root.name.endswith(SHARD_SUFFIXES):
-            raise UsageError(f"{root} is a file; give a folder of images, or a .tar shard")
+    if root.is_dir():
+        shards = [root / name for name in list_folder(root)[1] if name.endswith(SHARD_SUFFIXES)]
+        if not shards:
+            return FolderSource(root, classes=classes)
+    elif root.name.endswith(SHARD_SUFFIXES):
         shards = [root]
-    if not shards:
-        return FolderSource(root, classes=classes)
-    images = [name for name in files if is_image(name)] or (walk_images(root) if root.is_dir() else [])
-    if images:
+    else:
+        raise UsageError(f"{root} is a file; give a folder of images, or a .tar shard")
+    if images := walk_images(root) if root.is_dir() else []:
         raise UsageError(
             f"{root} holds both shards ({shards[0].name}) and images ({printable(images[0])}); "
             "move the shards or the images elsewhere"
@@ -157,12 +156,10 @@ def _read_classes(root: Path) -> list[str] | None:
         return None
     try:
         if (size := file.stat().st_size) > _MAX_CLASSES_BYTES:
-            raise UsageError(f"{file} has {size >> 20:,} MiB, too much for one class name per line")
+            raise ValueError(f"it has {size >> 20:,} MiB")
         names = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 text; save it in UTF-8") from error
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror}; check its rights") from error
+    except (OSError, ValueError) as error:  # bytes that are not UTF-8 are a `ValueError`
+        raise UsageError(f"cannot read class names from {file}, one per line in UTF-8: {error}") from error
     if not names or len(set(names)) < len(names) or "" in names:
         raise UsageError(f"{file} must hold one distinct class name per line")
     return names

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from lejepa_fast.data.sources.large import Reduction, ask_decoder
 from lejepa_fast.errors import RunError, UsageError
@@ -36,8 +36,8 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
 )
 
-# Formats that Pillow may try on a file, whatever its suffix says. It opens MPO as JPEG. EPS is left out:
-# Pillow would run Ghostscript.
+# Formats that Pillow may try on a file, whatever its suffix says. It opens MPO as JPEG. For EPS, which is not
+# among them, it would run Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 
 MAX_IMAGE_BYTES = 256 << 20  # a file is held in memory as a whole
@@ -47,14 +47,10 @@ _HUNGRY_FORMATS = ("WEBP", "JPEG2000")
 
 # Limits of what stands before the pixels. Pillow's time grows with the square of the EXIF segments of a JPEG,
 # and its memory with the square of the bytes of EXIF data, whose entries may overlap.
-_MAX_HEADER_READS = 2048  # a JPEG takes 4 for a segment
+_MAX_HEADER_READS = 1 << 14  # a JPEG takes 4 for a segment
 _MAX_EXIF_BYTES = 128 << 10
 
 _TILE = 1024  # px, a multiple of any factor of `Reduction`
-
-# Keys of `Image.info` under which a file may carry an orientation.
-_ORIENTATION_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
-_ORIENTATION = 0x0112  # EXIF tag
 
 # The process or the machine lacks something, so the image may be good: error number to the way out.
 _SHORTAGES = {
@@ -112,7 +108,7 @@ def _check_exif(size: int) -> None:
         raise ValueError(f"more than {_MAX_EXIF_BYTES >> 10} KiB of EXIF data")
 
 
-def open_encoded(data: bytes) -> Image.Image:
+def open_encoded(data: bytes) -> ImageFile.ImageFile:
     """Open an image file held in memory. Its pixels are decoded on first use.
 
     Raises whatever Pillow raises, and `ValueError` for a file that could exhaust time or memory.
@@ -131,13 +127,11 @@ def open_encoded(data: bytes) -> Image.Image:
 
 
 class Header(NamedTuple):
-    """What an image file says about itself."""
+    """Size of the upright image in pixels; EXIF orientation, 1-8, of the stored pixels."""
 
     width: int
-    """In pixels, of the upright image; so is the height."""
     height: int
     orientation: int
-    """Of the stored pixels, 1-8 as in EXIF."""
 
 
 def plain_header(data: bytes) -> Header | None:
@@ -148,7 +142,7 @@ def plain_header(data: bytes) -> Header | None:
     """
     try:
         image = open_encoded(data)
-        orientation = image.getexif().get(_ORIENTATION, 1) if _may_be_turned(image) else 1
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # decoders raise anything; decoding the image tells the reason
         return None
     if image.format == "PNG":
@@ -156,7 +150,7 @@ def plain_header(data: bytes) -> Header | None:
         tiles = getattr(image, "tile")  # noqa: B009 - the stubs of Pillow lack it
         plain = [tile[3] for tile in tiles] == [image.mode] and b"IEND" in data[-12:]
         plain = plain and not {"interlace", "transparency"} & image.info.keys()
-        plain = plain and not _may_be_turned(image) and b"eXIf" not in data
+        plain = plain and orientation == 1 and b"eXIf" not in data
     else:
         # Adobe's transform 0: the colors are stored as RGB.
         plain = image.format in ("JPEG", "MPO") and image.info.get("adobe_transform") != 0
@@ -185,8 +179,7 @@ def to_rgb(image: Image.Image, reduction: Reduction | None = None) -> Image.Imag
     if factor > 1:
         factor = ask_decoder(image, factor)
     image.load()
-    if image.format == "TIFF" or _may_be_turned(image):
-        ImageOps.exif_transpose(image, in_place=True)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.reduce(factor) if factor > 1 else image
     scale = _scale(image)
@@ -199,10 +192,6 @@ def to_rgb(image: Image.Image, reduction: Reduction | None = None) -> Image.Imag
             tile = _convert(image.crop(box), scale)
             pixels.paste(tile.reduce(factor) if factor > 1 else tile, (left // factor, top // factor))
     return pixels
-
-
-def _may_be_turned(image: Image.Image) -> bool:
-    return any(key in image.info for key in _ORIENTATION_KEYS)
 
 
 def _convert(image: Image.Image, scale: float | None) -> Image.Image:

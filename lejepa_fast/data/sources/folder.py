@@ -32,7 +32,7 @@ class FolderSource(EncodedSource):
     def __init__(self, root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) -> None:
         self.root = Path(root)
         folders, files = list_folder(self.root)
-        flat = [name for name in files if is_image(name)]
+        flat = [name for name in files if _is_image(name)]
         by_class = {name: images for name in folders if (images := walk_images(self.root / name))}
         if flat and by_class:
             raise UsageError(
@@ -74,7 +74,7 @@ class FolderSource(EncodedSource):
         return read_file(self.describe(index))
 
 
-def is_image(name: str) -> bool:
+def _is_image(name: str) -> bool:
     """Whether a file's suffix is that of an image."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
@@ -102,7 +102,7 @@ def walk_images(folder: Path) -> list[str]:
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = [name for name in folders if not _is_hidden(name)]
-        images = [name for name in files if is_image(name) and not _is_hidden(name)]
+        images = [name for name in files if _is_image(name) and not _is_hidden(name)]
         found += [os.path.relpath(os.path.join(current, name), folder) for name in images]
     return sorted(found)
 

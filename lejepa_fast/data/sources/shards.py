@@ -32,21 +32,18 @@ _MAX_LABEL_BYTES = 32
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_INDEX_LINE = 8 << 20  # characters; names in a tar are shorter
 _MAX_UNNAMED_CLASSES = 65_536
-_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"(\xb5/\xfd": "unzstd"}
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")  # gzip, bzip2, xz, zstd
 _INDEX_VERSION = 1
 
 
 class Member(NamedTuple):
-    """One image of a shard."""
+    """One image of a shard: its byte range in the tar, and its class index (None when unlabelled)."""
 
     key: str
     suffix: str
     offset: int
-    """Where it begins in the tar, in bytes."""
     size: int
-    """In bytes."""
     target: int | None
-    """Class index; None when unlabelled."""
 
 
 class ShardSource(EncodedSource):
@@ -152,7 +149,8 @@ def index_shard(path: Path) -> list[Member]:
         if path.exists() and not path.is_file():  # a pipe would wait for a writer
             raise UsageError(f"{path} is not a file; give a .tar file")
         with open(path, "rb") as file:
-            _refuse_compressed(path, file.read(6))
+            if file.read(6).startswith(_COMPRESSED):
+                raise UsageError(f"{path} is compressed, so not randomly readable; decompress it once")
             for info in _walk(path, file):
                 key, suffix = _check_member(path, info)
                 if suffix == ".cls":
@@ -214,12 +212,6 @@ class _Headers:
         if size < 0 or self.used > _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of more than {_MAX_HEADER_BYTES >> 20} MiB")
         return self._read(size)
-
-
-def _refuse_compressed(path: Path, head: bytes) -> None:
-    for magic, tool in _COMPRESSED.items():
-        if head.startswith(magic):
-            raise UsageError(f"{path} is compressed, so not randomly readable; unpack it once with {tool}")
 
 
 def _check_member(path: Path, info: tarfile.TarInfo) -> tuple[str, str]:

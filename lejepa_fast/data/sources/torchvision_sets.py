@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -95,10 +94,7 @@ def open_torchvision_set(path: str, split: Split) -> tuple[ImageSource, bool]:
         raise UsageError(f"expected torchvision:NAME:/dir, such as torchvision:CIFAR10:/data; got {path!r}")
     _, name, root = parts
     if name not in NAMES:
-        by_lower = {known.lower(): known for known in NAMES}
-        close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
-        hint = f"did you mean {by_lower[close[0]]}?" if close else f"known: {', '.join(NAMES)}"
-        raise UsageError(f"torchvision data set {name!r} is not known here; {hint}")
+        raise UsageError(f"torchvision data set {name!r} is not known here; known: {', '.join(NAMES)}")
     root = os.path.expanduser(root)
     if not os.path.isdir(root):
         raise UsageError(f"no such folder: {root}; give the folder that holds the files of {name}")
@@ -106,17 +102,10 @@ def open_torchvision_set(path: str, split: Split) -> tuple[ImageSource, bool]:
     try:
         dataset = getattr(datasets, name)(root, **(options or {}))
     except Exception as error:  # each data set raises its own: RuntimeError, FileNotFoundError, ImportError
-        # Some hide the ImportError of a package that reads their files.
-        missing = next((e for e in (error, error.__context__) if isinstance(e, ModuleNotFoundError)), None)
-        if missing is not None and missing.name:
-            package = missing.name.partition(".")[0]
-            raise UsageError(
-                f"torchvision's {name} needs a package that is not installed: pip install {package}"
-            ) from error
         reason = (str(error) or repr(error)).splitlines()[0].split(". You can use download=True")[0]
         raise UsageError(
-            f"torchvision's {name} cannot be opened in {root}: {reason}; nothing is downloaded "
-            f"here: fetch it once with torchvision.datasets.{name}({root!r}, ..., download=True)"
+            f"torchvision's {name} cannot be opened in {root}: {reason}; nothing is downloaded: if files "
+            f"are missing, fetch them once with torchvision.datasets.{name}({root!r}, ..., download=True)"
         ) from error
     source = ArraySource(dataset, name) if name in _ARRAYS else FileSource(dataset, name)
     if len(source) == 0:
@@ -148,8 +137,7 @@ def _files(dataset: Any) -> list[str]:
 
 def _classes(dataset: Any) -> Sequence[str] | None:
     classes = getattr(dataset, "classes", None)
-    named = isinstance(classes, Sequence) and all(isinstance(item, str) for item in classes)
-    return classes if named else None
+    return classes if classes and all(isinstance(name, str) for name in classes) else None
 
 
 def _labels(dataset: Any) -> np.ndarray:
