@@ -126,10 +126,10 @@ def test_a_folder_with_other_checkpoints_takes_none_from_elsewhere(tiny: Make, t
 
 
 def test_another_batch_size_in_mid_epoch_goes_on_at_the_next_whole_batch(tiny: Make) -> None:
-    train_only(tiny(max_steps=1))  # 8 of 32 images
-    cfg = tiny(max_steps=4, data={"batch_size": 16})
+    train_only(tiny(max_steps=3))  # 24 of 32 images; both batches of 16 have begun
+    cfg = tiny(max_steps=6, data={"batch_size": 16})
     train_only(cfg)
-    assert [row["epoch"] for row in rows_of(cfg)] == [0, 0, 1, 1]
+    assert [row["epoch"] for row in rows_of(cfg)] == [0, 0, 0, 1, 1, 2]
 
 
 def test_another_batch_size_keeps_the_epochs(tiny: Make) -> None:
