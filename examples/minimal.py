@@ -84,7 +84,7 @@ def knn_accuracy(encoder: nn.Module, train: tuple, test: tuple, k: int = 10) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="LeJEPA on the embedded TrashNet photos.")
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args()
     torch.manual_seed(0)
