@@ -12,7 +12,7 @@ help:
 	@echo "make pretrain       pretrain on the embedded image set, evaluate, write a report"
 	@echo "make test           linters, type checker and all tests"
 	@echo "make test-versions  kernels with every Triton, the loss with the oldest and newest PyTorch"
-	@echo "make test-tritons   a few minutes of kernel tests with the oldest and the newest Triton"
+	@echo "make test-tritons   a part of the kernel tests with the oldest and the newest Triton"
 	@echo "make mutants        plant small faults in the code and count those that the tests find (hours)"
 	@echo "make bench          SIGReg benchmark of this machine, rows and plot in bench/results/"
 	@echo "make format         format the code"

@@ -70,7 +70,7 @@ def kernels(session: nox.Session, triton: str) -> None:
 @nox.session(venv_backend="none")
 @nox.parametrize("triton", [TRITONS[0], TRITONS[-1]], ids=["oldest", "newest"])
 def kernels_short(session: nox.Session, triton: str) -> None:
-    """A few minutes of them, for CI: every kernel against the reference, and compilation for sm_90."""
+    """A part of them, for CI: every kernel against the reference, and compilation for sm_90."""
     compiled = [
         f"{path}::test_shipped_configurations_keep_their_budgets[sm_90]"
         for path in find_tests("test_kernel_compile")
