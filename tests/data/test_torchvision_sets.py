@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
 import struct
 import sys
-import types
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -94,19 +93,6 @@ LAYOUTS: dict[str, dict[str, str | int]] = {
         "caltech101/101_ObjectCategories/BACKGROUND_Google/": 0,
         **images("caltech101/101_ObjectCategories/{group}/image_{n:04d}.jpg", "ant", "bass"),
     },
-    # The contents of a .mat file are JSON here, and so read by `loadmat`.
-    "Flowers102": {
-        "flowers-102/setid.mat": json.dumps({"trnid": [7, 2, 9, 4, 8, 3], "valid": [1], "tstid": [5, 6]}),
-        "flowers-102/imagelabels.mat": json.dumps({"labels": [5, 1, 2, 3, 4, 4, 102, 6, 7]}),
-        **{f"flowers-102/jpg/image_{number:05d}.jpg": i for i, number in enumerate((7, 2, 9, 4, 8, 3))},
-    },
-    "StanfordCars": {
-        "stanford_cars/devkit/cars_train_annos.mat": json.dumps(
-            {"annotations": [{"fname": f"{9 - i:05d}.jpg", "class": i % 2 + 1} for i in range(COUNT)]}
-        ),
-        "stanford_cars/devkit/cars_meta.mat": json.dumps({"class_names": ["Acura", "BMW"]}),
-        **{f"stanford_cars/cars_train/{9 - i:05d}.jpg": i for i in range(COUNT)},
-    },
     "Caltech256": {
         **{f"caltech256/256_ObjectCategories/001.a/001_{n:04d}.jpg": n - 1 for n in (1, 2, 3)},
         **{f"caltech256/256_ObjectCategories/002.b/002_{n:04d}.jpg": n + 2 for n in (1, 2, 3)},
@@ -114,23 +100,10 @@ LAYOUTS: dict[str, dict[str, str | int]] = {
 }
 
 
-def loadmat(path: str | Path, squeeze_me: bool) -> dict[str, np.ndarray]:
-    """What scipy's function of that name makes of a .mat file, here of one of `LAYOUTS`."""
-    assert squeeze_me
-    found = json.loads(Path(path).read_text())
-    if "annotations" in found:  # MATLAB's structures, with numbers of few bits
-        rows = [(row["fname"], np.uint8(row["class"])) for row in found["annotations"]]
-        return {"annotations": np.array(rows, dtype=[("fname", object), ("class", object)])}
-    return {name: np.array(values) for name, values in found.items()}
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_items_are_those_of_torchvision(tmp_path, name, monkeypatch):
-    for module in ("scipy", "scipy.io"):  # which need not be installed
-        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
-    sys.modules["scipy"].io = sys.modules["scipy.io"]
-    sys.modules["scipy.io"].loadmat = loadmat
-    monkeypatch.setattr(datasets.flowers102, "check_integrity", lambda path, md5: os.path.isfile(path))
+    for module in ("scipy", "scipy.io"):  # which Caltech101 imports for its annotations
+        monkeypatch.setitem(sys.modules, module, ModuleType(module))
     write(tmp_path, LAYOUTS[name])
     theirs = getattr(datasets, name)(tmp_path, **(split_options(name, "train") or {}))
     ours, _ = open_torchvision_set(f"torchvision:{name}:{tmp_path}", "train")
@@ -170,16 +143,6 @@ def test_files_have_the_limits_of_all_image_files(tmp_path, monkeypatch):
         str(bad / "large.png"): "204,800 MiB, more than the 256 that an image file may have",
         str(bad / "script.png"): "not an image",
     }
-
-
-@pytest.mark.parametrize("name", ["Flowers102", "StanfordCars"])
-def test_a_package_that_is_missing_is_named(tmp_path, name, monkeypatch):
-    for module in ("scipy", "scipy.io"):
-        monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(datasets.flowers102, "check_integrity", lambda path, md5: os.path.isfile(path))
-    write(tmp_path, LAYOUTS[name])
-    text = usage_error(f"torchvision:{name}:{tmp_path}")
-    assert re.search(f"torchvision's {name} cannot be opened in .*scipy", text)
 
 
 def test_an_unknown_layout_is_explained(tmp_path, monkeypatch):
