@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import runpy
+import select
 import struct
 import sys
 import termios
@@ -68,7 +69,9 @@ def test_progress_is_shown_on_a_terminal(data, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stderr", stream)
         assert main(["verify", str(data)]) == 1
         stream.flush()
-        shown = os.read(terminal, 1 << 16).decode()
+        shown = ""
+        while not shown.endswith("\r\n") or select.select([terminal], [], [], 0.1)[0]:
+            shown += os.read(terminal, 4096).decode()
     os.close(terminal)
     for count in (30, 4):  # of each split, from nothing to everything
         assert f"| 0/{count} " in shown
