@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 HOLDOUT_FRACTION = 0.2
 MAX_STEPS = 12_500
+SMALL_STEP = 2**28  # multiply-adds
 WEIGHT_DECAY = 1e-6
 
 Head = tuple[Tensor, Tensor]  # weight (C, D) and bias (C,)
@@ -199,18 +201,31 @@ def _fit(
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, steps))
     generator = torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = torch.randperm(len(x), generator=generator).to(x.device)
-        rows = order[step % per_epoch * batch :][:batch]
-        # The heads share no parameter, so the gradient of the sum is each head's own gradient.
-        logits = F.linear(x[rows], torch.cat(weights), torch.cat(biases)).view(-1, num_classes)
-        loss = len(heads) * F.cross_entropy(logits, y[rows].repeat_interleave(len(heads)))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    with _threads(one=batch * x.shape[1] * num_classes * len(rates) < SMALL_STEP):
+        for step in range(steps):
+            if step % per_epoch == 0:
+                order = torch.randperm(len(x), generator=generator).to(x.device)
+            rows = order[step % per_epoch * batch :][:batch]
+            # The heads share no parameter, so the gradient of the sum is each head's own gradient.
+            logits = F.linear(x[rows], torch.cat(weights), torch.cat(biases)).view(-1, num_classes)
+            loss = len(heads) * F.cross_entropy(logits, y[rows].repeat_interleave(len(heads)))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     return [(weight.detach(), bias.detach()) for weight, bias in heads]
+
+
+@contextmanager
+def _threads(*, one: bool) -> Iterator[None]:
+    """Use a single CPU thread if `one`: on a busy machine, waiting for others takes 10 times longer."""
+    before = torch.get_num_threads()
+    if one:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _warmup_cosine(step: int, steps: int) -> float:
