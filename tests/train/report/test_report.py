@@ -20,7 +20,6 @@ from lejepa_fast.errors import RunError
 from lejepa_fast.train.evaluation import collapse
 from lejepa_fast.train.evaluation.evaluate import EvalResult
 from lejepa_fast.train.report import plots, report
-from lejepa_fast.train.report.report import format_table
 
 FIGURES = {"loss.png", "knn.png", "views.png", "projections.png", "spectrum.png"}
 CONFIG = {
