@@ -70,12 +70,10 @@ def effective_rank(z: Tensor) -> float:
     return torch.special.entr(values / total).sum().exp().item()
 
 
-def sigreg_statistic(
-    z: Tensor, *, num_slices: int = 1024, t_max: float = 3.0, n_points: int = 17, seed: int = 0
-) -> float:
+def sigreg_statistic(z: Tensor, *, num_slices: int = 1024, seed: int = 0) -> float:
     """SIGReg of z (n, K) over `num_slices` directions drawn from `seed`; see `sigreg_levels` to read it."""
     _check(z)
-    reg = SIGReg(num_slices=num_slices, t_max=t_max, n_points=n_points, sync=False, seed=seed)
+    reg = SIGReg(num_slices=num_slices, t_max=3.0, n_points=17, sync=False, seed=seed)
     with torch.no_grad():
         return reg.eval()(z.float()).item()
 

@@ -50,15 +50,38 @@ def write_report(
         steps: optimiser steps of the trained encoder.
 
     Raises:
-        RunError: the folder cannot be written (no space, no permission). An earlier report is kept.
+        RunError: the folder cannot be written (no space, no permission). An earlier report stays as it is.
     """
     summary = _summary(config, trained, untrained, images_per_second, steps)
     target = run_dir / "report"
+    loss, crops = config.get("loss") or {}, config.get("crops") or {}
     temporary = run_dir / ".report-new"  # a fixed name: the next report removes what a killed run left
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        _draw(temporary, config, trained, untrained, history, views, steps)
+        level = sigreg_levels(2, t_max=loss.get("t_max", 3.0), n_points=loss.get("n_points", 17)).gaussian
+        plots.plot_losses(
+            temporary / "loss.png", history, sigreg_floor=0.0 if loss.get("unbiased") else level
+        )
+        if trained.knn is not None and untrained.knn is not None and trained.majority is not None:
+            plots.plot_knn(
+                temporary / "knn.png",
+                history,
+                steps=steps,
+                trained=trained.knn,
+                untrained=untrained.knn,
+                majority=trained.majority,
+            )
+        if views:
+            plots.plot_views(
+                temporary / "views.png",
+                views,
+                num_global=crops.get("global_crops", sum(view.shape == views[0].shape for view in views)),
+                mean=crops.get("mean", IMAGENET_MEAN),
+                std=crops.get("std", IMAGENET_STD),
+            )
+        plots.plot_projections(temporary / "projections.png", trained.z_val, untrained.z_val)
+        plots.plot_spectrum(temporary / "spectrum.png", trained.z_val, untrained.z_val)
         text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
         (temporary / "summary.json").write_text(text, encoding="utf-8")
         (temporary / "report.html").write_text(_render(summary, temporary), encoding="utf-8")
@@ -90,40 +113,6 @@ def _render(summary: Mapping[str, Any], folder: Path) -> str:
         loss=config.get("loss") or {},
         config=json.dumps(config, indent=2),
     )
-
-
-def _draw(
-    folder: Path,
-    config: Mapping[str, Any],
-    trained: EvalResult,
-    untrained: EvalResult,
-    history: Sequence[Mapping[str, Any]],
-    views: Sequence[Tensor],
-    steps: int,
-) -> None:
-    """Draw all figures, except those whose labels or views are missing."""
-    loss, crops = config.get("loss") or {}, config.get("crops") or {}
-    level = sigreg_levels(2, t_max=loss.get("t_max", 3.0), n_points=loss.get("n_points", 17)).gaussian
-    plots.plot_losses(folder / "loss.png", history, sigreg_floor=0.0 if loss.get("unbiased") else level)
-    if trained.knn is not None and untrained.knn is not None and trained.majority is not None:
-        plots.plot_knn(
-            folder / "knn.png",
-            history,
-            steps=steps,
-            trained=trained.knn,
-            untrained=untrained.knn,
-            majority=trained.majority,
-        )
-    if views:
-        plots.plot_views(
-            folder / "views.png",
-            views,
-            num_global=crops.get("global_crops", sum(view.shape == views[0].shape for view in views)),
-            mean=crops.get("mean", IMAGENET_MEAN),
-            std=crops.get("std", IMAGENET_STD),
-        )
-    plots.plot_projections(folder / "projections.png", trained.z_val, untrained.z_val)
-    plots.plot_spectrum(folder / "spectrum.png", trained.z_val, untrained.z_val)
 
 
 # ---- summary.json ----------------------------------------------------------------------------------------

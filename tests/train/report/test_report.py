@@ -39,7 +39,7 @@ def result(z: Tensor, knn: float | None, linear: float | None) -> EvalResult:
     return EvalResult(
         knn=knn,
         linear=linear,
-        linear_rate=1e-3 if labelled else None,
+        linear_rate=None,
         embedding_std=collapse.embedding_std(z),
         effective_rank=collapse.effective_rank(z),
         sigreg=collapse.sigreg_statistic(z),
@@ -256,16 +256,11 @@ def test_full_disk_keeps_the_earlier_report(
     monkeypatch.setattr(plots, "plot_knn", lambda path, *_args, **_kwargs: path.write_text("a figure"))
     with pytest.raises(RunError, match="No space left on device") as caught:
         report.write_report(tmp_path, **arguments(steps=99))
+    assert str(caught.value).startswith(f"cannot write the report to {tmp_path / 'report'}: ")
     assert "\n" not in str(caught.value)
-    assert str(tmp_path / "report") in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["report"]
     assert [p.name for p in (tmp_path / "report").iterdir()] == ["report.html"]
     assert (tmp_path / "report" / "report.html").read_text(encoding="utf-8") == "the earlier one"
-
-
-def test_missing_run_folder_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="cannot write the report"):
-        report.write_report(tmp_path / "nowhere", **arguments())
 
 
 # ---- figures -------------------------------------------------------------------------------------
