@@ -24,18 +24,10 @@ from torch import Tensor
 from lejepa_fast.data import ImageSource, multicrop_loader
 from lejepa_fast.train.checkpoint.export import load_trained
 from lejepa_fast.train.config import Config, loader_workers, to_dict, validate
-from lejepa_fast.train.engine.metrics import read_rows
-from lejepa_fast.train.evaluation.evaluate import (  # noqa: F401 - still imported from here elsewhere
-    EvalResult,
-    check_validation_images,
-    evaluate_model,
-    evaluate_untrained,
-    loading_options,
-    open_splits,
-)
+from lejepa_fast.train.evaluation.evaluate import evaluate_model, evaluate_untrained, open_splits
 from lejepa_fast.train.report.report import format_table, training_speed, write_report
 from lejepa_fast.train.runtime.command import log_to_stderr, parse_options, run_command
-from lejepa_fast.train.runtime.files import make_folder
+from lejepa_fast.train.runtime.files import make_folder, read_rows
 from lejepa_fast.train.runtime.world import choose_device
 
 

@@ -85,8 +85,17 @@ def write_report(
         text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
         (temporary / "summary.json").write_text(text, encoding="utf-8")
         (temporary / "report.html").write_text(_render(summary, temporary), encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        earlier = run_dir / ".report-old"
+        shutil.rmtree(earlier, ignore_errors=True)
+        if target.exists():
+            target.rename(earlier)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if earlier.exists():
+                earlier.rename(target)
+            raise
+        shutil.rmtree(earlier, ignore_errors=True)
     except OSError as error:
         raise RunError(
             f"cannot write the report to {target}: {error.strerror or error}; "

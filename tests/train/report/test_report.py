@@ -239,13 +239,20 @@ def test_second_report_replaces_the_first_and_what_a_killed_run_left(tmp_path: P
 
 
 @pytest.mark.usefixtures("no_figures")
-@pytest.mark.parametrize("refused", ["knn.png", "summary.json", "report.html"])
+@pytest.mark.parametrize("refused", ["knn.png", "summary.json", "report.html", ".report-new"])
 def test_full_disk_keeps_the_earlier_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "report.html").write_text("the earlier one", encoding="utf-8")
-    write_text = Path.write_text
+    write_text, rename = Path.write_text, Path.rename
+
+    def renamed(path: Path, target: Path) -> Path:
+        if path.name == refused:
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
 
     def write(path: Path, text: str, **options: Any) -> int:
         if path.name == refused:
