@@ -50,6 +50,9 @@ _HUNGRY_FORMATS = ("WEBP", "JPEG2000")
 _MAX_HEADER_READS = 1 << 14  # a JPEG takes 4 for a segment
 _MAX_EXIF_BYTES = 128 << 10
 
+# Keys of `Image.info`: transparency, and what may hold an orientation, which Pillow reads with the pixels.
+_UNUSUAL_IN_PNG = {"interlace", "transparency", "exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+
 _TILE = 1024  # px, a multiple of any factor of `Reduction`
 
 # The process or the machine lacks something, so the image may be good: error number to the way out.
@@ -140,21 +143,20 @@ def plain_header(data: bytes) -> Header | None:
     Plain are complete JPEG and PNG files of 8-bit RGB or grayscale without transparency. A damaged file may
     look plain, because pixels are not decoded here.
     """
+    orientation = 1
     try:
         image = open_encoded(data)
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if image.format == "PNG":
+            # As stored, values have 8 bits. EXIF data may stand behind the pixels.
+            plain = [tile[3] for tile in getattr(image, "tile")] == [image.mode] and b"IEND" in data[-12:]  # noqa: B009 - no stub has it
+            plain = plain and not _UNUSUAL_IN_PNG & image.info.keys() and b"eXIf" not in data
+        else:
+            # Adobe's transform 0: the colors are stored as RGB.
+            plain = image.format in ("JPEG", "MPO") and image.info.get("adobe_transform") != 0
+            plain = plain and data.rfind(b"\xff\xd9") >= 0
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if plain else 1
     except Exception:  # decoders raise anything; decoding the image tells the reason
         return None
-    if image.format == "PNG":
-        # As stored, values have 8 bits. EXIF data may stand behind the pixels.
-        tiles = getattr(image, "tile")  # noqa: B009 - the stubs of Pillow lack it
-        plain = [tile[3] for tile in tiles] == [image.mode] and b"IEND" in data[-12:]
-        plain = plain and not {"interlace", "transparency"} & image.info.keys()
-        plain = plain and orientation == 1 and b"eXIf" not in data
-    else:
-        # Adobe's transform 0: the colors are stored as RGB.
-        plain = image.format in ("JPEG", "MPO") and image.info.get("adobe_transform") != 0
-        plain = plain and data.rfind(b"\xff\xd9") >= 0
     if not plain or image.mode not in ("RGB", "L"):
         return None
     orientation = int(orientation) if orientation in range(1, 9) else 1
