@@ -4,7 +4,7 @@ They were chosen from the compiler's output (`bench/kernel_report.py`), not from
 tensor-core instructions, then on sm_90 the smallest predicted time, elsewhere the least memory traffic.
 
 - sm_90, half precision: up to K 512 directions are resident and two programs share a multiprocessor.
-- sm_90, float32: 128 x 64; 128 x 128 spills. Fused K 64 takes 16 samples: 32 spill with triton 3.8.
+- sm_90, float32: 128 x 64; 128 x 128 spills.
 - sm_80, sm_89: 128 x 64; float32 spills from 64 samples on, hence 128 x 32.
 - sm_100: 64 directions; with 128 a thread holds a whole row of the accumulator and spills.
 - gfx942: 64 x 64 in two sub-tiles; 128 x 32 with 8 warps spills.
@@ -165,19 +165,18 @@ _SMALL_32_AMD = _SMALL_32._replace(num_stages=2)
 _PRODUCT_32 = Tile(32, 128, 64, 8, 3)
 _PRODUCT_32_WIDE = Tile(32, 128, 128, 8, 3)
 _FUSED_32 = _FUSED._replace(block_k=32)
-_FUSED_32_NARROW = _FUSED_32._replace(block_n=16)
+_FUSED_32_NARROW = _FUSED_32._replace(block_n=16)  # triton 3.8 spills with 32 samples
 _SINGLE_OTHERS = {
     "forward": (Tile(64, 64, 32, 4, 3), _NARROW, _MIDDLE_32),
     "gradient": (_SMALL_32, _NARROW, _MIDDLE_32),
     "product": (Tile(32, 64, 64, 4, 3), _PRODUCT_32, _PRODUCT_32_WIDE),
     "fused": (Tile(64, 32, 32, 4, 1), Tile(64, 16, 32, 4, 1)),
 }
-_FUSED_32_TO_64 = {32: _FUSED_32, 64: _FUSED_32}
-_FUSED_32_SM_90 = {32: _FUSED_32, 64: _FUSED_32_NARROW}
+_FUSED_32_TO_64 = {32: _FUSED_32, 64: _FUSED_32_NARROW}
 _SINGLE = {
     "sm_80": _config({ANY: _NARROW}, _PRODUCT_32, _FUSED_32_TO_64, 108, _SINGLE_OTHERS, 1 + 9e-8),
     "sm_89": _config({ANY: _NARROW}, _PRODUCT_32, _FUSED_32_TO_64, 142, _SINGLE_OTHERS, 1 + 9e-8),
-    "sm_90": _config({ANY: _MIDDLE_32}, _PRODUCT_32_WIDE, _FUSED_32_SM_90, 132, _SINGLE_OTHERS, 1 + 7e-8),
+    "sm_90": _config({ANY: _MIDDLE_32}, _PRODUCT_32_WIDE, _FUSED_32_TO_64, 132, _SINGLE_OTHERS, 1 + 7e-8),
     "sm_100": _config({ANY: _SMALL_32}, _PRODUCT_32_WIDE, {32: _FUSED_32}, 148, _SINGLE_OTHERS, 1 + 7e-8),
     "gfx942": _config(
         {ANY: _SMALL_32_AMD},
