@@ -131,7 +131,7 @@ def collect(rank: int, world_size: int, modules: dict[str, Any]) -> dict[Any, An
         results["nothing", impl] = {"value": value.detach(), "grad": nothing.grad}
     if world_size == 2:
         for impl in ("torch", "triton"):
-            results["fsdp", impl] = fully_sharded(shard(batch(torch.float32), UNEQUAL[2], rank), impl)
+            results[f"fsdp {impl}"] = fully_sharded(shard(batch(torch.float32), UNEQUAL[2], rank), impl)
         compiled = torch.compile(lejepa_loss(), fullgraph=True, backend=COMPILE_BACKEND)
         results["compiled"] = value_and_gradient(DistributedDataParallel(encoder(torch.float64)), x, compiled)
         # Shares of a second size: their number of samples is a symbol of the graph.
