@@ -581,39 +581,24 @@ class _Launch(NamedTuple):
 
     def _arguments(self, tile: Tile) -> dict[str, Any]:
         """Those that `_sigreg_dp_kernel` and `_sigreg_bwd_kernel` have in common."""
-        plan, (K, M) = self.plan, self.A.shape
-        options = tile.options(K, self.precision)
+        plan = self.plan
         sub_tiles = count_sub_tiles(tile, plan, self.config.lanes)
-        names = ("stride_xv", "stride_xn", "stride_xk", "stride_ak", "stride_am", "stride_gv", "stride_gm")
-        grad_strides = self.grad.stride() if self.slice_grad else (0, 0)
+        stride_gv, stride_gm = self.grad.stride() if self.slice_grad else (0, 0)
+        shared = (tile, self.x, self.A, self.scale, self.t, plan, self.precision)
         return {
-            "x_ptr": self.x,
-            "a_ptr": self.A,
-            "scale_ptr": self.A if self.scale is None else self.scale,
-            "t_ptr": self.t,
             "coef_ptr": self.coef,
             "grad_ptr": self.grad,
-            "K": K,
-            "M": M,
-            "J": plan.J,
-            "factor_hi": plan.factor_hi,
-            "factor_lo": plan.factor_lo,
             "giant_hi": plan.giant_factor[0],
             "giant_lo": plan.giant_factor[1],
             "sub_tiles": sub_tiles,
             "sub_tile_stride": 0,
-            **dict(zip(names, (*self.x.stride(), *self.A.stride(), *grad_strides), strict=True)),
-            "HAS_SCALE": self.scale is not None,
+            "stride_gv": stride_gv,
+            "stride_gm": stride_gm,
             "SLICE_GRAD": self.slice_grad,
             "NORMALIZE": self._normalize(),
-            "EQUIDISTANT": plan.equidistant,
-            "B": plan.B,
             "G": plan.G,
             "FAR": plan.chunks > 1,
-            "ROWS": plan.rows,
-            "EVEN_K": K % options["BLOCK_K"] == 0,
-            "MASK_M": M % tile.block_m != 0,
-            "LANES": self.config.lanes,
+            "MASK_M": self.A.shape[1] % tile.block_m != 0,
             "SUB_TILES": sub_tiles,
-            **options,
+            **self.config.arguments(*shared),
         }

@@ -17,9 +17,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .runtime import OPTIONS
-from .table import Split, ceil_div
+from .table import Plan, Split, ceil_div
 
 
 class Tile(NamedTuple):
@@ -94,6 +95,32 @@ class Config(NamedTuple):
     def tile(self, kernel: str, K: int) -> Tile:
         """The shipped tile of "forward", "gradient", "product" or "fused" for K dimensions."""
         return next(choice.tile for choice in getattr(self, kernel) if choice.max_dim >= K)
+
+    def arguments(
+        self, tile: Tile, x: Tensor, A: Tensor, scale: Tensor | None, t: Tensor, plan: Plan, precision: str
+    ) -> dict[str, Any]:
+        """Arguments that all kernels with projections share; the tensors as for `forward.table_sums`."""
+        options = tile.options(x.shape[2], precision)
+        strides = zip(("xv", "xn", "xk", "ak", "am"), (*x.stride(), *A.stride()), strict=True)
+        return {
+            "x_ptr": x,
+            "a_ptr": A,
+            "scale_ptr": A if scale is None else scale,
+            "t_ptr": t,
+            "K": A.shape[0],
+            "M": A.shape[1],
+            "J": plan.J,
+            "factor_hi": plan.factor_hi,
+            "factor_lo": plan.factor_lo,
+            **{f"stride_{name}": stride for name, stride in strides},
+            "HAS_SCALE": scale is not None,
+            "EQUIDISTANT": plan.equidistant,
+            "B": plan.B,
+            "ROWS": plan.rows,
+            "EVEN_K": A.shape[0] % options["BLOCK_K"] == 0,
+            "LANES": self.lanes,
+            **options,
+        }
 
     def candidates(self, kernel: str, K: int) -> list[Tile]:
         """The shipped tile, then the others to time."""

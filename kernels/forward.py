@@ -305,39 +305,21 @@ def table_sums(
     out = empty(x, (splits, views, plan.rows, M), torch.float32)
 
     def launch(tile: Tile) -> None:
-        block_k, resident = tile.steps(K)
         programs = views * triton.cdiv(M, tile.block_m) * plan.chunks * splits
         _sigreg_fwd_kernel[(programs,)](
-            x,
-            A,
-            A if scale is None else scale,
-            t,
-            out,
-            views,
-            N,
-            K,
-            M,
-            plan.J,
-            plan.factor_hi,
-            plan.factor_lo,
-            splits,
-            split_samples,
-            tile.sub_tiles,
-            *x.stride(),
-            *A.stride(),
-            HAS_SCALE=scale is not None,
-            EQUIDISTANT=plan.equidistant,
-            B=plan.B,
+            out_ptr=out,
+            views=views,
+            N=N,
+            splits=splits,
+            split_samples=split_samples,
+            sub_tiles=tile.sub_tiles,
             G=plan.chunk_giants,
-            ROWS=plan.rows,
             CHUNKS=plan.chunks,
             CHUNK_KNOTS=plan.chunk_knots,
-            RESIDENT=resident,
-            EVEN_K=K % block_k == 0,
+            RESIDENT=tile.steps(K)[1],
             EVEN_N=N % tile.block_n == 0,
-            LANES=config.lanes,
             SUB_TILES=tile.sub_tiles,
-            **tile.options(K, precision),
+            **config.arguments(tile, x, A, scale, t, plan, precision),
         )
 
     with kernel_device(x):
