@@ -15,6 +15,7 @@ The product takes dT/dp in the dtype of x and A. float16 has a small range, whil
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .autotune import Problem, choose
+from .autotune import launch_best
 from .configs import Config, Tile, get_config
 from .phases import (
     baby_steps,
@@ -41,11 +42,13 @@ from .phases import (
     stride_from_babies,
     to_dtype,
 )
-from .runtime import OPTIONS, empty, kernel_device
+from .runtime import empty, kernel_device
 from .table import COEF_BLOCK, Plan, count_splits
 
 # A table of up to two giant steps fits into the registers of a program.
 _COEF_IN_REGISTERS = 35
+# Bytes of dT/dp at a time: enough to fill a GPU many times, small beside a batch.
+_CHUNK_BYTES, _CHUNK_STEP = 32 << 20, 128
 _COEF_BLOCK = tl.constexpr(COEF_BLOCK)
 
 
@@ -113,21 +116,18 @@ def _series(
     p,  # (BLOCK_M, LANES)
     coef,  # `_load_coefficients`, or () to load each where it is used
     coef_ptrs,  # (BLOCK_M, 1)
-    f_hi,
-    f_lo,
-    g_hi,
-    g_lo,
+    factors,  # of `cos_sin`: (high, low) for a baby step, then for a giant step
     B: tl.constexpr,
     G: tl.constexpr,
     FAR: tl.constexpr,
 ):
     """dT/dp for projections p."""
-    c1, s1 = cos_sin(p, f_hi, f_lo)
+    c1, s1 = cos_sin(p, factors[0], factors[1])
     babies = baby_steps(c1, s1, B)
     total = _table_row(babies, coef, coef_ptrs, 0, B)
     if G > 0:
         if FAR:
-            c_s, s_s = cos_sin(p, g_hi, g_lo)
+            c_s, s_s = cos_sin(p, factors[2], factors[3])
         else:
             c_s, s_s = stride_from_babies(babies)
         c_a, s_a = c_s, s_s
@@ -161,10 +161,7 @@ def _derivative(
     coef,
     coef_ptrs,
     t_ptr,
-    f_hi,
-    f_lo,
-    g_hi,
-    g_lo,
+    factors,
     J,
     sub_tiles,
     sub_tile_stride,  # of the coefficients: 0, which the compiler does not know, see below
@@ -184,7 +181,7 @@ def _derivative(
         for _ in range(sub_tiles):
             done = ()
             for i in tl.static_range(COUNT):
-                part = _series(parts[i], coef, coef_ptrs, f_hi, f_lo, g_hi, g_lo, B, G, FAR)
+                part = _series(parts[i], coef, coef_ptrs, factors, B, G, FAR)
                 done = done + (part,)
             # Pointers that move are read for every sub-tile. Else the compiler would read all coefficients
             # before the first one and keep them in registers, which `coef` is for.
@@ -192,7 +189,7 @@ def _derivative(
             parts = replace_front(parts, done)
         dp = join_columns(parts, BLOCK_M, BLOCK_N, LANES)
     else:
-        dp = _knot_series(p, coef_ptrs, t_ptr, f_hi, f_lo, J)
+        dp = _knot_series(p, coef_ptrs, t_ptr, factors[0], factors[1], J)
     return dp
 
 
@@ -266,10 +263,9 @@ def _sigreg_dp_kernel(
     coef = ()
     if COEF_IN_REGISTERS:
         coef = _load_coefficients(coef_ptrs, ROWS)
-    f_hi, f_lo = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
-    g_hi, g_lo = f_hi, f_lo
+    factors = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
     if FAR:
-        g_hi, g_lo = scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
+        factors = factors + scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
     if SLICE_GRAD:
         grad = tl.load(grad_ptr + view * stride_gv + m[:, None] * stride_gm, mask=m_mask, other=0.0)
     a = ()
@@ -288,9 +284,9 @@ def _sigreg_dp_kernel(
             x = load_samples(x_ptr, ahead, n_stop, K, stride_xn, stride_xk,
                 BLOCK_K, RESIDENT, EVEN_K, not EVEN_N)  # fmt: skip
         else:
-            p = project(x_ptr, a_ptr, a, m, n, n_stop, K, M, stride_xn, stride_xk, stride_ak, stride_am,
-                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, EVEN_K, not EVEN_N, PRECISION)  # fmt: skip
-        dp = _derivative(p, coef, coef_ptrs, t_ptr, f_hi, f_lo, g_hi, g_lo, J, sub_tiles, sub_tile_stride,
+            p = project(x_ptr, a_ptr, m, n, n_stop, K, M, stride_xn, stride_xk, stride_ak, stride_am,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, not EVEN_N, PRECISION)  # fmt: skip
+        dp = _derivative(p, coef, coef_ptrs, t_ptr, factors, J, sub_tiles, sub_tile_stride,
             EQUIDISTANT, B, G, FAR, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if SLICE_GRAD:
             dp *= grad
@@ -364,13 +360,12 @@ def _sigreg_bwd_kernel(
         m = m0 + tl.arange(0, BLOCK_M)
         m_mask = (m < M)[:, None]
         coef_ptrs = _coefficient_pointers(coef_ptr, m, M, ROWS)
-        f_hi, f_lo = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
-        g_hi, g_lo = f_hi, f_lo
+        factors = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
         if FAR:
-            g_hi, g_lo = scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
+            factors = factors + scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
         a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, TILES, EVEN_K, MASK_M)
         p = multiply(a, x, BLOCK_M, BLOCK_N, TILES, PRECISION)
-        dp = _derivative(p, (), coef_ptrs, t_ptr, f_hi, f_lo, g_hi, g_lo, J, sub_tiles, sub_tile_stride,
+        dp = _derivative(p, (), coef_ptrs, t_ptr, factors, J, sub_tiles, sub_tile_stride,
             EQUIDISTANT, B, G, FAR, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if SLICE_GRAD:
             dp *= tl.load(grad_ptr + view * stride_gv + m[:, None] * stride_gm, mask=m_mask, other=0.0)
@@ -466,21 +461,23 @@ def gradient(
     if N == 0:
         return dx
     slice_grad = grad.dim() == 2
-    normalize = x.dtype == A.dtype == torch.float16 and not slice_grad
-    common = _Launch(grad, factor, coef, x, A, scale, t, plan, config, precision, slice_grad, normalize)
+    common = _Launch(grad, factor, coef, x, A, scale, t, plan, config, precision, slice_grad)
     with kernel_device(x):
         if config.fuses(K, M, slice_grad=slice_grad):
-            _launch_fused(common, dx)
+            common.fused(dx)
             return dx
         # Products of gradients per direction span any range: they stay in float32.
         dtype = A.dtype if A.dtype == x.dtype and not slice_grad else torch.float32
-        chunk_views, chunk_samples = _chunk(views, N, M * dtype.itemsize)
+        # Samples of a chunk: several whole views, or a part of one.
+        most = max(1, _CHUNK_BYTES // (M * dtype.itemsize))
+        chunk_views = max(1, min(views, most // N))
+        chunk_samples = min(N, max(_CHUNK_STEP, most // _CHUNK_STEP * _CHUNK_STEP))
         buffer = empty(x, (chunk_views * chunk_samples, M), dtype)
         for v in range(0, views, chunk_views):
             for n in range(0, N, chunk_samples):
                 chunk = range(v, min(views, v + chunk_views)), range(n, min(N, n + chunk_samples))
-                _launch_dp(common, buffer, *chunk)
-                _launch_product(common, buffer, dx, *chunk)
+                common.projections(buffer, *chunk)
+                common.product(buffer, dx, *chunk)
     return dx
 
 
@@ -494,23 +491,11 @@ def _in_registers(plan: Plan) -> bool:
     return plan.equidistant and plan.rows <= _COEF_IN_REGISTERS
 
 
-# Bytes of dT/dp at a time: enough to fill a GPU many times, small beside a batch.
-_CHUNK_BYTES, _CHUNK_STEP = 32 << 20, 128
-
-
-def _chunk(views: int, N: int, sample_bytes: int) -> tuple[int, int]:
-    """Views and samples of a chunk: several whole views, or a part of one."""
-    samples = max(1, _CHUNK_BYTES // sample_bytes)
-    if samples >= N:
-        return min(views, samples // N), N
-    return 1, min(N, max(_CHUNK_STEP, samples // _CHUNK_STEP * _CHUNK_STEP))
-
-
 class _Launch(NamedTuple):
-    """What the kernels of one backward pass share."""
+    """What the kernels of one backward pass share, and their launchers."""
 
     grad: Tensor
-    factor: float
+    grad_factor: float
     coef: Tensor
     x: Tensor
     A: Tensor
@@ -520,130 +505,100 @@ class _Launch(NamedTuple):
     config: Config
     precision: str
     slice_grad: bool
-    normalize: bool
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        scale = self.A if self.scale is None else self.scale
-        return self.x, self.A, scale, self.t, self.coef, self.grad
+    def fused(self, dx: Tensor) -> None:
+        """dx by one kernel."""
+        views, N, K = self.x.shape
 
-    def scalars(self) -> tuple[int | float, ...]:
+        def launch(tile: Tile) -> None:
+            _sigreg_bwd_kernel[(views * triton.cdiv(N, tile.block_n),)](
+                out_ptr=dx,
+                N=N,
+                out_factor=self.grad_factor,
+                TILES=triton.cdiv(K, tile.steps(K)[0]),
+                **self._arguments(tile),
+            )
+
+        self._launch_best(launch, "fused", self.config)
+
+    def projections(self, dp: Tensor, views: range, samples: range) -> None:
+        """dT/dp of a chunk."""
+        K, M = self.A.shape
+        splits, split_samples = count_splits(len(views), len(samples), M, 1, self.config.split)
+
+        def launch(tile: Tile) -> None:
+            _sigreg_dp_kernel[(len(views) * splits * triton.cdiv(M, tile.block_m),)](
+                out_ptr=dp,
+                first_view=views.start,
+                n_first=samples.start,
+                n_stop=samples.stop,
+                splits=splits,
+                split_samples=split_samples,
+                RESIDENT=tile.steps(K)[1],
+                EVEN_N=len(samples) % tile.block_n == 0,
+                COEF_IN_REGISTERS=_in_registers(self.plan),
+                **self._arguments(tile),
+            )
+
+        self._launch_best(launch, "gradient", self.config)
+
+    def product(self, dp: Tensor, dx: Tensor, views: range, samples: range) -> None:
+        """dx of a chunk from its dT/dp."""
+        K, M = self.A.shape
+        rows = len(views) * len(samples)
+        out = dx.view(-1, K)[views.start * dx.shape[1] + samples.start :]  # whole views, or a part of one
+
+        def launch(tile: Tile) -> None:
+            _sigreg_dx_kernel[(triton.cdiv(rows, tile.block_n) * triton.cdiv(K, tile.block_k),)](
+                dp,
+                self.A,
+                self.grad,
+                self.coef,
+                out,
+                views.start,
+                len(samples),
+                rows,
+                K,
+                M,
+                self.grad_factor,
+                *self.A.stride(),
+                SLICE_GRAD=self.slice_grad,
+                NORMALIZE=self._normalize(),
+                TABLE_ROWS=self.plan.rows,
+                **{**tile.options(K, self.precision), "BLOCK_K": tile.block_k},
+            )
+
+        # float32 gradients with half-precision directions need the shared memory of float32.
+        config = self.config if dp.dtype == self.A.dtype else get_config(dp.device, dp.itemsize)
+        self._launch_best(launch, "product", config)
+
+    def _launch_best(self, launch: Callable[[Tile], None], kernel: str, config: Config) -> None:
+        variant = self.precision, self.slice_grad
+        launch_best(launch, kernel, config, self.x, self.A, self.plan, *variant)
+
+    def _normalize(self) -> bool:
+        return self.x.dtype == self.A.dtype == torch.float16 and not self.slice_grad
+
+    def _arguments(self, tile: Tile) -> dict[str, Any]:
+        """Those that `_sigreg_dp_kernel` and `_sigreg_bwd_kernel` have in common."""
         plan = self.plan
-        return self.A.shape[1], plan.J, plan.factor_hi, plan.factor_lo, *plan.giant_factor
-
-    def problem(self) -> Problem:
-        return Problem(self.x, self.A, self.plan, (self.precision, self.slice_grad))
-
-    def sub_tiles(self, tile: Tile) -> int:
-        return count_sub_tiles(tile, self.plan, self.config.lanes)
-
-    def strides(self) -> tuple[int, ...]:
-        return *self.x.stride(), *self.A.stride(), *(self.grad.stride() if self.slice_grad else (0, 0))
-
-    def constants(self, tile: Tile) -> dict[str, Any]:
-        plan, K = self.plan, self.x.shape[2]
-        block_k, _ = tile.steps(K)
+        sub_tiles = count_sub_tiles(tile, plan, self.config.lanes)
+        stride_gv, stride_gm = self.grad.stride() if self.slice_grad else (0, 0)
+        shared = (tile, self.x, self.A, self.scale, self.t, plan, self.precision)
         return {
-            "HAS_SCALE": self.scale is not None,
+            "coef_ptr": self.coef,
+            "grad_ptr": self.grad,
+            "giant_hi": plan.giant_factor[0],
+            "giant_lo": plan.giant_factor[1],
+            "sub_tiles": sub_tiles,
+            "sub_tile_stride": 0,
+            "stride_gv": stride_gv,
+            "stride_gm": stride_gm,
             "SLICE_GRAD": self.slice_grad,
-            "NORMALIZE": self.normalize,
-            "EQUIDISTANT": plan.equidistant,
-            "B": plan.B,
+            "NORMALIZE": self._normalize(),
             "G": plan.G,
             "FAR": plan.chunks > 1,
-            "ROWS": plan.rows,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_K": block_k,
-            "EVEN_K": K % block_k == 0,
             "MASK_M": self.A.shape[1] % tile.block_m != 0,
-            "LANES": self.config.lanes,
-            "SUB_TILES": self.sub_tiles(tile),
-            "PRECISION": self.precision,
-            **OPTIONS,
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
+            "SUB_TILES": sub_tiles,
+            **self.config.arguments(*shared),
         }
-
-
-def _launch_fused(c: _Launch, dx: Tensor) -> None:
-    views, N, K = c.x.shape
-
-    def launch(tile: Tile) -> None:
-        _sigreg_bwd_kernel[(views * triton.cdiv(N, tile.block_n),)](
-            *c.tensors(),
-            dx,
-            N,
-            K,
-            *c.scalars(),
-            c.factor,
-            c.sub_tiles(tile),
-            0,
-            *c.strides(),
-            **c.constants(tile),
-            TILES=triton.cdiv(K, tile.steps(K)[0]),
-        )
-
-    launch(choose(c.config, "fused", c.problem(), launch))
-
-
-def _launch_dp(c: _Launch, dp: Tensor, views: range, samples: range) -> None:
-    K, M = c.x.shape[2], c.A.shape[1]
-    splits, split_samples = count_splits(len(views), len(samples), M, 1, c.config.split)
-
-    def launch(tile: Tile) -> None:
-        _sigreg_dp_kernel[(len(views) * splits * triton.cdiv(M, tile.block_m),)](
-            *c.tensors(),
-            dp,
-            views.start,
-            samples.start,
-            samples.stop,
-            splits,
-            split_samples,
-            K,
-            *c.scalars(),
-            c.sub_tiles(tile),
-            0,
-            *c.strides(),
-            **c.constants(tile),
-            RESIDENT=tile.steps(K)[1],
-            EVEN_N=len(samples) % tile.block_n == 0,
-            COEF_IN_REGISTERS=_in_registers(c.plan),
-        )
-
-    launch(choose(c.config, "gradient", c.problem(), launch))
-
-
-def _launch_product(c: _Launch, dp: Tensor, dx: Tensor, views: range, samples: range) -> None:
-    K, M = c.x.shape[2], c.A.shape[1]
-    rows = len(views) * len(samples)
-    out = dx.view(-1, K)[views.start * dx.shape[1] + samples.start :]  # whole views, or a part of one
-
-    def launch(tile: Tile) -> None:
-        _sigreg_dx_kernel[(triton.cdiv(rows, tile.block_n) * triton.cdiv(K, tile.block_k),)](
-            dp,
-            c.A,
-            c.grad,
-            c.coef,
-            out,
-            views.start,
-            len(samples),
-            rows,
-            K,
-            M,
-            c.factor,
-            *c.A.stride(),
-            SLICE_GRAD=c.slice_grad,
-            NORMALIZE=c.normalize,
-            TABLE_ROWS=c.plan.rows,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            PRECISION=c.precision,
-            **OPTIONS,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-
-    # float32 gradients with half-precision directions need the shared memory of float32.
-    config = c.config if dp.dtype == c.A.dtype else get_config(c.x.device, dp.itemsize)
-    launch(choose(config, "product", c.problem(), launch))

@@ -4,7 +4,7 @@ They were chosen from the compiler's output (`bench/kernel_report.py`), not from
 tensor-core instructions, then on sm_90 the smallest predicted time, elsewhere the least memory traffic.
 
 - sm_90, half precision: up to K 512 directions are resident and two programs share a multiprocessor.
-- sm_90, float32: 128 x 64; 128 x 128 spills. Fused K 64 takes 16 samples: 32 spill with triton 3.8.
+- sm_90, float32: 128 x 64; 128 x 128 spills.
 - sm_80, sm_89: 128 x 64; float32 spills from 64 samples on, hence 128 x 32.
 - sm_100: 64 directions; with 128 a thread holds a whole row of the accumulator and spills.
 - gfx942: 64 x 64 in two sub-tiles; 128 x 32 with 8 warps spills.
@@ -14,11 +14,13 @@ tensor-core instructions, then on sm_90 the smallest predicted time, elsewhere t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from .table import Split, ceil_div
+from .runtime import OPTIONS
+from .table import Plan, Split, ceil_div
 
 
 class Tile(NamedTuple):
@@ -42,6 +44,12 @@ class Tile(NamedTuple):
         block_k = min(self.block_k, max(16, 1 << (K - 1).bit_length()))
         return block_k, ceil_div(K, block_k) if self.resident else 0
 
+    def options(self, K: int, precision: str) -> dict[str, Any]:
+        """Arguments of every tiled kernel."""
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.steps(K)[0]}
+        warps = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**blocks, "PRECISION": precision, **warps, **OPTIONS}
+
 
 class Choice(NamedTuple):
     """The tile for K up to `max_dim`."""
@@ -63,8 +71,8 @@ class Config(NamedTuple):
     """Backward in one kernel, where `fuses` says so; else `gradient` and `product`."""
     split: Split
     """How samples are shared between programs."""
-    others: tuple[tuple[str, Tile], ...] = ()
-    """(kernel, tile) pairs that autotuning times beside the shipped tile."""
+    others: dict[str, tuple[Tile, ...]]
+    """Tiles of each kernel that autotuning times beside the shipped one."""
     lanes: int = 4
     """Threads that share a row of an accumulator, see `split_columns`."""
     stretch: float = 1.0
@@ -86,14 +94,38 @@ class Config(NamedTuple):
 
     def tile(self, kernel: str, K: int) -> Tile:
         """The shipped tile of "forward", "gradient", "product" or "fused" for K dimensions."""
-        choices: tuple[Choice, ...] = getattr(self, kernel)
-        return next(choice.tile for choice in choices if choice.max_dim >= K)
+        return next(choice.tile for choice in getattr(self, kernel) if choice.max_dim >= K)
+
+    def arguments(
+        self, tile: Tile, x: Tensor, A: Tensor, scale: Tensor | None, t: Tensor, plan: Plan, precision: str
+    ) -> dict[str, Any]:
+        """Arguments that all kernels with projections share; the tensors as for `forward.table_sums`."""
+        options = tile.options(x.shape[2], precision)
+        strides = zip(("xv", "xn", "xk", "ak", "am"), (*x.stride(), *A.stride()), strict=True)
+        return {
+            "x_ptr": x,
+            "a_ptr": A,
+            "scale_ptr": A if scale is None else scale,
+            "t_ptr": t,
+            "K": A.shape[0],
+            "M": A.shape[1],
+            "J": plan.J,
+            "factor_hi": plan.factor_hi,
+            "factor_lo": plan.factor_lo,
+            **{f"stride_{name}": stride for name, stride in strides},
+            "HAS_SCALE": scale is not None,
+            "EQUIDISTANT": plan.equidistant,
+            "B": plan.B,
+            "ROWS": plan.rows,
+            "EVEN_K": A.shape[0] % options["BLOCK_K"] == 0,
+            "LANES": self.lanes,
+            **options,
+        }
 
     def candidates(self, kernel: str, K: int) -> list[Tile]:
         """The shipped tile, then the others to time."""
-        shipped = self.tile(kernel, K)
-        others = [tile for name, tile in self.others if name == kernel and tile != shipped]
-        return [shipped, *(tile for tile in others if K <= RESIDENT_MAX_DIM or not tile.resident)]
+        others = (tile for tile in self.others[kernel] if K <= RESIDENT_MAX_DIM or not tile.resident)
+        return list(dict.fromkeys((self.tile(kernel, K), *others)))
 
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
@@ -102,17 +134,21 @@ ANY = 1 << 62
 RESIDENT_MAX_DIM = 512
 
 
-def _tiles(tile: Tile, *smaller: tuple[int, Tile]) -> tuple[Choice, ...]:
-    """`tile` for any K, after those for K up to a limit."""
-    return (*(Choice(*choice) for choice in smaller), Choice(ANY, tile))
+def _choices(tiles: dict[int, Tile]) -> tuple[Choice, ...]:
+    return tuple(Choice(max_dim, tile) for max_dim, tile in tiles.items())
 
 
-def _fused(*choices: tuple[int, Tile]) -> tuple[Choice, ...]:
-    return tuple(Choice(*choice) for choice in choices)
-
-
-def _split(multiprocessors: int) -> Split:
-    return Split(64, 128, 2 * multiprocessors)  # two programs on each
+def _config(
+    tiles: dict[int, Tile],
+    product: Tile,
+    fused: dict[int, Tile],
+    multiprocessors: int,
+    others: dict[str, tuple[Tile, ...]],
+    stretch: float = 1.0,
+) -> Config:
+    """A configuration whose forward and gradient share their `tiles`; two programs on a multiprocessor."""
+    forward, split = _choices(tiles), Split(64, 128, 2 * multiprocessors)
+    return Config(forward, forward, (Choice(ANY, product),), _choices(fused), split, others, stretch=stretch)
 
 
 _RESIDENT = Tile(64, 32, 64, 4, 1, sub_tiles=2, resident=True)
@@ -120,140 +156,78 @@ _WIDE = Tile(128, 128, 64, 8, 2, sub_tiles=4)
 _MIDDLE = Tile(128, 64, 64, 8, 3, sub_tiles=2)
 _SMALL = Tile(64, 64, 64, 4, 3, sub_tiles=2)
 _SMALL_AMD = _SMALL._replace(num_stages=2)
+_PRODUCT = Tile(64, 128, 128, 8, 3)
+_PRODUCT_WIDE = Tile(64, 128, 256, 8, 3)
 _FUSED = Tile(64, 32, 64, 4, 1, sub_tiles=2)
 _FUSED_FOUR = _FUSED._replace(sub_tiles=4)  # triton 3.6 spills with two
 _FUSED_WIDE = Tile(128, 32, 128, 8, 1, sub_tiles=2)
 _FUSED_SM_100 = Tile(64, 32, 128, 4, 1, sub_tiles=4)
-_HALF_OTHERS = (
-    ("forward", _RESIDENT),
-    ("forward", Tile(128, 64, 64, 8, 1, sub_tiles=2, resident=True)),
-    ("forward", Tile(64, 64, 64, 4, 3)),
-    ("forward", Tile(64, 128, 64, 4, 3, sub_tiles=2)),
-    ("forward", _MIDDLE),
-    ("forward", _WIDE),
-    ("gradient", _RESIDENT),
-    ("gradient", _SMALL),
-    ("gradient", _MIDDLE),
-    ("gradient", _WIDE),
-    ("product", Tile(64, 64, 64, 4, 3)),
-    ("product", Tile(64, 128, 128, 8, 3)),
-    ("product", Tile(64, 128, 256, 8, 3)),
-    ("product", Tile(64, 128, 256, 8, 4)),
-    ("fused", Tile(64, 32, 64, 4, 1)),
-    ("fused", _FUSED),
-    ("fused", _FUSED_FOUR),
-    ("fused", _FUSED_SM_100),
-    ("fused", _FUSED_WIDE),
-)
-_AMPERE = Config(
-    forward=_tiles(_MIDDLE),
-    gradient=_tiles(_MIDDLE),
-    product=_tiles(Tile(64, 128, 128, 8, 3)),
-    fused=_fused((64, _FUSED), (256, _FUSED_WIDE)),
-    split=_split(108),
-    others=_HALF_OTHERS,
-)
+_HALF_OTHERS = {
+    "forward": (
+        _RESIDENT,
+        Tile(128, 64, 64, 8, 1, sub_tiles=2, resident=True),
+        Tile(64, 64, 64, 4, 3),
+        Tile(64, 128, 64, 4, 3, sub_tiles=2),
+        _MIDDLE,
+        _WIDE,
+    ),
+    "gradient": (_RESIDENT, _SMALL, _MIDDLE, _WIDE),
+    "product": (Tile(64, 64, 64, 4, 3), _PRODUCT, _PRODUCT_WIDE, Tile(64, 128, 256, 8, 4)),
+    "fused": (Tile(64, 32, 64, 4, 1), _FUSED, _FUSED_FOUR, _FUSED_SM_100, _FUSED_WIDE),
+}
+_RESIDENT_OR_WIDE = {RESIDENT_MAX_DIM: _RESIDENT, ANY: _WIDE}
+_FUSED_SM_90 = {64: _FUSED, 128: _FUSED, 256: _FUSED_FOUR, 512: _FUSED_WIDE}
+_FUSED_TO_256 = {64: _FUSED, 256: _FUSED}
 _HALF = {
-    "sm_80": _AMPERE,
-    "sm_89": _AMPERE._replace(fused=_fused((64, _FUSED), (256, _FUSED)), split=_split(142)),
-    "sm_90": Config(
-        forward=_tiles(_WIDE, (RESIDENT_MAX_DIM, _RESIDENT)),
-        gradient=_tiles(_WIDE, (RESIDENT_MAX_DIM, _RESIDENT)),
-        product=_tiles(Tile(64, 128, 256, 8, 3)),
-        fused=_fused((64, _FUSED), (128, _FUSED), (256, _FUSED_FOUR), (512, _FUSED_WIDE)),
-        split=_split(132),
-        others=_HALF_OTHERS,
-    ),
-    "sm_100": Config(
-        forward=_tiles(_SMALL),
-        gradient=_tiles(_SMALL),
-        product=_tiles(Tile(64, 128, 256, 8, 3)),
-        fused=_fused((64, _FUSED), (256, _FUSED), (512, _FUSED_SM_100)),
-        split=_split(148),
-        others=_HALF_OTHERS,
-    ),
-    "gfx942": Config(
-        forward=_tiles(_SMALL_AMD),
-        gradient=_tiles(_SMALL_AMD),
-        product=_tiles(Tile(64, 128, 128, 8, 2)),
-        fused=_fused((64, _FUSED), (256, _FUSED)),
-        split=_split(304),
-        others=_HALF_OTHERS,
-    ),
+    "sm_80": _config({ANY: _MIDDLE}, _PRODUCT, {64: _FUSED, 256: _FUSED_WIDE}, 108, _HALF_OTHERS),
+    "sm_89": _config({ANY: _MIDDLE}, _PRODUCT, _FUSED_TO_256, 142, _HALF_OTHERS),
+    "sm_90": _config(_RESIDENT_OR_WIDE, _PRODUCT_WIDE, _FUSED_SM_90, 132, _HALF_OTHERS),
+    "sm_100": _config({ANY: _SMALL}, _PRODUCT_WIDE, {**_FUSED_TO_256, 512: _FUSED_SM_100}, 148, _HALF_OTHERS),
+    "gfx942": _config({ANY: _SMALL_AMD}, _PRODUCT._replace(num_stages=2), _FUSED_TO_256, 304, _HALF_OTHERS),
 }
 _NARROW = Tile(128, 32, 32, 8, 3)
 _MIDDLE_32 = _MIDDLE._replace(block_k=32)
 _SMALL_32 = _SMALL._replace(block_k=32)
 _SMALL_32_AMD = _SMALL_32._replace(num_stages=2)
+_PRODUCT_32 = Tile(32, 128, 64, 8, 3)
+_PRODUCT_32_WIDE = Tile(32, 128, 128, 8, 3)
 _FUSED_32 = _FUSED._replace(block_k=32)
-_SINGLE_OTHERS = (
-    ("forward", Tile(64, 64, 32, 4, 3)),
-    ("forward", _NARROW),
-    ("forward", _MIDDLE_32),
-    ("gradient", _SMALL_32),
-    ("gradient", _NARROW),
-    ("gradient", _MIDDLE_32),
-    ("product", Tile(32, 64, 64, 4, 3)),
-    ("product", Tile(32, 128, 64, 8, 3)),
-    ("product", Tile(32, 128, 128, 8, 3)),
-    ("fused", Tile(64, 32, 32, 4, 1)),
-    ("fused", Tile(64, 16, 32, 4, 1)),
-)
-_AMPERE_SINGLE = Config(
-    forward=_tiles(_NARROW),
-    gradient=_tiles(_NARROW),
-    product=_tiles(Tile(32, 128, 64, 8, 3)),
-    fused=_fused((32, _FUSED_32), (64, _FUSED_32)),
-    split=_split(108),
-    others=_SINGLE_OTHERS,
-    stretch=1 + 9e-8,
-)
+_FUSED_32_NARROW = _FUSED_32._replace(block_n=16)  # triton 3.8 spills with 32 samples
+_SINGLE_OTHERS = {
+    "forward": (Tile(64, 64, 32, 4, 3), _NARROW, _MIDDLE_32),
+    "gradient": (_SMALL_32, _NARROW, _MIDDLE_32),
+    "product": (Tile(32, 64, 64, 4, 3), _PRODUCT_32, _PRODUCT_32_WIDE),
+    "fused": (Tile(64, 32, 32, 4, 1), Tile(64, 16, 32, 4, 1)),
+}
+_FUSED_32_TO_64 = {32: _FUSED_32, 64: _FUSED_32_NARROW}
 _SINGLE = {
-    "sm_80": _AMPERE_SINGLE,
-    "sm_89": _AMPERE_SINGLE._replace(split=_split(142)),
-    "sm_90": Config(
-        forward=_tiles(_MIDDLE_32),
-        gradient=_tiles(_MIDDLE_32),
-        product=_tiles(Tile(32, 128, 128, 8, 3)),
-        fused=_fused((32, _FUSED_32), (64, _FUSED_32._replace(block_n=16))),
-        split=_split(132),
-        others=_SINGLE_OTHERS,
-        stretch=1 + 7e-8,
-    ),
-    "sm_100": Config(
-        forward=_tiles(_SMALL_32),
-        gradient=_tiles(_SMALL_32),
-        product=_tiles(Tile(32, 128, 128, 8, 3)),
-        fused=_fused((32, _FUSED_32)),
-        split=_split(148),
-        others=_SINGLE_OTHERS,
-        stretch=1 + 7e-8,
-    ),
-    "gfx942": Config(
-        forward=_tiles(_SMALL_32_AMD),
-        gradient=_tiles(_SMALL_32_AMD),
-        product=_tiles(Tile(32, 128, 128, 8, 2)),
-        fused=_fused((64, _FUSED), (128, _FUSED)),
-        split=_split(304),
-        others=_SINGLE_OTHERS,
+    "sm_80": _config({ANY: _NARROW}, _PRODUCT_32, _FUSED_32_TO_64, 108, _SINGLE_OTHERS, 1 + 9e-8),
+    "sm_89": _config({ANY: _NARROW}, _PRODUCT_32, _FUSED_32_TO_64, 142, _SINGLE_OTHERS, 1 + 9e-8),
+    "sm_90": _config({ANY: _MIDDLE_32}, _PRODUCT_32_WIDE, _FUSED_32_TO_64, 132, _SINGLE_OTHERS, 1 + 7e-8),
+    "sm_100": _config({ANY: _SMALL_32}, _PRODUCT_32_WIDE, {32: _FUSED_32}, 148, _SINGLE_OTHERS, 1 + 7e-8),
+    "gfx942": _config(
+        {ANY: _SMALL_32_AMD},
+        _PRODUCT_32_WIDE._replace(num_stages=2),
+        {64: _FUSED, 128: _FUSED},
+        304,
+        _SINGLE_OTHERS,
     ),
 }
 _STEP = Tile(16, 16, 16, 1, 1)
 _STEP_RESIDENT, _STEP_TWO = _STEP._replace(resident=True), _STEP._replace(sub_tiles=2)
 # Small enough for a few milliseconds a tile in Triton's interpreter, which runs NumPy.
 _INTERPRETER = Config(
-    forward=_tiles(_STEP_TWO, (32, _STEP_RESIDENT)),
-    gradient=_tiles(_STEP_TWO, (48, _STEP_RESIDENT)),
-    product=_tiles(_STEP),
-    fused=_fused((24, _STEP_TWO), (32, _STEP._replace(block_m=32))),
+    forward=_choices({32: _STEP_RESIDENT, ANY: _STEP_TWO}),
+    gradient=_choices({48: _STEP_RESIDENT, ANY: _STEP_TWO}),
+    product=_choices({ANY: _STEP}),
+    fused=_choices({24: _STEP_TWO, 32: _STEP._replace(block_m=32)}),
     split=Split(16, 32, 6),
-    others=(
-        ("forward", _STEP_RESIDENT),
-        ("forward", _STEP._replace(block_m=32, block_n=32)),
-        ("gradient", _STEP._replace(block_n=32, sub_tiles=4)),
-        ("product", _STEP._replace(block_k=32)),
-        ("fused", _STEP._replace(block_n=32)),
-    ),
+    others={
+        "forward": (_STEP_RESIDENT, _STEP._replace(block_m=32, block_n=32)),
+        "gradient": (_STEP._replace(block_n=32, sub_tiles=4),),
+        "product": (_STEP._replace(block_k=32),),
+        "fused": (_STEP._replace(block_n=32),),
+    },
 )
 
 

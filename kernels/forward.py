@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .autotune import Problem, choose
+from .autotune import launch_best
 from .configs import Config, Tile
 from .phases import (
     baby_steps,
@@ -28,7 +28,7 @@ from .phases import (
     split_columns,
     stride_from_babies,
 )
-from .runtime import OPTIONS, empty, kernel_device
+from .runtime import empty, kernel_device
 from .table import COEF_BLOCK, Plan, count_splits
 
 # int32 counts samples (the end of a split, less than twice as far, must fit too) and the entries of a view's
@@ -42,22 +42,20 @@ def _add_products(
     sums,
     p,
     part_mask,
-    f_hi,
-    f_lo,
-    g_hi,
-    g_lo,
+    factors_hi,  # of `cos_sin`: for a baby step, then for the first giant step
+    factors_lo,
     B: tl.constexpr,
     G: tl.constexpr,
     FAR: tl.constexpr,
     MASK: tl.constexpr,
 ):
     """`sums` plus the products of one column of samples; p and `part_mask` have shape (BLOCK_M, LANES)."""
-    c1, s1 = cos_sin(p, f_hi, f_lo)
+    c1, s1 = cos_sin(p, factors_hi[0], factors_lo[0])
     babies = baby_steps(c1, s1, B)
     giants = ()
     if FAR:
         # Giant steps far from 0 start from their own sine and cosine: ten powers lose a digit.
-        c_a, s_a = cos_sin(p, g_hi, g_lo)
+        c_a, s_a = cos_sin(p, factors_hi[1], factors_lo[1])
         c7, s7 = stride_from_babies(babies)
         c_b, s_b = complex_mul(c_a, s_a, c7, s7)
         giants = (c_a, s_a, c_b, s_b)
@@ -108,8 +106,6 @@ def _add_tile(
     valid,  # (BLOCK_M, BLOCK_N) int32, 0 for samples outside the batch; read with MASK
     factors_hi,
     factors_lo,
-    g_hi,
-    g_lo,
     sub_tiles,
     EQUIDISTANT: tl.constexpr,
     B: tl.constexpr,
@@ -131,9 +127,7 @@ def _add_tile(
         for i in tl.static_range(COUNT):
             mask = masks[i] != 0
             if EQUIDISTANT:
-                sums = _add_products(
-                    sums, parts[i], mask, factors_hi[0], factors_lo[0], g_hi, g_lo, B, G, FAR, MASK
-                )
+                sums = _add_products(sums, parts[i], mask, factors_hi, factors_lo, B, G, FAR, MASK)
             else:
                 sums = _add_knots(sums, parts[i], mask, factors_hi, factors_lo, MASK)
         if SUB_TILES > 1:
@@ -194,7 +188,6 @@ def _sigreg_fwd_kernel(
     view = pid // splits
 
     f_hi, f_lo = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
-    g_hi, g_lo = f_hi, f_lo
     factors_hi = (f_hi,)
     factors_lo = (f_lo,)
     zero = tl.zeros((BLOCK_M, LANES), tl.float32)
@@ -204,7 +197,8 @@ def _sigreg_fwd_kernel(
         if CHUNKS > 1:
             first = ((2 * chunk + 1) * (2 * B + 1)).to(tl.float32)
             g_hi = f_hi * first
-            g_lo = tl.fma(f_hi, first, -g_hi) + f_lo * first
+            factors_hi = (f_hi, g_hi)
+            factors_lo = (f_lo, tl.fma(f_hi, first, -g_hi) + f_lo * first)
     else:
         COUNT: tl.constexpr = 2 * CHUNK_KNOTS
         factors_hi = ()
@@ -238,19 +232,23 @@ def _sigreg_fwd_kernel(
             x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, False)
         else:
             n = n0 + tl.arange(0, BLOCK_N)
-            p = project(x_ptr, a_ptr, a, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
-                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, EVEN_K, False, PRECISION)  # fmt: skip
-        sums = _add_tile(sums, p, valid, factors_hi, factors_lo, g_hi, g_lo, sub_tiles, EQUIDISTANT, B, G,
+            p = project(x_ptr, a_ptr, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, False, PRECISION)  # fmt: skip
+        sums = _add_tile(sums, p, valid, factors_hi, factors_lo, sub_tiles, EQUIDISTANT, B, G,
             CHUNKS > 1, False, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if RESIDENT > 0:
             p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
     if not EVEN_N:
         for n0 in range(full_stop, stop, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
-            p = project(x_ptr, a_ptr, a, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
-                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, EVEN_K, True, PRECISION)  # fmt: skip
+            if RESIDENT > 0:
+                x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, True)
+                p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
+            else:
+                p = project(x_ptr, a_ptr, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
+                    BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, True, PRECISION)  # fmt: skip
             valid = tl.broadcast_to((n < N)[None, :].to(tl.int32), (BLOCK_M, BLOCK_N))
-            sums = _add_tile(sums, p, valid, factors_hi, factors_lo, g_hi, g_lo, sub_tiles, EQUIDISTANT, B, G,
+            sums = _add_tile(sums, p, valid, factors_hi, factors_lo, sub_tiles, EQUIDISTANT, B, G,
                 CHUNKS > 1, True, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
 
     out_ptr += (split.to(tl.int64) * views + view) * ROWS * M + m
@@ -307,47 +305,23 @@ def table_sums(
     out = empty(x, (splits, views, plan.rows, M), torch.float32)
 
     def launch(tile: Tile) -> None:
-        block_k, resident = tile.steps(K)
         programs = views * triton.cdiv(M, tile.block_m) * plan.chunks * splits
         _sigreg_fwd_kernel[(programs,)](
-            x,
-            A,
-            A if scale is None else scale,
-            t,
-            out,
-            views,
-            N,
-            K,
-            M,
-            plan.J,
-            plan.factor_hi,
-            plan.factor_lo,
-            splits,
-            split_samples,
-            tile.sub_tiles,
-            *x.stride(),
-            *A.stride(),
-            HAS_SCALE=scale is not None,
-            EQUIDISTANT=plan.equidistant,
-            B=plan.B,
+            out_ptr=out,
+            views=views,
+            N=N,
+            splits=splits,
+            split_samples=split_samples,
+            sub_tiles=tile.sub_tiles,
             G=plan.chunk_giants,
-            ROWS=plan.rows,
             CHUNKS=plan.chunks,
             CHUNK_KNOTS=plan.chunk_knots,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=block_k,
-            RESIDENT=resident,
-            EVEN_K=K % block_k == 0,
+            RESIDENT=tile.steps(K)[1],
             EVEN_N=N % tile.block_n == 0,
-            LANES=config.lanes,
             SUB_TILES=tile.sub_tiles,
-            PRECISION=precision,
-            **OPTIONS,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **config.arguments(tile, x, A, scale, t, plan, precision),
         )
 
     with kernel_device(x):
-        launch(choose(config, "forward", Problem(x, A, plan, (precision,)), launch))
+        launch_best(launch, "forward", config, x, A, plan, precision)
     return out

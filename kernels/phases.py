@@ -178,7 +178,6 @@ def scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE: tl.constexpr
 def project(
     x_ptr,  # (N, K) of one view
     a_ptr,  # (K, M)
-    a,  # `load_directions`, or () to step through K
     m,
     n,
     N,
@@ -191,26 +190,21 @@ def project(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    RESIDENT: tl.constexpr,
     EVEN_K: tl.constexpr,
     MASK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Projections of samples n on directions m, (BLOCK_M, BLOCK_N) float32; 0 outside the batch."""
-    if RESIDENT > 0:
-        x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, MASK_N)
-        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
-    else:
-        k = tl.arange(0, BLOCK_K)
-        x_ptrs = x_ptr + n[None, :].to(tl.int64) * stride_xn + k[:, None].to(tl.int64) * stride_xk
-        a_ptrs = a_ptr + m[:, None].to(tl.int64) * stride_am + k[None, :].to(tl.int64) * stride_ak
-        p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in range(0, K, BLOCK_K):
-            x = load_tile(x_ptrs, n[None, :] < N, k[:, None] < K - k0, MASK_N, not EVEN_K)
-            a_step = load_tile(a_ptrs, m[:, None] < M, k[None, :] < K - k0, True, not EVEN_K)
-            p = dot(a_step, x, p, PRECISION)
-            x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
-            a_ptrs += BLOCK_K * tl.cast(stride_ak, tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + n[None, :].to(tl.int64) * stride_xn + k[:, None].to(tl.int64) * stride_xk
+    a_ptrs = a_ptr + m[:, None].to(tl.int64) * stride_am + k[None, :].to(tl.int64) * stride_ak
+    p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        x = load_tile(x_ptrs, n[None, :] < N, k[:, None] < K - k0, MASK_N, not EVEN_K)
+        a = load_tile(a_ptrs, m[:, None] < M, k[None, :] < K - k0, True, not EVEN_K)
+        p = dot(a, x, p, PRECISION)
+        x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
+        a_ptrs += BLOCK_K * tl.cast(stride_ak, tl.int64)
     return p
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ def time_candidates(
     J: int = 17,
     t_max: float = 3.0,
     precision: str = "ieee",
-    fused: bool | None = None,
-    timer: autotune.Timer | None = None,
+    fused: bool,
+    timer: Callable[[Callable[[], None]], float] = autotune.measure,
 ) -> list[dict[str, Any]]:
     """Time the candidates of the tiled kernels of one forward and backward pass.
 
@@ -31,29 +32,30 @@ def time_candidates(
         scale: multiplies the columns of A, (M,) float32.
         J, t_max: knots.
         precision: of float32 products, "ieee", "tf32x3" or "tf32".
-        fused: True times the fused backward for any K and M, False gradient and product; None what K gets.
-        timer: seconds that its argument, a call, takes; default `autotune.measure`.
+        fused: True times the fused backward, for any K and M; False gradient and product.
+        timer: seconds that its argument, a call, takes.
 
     Returns:
         Rows {"kernel", "V", "N", "K", "M", "J", "dtype", "tile": {...}, "shipped": bool,
         "seconds": float or None, "error": None or why the tile cannot run}.
     """
+    (V, N, K), M = x.shape, A.shape[1]
     config = get_config(x.device, x.element_size() if x.dtype == A.dtype else 4)
-    if fused is not None:
-        # The first choice serves any case.
-        tile = config.tile("fused", min(x.shape[2], config.fused[-1].max_dim))
-        config = config._replace(fused=(Choice(ANY, tile),) if fused else ())
+    tile = config.tile("fused", min(K, config.fused[-1].max_dim))
+    config = config._replace(fused=(Choice(ANY, tile),) if fused else ())  # the first choice serves any case
     t = torch.arange(J, device=x.device, dtype=torch.float32) * (t_max / max(1, J - 1))
     phi = torch.exp(-t.square() / 2)
     plan = make_plan(J, t_max / (J - 1) if J > 1 else None)
-    with autotune.collecting(timer) as rows:
-        try:
-            table = forward.table_sums(x, A, scale, t, plan, config, precision)
-            value, coef = epilogue.finish(
-                table, x.shape[1], scale, t, phi, phi, plan, unbiased=False, scale_by_n=True, factor=1.0
-            )
-            backward.gradient(torch.ones_like(value), 1.0, coef, x, A, scale, t, plan, config, precision)
-        except autotune.CANNOT_RUN:  # no tile of a kernel can run: the rows say why
-            if all(row["error"] is None for row in rows):
-                raise
-    return rows
+    options: dict[str, Any] = {"unbiased": False, "scale_by_n": True, "factor": 1.0}
+    tuner = autotune.forced_tuner = autotune.Tuner(timer)
+    try:
+        table = forward.table_sums(x, A, scale, t, plan, config, precision)
+        value, coef = epilogue.finish(table, N, scale, t, phi, phi, plan, **options)
+        backward.gradient(torch.ones_like(value), 1.0, coef, x, A, scale, t, plan, config, precision)
+    except autotune.CANNOT_RUN:  # no tile of a kernel can run: the rows say why
+        if all(row["error"] is None for row in tuner.rows):
+            raise
+    finally:
+        autotune.forced_tuner = None
+    size = {"V": V, "N": N, "K": K, "M": M, "J": J, "dtype": str(x.dtype)[6:]}
+    return [{"kernel": row.pop("kernel"), **size, **row} for row in tuner.rows]

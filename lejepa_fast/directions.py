@@ -140,9 +140,7 @@ def _step_tensor(step: int | Tensor, device: torch.device | str | None) -> Tenso
             got = f"{step.dtype} of shape {tuple(step.shape)}"
             raise ValueError(f"step: expected an int or a 0-dim integer tensor, got {got}")
         target = step.device if device is None else torch.device(device)
-        if step.device.type == target.type:
-            return step.to(target, torch.int64)
-        if step.device.type != "cpu":
+        if step.device.type != "cpu" or target.type == "cpu":
             return step.to(target, torch.int64)
         step, device = int(step), target
     check_integer("step", step, at_least=0)

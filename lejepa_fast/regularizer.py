@@ -131,16 +131,11 @@ class SIGReg(nn.Module):
             step: directions to use instead of those of the module's counter, which then stays as it is.
         """
         check_embeddings("z", z)
-        if resolve_group(self.process_group, self.sync) is None:
-            count = z.shape[:-1].numel() if self.pool_views else z.shape[-2]
-            check_count("z", count, unbiased=self.unbiased)
-        return self.evaluate(z, step)
-
-    def evaluate(self, z: Tensor, step: int | Tensor | None = None) -> Tensor:
-        """`forward` for embeddings that have been checked."""
         if self.pool_views:
             z = z.flatten(0, -2)
         group = resolve_group(self.process_group, self.sync)
+        if group is None:  # a rank of a group may hold few samples, or none
+            check_count("z", z.shape[-2], unbiased=self.unbiased)
         chosen = choose(self.impl, z, self.precision, several_ranks=group is not None)
         if transforming() and self.training and step is None:
             raise RuntimeError(

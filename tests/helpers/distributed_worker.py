@@ -20,6 +20,7 @@ from lejepa_fast import LeJEPALoss, SIGReg, sample_directions, sigreg, standard_
 VIEWS, DIM, SLICES = 3, 6, 40
 EQUAL = {1: [24], 2: [12, 12], 4: [6, 6, 6, 6]}
 UNEQUAL = {1: [24], 2: [17, 7], 4: [13, 0, 10, 1]}  # a rank without samples, and one with a single one
+MANY = [66_000, 257]  # 257 is no number of bf16, in which the samples are
 CASES = [
     (impl, dtype, unbiased)
     for impl in ("reference", "torch")
@@ -41,7 +42,7 @@ def shard(x: torch.Tensor, sizes: list[int], rank: int) -> torch.Tensor:
 
 def many_samples() -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    return (torch.randn(515, DIM, generator=generator) + 0.5).bfloat16()
+    return (torch.randn(sum(MANY), DIM, generator=generator) + 0.5).bfloat16()
 
 
 def encoder(dtype: torch.dtype) -> nn.Linear:
@@ -130,7 +131,7 @@ def collect(rank: int, world_size: int, modules: dict[str, Any]) -> dict[Any, An
         results["nothing", impl] = {"value": value.detach(), "grad": nothing.grad}
     if world_size == 2:
         for impl in ("torch", "triton"):
-            results["fsdp", impl] = fully_sharded(shard(batch(torch.float32), UNEQUAL[2], rank), impl)
+            results[f"fsdp {impl}"] = fully_sharded(shard(batch(torch.float32), UNEQUAL[2], rank), impl)
         compiled = torch.compile(lejepa_loss(), fullgraph=True, backend=COMPILE_BACKEND)
         results["compiled"] = value_and_gradient(DistributedDataParallel(encoder(torch.float64)), x, compiled)
         # Shares of a second size: their number of samples is a symbol of the graph.
@@ -138,8 +139,7 @@ def collect(rank: int, world_size: int, modules: dict[str, Any]) -> dict[Any, An
         model = DistributedDataParallel(encoder(torch.float32))
         uneven = shard(batch(torch.float32), UNEQUAL[2], rank)
         results["compiled kernels"] = value_and_gradient(model, uneven, kernels)
-        # More samples than bf16 can count (257 is none of its numbers), in bf16, under autocast.
-        x = many_samples().split([257, 258], dim=0)[rank].requires_grad_()
+        x = many_samples().split(MANY, dim=0)[rank].requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
             value = functional_loss(x, "torch", True)
         value.backward()

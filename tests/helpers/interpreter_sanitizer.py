@@ -3,16 +3,11 @@
 Every load and store of every program is looked at: its addresses must lie inside the tensor whose pointer
 they were computed from, and no address may be stored to by two programs, or stored to by one and loaded by
 another. Programs of a launch run at the same time in any order on a GPU, so either is a race. Atomics are
-not looked at; our kernels have none.
+not looked at.
 
 A pointer knows its tensor by its upper 16 bits, which no address of a process uses: they hold the number of
 the kernel's argument, addition keeps them, and they are taken off before memory is touched.
-
-Why not triton-viz, which has a sanitizer too. Its newest release, 3.0, cannot be imported with Triton 3.9:
-"AttributeError: 'InterpreterBuilder' object has no attribute 'create_make_block_ptr'". With that name put
-back, and with Triton 3.6 as well, its symbolic evaluation stops at our kernels: "NotImplementedError:
-Concretize for op idiv is not implemented" for the forward kernel, and "op_raw_load_overrider() missing 1
-required positional argument: 'is_volatile'" for the directions. And it has no check for races.
+triton-viz has a sanitizer too, but 3.0 fails at these kernels and does not look for races.
 """
 
 from __future__ import annotations

@@ -7,6 +7,10 @@ small and odd: an interpreted tile has 16 x 16 x 16 elements.
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
 
 from lejepa_fast import Knots, sample_directions
@@ -28,3 +32,12 @@ def directions(K: int, M: int) -> torch.Tensor:
 def arbitrary_knots(J: int) -> Knots:
     t = torch.rand(J, dtype=torch.float64).cumsum(0)
     return Knots(t, torch.exp(-t.square() / 2), torch.rand(J, dtype=torch.float64), None)
+
+
+def sanitized() -> AbstractContextManager[Any]:
+    """Finds accesses out of bounds and races in the interpreter; on a GPU compute-sanitizer does."""
+    if DEVICE == "cuda":
+        return contextlib.nullcontext()
+    from interpreter_sanitizer import sanitize
+
+    return sanitize()

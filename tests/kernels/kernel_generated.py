@@ -8,9 +8,7 @@ them vary.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,7 +16,7 @@ import torch
 from accuracy import Result, evaluate, plain_float32, truth, value_error
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from kernel_helpers import DEVICE, arbitrary_knots, directions, normal
+from kernel_helpers import DEVICE, arbitrary_knots, directions, normal, sanitized
 
 from lejepa_fast import Knots, sample_unit_directions, sigreg, standard_normal_knots
 
@@ -95,14 +93,6 @@ def make_knots(case: Case) -> Knots:
     return knots
 
 
-def sanitized() -> AbstractContextManager[Any]:
-    if DEVICE == "cuda":
-        return contextlib.nullcontext()
-    from interpreter_sanitizer import sanitize
-
-    return sanitize()
-
-
 def loss_scaled(
     x: torch.Tensor, A: torch.Tensor, knots: Knots, largest: float, options: dict[str, Any]
 ) -> Result:
@@ -164,7 +154,10 @@ def check_case(case, leading, N, size, strength, bad, seed):
     x, knots, options = make_input(case, leading, N, size), make_knots(case), dict(case.options)
     knots = knots._replace(weights=strength * knots.weights)
     if case.native:
-        A, options["scale"] = sample_unit_directions(case.K, case.M, step=2, device=DEVICE, dtype=case.dtype)
+        with sanitized():
+            A, options["scale"] = sample_unit_directions(
+                case.K, case.M, step=2, device=DEVICE, dtype=case.dtype, impl="triton"
+            )
     else:
         A = directions(case.K, case.M)
     if case.transposed_directions:

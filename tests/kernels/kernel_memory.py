@@ -2,140 +2,67 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 from accuracy import evaluate
-from kernel_helpers import DEVICE, TWO_KERNELS, arbitrary_knots, directions, normal
+from kernel_helpers import DEVICE, TWO_KERNELS
 
-from lejepa_fast import Knots, sample_unit_directions, sigreg, standard_normal_knots
-from lejepa_fast.kernels import backward, epilogue, forward, philox
+from lejepa_fast import sample_unit_directions, standard_normal_knots
+from lejepa_fast.kernels import backward, epilogue, forward
 from lejepa_fast.kernels.configs import get_config
-from lejepa_fast.kernels.table import COEF_BLOCK, count_splits
+from lejepa_fast.kernels.table import count_splits
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-ALLOCATORS = (forward, backward, epilogue, philox)
+KNOTS = standard_normal_knots()
+no_gpu = pytest.mark.skipif(DEVICE != "cpu", reason="about the interpreter, or address space of the CPU")
 
 
-class Guards:
-    """Allocator that surrounds every output by numbers of its own, and counts bytes."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.buffers: list[torch.Tensor] = []
-        self.sizes: list[int] = []
-        for module in ALLOCATORS:
-            monkeypatch.setattr(module, "empty", self.empty)
-
-    def empty(self, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        count, margin = torch.Size(shape).numel(), 4096
-        buffer = torch.full((count + 2 * margin,), 7.0, dtype=dtype, device=like.device)
-        inside = buffer[margin : margin + count]
-        inside.fill_(float("nan"))
-        self.buffers.append(buffer)
-        self.sizes.append(count * dtype.itemsize)
-        return inside.view(shape)
-
-    def check(self) -> None:
-        for buffer in self.buffers:
-            assert (buffer[:4096] == 7).all(), "written before the start"
-            assert (buffer[-4096:] == 7).all(), "written past the end"
+@triton.jit
+def copy(
+    in_ptr,
+    out_ptr,
+    SHIFT_IN: tl.constexpr = 0,
+    SHIFT_OUT: tl.constexpr = 0,
+    STEP_OUT: tl.constexpr = 32,
+    IN_PLACE: tl.constexpr = False,
+    DOUBLE: tl.constexpr = False,
+):
+    i = tl.arange(0, 32)
+    value = tl.load(in_ptr + tl.program_id(0) * 32 + i + SHIFT_IN)
+    if IN_PLACE:
+        value = tl.load(out_ptr + (1 - tl.program_id(0)) * 32 + i)
+    if DOUBLE:
+        i = i // 2 * 2
+    tl.store(out_ptr + tl.program_id(0) * STEP_OUT + i + SHIFT_OUT, value)
 
 
-def surrounded(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers inside a buffer of NaN: a read out of bounds spoils the result."""
-    buffer = torch.full((tensor.numel() + 8192,), float("nan"), dtype=tensor.dtype, device=tensor.device)
-    inside = buffer[4096:-4096].view(tensor.shape)
-    return inside.copy_(tensor)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("J", [3, 17, 25, None])
-@pytest.mark.parametrize(("N", "K", "M"), [(37, 5, 7), (17, 40, 33)])
-def test_nothing_outside_the_buffers_is_touched(monkeypatch, N, K, M, J, dtype):
-    guards = Guards(monkeypatch)
-    knots = arbitrary_knots(9) if J is None else standard_normal_knots(3.0, J)
-    knots = Knots(*(surrounded(a.float().to(DEVICE)) for a in knots[:3]), knots.spacing)
-    A, scale = philox.draw_directions(torch.tensor(3, device=DEVICE), K, M, 0, dtype)
-    x = surrounded(normal(2, N, K, dtype=dtype)).requires_grad_()
-    value = sigreg(
-        x, surrounded(A), *knots[:3], spacing=knots.spacing, scale=surrounded(scale), impl="triton"
-    )
-    value.backward()
-    assert value.isfinite()
-    assert x.grad.isfinite().all()
-    assert len(guards.buffers) >= 7
-    guards.check()
-
-
+@no_gpu
 @pytest.mark.parametrize(
-    "fault", ["write past the end", "write before the start", "read past the end", "hole"]
+    ("fault", "options"),
+    [
+        (None, {}),
+        ("load out of bounds", {"SHIFT_IN": 1}),
+        ("load out of bounds", {"SHIFT_IN": 96}),  # in the other argument
+        ("store out of bounds", {"SHIFT_OUT": 1}),
+        ("race, two programs store", {"STEP_OUT": 31}),
+        ("race, a program loads what another stores", {"IN_PLACE": True}),
+        ("one store writes an address twice", {"DOUBLE": True}),
+    ],
 )
-def test_the_guards_find_planted_faults(monkeypatch, fault):
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def copy(in_ptr, out_ptr, count, SHIFT_IN: tl.constexpr, SHIFT_OUT: tl.constexpr, BLOCK: tl.constexpr):
-        i = tl.arange(0, BLOCK)
-        tl.store(out_ptr + i + SHIFT_OUT, tl.load(in_ptr + i + SHIFT_IN, mask=i < count), mask=i < count)
-
-    guards = Guards(monkeypatch)
-    source = surrounded(normal(60))
-    out = forward.empty(source, (60,), torch.float32)
-    shift_in = {"read past the end": 1}.get(fault, 0)
-    shift_out = {"write past the end": 1, "write before the start": -1}.get(fault, 0)
-    copy[(1,)](source, out, 59 if fault == "hole" else 60, SHIFT_IN=shift_in, SHIFT_OUT=shift_out, BLOCK=64)
-    if "write" in fault:
-        with pytest.raises(AssertionError, match="written"):
-            guards.check()
-    else:
-        guards.check()
-        assert out.isnan().any()
-
-
-PLANTED = [
-    ("load out of bounds", {"SHIFT_IN": 1}),
-    ("load out of bounds", {"SHIFT_IN": 96}),  # in the other argument
-    ("store out of bounds", {"SHIFT_OUT": 1}),
-    ("race, two programs store", {"STEP_OUT": 31}),
-    ("race, a program loads what another stores", {"IN_PLACE": True}),
-    ("one store writes an address twice", {"DOUBLE": True}),
-]
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="looks at the interpreter's loads and stores")
-@pytest.mark.parametrize(("fault", "options"), [(None, {}), *PLANTED])
 def test_the_sanitizer_finds_planted_faults(fault, options):
-    """Faults that leave every guard and every value as they should be."""
-    import triton
-    import triton.language as tl
     from interpreter_sanitizer import sanitize
 
-    @triton.jit
-    def copy(
-        in_ptr,
-        out_ptr,
-        SHIFT_IN: tl.constexpr = 0,
-        SHIFT_OUT: tl.constexpr = 0,
-        STEP_OUT: tl.constexpr = 32,
-        IN_PLACE: tl.constexpr = False,
-        DOUBLE: tl.constexpr = False,
-    ):
-        i = tl.arange(0, 32)
-        value = tl.load(in_ptr + tl.program_id(0) * 32 + i + SHIFT_IN)
-        if IN_PLACE:
-            value = tl.load(out_ptr + (1 - tl.program_id(0)) * 32 + i)
-        if DOUBLE:
-            i = i // 2 * 2
-        tl.store(out_ptr + tl.program_id(0) * STEP_OUT + i + SHIFT_OUT, value)
-
     both = torch.zeros(161)
-    source, out = both[:64], both[96:160]
     with sanitize() as kernels:
         if fault is None:
-            copy[(2,)](source, out)
+            copy[(2,)](both[:64], both[96:160])
         else:
             with pytest.raises(Exception, match=f"copy: {fault}"):
-                copy[(2,)](source, out, **options)
+                copy[(2,)](both[:64], both[96:160], **options)
     assert kernels == ["copy"]
 
 
@@ -147,28 +74,96 @@ def test_gradient_in_chunks(monkeypatch, chunk_rows, dtype):
     """Float16 has a power of two for each view, which differ here."""
     K, M = TWO_KERNELS, 9
     sizes = torch.tensor([1.0, 0.1, 10.0]).view(3, 1, 1)
-    x, knots = (sizes * torch.randn(3, 40, K)).to(DEVICE, dtype), standard_normal_knots()
+    x = (sizes * torch.randn(3, 40, K)).to(DEVICE, dtype)
     A, scale = sample_unit_directions(K, M, step=1, device=DEVICE, dtype=dtype)
     options = {"impl": "triton", "reduction": "sum", "scale": scale if dtype == torch.float16 else None}
-    whole = evaluate(x, A, knots, **options).grad
+    whole = evaluate(x, A, KNOTS, **options).grad
     monkeypatch.setattr(backward, "_CHUNK_BYTES", chunk_rows * M * dtype.itemsize)
     monkeypatch.setattr(backward, "_CHUNK_STEP", 16)
     rtol = 1e-5 if dtype == torch.float32 else 2e-3
-    torch.testing.assert_close(evaluate(x, A, knots, **options).grad, whole, rtol=rtol, atol=1e-6)
+    torch.testing.assert_close(evaluate(x, A, KNOTS, **options).grad, whole, rtol=rtol, atol=1e-6)
 
 
-def test_memory_does_not_grow_with_the_samples(monkeypatch):
-    """Beyond dx: tables of 35 rows for each split, and buffers that know nothing of the samples."""
-    K, M, step = TWO_KERNELS, 20, 16
-    knots, A = standard_normal_knots(), directions(K, M)
-    monkeypatch.setattr(backward, "_CHUNK_BYTES", step * M * 4)
-    monkeypatch.setattr(backward, "_CHUNK_STEP", step)
-    beyond = {}
-    for N in (100, 400):
-        guards = Guards(monkeypatch)
-        x = normal(1, N, K)
-        evaluate(x, A, knots, impl="triton")
-        splits, _ = count_splits(1, N, M, 1, get_config(x.device, 4).split)
-        beyond[N] = sum(guards.sizes) - 4 * (N * K + splits * 35 * M)
-    coefficients, dp, sums = 36 * COEF_BLOCK, step * M, 2
-    assert beyond == dict.fromkeys(beyond, 4 * (coefficients + dp + sums))
+@pytest.mark.parametrize("chunk", [None, (16, 1), (16, 40)])
+@pytest.mark.parametrize(
+    ("V", "N", "K", "M", "dtype"),
+    [
+        (1, 20, 8, 5, torch.float32),
+        (2, 100, 32, 64, torch.bfloat16),  # fused, several tiles of K
+        (2, 70, 32, 17, torch.bfloat16),  # of a size that is not
+        (3, 70, TWO_KERNELS, 17, torch.bfloat16),
+    ],
+)
+def test_memory_is_what_the_documentation_says(monkeypatch, V, N, K, M, dtype, chunk):
+    """Tables, coefficients, sums of blocks, dx, and dT/dp of a chunk where the backward is not one kernel.
+
+    A chunk is 32 MiB, or 128 samples where those need more, but never more than the batch.
+    """
+    step, rows = chunk or (128, 1 << 30)
+    if chunk is not None:
+        monkeypatch.setattr(backward, "_CHUNK_STEP", step)
+        monkeypatch.setattr(backward, "_CHUNK_BYTES", rows * M * dtype.itemsize)
+    sizes = []
+
+    def empty(like, shape, dtype):
+        sizes.append(torch.Size(shape).numel() * dtype.itemsize)
+        return torch.empty(shape, dtype=dtype, device=like.device)
+
+    for module in (forward, epilogue, backward):
+        monkeypatch.setattr(module, "empty", empty)
+    x = torch.randn(V, N, K).to(DEVICE, dtype)
+    A, scale = sample_unit_directions(K, M, step=1, device=DEVICE, dtype=dtype)
+    evaluate(x, A, KNOTS, impl="triton", scale=scale)
+    config = get_config(x.device, dtype.itemsize)
+    splits, _ = count_splits(V, N, M, 1, config.split)
+    blocks = V * -(-M // 32)
+    expected = 4 * (splits * 35 * M * V + 36 * 32 * blocks + blocks + 1) + x.numel() * dtype.itemsize
+    if not config.fuses(K, M):
+        expected += min(V * N, max(step, rows // step * step)) * M * dtype.itemsize
+    assert sum(sizes) == expected
+
+
+def spread(values: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """The same numbers with huge strides: address space only, pages without numbers are never touched."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True))
+    memory = mmap.mmap(-1, extent * values.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flat = torch.frombuffer(memory, dtype=values.dtype)
+    return flat.as_strided(values.shape, strides).copy_(values)
+
+
+FAR = (1 << 31) + 64
+V, N, M = 2, 9, 5
+
+
+@no_gpu
+@pytest.mark.parametrize(
+    "K", [16, 35]
+)  # fused, and in two kernels; forward with resident directions, and without
+@pytest.mark.parametrize(
+    ("name", "strides"),
+    [
+        ("x", lambda K: (FAR, K, 1)),  # a view far from the first
+        ("x", lambda K: (K, FAR // (N - 1), 1)),  # samples far apart
+        ("x", lambda K: (N, 1, FAR // (K - 1))),  # transposed: dimensions far apart
+        ("A", lambda K: (FAR // (K - 1), 1)),
+        ("A", lambda K: (1, FAR // (M - 1))),
+    ],
+)
+def test_offsets_past_two_to_the_31(K, name, strides):
+    """Straight from the operators, for nothing copies x or A on the way."""
+    x = torch.randn(V, N, K, dtype=torch.bfloat16)
+    A, scale = sample_unit_directions(K, M, step=1, dtype=torch.bfloat16)
+    t, phi, weights = (a.float() for a in KNOTS[:3])
+    operators = torch.ops.lejepa_fast
+
+    def forward_backward(x, A):
+        table = operators.triton_table(x, A, scale, t, KNOTS.spacing, "ieee")
+        options = (t, phi, weights, KNOTS.spacing, False, True, 1.0, "ieee")
+        value, coef = operators.triton_finish(x, A, scale, table, None, N, *options)
+        one = torch.ones(())
+        return value, operators.triton_gradient(one, 1.0, coef, x, A, scale, t, KNOTS.spacing, "ieee")
+
+    far = spread({"x": x, "A": A}[name], strides(K))
+    assert (torch.tensor(far.shape) - 1) @ torch.tensor(far.stride()) >= 1 << 31
+    got = forward_backward(*((far, A) if name == "x" else (x, far)))
+    assert all(map(torch.equal, got, forward_backward(x, A)))

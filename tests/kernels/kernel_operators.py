@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import evaluate
 from host_reads import host_reads
-from kernel_helpers import DEVICE, ONE_KERNEL, TWO_KERNELS, directions, normal
+from kernel_helpers import DEVICE, directions, normal
 
 from lejepa_fast import (
     Knots,
@@ -47,14 +47,6 @@ def test_directions_are_those_of_the_torch_implementation(K, M, dtype):
 # --- As operators and as a module -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("K", [ONE_KERNEL, TWO_KERNELS])
-def test_two_runs_agree_bit_for_bit(K):
-    x, A, knots = normal(2, 40, K), directions(K, 20), standard_normal_knots()
-    first, second = (evaluate(x, A, knots, impl="triton") for _ in range(2))
-    assert torch.equal(first.value, second.value)
-    assert torch.equal(first.grad, second.grad)
-
-
 def test_operators_contract():
     x, A, scale = normal(2, 20, 4).requires_grad_(), directions(4, 6), torch.ones(6, device=DEVICE)
     t, phi, weights = (a.float().to(DEVICE) for a in standard_normal_knots()[:3])
@@ -69,16 +61,6 @@ def test_operators_contract():
     torch.library.opcheck(
         registered.triton_gradient, (grad, 0.5, coef, x.detach(), A, None, t, 0.1875, "ieee")
     )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_module_agrees_with_the_other_implementations(dtype):
-    x = normal(2, 30, 6, dtype=dtype)
-    modules = {impl: SIGReg(num_slices=9, impl=impl).to(DEVICE) for impl in ("triton", "torch", "reference")}
-    losses = {impl: module(x) for impl, module in modules.items()}
-    assert modules["triton"].chosen_impl == "triton"
-    for loss in losses.values():
-        torch.testing.assert_close(loss, losses["reference"], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", None])
@@ -184,7 +166,6 @@ def test_bad_arguments_are_named(changes, error, message):
 
 def test_the_kernel_draws_no_column_of_zeros():
     """At step 1205178 the only normal of column 0 is exactly 0."""
-    for impl in ("triton", "torch"):
-        A, scale = sample_unit_directions(1, 16, step=1205178, device=DEVICE, impl=impl)
-        assert A[0, 0].item() == scale[0].item() == 1
-        assert A.abs().eq(1).all()
+    A, scale = sample_unit_directions(1, 16, step=1205178, device=DEVICE, impl="triton")
+    assert A[0, 0].item() == scale[0].item() == 1
+    assert A.abs().eq(1).all()

@@ -113,16 +113,6 @@ def test_sizes_of_one():
         assert compile_kernel(kernel, "sm_90").metadata.shared <= 1024 * SHARED_BYTES["sm_90"], kernel.name
 
 
-def test_traffic_follows_the_tiles(report):
-    """The directions of a resident tile are read once a split, samples once for each block of directions."""
-    (row,) = (r for r in even_rows(report) if (r["kernel"], r["K"], r["dtype"]) == ("forward", 512, "bf16"))
-    assert row["resident"]
-    samples = 8 * 2048
-    splits = -(-samples // (8 * 512))  # of 512 samples, see `count_splits`
-    read = 2 * 512 * (samples * (1024 // row["block_m"]) + 8 * splits * 1024)
-    assert row["floor_h200"]["l2_us"] == pytest.approx(1e6 * read / kernel_report._L2)
-
-
 def test_the_colour_kernels_keep_pixels_in_registers():
     for kernel in colour_kernels(size=224, kernel_size=7):
         row = kernel_report.inspect(compile_kernel(kernel, "sm_90"), "sm_90")

@@ -49,9 +49,3 @@ def test_kernels_import_torch_triton_and_each_other(path):
     for name in imported(path):
         own = name.startswith(".") and not name.startswith("..")
         assert own or name.split(".")[0] in allowed, name
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "lejepa_fast").glob("*.py")), ids=lambda path: path.stem)
-def test_the_library_imports_neither_data_nor_train(path):
-    for name in imported(path):
-        assert not name.startswith((".data", ".train", "lejepa_fast", "..")), name

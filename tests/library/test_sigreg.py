@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-from accuracy import check_accuracy, evaluate, plain_float32, truth
+from accuracy import assert_within_rule, check_accuracy, evaluate, plain_float32, truth
 
 from lejepa_fast import (
     Knots,
     SIGReg,
-    directions,
     sample_directions,
     sigreg,
     standard_normal_knots,
-    streaming,
     symmetric_knots,
 )
 from lejepa_fast.functional import find_spacing
@@ -36,11 +32,6 @@ def arbitrary_knots(J: int = 7) -> Knots:
 
 def functional(x, A, knots, **options):
     return sigreg(x, A, knots.t, knots.phi, knots.weights, spacing=knots.spacing, **options)
-
-
-# --- Closed forms ---------------------------------------------------------------------------------
-
-CONVENTIONS = [(3, 17), (5, 9), (1, 17)]
 
 
 @pytest.mark.parametrize(
@@ -109,22 +100,10 @@ def test_paper_and_code_conventions():
     phase = (x @ A)[..., None] * t
     error = phi * ((phase.cos().mean(0) - phi) ** 2 + phase.sin().mean(0) ** 2)
     expected = (64 * torch.trapezoid(error, t, dim=-1)).mean()
+    for knots in (standard_normal_knots(5, 9), symmetric_knots(5, 17)):
+        torch.testing.assert_close(functional(x, A, knots), expected, rtol=1e-12, atol=0)
     reg = SIGReg(num_slices=12, t_max=5, n_points=9)
-    torch.testing.assert_close(functional(x, A, reg._knots), expected, rtol=1e-12, atol=0)
-    folded = symmetric_knots(5, 17)
-    assert all(torch.equal(a, b) for a, b in zip(folded[:3], reg._knots[:3], strict=True))
     torch.testing.assert_close(reg(x), expected.float(), rtol=1e-6, atol=0)
-
-
-def test_symmetric_knots_without_zero():
-    """An even number of knots on [-3, 3], as eb_jepa has it, with no factor N."""
-    x, A = torch.randn(64, 8).double(), sample_directions(8, 12, step=0, dtype=torch.float64)
-    t = torch.linspace(-3, 3, 10, dtype=torch.float64)
-    phi = torch.exp(-t.square() / 2)
-    ecf = torch.exp(1j * (x @ A)[..., None] * t).mean(0)
-    expected = torch.trapezoid(phi * (ecf - phi).abs() ** 2, t, dim=-1).mean()
-    got = functional(x, A, symmetric_knots(3, 10), scale_by_n=False)
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
 
 
 @both
@@ -142,6 +121,7 @@ def test_reductions(impl):
     regs = {r: SIGReg(num_slices=5, impl=impl, reduction=r).eval() for r in ("mean", "sum", None)}
     each = regs[None](x)
     assert each.shape == (2, 3, 5)
+    torch.testing.assert_close(each[1, 2], regs[None](x[1, 2]), rtol=1e-6, atol=0)
     torch.testing.assert_close(regs["mean"](x), each.mean(), rtol=1e-6, atol=0)
     torch.testing.assert_close(regs["sum"](x), each.sum(), rtol=1e-6, atol=0)
 
@@ -400,35 +380,11 @@ def test_bad_arguments_are_named(arguments, error, message):
         sigreg(**arguments)
 
 
-def test_nothing_is_read_back_from_the_device():
-    """The bodies of the operators run on tensors without data, where reading a value raises."""
-    with torch._subclasses.FakeTensorMode():
-        step = torch.zeros((), dtype=torch.int64)
-        A = directions._normals(9, 12, step, seed=0)
-        x, grad = torch.empty(2, 30, 9), torch.empty(2, 2, 17, 12)
-        t = torch.empty(17)
-        for spacing in (0.1875, None):
-            assert streaming.ecf_sums(x, A, t, spacing).shape == grad.shape
-            assert streaming.ecf_sums_backward(grad, x, A, t, spacing).shape == x.shape
-        with pytest.raises(Exception, match="_local_scalar_dense"):
-            step.item()
-
-
 def test_the_accuracy_rule_can_fail():
     """Guard against a rule that accepts everything: a relative error of 1e-5 in x must not pass."""
     x, A, knots = torch.randn(200, 8), sample_directions(8, 12, step=0), standard_normal_knots()
     exact, reference = truth(x, A, knots), plain_float32(x, A, knots)
     wrong = evaluate(x * (1 + 1e-5), A, knots, impl="torch")
-    from accuracy import assert_within_rule
-
     for part in ("value", "grad"):
         with pytest.raises(AssertionError):
             assert_within_rule(getattr(wrong, part), getattr(reference, part), getattr(exact, part), part)
-
-
-def test_all_leading_shapes_agree():
-    x, A, knots = torch.randn(6, 20, 4), sample_directions(4, 5, step=0), standard_normal_knots()
-    flat = functional(x, A, knots, reduction=None)
-    for shape in itertools.product([(2, 3), (3, 2), (6,), (1, 6)]):
-        got = functional(x.view(*shape[0], 20, 4), A, knots, reduction=None)
-        assert torch.equal(got, flat.view(*shape[0], 5))

@@ -136,18 +136,6 @@ def test_compiles_to_one_graph(impl):
     assert module.step.item() == 2
 
 
-def test_logging_the_choice_does_not_recompile():
-    from torch._dynamo.testing import CompileCounter
-
-    dispatch.logged_choices.clear()
-    counter, x = CompileCounter(), torch.randn(20, 4)
-    compiled = torch.compile(SIGReg(num_slices=8), fullgraph=True, backend=counter)
-    compiled(x)
-    SIGReg(num_slices=8)(x)  # logs
-    compiled(x)
-    assert counter.frame_count == 1
-
-
 def test_knots_survive_dtype_and_meta_conversions():
     reg = SIGReg(num_slices=8)
     t = reg.t.clone()
