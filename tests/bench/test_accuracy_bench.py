@@ -6,6 +6,7 @@ import sys
 
 import accuracy_bench
 import benchlib
+import pytest
 import torch
 from accuracy_bench import Variant, errors
 
@@ -71,8 +72,16 @@ def test_rows_beyond_the_rule_are_an_error(tmp_path, monkeypatch, capsys):
     assert [row["share_of_allowed"] is not None for row in rows] == 2 * [False, True, True]
     nan = {**rows[1], "value_errors": [float("nan")]}
     assert accuracy_bench.share_of_allowed(nan) == float("inf")
-    half = {**rows[2], "value_errors": [1e-4], "plain_value_errors": [0.0]}
-    assert accuracy_bench.share_of_allowed(half) > 1, "by its own row, whatever the others are"
+
+
+def test_only_the_value_of_half_precision_on_tensor_cores_may_be_off_by_more():
+    good = {part: [0.0] for part in accuracy_bench.PARTS} | {"dtype": "bfloat16", "kernels": "compiled"}
+    share = accuracy_bench.share_of_allowed
+    assert share({**good, "value_errors": [4e-5]}) == pytest.approx(0.8)
+    assert share({**good, "value_errors": [4e-5], "kernels": "interpreted"}) == pytest.approx(40)
+    assert share({**good, "value_errors": [4e-5], "dtype": "float32"}) == pytest.approx(40)
+    assert share({**good, "gradient_errors": [2**-8]}) == pytest.approx(1, rel=1e-3)
+    assert share({**good, "value_errors": [9e-5], "plain_value_errors": [2e-5]}) == pytest.approx(1)
 
 
 def test_every_precision_is_measured_on_a_gpu():
