@@ -19,8 +19,7 @@ _SAME = ("case", "dtype", *"VNKMJ", "group", "date")  # of rows that took turns
 def rows_of(name: str, **wanted: object) -> list[Row]:
     """Rows of a file with these values, without rehearsals; those of a GPU alone where there are any."""
     rows = [{"group": 0, "case": "cpu", **row} for row in read_rows(RESULTS / f"{name}.jsonl")]
-    wanted = {"rehearsal": None, **wanted}
-    rows = [row for row in rows if all(row.get(k) == v for k, v in wanted.items())]
+    rows = [r for r in rows if all(r.get(k) == v for k, v in {"rehearsal": None, **wanted}.items())]
     return [row for row in rows if row["driver"]] or rows
 
 
@@ -38,9 +37,8 @@ def comparison() -> str:
     right = [row for row in newest.values() if row["correct"] and row["case"] not in _ALONE]
     ours = {tuple(row[k] for k in _SAME): row for row in right if row["variant"] in (STREAMING, TRITON)}
     table = []
-    for row in right:
-        mine = ours.get(tuple(row[k] for k in _SAME))
-        if mine is None or row["variant"] not in (BASELINE, COMPILED, *PACKAGES):
+    for row in (row for row in right if row["variant"] in (BASELINE, COMPILED, *PACKAGES)):
+        if (mine := ours.get(tuple(row[k] for k in _SAME))) is None:
             continue
         phase = "wall" if row["case"] == "minimal" else "forward_backward"
         theirs, its = row[phase]["median_ms"], mine[phase]["median_ms"]

@@ -1,6 +1,7 @@
 """Speed, MFU and memory of the trainer:
 
     python bench/train_bench.py [--out DIR] [--budget-minutes X] [--rehearse]
+    python bench/train_bench.py --smoke    # 50 steps of the preset `laptop` on a GPU, to see that it works
 
 On a GPU: ViT-L/14, giant, gigantic and S/16 with 2 x 224 + 8 x 98 px, bf16, compiled, on synthetic views:
 images/s, MFU, peak memory, SIGReg's share of the step; FSDP2 and DDP on one GPU against no wrapper, what a
@@ -18,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import socket
 import statistics
@@ -36,12 +38,13 @@ import no_tyro  # noqa: F401 - before the trainer
 import targets
 import timing
 import torch
-from benchlib import Row, Rows, command_line, machine, print_table, read_rows
+from benchlib import Row, Rows, command_line, machine, read_rows
 from torch import Tensor
 
 import lejepa_fast.train.config as train_config
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.errors import RunError
+from lejepa_fast.train.config.presets import PRESETS
 from lejepa_fast.train.engine.metrics import peak_memory_gib
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.planning.memory import plan_memory
@@ -116,16 +119,11 @@ GPU_CASES = (
     Case("vit_large", 64, strategy="fsdp", compile="off", steps=5, plan=True),
     Case("vit_small_patch16_224", 512, loader=True, steps=40, warm_up=10),
 )
-TINY = Case("test_vit", 16, global_size=32, local_size=16, local_crops=2, steps=10)
-CPU_CASES = (
-    dataclasses.replace(TINY, checkpoint=True, steps=20),
-    dataclasses.replace(TINY, strategy="ddp"),
-    dataclasses.replace(TINY, strategy="fsdp"),
-    dataclasses.replace(TINY, activation_checkpointing="full"),
-    dataclasses.replace(TINY, loader=True),
-)
-# What makes a case another kind of case, and its rehearsal another rehearsal.
+TINY = Case("test_vit", 16, global_size=32, local_size=16, local_crops=2)
+# What makes a case another kind of case; on a CPU each kind is run once.
 KINDS = ("strategy", "activation_checkpointing", "checkpoint", "plan", "loader")
+FIGURES = ("images_per_second", "mfu", "peak_memory_gib", "sigreg_share", "data_wait")
+FIGURES += ("checkpoint_stall_steps", "planned_memory_gib")
 
 
 # --- One case -------------------------------------------------------------------------------------
@@ -205,8 +203,8 @@ def run(case: Case, world: World, folder: Path) -> Row:
     later = [row for row in logged if row["step"] > case.warm_up]
     speeds = [row["images_per_second"] for row in later]
     speed = statistics.median(speeds)
-    result: Row = {name: facts[name] for name in ("parameters", "gflops_per_image", "precision")}
-    result |= {name: facts[name] for name in ("sigreg_impl", "loader_backend", "loader_workers")}
+    names = ("parameters", "gflops_per_image", "precision", "sigreg_impl", "loader_backend", "loader_workers")
+    result: Row = {name: facts[name] for name in names}
     result |= {
         "step_ms": 1e3 * case.images / speed,
         "images_per_second": speed,
@@ -295,9 +293,7 @@ def line_of(row: Row) -> str:
     """What was measured, and its figures."""
     kinds = [f"{name} {row[name]}" for name in KINDS if row[name] not in ("none", False)]
     what = ", ".join([f"{row['model']} x {row['images']}", *kinds])
-    names = ("images_per_second", "mfu", "peak_memory_gib", "sigreg_share", "data_wait")
-    names += ("checkpoint_stall_steps", "planned_memory_gib")  # type: ignore[assignment]
-    figures = [f"{name} {row[name]:.4g}" for name in names if row.get(name) is not None]
+    figures = [f"{name} {row[name]:.4g}" for name in FIGURES if row.get(name) is not None]
     return f"{what}: {row.get('error') or ', '.join(figures)}"
 
 
@@ -307,29 +303,65 @@ def shrunk(case: Case) -> Case:
     return dataclasses.replace(TINY, **kinds, steps=20 if case.checkpoint else WINDOW)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def smoke(out: Path, *, rehearse: bool) -> int:
+    """Train the preset `laptop` for 50 steps and evaluate; a row in gpu_check.jsonl.
+
+    Returns 1 if a loss is not finite or a step is missing, else 0.
+    """
+    preset, device, steps = PRESETS["laptop"], "cpu" if rehearse else "cuda", 2 if rehearse else 50
+    with tempfile.TemporaryDirectory() as folder:
+        data = preset.data
+        if rehearse:
+            for name, count in (("train/a", 8), ("train/b", 8), ("val/a", 4), ("val/b", 4)):
+                loader_files.make_folder(Path(folder, "images", name), count)
+            data = dataclasses.replace(data, path=str(Path(folder, "images")), batch_size=8)
+        cfg = dataclasses.replace(
+            preset,
+            data=data,
+            out=Path(folder, "run"),
+            max_steps=steps,
+            device=device,  # type: ignore[arg-type]
+            loss=dataclasses.replace(preset.loss, impl="torch" if rehearse else "triton"),
+            eval=dataclasses.replace(preset.eval, every=0),
+            tensorboard=False,
+        )
+        Trainer(cfg, setup_world(cfg.device)).run()
+        rows = read_rows(Path(folder, "run", "metrics.jsonl"))
+    trained = [row for row in rows if row["kind"] == "train"]
+    row: Row = {"steps": trained[-1]["step"], "losses": [row["loss"] for row in trained], "problem": None}
+    if row["steps"] != steps:
+        row["problem"] = f"expected {steps} steps, got {row['steps']}"
+    elif not all(map(math.isfinite, row["losses"])):
+        row["problem"] = "a loss is not finite"
+    Rows(out / "gpu_check.jsonl", "pretrain_smoke", torch.device(device)).write(row)
+    print(f"{row['steps']} steps: {row['problem'] or 'ok'}")
+    return 1 if row["problem"] else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line(__doc__, rehearse="the GPU's cases in small, on the CPU")
     parser.add_argument("--budget-minutes", type=float, default=60.0, help="start no case after this long")
     parser.add_argument("--case", help="measure one case, a JSON object, and print its figures")
+    parser.add_argument("--smoke", action="store_true", help="train the preset `laptop` for 50 steps")
     options = parser.parse_args(arguments)
     if options.case:
         print(json.dumps(measure(Case(**json.loads(options.case)))))
-        return
+        return 0
     if not options.budget_minutes > 0:
         parser.error(f"--budget-minutes: expected a number above 0, got {options.budget_minutes}")
     gpu = torch.cuda.is_available() and not options.rehearse
-    cases: Sequence[Case] = GPU_CASES if gpu or options.rehearse else CPU_CASES
-    if options.rehearse:
-        cases = tuple(dict.fromkeys(map(shrunk, cases)))
+    if options.smoke:
+        if not (gpu or options.rehearse):
+            parser.error("--smoke: expected a GPU, PyTorch finds none; --rehearse runs on the CPU")
+        return smoke(options.out, rehearse=options.rehearse)
+    cases = GPU_CASES if gpu else tuple(dict.fromkeys(map(shrunk, GPU_CASES)))
     print(f"trainer on {machine()['device']}{'' if gpu else ': tiny sizes, no figure for GPUs'}")
     rows = measure_all(cases, options.out, options.budget_minutes, rehearse=options.rehearse)
     if gpu or options.rehearse:
-        judged = targets.judge(rows, "training")
-        print_table(["target (H200)", "goal", "figure", "met or not"], targets.table_of(judged))
-        for row in judged:
-            print(f"{row['target']}: {row['note']}", flush=True)
+        targets.print_judged(targets.judge(rows, "training"))
     print(f"rows: {options.out / 'train.jsonl'}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

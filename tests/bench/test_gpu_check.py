@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import accuracy_bench
 import benchlib
 import gpu_check
 import pytest
@@ -103,16 +104,16 @@ def stage(name, code, part=1, **more):
 
 def test_later_stages_run_after_a_failure_and_the_exit_code_tells(check, tmp_path):
     nine = check(9.0)
-    bad = stage("bad", "raise SystemExit(3)")
-    for each in (stage("good", "pass"), bad, stage("last", "pass")):
+    for each in (stage("good", "pass"), stage("bad", "raise SystemExit(3)"), stage("last", "pass")):
         nine.carry_out(each)
-    assert [outcome.status for outcome in nine.outcomes.values()] == ["ok", "failed", "ok"]
-    assert nine.summarise() == 1
     rows = benchlib.read_rows(tmp_path / "rows" / "gpu_check.jsonl")
-    assert [row["stage"] for row in rows] == ["good", "bad", "last"]
+    assert [(row["stage"], row["status"]) for row in rows] == [
+        ("good", "ok"),
+        ("bad", "failed"),
+        ("last", "ok"),
+    ]
     assert rows[1]["problem"].startswith("exit code 3")
-    del nine.outcomes[bad]
-    assert nine.summarise() == 0
+    assert nine.summarise() == 1
 
 
 def test_a_stage_that_ran_nothing_has_failed(check, tmp_path):
@@ -129,6 +130,7 @@ def test_a_stage_that_ran_nothing_has_failed(check, tmp_path):
 @pytest.mark.parametrize(
     ("part", "status", "code"),
     [
+        (1, "ok", 0),
         (3, "stopped", 0),
         (3, "skipped", 0),
         (3, "absent", 0),
@@ -143,57 +145,55 @@ def test_an_optional_stage_may_lack_time_or_tool_but_not_fail(check, part, statu
     assert nine.summarise() == code
 
 
-def test_nothing_begins_when_the_time_is_up(check):
+def test_nothing_begins_when_the_time_is_up(check, tmp_path):
     late = check(0.01)
-    each = stage("late", "pass", cases=("giant-bfloat16",))
+    each = stage("late", "pass", case="giant-bfloat16")
     late.carry_out(each)
     assert late.outcomes[each].status == "skipped"
-    assert {row["met"] for row in late.judged} == {None}
-    assert late.judged[0]["note"] == f"no row of {TRITON}"
     assert late.summarise() == 1
+    judged = [row for row in benchlib.read_rows(late.writer.path) if "target" in row]
+    assert {(row["met"], row["note"]) for row in judged} == {(None, f"no row of {TRITON}")}
 
 
-def test_a_missed_target_is_exit_code_1(check, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("share", "code"), [(2.0, 1), (0.5, 0)])
+def test_a_missed_target_is_exit_code_1(check, tmp_path, monkeypatch, share, code):
     nine = check(9.0)
-    training = next(s for s in STAGES if s.name == "training")._replace(part=1, seconds=500)
-
-    def run(arguments, limit, environment, folder):
-        assert 8.0 < float(arguments[arguments.index("--budget-minutes") + 1]) < 8.7
-        rows = benchlib.Rows(tmp_path / "rows" / "train.jsonl", "train")
-        rows.write(
-            {"model": "vit_large", "images": 8, "strategy": "none", "activation_checkpointing": "none"}
-            | speed
-        )
-        return Outcome("ok", 500.0)
-
-    monkeypatch.setattr(gpu_check, "execute", run)
-    monkeypatch.setattr(targets, "TARGETS", [t for t in targets.TARGETS if t.name == "ViT-L/14 MFU"])
-    for speed, code in (({"mfu": 0.2}, 1), ({"mfu": 0.6}, 0)):  # noqa: B007 - `run` reads it
-        nine.carry_out(training)
-        assert nine.summarise() == code
+    rows = benchlib.Rows(tmp_path / "rows" / "sigreg_accuracy.jsonl", "sigreg_accuracy")
+    accuracy = next(s for s in STAGES if s.name == "accuracy")
+    measured = accuracy_bench.cases("cuda")
+    written = [{"variant": v.name, "J": J, "judged": True, "share_of_allowed": share} for v, J in measured]
+    monkeypatch.setattr(gpu_check, "execute", lambda *_: rows.write(*written) and Outcome("ok", 1.0))
+    nine.carry_out(accuracy)
+    assert nine.summarise() == code
 
 
-def test_stages_fit_the_targets_the_files_and_the_time(check):
+def test_stages_fit_the_targets_the_files_and_the_time(check, monkeypatch):
     assert len({s.name for s in STAGES}) == len(STAGES)
-    keys = {case.key for case in sigreg_variants.GPU_CASES} | {"accuracy", "training"}
-    run_cases = {case for s in STAGES for case in s.cases}
-    assert {t.case for t in targets.TARGETS} <= run_cases <= keys
+    keys = {case.key for case in sigreg_variants.GPU_CASES} | {"accuracy", ""}
+    run_cases = {s.case for s in STAGES}
+    # train_bench.py judges the training itself: as an optional stage it may not measure everything.
+    assert {t.case for t in targets.TARGETS} - {"training"} <= run_cases <= keys
+    assert not any(s.case for s in STAGES if s.optional)
     for part in (1, 2):  # a command of five and a half minutes
         assert sum(s.seconds for s in STAGES if s.part == part) <= 330 - gpu_check.LAST_SECONDS
-    run = gpu_check.Run(Path("x"), False)
-    kernel_tests = next(s for s in STAGES if s.name == "kernel tests").command(run)
+    kernel_tests = next(s for s in STAGES if s.name == "kernel tests").command(
+        gpu_check.Run(Path("x"), False)
+    )
     names = {Path(argument).name for argument in kernel_tests}
     assert {"kernel_operators.py", "kernel_accuracy.py", "test_kernels_gpu.py"} <= names
-    nine, left = check(9.0), 60 * 9 - gpu_check.LAST_SECONDS
-    first, second = STAGES[0]._replace(seconds=30), STAGES[1]._replace(seconds=60)
-    assert nine.limit(first, left, [second]) == 60, "twice its seconds, where there is time"
-    assert nine.limit(first, 45.0, [second]) == 15, "a share where there is too little"
+    monkeypatch.setattr(gpu_check, "execute", lambda command, limit, *_: Outcome("ok", limit))
+    nine, training = check(9.0), next(s for s in STAGES if s.name == "training")
+    for each in (training._replace(rows=None), training._replace(rows=None, part=1)):
+        nine.carry_out(each)
+        assert nine.outcomes[each].seconds == training.seconds * (1 if each.optional else 2)
+    told = training.command(gpu_check.Run(Path("x"), False, 72.0))
+    assert told[told.index("--budget-minutes") + 1] == "1.00"
 
 
 def test_parallel_tests_share_all_tests_and_tell_what_fails(tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import pathlib, pytest\n"
-        "@pytest.mark.parametrize('i', range(30))\n"
+        "@pytest.mark.parametrize('i', range(9))\n"
         f"def test_it(i):\n    pathlib.Path({str(tmp_path)!r}, f'ran{{i}}').touch(exist_ok=False)\n"
         "    assert i != 7, 'seven is broken'\n"
     )
@@ -202,6 +202,6 @@ def test_parallel_tests_share_all_tests_and_tell_what_fails(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 1
     assert "seven is broken" in run.stdout
-    assert len(list(tmp_path.glob("ran*"))) == 30
+    assert len(list(tmp_path.glob("ran*"))) == 9
     none = subprocess.run([*command, "-k", "none"], capture_output=True, text=True, cwd=tmp_path)
     assert none.returncode == 5

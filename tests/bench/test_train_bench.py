@@ -14,7 +14,7 @@ import torch
 import train_bench
 from train_bench import Case
 
-TINY = train_bench.CPU_CASES[0]
+TINY = dataclasses.replace(train_bench.TINY, checkpoint=True)
 
 
 def test_a_case_measures_the_real_trainer() -> None:
@@ -88,7 +88,5 @@ def test_a_rehearsal_runs_every_kind_of_case_and_judges_nothing(
 
 
 def test_the_benchmarks_of_training_need_no_tyro() -> None:
-    code = (
-        "import sys; sys.modules['tyro'] = None; import pretrain_smoke, train_bench as t; t.TINY.config(None)"
-    )
+    code = "import sys; sys.modules['tyro'] = None; import train_bench as t; t.TINY.config(None)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(train_bench.__file__).parent)
