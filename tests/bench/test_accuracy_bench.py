@@ -21,29 +21,21 @@ def test_the_streaming_implementation_keeps_the_rule_of_plain_float32():
 
 def test_half_precision_is_measured_on_the_path_of_training_and_on_its_own_inputs(monkeypatch):
     """dT/dp is rounded: a gradient for each direction would leave it in float32."""
-    taken, gradients = {}, []
-    sigreg, evaluate = accuracy_bench.sigreg, accuracy_bench.evaluate
+    taken, gradients, sigreg = {}, [], accuracy_bench.sigreg
 
-    def recorded_call(x, *arguments, reduction, **options):
-        value = sigreg(x, *arguments, reduction=reduction, **options)
+    def recorded(x, A, *knots, reduction, scale, **options):
+        value = sigreg(x, A, *knots, reduction=reduction, scale=scale, **options)
         gradients.extend([reduction] if value.requires_grad else [])
+        taken[x.dtype] = x.double(), A.double(), scale
         return value
 
-    def recorded(x, A, knots, *, scale, **options):
-        taken[x.dtype] = x.double(), A.double(), scale
-        return evaluate(x, A, knots, scale=scale, **options)
-
-    monkeypatch.setattr(accuracy_bench, "sigreg", recorded_call)
-    monkeypatch.setattr(accuracy_bench, "evaluate", recorded)
+    monkeypatch.setattr(accuracy_bench, "sigreg", recorded)
     value, grad, *_ = errors(Variant("bf16", torch.bfloat16, "torch"), 17, 1.0, "cpu")
     assert gradients == ["sum"] * 3  # float64, plain float32, and the variant
     assert value < 1e-5
     assert grad < 2**-8
-    x, A, scale = taken[torch.bfloat16]
     for dtype in (torch.float32, torch.float64):
-        assert torch.equal(taken[dtype][0], x)
-        assert torch.equal(taken[dtype][1], A)
-        assert taken[dtype][2] is scale
+        assert all(torch.equal(a, b) for a, b in zip(taken[dtype], taken[torch.bfloat16], strict=True))
 
 
 def test_rows_beyond_the_rule_are_an_error(tmp_path, monkeypatch, capsys):
