@@ -11,6 +11,7 @@ DALI, DALI decodes and augments there, and every loader's batches end on the GPU
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
 import re
@@ -41,45 +42,37 @@ BACKENDS = {OURS: "auto", FALLBACK: "torchvision"}
 # --- Speed ----------------------------------------------------------------------------------------
 
 
-def one_pass(run: Pass, found: list[float], on_gpu: bool) -> None:
-    """Make a pass, and add its images per second to `found`."""
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    count = run()
-    if on_gpu:
-        torch.cuda.synchronize()
-    found.append(count / (time.perf_counter() - start))
-
-
 def measure_speed(
     kind: str, makers: Mapping[str, Callable[[], Pass]], setting: Setting, repeats: int, deadline: float
 ) -> list[Row]:
-    """Loaders take turns pass by pass; no round begins that would end past the deadline, but the first."""
-    running: dict[str, Pass] = {}
-    speeds: dict[str, list[float]] = {}
+    """Loaders take turns pass by pass, `repeats` times or, from the second on, as often as time allows."""
+    calls: dict[str, timing.Call] = {}
+    counts: dict[str, int] = {}
+
+    def whole(run: Pass) -> int:
+        count = run()
+        if setting.on_gpu:
+            torch.cuda.synchronize()
+        return count
+
     for name, make in makers.items():
         try:
-            running[name] = make()
-            one_pass(running[name], [], setting.on_gpu)  # workers, pipelines and compiled code start
-            speeds[name] = []
+            call = functools.partial(whole, make())
+            counts[name] = call()  # workers, pipelines and compiled code start
+            calls[name] = call
         except Exception as failure:
             print(f"{name}: not available here: {first_line(failure)}", flush=True)
-    longest = 0.0
-    for repeat in range(repeats):
-        begun = time.monotonic()
-        if repeat and begun + longest > deadline:
-            print(f"stopped after {repeat} of {repeats} rounds: the budget is spent")
-            break
-        for name, found in speeds.items():
-            one_pass(running[name], found, setting.on_gpu)
-        longest = max(longest, time.monotonic() - begun)
-    running.clear()
+    begun = time.monotonic()
+    found = [timing.interleave(calls, 1, timing.once)]
+    allowed = (deadline - time.monotonic()) / (time.monotonic() - begun)
+    found.append(timing.interleave(calls, max(0, min(repeats - 1, int(allowed))), timing.once))
+    calls.clear()
     gc.collect()  # ends their workers: forks to come would inherit them
     rows: list[Row] = []
-    for name, values in speeds.items():
-        row: Row = {"kind": kind, "contender": name, "images_per_s": statistics.median(values)}
-        row["passes"] = [round(value, 1) for value in values]
+    for name, count in counts.items():
+        speeds = [count / seconds for each in found for seconds in each[name]]  # type: ignore[union-attr]
+        row: Row = {"kind": kind, "contender": name, "images_per_s": statistics.median(speeds)}
+        row["passes"] = [round(speed, 1) for speed in speeds]
         rows.append(row | ({"version": installed_version(STABLE)} if name == STABLE else {}))
     print_table(["loader", "images/s"], [[row["contender"], f"{row['images_per_s']:.0f}"] for row in rows])
     return rows

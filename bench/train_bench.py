@@ -16,14 +16,11 @@ the medians of the run's metrics after the warm-up. A case that does not fit int
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import math
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,7 +35,7 @@ import no_tyro  # noqa: F401 - before the trainer
 import targets
 import timing
 import torch
-from benchlib import Row, Rows, command_line, machine, read_rows
+from benchlib import Row, Rows, command_line, first_line, machine, read_rows
 from torch import Tensor
 
 import lejepa_fast.train.config as train_config
@@ -134,6 +131,7 @@ class SyntheticViews:
 
     backend = name = "synthetic"
     labelled = False
+    position = (0, 0)
 
     def __init__(self, cfg: train_config.Config, device: torch.device):
         sizes = [cfg.crops.global_size] * cfg.crops.global_crops
@@ -253,16 +251,12 @@ def _free_port() -> int:
 # --- All cases ------------------------------------------------------------------------------------
 
 
-def run_case(case: Case, timeout: float) -> Row:
+def run_case(case: Case) -> Row:
     """The figures of a case from its own process; `error` if it fails."""
-    command = [sys.executable, __file__, "--case", json.dumps(dataclasses.asdict(case))]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done in {timeout:.0f} s"}
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        return timing.in_fresh_process(measure, case)
+    except Exception as failure:
+        return {"error": first_line(failure)}
 
 
 def measure_all(
@@ -275,12 +269,10 @@ def measure_all(
     writer = Rows(out / "train.jsonl", "train", rehearsal=rehearse)
     while waiting:
         case = waiting.pop(0)
-        left = ends - time.monotonic()
-        if left < 30:
+        if time.monotonic() > ends:
             print(f"out of time: {1 + len(waiting)} case(s) left out")
             break
-        with contextlib.redirect_stdout(sys.stderr):
-            figures = measure(case) if rehearse else run_case(case, left)
+        figures = measure(case) if rehearse else run_case(case)
         rows += writer.write({**dataclasses.asdict(case), **figures})
         print(line_of(rows[-1]), flush=True)
         if figures.get("error") == "out of memory" and case.images >= 2 * SMALLEST_BATCH:
@@ -305,12 +297,8 @@ def shrunk(case: Case) -> Case:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line(__doc__, rehearse="the GPU's cases in small, on the CPU")
     parser.add_argument("--budget-minutes", type=float, default=60.0, help="start no case after this long")
-    parser.add_argument("--case", help="measure one case, a JSON object, and print its figures")
     parser.add_argument("--smoke", action="store_true", help="measure one short case; exit 1 if it fails")
     options = parser.parse_args(arguments)
-    if options.case:
-        print(json.dumps(measure(Case(**json.loads(options.case)))))
-        return 0
     if not options.budget_minutes > 0:
         parser.error(f"--budget-minutes: expected a number above 0, got {options.budget_minutes}")
     gpu = torch.cuda.is_available() and not options.rehearse
