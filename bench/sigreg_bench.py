@@ -4,7 +4,7 @@
     python bench/sigreg_bench.py --sweep            # against N and M, with a plot
     python bench/sigreg_bench.py --peers            # against lightly and stable-pretraining, where installed
     python bench/sigreg_bench.py --cases giant-bfloat16 --out DIR
-    python bench/sigreg_bench.py --size 4 512 256 512 17 --dtype bfloat16
+    python bench/sigreg_bench.py --size 4 512 256 512 17
 
 On a GPU it measures the sizes of the targets: device time and wall clock, launches, share of the floor.
 Without a GPU, or with --device cpu, it measures one CPU size, and says so. A variant whose value or gradient
@@ -264,10 +264,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     keys = [case.key for case in variants.GPU_CASES]
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--cases", nargs="+", choices=keys, metavar="CASE", help=f"of {', '.join(keys)}")
-    what.add_argument("--size", type=int, nargs=5, metavar=tuple("VNKMJ"), help="one other size")
+    what.add_argument("--size", type=int, nargs=5, metavar=tuple("VNKMJ"), help="another size, in float32")
     what.add_argument("--peers", action="store_true", help="against public packages, at sizes in common use")
     what.add_argument("--sweep", action="store_true", help="vary N and M, and plot")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of --size")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of each variant")
@@ -302,8 +301,7 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
     if not gpu:
         cases = [variants.CPU_CASE]
     if options.size:
-        dtype = getattr(torch, options.dtype or "float32")
-        cases = [cases[0]._replace(name="custom", size=Size(*options.size), dtype=dtype)]
+        cases = [cases[0]._replace(name="custom", size=Size(*options.size), dtype=torch.float32)]
     left_out = (COMPILED, REDUCED) if options.no_compile else ()
     return [c._replace(variants=[v for v in c.variants if v not in left_out]) for c in cases]
 
@@ -321,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     repeats = options.repeats // 3 + 2 if options.sweep else options.repeats
     rows: list[Row] = []
     for case in choose_cases(options):
-        print(f"\n{case}", flush=True)
+        print(f"\n{case.key}: {case.size}", flush=True)
         writer = Rows(path, "sigreg", device, rehearsal=options.rehearse)
         rows += measure(case, setting, repeats, writer)
     if options.sweep:

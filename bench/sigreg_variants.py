@@ -9,6 +9,7 @@ users run it, under autocast: the projection is a bf16 matmul; phases, cosines a
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -36,9 +37,6 @@ class Size(NamedTuple):
     M: int
     J: int
 
-    def __str__(self) -> str:
-        return f"V {self.V}, N {self.N}, K {self.K}, M {self.M}, J {self.J}"
-
 
 class Case(NamedTuple):
     """One table of the benchmark: variants at one size in one dtype."""
@@ -56,44 +54,36 @@ class Case(NamedTuple):
     def half(self) -> bool:
         return self.dtype.itemsize == 2
 
-    def __str__(self) -> str:
-        return f"{self.name}: {self.size}, {dtype_name(self.dtype)}"
-
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@dataclasses.dataclass
 class Loss:
-    """A variant that is ready to be called.
+    """A variant that is ready to be called."""
 
-    Args:
-        call: from embeddings (V, N, K) to the loss and the directions (K, M) that it used.
-        last: computes the directions of the last call, where `call` returns None for them.
-    """
-
-    def __init__(
-        self, call: Callable[[Tensor], tuple[Tensor, Any]], last: Callable[[], Tensor] | None = None
-    ):
-        self._call = call
-        self._last = last
-        self._used: Tensor | None = None
-        self._seed: Tensor | None = None
+    call: Callable[[Tensor], tuple[Tensor, Any]]
+    """From embeddings (V, N, K) to the loss and the directions (K, M) that it used."""
+    last: Callable[[], Tensor] | None = None
+    """Computes the directions of the last call, where `call` returns None for them."""
+    used: Tensor | None = None
+    seed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        value, self._used = self._call(x)
+        value, self.used = self.call(x)
         return value
 
     def step(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Value and gradient; the gradient is not copied into x.grad."""
         value = self.forward(x)
-        if self._seed is None:
-            self._seed = torch.ones_like(value)
-        return value.detach(), torch.autograd.grad(value, x, self._seed)[0]
+        if self.seed is None:
+            self.seed = torch.ones_like(value)
+        return value.detach(), torch.autograd.grad(value, x, self.seed)[0]
 
     def directions(self) -> Tensor:
         """The directions (K, M) of the last call in float64."""
-        used = self._last() if self._last else self._used
+        used = self.last() if self.last else self.used
         assert used is not None
         return used.double()
 
@@ -117,10 +107,6 @@ def authors_formula(case: Case, device: torch.device) -> Callable[[Tensor], tupl
     return loss
 
 
-def authors(case: Case, device: torch.device) -> Loss:
-    return Loss(authors_formula(case, device))
-
-
 def _draw(case: Case, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     A = torch.randn(case.size.K, case.size.M, device=device, generator=generator)
     return (A / A.norm(p=2, dim=0)).to(case.dtype)
@@ -134,7 +120,7 @@ def compiled(mode: str | None) -> Build:
             torch.compiler.cudagraph_mark_step_begin()  # the results of the last call may be overwritten
             return function(x)
 
-        return Loss(function if mode is None else call)
+        return Loss(call)
 
     return build
 
@@ -210,7 +196,7 @@ TRITON = "our impl='triton'"
 GRAPH = "our impl='triton', CUDA graph"  # TRITON under `timing.graphed`
 LIGHTLY, STABLE, AUTHORS = "lightly", "stable-pretraining", "lejepa, the authors' package"
 VARIANTS: dict[str, Build] = {
-    BASELINE: authors,
+    BASELINE: lambda case, device: Loss(authors_formula(case, device)),
     COMPILED: compiled(None),
     REDUCED: compiled("reduce-overhead"),
     EAGER_REFERENCE: ours("reference"),
