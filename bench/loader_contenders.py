@@ -116,10 +116,9 @@ def plain(setting: Setting, *, tensors: bool) -> Pass:
     """The recipe as users of torchvision write it: `tensors` as in `multicrop_transform`."""
 
     def images(batch: Any) -> int:
-        views, targets = batch
-        moved = [view.to(setting.device, non_blocking=True) for view in views]
-        del moved
-        return len(targets)
+        for view in batch[0]:
+            view.to(setting.device, non_blocking=True)
+        return len(batch[1])
 
     return stock(setting, Files(setting.files, multicrop_transform(setting.recipe, tensors=tensors)), images)
 
