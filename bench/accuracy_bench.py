@@ -25,20 +25,12 @@ from torch import Tensor
 
 from lejepa_fast import Knots, sample_directions, sample_unit_directions, sigreg, standard_normal_knots
 from lejepa_fast.kernels.runtime import interpreting
-from lejepa_fast.reference import allowed_error
+from lejepa_fast.reference import HALF_PRECISION_ERROR, RELATIVE_ERROR, allowed_error
 
 KNOTS = (17, 3, 5, 9, 33, 65)  # the default first: what comes later may be stopped
 SCALES = (1.0, 10.0, 100.0, 1e3, 1e4)
+PARTS = ("value_errors", "gradient_errors", "plain_value_errors", "plain_gradient_errors")
 SIZES = {"cpu": {"N": 16, "K": 16, "M": 16}, "cuda": {"N": 2048, "K": 512, "M": 256}}
-
-
-class Errors(NamedTuple):
-    """Relative errors against float64: a variant's own, and those of plain float32 on its inputs."""
-
-    value: float
-    gradient: float
-    plain_value: float
-    plain_gradient: float
 
 
 class Variant(NamedTuple):
@@ -79,51 +71,44 @@ def evaluate(x: Tensor, A: Tensor, knots: Knots, **options: Any) -> tuple[Tensor
     return value, grad
 
 
-def errors(variant: Variant, J: int, scale: float, device: str) -> Errors:
-    """Errors of a variant, and of plain float32 on the same inputs, which half precision rounds."""
-    size = SIZES[device]
+def errors(variant: Variant, J: int, scale: float, device: str) -> list[float]:
+    """Relative errors against float64: value, gradient, and those of plain float32 on the same inputs."""
+    N, K, M = SIZES[device].values()
     generator = torch.Generator().manual_seed(J)
-    x = (scale * torch.randn(size["N"], size["K"], generator=generator)).to(device, variant.dtype)
+    x = (scale * torch.randn(N, K, generator=generator)).to(device, variant.dtype)
     knots, unit = standard_normal_knots(3.0, J), None
-    if variant.dtype.itemsize == 2:
-        A, unit = sample_unit_directions(
-            size["K"], size["M"], step=0, device=device, dtype=variant.dtype, impl="torch"
-        )
-    else:
+    if variant.dtype == torch.float32:
         # The same on every device: normals of one generator, not of its kernel.
-        A = sample_directions(size["K"], size["M"], step=0).to(device)
+        A = sample_directions(K, M, step=0).to(device)
+    else:
+        A, unit = sample_unit_directions(K, M, step=0, device=device, dtype=variant.dtype, impl="torch")
     exact = evaluate(x.double(), A.double(), knots, impl="reference", scale=unit)
     plain = evaluate(x.float(), A.float(), knots, impl="reference", scale=unit)
     got = evaluate(x, A, knots, impl=variant.impl, precision=variant.precision, scale=unit)
     pairs = zip((*got, *plain), (*exact, *exact), strict=True)
-    return Errors(*(((g.double() - e).norm() / e.norm()).item() for g, e in pairs))
+    return [((g.double() - e).norm() / e.norm()).item() for g, e in pairs]
 
 
 def measured(variant: Variant, J: int, device: str) -> Row:
-    results = [errors(variant, J, scale, device) for scale in SCALES]
-    return {
-        "variant": variant.name,
-        "dtype": str(variant.dtype).removeprefix("torch."),
-        "precision": variant.precision,
-        "judged": variant.judged,
-        "J": J,
-        "size": SIZES[device],
-        "scales": list(SCALES),
-        "value_errors": [result.value for result in results],
-        "gradient_errors": [result.gradient for result in results],
-        "plain_value_errors": [result.plain_value for result in results],
-        "plain_gradient_errors": [result.plain_gradient for result in results],
-    }
+    row: Row = {"variant": variant.name, "dtype": str(variant.dtype).removeprefix("torch.")}
+    row |= {"precision": variant.precision, "judged": variant.judged, "J": J, "size": SIZES[device]}
+    row |= {"scales": list(SCALES), "kernels": "compiled" if device == "cuda" else "interpreted"}
+    found = [errors(variant, J, scale, device) for scale in SCALES]
+    row |= zip(PARTS, zip(*found, strict=True), strict=True)
+    return row | {"share_of_allowed": share_of_allowed(row) if variant.judged else None}
 
 
 def share_of_allowed(row: Row) -> float:
-    """The largest error of a row as a share of what the rule allows; infinite for what is no number."""
-    dtype = getattr(torch, row["dtype"])
-    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    """The largest error of a row as a share of what the rule allows; infinite if an error is NaN."""
+    dtype, value = getattr(torch, row["dtype"]), RELATIVE_ERROR
+    ulp = 0.0
+    if dtype != torch.float32:
+        ulp = torch.finfo(dtype).eps / 2  # of the gradient, which has the dtype of the inputs
+        value = HALF_PRECISION_ERROR if row["kernels"] == "compiled" else RELATIVE_ERROR
     shares = [0.0]
-    for part, ulp in (("value_errors", 0.0), ("gradient_errors", rounding)):
-        for error, reference in zip(row[part], row[f"plain_{part}"], strict=True):
-            share = error / allowed_error(reference, ulp=ulp)
+    for part, options in (("value", {"relative": value}), ("gradient", {"ulp": ulp})):
+        for error, plain in zip(row[f"{part}_errors"], row[f"plain_{part}_errors"], strict=True):
+            share = error / allowed_error(plain, **options)
             shares.append(share if share == share else float("inf"))
     return max(shares)
 
@@ -155,8 +140,6 @@ def main() -> int:
     print("relative error of the statistic / of the gradient, against float64", flush=True)
     rows = []
     for row in measure(device):
-        row["share_of_allowed"] = share_of_allowed(row) if row["judged"] else None
-        row["kernels"] = "compiled" if device == "cuda" else "interpreted"
         rows += writer.write(row)
         print(f"{row['variant']}, J {row['J']}: {', '.join(cells(row))}", flush=True)
     print()
@@ -164,8 +147,8 @@ def main() -> int:
     print_table(header, [[row["variant"], str(row["J"]), *cells(row)] for row in rows])
     beyond = [row for row in rows if row["judged"] and row["share_of_allowed"] > 1]
     for row in beyond:
-        what = f"{row['variant']}, J {row['J']}"
-        print(f"error: {what}: {row['share_of_allowed']:.2g} times the error allowed", file=sys.stderr)
+        share = f"{row['share_of_allowed']:.2g} times the error allowed"
+        print(f"error: {row['variant']}, J {row['J']}: {share}", file=sys.stderr)
     return int(bool(beyond))
 
 

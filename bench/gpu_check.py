@@ -1,15 +1,14 @@
 """Everything to know about lejepa_fast on a GPU, in commands that fit a borrowed machine.
 
-    python bench/gpu_check.py --out DIR --part 1    # timing: tiles, SIGReg at all sizes, ncu, torch.compile
+    python bench/gpu_check.py --out DIR --part 1    # timing: tiles, SIGReg at all sizes, torch.compile
     python bench/gpu_check.py --out DIR --part 2    # kernel tests, accuracy, a short training
     python bench/gpu_check.py --out DIR             # both parts, then what fills the rest of the minutes
-    python bench/gpu_check.py --out DIR --only training
     python bench/gpu_check.py --out DIR --rehearse  # the same stages in small on the CPU; measures nothing
 
 Stages run one after another, each in its own process with a time limit. A stage that fails or overruns is
 reported, and the later ones still run. DIR gets the rows of the benchmarks as they are measured, and
-`gpu_check.jsonl` with a row for each stage and each target. The package need not be installed. Without git
-history, LEJEPA_COMMIT=HASH in the environment names the commit that the rows carry.
+`gpu_check.jsonl` with a row for each stage and, at the end, for each target. The package need not be
+installed. Without git history, LEJEPA_COMMIT=HASH in the environment names the commit that the rows carry.
 
 A stage that ran nothing (no test passed, no row written) has failed. Optional stages may lack their time or
 their tool, but not fail. Exit codes: 0 all stages ran and all targets are met (in a rehearsal: all stages
@@ -21,21 +20,18 @@ appends its rows to DIR as they come, and its exit code says whether it worked.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import importlib.util
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -49,36 +45,39 @@ BENCH, TESTS = ROOT / "bench", ROOT / "tests"
 LEAST_SECONDS = 5  # a stage is not begun with less
 LAST_SECONDS = 20  # kept to stop what runs and to print the tables
 END_SECONDS = 12  # kept for a benchmark to start and to end within its time
+STATE = "memory.free,memory.total,clocks.sm,clocks.max.sm"
 # What the stages use beyond PyTorch and pytest; without them they do less, and say so.
 HELPFUL = ("triton", "tyro", "timm", "pytest_timeout", "hypothesis", "matplotlib", "lightly", "numba")
 
 
 class Run(NamedTuple):
-    """Where rows go, and whether it is a rehearsal."""
+    """Where rows go, whether it is a rehearsal, and the seconds until the stage is stopped."""
 
     out: Path
     rehearse: bool
     seconds: float = 0.0
-    """Until the stage is stopped."""
 
     @property
     def extra(self) -> list[str]:
         return ["--out", str(self.out), *(["--rehearse"] if self.rehearse else [])]
 
 
+Command = Callable[[Run], "list[str] | str"]
+"""Arguments of Python, or a sentence that says why there is nothing to run."""
+
+
 class Stage(NamedTuple):
-    """One step of the check."""
+    """One step of the check; those of part 3 are optional."""
 
     name: str
     part: int
     seconds: int
-    """Kept for it while earlier stages run; it is stopped after twice that, or after that if optional."""
-    command: Callable[[Run], list[str] | str]
-    """Arguments of Python, or a sentence that says why there is nothing to run."""
+    """It is stopped after twice that, or after that if it is optional."""
+    command: Command
     rows: str | None = None
     """File to which it must append a row."""
-    cases: tuple[str, ...] = ()
-    """Cases of the targets that can be judged when it is done."""
+    case: str = ""
+    """Case of the targets that is judged if it is part of the run."""
     rehearsed: bool = True
 
     @property
@@ -86,7 +85,7 @@ class Stage(NamedTuple):
         return self.part == 3
 
 
-def _script(name: str, *arguments: str, budget: bool = False) -> Callable[[Run], list[str] | str]:
+def _script(name: str, *arguments: str, budget: bool = False) -> Command:
     """A benchmark of this folder; `budget`: it is told how much time there is."""
 
     def command(run: Run) -> list[str]:
@@ -96,21 +95,18 @@ def _script(name: str, *arguments: str, budget: bool = False) -> Callable[[Run],
     return command
 
 
-def _tests(*patterns: str, only: str = "", needs: str = "pytest", rehearsed: str = "") -> Callable:
-    """Tests by file patterns and a pytest expression, in many processes; a rehearsal runs fewer in one."""
+def _tests(*patterns: str, only: str = "", needs: str = "pytest", rehearsed: str = "") -> Command:
+    """Tests by file patterns and a pytest expression, in many processes; a rehearsal runs fewer."""
 
     def command(run: Run) -> list[str] | str:
-        if not importlib.util.find_spec(needs.partition(".")[0]) or not importlib.util.find_spec(needs):
+        if not importlib.util.find_spec(needs):
             return f"{needs} is not installed"
-        found = {
-            path for pattern in patterns for path in TESTS.rglob(pattern) if path.stem != "kernel_helpers"
-        }
+        found = sorted({str(path) for pattern in patterns for path in TESTS.glob(pattern)})
         # The options of pyproject.toml ask for plugins that may be missing.
         options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rf", "--tb=short", "-k"]
         options += [rehearsed if run.rehearse else only, "-c", str(ROOT / "pyproject.toml")]
         options += ["-o", "addopts=--import-mode=importlib"]
-        runner = ["-m", "pytest"] if run.rehearse else [str(BENCH / "parallel_tests.py")]
-        return [*runner, *map(str, sorted(found)), *options]
+        return [str(BENCH / "parallel_tests.py"), *found, *options]
 
     return command
 
@@ -129,12 +125,13 @@ def _profile(run: Run) -> list[str] | str:
 
 def _sigreg(part: int, seconds: int, case: str, *more: str) -> Stage:
     command = _script("sigreg_bench.py", "--cases", case, "--repeats", "30", *more)
-    name = " ".join(["sigreg", case, *("eager" for option in more if option == "--no-compile")])
-    return Stage(name, part, seconds, command, "sigreg.jsonl", (case,), rehearsed=False)
+    return Stage(" ".join(["sigreg", case, *more]), part, seconds, command, "sigreg.jsonl", case, False)
 
 
 _TILES, _OTHERS = "kernel_tiles.jsonl", ("minimal-float32", "reference-float32", "giant-bfloat16")
+_KERNELS = ("kernels/kernel_*.py", "kernels/test_kernels_gpu.py")
 _SLOW = "sanitizer or compile or 32_bits or generated"
+_LOADER = _tests("data/test_*.py", only="gpu", needs="nvidia")
 STAGES = (
     Stage("environment", 1, 15, lambda run: [__file__, "--describe", *run.extra]),
     Stage("tiles", 1, 70, _script("tiles_bench.py", "--sizes", "reference-bfloat16"), _TILES),
@@ -144,39 +141,21 @@ STAGES = (
     _sigreg(1, 45, "reference-bfloat16"),
     _sigreg(2, 40, "minimal-float32"),
     _sigreg(2, 40, "reference-float32"),
-    Stage(
-        "kernel tests",
-        2,
-        100,
-        _tests("kernel_*.py", "test_kernels_gpu.py", only=f"not ({_SLOW})", rehearsed="double_backward"),
-    ),
-    Stage("accuracy", 2, 30, _script("accuracy_bench.py"), "sigreg_accuracy.jsonl", ("accuracy",), False),
-    Stage("pretraining, 50 steps", 2, 30, _script("pretrain_smoke.py"), "gpu_check.jsonl"),
+    Stage("kernel tests", 2, 100, _tests(*_KERNELS, only=f"not ({_SLOW})", rehearsed="double_backward")),
+    Stage("accuracy", 2, 30, _script("accuracy_bench.py"), "sigreg_accuracy.jsonl", "accuracy", False),
+    Stage("training, 50 steps", 2, 30, _script("train_bench.py", "--smoke"), "train.jsonl"),
     Stage("ncu", 3, 30, _profile, rehearsed=False),
-    Stage("tiles of other sizes", 3, 90, _script("tiles_bench.py", "--sizes", *_OTHERS), _TILES, (), False),
-    Stage("generated cases", 3, 120, _tests("kernel_generated.py", needs="hypothesis"), rehearsed=False),
-    Stage(
-        "loader tests",
-        3,
-        90,
-        _tests("test_data_*.py", "data/test_*.py", only="gpu", needs="nvidia.dali"),
-        rehearsed=False,
-    ),
-    Stage("loader", 3, 60, _script("loader_bench.py", budget=True), "loader.jsonl", (), False),
-    Stage("training", 3, 60, _script("train_bench.py", budget=True), "train.jsonl", ("training",), False),
+    Stage("tiles of other sizes", 3, 90, _script("tiles_bench.py", "--sizes", *_OTHERS), rehearsed=False),
+    Stage("loader tests", 3, 90, _LOADER, rehearsed=False),
+    Stage("loader", 3, 60, _script("loader_bench.py", budget=True), "loader.jsonl", rehearsed=False),
+    Stage("training", 3, 60, _script("train_bench.py", budget=True), "train.jsonl", rehearsed=False),
     Stage("sigreg against peers", 3, 60, _script("sigreg_bench.py", "--peers"), rehearsed=False),
-    Stage("sigreg against N and M", 3, 90, _script("sigreg_bench.py", "--sweep-only"), rehearsed=False),
-    Stage("slow kernel tests", 3, 300, _tests("test_kernels_gpu.py", only=_SLOW), rehearsed=False),
+    Stage("sigreg against N and M", 3, 90, _script("sigreg_bench.py", "--sweep"), rehearsed=False),
+    Stage("slow kernel tests", 3, 300, _tests(*_KERNELS, only=_SLOW), rehearsed=False),
 )
 # The cases of the benchmark are rehearsed in one process.
-REHEARSAL = Stage(
-    "sigreg, all cases",
-    1,
-    90,
-    _script("sigreg_bench.py", "--repeats", "2"),
-    "sigreg.jsonl",
-    ("reference-bfloat16", "giant-bfloat16", "minimal-float32", "reference-float32", "accuracy"),
-)
+_CASES = _script("sigreg_bench.py", "--repeats", "2")
+REHEARSAL = Stage("sigreg, all cases", 1, 90, _CASES, "sigreg.jsonl", "reference-bfloat16")
 
 
 # --- Running a stage ------------------------------------------------------------------------------
@@ -191,49 +170,24 @@ class Outcome(NamedTuple):
 
 
 def execute(arguments: Sequence[str], limit: float, environment: dict[str, str], folder: Path) -> Outcome:
-    """Run Python with `arguments`, pass its lines on as they come, and stop it after `limit` seconds."""
+    """Run Python with `arguments`, and stop it with all its processes after `limit` seconds."""
     began = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=environment,
-        cwd=folder,
-        start_new_session=True,  # so that its own processes can be stopped with it
+        [sys.executable, *arguments], env=environment, cwd=folder, start_new_session=True
     )
-    last: collections.deque[str] = collections.deque(maxlen=40)
-
-    def forward() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            last.append(line.rstrip())
-            print(f"  {line.rstrip()}", flush=True)
-
-    reader = threading.Thread(target=forward, daemon=True)
-    reader.start()
     try:
         code = process.wait(limit)
     except subprocess.TimeoutExpired:
         stop(process)
-        reader.join(5)
         return Outcome("stopped", time.monotonic() - began, f"not done after {limit:.0f} s")
     except BaseException:  # Ctrl-C, or the end of the whole check: leave nothing running
         stop(process)
         raise
-    reader.join(5)
     seconds = time.monotonic() - began
-    if code:
-        said = next((line.strip() for line in reversed(last) if line.strip()), "nothing was printed")
-        return Outcome("failed", seconds, f"exit code {code}: {said[:300]}")
-    tested = any("pytest" in argument or "parallel_tests" in argument for argument in arguments[:2])
-    if tested and not any(re.search(r"\d+ passed", line) for line in last):
-        return Outcome("failed", seconds, "no test passed")
-    return Outcome("ok", seconds)
+    return Outcome("failed", seconds, f"exit code {code}") if code else Outcome("ok", seconds)
 
 
-def stop(process: subprocess.Popen[str]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     # At the first signal pytest still reports what failed so far.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
@@ -267,21 +221,11 @@ class Check:
         self.deadline = time.monotonic() + 60 * minutes - LAST_SECONDS
         self.writer = Rows(run.out / "gpu_check.jsonl", "gpu_check", rehearsal=run.rehearse)
         self.outcomes: dict[Stage, Outcome] = {}
-        self.judged: list[Row] = []
 
-    def limit(self, stage: Stage, left: float, later: Sequence[Stage]) -> float:
-        """Seconds for a stage: later ones that must run keep theirs, or a share if that is too much."""
-        if self.run.rehearse:
-            return left  # a busy CPU says nothing about the limits
-        if stage.optional:
-            return min(stage.seconds, left)
-        kept = sum(each.seconds for each in later if not each.optional)
-        share = left * stage.seconds / (stage.seconds + kept)
-        return min(2 * stage.seconds, max(share, left - kept))
-
-    def carry_out(self, stage: Stage, later: Sequence[Stage] = ()) -> None:
+    def carry_out(self, stage: Stage) -> None:
         left = self.deadline - time.monotonic()
-        limit = self.limit(stage, left, later)
+        usual = stage.seconds if stage.optional else 2 * stage.seconds
+        limit = left if self.run.rehearse else min(usual, left)  # a busy CPU says nothing about the limits
         print(f"\n=== {stage.name}: at most {max(0, limit):.0f} s", flush=True)
         command = stage.command(self.run._replace(seconds=limit))
         before = len(self.rows_of(stage.rows))
@@ -296,12 +240,6 @@ class Check:
         self.outcomes[stage] = outcome
         print(f"=== {stage.name}: {outcome.status} {outcome.problem or ''}", flush=True)
         self.writer.write({"stage": stage.name, **outcome._asdict()})
-        rows = [row for name in targets.FILES for row in self.rows_of(name)]
-        judged = targets.judge(rows, *stage.cases)
-        names = {row["target"] for row in judged}
-        # A case that is measured again is judged again.
-        self.judged = [row for row in self.judged if row["target"] not in names] + judged
-        self.writer.write(*judged)
 
     def rows_of(self, name: str | None) -> list[Row]:
         """Rows of this check in a file of its folder."""
@@ -309,22 +247,21 @@ class Check:
         return [row for row in rows if row["date"] >= self.writer.about["date"]]
 
     def summarise(self) -> int:
-        """Print both tables; the exit code."""
+        """Write and print what the targets say, print the stages; the exit code."""
+        rows = [row for name in targets.FILES for row in self.rows_of(name)]
+        judged = targets.judge(rows, *(stage.case for stage in self.outcomes))
+        self.writer.write(*judged)
         print()
-        stages = [[stage.name, o.status, f"{o.seconds:.0f} s"] for stage, o in self.outcomes.items()]
-        print_table(["stage", "", "time"], stages)
+        cells = [[s.name, o.status, f"{o.seconds:.0f} s", o.problem or ""] for s, o in self.outcomes.items()]
+        print_table(["stage", "", "time", "problem"], cells)
         print()
-        print_table(["target", "goal", "figure", "met or not"], targets.table_of(self.judged))
-        notes = [(stage.name, outcome.problem) for stage, outcome in self.outcomes.items()]
-        for name, note in [*notes, *((row["target"], row["note"]) for row in self.judged)]:
-            if note:
-                print(f"{name}: {note}", flush=True)
+        targets.print_judged(judged)
         print(f"rows: {self.run.out}", flush=True)
         failed = any(
             outcome.status == "failed" or (outcome.status != "ok" and not stage.optional)
             for stage, outcome in self.outcomes.items()
         )
-        missed = any(not row["met"] for row in self.judged) and not self.run.rehearse
+        missed = any(not row["met"] for row in judged) and not self.run.rehearse
         return 1 if failed or missed else 0
 
 
@@ -333,37 +270,20 @@ def print_environment() -> None:
         print(f"{key}: {value}")
     print(f"lejepa_fast: {Path(lejepa_fast.__file__).parent}")
     print(f"not installed: {', '.join(n for n in HELPFUL if not importlib.util.find_spec(n)) or '-'}")
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), "none, and Triton needs one")
-    print(f"C compiler: {compiler}")
+    print(f"C compiler, which Triton needs: {shutil.which('cc') or shutil.which('gcc')}")
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        print(f"memory: {free / 2**30:.0f} GiB free of {total / 2**30:.0f} GiB")
-        print(f"clocks.sm, clocks.max.sm: {nvidia_smi('clocks.sm,clocks.max.sm')} MHz")
+        print(f"free and total memory, clock, highest clock: {nvidia_smi(STATE)}")
         x = torch.randn(64, 8, device="cuda").requires_grad_()
         loss = lejepa_fast.SIGReg(num_slices=16, impl="triton").to("cuda")(x)
         loss.backward()
         print(f"impl='triton' works: SIGReg of 64 normal samples is {loss.item():.3f}")
 
 
-def chosen_stages(options: Any) -> list[Stage]:
-    if options.only:
-        stage = next(stage for stage in STAGES if stage.name == options.only)
-        # It has all the minutes, and must not fail.
-        return [stage._replace(seconds=round(60 * options.minutes), part=1)]
-    if options.rehearse:
-        return [REHEARSAL, *(stage for stage in STAGES if stage.rehearsed)]
-    # Only what a stage measures completely is judged: an optional one may lack the time.
-    chosen = [stage for stage in STAGES if stage.part in options.part]
-    return [stage._replace(cases=()) if stage.optional else stage for stage in chosen]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line(__doc__, rehearse="in small, on the CPU")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together")
-    parser.add_argument(
-        "--part", type=int, choices=(1, 2, 3), nargs="+", default=(1, 2, 3), help="default: all"
-    )
-    parser.add_argument("--only", choices=[s.name for s in STAGES], help="this stage, with all minutes")
+    parts = (1, 2, 3)
+    parser.add_argument("--part", type=int, choices=parts, nargs="+", default=parts, help="default: all")
     parser.add_argument("--describe", action="store_true", help="print the environment and end")
     options = parser.parse_args(arguments)
     if options.describe:
@@ -379,13 +299,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: --out: cannot write to {options.out}: {error.strerror}", file=sys.stderr)
         return 2
+    stages = [stage for stage in STAGES if stage.part in options.part]
+    if options.rehearse:
+        stages = [REHEARSAL, *(stage for stage in STAGES if stage.rehearsed)]
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory() as folder:
         minutes = 60 if options.rehearse else options.minutes
         check = Check(Run(options.out.resolve(), options.rehearse), minutes, Path(folder))
-        stages = chosen_stages(options)
-        for number, stage in enumerate(stages):
-            check.carry_out(stage, stages[number + 1 :])
+        for stage in stages:
+            check.carry_out(stage)
         return check.summarise()
 
 

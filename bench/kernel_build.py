@@ -111,20 +111,16 @@ def plain_kernels(target: str, dtype: str, plan: Plan, size: Size) -> list[Kerne
 
 def colour_kernels(size: int, kernel_size: int) -> list[Kernel]:
     """Those of `kernels/color_jitter.py` for crops of `size` px: the blur's two passes are of two types."""
-    pointers = dict.fromkeys(("view_ptr", "middle_ptr", "out_ptr"), "*u8") | {"table_ptr": "*fp32"}
-    common = pointers | {"sums_ptr": "*i64", "stride_row": color_jitter.COLUMNS, "pixels": size * size}
-    common |= {"threshold": 128, "BLOCK": color_jitter._BLOCK}
-    passes = [("*u8", "*fp32", 3), ("*fp32", "*u8", 3 * size)]
-    blurs = [
-        common
-        | {"source_ptr": source, "out_ptr": out, "size": size, "stride": stride}
-        | {"KERNEL": kernel_size, "LAST": out == "*u8"}
-        for source, out, stride in passes
-    ]
+    common = dict.fromkeys(("view_ptr", "middle_ptr", "out_ptr"), "*u8") | {"table_ptr": "*fp32"}
+    common |= {"sums_ptr": "*i64", "stride_row": color_jitter.COLUMNS, "pixels": size * size}
+    common |= {"threshold": 128, "BLOCK": color_jitter._BLOCK, "size": size, "KERNEL": kernel_size}
+    first = common | {"source_ptr": "*u8", "out_ptr": "*fp32", "stride": 3, "LAST": False}
+    second = common | {"source_ptr": "*fp32", "out_ptr": "*u8", "stride": 3 * size, "LAST": True}
     return [
         Kernel("gray sums", color_jitter._gray_sums_kernel, common, _PLAIN),
         Kernel("colour", color_jitter._color_kernel, common, _PLAIN),
-        *(Kernel("blur", color_jitter._blur_kernel, arguments, _PLAIN) for arguments in blurs),
+        Kernel("blur", color_jitter._blur_kernel, first, _PLAIN),
+        Kernel("blur", color_jitter._blur_kernel, second, _PLAIN),
     ]
 
 
@@ -149,20 +145,12 @@ def _common(target: str, dtype: str, plan: Plan, size: Size) -> Arguments:
 
 def _blocks(name: str, tile: Tile, size: Size, config: Config) -> Arguments:
     block_k, resident = tile.steps(size.K)
-    return {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k if name == "product" else block_k,
-        "RESIDENT": resident,
-        "TILES": triton.cdiv(size.K, block_k),
-        "MASK_M": size.M % tile.block_m != 0,
-        "EVEN_K": size.K % block_k == 0,
-        "EVEN_N": size.N % tile.block_n == 0,
-        "LANES": config.lanes,
-        "SUB_TILES": tile.sub_tiles,
-        "sub_tiles": tile.sub_tiles,
-        "sub_tile_stride": 0,
-    }
+    blocks: Arguments = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "RESIDENT": resident}
+    blocks |= {"BLOCK_K": tile.block_k if name == "product" else block_k}
+    blocks |= {"TILES": triton.cdiv(size.K, block_k), "EVEN_K": size.K % block_k == 0}
+    blocks |= {"MASK_M": size.M % tile.block_m != 0, "EVEN_N": size.N % tile.block_n == 0}
+    blocks |= {"SUB_TILES": tile.sub_tiles, "sub_tiles": tile.sub_tiles, "sub_tile_stride": 0}
+    return blocks | {"LANES": config.lanes}
 
 
 def compile_kernel(kernel: Kernel, target: str) -> Any:

@@ -1,6 +1,6 @@
-"""Images per second of the multi-crop loader against torchvision v2; ceilings, memory, damaged files.
+"""Images per second of the multi-crop loader against torchvision v2, its ceilings and its memory.
 
-    python bench/loader_bench.py [--out DIR] [--budget-minutes X] [--data PATH] [--only PART ...]
+    python bench/loader_bench.py [--out DIR] [--budget-minutes X]
     python bench/loader_bench.py --peers     # against stable-pretraining's transforms, one worker each
 
 All loaders read the same JPEG files of 500 x 375 px, make the default recipe (2 x 224 + 6 x 98 px) in
@@ -11,10 +11,8 @@ DALI, DALI decodes and augments there, and every loader's batches end on the GPU
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import gc
-import logging
 import os
 import re
 import statistics
@@ -30,7 +28,7 @@ import timing
 import torch
 from benchlib import Row, Rows, command_line, first_line, installed_version, print_table
 from loader_contenders import DECODED, FALLBACK, OURS, PLAIN, PLAIN_TENSORS, STABLE, Pass, Setting
-from loader_files import BAD_KINDS, ODD_KINDS, Folder, damage, make_folder
+from loader_files import make_folder
 
 from lejepa_fast.data import MultiCropRecipe
 
@@ -38,53 +36,43 @@ CPU_TARGET, GPU_TARGET, GPU_SHARE, PEER_TARGET = 5.0, 8.0, 0.6, 10.0
 MEMORY_EPOCHS, MEMORY_COPIES, MEMORY_LIMIT = 5, 2, 1.05
 # A batch of 32 is 60 MB, a tenth of what is resident: one more or less in flight would decide. So small ones.
 MEMORY_BATCH = 8
-DAMAGE_BATCH, DAMAGE_LIMIT = 40, 1.10
-PARTS = ("speed", "damage", "memory")
 BACKENDS = {OURS: "auto", FALLBACK: "torchvision"}
 
 
 # --- Speed ----------------------------------------------------------------------------------------
 
 
-def one_pass(run: Pass, found: list[float], on_gpu: bool) -> None:
-    """Make a pass, and add its images per second to `found`."""
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    count = run()
-    if on_gpu:
-        torch.cuda.synchronize()
-    found.append(count / (time.perf_counter() - start))
-
-
 def measure_speed(
     kind: str, makers: Mapping[str, Callable[[], Pass]], setting: Setting, repeats: int, deadline: float
 ) -> list[Row]:
-    """Loaders take turns pass by pass; no round begins that would end past the deadline, but the first."""
-    running: dict[str, Pass] = {}
-    speeds: dict[str, list[float]] = {}
+    """Loaders take turns pass by pass, `repeats` times or, from the second on, as often as time allows."""
+    calls: dict[str, timing.Call] = {}
+    counts: dict[str, int] = {}
+
+    def whole(run: Pass) -> int:
+        count = run()
+        if setting.on_gpu:
+            torch.cuda.synchronize()
+        return count
+
     for name, make in makers.items():
         try:
-            running[name] = make()
-            one_pass(running[name], [], setting.on_gpu)  # workers, pipelines and compiled code start
-            speeds[name] = []
+            call = functools.partial(whole, make())
+            counts[name] = call()  # workers, pipelines and compiled code start
+            calls[name] = call
         except Exception as failure:
             print(f"{name}: not available here: {first_line(failure)}", flush=True)
-    longest = 0.0
-    for repeat in range(repeats):
-        begun = time.monotonic()
-        if repeat and begun + longest > deadline:
-            print(f"stopped after {repeat} of {repeats} rounds: the budget is spent")
-            break
-        for name, found in speeds.items():
-            one_pass(running[name], found, setting.on_gpu)
-        longest = max(longest, time.monotonic() - begun)
-    running.clear()
+    begun = time.monotonic()
+    found = [timing.interleave(calls, 1, timing.once)]
+    allowed = (deadline - time.monotonic()) / (time.monotonic() - begun)
+    found.append(timing.interleave(calls, max(0, min(repeats - 1, int(allowed))), timing.once))
+    calls.clear()
     gc.collect()  # ends their workers: forks to come would inherit them
     rows: list[Row] = []
-    for name, values in speeds.items():
-        row: Row = {"kind": kind, "contender": name, "images_per_s": statistics.median(values)}
-        row["passes"] = [round(value, 1) for value in values]
+    for name, count in counts.items():
+        speeds = [count / seconds for each in found for seconds in each[name]]  # type: ignore[union-attr]
+        row: Row = {"kind": kind, "contender": name, "images_per_s": statistics.median(speeds)}
+        row["passes"] = [round(speed, 1) for speed in speeds]
         rows.append(row | ({"version": installed_version(STABLE)} if name == STABLE else {}))
     print_table(["loader", "images/s"], [[row["contender"], f"{row['images_per_s']:.0f}"] for row in rows])
     return rows
@@ -134,70 +122,29 @@ def measure_memory(setting: Setting, deadline: float) -> list[Row]:
     return rows
 
 
-# --- Damaged files --------------------------------------------------------------------------------
-
-
-def measure_damage(setting: Setting, count: int, repeats: int, deadline: float) -> list[Row]:
-    """Seconds of an epoch over `count` good files, and over those with 15 bad and 5 odd ones among them."""
-    recipe = dataclasses.replace(setting.recipe, min_image_size=1)
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as place:
-        folders = {kind: Path(place) / kind for kind in ("clean", "mixed")}
-        for path in folders.values():
-            path.mkdir()
-            for number in range(count):
-                (path / f"{number:05d}.jpg").hardlink_to(setting.files[number % len(setting.files)])
-        damage(folders["mixed"])
-
-        def epoch(kind: str, backend: str) -> int:
-            """Of a loader that knows of no bad files yet, its start included."""
-            # A tenth is held out: 22 batches, with and without the 20 other files.
-            there = setting._replace(folder=Folder(folders[kind], "", 0.0), batch_size=DAMAGE_BATCH)
-            return loader_contenders.ours(there._replace(recipe=recipe), backend, max_bad_fraction=0.5)()
-
-        for name, backend in BACKENDS.items():
-            calls = {kind: functools.partial(epoch, kind, backend) for kind in folders}
-            epoch("clean", backend)  # compiled code is loaded, files are in memory
-            rounds = repeats if time.monotonic() < deadline else 1
-            found = timing.interleave(calls, rounds, timing.once)
-            clean, mixed = (statistics.median(found[kind]) for kind in folders)  # type: ignore[arg-type]
-            row: Row = {"kind": "damage", "contender": name, "clean_s": clean, "mixed_s": mixed}
-            row |= {"ratio": mixed / clean, "damage_batch_size": DAMAGE_BATCH}
-            row |= {"good": count, "odd": len(ODD_KINDS), "damaged": sum(BAD_KINDS.values())}
-            rows.append(row)
-            print(f"damaged files, {name}: {mixed / clean:.3f} of the clean time", flush=True)
-    return rows
-
-
 # --- Targets --------------------------------------------------------------------------------------
 
 
 def targets(rows: list[Row], on_gpu: bool) -> list[Row]:
     """What was to be reached, what was measured, and whether that is enough."""
     speed = {(row["kind"], row["contender"]): row["images_per_s"] for row in rows if "images_per_s" in row}
-    mine, peer = speed.get(("speed", OURS)), speed.get(("peers", STABLE))
-    found: list[tuple[str, float, float]] = []
-    if mine and (
-        plain := [speed[key] for key in (("speed", PLAIN), ("speed", PLAIN_TENSORS)) if key in speed]
-    ):
-        found.append(
-            ("against torchvision v2, at least", GPU_TARGET if on_gpu else CPU_TARGET, mine / max(plain))
-        )
-    if mine and on_gpu and ("speed", DECODED) in speed:
-        found.append(("share of decode-only DALI, at least", GPU_SHARE, mine / speed["speed", DECODED]))
-    if peer and ("peers", OURS) in speed:
-        found.append(("against stable-pretraining, at least", PEER_TARGET, speed["peers", OURS] / peer))
-    for row in rows:
-        name = row["contender"]
-        if row["kind"] == "memory":
-            found.append((f"{name}: memory, largest / smallest epoch, at most", MEMORY_LIMIT, row["growth"]))
-        elif row["kind"] == "damage":
-            found.append((f"{name}: time with damaged files / without, at most", DAMAGE_LIMIT, row["ratio"]))
-    return [
-        {"kind": "target", "target": name, "wanted": wanted, "figure": round(figure, 3)}
-        | {"met": bool(figure <= wanted if name.endswith("at most") else figure >= wanted)}
-        for name, wanted, figure in found
+    wanted = [("against torchvision v2", GPU_TARGET if on_gpu else CPU_TARGET, "speed", PLAIN)]
+    wanted.append(("against torchvision v2, tensors", wanted[0][1], "speed", PLAIN_TENSORS))
+    wanted.append(("against stable-pretraining", PEER_TARGET, "peers", STABLE))
+    if on_gpu:
+        wanted.append(("share of decode-only DALI", GPU_SHARE, "speed", DECODED))
+    found = [
+        {"target": f"{name}, at least", "wanted": least, "figure": figure, "met": figure >= least}
+        for name, least, kind, other in wanted
+        if (kind, OURS) in speed and (kind, other) in speed
+        for figure in [speed[kind, OURS] / speed[kind, other]]
     ]
+    for row in (row for row in rows if row["kind"] == "memory"):
+        name, met = f"{row['contender']}: memory, largest / smallest epoch", row["growth"] <= MEMORY_LIMIT
+        found.append(
+            {"target": f"{name}, at most", "wanted": MEMORY_LIMIT, "figure": row["growth"], "met": met}
+        )
+    return [{"kind": "target", **row} for row in found]
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -206,22 +153,19 @@ def targets(rows: list[Row], on_gpu: bool) -> list[Row]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_line(__doc__, rehearse="everything in small; the rows say so")
     parser.add_argument("--budget-minutes", type=float, default=8.0, help="begin nothing new after this long")
-    parser.add_argument("--data", help="images to make the files from (default: the embedded ones)")
     parser.add_argument("--images", type=int, help="files (default: 384, with a GPU 1024)")
     parser.add_argument("--batch-size", type=int, help="default: 32, with a GPU 128")
     cores = min(16, os.cpu_count() or 1)
     parser.add_argument("--workers", type=int, default=cores, help="workers or threads")
     parser.add_argument("--repeats", type=int, default=5, help="passes of each loader")
     parser.add_argument("--device", help="where batches end (default: a GPU that DALI can use, else cpu)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these parts alone")
     parser.add_argument("--peers", action="store_true", help="measure against stable-pretraining alone")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    begun = time.monotonic()
-    deadline = begun + 60 * options.budget_minutes
+    deadline = time.monotonic() + 60 * options.budget_minutes
     has_dali = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
     device = torch.device(options.device or ("cuda" if has_dali and torch.cuda.is_available() else "cpu"))
     gpu = device.type == "cuda"
@@ -229,34 +173,26 @@ def main(arguments: list[str] | None = None) -> None:
     batch_size = options.batch_size or (4 if options.rehearse else 128 if gpu else 32)
     small = MultiCropRecipe(global_size=32, local_size=16, local_crops=1)
     recipe = small if options.rehearse else MultiCropRecipe()
-    logging.getLogger("lejepa_fast.data").setLevel(logging.ERROR)  # not a line for each damaged file
+    repeats = 1 if options.rehearse else options.repeats
     with tempfile.TemporaryDirectory() as place:
-        folder = make_folder(Path(place) / "files", count, options.data)
-        setting = Setting(folder, recipe, batch_size, options.workers, device)
-        print(f"{count} files, {folder.description}, {folder.mean_kib:.0f} KiB each; batches of {batch_size}")
+        folder = Path(place) / "files"
+        make_folder(folder, count)
+        setting = Setting(folder, recipe, batch_size, 1 if options.peers else options.workers, device)
         writer = Rows(options.out / "loader.jsonl", "loader", device, rehearsal=options.rehearse)
-        writer.about |= {"files": folder.description, "file_kib": round(folder.mean_kib, 1), "gpu": gpu}
-        writer.about |= {"images": count, "batch_size": batch_size}
-        writer.about["workers"] = 1 if options.peers else options.workers
+        writer.about |= {"images": count, "batch_size": batch_size, "workers": setting.workers, "gpu": gpu}
         views = (recipe.global_crops, recipe.global_size, recipe.local_crops, recipe.local_size)
         writer.about["views"] = "{} x {} + {} x {}".format(*views)
-        repeats, good = (1, 80) if options.rehearse else (options.repeats, 1000)
-        speed = functools.partial(measure_speed, setting=setting, repeats=repeats, deadline=deadline)
-        parts: dict[str, Callable[[], list[Row]]] = {
-            "speed": lambda: speed("speed", loader_contenders.contenders(setting)),
-            "damage": lambda: measure_damage(setting, good, repeats, deadline),
-            "memory": lambda: measure_memory(setting, deadline),
-            "peers": lambda: speed("peers", loader_contenders.peers(setting)),
-        }
-        rows: list[Row] = []
-        for part in ["peers"] if options.peers else options.only:
-            rows += writer.write(*parts[part]())
+        if options.peers:
+            found = measure_speed("peers", loader_contenders.peers(setting), setting, repeats, deadline)
+            rows = writer.write(*found)
+        else:
+            found = measure_speed("speed", loader_contenders.contenders(setting), setting, repeats, deadline)
+            rows = writer.write(*found)
+            rows += writer.write(*measure_memory(setting, deadline))
         judged = [] if options.rehearse else writer.write(*targets(rows, gpu))
-    cells = [
-        [r["target"], f"{r['wanted']:g}", f"{r['figure']:g}", "met" if r["met"] else "MISSED"] for r in judged
-    ]
-    print_table(["target", "wanted", "figure", ""], cells)
-    print(f"rows: {options.out / 'loader.jsonl'}; {time.monotonic() - begun:.0f} s")
+    cells = [[r["target"], f"{r['wanted']:g}", f"{r['figure']:.3g}", str(r["met"])] for r in judged]
+    print_table(["target", "wanted", "figure", "met"], cells)
+    print(f"rows: {options.out / 'loader.jsonl'}")
 
 
 if __name__ == "__main__":

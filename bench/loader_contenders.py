@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from loader_files import Folder
 from PIL import Image
-from plain_torchvision import multicrop_transform
+from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader, open_source
 
@@ -24,7 +24,7 @@ BYTES, PILLOW, DECODED = "bytes only", "decode only, Pillow", "decode only, DALI
 class Setting(NamedTuple):
     """What all contenders share."""
 
-    folder: Folder
+    folder: Path
     recipe: MultiCropRecipe
     batch_size: int
     workers: int
@@ -35,7 +35,7 @@ class Setting(NamedTuple):
 
     @property
     def files(self) -> list[Path]:
-        return sorted(self.folder.path.iterdir())
+        return sorted(self.folder.iterdir())
 
     @property
     def on_gpu(self) -> bool:
@@ -79,14 +79,46 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
+def multicrop_transform(
+    recipe: MultiCropRecipe, *, tensors: bool, normalised: bool = True
+) -> Callable[[Image.Image], list[Tensor]]:
+    """All views of a Pillow image in torchvision's own random transforms, globals first.
+
+    Args:
+        recipe: what is done with which probability.
+        tensors: work on uint8 tensors from the start and not on Pillow images, which v2 takes alike.
+        normalised: views are float32 (3, size, size), normalised, or else uint8.
+    """
+
+    def view(size: int, scale: tuple[float, float]) -> v2.Compose:
+        jitter = v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+        blur = v2.GaussianBlur(recipe.blur_kernel, recipe.blur_sigma)
+        steps: list[torch.nn.Module] = [
+            v2.RandomResizedCrop(size, scale, recipe.aspect_ratio, antialias=True),
+            v2.RandomHorizontalFlip(recipe.flip_prob),
+            v2.RandomApply([jitter], recipe.jitter_prob),
+            v2.RandomGrayscale(recipe.grayscale_prob),
+            v2.RandomApply([blur], recipe.blur_prob),
+            v2.RandomSolarize(recipe.solarize_threshold, recipe.solarize_prob),
+        ]
+        steps.insert(0 if tensors else len(steps), v2.ToImage())
+        if normalised:
+            mean, std = list(recipe.mean), list(recipe.std)
+            steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+        return v2.Compose(steps)
+
+    views = [view(recipe.global_size, recipe.global_scale)] * recipe.global_crops
+    views += [view(recipe.local_size, recipe.local_scale)] * recipe.local_crops
+    return lambda image: [make(image) for make in views]
+
+
 def plain(setting: Setting, *, tensors: bool) -> Pass:
-    """The recipe as users of torchvision write it."""
+    """The recipe as users of torchvision write it: `tensors` as in `multicrop_transform`."""
 
     def images(batch: Any) -> int:
-        views, targets = batch
-        moved = [view.to(setting.device, non_blocking=True) for view in views]
-        del moved
-        return len(targets)
+        for view in batch[0]:
+            view.to(setting.device, non_blocking=True)
+        return len(batch[1])
 
     return stock(setting, Files(setting.files, multicrop_transform(setting.recipe, tensors=tensors)), images)
 
@@ -119,9 +151,8 @@ def stable_pretraining(setting: Setting) -> Pass:
     return stock(setting, dataset, lambda batch: len(batch["views"][0]["label"]))
 
 
-def ours(setting: Setting, backend: str, **options: Any) -> Pass:
-    """`options`: further ones of `multicrop_loader`."""
-    source = open_source(str(setting.folder.path), "train")
+def ours(setting: Setting, backend: str) -> Pass:
+    source = open_source(str(setting.folder), "train")
     loader = multicrop_loader(
         source.subset(list(range(len(source))) * setting.copies),
         setting.recipe,
@@ -129,7 +160,6 @@ def ours(setting: Setting, backend: str, **options: Any) -> Pass:
         num_workers=setting.workers,
         backend=backend,
         device=setting.device if setting.on_gpu else None,
-        **options,
     )
     return lambda: sum(len(views[0]) for views, _ in loader)
 
@@ -183,10 +213,9 @@ def contenders(setting: Setting) -> dict[str, Callable[[], Pass]]:
 
 
 def peers(setting: Setting) -> dict[str, Callable[[], Pass]]:
-    """Ours against what other packages for LeJEPA load images with, at one worker each."""
-    one = setting._replace(workers=1)
+    """Ours against what other packages for LeJEPA load images with."""
     return {
-        STABLE: lambda: stable_pretraining(one),
-        FALLBACK: lambda: ours(one, "torchvision"),
-        OURS: lambda: ours(one, "auto"),
+        STABLE: lambda: stable_pretraining(setting),
+        FALLBACK: lambda: ours(setting, "torchvision"),
+        OURS: lambda: ours(setting, "auto"),
     }

@@ -7,7 +7,6 @@ draws plan.png.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from benchlib import Rows, command_line
@@ -27,40 +26,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, help="any timm names or short names")
     options = parser.parse_args(arguments)
     writer = Rows(options.out / "plan.jsonl", "plan")
-    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for model in options.models:
+    figure = Figure(figsize=(7.6, 5.0), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for number, model in enumerate(options.models):
         for mode in MODES:
             parallel = ParallelConfig(strategy="fsdp", activation_checkpointing=mode)
             cfg = Config(model=ModelConfig(model), parallel=parallel, precision="bf16", device="cpu")
             found = plan_memory(cfg, shards=8, images=IMAGES)
-            points = [(gpus, found.peak(gpus, IMAGES) / 2**30) for gpus in GPUS]
+            gib = [found.peak(gpus, IMAGES) / 2**30 for gpus in GPUS]
             about = {"kind": "memory", "model": model, "activation_checkpointing": mode}
             about["images_per_gpu"] = IMAGES
-            writer.write(*({**about, "gpus": gpus, "peak_gib": gib} for gpus, gib in points))
-            curves[model, f"{'no' if mode == 'none' else mode} checkpointing"] = points
-            said = ", ".join(f"{gib:.1f} GiB on {gpus}" for gpus, gib in points)
-            print(f"{model}, activation checkpointing {mode}: {said}", flush=True)
+            writer.write(*({**about, "gpus": n, "peak_gib": peak} for n, peak in zip(GPUS, gib, strict=True)))
+            label = f"{model}, {'no' if mode == 'none' else mode} checkpointing"
+            print(f"{label}: {', '.join(f'{peak:.1f}' for peak in gib)} GiB on {GPUS} GPUs", flush=True)
+            axes.plot(GPUS, gib, "o-" if mode == "none" else "o--", color=f"C{number}", label=label)
     title = f"Planned peak memory, FSDP2, bf16, {IMAGES} images per GPU"
-    plot_memory(options.out / "plan.png", curves, title=title)
-
-
-def plot_memory(path: Path, curves: dict[tuple[str, str], list[tuple[int, float]]], title: str) -> None:
-    """Draw peak GiB per GPU against GPUs: one color per model, one line style per variant."""
-    models = list(dict.fromkeys(model for model, _ in curves))
-    variants = list(dict.fromkeys(variant for _, variant in curves))
-    figure = Figure(figsize=(7.6, 5.0), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    for (model, variant), points in curves.items():
-        color, line = f"C{models.index(model)}", ("-", "--", ":")[variants.index(variant) % 3]
-        gpus, gib = zip(*points, strict=True)
-        axes.plot(gpus, gib, color=color, linestyle=line, marker="o", label=f"{model}, {variant}")
     axes.set(xlabel="GPUs", ylabel="peak GiB per GPU", title=title)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
-    figure.legend(loc="outside lower center", ncols=max(1, len(models)), fontsize=8)
-    figure.savefig(path)
+    figure.legend(loc="outside lower center", ncols=len(options.models), fontsize=8)
+    figure.savefig(options.out / "plan.png")
 
 
 if __name__ == "__main__":

@@ -10,24 +10,21 @@ import json
 from pathlib import Path
 
 from benchlib import Row, Rows, command_line, read_rows
+from matplotlib.figure import Figure
 
 
 def plot(rows: list[Row], path: Path) -> None:
     """Bars of accuracy, untrained and trained, means over the runs with a dot for each."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     axis = figure.subplots()
-    labels = {"knn": "nearest neighbours", "linear": "linear classifier"}
-    for offset, which, colour in ((0.2, "untrained", "#b8b8b8"), (-0.2, "trained", "#2a6fbb")):
-        for place, probe in enumerate(labels):
-            values = [row[f"{probe}_{which}"] for row in rows]
-            label = f"{which} encoder" if place == 0 else None
-            axis.barh(place + offset, sum(values) / len(values), 0.38, color=colour, label=label)
-            axis.plot(values, [place + offset] * len(values), "k.", markersize=4)
-    guess = rows[-1]["majority_class"]
-    axis.axvline(guess, color="k", linestyle=":", label="always the largest class")
-    axis.set_yticks(range(len(labels)), list(labels.values()))
+    probes = ("knn", "linear")
+    for offset, which, color in ((0.2, "untrained", "#b8b8b8"), (-0.2, "trained", "#2a6fbb")):
+        values = [[row[f"{probe}_{which}"] for row in rows] for probe in probes]
+        places, means = [offset, 1 + offset], [sum(each) / len(each) for each in values]
+        axis.barh(places, means, 0.38, color=color, label=f"{which} encoder")
+        axis.plot(values, [[place] * len(rows) for place in places], "k.", markersize=4)
+    axis.axvline(rows[-1]["majority_class"], color="k", linestyle=":", label="always the largest class")
+    axis.set_yticks(range(2), ["nearest neighbours", "linear classifier"])
     axis.set(xlim=(0, 100), xlabel="accuracy on held-out images, %")
     figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=130)

@@ -1,10 +1,10 @@
 """Time and memory of SIGReg implementations, after checking that their results are right.
 
     python bench/sigreg_bench.py                    # this machine's table, rows in bench/results/sigreg.jsonl
-    python bench/sigreg_bench.py --sweep            # also against N and M, with a plot
+    python bench/sigreg_bench.py --sweep            # against N and M, with a plot
     python bench/sigreg_bench.py --peers            # against lightly and stable-pretraining, where installed
     python bench/sigreg_bench.py --cases giant-bfloat16 --out DIR
-    python bench/sigreg_bench.py --size 4 512 256 512 17 --dtype bfloat16
+    python bench/sigreg_bench.py --size 4 512 256 512 17
 
 On a GPU it measures the sizes of the targets: device time and wall clock, launches, share of the floor.
 Without a GPU, or with --device cpu, it measures one CPU size, and says so. A variant whose value or gradient
@@ -38,6 +38,8 @@ from torch import Tensor
 # Their results live in a memory pool of the graph: the allocator's peak says nothing about them.
 GRAPH_POOLS = (REDUCED, GRAPH)
 REHEARSED = Size(1, 20, 16, 16, 17)
+Calls = dict[tuple[str, str], timing.Call]
+"""What is timed, by variant and phase."""
 
 
 class Setting(NamedTuple):
@@ -55,13 +57,13 @@ class Setting(NamedTuple):
 def groups(names: Sequence[str]) -> list[tuple[str, ...]]:
     """Who is timed together. A compiler may take long or never end, so the rows of the others come before.
 
-    Ours is in every group, so that each ratio is one of figures that took turns.
+    TRITON is in every group, so that each ratio is one of figures that took turns.
     """
-    if TRITON not in names or not {COMPILED, REDUCED} & set(names):
+    if TRITON not in names:
         return [tuple(names)]
     quick = tuple(name for name in names if name not in (COMPILED, REDUCED))
     slow = [(COMPILED, TRITON), (REDUCED, TRITON, GRAPH)]
-    return [quick, *(tuple(n for n in group if n in names) for group in slow if group[0] in names)]
+    return [quick, *(group for group in slow if group[0] in names)]
 
 
 def measure(case: Case, setting: Setting, repeats: int, rows: Rows) -> list[Row]:
@@ -85,17 +87,17 @@ def measure_together(
 ) -> list[Row]:
     """A row for each of the variants, which take turns."""
     rows: dict[str, Row] = {}
-    calls: dict[tuple[str, str], timing.Call] = {}
+    calls: Calls = {}
     for name in names:
-        rows[name], found = checked(case, name, xs[0], setting.device)
-        for phase, function in (found or {}).items():
+        rows[name], phases = checked(case, name, xs[0], setting.device)
+        for phase, function in phases.items():
             inputs = itertools.cycle(xs)
             calls[name, phase] = lambda function=function, inputs=inputs: function(next(inputs))  # type: ignore[misc]
     add_times(rows, calls, setting, repeats)
     for name, row in rows.items():
         if not row["correct"]:
             continue
-        if setting.ceilings and case.dtype.itemsize == 2:  # the ceilings are those of half precision
+        if setting.ceilings and case.half:  # the ceilings are those of half precision
             floor = floors(case.size, case.dtype.itemsize, setting.ceilings)
             row |= {**floor, "share_of_floor": floor["floor_ms"] / row["forward_backward"]["median_ms"]}
             row["ceilings"] = setting.ceilings._asdict()
@@ -106,19 +108,44 @@ def measure_together(
     return list(rows.values())
 
 
-def add_times(
-    rows: dict[str, Row], calls: dict[tuple[str, str], timing.Call], setting: Setting, repeats: int
-) -> None:
+def checked(
+    case: Case, name: str, x: Tensor, device: torch.device
+) -> tuple[Row, dict[str, Callable[[Tensor], Any]]]:
+    """The row of a variant so far, and its phases to time: none if its result is wrong."""
+    row: Row = {"case": case.name, "variant": name, **case.size._asdict()}
+    row |= {"dtype": variants.dtype_name(case.dtype), "relative_error": None, "correct": False}
+    if name in PACKAGES:
+        row["version"] = installed_version(PACKAGES[name])
+    try:
+        loss, step, error = variants.build_and_compare(case, name, x, device)
+    except torch.OutOfMemoryError:
+        problem = "does not fit into memory"
+    except Exception as failure:  # a compiler or a peer that does not work here; others go on
+        problem = f"not available here: {first_line(failure)}"
+        if name.startswith("our"):
+            traceback.print_exc()
+    else:
+        most = variants.MAX_ERROR[case.dtype]
+        row |= {"relative_error": error, "correct": error <= most}
+        if row["correct"]:
+            forward = {} if name == GRAPH else {"forward": loss.forward}
+            return row, {**forward, "forward_backward": step}
+        problem = f"WRONG (error {error:.1e}, at most {most:.0e})"
+    print(f"{name}: {problem}", flush=True)
+    if device.type == "cuda":
+        timing.free_gpu_memory()
+    return row | {"problem": problem}, {}
+
+
+def add_times(rows: dict[str, Row], calls: Calls, setting: Setting, repeats: int) -> None:
     """Times of forward and of both, their difference as backward, and on a GPU the wall clock of both."""
-    if setting.rehearsal:
-        found = timing.interleave(calls, repeats, timing.once)
-    elif setting.clock is None:
-        found = timing.interleave(calls, repeats)
+    if setting.clock is None:
+        clock = timing.once if setting.rehearsal else timing.wall_clock
+        found = timing.interleave(calls, repeats, clock)
     else:
         found = timing.interleave(calls, repeats, setting.clock, warm_up=4)
-        whole = {key: call for key, call in calls.items() if key[1] == "forward_backward"}
-        walls = timing.interleave(whole, 7, timing.wall_clock_of_many)
-        found |= {(name, "wall"): seconds for (name, _), seconds in walls.items()}
+        whole = {(name, "wall"): call for (name, phase), call in calls.items() if phase != "forward"}
+        found |= timing.interleave(whole, 7, timing.wall_clock_of_many)
     for (name, phase), seconds in found.items():
         if isinstance(seconds, Exception):
             problem = f"failed while it was timed: {first_line(seconds)}"
@@ -135,40 +162,10 @@ def add_times(
             rows[name]["backward"] = timing.summary([b - f for b, f in pairs])
 
 
-def checked(
-    case: Case, name: str, x: Tensor, device: torch.device
-) -> tuple[Row, dict[str, Callable[[Tensor], Any]] | None]:
-    """The row of a variant so far, and its phases to time if its result is right."""
-    row: Row = {"case": case.name, "variant": name, **case.size._asdict()}
-    row |= {"dtype": variants.dtype_name(case.dtype), "directions": case.directions}
-    row |= {"relative_error": None, "correct": False}
-    if name in PACKAGES:
-        row["version"] = installed_version(PACKAGES[name])
-    try:
-        loss, step, error = variants.build_and_compare(case, name, x, device, timing.graphed)
-    except torch.OutOfMemoryError:
-        problem = "does not fit into memory"
-    except Exception as failure:  # a compiler or a peer that does not work here; others go on
-        problem = f"not available here: {first_line(failure)}"
-        if name.startswith("our"):
-            traceback.print_exc()
-    else:
-        most = variants.MAX_ERROR[case.dtype]
-        row |= {"relative_error": error, "correct": error <= most}
-        if row["correct"]:
-            both = {"forward_backward": step}
-            return row, both if name == GRAPH else {"forward": loss.forward, **both}
-        problem = f"WRONG (error {error:.1e}, at most {most:.0e})"
-    print(f"{name}: {problem}", flush=True)
-    if device.type == "cuda":
-        timing.free_gpu_memory()
-    return row | {"problem": problem}, None
-
-
 def memory_and_launches(case: Case, name: str, call: timing.Call, setting: Setting) -> Row:
     """Peak memory above the inputs and what was launched; last, so that a failure costs no time."""
     if setting.rehearsal:
-        return {"peak_extra_mib": timing.peak_extra_bytes(call, setting.device) / 2**20}
+        return {}
     if setting.clock is None:
         return {"peak_extra_mib": timing.in_fresh_process(peak_here, case, name) / 2**20}
     found: Row = {}
@@ -207,7 +204,7 @@ def floors(size: Size, itemsize: int, ceilings: timing.Ceilings) -> dict[str, fl
 
 def show(rows: Sequence[Row]) -> None:
     """Variants that took turns as a table, against the first of them that ran."""
-    base = next((row for row in rows if row["correct"]), None)
+    base = next((row["forward_backward"]["median_ms"] for row in rows if row["correct"]), None)
     header = [rows[0]["dtype"], "fwd ms", "bwd ms", "both ms", "p20 .. p80", "speed", "peak MiB", "wall ms"]
     header += ["launches", "of floor"]
     table = []
@@ -216,15 +213,11 @@ def show(rows: Sequence[Row]) -> None:
             table.append([row["variant"], row["problem"].split(":")[0], *[""] * (len(header) - 2)])
             continue
         both = row["forward_backward"]
-        phases = ("forward", "backward", "forward_backward")
-        cells = [row["variant"], *(f"{row[p]['median_ms']:.3g}" if p in row else "-" for p in phases)]
-        cells.append(f"{both['p20_ms']:.3g} .. {both['p80_ms']:.3g}")
-        cells.append(f"{base['forward_backward']['median_ms'] / both['median_ms']:.2f}x")
-        cells.append(f"{row['peak_extra_mib']:.0f}" if "peak_extra_mib" in row else "-")
-        cells.append(f"{row['wall']['median_ms']:.3g}" if "wall" in row else "-")
-        cells.append(str(row.get("launches", "-")))
-        cells.append(f"{100 * row['share_of_floor']:.0f} %" if "share_of_floor" in row else "-")
-        table.append(cells)
+        times = [f"{row[phase]['median_ms']:.3g}" if phase in row else "-" for phase in variants.PHASES]
+        figures = ("peak_extra_mib", ".0f"), ("launches", "d"), ("share_of_floor", ".0%")
+        peak, launches, share = (f"{row[key]:{form}}" if key in row else "-" for key, form in figures)
+        table.append([row["variant"], *times[:3], f"{both['p20_ms']:.3g} .. {both['p80_ms']:.3g}"])
+        table[-1] += [f"{base / both['median_ms']:.2f}x", peak, times[3], launches, share]
     print_table(header, table)
 
 
@@ -240,14 +233,15 @@ def plot(rows: Sequence[Row], base: Case, sweeps: dict[str, list[int]], path: Pa
     for column, (axis, values) in enumerate(sweeps.items()):
         fixed = {k: v for k, v in base.size._asdict().items() if k != axis}
         here = [row for row in rows if row["correct"] and all(row[k] == v for k, v in fixed.items())]
-        for variant in dict.fromkeys(row["variant"] for row in rows):
+        for variant in base.variants:
             picked = {row[axis]: row for row in here if row["variant"] == variant and row[axis] in values}
             style = {"marker": "o", "linewidth": 2.5 if variant.startswith("our impl") else 1.2}
-            times = {v: row["forward_backward"]["median_ms"] for v, row in sorted(picked.items())}
-            peaks = {v: max(row["peak_extra_mib"], 0.1) for v, row in sorted(picked.items())}
-            axes[0][column].plot(list(times), list(times.values()), label=variant, **style)
-            axes[1][column].plot(list(peaks), list(peaks.values()), **style)
-        axes[1][column].set_xlabel({"N": "samples N", "M": "slices M"}[axis])
+            along = sorted(picked)
+            times = [picked[value]["forward_backward"]["median_ms"] for value in along]
+            peaks = [max(picked[value].get("peak_extra_mib", 0), 0.1) for value in along]
+            axes[0][column].plot(along, times, label=variant, **style)
+            axes[1][column].plot(along, peaks, **style)
+        axes[1][column].set_xlabel({"N": "samples N", "M": "directions M"}[axis])
         axes[0][column].set_title(", ".join(f"{k} {v}" for k, v in fixed.items()), fontsize=10)
     for ax in axes.flat:
         ax.set_yscale("log")
@@ -268,64 +262,53 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     small = "the cases of a GPU at a tiny size on the CPU, for TRITON_INTERPRET=1: no figure means anything"
     parser = command_line(__doc__, rehearse=small)
     keys = [case.key for case in variants.GPU_CASES]
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--cases", nargs="+", choices=keys, metavar="CASE", help=f"of {', '.join(keys)}")
+    what.add_argument("--size", type=int, nargs=5, metavar=tuple("VNKMJ"), help="another size, in float32")
+    what.add_argument("--peers", action="store_true", help="against public packages, at sizes in common use")
+    what.add_argument("--sweep", action="store_true", help="vary N and M, and plot")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
-    parser.add_argument("--cases", nargs="+", choices=keys, metavar="CASE", help=f"of {', '.join(keys)}")
-    parser.add_argument("--size", type=int, nargs=5, metavar=tuple("VNKMJ"), help="one other size")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of --size")
-    parser.add_argument(
-        "--peers", action="store_true", help="against public packages, at sizes in common use"
-    )
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of each variant")
-    parser.add_argument("--sweep", action="store_true", help="also vary N and M, and plot")
-    parser.add_argument("--sweep-only", action="store_true", help="the sweep alone")
     options = parser.parse_args(arguments)
+    gpu = torch.cuda.is_available() and not options.rehearse
     if options.repeats < 2:
         parser.error(f"--repeats: expected at least 2, got {options.repeats}")
     if options.size and min(options.size) < 1:
         parser.error(f"--size: expected five positive numbers, got {options.size}")
-    if options.dtype and not options.size:
-        parser.error("--dtype belongs to --size")
-    if sum(map(bool, (options.size, options.cases, options.peers))) > 1:
-        parser.error("--size, --cases and --peers each choose what is measured; give one of them")
-    if options.device == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not gpu:
         parser.error("--device: expected a GPU for cuda, PyTorch finds none; use --device cpu")
-    if options.cases and not options.rehearse and _device(options).type == "cpu":
+    if options.cases and not options.rehearse and (options.device == "cpu" or not gpu):
         parser.error("--cases: these sizes need a GPU; use --size for one on the CPU")
     if options.peers and not variants.PEERS:
         parser.error("--peers: none of them is installed; pip install 'lejepa_fast[peers]'")
-    options.sweep |= options.sweep_only
+    options.device = torch.device(options.device or ("cuda" if gpu else "cpu"))
     return options
 
 
-def _device(options: argparse.Namespace) -> torch.device:
-    available = torch.cuda.is_available() and not options.rehearse
-    if (options.device or ("cuda" if available else "cpu")) == "cpu":
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def choose_cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
+def choose_cases(options: argparse.Namespace) -> list[Case]:
+    gpu = options.device.type == "cuda"
     if options.peers:
-        return variants.peer_cases(device)
-    if options.size:
-        takes_part = variants.GPU_CASES[0].variants if device.type == "cuda" else variants.CPU_CASE.variants
-        dtype = getattr(torch, options.dtype or "float32")
-        return [Case("custom", Size(*options.size), dtype, takes_part)]
+        return variants.peer_cases(options.device)
+    if options.sweep:
+        base = variants.sweep_base(gpu)
+        sizes = [base.size._replace(**{axis: v}) for axis, vs in variants.SWEEPS[gpu].items() for v in vs]
+        return [base._replace(size=size) for size in dict.fromkeys(sizes)]
     cases = [c for c in variants.GPU_CASES if options.cases is None or c.key in options.cases]
     if options.rehearse:
         quick = (variants.BASELINE, variants.STREAMING, TRITON)
         return [c._replace(size=REHEARSED, variants=quick) for c in cases]
-    if options.no_compile:
-        left_out = (COMPILED, REDUCED)
-        cases = [c._replace(variants=[v for v in c.variants if v not in left_out]) for c in cases]
-    return cases if device.type == "cuda" else [variants.CPU_CASE]
+    if not gpu:
+        cases = [variants.CPU_CASE]
+    if options.size:
+        cases = [cases[0]._replace(name="custom", size=Size(*options.size), dtype=torch.float32)]
+    left_out = (COMPILED, REDUCED) if options.no_compile else ()
+    return [c._replace(variants=[v for v in c.variants if v not in left_out]) for c in cases]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    device = _device(options)
-    cases = choose_cases(options, device)
+    device = options.device
     where = f"the {'GPU' if device.type == 'cuda' else 'CPU'}: {machine(device)['device']}"
     print(f"SIGReg on {where}, {torch.get_num_threads()} threads", flush=True)
     setting = Setting(device, rehearsal=options.rehearse)
@@ -333,23 +316,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting = Setting(device, timing.GpuClock(device), timing.measure_ceilings(device))
         print(f"ceilings, a second: {setting.ceilings}", flush=True)
     path = options.out / "sigreg.jsonl"
+    repeats = options.repeats // 3 + 2 if options.sweep else options.repeats
     rows: list[Row] = []
-
-    def run(case: Case, repeats: int) -> list[Row]:
-        print(f"\n{case}", flush=True)
-        return measure(case, setting, repeats, Rows(path, "sigreg", device, rehearsal=options.rehearse))
-
-    for case in [] if options.sweep_only else cases:
-        rows += run(case, options.repeats)
+    for case in choose_cases(options):
+        print(f"\n{case.key}: {case.size}", flush=True)
+        writer = Rows(path, "sigreg", device, rehearsal=options.rehearse)
+        rows += measure(case, setting, repeats, writer)
     if options.sweep:
-        base = cases[0]._replace(name="sweep", variants=variants.SWEEP_VARIANTS[device.type])
-        sweeps = variants.SWEEPS[device.type]
-        sizes = [base.size._replace(**{a: v}) for a, vs in sweeps.items() for v in vs]
-        swept = [
-            row for s in dict.fromkeys(sizes) for row in run(base._replace(size=s), options.repeats // 3 + 2)
-        ]
-        plot(swept, base, sweeps, options.out / "sigreg.png")
-        rows += swept
+        gpu = device.type == "cuda"
+        plot(rows, variants.sweep_base(gpu), variants.SWEEPS[gpu], options.out / "sigreg.png")
     print(f"rows: {path}", flush=True)
     failed = [row for row in rows if row["variant"].startswith("our") and not row["correct"]]
     if any("does not fit" not in row["problem"] for row in failed):

@@ -1,7 +1,7 @@
 """The SIGReg implementations that are compared, the sizes at which they are, and what is right.
 
-Every variant draws its own directions inside the call, as in a training step, except in cases with given
-directions. Each result is held to float64 on the directions that the variant used.
+Every variant draws its own directions inside the call, as in a training step. Each result is held to float64
+on the directions that the variant used.
 
 In float32 everything is float32 (PyTorch's default: no TF32). In bf16 the authors' formula runs as their
 users run it, under autocast: the projection is a bf16 matmul; phases, cosines and sines are float32.
@@ -9,10 +9,12 @@ users run it, under autocast: the projection is a bf16 matmul; phases, cosines a
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import timing
 import torch
 from benchlib import installed_version
 from torch import Tensor
@@ -20,6 +22,7 @@ from torch import Tensor
 from lejepa_fast import SIGReg, sample_unit_directions, sigreg, standard_normal_knots
 
 T_MAX = 3.0
+PHASES = ("forward", "backward", "forward_backward", "wall")
 # Largest error relative to float64, of value and of gradient. bf16: two operands of 8 bits, and a result
 # rounded to 8 bits.
 MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -34,9 +37,6 @@ class Size(NamedTuple):
     M: int
     J: int
 
-    def __str__(self) -> str:
-        return f"V {self.V}, N {self.N}, K {self.K}, M {self.M}, J {self.J}"
-
 
 class Case(NamedTuple):
     """One table of the benchmark: variants at one size in one dtype."""
@@ -45,63 +45,45 @@ class Case(NamedTuple):
     size: Size
     dtype: torch.dtype
     variants: Sequence[str]
-    given: bool = False
-    """Whether directions are given, so that drawing them takes no part."""
 
     @property
     def key(self) -> str:
         return f"{self.name}-{dtype_name(self.dtype)}"
 
     @property
-    def directions(self) -> str:
-        return "given" if self.given else "drawn"
-
-    def given_directions(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Directions (K, M) in the case's dtype and their scale (M,), or None where each draws its own."""
-        size = self.size
-        draw = sample_unit_directions
-        return draw(size.K, size.M, step=0, device=device, dtype=self.dtype) if self.given else None
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.size}, {dtype_name(self.dtype)}, directions {self.directions}"
+    def half(self) -> bool:
+        return self.dtype.itemsize == 2
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@dataclasses.dataclass
 class Loss:
-    """A variant that is ready to be called.
+    """A variant that is ready to be called."""
 
-    Args:
-        call: from embeddings (V, N, K) to the loss and the directions (K, M) that it used.
-        last: computes the directions of the last call, where `call` returns None for them.
-    """
-
-    def __init__(
-        self, call: Callable[[Tensor], tuple[Tensor, Any]], last: Callable[[], Tensor] | None = None
-    ):
-        self._call = call
-        self._last = last
-        self._used: Tensor | None = None
-        self._seed: Tensor | None = None
-        self.keep_directions = False
+    call: Callable[[Tensor], tuple[Tensor, Any]]
+    """From embeddings (V, N, K) to the loss and the directions (K, M) that it used."""
+    last: Callable[[], Tensor] | None = None
+    """Computes the directions of the last call, where `call` returns None for them."""
+    used: Tensor | None = None
+    seed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        value, used = self._call(x)
-        self._used = used if self.keep_directions else None
+        value, self.used = self.call(x)
         return value
 
     def step(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Value and gradient; the gradient is not copied into x.grad."""
         value = self.forward(x)
-        if self._seed is None or self._seed.dtype != value.dtype:
-            self._seed = torch.ones_like(value)
-        return value.detach(), torch.autograd.grad(value, x, self._seed)[0]
+        if self.seed is None:
+            self.seed = torch.ones_like(value)
+        return value.detach(), torch.autograd.grad(value, x, self.seed)[0]
 
     def directions(self) -> Tensor:
-        """The directions (K, M) of the last call, which had `keep_directions`, in float64."""
-        used = self._last() if self._last else self._used
+        """The directions (K, M) of the last call in float64."""
+        used = self.last() if self.last else self.used
         assert used is not None
         return used.double()
 
@@ -115,19 +97,14 @@ Build = Callable[[Case, torch.device], Loss]
 def authors_formula(case: Case, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """The statistic as the authors' code writes it: cos and sin of all N x M x J phases."""
     t, phi, weights = (a.float().to(device) for a in standard_normal_knots(T_MAX, case.size.J)[:3])
-    given = case.given_directions(device)
 
     def loss(x: Tensor) -> tuple[Tensor, Tensor]:
-        A = given[0] if given else _draw(case, device)
+        A = _draw(case, device)
         phase = (x @ A).unsqueeze(-1) * t  # float32: the knots are
         error = (phase.cos().mean(-3) - phi).square() + phase.sin().mean(-3).square()
         return ((error @ weights) * x.shape[-2]).mean(), A
 
     return loss
-
-
-def authors(case: Case, device: torch.device) -> Loss:
-    return Loss(authors_formula(case, device))
 
 
 def _draw(case: Case, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -143,31 +120,21 @@ def compiled(mode: str | None) -> Build:
             torch.compiler.cudagraph_mark_step_begin()  # the results of the last call may be overwritten
             return function(x)
 
-        return Loss(function if mode is None else call)
+        return Loss(call)
 
     return build
 
 
 def ours(impl: str) -> Build:
     def build(case: Case, device: torch.device) -> Loss:
-        size, half = case.size, case.dtype.itemsize == 2
-
-        def meant(A: Tensor, scale: Tensor) -> Tensor:
-            """In half precision the rounded columns times their scale are the unit directions."""
-            return A.double() * scale.double() if half else A
-
-        if given := case.given_directions(device):
-            A, scale = given
-            knots = standard_normal_knots(T_MAX, size.J)
-            options: dict[str, Any] = {"impl": impl, "spacing": knots.spacing, "sync": False}
-            arguments = [A, *(a.float().to(device) for a in knots[:3])]
-            options["scale"] = scale if half else None
-            return Loss(lambda x: (sigreg(x, *arguments, **options), None), lambda: meant(A, scale))
+        size = case.size
         module = SIGReg(size.M, t_max=T_MAX, n_points=size.J, impl=impl).to(device)  # type: ignore[arg-type]
 
         def last() -> Tensor:
             step = module.step - 1
-            return meant(*sample_unit_directions(size.K, size.M, step=step, device=device, dtype=case.dtype))
+            A, scale = sample_unit_directions(size.K, size.M, step=step, device=device, dtype=case.dtype)
+            # In half precision the rounded columns times their scale are the unit directions.
+            return A.double() * scale.double() if case.half else A
 
         return Loss(lambda x: (module(x), None), last)
 
@@ -178,11 +145,10 @@ def lightly_peer(case: Case, device: torch.device) -> Loss:
     from lightly.loss.lejepa_loss import SIGReg as Peer
 
     module = Peer(knots=case.size.J, t_max=T_MAX, num_vectors=case.size.M).to(device)
-    draw, given = module._generate_unit_vectors, case.given_directions(device)
-    used: list[Tensor] = []
+    draw, used = module._generate_unit_vectors, list[Tensor]()
 
     def directions(device: torch.device, dtype: torch.dtype, num_features: int) -> Tensor:
-        used[:] = [given[0] if given else draw(device, dtype, num_features)]
+        used[:] = [draw(device, dtype, num_features)]
         return used[0]
 
     module._generate_unit_vectors = directions
@@ -209,12 +175,9 @@ def authors_package(case: Case, device: torch.device) -> Loss:
 
 def _seeded_peer(case: Case, device: torch.device, module: Any, *, pooled: bool = False) -> Loss:
     """A module that draws from a generator seeded by its `global_step`; `pooled`: takes (N, K) only."""
-    if case.given:
-        raise RuntimeError("draws its own directions")
-    half = case.dtype.itemsize == 2
 
     def call(x: Tensor) -> tuple[Tensor, None]:
-        with torch.autocast(device.type, dtype=case.dtype if half else None, enabled=half):
+        with torch.autocast(device.type, dtype=case.dtype if case.half else None, enabled=case.half):
             return module(x.flatten(0, 1) if pooled else x), None
 
     def last() -> Tensor:
@@ -233,7 +196,7 @@ TRITON = "our impl='triton'"
 GRAPH = "our impl='triton', CUDA graph"  # TRITON under `timing.graphed`
 LIGHTLY, STABLE, AUTHORS = "lightly", "stable-pretraining", "lejepa, the authors' package"
 VARIANTS: dict[str, Build] = {
-    BASELINE: authors,
+    BASELINE: lambda case, device: Loss(authors_formula(case, device)),
     COMPILED: compiled(None),
     REDUCED: compiled("reduce-overhead"),
     EAGER_REFERENCE: ours("reference"),
@@ -266,13 +229,19 @@ GPU_CASES = (
     Case("reference", REFERENCE, _FP32, _EVERYONE),
 )
 _ON_CPU = (BASELINE, COMPILED, EAGER_REFERENCE, STREAMING)
-CPU_CASE = Case("cpu", CPU_SIZE, _FP32, _ON_CPU, given=True)
-# Every size of a sweep compiles anew, some ten seconds each on a GPU: there without torch.compile.
-SWEEP_VARIANTS = {"cpu": _ON_CPU, "cuda": (BASELINE, STREAMING, TRITON)}
-SWEEPS = {
-    "cpu": {"N": [256, 512, 1024, 2048, 4096], "M": [128, 256, 512, 1024, 2048]},
-    "cuda": {"N": [512, 1024, 2048, 4096, 8192], "M": [256, 512, 1024, 2048, 4096]},
+CPU_CASE = Case("cpu", CPU_SIZE, _FP32, _ON_CPU)
+SWEEPS = {  # on a GPU or not
+    False: {"N": [256, 512, 1024, 2048, 4096], "M": [128, 256, 512, 1024, 2048]},
+    True: {"N": [512, 1024, 2048, 4096, 8192], "M": [256, 512, 1024, 2048, 4096]},
 }
+
+
+def sweep_base(gpu: bool) -> Case:
+    """The case whose N and M are varied."""
+    if not gpu:
+        return CPU_CASE._replace(name="sweep")
+    # Every size of a sweep compiles anew, some ten seconds each: without torch.compile.
+    return GPU_CASES[0]._replace(name="sweep", variants=(BASELINE, STREAMING, TRITON))
 
 
 def peer_cases(device: torch.device) -> list[Case]:
@@ -321,16 +290,13 @@ def relative_error(got: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> 
 
 
 def build_and_compare(
-    case: Case, name: str, x: Tensor, device: torch.device, graph: Callable[..., Any] | None = None
+    case: Case, name: str, x: Tensor, device: torch.device
 ) -> tuple[Loss, Callable[[Tensor], Any], float]:
-    """A variant, its training step, and its error on `x`; `graph` captures the step of GRAPH."""
+    """A variant, its training step, and its error on `x`."""
     loss = VARIANTS[name](case, device)
     step: Callable[[Tensor], Any] = loss.step
-    loss.keep_directions = True
-    if name == GRAPH and graph is not None:
-        step = graph(step, device)
+    if name == GRAPH:
+        step = timing.graphed(step, device)
         step(x.flip(1))  # what is checked is a replay with another input than the captured one
     got = step(x)
-    error = relative_error(got, exact(x, loss.directions(), case.size.J))
-    loss.keep_directions = False
-    return loss, step, error
+    return loss, step, relative_error(got, exact(x, loss.directions(), case.size.J))

@@ -43,7 +43,7 @@ def ways(size: Size, dtype: torch.dtype) -> tuple[bool, ...]:
 
 
 def time_candidates(
-    size: Size, dtype: torch.dtype, device: torch.device, timer: Timer, fused: bool
+    size: Size, dtype: torch.dtype, device: torch.device, fused: bool, timer: Timer
 ) -> list[Row]:
     case = variants.Case("tiles", size, dtype, ())
     (x,) = variants.make_inputs(case, 1, device)
@@ -54,13 +54,12 @@ def time_candidates(
     return lejepa_fast.kernels.timing.time_candidates(x.detach(), A, scaled, **options)
 
 
-def compile_ahead(size: Size, dtype: torch.dtype, device: torch.device) -> None:
+def compile_ahead(*job: Any) -> None:
     """Run every candidate once, from several processes: Triton keeps what they compile on disk."""
     count = min(8, os.cpu_count() or 1)
-    jobs = [(size, dtype, device, fused, k, count) for fused in ways(size, dtype) for k in range(count)]
     try:
         with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(_compile_share, *zip(*jobs, strict=True)))
+            list(pool.map(_compile_share, *zip(*((*job, k, count) for k in range(count)), strict=True)))
     except Exception as failure:  # the timing shows which tile it was
         print(f"not all tiles are compiled ahead: {failure!r}", flush=True)
 
@@ -76,7 +75,7 @@ def _compile_share(
         call()
         return 1.0
 
-    time_candidates(size, dtype, device, timer, fused)
+    time_candidates(size, dtype, device, fused, timer)
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -86,17 +85,12 @@ def show(rows: Sequence[Row]) -> None:
         timed = [row for row in tried if row["seconds"] is not None]
         best = min(timed, key=lambda row: row["seconds"], default=None)
         shipped = next((row for row in timed if row["shipped"]), None)
-        cells = [tile_name(best), f"{1e6 * best['seconds']:.1f}"] if best else ["none runs", "-"]
+        cells = ["none runs", "-"]
+        if best:
+            cells = [" ".join(f"{k} {v}" for k, v in best["tile"].items()), f"{1e6 * best['seconds']:.1f}"]
         cells.append(f"{1e6 * shipped['seconds']:.1f}" if shipped else "does not run")
         table.append([kernel, *cells, f"{len(timed)} of {len(tried)}"])
     print_table(["kernel", "fastest tile", "us", "shipped us", "ran"], table)
-
-
-def tile_name(row: Row) -> str:
-    """`block_m x block_n x block_k`, then what else there is to a tile."""
-    tile = dict(row["tile"])
-    blocks = "x".join(str(tile.pop(f"block_{axis}")) for axis in "mnk")
-    return " ".join([blocks, *(f"{name} {value}" for name, value in tile.items())])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -106,22 +100,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("expected a GPU, PyTorch finds none; --rehearse runs on the CPU")
     device = torch.device("cpu") if options.rehearse else torch.device("cuda", torch.cuda.current_device())
-    if options.rehearse:
-        timer: Timer = timing.once
-    else:
+    timer: Timer = timing.once
+    if not options.rehearse:
         clock = timing.GpuClock(device)
-
-        def timer(call: Callable[[], None]) -> float:
-            return statistics.median([clock(call) for _ in range(6)][1:])  # the first one compiles
+        timer = lambda call: statistics.median([clock(call) for _ in range(6)][1:])  # noqa: E731
 
     path = options.out / "kernel_tiles.jsonl"
     for size, dtype in [TINY] if options.rehearse else [SIZES[name] for name in options.sizes]:
         print(f"\n{size}, {variants.dtype_name(dtype)}", flush=True)
-        if not options.rehearse:
-            compile_ahead(size, dtype, device)
         rows: list[Row] = []
         for fused in ways(size, dtype):
-            found = time_candidates(size, dtype, device, timer, fused)
+            if not options.rehearse:
+                compile_ahead(size, dtype, device, fused)
+            found = time_candidates(size, dtype, device, fused, timer)
             fresh = [row for row in found if row["kernel"] != "forward" or not rows]
             rows += Rows(path, "kernel_tiles", device, rehearsal=options.rehearse).write(*fresh)
         show(rows)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from benchlib import nvidia_smi
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
 Call = Callable[[], Any]
@@ -44,9 +45,9 @@ def once(call: Call) -> float:
     return timeit.timeit(call, number=1)
 
 
-def wall_clock_of_many(call: Call, seconds: float = 0.02) -> float:
-    """`wall_clock` of so many calls back to back that they take about `seconds`, at most 200."""
-    return wall_clock(call, max(3, min(200, int(seconds / max(wall_clock(call, 3), 1e-6)))))
+def wall_clock_of_many(call: Call) -> float:
+    """`wall_clock` of so many calls back to back that they take about 20 ms, at most 200."""
+    return wall_clock(call, max(3, min(200, int(0.02 / max(wall_clock(call, 3), 1e-6)))))
 
 
 class GpuClock:
@@ -153,8 +154,6 @@ def free_gpu_memory() -> None:
 
 def launches(call: Call) -> dict[str, int]:
     """Kernels, copies and fills that one `call` starts on the GPU, by name."""
-    from torch.profiler import ProfilerActivity, profile
-
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
@@ -188,8 +187,7 @@ def graphed(step: Callable[[Tensor], Any], device: torch.device) -> Callable[[Te
             torch.cuda.current_stream(device).wait_stream(stream)
             with torch.cuda.graph(graph):
                 results.append(step(static[0]))
-        with torch.no_grad():
-            static[0].copy_(x)
+        static[0].data.copy_(x)
         graph.replay()
         return results[0]
 

@@ -1,6 +1,7 @@
 """Speed, MFU and memory of the trainer:
 
     python bench/train_bench.py [--out DIR] [--budget-minutes X] [--rehearse]
+    python bench/train_bench.py --smoke    # 50 steps of ViT-S/16 alone, to see that it works
 
 On a GPU: ViT-L/14, giant, gigantic and S/16 with 2 x 224 + 8 x 98 px, bf16, compiled, on synthetic views:
 images/s, MFU, peak memory, SIGReg's share of the step; FSDP2 and DDP on one GPU against no wrapper, what a
@@ -15,13 +16,11 @@ the medians of the run's metrics after the warm-up. A case that does not fit int
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
+import math
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +35,7 @@ import no_tyro  # noqa: F401 - before the trainer
 import targets
 import timing
 import torch
-from benchlib import Row, Rows, command_line, machine, print_table, read_rows
+from benchlib import Row, Rows, command_line, first_line, machine, read_rows
 from torch import Tensor
 
 import lejepa_fast.train.config as train_config
@@ -65,9 +64,8 @@ class Case:
     global_size: int = 224
     local_size: int = 98
     local_crops: int = 8
-    warm_up: int = WINDOW
     steps: int = 20
-    """After the warm-up; both are multiples of `WINDOW`."""
+    """After the first window; a multiple of `WINDOW`."""
     checkpoint: bool = False
     """Also measure what a checkpoint costs the training."""
     plan: bool = False
@@ -76,7 +74,7 @@ class Case:
     """JPEG files of a usual size through the loader, for what it costs the training."""
 
     def config(self, out: Path) -> train_config.Config:
-        total = self.warm_up + self.steps
+        total = WINDOW + self.steps
         crops = MultiCropRecipe(
             global_size=self.global_size,
             local_size=self.local_size,
@@ -114,18 +112,14 @@ GPU_CASES = (
     Case("vit_small_patch16_224", 512),
     Case("vit_gigantic", 32, activation_checkpointing="selective"),
     Case("vit_large", 64, strategy="fsdp", compile="off", steps=5, plan=True),
-    Case("vit_small_patch16_224", 512, loader=True, steps=40, warm_up=10),
+    Case("vit_small_patch16_224", 512, loader=True, steps=45),
 )
-TINY = Case("test_vit", 16, global_size=32, local_size=16, local_crops=2, steps=10)
-CPU_CASES = (
-    dataclasses.replace(TINY, checkpoint=True, steps=20),
-    dataclasses.replace(TINY, strategy="ddp"),
-    dataclasses.replace(TINY, strategy="fsdp"),
-    dataclasses.replace(TINY, activation_checkpointing="full"),
-    dataclasses.replace(TINY, loader=True),
-)
-# What makes a case another kind of case, and its rehearsal another rehearsal.
+SMOKE = Case("vit_small_patch16_224", 256, steps=45)
+TINY = Case("test_vit", 16, global_size=32, local_size=16, local_crops=2)
+# What makes a case another kind of case; on a CPU each kind is run once.
 KINDS = ("strategy", "activation_checkpointing", "checkpoint", "plan", "loader")
+FIGURES = ("images_per_second", "mfu", "peak_memory_gib", "sigreg_share", "data_wait")
+FIGURES += ("checkpoint_stall_steps", "planned_memory_gib")
 
 
 # --- One case -------------------------------------------------------------------------------------
@@ -136,6 +130,7 @@ class SyntheticViews:
 
     backend = name = "synthetic"
     labelled = False
+    position = (0, 0)
 
     def __init__(self, cfg: train_config.Config, device: torch.device):
         sizes = [cfg.crops.global_size] * cfg.crops.global_crops
@@ -184,8 +179,7 @@ def measure(case: Case) -> Row:
     finally:
         close_world()
     if case.plan:
-        precision = "bf16" if torch.cuda.is_available() else "auto"
-        cfg = dataclasses.replace(case.config(Path("planned")), precision=precision)  # type: ignore[arg-type]
+        cfg = dataclasses.replace(case.config(Path("planned")), precision=row["precision"])
         planned = plan_memory(cfg, shards=1, images=case.images)
         row["planned_memory_gib"] = planned.peak(1, case.images) / 2**30
     return row
@@ -202,11 +196,11 @@ def run(case: Case, world: World, folder: Path) -> Row:
     rows = read_rows(folder / "run" / "metrics.jsonl")
     facts = next(row for row in rows if row["kind"] == "run")
     logged = [row for row in rows if row["kind"] == "train"]
-    later = [row for row in logged if row["step"] > case.warm_up]
+    later = [row for row in logged if row["step"] > WINDOW]
     speeds = [row["images_per_second"] for row in later]
     speed = statistics.median(speeds)
-    result: Row = {name: facts[name] for name in ("parameters", "gflops_per_image", "precision")}
-    result |= {name: facts[name] for name in ("sigreg_impl", "loader_backend", "loader_workers")}
+    names = ("parameters", "gflops_per_image", "precision", "sigreg_impl", "loader_backend", "loader_workers")
+    result: Row = {name: facts[name] for name in names}
     result |= {
         "step_ms": 1e3 * case.images / speed,
         "images_per_second": speed,
@@ -217,6 +211,8 @@ def run(case: Case, world: World, folder: Path) -> Row:
         "losses": [row["loss"] for row in logged],
         "sigreg_share": sigreg_seconds(trainer, cfg, world.device) * speed / case.images,
     }
+    if not all(map(math.isfinite, result["losses"])):
+        result["error"] = "a loss is not finite"
     if case.checkpoint:
         saved = [row for row in later if row["save_seconds"]][-1]
         slower = WINDOW * (speed / saved["images_per_second"] - 1)
@@ -240,9 +236,8 @@ def sigreg_seconds(trainer: Trainer, cfg: train_config.Config, device: torch.dev
 def photographs(folder: Path, count: int) -> Path:
     """A folder of so many JPEG files of 500 x 375 px, of which `DISTINCT` differ."""
     loader_files.make_folder(folder / "all", min(count, DISTINCT))
-    made = sorted((folder / "all").iterdir())
-    for number in range(len(made), count):
-        os.link(made[number % len(made)], folder / "all" / f"{number:06d}-again.jpg")
+    for number in range(DISTINCT, count):
+        os.link(folder / "all" / f"{number % DISTINCT:05d}.jpg", folder / "all" / f"{number:05d}.jpg")
     return folder
 
 
@@ -255,16 +250,12 @@ def _free_port() -> int:
 # --- All cases ------------------------------------------------------------------------------------
 
 
-def run_case(case: Case, timeout: float) -> Row:
+def run_case(case: Case) -> Row:
     """The figures of a case from its own process; `error` if it fails."""
-    command = [sys.executable, __file__, "--case", json.dumps(dataclasses.asdict(case))]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done in {timeout:.0f} s"}
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        return timing.in_fresh_process(measure, case)
+    except Exception as failure:
+        return {"error": first_line(failure)}
 
 
 def measure_all(
@@ -272,19 +263,16 @@ def measure_all(
 ) -> list[Row]:
     """Run the cases while there is time, writing each row at once; returns the rows."""
     ends = time.monotonic() + 60 * budget_minutes
-    kind = "GPU" if torch.cuda.is_available() else "CPU, tiny sizes: no figure for GPUs"
     rows: list[Row] = []
     waiting = list(cases)
     writer = Rows(out / "train.jsonl", "train", rehearsal=rehearse)
     while waiting:
         case = waiting.pop(0)
-        left = ends - time.monotonic()
-        if left < 30:
+        if time.monotonic() > ends:
             print(f"out of time: {1 + len(waiting)} case(s) left out")
             break
-        with contextlib.redirect_stdout(sys.stderr):
-            figures = measure(case) if rehearse else run_case(case, left)
-        rows += writer.write({"kind": kind, **dataclasses.asdict(case), **figures})
+        figures = measure(case) if rehearse else run_case(case)
+        rows += writer.write({**dataclasses.asdict(case), **figures})
         print(line_of(rows[-1]), flush=True)
         if figures.get("error") == "out of memory" and case.images >= 2 * SMALLEST_BATCH:
             waiting.insert(0, dataclasses.replace(case, images=case.images // 2))
@@ -295,9 +283,7 @@ def line_of(row: Row) -> str:
     """What was measured, and its figures."""
     kinds = [f"{name} {row[name]}" for name in KINDS if row[name] not in ("none", False)]
     what = ", ".join([f"{row['model']} x {row['images']}", *kinds])
-    names = ("images_per_second", "mfu", "peak_memory_gib", "sigreg_share", "data_wait")
-    names += ("checkpoint_stall_steps", "planned_memory_gib")  # type: ignore[assignment]
-    figures = [f"{name} {row[name]:.4g}" for name in names if row.get(name) is not None]
+    figures = [f"{name} {row[name]:.4g}" for name in FIGURES if row.get(name) is not None]
     return f"{what}: {row.get('error') or ', '.join(figures)}"
 
 
@@ -307,29 +293,24 @@ def shrunk(case: Case) -> Case:
     return dataclasses.replace(TINY, **kinds, steps=20 if case.checkpoint else WINDOW)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line(__doc__, rehearse="the GPU's cases in small, on the CPU")
     parser.add_argument("--budget-minutes", type=float, default=60.0, help="start no case after this long")
-    parser.add_argument("--case", help="measure one case, a JSON object, and print its figures")
+    parser.add_argument("--smoke", action="store_true", help="measure one short case; exit 1 if it fails")
     options = parser.parse_args(arguments)
-    if options.case:
-        print(json.dumps(measure(Case(**json.loads(options.case)))))
-        return
     if not options.budget_minutes > 0:
         parser.error(f"--budget-minutes: expected a number above 0, got {options.budget_minutes}")
     gpu = torch.cuda.is_available() and not options.rehearse
-    cases: Sequence[Case] = GPU_CASES if gpu or options.rehearse else CPU_CASES
-    if options.rehearse:
+    cases = (SMOKE,) if options.smoke else GPU_CASES
+    if not gpu:
         cases = tuple(dict.fromkeys(map(shrunk, cases)))
     print(f"trainer on {machine()['device']}{'' if gpu else ': tiny sizes, no figure for GPUs'}")
     rows = measure_all(cases, options.out, options.budget_minutes, rehearse=options.rehearse)
-    if gpu or options.rehearse:
-        judged = targets.judge(rows, "training")
-        print_table(["target (H200)", "goal", "figure", "met or not"], targets.table_of(judged))
-        for row in judged:
-            print(f"{row['target']}: {row['note']}", flush=True)
+    if not options.smoke and (gpu or options.rehearse):
+        targets.print_judged(targets.judge(rows, "training"))
     print(f"rows: {options.out / 'train.jsonl'}")
+    return int(options.smoke and any("error" in row for row in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

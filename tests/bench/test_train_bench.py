@@ -14,37 +14,29 @@ import torch
 import train_bench
 from train_bench import Case
 
-TINY = train_bench.CPU_CASES[0]
+TINY = dataclasses.replace(train_bench.TINY, checkpoint=True)
 
 
 def test_a_case_measures_the_real_trainer() -> None:
-    row = train_bench.run_case(dataclasses.replace(TINY, strategy="fsdp"), timeout=300)
+    row = train_bench.run_case(dataclasses.replace(TINY, strategy="fsdp"))
     assert "error" not in row, row
     assert row["images_per_second"] == pytest.approx(16 / (row["step_ms"] / 1e3))
     assert row["sigreg_share"] > 0
-    assert (
-        len(set(row["losses"])) == len(row["losses"]) == 1 + (TINY.warm_up + TINY.steps) // train_bench.WINDOW
-    )
+    assert len(set(row["losses"])) == len(row["losses"]) == 1 + TINY.steps // train_bench.WINDOW + 1
     assert row["save_seconds"] > 0
     assert row["checkpoint_stall_steps"] > -train_bench.WINDOW
 
 
-def test_a_case_that_fails_is_a_row_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing = tmp_path / "case.py"
-    failing.write_text("import sys; sys.exit('Traceback ...\\nlast line')")
-    monkeypatch.setattr(train_bench, "__file__", str(failing))
-    assert train_bench.run_case(TINY, timeout=60) == {"error": "last line"}
-    failing.write_text("import time; time.sleep(60)")
-    assert train_bench.run_case(TINY, timeout=0.5) == {"error": "not done in 0 s"}
+def test_a_case_that_fails_is_a_row_with_its_error() -> None:
+    row = train_bench.run_case(dataclasses.replace(TINY, model="no_such_model"))
+    assert "no_such_model" in row["error"]
 
 
 def test_out_of_memory_is_a_row_and_half_the_images_are_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    figures = {"images_per_second": 1.0, "peak_memory_gib": 2.0}
-
-    def fits_up_to_32(case: Case, timeout: float) -> dict[str, Any]:
-        return {"error": "out of memory"} if case.images > 32 else figures
+    def fits_up_to_32(case: Case) -> dict[str, Any]:
+        return {"error": "out of memory"} if case.images > 32 else {"images_per_second": 1.0}
 
     monkeypatch.setattr(train_bench, "run_case", fits_up_to_32)
     train_bench.measure_all([Case("vit_large", 128)], tmp_path, budget_minutes=5)
@@ -64,13 +56,10 @@ def test_views_that_do_not_fit_are_out_of_memory_too(monkeypatch: pytest.MonkeyP
 
 
 def test_the_budget_ends_the_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 0.0, 100.0])
+    clock = iter([0.0, 119.0, 121.0])
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    monkeypatch.setattr(
-        train_bench, "run_case", lambda case, timeout: {"images_per_second": timeout, "peak_memory_gib": 1.0}
-    )
-    rows = train_bench.measure_all([TINY, TINY], tmp_path, budget_minutes=2)
-    assert [row["images_per_second"] for row in rows] == [120.0]  # 20 s were left for the second
+    monkeypatch.setattr(train_bench, "run_case", lambda case: {"images_per_second": 1.0})
+    assert len(train_bench.measure_all([TINY, TINY], tmp_path, budget_minutes=2)) == 1
 
 
 @pytest.mark.slow
@@ -88,7 +77,5 @@ def test_a_rehearsal_runs_every_kind_of_case_and_judges_nothing(
 
 
 def test_the_benchmarks_of_training_need_no_tyro() -> None:
-    code = (
-        "import sys; sys.modules['tyro'] = None; import pretrain_smoke, train_bench as t; t.TINY.config(None)"
-    )
+    code = "import sys; sys.modules['tyro'] = None; import train_bench as t; t.TINY.config(None)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(train_bench.__file__).parent)

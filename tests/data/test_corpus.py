@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from damaged_files import BAD_KINDS, ODD_KINDS, damage
 from loader_backends import NumberedFolder, on
-from loader_files import BAD_KINDS, ODD_KINDS, damage
 from odd_files import BAD, ODD, png_bomb, spoil
 from PIL import Image
 from torch import Tensor

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from loader_backends import on, skip_without
+from loader_contenders import multicrop_transform
 from PIL import Image
-from plain_torchvision import multicrop_transform
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
