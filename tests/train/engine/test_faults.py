@@ -108,7 +108,7 @@ def test_killed_and_signalled_and_on_other_numbers_of_ranks(
 
     torchrun starts both ranks again. The whole course is that of an uninterrupted run of one process.
     """
-    monkeypatch.setattr(Trainer, "_train_step", faults_worker.noted_step)
+    monkeypatch.setattr(Trainer, "train_step", faults_worker.noted_step)
     settings = {"epochs": 18, "optim": {"lr": 2e-4}, "checkpoint_every": EVERY, "data": {"workers": 1}}
     straight = tiny(out=tmp_path / "straight", **settings)
     cfg = tiny(out=tmp_path / "run", **settings)
