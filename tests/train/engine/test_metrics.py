@@ -44,8 +44,8 @@ def test_a_refused_row_leaves_no_part_of_it(tmp_path: Path, monkeypatch: pytest.
             metrics.write("eval", 2, knn=2.0)
     assert "\n" not in str(refusal.value)
     assert metrics.path.read_bytes() == whole
-    metrics.write("eval", 2, knn=3.0)
-    metrics.close()
+    with metrics:
+        metrics.write("eval", 2, knn=3.0)
     assert [row["knn"] for row in read_rows(metrics.path)] == [1.0, 3.0]
 
 
@@ -60,9 +60,8 @@ def test_refused_tensorboard_events_are_one_line(
 
     monkeypatch.setattr(writer, "write", refuse)
     monkeypatch.setattr(writer, "flush", refuse)
-    with pytest.raises(RunError, match=r"cannot write .*tensorboard: No space left on device"):
+    with metrics, pytest.raises(RunError, match=r"cannot write .*tensorboard: No space left on device"):
         write_rows(metrics, 1000)
-    metrics.close()
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -111,9 +110,8 @@ def test_progress_is_a_bar_in_a_terminal_and_few_lines_without_one(
 def test_a_torn_last_row_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "st')
-    metrics = Metrics(tmp_path, enabled=True, tensorboard=False, step=1, total_steps=2)
-    metrics.write("eval", 1, knn=float("nan"))
-    metrics.close()
+    with metrics_in(tmp_path, step=1) as metrics:
+        metrics.write("eval", 1, knn=float("nan"))
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"kind": "train", "step": 1},
         {"kind": "eval", "step": 1, "knn": None},

@@ -74,11 +74,10 @@ def test_a_step_never_waits_for_the_gpu(planted: bool, tiny: Make, monkeypatch: 
 def test_time_left_follows_the_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    metrics = Metrics(tmp_path, enabled=True, tensorboard=False, step=10, total_steps=50)
-    clock[0] += 30.0
     numbers = dict.fromkeys(("loss", "prediction", "sigreg", "images_per_second", "data_wait"), 0.0)
-    metrics.write("train", 20, **numbers, memory_gib=1.0)
-    metrics.close()
+    with Metrics(tmp_path, enabled=True, tensorboard=False, step=10, total_steps=50) as metrics:
+        clock[0] += 30.0
+        metrics.write("train", 20, **numbers, memory_gib=1.0)
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row["eta_seconds"] == 90.0  # 3 s a step since this start, 30 steps to go
 
