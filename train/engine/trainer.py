@@ -217,9 +217,10 @@ class Trainer:
 
         with random_state.preserved_rng():  # wandb may draw random numbers
             self.metrics = on_all(world, open_metrics)
-        rows = from_main(world, read_rows(self.metrics.path) if world.is_main else [])
-        self._evaluated = {row["step"] for row in rows if row["kind"] == "eval"}
-        self._evaluations_begun = Counter(row["step"] for row in rows if row["kind"] == "evaluating")
+        rows = read_rows(self.metrics.path) if world.is_main else []
+        steps = [[row["step"] for row in rows if row["kind"] == kind] for kind in ("eval", "evaluating")]
+        done, begun = from_main(world, steps)
+        self._evaluated, self._evaluations_begun = set(done), Counter(begun)
 
     def _resume(self) -> None:
         run_dir, current, world = self.run_dir, config.to_dict(self.cfg), self.world
@@ -229,7 +230,7 @@ class Trainer:
         path, state = found
         with same_error_on_all_ranks():
             storage.check_same_model(state["config"], current, path)
-            resume.check_same_run(state, current, self.data, path, run_dir)
+        on_main(world, lambda: resume.check_same_run(state, current, self.data, path, run_dir))
         self.state.load(path, state, world)
         if world.rank < len(state["rng"]):
             random_state.restore_rng(state["rng"][world.rank])
@@ -239,7 +240,10 @@ class Trainer:
         if resume.is_own(path, run_dir):
             self._saved_step = self.step
         log.info("resuming from %s, step %d of %d", path, self.step, self.total_steps)
-        resume.log_changes(state["config"], current)
+        if self.step >= self.total_steps:
+            log.info("the training is complete; to train anew, choose another --out")
+        if world.is_main:
+            resume.log_changes(state["config"], current)
 
     def _log_start(self) -> None:
         cfg, world = self.cfg, self.world
