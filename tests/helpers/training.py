@@ -56,7 +56,7 @@ def torchrun(script: Path, *arguments: str, ranks: int = 2) -> subprocess.Comple
         [*command, str(script), *arguments],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
