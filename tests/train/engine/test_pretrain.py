@@ -149,14 +149,6 @@ def test_exit_codes(
     assert capsys.readouterr().err.splitlines()[-1].startswith(said)
 
 
-def test_other_exceptions_keep_their_traceback(
-    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pretrain, "pretrain", lambda cfg, world: [][0])
-    with pytest.raises(IndexError):
-        pretrain.main(arguments_of(tiny(), tmp_path))
-
-
 # ---- signals -----------------------------------------------------------------------------------------
 
 

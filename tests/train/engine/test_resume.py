@@ -38,14 +38,6 @@ def test_changed_settings_are_told_and_used(tiny: Make, told: pytest.LogCaptureF
     assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {0.5}
 
 
-def test_an_extended_run_follows_the_longer_schedule_at_once(tiny: Make) -> None:
-    train_only(tiny(max_steps=4))
-    longer = tiny(max_steps=12)
-    train_only(longer)
-    factor = optimization.lr_factor(4, warmup=1, total=12, final=1e-3)
-    assert rows_of(longer)[4]["lr"] == pytest.approx(1e-3 * factor, rel=1e-12)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
