@@ -26,40 +26,6 @@ SCRIPT = Path(lejepa_fast.train.__path__[0]) / "pretrain.py"
 
 Make = Callable[..., Config]
 
-WANDB_STAND_IN = """
-import json, os, random, sys
-import numpy, torch
-
-def _note(call, **values):
-    with open(os.environ["WANDB_CALLS"], "a") as file:
-        file.write(json.dumps({"call": call, **values}) + "\\n")
-
-class Run:
-    def define_metric(self, name, *, step_metric):
-        _note("define_metric", name=name, step_metric=step_metric)
-
-    def log(self, values):
-        if os.environ.get("WANDB_REFUSES") == "log":
-            raise ValueError("no room\\nthere")
-        _note("log", **values)
-
-    def finish(self, exit_code=None):
-        _note("finish", exit_code=exit_code)
-
-def init(**options):
-    if os.environ.get("WANDB_REFUSES") == "init":
-        raise RuntimeError("api_key not configured (no-tty)\\nmore")
-    random.random(), numpy.random.rand(), torch.rand(())
-    _note("init", mode=os.environ.get("WANDB_MODE"), **options)
-    return Run()
-"""
-
-
-def install_wandb_stand_in(folder: Path) -> None:
-    """Write a package `wandb` that records its calls in the file WANDB_CALLS; nothing uses a network."""
-    (folder / "wandb").mkdir(parents=True)
-    (folder / "wandb" / "__init__.py").write_text(WANDB_STAND_IN)
-
 
 def run_ranks(worker: Callable[..., None], *arguments: Any, ranks: int) -> None:
     """Run `worker(rank, *arguments)` in a process for each rank; the trainer is imported once."""
@@ -90,7 +56,7 @@ def torchrun(script: Path, *arguments: str, ranks: int = 2) -> subprocess.Comple
         [*command, str(script), *arguments],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 

@@ -61,32 +61,27 @@ def check_same_run(
     A checkpoint of another run folder may be of other images; a warning says what that means. `state` is its
     state.json, `current` the run's configuration (`config.to_dict`), `data` the run's `data_identity`.
     """
-    own, before = is_own(path, run_dir), state.get("data")
+    own, before = is_own(path, run_dir), state["data"]
     if own and state["config"]["seed"] != current["seed"]:
         raise UsageError(
             f"seed: {run_dir} holds a run with seed {state['config']['seed']}, and this one has "
             f"{current['seed']}; choose another --out, or continue that run with its seed"
         )
-    if before is None or before == data:
+    if before == data:
         return
-
-    def described(images: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-        counts = f"{images['train_images']} for training, {images['val_images']} held out"
-        return f"({counts} of {config['data']['path']})"
-
-    difference = (
-        f"the checkpoint {path} was trained on other images {described(before, state['config'])} than this "
-        f"run has {described(data, current)}"
+    theirs, ours = (
+        f"({of['train_images']} for training, {of['val_images']} held out of {config['data']['path']})"
+        for of, config in ((before, state["config"]), (data, current))
     )
+    difference = f"the checkpoint {path} was trained on other images {theirs} than this run has {ours}"
     if own:
         raise UsageError(
             f"data: {difference}; choose another --out, or continue with the same --data and "
             "--data.val-fraction"
         )
     log.warning(
-        "%s: some that are held out now may have been trained on; the epoch starts over, without the list of "
-        "bad images",
-        difference,
+        f"{difference}: some that are held out now may have been trained on; the epoch starts over, without "
+        "the list of bad images"
     )
 
 
@@ -143,7 +138,7 @@ class TrainingState:
         if self.average is not None:
             self.average.follow()
         self._load_schedule(state["scheduler"])
-        same_images = state.get("data") in (None, self.data)
+        same_images = state["data"] == self.data
         position = {"epoch": state["loader"]["epoch"], "images_seen": 0}
         self.loader.load_state_dict(state["loader"] if same_images else position)
 
@@ -164,12 +159,10 @@ class TrainingState:
                     "have; choose another --out"
                 )
             owner, like = parameters[parameter], saved[name]
-            sharded = like.ndim and like.shape == owner.shape
-            wanted[name] = (
-                torch.empty_like(owner, dtype=like.dtype)
-                if sharded
-                else torch.empty_like(like, device=owner.device)
-            )
+            if like.ndim and like.shape == owner.shape:  # sharded as the parameter
+                wanted[name] = torch.empty_like(owner, dtype=like.dtype)
+            else:
+                wanted[name] = torch.empty_like(like, device=owner.device)
             self.optimizer.state[owner][slot] = wanted[name]
         return wanted
 

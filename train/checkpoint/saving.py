@@ -69,7 +69,6 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
         self._memory: dict[str, Tensor] = {}
-        self._pinned = world.device.type == "cuda"
 
     def start(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Begin to save; returns as soon as the training may change the tensors again.
@@ -90,7 +89,7 @@ class Saver:
             if offset is not None:
                 copies[name] = self._copy(name, tensor.detach())
                 offsets[name] = offset
-        if any(copy.is_pinned() for copy in copies.values()):
+        if self._world.device.type == "cuda":
             torch.cuda.synchronize()
         whole = {"format": FORMAT, "version": VERSION, "step": step, **state}
         path = checkpoint_path(self._folder, step)
@@ -121,45 +120,32 @@ class Saver:
         own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         copy = self._memory.get(name)
         if copy is None or copy.shape != own.shape or copy.dtype != own.dtype:
-            copy = self._memory[name] = self._allocate(own)
-        return copy.copy_(own, non_blocking=copy.is_pinned())
-
-    def _allocate(self, like: Tensor) -> Tensor:
-        if self._pinned:
-            try:
-                return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
-            except RuntimeError as error:  # CUDA's, not an OutOfMemoryError
-                self._pinned = False
-                reason = str(error).partition("\n")[0]
-                log.warning("no pinned memory to copy a checkpoint (%s): the copy takes longer", reason)
-        return torch.empty(like.shape, dtype=like.dtype)
+            copy = torch.empty(own.shape, dtype=own.dtype, pin_memory=own.is_cuda)
+            self._memory[name] = copy
+        return copy.copy_(own, non_blocking=own.is_cuda)
 
     # ---- in the thread -------------------------------------------------------------------------------
 
     def _write(self, path: Path, tensors: dict[str, Tensor], offsets: Offsets, state: dict[str, Any]) -> None:
         world, folder = self._world, unfinished(path)
         file = folder / f"shard-{world.rank + 1:05d}.safetensors"
+        named = disk_errors_named(path, _WAY_OUT)
 
-        @disk_errors_named(path, _WAY_OUT)
         def prepare() -> None:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier, killed save
             folder.mkdir(parents=True)
 
-        @disk_errors_named(path, _WAY_OUT)
         def write() -> dict[str, str]:
             if not tensors:
                 return {}
             write_shard(file, tensors, offsets)
             return {file.name: sha256_of(file)}
 
-        @disk_errors_named(path, _WAY_OUT)
-        def publish() -> None:
-            self._publish(path, {name: digest for part in sums for name, digest in part.items()}, state)
-
         try:
-            on_main(world, prepare)
-            sums = gather_to_main(world, on_all(world, write)) or []
-            on_main(world, publish)
+            on_main(world, named(prepare))
+            parts = gather_to_main(world, on_all(world, named(write))) or []
+            sums = {name: digest for part in parts for name, digest in part.items()}
+            on_main(world, named(lambda: self._publish(path, sums, state)))
         except BaseException:
             if world.is_main:
                 shutil.rmtree(folder, ignore_errors=True)

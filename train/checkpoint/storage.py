@@ -245,13 +245,14 @@ def check_same_model(saved: dict[str, Any], current: dict[str, Any], path: Path)
         size = config["model"]["img_size"] or config["crops"]["global_size"]
         return {k: v for k, v in config["model"].items() if k != "drop_path"} | {"img_size": size}
 
-    def described(model: dict[str, Any], other: dict[str, Any]) -> str:
-        details = [f"{k} {v}" for k, v in model.items() if k != "name" and other.get(k) != v]
-        return model["name"] + (f" ({', '.join(details)})" if details else "")
-
     theirs, ours = weights(saved), weights(current)
-    if theirs != ours:
+    differ = [key for key in ours if theirs.get(key) != ours[key]]
+    if differ:
+        before, now = (
+            model["name"] + "".join(f" ({key} {model.get(key)})" for key in differ if key != "name")
+            for model in (theirs, ours)
+        )
         raise UsageError(
-            f"checkpoint {path} is of model {described(theirs, ours)}, and this run is of "
-            f"{described(ours, theirs)}; choose another --out, or the checkpoint's model"
+            f"checkpoint {path} is of model {before}, and this run is of {now}; choose another --out, or the "
+            "checkpoint's model"
         )

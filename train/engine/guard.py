@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,14 +33,13 @@ MAX_BAD_STEPS = 3
 _GOOD, _BAD, _SOURCE = 0.0, 1.0, 2.0
 
 
-@dataclass
-class _Flags:
+class _Flags(NamedTuple):
     """The reduced flags of one step, on the host once `ready` has passed."""
 
     step: int
     position: tuple[int, int]
     values: Tensor
-    ready: torch.cuda.Event | None = None
+    ready: torch.cuda.Event | None
 
 
 class StepGuard:
@@ -119,28 +118,24 @@ class StepGuard:
             step: number of finished steps.
             position: epoch and number of the batch in it, for `record`.
         """
-        flags: _Flags | None = self._copy_to_host(step, position)
+        on_gpu = self._flags.is_cuda
+        host = torch.empty(self._flags.shape, pin_memory=on_gpu).copy_(self._flags, non_blocking=on_gpu)
+        ready = torch.cuda.Event() if on_gpu else None
+        if ready is not None:
+            ready.record()
         if self.lag:
-            self._waiting, flags = flags, self._waiting
-        self._act_on(flags)
+            self.flush()
+        self._waiting = _Flags(step, position, host, ready)
+        if not self.lag:
+            self.flush()
 
     def flush(self) -> None:
         """Act on flags that are still waiting: before a checkpoint is taken."""
-        flags, self._waiting = self._waiting, None
-        self._act_on(flags)
+        if self._waiting is not None:
+            flags, self._waiting = self._waiting, None
+            self._act_on(flags)
 
-    def _copy_to_host(self, step: int, position: tuple[int, int]) -> _Flags:
-        if not self._flags.is_cuda:
-            return _Flags(step, position, self._flags.clone())
-        host = torch.empty(self._flags.shape, pin_memory=True)
-        host.copy_(self._flags, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record()
-        return _Flags(step, position, host, ready)
-
-    def _act_on(self, flags: _Flags | None) -> None:
-        if flags is None:
-            return
+    def _act_on(self, flags: _Flags) -> None:
         if flags.ready is not None:
             flags.ready.synchronize()
         values, size = flags.values.tolist(), self._world.size

@@ -11,13 +11,11 @@ Rows of metrics.jsonl, one JSON object a line (a value that is not finite is nul
     {"kind": "skipped", "step", "epoch", "rank", "loss", "ids", "images"}
                                                              a step that was not finite, by rank
 
-`step` counts finished steps. `images_per_second` counts images (not views) over all ranks; `data_wait` is the
-share of wall time spent waiting for the loader. Both are since the last row, without evaluations and without
+`step` counts finished steps, `images_per_second` images (not views) over all ranks; `data_wait` is the share
+of wall time spent waiting for the loader. Both are since the last row, without evaluations and without
 `save_seconds`, the time that checkpoints held up the training. `mfu` (model flops utilisation) is the share
-of the devices' dense bf16 peak that the model's operations make, if the peak is known (flops.py,
-gpu_specs.py). `memory_gib` is the most that rank 0 has held since the program started: of the allocator on a
-GPU, else of the process. `eta_seconds` is the time left at the pace since this start, saves and evaluations
-included.
+of the devices' dense bf16 peak, if it is known (gpu_specs.py). `memory_gib` is `peak_memory_gib` of rank 0.
+`eta_seconds` is the time left at the pace since this start, saves and evaluations included.
 """
 
 from __future__ import annotations
@@ -51,9 +49,9 @@ _WAY_OUT = "free some space or choose another --out"
 
 
 class Metrics:
-    """Writes the rows of a run; RunError if the disk refuses.
+    """Context that writes the rows of a run; RunError if the disk refuses.
 
-    As a context manager it marks the run at Weights & Biases as failed after any exception but Interrupted.
+    The run at Weights & Biases is marked as failed after any exception but Interrupted.
 
     Args:
         run_dir: the run folder. Rows of its metrics.jsonl beyond `step` are dropped: their steps run again.
@@ -92,17 +90,24 @@ class Metrics:
                 self._board = _open_board(self._board_folder, purge_step=step + 1)
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
-        try:
-            self._wandb = wandb()  # last, so that no later failure leaves a run open there
-        except BaseException:
-            self.close()
-            raise
+        self._wandb = wandb()  # last, so that no later failure leaves a run open there
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self.close(failed=kind is not None and not issubclass(kind, Interrupted))
+        """Close everything; raises nothing, since the rows are written already."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        with contextlib.suppress(OSError):
+            os.close(self._file)
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                self._board.close()
+        if self._wandb is not None:
+            self._wandb.close(failed=kind is not None and not issubclass(kind, Interrupted))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Add a row, and its numbers to TensorBoard and W&B as `kind/name`."""
@@ -111,10 +116,11 @@ class Metrics:
         if kind == "train":
             pace = (time.perf_counter() - self._started) / max(1, step - self._first_step)
             values["eta_seconds"] = pace * max(0, self._total_steps - step)
-        row = {"kind": kind, "step": step, **{key: _json_number(value) for key, value in values.items()}}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        row = {"kind": kind, "step": step, **finite}
         with disk_errors_named(self.path, _WAY_OUT):
             _append(self._file, (json.dumps(row, allow_nan=False) + "\n").encode())
-        numbers = {key: value for key, value in values.items() if _is_number(value) and key != "epoch"}
+        numbers = {k: v for k, v in values.items() if type(v) in (int, float) and k != "epoch"}
         if self._board is not None:
             with disk_errors_named(self._board_folder, _WAY_OUT):
                 for key, value in numbers.items():
@@ -129,20 +135,6 @@ class Metrics:
         if self._bar is not None:
             self._bar.update()
 
-    def close(self, *, failed: bool = False) -> None:
-        """Close everything; raises nothing, since the rows are written already."""
-        if not self._enabled:
-            return
-        if self._bar is not None:
-            self._bar.close()
-        with contextlib.suppress(OSError):
-            os.close(self._file)
-        if self._board is not None:
-            with contextlib.suppress(OSError):
-                self._board.close()
-        if self._wandb is not None:
-            self._wandb.close(failed=failed)
-
     def _show(self, step: int, values: dict[str, Any]) -> None:
         """Show a row on the progress bar or, without a terminal, as one of at most LOG_LINES lines."""
         text = (
@@ -152,8 +144,6 @@ class Metrics:
         if "mfu" in values:
             text += f" | MFU {values['mfu']:.1%}"
         text += f" | data wait {values['data_wait']:.0%} | {values['memory_gib']:.1f} GiB"
-        if values.get("save_seconds"):
-            text += f" | save {values['save_seconds']:.1f} s"
         if self._bar is not None:
             self._bar.set_postfix_str(text)
         elif step - self._logged_step >= self._total_steps / LOG_LINES or step == self._total_steps:
@@ -171,7 +161,7 @@ class Meter:
     """
 
     def __init__(self, *, flops_per_image: float | None = None, peak_flops: float | None = None) -> None:
-        self.mfu_per_image = flops_per_image / peak_flops if flops_per_image and peak_flops else None
+        self._mfu_per_image = flops_per_image / peak_flops if flops_per_image and peak_flops else None
         self.restart()
 
     def restart(self) -> None:
@@ -196,14 +186,10 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Return `images_per_second`, `data_wait`, `save_seconds` and perhaps `mfu`; begin to count anew."""
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        rate = self._images / seconds
-        values = {
-            "images_per_second": rate,
-            "data_wait": self._waited / seconds,
-            "save_seconds": self._saving,
-        }
-        if self.mfu_per_image is not None:
-            values["mfu"] = rate * self.mfu_per_image
+        rate, waited = self._images / seconds, self._waited / seconds
+        values = {"images_per_second": rate, "data_wait": waited, "save_seconds": self._saving}
+        if self._mfu_per_image is not None:
+            values["mfu"] = rate * self._mfu_per_image
         self.restart()
         return values
 
@@ -245,11 +231,3 @@ def _open_board(folder: Path, *, purge_step: int) -> Any:
 
     threading.excepthook = without_writer
     return SummaryWriter(str(folder), purge_step=purge_step)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _json_number(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -51,7 +51,7 @@ class StepProfiler:
             self._profile.step()
 
     def close(self) -> None:
-        """Write what has been recorded of a run that ends during the recorded steps."""
+        """Write what is recorded, also of a run that ends during the recorded steps."""
         if self._profile is not None:
             self._profile.stop()
             self._profile = None

@@ -117,8 +117,9 @@ class Trainer:
             # Random numbers of the training (drop path) differ between ranks, and not between runs.
             random_state.seed_rng(cfg.seed + 7919 * world.rank)
             self.optimizer = build_optimizer(self.model, cfg.optim, world.device)
-            limit = cfg.optim.skip_grad_norm
-            self.guard = StepGuard(self.model, self.optimizer, world, self._record_skipped, limit)
+            self.guard = StepGuard(
+                self.model, self.optimizer, world, self._record_skipped, cfg.optim.skip_grad_norm
+            )
             self.total_steps = config.total_steps(cfg, len(self.loader))
             averages = cfg.average.kind != "none"
             self.average = WeightAverage(self.model, cfg.average, self.total_steps) if averages else None
@@ -217,10 +218,9 @@ class Trainer:
         with random_state.preserved_rng():  # wandb may draw random numbers
             self.metrics = on_all(world, open_metrics)
         rows = read_rows(self.metrics.path) if world.is_main else []
-        kinds = ("eval", "evaluating")
-        done, begun = (Counter(row["step"] for row in rows if row["kind"] == kind) for kind in kinds)
-        self._evaluated: set[int] = from_main(world, set(done))
-        self._evaluations_begun: Counter[int] = from_main(world, begun)
+        steps = [[row["step"] for row in rows if row["kind"] == kind] for kind in ("eval", "evaluating")]
+        done, begun = from_main(world, steps)
+        self._evaluated, self._evaluations_begun = set(done), Counter(begun)
 
     def _resume(self) -> None:
         run_dir, current, world = self.run_dir, config.to_dict(self.cfg), self.world
@@ -242,7 +242,8 @@ class Trainer:
         log.info("resuming from %s, step %d of %d", path, self.step, self.total_steps)
         if self.step >= self.total_steps:
             log.info("the training is complete; to train anew, choose another --out")
-        resume.log_changes(state["config"], current)
+        if world.is_main:
+            resume.log_changes(state["config"], current)
 
     def _log_start(self) -> None:
         cfg, world = self.cfg, self.world
@@ -478,10 +479,8 @@ class Trainer:
             epoch += batch > 0
             figures = {name: getattr(result, name) for name in EVALUATION_FIGURES}
             self.metrics.write("eval", self.step, epoch=epoch, **figures)
-            probes = {"kNN": result.knn, "linear probe": result.linear}
-            known = [f"{name} {value:.1f} %" for name, value in probes.items() if value is not None]
-            text = ", ".join(known) or "no labels"
-            log.info("evaluation after epoch %d: %s, embedding std %.3f", epoch, text, result.embedding_std)
+            known = [f"{name} {value:.3g}" for name, value in figures.items() if value is not None]
+            log.info("evaluation after epoch %d: %s", epoch, ", ".join(known))
         return result
 
     @property

@@ -6,10 +6,9 @@ wandb's own settings hold: `wandb login`, WANDB_ENTITY, WANDB_MODE=offline (writ
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,9 @@ class WandbRun:
         if not identity.exists():
             name = secrets.token_hex(4).encode()
             write_atomically(identity, lambda file: file.write(name), way_out="choose another --out")
+        options = {"project": project, "name": run_dir.name, "id": identity.read_text(), "resume": "allow"}
         try:
-            self._run = wandb.init(
-                project=project,
-                name=run_dir.name,
-                id=identity.read_text(),
-                resume="allow",
-                dir=str(run_dir),
-                config=dict(config),
-            )
+            self._run = wandb.init(**options, dir=str(run_dir), config=dict(config))
         except Exception as error:  # wandb's own classes, which differ between versions
             raise RunError(
                 f"wandb: {first_line(error)}; run `wandb login`, set WANDB_MODE=offline, or leave out --wandb"
@@ -55,18 +48,16 @@ class WandbRun:
 
     def add(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Send the numbers of a row, as `kind/name`."""
-        with _failures_logged():
-            self._run.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
+        row = {"step": step, **{f"{kind}/{name}": value for name, value in values.items()}}
+        _warn_of_failure(lambda: self._run.log(row))
 
     def close(self, *, failed: bool) -> None:
         """End the run, as failed or finished."""
-        with _failures_logged():
-            self._run.finish(exit_code=int(failed))
+        _warn_of_failure(lambda: self._run.finish(exit_code=int(failed)))
 
 
-@contextlib.contextmanager
-def _failures_logged() -> Iterator[None]:
+def _warn_of_failure(call: Callable[[], object]) -> None:
     try:
-        yield
+        call()
     except Exception as error:
         log.warning("wandb: %s", first_line(error))

@@ -153,7 +153,7 @@ def on_main(world: World, work: Callable[[], T]) -> T | None:
 
     An error on rank 0 is raised on every rank (see `on_all`). `work` must not communicate.
     """
-    return _run_and_agree(world, work if world.is_main else lambda: None)
+    return on_all(world, work if world.is_main else lambda: None)
 
 
 def on_all(world: World, work: Callable[[], T]) -> T:
@@ -162,10 +162,6 @@ def on_all(world: World, work: Callable[[], T]) -> T:
     The first rank that failed raises its own error, the others a copy that is marked as reported there; of a
     defect (another class than UsageError, RunError, Interrupted) a RunError. `work` must not communicate.
     """
-    return _run_and_agree(world, work)
-
-
-def _run_and_agree(world: World, work: Callable[[], T]) -> T:
     if not world.distributed:
         return work()
     result: Any = None
@@ -183,7 +179,9 @@ def _run_and_agree(world: World, work: Callable[[], T]) -> T:
     if not failed:
         return result
     first = failed[0]
-    raise _reported_by(first, error if error is not None and first == world.rank else errors[first])
+    reported = error if error is not None and first == world.rank else errors[first]
+    reported.reported_by = first
+    raise reported
 
 
 def _portable(error: BaseException, rank: int) -> BaseException:
@@ -196,18 +194,13 @@ def _portable(error: BaseException, rank: int) -> BaseException:
     return RunError(f"rank {rank} failed with {type(error).__name__}; see its message")
 
 
-def _reported_by(rank: int, error: BaseException) -> BaseException:
-    error.reported_by = rank  # type: ignore[attr-defined]
-    return error
-
-
 @contextmanager
 def same_error_on_all_ranks() -> Iterator[None]:
     """Mark an error that every rank raises alike: only rank 0 needs to print it."""
     try:
         yield
     except (UsageError, RunError, Interrupted) as error:
-        _reported_by(0, error)
+        error.reported_by = 0  # type: ignore[union-attr]
         raise
 
 
@@ -224,9 +217,9 @@ def lost_rank_is_a_run_error() -> Iterator[None]:
     except (RuntimeError, ConnectionError) as error:
         if isinstance(error, RunError) or not (dist.is_initialized() and dist.get_world_size() > 1):
             raise
-        text = str(error).lower()
         signs = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "remote process")
-        if not isinstance(error, (ConnectionError, dist.DistError)) and not any(s in text for s in signs):
+        lost = isinstance(error, (ConnectionError, dist.DistError))
+        if not lost and not any(sign in str(error).lower() for sign in signs):
             raise
         raise RunError("another rank failed; see its message above") from error
 

@@ -22,7 +22,6 @@ from lejepa_fast.train.checkpoint import saving
 from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.runtime.files import UNFINISHED
-from lejepa_fast.train.runtime.lock import RunLock
 
 
 @pytest.mark.slow
@@ -184,14 +183,3 @@ def test_a_second_trainer_in_the_folder_is_refused(tiny: Make) -> None:
         other.kill()
         other.wait()
     train_only(cfg)  # the lock died with its holder
-
-
-def test_the_lock_is_given_back(tmp_path: Path) -> None:
-    first, second = RunLock(tmp_path), RunLock(tmp_path)
-    first.take()
-    first.take()  # it is its own
-    with pytest.raises(UsageError, match="another trainer"):
-        second.take()
-    first.release()
-    second.take()
-    second.release()

@@ -1,189 +1,83 @@
-"""Watching a run: what waits for the device, MFU and the time left, the profile, running out of memory."""
+"""Watching a run: no step waits for the device; time left, flops, profile."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import CPU, Make, rows_of, train_only
 
-from lejepa_fast.train import config
-from lejepa_fast.train.engine.metrics import Meter, Metrics, peak_memory_gib
+from lejepa_fast.train.engine.metrics import Metrics, peak_memory_gib
 from lejepa_fast.train.engine.profiling import ACTIVE, SKIPPED, WARM_UP
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.model import flops
+from lejepa_fast.train.runtime.world import setup_world
 
 
-class Waits(TorchDispatchMode):
-    """Notes where a program reads a tensor's value on the host: on a GPU each would wait for the device.
-
-    Use as `with waits, waits.methods:`; the second part sees what PyTorch does not dispatch.
-    """
+class Reads(TorchDispatchMode):
+    """The functions on the stack at each read of a tensor's value on the host."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.places: list[str] = []
-        self.methods = _ReadingMethods(self)
+        self.stacks: list[set[str]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            self.note()
-        return func(*args, **(kwargs or {}))
-
-    def note(self) -> None:
-        # (Knots are read on the CPU only, see functional.readable.)
-        ours = [f.name for f in traceback.extract_stack() if "/tests/" not in f.filename and _is_ours(f)]
-        place = ours[-1] if ours else "elsewhere"
-        if place != "_fits":
-            self.places.append(place)
-
-
-def _is_ours(frame: traceback.FrameSummary) -> bool:
-    root = Path(__file__).parents[3]
-    return any(Path(frame.filename).is_relative_to(root / part) for part in ("train", "lejepa_fast"))
-
-
-class _ReadingMethods(TorchFunctionMode):
-    NAMES = ("tolist", "numpy", "cpu", "__array__")
-
-    def __init__(self, waits: Waits):
-        super().__init__()
-        self._waits = waits
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in self.NAMES:
-            self._waits.note()
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.stacks.append({frame.name for frame in traceback.extract_stack()})
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def stepped(tiny: Make) -> Iterator[Trainer]:
-    """A trainer between two steps that need no row."""
+@pytest.mark.parametrize("planted", [False, True])
+def test_a_step_reads_no_value_on_the_host(
+    planted: bool, tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the guard's flags, which are on the host already, and SIGReg's knots on a CPU (`_fits`)."""
     with Trainer(tiny(log_every=10, average={"kind": "ema"}), CPU) as trainer:
-        trainer.model.train()
-        for _ in range(2):
-            _step(trainer)
-        yield trainer
+        views = next(iter(trainer.loader))[0]
+        trainer.train_step(views, epoch=0)
+        if planted:
+            monkeypatch.setattr(trainer.guard, "before_forward", lambda step: torch.ones(()).item())
+        with Reads() as reads:
+            trainer.train_step(views, epoch=0)
+        assert len([stack for stack in reads.stacks if "_fits" not in stack]) == planted
 
 
-def _step(trainer: Trainer) -> None:
-    views = next(iter(trainer.loader))[0]
-    _run_step(trainer, views)
-
-
-def _run_step(trainer: Trainer, views: list[torch.Tensor]) -> None:
-    trainer.train_step(views, epoch=0)
-    trainer.meter.add(8, 0.0)
-    if trainer.step % 10 == 0:
-        trainer.log_metrics()
-
-
-def _waits_of_a_step(trainer: Trainer) -> list[str]:
-    views = next(iter(trainer.loader))[0]
-    waits = Waits()
-    with waits, waits.methods:
-        _run_step(trainer, views)
-    return waits.places
-
-
-def test_a_step_reads_nothing_back_but_the_flags(stepped: Trainer) -> None:
-    """The guard's flags are copied without waiting on a GPU and read a step late; on the CPU at once."""
-    assert stepped.step == 2
-    assert _waits_of_a_step(stepped) == ["_act_on"]
-
-
-def test_a_row_costs_one_wait(stepped: Trainer) -> None:
-    stepped.step = 9
-    assert sorted(_waits_of_a_step(stepped)) == ["_act_on", "log_metrics"]
-
-
-@pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.tolist, bool, float, torch.Tensor.numpy])
-def test_waits_are_seen(stepped: Trainer, monkeypatch: pytest.MonkeyPatch, read: Any) -> None:
-    before_forward = stepped.guard.before_forward
-
-    def reading(step: int) -> None:
-        read(torch.ones(()))
-        before_forward(step)
-
-    monkeypatch.setattr(stepped.guard, "before_forward", reading)
-    assert len(_waits_of_a_step(stepped)) == 2
-
-
-@pytest.fixture
-def stepped_on_a_gpu(tiny: Make) -> Iterator[Trainer]:
-    """As `stepped`, with everything that a step may do beside the plain one."""
-    from lejepa_fast.train.runtime.world import setup_world
-
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch reports waits for a GPU only on one")
+@pytest.mark.parametrize("planted", [False, True])
+def test_a_step_never_waits_for_the_gpu(planted: bool, tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = tiny(log_every=10, device="cuda", average={"kind": "ema"}, optim={"clip_grad_norm": 1.0})
     with Trainer(cfg, setup_world("cuda")) as trainer:
+        views = next(iter(trainer.loader))[0]
         for _ in range(2):
-            _step(trainer)
-        yield trainer
-
-
-def _step_that_must_not_wait(trainer: Trainer) -> None:
-    views = next(iter(trainer.loader))[0]
-    try:
+            trainer.train_step(views, epoch=0)
+        if planted:
+            monkeypatch.setattr(
+                trainer.guard, "before_forward", lambda step: torch.ones((), device="cuda").item()
+            )
+        waits = pytest.raises(RuntimeError, match="synchronizing")
         torch.cuda.set_sync_debug_mode("error")
-        _run_step(trainer, views)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU: PyTorch reports waits for it only there"
-)
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_a_step_never_waits_for_the_gpu(stepped_on_a_gpu: Trainer) -> None:
-    _step_that_must_not_wait(stepped_on_a_gpu)
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.tolist, bool, float, torch.Tensor.cpu])
-def test_waits_for_the_gpu_are_seen(
-    stepped_on_a_gpu: Trainer, monkeypatch: pytest.MonkeyPatch, read: Any
-) -> None:
-    before_forward = stepped_on_a_gpu.guard.before_forward
-
-    def reading(step: int) -> None:
-        read(torch.ones((), device="cuda"))
-        before_forward(step)
-
-    monkeypatch.setattr(stepped_on_a_gpu.guard, "before_forward", reading)
-    with pytest.raises(RuntimeError, match="synchronizing"):
-        _step_that_must_not_wait(stepped_on_a_gpu)
-
-
-def test_mfu_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    meter = Meter(flops_per_image=3e9, peak_flops=2 * 10e12)
-    meter.add(4000, waited=0.0)
-    clock[0] = 2.0
-    assert meter.read()["mfu"] == pytest.approx(0.3)
-    assert "mfu" not in Meter(flops_per_image=3e9, peak_flops=None).read()
+        try:
+            with waits if planted else contextlib.nullcontext():
+                trainer.train_step(views, epoch=0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_time_left_follows_the_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    metrics = Metrics(tmp_path, enabled=True, tensorboard=False, step=10, total_steps=50)
-    clock[0] += 30.0
     numbers = dict.fromkeys(("loss", "prediction", "sigreg", "images_per_second", "data_wait"), 0.0)
-    metrics.write("train", 20, **numbers, memory_gib=1.0)
-    metrics.close()
+    with Metrics(tmp_path, enabled=True, tensorboard=False, step=10, total_steps=50) as metrics:
+        clock[0] += 30.0
+        metrics.write("train", 20, **numbers, memory_gib=1.0)
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row["eta_seconds"] == 90.0  # 3 s a step since this start, 30 steps to go
 
@@ -212,14 +106,7 @@ def test_a_profile_holds_the_steps_it_names(tiny: Make) -> None:
     names = [event.get("name") for event in events]
     assert names.count("Optimizer.step#AdamW.step") == ACTIVE
     assert "[memory]" in names
-    assert "aten::_fused_adamw_" in (folder / f"{stem}.operators.txt").read_text()
-
-
-def test_a_run_without_profile_writes_none(tiny: Make) -> None:
-    cfg = tiny(max_steps=1)
-    train_only(cfg)
-    assert cfg.out is not None
-    assert not (cfg.out / "profile").exists()
+    assert "aten::" in (folder / f"{stem}.operators.txt").read_text()
 
 
 def test_evaluations_and_saves_do_not_count_as_training(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,20 +129,3 @@ def test_evaluations_and_saves_do_not_count_as_training(tiny: Make, monkeypatch:
     trainer.run()
     assert [row["save_seconds"] for row in rows_of(cfg)] == [0, 0, 0, 0, 5]
     assert [row["images_per_second"] for row in rows_of(cfg)] == [8.0] * 5
-
-
-def test_what_a_checkpoint_held_up_stands_in_the_next_row(tiny: Make) -> None:
-    cfg = tiny(max_steps=5, checkpoint_every=2)
-    train_only(cfg)
-    assert [row["save_seconds"] > 0 for row in rows_of(cfg)] == [False, False, True, False, True]
-
-
-def test_a_batch_that_is_small_for_sigreg_is_told(
-    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
-    """On data of one's own; the embedded images have a recipe of small batches."""
-    monkeypatch.setattr(Trainer, "train", lambda self: None)
-    Trainer(tiny(out=tmp_path / "embedded", data={"path": config.EMBEDDED_DATA}), CPU).run()
-    assert "rule of thumb" not in caplog.text
-    Trainer(tiny(out=tmp_path / "own"), CPU).run()
-    assert "are few for SIGReg" in caplog.text

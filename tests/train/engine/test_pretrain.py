@@ -37,18 +37,13 @@ from lejepa_fast.train.runtime.world import World
     ("arguments", "message"),
     [
         (["--data", "{tmp}/nowhere"], "nowhere does not exist"),
-        (["--data", "{tmp}/empty"], "{tmp}/empty"),
         (["--model", "resnet51"], "'resnet51'; did you mean resnet5"),
         (["--batch-size", "1"], "BatchNorm and SIGReg take statistics over at least 2; use --batch-size 2"),
         (["--batch-size", "64"], "has 32 images, fewer than one batch of 64"),
         (["--crops.global-size", "400"], "use a smaller --crops.global-size"),
-        (["--crops.local-size", "20"], "--crops.local-size 16"),
-        (["--preset", "desktop"], "--preset"),
         (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
-        (["--eval.temperature", "0"], "eval.temperature: expected a number above 0, got 0.0"),
         (["--device", "cuda"], "use --device cpu"),
         (["--resume", "{tmp}/nowhere"], "checkpoint {tmp}/nowhere does not exist"),
-        (["--lambda", "2"], "loss.lambd: expected a number from 0 to 1"),
         (["--loss.t-max", "-1"], "loss: t_max"),
         (["--loss.impl", "triton"], "expected on a GPU for impl='triton'"),
         (["--data.backend", "dali"], "backend 'dali': DALI is not installed: pip install nvidia-dali-cuda1"),
@@ -66,17 +61,14 @@ def test_usage_errors_are_one_line_and_exit_with_2(
     monkeypatch.setattr(choice, "_is_installed", lambda: False)  # DALI
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    (tmp_path / "empty").mkdir()
     cfg = tiny()
     given = [argument.format(tmp=tmp_path) for argument in arguments]
-    argv = given if "--preset" in given else arguments_of(cfg, tmp_path / "configs", *given)
-    assert pretrain.main(argv) == 2
-    captured = capsys.readouterr()
-    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert message.format(tmp=tmp_path) in errors[0]
-    assert captured.err.rstrip().endswith(errors[0])  # nothing of it runs on to a second line
-    assert "Traceback" not in captured.err
+    assert pretrain.main(arguments_of(cfg, tmp_path / "configs", *given)) == 2
+    printed = capsys.readouterr().err
+    (error,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert message.format(tmp=tmp_path) in error
+    assert printed.rstrip().endswith(error)  # nothing of it runs on to a second line
+    assert "Traceback" not in printed
     assert cfg.out is not None
     assert not cfg.out.exists()
 
@@ -94,42 +86,23 @@ def damaged(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("backend", ["torchvision", "cpu"])
-def test_an_unreadable_image_is_listed_and_the_run_goes_on(
-    backend: str, damaged: Path, tiny: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if backend == "cpu" and choice.numba_fault():
-        pytest.skip(str(choice.numba_fault()))
-    cfg = tiny(data={"path": str(damaged), "backend": backend}, epochs=2)
-    train_only(cfg)
-    assert cfg.out is not None
-    lines = (cfg.out / "quarantine.txt").read_text().splitlines()
-    assert len(lines) == 1
-    assert lines[0].split("\t")[0].endswith("30.jpg")
-    assert [row["loader_backend"] for row in rows_of(cfg, "run")] == [backend]
-
-
-@pytest.mark.parametrize("backend", ["torchvision", "cpu"])
-def test_too_many_unreadable_images_are_one_line_and_exit_with_1(
+def test_unreadable_images_are_listed_and_too_many_exit_with_1(
     backend: str, damaged: Path, tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if backend == "cpu" and choice.numba_fault():
         pytest.skip(str(choice.numba_fault()))
-    cfg = tiny(data={"path": str(damaged), "backend": backend, "max_bad_fraction": 0.0})
-    assert pretrain.main(arguments_of(cfg, tmp_path / "configs")) == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "30.jpg" in errors[0]
-
-
-def test_a_checkpoint_of_another_model_exits_with_2(
-    tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cfg = tiny(max_steps=1)
+    data = {"path": str(damaged), "backend": backend}
+    cfg = tiny(data=data, epochs=2)
     train_only(cfg)
-    assert pretrain.main(arguments_of(cfg, tmp_path / "configs", "--model", "test_resnet")) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: checkpoint ")
-    assert "is of model test_vit, and this run is of test_resnet" in error
+    assert cfg.out is not None
+    (line,) = (cfg.out / "quarantine.txt").read_text().splitlines()
+    assert line.split("\t")[0].endswith("30.jpg")
+    assert [row["loader_backend"] for row in rows_of(cfg, "run")] == [backend]
+
+    strict = tiny(data={**data, "max_bad_fraction": 0.0}, out=tmp_path / "strict")
+    assert pretrain.main(arguments_of(strict, tmp_path / "configs")) == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "30.jpg" in error
 
 
 def test_a_refused_export_exits_with_1(
@@ -176,14 +149,6 @@ def test_exit_codes(
     assert capsys.readouterr().err.splitlines()[-1].startswith(said)
 
 
-def test_other_exceptions_keep_their_traceback(
-    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pretrain, "pretrain", lambda cfg, world: [][0])
-    with pytest.raises(IndexError):
-        pretrain.main(arguments_of(tiny(), tmp_path))
-
-
 # ---- signals -----------------------------------------------------------------------------------------
 
 
@@ -197,9 +162,11 @@ def test_signals_end_the_command_with_the_state_saved(tiny: Make, tmp_path: Path
         (signal.SIGINT, 130, "stopped by SIGINT after step"),
     ]
     assert cfg.out is not None
+    # As many threads as here, so that both add up in the same order.
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     step = 0
     for signum, code, said in ends:
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
         try:
             wait_for(lambda least=step + 3: len(rows_of(cfg)) >= least, process)
             process.send_signal(signum)
@@ -220,11 +187,6 @@ def test_signals_end_the_command_with_the_state_saved(tiny: Make, tmp_path: Path
     assert [row["loss"] for row in rows_of(straight)] == [row["loss"] for row in rows_of(cfg)]
 
 
-def environment() -> dict[str, str]:
-    """One thread, so that a subprocess adds up in the same order as this process under the same setting."""
-    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-
-
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 300
     while not condition():
@@ -238,100 +200,18 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tiny: Make, tmp_path: Path) -> None:
-    """Two ranks of 4 images equal one process with 8 within 1e-5, from the start and from its checkpoint.
-
-    Without BatchNorm: on gloo its statistics are per rank.
-    """
-    one = tiny(out=tmp_path / "one", optim={"lr": 2e-4}, checkpoint_every=5)
+def test_two_processes_equal_one_up_to_the_report(tiny: Make, tmp_path: Path) -> None:
+    """Without BatchNorm, whose statistics are per rank on gloo."""
+    one = tiny(out=tmp_path / "one", optim={"lr": 2e-4})
     train_only(one)
-
     two = replace(one, out=tmp_path / "two")
     result = torchrun(SCRIPT, *arguments_of(two, tmp_path / "configs"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("report: ") == 1
-    check_same_course(one, two, first=1)
-
-    assert one.out is not None
-    resumed = replace(one, out=tmp_path / "resumed", resume=str(one.out / "checkpoints" / "step-00000005"))
-    result = torchrun(SCRIPT, *arguments_of(resumed, tmp_path / "configs"))
-    assert result.returncode == 0, result.stderr
-    check_same_course(one, resumed, first=6)
-
-
-def check_same_course(one: Config, two: Config, first: int) -> None:
-    expected, found = (
-        {row["step"]: row for row in rows_of(cfg) if row["step"] >= first} for cfg in (one, two)
-    )
-    assert list(found) == list(range(first, 13)) == list(expected)
-    print("differences", [f"{abs(found[s]['loss'] / row['loss'] - 1):.1e}" for s, row in expected.items()])
-    for step, row in expected.items():
-        assert found[step]["loss"] == pytest.approx(row["loss"], rel=1e-5), step
-    # The gradient before any update: later ones differ more, since Adam's first steps make full steps of
-    # gradients that are nothing but rounding (keys' biases in attention).
-    assert found[first]["grad_norm"] == pytest.approx(expected[first]["grad_norm"], rel=1e-5)
-    assert (
-        abs(expected[12]["loss"] - expected[first]["loss"]) > 1e-3
-    )  # the losses moved: 1e-5 is a comparison
-
-
-ONE_BAD_RANK = '''
-"""Run by torchrun: on rank 1 images are NaN in step 3 and the loss is infinite in step 4."""
-import sys
-import torch
-from lejepa_fast.train import config
-from lejepa_fast.train.engine.trainer import Trainer
-from lejepa_fast.train.runtime.world import close_world, setup_world
-from lejepa_fast.train.runtime.command import log_to_stderr
-
-def say(line):
-    sys.stdout.write(line + "\\n")  # one write: both ranks share the pipe
-    sys.stdout.flush()
-
-world = setup_world("cpu")
-log_to_stderr(main_process=world.is_main, who="")
-trainer = Trainer(config.parse(sys.argv[1:]), world)
-step = trainer.train_step
-
-def spoiled(views, epoch):
-    number = trainer.step + 1
-    if number == 3 and world.rank == 1:
-        views[0][0] = torch.nan
-    before = [p.detach().clone() for p in trainer.model.parameters()]
-    step(views, epoch)
-    same = all(torch.equal(p, b) for p, b in zip(trainer.model.parameters(), before))
-    say(f"rank {world.rank} step {number} unchanged {same}")
-
-check = trainer.guard.check
-
-def checked(loss, own_part, grad_norm, *, stop):
-    # SIGReg carries a NaN to all ranks; here is a loss that is bad on one rank and fine on the other.
-    if trainer.step + 1 == 4 and world.rank == 1:
-        loss = loss * torch.inf
-    check(loss, own_part, grad_norm, stop=stop)
-
-trainer.train_step = spoiled
-trainer.guard.check = checked
-trainer.run()
-total = sum(p.double().sum().item() for p in trainer.model.parameters())
-say(f"rank {world.rank} sum {total!r}")
-close_world()
-'''
-
-
-@pytest.mark.slow
-def test_a_nan_on_one_rank_is_skipped_on_all(tiny: Make, tmp_path: Path) -> None:
-    script = tmp_path / "one_bad_rank.py"
-    script.write_text(ONE_BAD_RANK)
-    result = torchrun(script, *arguments_of(tiny(max_steps=5), tmp_path / "configs"))
-    assert result.returncode == 0, result.stderr
-    unchanged = dict(re.findall(r"(rank \d step \d) unchanged (\w+)", result.stdout))
-    assert unchanged == {f"rank {r} step {s}": str(s in (3, 4)) for r in (0, 1) for s in range(1, 6)}
-    sums = re.findall(r"rank \d sum (\S+)", result.stdout)
-    assert len(sums) == 2
-    assert sums[0] == sums[1] != "nan"
-    for said in ("not finite (rank 1, step 3, loss nan)", "not finite (rank 1, step 4, loss inf)"):
-        assert result.stderr.count(said) == 2  # each rank knows which one it was
+    expected, found = rows_of(one), rows_of(two)
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+    assert found[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-5)
+    assert abs(expected[-1]["loss"] - expected[0]["loss"]) > 1e-3  # they moved: 1e-5 is a comparison
 
 
 @pytest.mark.slow

@@ -38,20 +38,18 @@ def test_changed_settings_are_told_and_used(tiny: Make, told: pytest.LogCaptureF
     assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {0.5}
 
 
-def test_an_extended_run_follows_the_longer_schedule_at_once(tiny: Make) -> None:
-    train_only(tiny(max_steps=4))
-    longer = tiny(max_steps=12)
-    train_only(longer)
-    factor = optimization.lr_factor(4, warmup=1, total=12, final=1e-3)
-    assert rows_of(longer)[4]["lr"] == pytest.approx(1e-3 * factor, rel=1e-12)
-
-
-def test_another_seed_needs_another_folder(tiny: Make) -> None:
-    train_only(tiny(max_steps=2, seed=1))
-    with pytest.raises(
-        UsageError, match=r"holds a run with seed 1, and this one has 2; choose another --out"
-    ):
-        train_only(tiny(max_steps=4, seed=2))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 2}, r"holds a run with seed 0, and this one has 2; choose another --out"),
+        ({"model": {"name": "test_resnet"}}, "is of model test_vit, and this run is of test_resnet"),
+        ({"resume": "none"}, r"--resume none: .* holds checkpoints of another run .*another --out"),
+    ],
+)
+def test_another_run_needs_another_folder(changes: dict[str, Any], message: str, tiny: Make) -> None:
+    train_only(tiny(max_steps=2))
+    with pytest.raises(UsageError, match=message):
+        train_only(tiny(max_steps=4, **changes))
 
 
 def test_other_images_need_another_folder(
