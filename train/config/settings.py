@@ -156,6 +156,8 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config:
+    __pydantic_config__: typing.ClassVar = {"extra": "forbid", "strict": True}
+
     data: DataConfig = field(default_factory=DataConfig)
     crops: MultiCropRecipe = field(default_factory=MultiCropRecipe)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -311,35 +313,28 @@ def from_dict(values: Any, where: str = "config") -> Config:
 def _checked(cls: type, values: Any, prefix: str) -> Any:
     import pydantic
 
-    _refuse_unknown_keys(cls, values, prefix)
     try:
-        return pydantic.TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+        return pydantic.TypeAdapter(cls).validate_json(json.dumps(values))
     except pydantic.ValidationError as error:
         raise UsageError(prefix + _first_error(cls, error)) from error
 
 
-def _refuse_unknown_keys(cls: type, values: Any, prefix: str) -> None:
-    if not isinstance(values, dict):
-        return  # pydantic says what is expected
-    kinds = typing.get_type_hints(cls)
-    for key, value in values.items():
-        if key not in kinds:
-            near = difflib.get_close_matches(str(key), kinds, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(kinds)}"
-            raise UsageError(f"{prefix}unknown key {key!r}; {hint}")
-        if dataclasses.is_dataclass(kinds[key]):
-            _refuse_unknown_keys(kinds[key], value, f"{prefix}{key}: ")
-
-
 def _first_error(cls: type, error: pydantic.ValidationError) -> str:
     """Return `section.field: expected ..., got ...` for the first field that pydantic refuses."""
-    sections = [name for name, kind in typing.get_type_hints(cls).items() if dataclasses.is_dataclass(kind)]
+    kinds = typing.get_type_hints(cls)
 
     def key(location: tuple[int | str, ...]) -> str:  # without union members and tuple indices
-        return ".".join(map(str, location[: 2 if location and location[0] in sections else 1]))
+        in_section = location and dataclasses.is_dataclass(kinds.get(str(location[0])))
+        return ".".join(map(str, location[: 2 if in_section else 1]))
 
     found = [(key(each["loc"]), each) for each in error.errors(include_url=False)]
     name, first = found[0]
+    if first["type"] == "unexpected_keyword_argument":
+        section, _, last = name.rpartition(".")
+        known = typing.get_type_hints(kinds[section]) if section else kinds
+        near = difflib.get_close_matches(last, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        return f"{section + ': ' if section else ''}unknown key {last!r}; {hint}"
     expected = " or ".join(dict.fromkeys(each["msg"] for other, each in found if other == name))
     for theirs, ours in (
         ("Input should be ", ""),

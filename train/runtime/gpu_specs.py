@@ -28,35 +28,32 @@ class GpuSpec:
     """GB/s that one GPU sends to the GPUs of its machine."""
     network_gb_s: float
     """GB/s that one GPU sends to other machines, with the usual network card of its own."""
-    words: tuple[str, ...]
-    """Words that all occur in PyTorch's name of the device; the first entry of the table that fits counts."""
 
 
-# Longer names first: "H100 NVL" also holds the words of "H100".
+# An entry fits a device whose name holds all its words. Longer names first: "H100 NVL" also holds "H100".
 _TABLE = (
-    GpuSpec("b300", 2250, 268, 900, 100, ("B300",)),
-    GpuSpec("gb200", 2500, 184, 900, 50, ("GB200",)),
-    GpuSpec("b200", 2250, 178, 900, 50, ("B200",)),
-    GpuSpec("gh200", 989.4, 94, 450, 50, ("GH200",)),
-    GpuSpec("h200-nvl", 835.5, 140, 450, 50, ("H200", "NVL")),
-    GpuSpec("h200", 989.4, 139, 450, 50, ("H200",)),
-    GpuSpec("h100-nvl", 835.5, 93, 300, 50, ("H100", "NVL")),
-    GpuSpec("h100-pcie", 756, 79, 64, 50, ("H100", "PCIE")),
-    GpuSpec("h100", 989.4, 79, 450, 50, ("H100",)),
-    GpuSpec("h20", 148, 95, 450, 50, ("H20",)),
-    GpuSpec("a100-40gb", 312, 39, 300, 25, ("A100", "40GB")),
-    GpuSpec("a100", 312, 79, 300, 25, ("A100",)),
-    GpuSpec("a10", 125, 22, 32, 12.5, ("A10",)),
-    GpuSpec("a10g", 70, 22, 32, 12.5, ("A10G",)),
-    GpuSpec("l40s", 362, 44, 32, 12.5, ("L40S",)),
-    GpuSpec("l4", 121, 22, 32, 12.5, ("L4",)),
-    GpuSpec("rtx-4090", 165.2, 23, 32, 12.5, ("RTX", "4090")),
-    GpuSpec("mi250x", 191.5, 63, 100, 25, ("MI250X",)),  # one of the two dies: what PyTorch sees
-    GpuSpec("mi300x", 1307.4, 191, 448, 50, ("MI300X",)),
-    GpuSpec("mi325x", 1307.4, 255, 448, 50, ("MI325X",)),
-    GpuSpec("mi355x", 2516.6, 287, 537, 50, ("MI355X",)),
+    GpuSpec("b300", 2250, 268, 900, 100),
+    GpuSpec("gb200", 2500, 184, 900, 50),
+    GpuSpec("b200", 2250, 178, 900, 50),
+    GpuSpec("gh200", 989.4, 94, 450, 50),
+    GpuSpec("h200-nvl", 835.5, 140, 450, 50),
+    GpuSpec("h200", 989.4, 139, 450, 50),
+    GpuSpec("h100-nvl", 835.5, 93, 300, 50),
+    GpuSpec("h100-pcie", 756, 79, 64, 50),
+    GpuSpec("h100", 989.4, 79, 450, 50),
+    GpuSpec("h20", 148, 95, 450, 50),
+    GpuSpec("a100-40gb", 312, 39, 300, 25),
+    GpuSpec("a100", 312, 79, 300, 25),
+    GpuSpec("a10", 125, 22, 32, 12.5),
+    GpuSpec("a10g", 70, 22, 32, 12.5),
+    GpuSpec("l40s", 362, 44, 32, 12.5),
+    GpuSpec("l4", 121, 22, 32, 12.5),
+    GpuSpec("rtx-4090", 165.2, 23, 32, 12.5),
+    GpuSpec("mi250x", 191.5, 63, 100, 25),  # one of the two dies: what PyTorch sees
+    GpuSpec("mi300x", 1307.4, 191, 448, 50),
+    GpuSpec("mi325x", 1307.4, 255, 448, 50),
+    GpuSpec("mi355x", 2516.6, 287, 537, 50),
 )
-GPUS = {device.name: device for device in _TABLE}
 
 
 def by_device_name(name: str) -> GpuSpec | None:
@@ -64,14 +61,15 @@ def by_device_name(name: str) -> GpuSpec | None:
     words = set(re.split(r"[^A-Z0-9]+", name.upper()))
     if "MIG" in words:
         return None
-    return next((device for device in _TABLE if words.issuperset(device.words)), None)
+    return next((each for each in _TABLE if words.issuperset(each.name.upper().split("-"))), None)
 
 
 def by_option(name: str) -> GpuSpec:
     """Return the entry of `--gpu NAME`; UsageError with all names if there is none."""
-    found = GPUS.get(name.lower()) or by_device_name(name)
+    found = by_device_name(name)
     if found is None:
-        near = difflib.get_close_matches(name.lower(), GPUS, n=1)
-        hint = f"did you mean {near[0]}? known: " if near else "known: "
-        raise UsageError(f"gpu: no GPU is called {name!r}; {hint}{', '.join(sorted(GPUS))}")
+        names = sorted(each.name for each in _TABLE)
+        near = difflib.get_close_matches(name.lower(), names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"gpu: no GPU is called {name!r}; {hint}known: {', '.join(names)}")
     return found

@@ -146,26 +146,18 @@ def test_one_that_begins_with_a_bad_step_has_the_running_statistics_from_before(
     assert same(saved(again, 3), saved(straight, 3))
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_bad_step_does_not_enter(told: bool, tiny: Make) -> None:
-    """As on a GPU, where the host puts running statistics back a step late. Not told, the NaN would enter."""
+def test_a_bad_step_does_not_enter(tiny: Make) -> None:
+    """As on a GPU, where the host puts running statistics back a step late."""
     trainer = Trainer(tiny(model=NORMED, average=EMA, max_steps=4), CPU)
     trainer.guard.lag = True
-    step, check = trainer.train_step, trainer.guard.check
+    step = trainer.train_step
 
     def poisoned(views: list[torch.Tensor], epoch: int) -> None:
         if trainer.step == 1:
             views[0][0] = torch.nan
         step(views, epoch)
 
-    def silent(*args: Any, **options: Any) -> None:
-        check(*args, **options)
-        trainer.guard.bad = torch.zeros(())
-
     trainer.train_step = poisoned  # type: ignore[method-assign]
-    if not told:
-        trainer.guard.check = silent  # type: ignore[method-assign]
     trainer.run()
     assert trainer.guard.skipped == 1
-    finite = [bool(torch.isfinite(tensor).all()) for tensor in saved(trainer.cfg, 4).values()]
-    assert all(finite) == told
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in saved(trainer.cfg, 4).values())

@@ -1,4 +1,4 @@
-"""Flops: the counter against arithmetic by hand, and what must not enter the count."""
+"""The FLOP count against closed forms, and the table of GPUs."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_an_unknown_device_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
         assert flops.peak_flops(torch.device("cuda", 0)) == peak
 
 
-def test_an_unknown_option_lists_the_known() -> None:
+def test_gpus_by_option() -> None:
     assert gpu_specs.by_option("H200").name == "h200"
     with pytest.raises(UsageError, match=r"gpu: no GPU is called 'h2000'; did you mean h200\? known: a10"):
         gpu_specs.by_option("h2000")

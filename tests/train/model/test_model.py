@@ -88,13 +88,9 @@ def test_options_that_a_model_lacks_are_named() -> None:
         (
             "test_vit",
             {"local_size": 20},
-            "crops.local_size: model test_vit cannot take 20 x 20.*--crops.local-size 16",
+            "crops.local_size: model test_vit cannot take 20 x 20.*local-size 16",
         ),
-        (
-            "test_vit",
-            {"global_size": 10, "local_crops": 0},
-            "crops.global_size.*multiple of its patch size 16",
-        ),
+        ("test_vit", {"global_size": 10, "local_crops": 0}, "global_size.*multiple of its patch size 16"),
         ("mixer_s16_224", {"global_size": 64}, "crops.local_size.*one size only: use --crops.local-size 64"),
     ],
 )
@@ -119,16 +115,11 @@ def test_width_of_the_features_is_measured(tiny: Callable[..., Config]) -> None:
 )
 def test_projector_layers(norm: str, kind: type) -> None:
     projector = build_projector(5, hidden=7, layers=3, out=2, norm=norm)
-    assert [type(layer) for layer in projector] == [
-        *(torch.nn.Linear, kind, torch.nn.ReLU),
-        *(torch.nn.Linear, kind, torch.nn.ReLU),
-        torch.nn.Linear,
-    ]
-    assert [(m.in_features, m.out_features) for m in projector if isinstance(m, torch.nn.Linear)] == [
-        (5, 7),
-        (7, 7),
-        (7, 2),
-    ]
+    linear = torch.nn.Linear
+    kinds = [linear, kind, torch.nn.ReLU, linear, kind, torch.nn.ReLU, linear]
+    assert [type(layer) for layer in projector] == kinds
+    widths = [(m.in_features, m.out_features) for m in projector if isinstance(m, linear)]
+    assert widths == [(5, 7), (7, 7), (7, 2)]
 
 
 @pytest.mark.parametrize(
