@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.loss import LeJEPAOutput
-from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.checkpoint.saving import Saver
 from lejepa_fast.train.config import (
     AverageConfig,
@@ -54,22 +53,17 @@ FAMILIES: dict[str, tuple[str, int]] = {
     ),
     "maxvit_tiny_rw_224": ('{"embed_dim": [32, 64], "depths": [1, 1]}', 64),
     "efficientnet_b0": ("{}", 32),
-    "vit_small_patch16_224": ('{"embed_dim": 32, "depth": 2, "num_heads": 2, "reg_tokens": 2}', 32),
+    "vit_small_patch16_224": ('{"embed_dim": 32, "depth": 2, "num_heads": 2}', 32),
 }
 
 
 def family_config(name: str, **parallel: Any) -> Config:
     kwargs, local_size = FAMILIES[name]
-    if name.startswith("vit"):
-        kwargs = kwargs.replace(', "reg_tokens": 2', "")
+    registers = 2 if name.startswith("vit") else 0
     return Config(
         crops=MultiCropRecipe(global_size=64, local_crops=2, local_size=local_size),
         model=ModelConfig(
-            name=name,
-            register_tokens=2 if name.startswith("vit") else 0,
-            kwargs=kwargs,
-            projector_hidden=32,
-            projector_dim=16,
+            name, register_tokens=registers, kwargs=kwargs, projector_hidden=32, projector_dim=16
         ),
         parallel=ParallelConfig(**parallel),
     )
@@ -81,7 +75,7 @@ def run_config(images: str, out: Path, **changes: Any) -> Config:
         data=DataConfig(path=images, batch_size=8, workers=0),
         crops=MultiCropRecipe(global_size=32, local_crops=1, local_size=16, blur_kernel=3),
         model=ModelConfig(
-            name="test_vit",
+            "test_vit",
             kwargs='{"depth": 3}',
             projector_hidden=32,
             projector_layers=2,
@@ -102,26 +96,9 @@ def run_config(images: str, out: Path, **changes: Any) -> Config:
     return replace(cfg, **changes)
 
 
+DDP = ParallelConfig(strategy="ddp")
 FSDP = ParallelConfig(strategy="fsdp")
 KEPT = ParallelConfig(strategy="fsdp", keep_gathered=True, activation_checkpointing="full")
-
-WANDB = """
-import json, pathlib
-
-class Run:
-    def log(self, values):
-        with pathlib.Path(__file__).with_name("calls.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\\n")
-
-    def define_metric(self, name, *, step_metric):
-        pass
-
-    def finish(self, exit_code=None):
-        self.log({"finished": exit_code})
-
-def init(**options):
-    return Run()
-"""
 
 
 def jobs(images: str, folder: Path) -> dict[str, Config]:
@@ -133,62 +110,58 @@ def jobs(images: str, folder: Path) -> dict[str, Config]:
     middle = str(folder / "one" / "checkpoints" / "step-00000010")
     recomputing = replace(FSDP, activation_checkpointing="selective")
     return {
-        "ddp": run("ddp", parallel=ParallelConfig(strategy="ddp"), wandb="birds"),
+        "ddp": run("ddp", parallel=DDP),
         "fsdp": run("fsdp", parallel=FSDP),
         "hsdp": run("hsdp", parallel=ParallelConfig(replicate=2)),
         "compiled": run("compiled", parallel=recomputing, compile="on"),
         "one to fsdp": run("one to fsdp", parallel=KEPT, resume=middle),
-        "one to ddp": run("one to ddp", parallel=ParallelConfig(strategy="ddp"), resume=middle),
+        "one to ddp": run("one to ddp", parallel=DDP, resume=middle),
     }
 
 
-def run(rank: int, size: int, folder: str, images: str) -> None:
+@contextmanager
+def process_group(rank: int, size: int, folder: str) -> Iterator[World]:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=size)
-    world = World(CPU, rank=rank, size=size)
-    results: dict[str, Any] = {}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init{size}", rank=rank, world_size=size)
     try:
-        for name, cfg in jobs(images, Path(folder)).items():
-            results[name] = train(cfg, world, whole=name == "fsdp")
-        spoiled = run_config(images, Path(folder) / "nan", parallel=FSDP, max_steps=9)
-        results["nan"] = spoiled_run(spoiled, world, steps={2, 5, 6, 7})
-        for kind in ("ddp", "fsdp"):
-            spiked = run_config(
-                images,
-                Path(folder) / f"spike {kind}",
-                parallel=ParallelConfig(strategy=kind),  # type: ignore[arg-type]
-                optim=OptimConfig(lr=2e-4, clip_grad_norm=0.5, skip_grad_norm=1e3),
-                max_steps=3,
-            )
-            results[f"spike {kind}"] = spoiled_run(spiked, world, steps={2}, factor=1e6)
-        save_different_copies(Path(folder) / "copies", world)
-        results["no room"] = run_without_room_for_the_whole(
-            run_config(images, Path(folder) / "no room"), world
-        )
-        results["refused"] = refused(images, Path(folder), world)
-        for name in FAMILIES:
-            results[name] = {kind: family_step(name, kind, rank) for kind in ("ddp", "fsdp")}
+        yield World(CPU, rank=rank, size=size)
     finally:
         gc.collect()
         dist.destroy_process_group()
-    torch.save(results, Path(folder) / f"rank{rank}.pt")
+
+
+def run(rank: int, size: int, folder: str, images: str) -> None:
+    """All that two ranks do; the results go to `folder/rankN.pt`."""
+    root = Path(folder)
+    results: dict[str, Any] = {}
+    with process_group(rank, size, folder) as world:
+        for name, cfg in jobs(images, root).items():
+            results[name] = train(cfg, world, whole=name == "fsdp")
+        spoiled = run_config(images, root / "nan", parallel=FSDP, max_steps=9)
+        results["nan"] = spoiled_run(spoiled, world, steps={2, 5, 6, 7})
+        for kind, parallel in (("ddp", DDP), ("fsdp", FSDP)):
+            optim = OptimConfig(lr=2e-4, clip_grad_norm=0.5, skip_grad_norm=1e3)
+            spiked = run_config(images, root / f"spike {kind}", parallel=parallel, optim=optim, max_steps=3)
+            results[f"spike {kind}"] = spoiled_run(spiked, world, steps={2}, factor=1e6)
+        saver = Saver(root / "copies", world, keep=1)  # values that differ, as running statistics on a CPU do
+        saver.start(1, {f"model.{i}": torch.full((3,), float(rank)) for i in range(4)}, {})
+        saver.wait()
+        results["no room"] = run_without_room_for_the_whole(run_config(images, root / "no room"), world)
+        results["refused"] = refused(images, root, world)
+        for name in FAMILIES:
+            results[name] = {kind: family_step(name, kind, rank) for kind in ("ddp", "fsdp")}
+    torch.save(results, root / f"rank{rank}.pt")
 
 
 def run_groups(rank: int, size: int, folder: str, images: str) -> None:
     """Two groups of two ranks: `folder/groups`, and what this rank holds of the model in rankN-groups.pt."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init4", rank=rank, world_size=size)
-    world = World(CPU, rank=rank, size=size)
-    try:
+    with process_group(rank, size, folder) as world:
         cfg = run_config(images, Path(folder) / "groups", parallel=ParallelConfig(replicate=2))
         trainer = Trainer(cfg, world)
         trainer.run()
         shards = {n: (tuple(t.shape), local(t).clone()) for n, t in trainer.model.named_parameters()}
         torch.save(shards, Path(folder) / f"rank{rank}-groups.pt")
         del trainer
-    finally:
-        gc.collect()
-        dist.destroy_process_group()
 
 
 def train(cfg: Config, world: World, *, whole: bool = False) -> dict[str, Any]:
@@ -210,31 +183,30 @@ def train(cfg: Config, world: World, *, whole: bool = False) -> dict[str, Any]:
 
 
 def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None = None) -> dict[str, Any]:
-    """On rank 1 images of these steps are NaN or, with a `factor`, the loss is that much larger: the steps
-    that changed anything in this rank's parameters and moments, the error that ended the run, and the images
-    of this rank at each step."""
+    """On rank 1 images of these steps are NaN or, with a `factor`, the loss is that much larger.
+
+    Returns the steps that changed any parameter or moment of this rank, the skipped steps, the error that
+    ended the run, whether rank 0 alone tells it, and the images of this rank at each step.
+    """
     trainer = Trainer(cfg, world)
     step, make_batches = trainer.train_step, trainer.loader._backend.batches
     changed: list[int] = []
     images: list[list[int]] = []
+
+    def is_bad() -> bool:
+        return world.rank == 1 and trainer.step + 1 in steps
 
     def state() -> list[Tensor]:
         slots = [t for per in trainer.optimizer.state.values() for t in per.values()]
         return [local(t).clone() for t in [*trainer.model.parameters(), *slots]]
 
     def noted(keys: Iterator[BatchKey], substitutes: Any) -> Iterator[Any]:
-        def note() -> Iterator[BatchKey]:
-            for key in keys:
-                images.append(list(key.indices))
-                yield key
-
-        return make_batches(note(), substitutes)
+        return make_batches((images.append(list(key.indices)) or key for key in keys), substitutes)
 
     def spoiled(views: list[Tensor], epoch: int) -> None:
-        number = trainer.step + 1
-        if number in steps and world.rank == 1 and factor is None:
+        number, before = trainer.step + 1, state()
+        if factor is None and is_bad():
             views[0][0] = torch.nan
-        before = state()
         try:
             step(views, epoch)
         finally:
@@ -243,46 +215,27 @@ def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None
                 changed.append(number)
 
     def larger(module: Any, args: Any, out: LeJEPAOutput) -> LeJEPAOutput:
-        bad = factor is not None and world.rank == 1 and trainer.step + 1 in steps
-        return out._replace(total=out.total * factor) if bad else out
+        return out._replace(total=out.total * factor) if factor and is_bad() else out
 
     trainer.loss_fn.register_forward_hook(larger)
     trainer.train_step = spoiled  # type: ignore[method-assign]
     trainer.loader._backend.batches = noted  # type: ignore[method-assign]
-    error, left_to_rank_0 = "", False
+    found: dict[str, Any] = {"changed": changed, "images": images, "error": ""}
     try:
         trainer.run()
     except RunError as caught:
-        error, left_to_rank_0 = str(caught), reported_elsewhere(caught, 1)
-    return {
-        "changed": changed,
-        "skipped": trainer.guard.skipped,
-        "error": error,
-        "left to rank 0": left_to_rank_0,
-        "images": images,
-    }
+        found |= {"error": str(caught), "left to rank 0": reported_elsewhere(caught, 1)}
+    return found | {"skipped": trainer.guard.skipped}
 
 
-def refused(images: str, folder: Path, world: World) -> list[tuple[str, bool]]:
-    """Errors of runs that cannot go on with the checkpoint of `folder/one`, and whether rank 0 alone tells:
-    another model; a shallower and a deeper one whose configuration did not say so."""
+def refused(images: str, folder: Path, world: World) -> tuple[str, bool]:
+    """The error of another model that resumes from `folder/one`, and whether rank 0 alone tells it."""
     middle = str(folder / "one" / "checkpoints" / "step-00000010")
-    found = []
-    for depth, checked in ((2, True), (2, False), (4, False)):
-        cfg = run_config(images, folder / "refused", parallel=FSDP, resume=middle)
-        cfg = replace(cfg, model=replace(cfg.model, kwargs=f'{{"depth": {depth}}}'))
-        unchecked = mock.patch.object(checkpoint, "check_same_model")
-        with contextlib.nullcontext() if checked else unchecked, pytest.raises(UsageError) as caught:
-            Trainer(cfg, world).run()
-        found.append((str(caught.value), reported_elsewhere(caught.value, 1)))
-    return found
-
-
-def save_different_copies(folder: Path, world: World) -> None:
-    """As running statistics are on the CPU: the names of all ranks, each rank's values."""
-    saver = Saver(folder, world, keep=1)
-    saver.start(1, {f"model.{i}": torch.full((3,), float(world.rank)) for i in range(4)}, {})
-    saver.wait()
+    cfg = run_config(images, folder / "refused", parallel=FSDP, resume=middle)
+    cfg = replace(cfg, model=replace(cfg.model, kwargs='{"depth": 2}'))
+    with pytest.raises(UsageError) as caught:
+        Trainer(cfg, world).run()
+    return str(caught.value), reported_elsewhere(caught.value, 1)
 
 
 def run_without_room_for_the_whole(cfg: Config, world: World) -> str:
@@ -291,12 +244,9 @@ def run_without_room_for_the_whole(cfg: Config, world: World) -> str:
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    with mock.patch.object(initialize, "allocate", full):
-        try:
-            pretrain(replace(cfg, parallel=FSDP, max_steps=1), world)
-        except RunError as caught:
-            return str(caught)
-    return ""
+    with mock.patch.object(initialize, "allocate", full), pytest.raises(RunError) as caught:
+        pretrain(replace(cfg, parallel=FSDP, max_steps=1), world)
+    return str(caught.value)
 
 
 def family_step(name: str, kind: str, rank: int) -> dict[str, Any]:

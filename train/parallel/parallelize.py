@@ -20,7 +20,7 @@ import inspect
 import itertools
 import logging
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -118,7 +118,7 @@ def parallelize(
         model = _with_global_batchnorm(model, device, mesh.size())
     blocks = list(find_blocks(model.encoder).values())
     compiled = compilable(blocks) if compiles(cfg, device) else []
-    recompute(blocks, cfg.parallel.activation_checkpointing, compiled=compiled)
+    recompute(blocks, cfg.parallel.activation_checkpointing, compiled)
     if compiles(cfg, device):
         compile_blocks(blocks, device)
     if strategy == "fsdp":
@@ -145,20 +145,15 @@ _ATTENTION = {
 }
 
 
-def recompute(
-    blocks: Iterable[nn.Module],
-    mode: Literal["none", "selective", "full"],
-    *,
-    compiled: Collection[nn.Module] = (),
-) -> None:
+def recompute(blocks: list[nn.Module], mode: str, compiled: list[nn.Module]) -> None:
     """Recompute the activations of each block in the backward pass, all ("full") or the cheap ones.
 
-    `compiled` are the blocks that `compile_blocks` gets afterwards.
+    `compiled` are the blocks that `compile_blocks` compiles afterwards.
     """
     if mode == "none":
         return
     # Dynamo warns that in-place operators break selective checkpointing; they are switched off below.
-    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_not_of_contexts)
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for block in blocks:
         contexts = noop_context_fn
         if mode == "selective":
@@ -173,10 +168,6 @@ def recompute(
         block.forward = functools.partial(  # type: ignore[method-assign]
             checkpoint, block.forward, use_reentrant=False, context_fn=contexts
         )
-
-
-def _is_not_of_contexts(record: logging.LogRecord) -> bool:
-    return "context_fn is passed to torch.utils.checkpoint" not in record.getMessage()
 
 
 def _with_frozen_statistics(norms: list[nn.Module], contexts: Any) -> tuple[Any, Any]:
@@ -264,12 +255,7 @@ def eagerly() -> Any:
 
 
 def shard(
-    model: LeJEPAModel,
-    blocks: list[nn.Module],
-    mesh: DeviceMesh,
-    dtype: torch.dtype | None,
-    *,
-    keep: bool = False,
+    model: LeJEPAModel, blocks: list[nn.Module], mesh: DeviceMesh, dtype: torch.dtype | None, *, keep: bool
 ) -> None:
     """Apply FSDP2 to each block, to the projector, and to the rest of the model.
 

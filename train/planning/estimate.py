@@ -17,7 +17,6 @@ from lejepa_fast.train.runtime.gpu_specs import GIB, by_option
 
 GPUS_OF_A_MACHINE = 8
 _STRATEGIES = {"none": "no wrapper", "ddp": "DDP", "fsdp": "FSDP2"}
-_HEADER = "GPUs|images/GPU|GiB/GPU|fits|GB sent|network ms|compute ms|images/s|days"
 
 
 @dataclass(frozen=True)
@@ -112,16 +111,16 @@ class Plan:
     def report(self) -> str:
         """Return the text that train/plan.py prints."""
         cfg, flops, crops, asked = self.cfg, self.flops, self.cfg.crops, self.row(self.options.gpus)
+        parallel, smallest = cfg.parallel, self.smallest()
         average = f", {cfg.average.kind} of the weights" if cfg.average.kind != "none" else ""
-        groups = f" in {cfg.parallel.replicate} groups" if cfg.parallel.replicate > 1 else ""
-        kept = ", gathered once a step" if cfg.parallel.keep_gathered else ""
-        state, smallest = min(asked.peak, self.memory.traced.state), self.smallest()
+        groups = f" in {parallel.replicate} groups" if parallel.replicate > 1 else ""
+        kept = ", gathered once a step" if parallel.keep_gathered else ""
+        state = min(asked.peak, self.memory.traced.state)
         inside, outside = self.bandwidths(asked.gpus)
         days = self.steps * asked.step_seconds / 86400
         lines = [
-            f"{cfg.model.name} on {asked.gpus} x {self.gpu.name}{groups}, "
-            f"{_STRATEGIES[self.strategy]}{kept}, "
-            f"{cfg.precision}, activation checkpointing {cfg.parallel.activation_checkpointing}{average}, "
+            f"{cfg.model.name} on {asked.gpus} x {self.gpu.name}{groups}, {_STRATEGIES[self.strategy]}{kept}"
+            f", {cfg.precision}, activation checkpointing {parallel.activation_checkpointing}{average}, "
             f"{self.batch:,} images a step",
             f"parameters        {self.encoder_parameters / 1e6:,.1f} M encoder, "
             f"{(self.parameters - self.encoder_parameters) / 1e6:,.1f} M projector",
@@ -139,43 +138,29 @@ class Plan:
             f"compute           {1e3 * asked.compute_seconds:,.0f} ms a step at {self.options.mfu:.0%} MFU; "
             f"network / compute {asked.network_seconds / asked.compute_seconds:.2f}",
             f"budget            {self.steps:,} steps, {days:,.2f} days, {24 * days * asked.gpus:,.0f} GPU-h",
-            *("", *self._table(smallest), ""),
+            f"\n{self._table(smallest)}\n",
             f"smallest number of GPUs that fits: {smallest.gpus:,} ({_gib(smallest.peak)} GiB each)"
             if smallest
-            else f"this batch does not fit; {self._ways_out()}",
+            else "this batch does not fit; try a smaller --batch-size, "
+            "--parallel.activation-checkpointing full, or more --gpus with --parallel.strategy fsdp",
         ]
         if warning := config.small_batch_warning(self.batch):
             lines.append(f"warning: {warning}")
         return "\n".join(lines)
 
-    def _table(self, smallest: Row | None) -> list[str]:
+    def _table(self, smallest: Row | None) -> str:
         """Powers of two around the number asked for, and the smallest that fits."""
         asked = self.options.gpus
         near = {n for n in self.possible() if n & (n - 1) == 0 and asked / 64 <= n <= 8 * asked}
-        lines = [_HEADER.split("|")]
+        lines = ["GPUs  images/GPU  GiB/GPU  fits  GB sent  network ms  compute ms  images/s    days"]
         for row in map(self.row, sorted(near | {asked} | ({smallest.gpus} if smallest else set()))):
-            cells = [
-                f"{row.gpus:,}" + ("*" if row.gpus == asked else ""),
-                f"{row.images:,}",
-                _gib(row.peak),
-                "yes" if row.fits else "no",
-                f"{row.sent / 1e9:,.1f}",
-                f"{1e3 * row.network_seconds:,.0f}",
-                f"{1e3 * row.compute_seconds:,.0f}",
-                f"{self.batch / row.step_seconds:,.0f}",
-                f"{self.steps * row.step_seconds / 86400:,.2f}",
-            ]
-            lines.append(cells)
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return ["  ".join(map(str.rjust, line, widths)) for line in lines]
-
-    def _ways_out(self) -> str:
-        ways = ["a smaller --batch-size"]
-        if self.cfg.parallel.activation_checkpointing != "full":
-            ways.append("--parallel.activation-checkpointing full")
-        if self.strategy != "fsdp":
-            ways.append("more --gpus with --parallel.strategy fsdp")
-        return f"try {', '.join(ways)}"
+            lines.append(
+                f"{f'{row.gpus:,}' + '*' * (row.gpus == asked):<5} {row.images:10,} {_gib(row.peak):>8} "
+                f"{'yes' if row.fits else 'no':>5} {row.sent / 1e9:8,.1f} {1e3 * row.network_seconds:11,.0f} "
+                f"{1e3 * row.compute_seconds:11,.0f} {self.batch / row.step_seconds:9,.0f} "
+                f"{self.steps * row.step_seconds / 86400:7,.2f}"
+            )
+        return "\n".join(lines)
 
 
 def _gib(size: float) -> str:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from lejepa_fast.errors import RunError
-from lejepa_fast.train.config import Config
+from lejepa_fast.train.config import AverageConfig, Config, DataConfig, LossConfig
 from lejepa_fast.train.parallel.parallelize import Strategy, compute_dtype
-from lejepa_fast.train.planning.options import command_of
+from lejepa_fast.train.planning.options import PlanOptions
 from lejepa_fast.train.runtime.gpu_specs import by_device_name
 from lejepa_fast.train.runtime.world import World
-
-_CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def settings_that_help(cfg: Config, world: World, strategy: Strategy, images: in
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and _CPU_ALLOCATOR not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         raise RunError(describe(cfg, world, strategy, images)) from error
 
@@ -55,6 +56,35 @@ def describe(cfg: Config, world: World, strategy: Strategy, images: int) -> str:
         what = f"out of GPU memory (up to {held:.1f} of {total:.1f} GiB in tensors)"
         gpu = by_device_name(torch.cuda.get_device_name(world.device))
     bf16 = compute_dtype(cfg, world.device) is not None
-    plan = command_of(cfg, gpus=world.size, gpu=gpu.name if gpu else None, bf16=bf16, images=images)
+    planned = PlanOptions(
+        data=DataConfig(batch_size=cfg.data.batch_size),
+        crops=cfg.crops,
+        model=cfg.model,
+        loss=LossConfig(num_slices=cfg.loss.num_slices),
+        parallel=cfg.parallel,
+        average=AverageConfig(kind=cfg.average.kind),
+        epochs=cfg.epochs,
+        max_steps=cfg.max_steps,
+        precision="auto" if bf16 else "fp32",
+        gpus=world.size,
+        gpu=gpu.name if gpu else PlanOptions.gpu,
+        images=images,
+    )
+    plan = shlex.join(["python", "train/plan.py", *_differences(planned, PlanOptions(), "--")])
     helps = ", ".join(way for way, useful in ways.items() if useful)
     return f"{what}; what helps: {helps}; what fits: {plan}"
+
+
+def _differences(chosen: Any, default: Any, prefix: str) -> list[str]:
+    """Return the options for the fields of a dataclass that differ from the default."""
+    words: list[str] = []
+    for field in dataclasses.fields(chosen):
+        value, usual = getattr(chosen, field.name), getattr(default, field.name)
+        name = field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            words += _differences(value, usual, f"{prefix}{name}.")
+        elif value != usual and isinstance(value, bool):
+            words.append(prefix + ("" if value else "no-") + name)
+        elif value != usual:
+            words += [prefix + name, *map(str, value if isinstance(value, tuple) else [value])]
+    return words

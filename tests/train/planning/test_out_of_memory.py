@@ -14,46 +14,35 @@ from lejepa_fast.train.model.average import WeightAverage
 from lejepa_fast.train.planning.out_of_memory import settings_that_help
 
 
+def run_with(trainer: Trainer, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(views: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(trainer, "parallel", fail)
+    trainer.run()
+
+
 def test_out_of_gpu_memory_says_which_settings_help(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
     trainer = Trainer(tiny(max_steps=2), CPU, settings_that_help)
-
-    def full(views: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
-
-    monkeypatch.setattr(trainer, "parallel", full)
     with pytest.raises(RunError) as refusal:
-        trainer.run()
+        run_with(trainer, error, monkeypatch)
     text = str(refusal.value)
     assert "\n" not in text
     assert "--parallel.activation-checkpointing selective or full (now none)" in text
     assert "a smaller --batch-size (now 8, 8 images per process)" in text
+    assert text.endswith("--images 32")
 
 
 def test_no_memory_for_the_average_is_told_too(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(WeightAverage, "__init__", full)
-    with pytest.raises(RunError, match=r"out of memory; what helps: .*no --average ema"):
+    """Here it is the machine's memory that ends: no machine has so much."""
+    monkeypatch.setattr(WeightAverage, "__init__", lambda *args: torch.empty(2**60))
+    with pytest.raises(RunError, match=r"^out of memory; what helps: .*no --average ema"):
         Trainer(tiny(average={"kind": "ema"}), CPU, settings_that_help)
-
-
-def test_the_machine_runs_out_of_memory(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(
-        tiny(max_steps=2, parallel={"activation_checkpointing": "full"}), CPU, settings_that_help
-    )
-    monkeypatch.setattr(trainer, "parallel", lambda views: torch.empty(2**60))  # no machine has that
-    with pytest.raises(RunError, match=r"^out of memory; what helps: a smaller --batch-size"):
-        trainer.run()
 
 
 def test_other_errors_keep_their_text(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(tiny(max_steps=2), CPU, settings_that_help)
-
-    def broken(views: Any) -> Any:
-        raise RuntimeError("shapes do not fit")
-
-    monkeypatch.setattr(trainer, "parallel", broken)
     with pytest.raises(RuntimeError, match=r"^shapes do not fit$") as refusal:
-        trainer.run()
+        run_with(trainer, RuntimeError("shapes do not fit"), monkeypatch)
     assert not isinstance(refusal.value, RunError)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shlex
@@ -13,7 +12,7 @@ import plan_worker
 import pytest
 import torch
 import torch.nn.functional as F
-from training import CPU, Make, run_ranks
+from training import Make, run_ranks
 
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.train import config, plan
@@ -28,12 +27,10 @@ from lejepa_fast.train.config import (
 from lejepa_fast.train.config.cli import parse_as
 from lejepa_fast.train.model.model import build_model
 from lejepa_fast.train.parallel.blocks import find_blocks
-from lejepa_fast.train.planning import memory as plan_memory
 from lejepa_fast.train.planning import out_of_memory
 from lejepa_fast.train.planning.autocast import autocast_as_on_gpus
 from lejepa_fast.train.planning.estimate import Plan
-from lejepa_fast.train.planning.memory import Traffic, trace_step
-from lejepa_fast.train.planning.memory import plan_memory as plan_of
+from lejepa_fast.train.planning.memory import Traffic, plan_memory, trace_step
 from lejepa_fast.train.planning.options import PlanOptions
 from lejepa_fast.train.runtime.gpu_specs import GIB
 from lejepa_fast.train.runtime.world import World
@@ -56,33 +53,23 @@ def small(*, precision: str = "fp32", average: str = "none", **parallel: Any) ->
     )
 
 
-def test_memory_of_two_real_processes(tmp_path: Path) -> None:
-    """Fake tensors on one fake rank of two against PyTorch's CPU allocator in two gloo processes.
+def test_memory_of_real_processes(tmp_path: Path) -> None:
+    """Fake tensors on one fake rank of two against PyTorch's CPU allocator: two gloo processes, and one.
 
     Under FSDP2 what is measured holds gloo's own copies of a block too, which NCCL does not make. The others
     have few images, so that the gradients which DDP keeps, and an average, are a good part of the whole.
     """
-    recompute = {"activation_checkpointing": "full"}
-    cases = [
-        (small(), 24),
-        (small(precision="bf16", average="ema", **recompute), 24),
-        (small(strategy="ddp", average="swa", **recompute), 4),
-    ]
+    ddp = small(strategy="ddp", average="swa", activation_checkpointing="full")
+    cases = [(small(precision="bf16", average="ema"), 8), (ddp, 4)]
     values = [(config.to_dict(config.resolve(case)), images) for case, images in cases]
     run_ranks(plan_worker.measure, 2, str(tmp_path), values, ranks=2)
-    planned = [
-        trace_step(case, shards=2 if case.parallel.strategy == "fsdp" else 1, images=images).peak
-        for case, images in cases
-    ]
+    planned = [trace_step(case, shards=n, images=i).peak for (case, i), n in zip(cases, (2, 1), strict=True)]
     for rank in (0, 1):
-        measured = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert planned == pytest.approx(measured, rel=0.1)
+        assert planned == pytest.approx(json.loads((tmp_path / f"{rank}.json").read_text()), rel=0.1)
 
-
-def test_memory_without_a_wrapper() -> None:
-    case = config.resolve(small(strategy="none", average="ema"))
-    planned = trace_step(case, shards=1, images=4).peak
-    assert planned == pytest.approx(plan_worker.allocator_peak(case, 4), rel=0.1)
+    alone = config.resolve(small(strategy="none", average="ema"))
+    planned_alone = trace_step(alone, shards=1, images=4).peak
+    assert planned_alone == pytest.approx(plan_worker.allocator_peak(alone, 4), rel=0.1)
 
 
 def test_autocast_has_the_rules_of_gpus() -> None:
@@ -102,24 +89,12 @@ def test_autocast_has_the_rules_of_gpus() -> None:
     assert dtypes() == usual
 
 
-def test_norms_under_fsdp_keep_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FSDP2 hands bfloat16 to the blocks. Autocast of a GPU makes a float32 copy for a norm, which keeps it
-    for the backward pass; that of the CPU does not, and the norm keeps the bfloat16."""
-    on_gpus = trace_step(small(precision="bf16"), shards=2, images=8).peak
-    monkeypatch.setattr(plan_memory, "autocast_as_on_gpus", contextlib.nullcontext)
-    on_cpus = trace_step(small(precision="bf16"), shards=2, images=8).peak
-    tokens = 8 * (2 * (8 * 8 + 1) + 2 * (4 * 4 + 1))
-    norms = 4 * 2 + 1  # two in a block, one behind them
-    more = (on_gpus - on_cpus) / (tokens * 192 * 2)
-    assert norms <= more < norms + 2  # and what a norm hands on
-
-
 def test_any_number_of_gpus_from_three_traces() -> None:
     """Also of one shard, which runs other operators: no gather, and a copy in place of the scatter."""
     cfg = small(precision="bf16")
-    found = plan_of(cfg, shards=4, images=4)
+    found = plan_memory(cfg, shards=4, images=4)
     assert found.peak(4, 4) == found.traced.peak
-    for shards, images in ((1, 16), (16, 1), (32, 8)):
+    for shards, images in ((1, 16), (32, 8)):
         direct = trace_step(cfg, shards=shards, images=images).peak
         assert found.peak(shards, images) == pytest.approx(direct, rel=0.03)
 
@@ -155,7 +130,9 @@ def test_what_a_rank_sends() -> None:
 
 def test_gigantic_over_64_ranks() -> None:
     parallel = ParallelConfig(strategy="fsdp", activation_checkpointing="full")
-    cfg = Config(model=ModelConfig("vit_gigantic"), parallel=parallel, precision="bf16", device="cpu")
+    crops = MultiCropRecipe(local_crops=0)
+    model = ModelConfig("vit_gigantic")
+    cfg = Config(model=model, crops=crops, parallel=parallel, precision="bf16", device="cpu")
     trace = trace_step(cfg, shards=64, images=8)
     parameters = 1_851_500_000  # encoder 1,842.8 M and projector 8.7 M
     assert trace.state == pytest.approx(12 * parameters / 64, rel=0.02)
@@ -219,8 +196,7 @@ def test_auto_plans_what_the_trainer_takes() -> None:
     gradients = 4 * several.parameters
     assert several.row(2).sent == pytest.approx(gradients)
     assert several.row(16).sent == pytest.approx(gradients * 2 * 15 / 16)
-    assert several.memory.peak(1, 64) - one.memory.peak(1, 64) <= gradients
-    assert several.memory.peak(1, 64) - one.memory.peak(1, 64) > gradients / 2
+    assert gradients / 2 < several.memory.peak(1, 64) - one.memory.peak(1, 64) <= gradients
 
 
 def test_the_report(tight: Plan) -> None:
@@ -265,9 +241,6 @@ def test_a_plan_leaves_no_process_group_and_no_patch() -> None:
     assert torch.UntypedStorage.resize_ is resize
 
 
-# ---- out of memory -----------------------------------------------------------------------------------
-
-
 def test_the_plan_that_it_names_is_that_of_the_run(tiny: Make) -> None:
     cfg = tiny(
         parallel={"activation_checkpointing": "selective", "replicate": 2, "keep_gathered": True},
@@ -288,9 +261,3 @@ def test_the_plan_that_it_names_is_that_of_the_run(tiny: Make) -> None:
         assert getattr(planned, section) == getattr(cfg, section), section
     assert planned.data.batch_size == cfg.data.batch_size
     assert planned.loss.num_slices == cfg.loss.num_slices
-
-
-def test_a_usual_run_has_a_short_plan() -> None:
-    cfg = Config(model=ModelConfig("vit_giant"), precision="bf16")
-    text = out_of_memory.describe(cfg, CPU, "none", images=PlanOptions.images)
-    assert text.endswith("what fits: python train/plan.py --model.name vit_giant --gpus 1")
