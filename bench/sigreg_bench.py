@@ -140,7 +140,7 @@ def checked(
 def add_times(rows: dict[str, Row], calls: Calls, setting: Setting, repeats: int) -> None:
     """Times of forward and of both, their difference as backward, and on a GPU the wall clock of both."""
     if setting.clock is None:
-        clock = timing.once if setting.rehearsal else timing.wall_clock
+        clock: timing.Clock = timing.once if setting.rehearsal else timing.wall_clock
         found = timing.interleave(calls, repeats, clock)
     else:
         found = timing.interleave(calls, repeats, setting.clock, warm_up=4)
