@@ -179,7 +179,7 @@ def on_all(world: World, work: Callable[[], T]) -> T:
     if not failed:
         return result
     first = failed[0]
-    reported = error if error is not None and first == world.rank else errors[first]
+    reported: Any = error if error is not None and first == world.rank else errors[first]
     reported.reported_by = first
     raise reported
 
