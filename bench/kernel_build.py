@@ -111,7 +111,8 @@ def plain_kernels(target: str, dtype: str, plan: Plan, size: Size) -> list[Kerne
 
 def colour_kernels(size: int, kernel_size: int) -> list[Kernel]:
     """Those of `kernels/color_jitter.py` for crops of `size` px: the blur's two passes are of two types."""
-    common = dict.fromkeys(("view_ptr", "middle_ptr", "out_ptr"), "*u8") | {"table_ptr": "*fp32"}
+    common: dict[str, Any] = dict.fromkeys(("view_ptr", "middle_ptr", "out_ptr"), "*u8")
+    common |= {"table_ptr": "*fp32"}
     common |= {"sums_ptr": "*i64", "stride_row": color_jitter.COLUMNS, "pixels": size * size}
     common |= {"threshold": 128, "BLOCK": color_jitter._BLOCK, "size": size, "KERNEL": kernel_size}
     first = common | {"source_ptr": "*u8", "out_ptr": "*fp32", "stride": 3, "LAST": False}

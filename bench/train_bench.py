@@ -118,8 +118,15 @@ SMOKE = Case("vit_small_patch16_224", 256, steps=45)
 TINY = Case("test_vit", 16, global_size=32, local_size=16, local_crops=2)
 # What makes a case another kind of case; on a CPU each kind is run once.
 KINDS = ("strategy", "activation_checkpointing", "checkpoint", "plan", "loader")
-FIGURES = ("images_per_second", "mfu", "peak_memory_gib", "sigreg_share", "data_wait")
-FIGURES += ("checkpoint_stall_steps", "planned_memory_gib")
+FIGURES = (
+    "images_per_second",
+    "mfu",
+    "peak_memory_gib",
+    "sigreg_share",
+    "data_wait",
+    "checkpoint_stall_steps",
+    "planned_memory_gib",
+)
 
 
 # --- One case -------------------------------------------------------------------------------------
@@ -301,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.budget_minutes > 0:
         parser.error(f"--budget-minutes: expected a number above 0, got {options.budget_minutes}")
     gpu = torch.cuda.is_available() and not options.rehearse
-    cases = (SMOKE,) if options.smoke else GPU_CASES
+    cases: tuple[Case, ...] = (SMOKE,) if options.smoke else GPU_CASES
     if not gpu:
         cases = tuple(dict.fromkeys(map(shrunk, cases)))
     print(f"trainer on {machine()['device']}{'' if gpu else ': tiny sizes, no figure for GPUs'}")
