@@ -187,15 +187,12 @@ class MultiCropLoader:
         same_images = {"num_images", "names_sha256"}.isdisjoint(differing)
         numbers = [seen - 1, *(index for index, _ in saved.bad if same_images)]
         if max(numbers) >= own.num_images:
-            raise UsageError(
-                f"loader state: it is of image {max(numbers)}, there are {own.num_images} images"
-            )
+            raise UsageError(f"loader state: names image {max(numbers)} of only {own.num_images} images")
         if same_images:
             self._bad.learn(saved.bad, write=own.rank == 0)
         elif own.rank == 0:
             log.warning(
-                "the loader state is of %s other images: only its epoch is used, not its list of bad images",
-                saved.num_images,
+                "the loader state is of other images: only its epoch is used, not its list of bad images"
             )
         batch = -(-seen // own.global_batch)
         self._epoch, self._batch = (epoch + 1, 0) if batch >= len(self) else (epoch, batch)

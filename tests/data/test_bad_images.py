@@ -278,14 +278,14 @@ def shard_of(source: FolderSource, path: Path, huge: int = 0) -> ShardSource:
 @pytest.mark.parametrize("kind", ["folder", "shard"])
 def test_huge_files_pipes_and_devices_are_not_read(tmp_path, backend, kind):
     """Reading a pipe would wait for a writer forever, reading a device would never end."""
-    root, size = tmp_path / "images", 200 << 30
+    root, size = tmp_path / "images" / "ant", 200 << 30
     source: ImageSource = numbered_folder(root, 9)
     if kind == "folder":
         (root / "huge.png").touch()
         os.truncate(root / "huge.png", size)
         os.mkfifo(root / "pipe.png")
         (root / "zero.png").symlink_to("/dev/zero")
-        source = FolderSource(root)
+        source = FolderSource(root.parent)
     else:
         source = shard_of(source, tmp_path / "a.tar", size)
     options = {**on(backend), "bad_images": tmp_path / "quarantine.txt", "max_bad_fraction": 0.3}
@@ -294,9 +294,7 @@ def test_huge_files_pipes_and_devices_are_not_read(tmp_path, backend, kind):
         dict.fromkeys(("pipe.png", "zero.png"), "a pipe or device, not a file") if kind == "folder" else {}
     )
     reasons["huge.png"] = "204,800 MiB, more than the 256 that an image file may have"
-    assert {
-        name.rpartition(":")[2]: why for name, why in listed(tmp_path / "quarantine.txt").items()
-    } == reasons
+    assert {name.split()[-1]: why for name, why in listed(tmp_path / "quarantine.txt").items()} == reasons
 
 
 @pytest.mark.parametrize("kind", ["folder", "shard"])
@@ -386,7 +384,7 @@ def test_a_full_disk_stops_the_run_and_spoils_no_line(tmp_path):
 def test_lines_that_fit_no_image_are_ignored(tmp_path):
     file = tmp_path / "quarantine.txt"
     lines = ["image-7.png\t7\tbroken", f"image-1.png\t{'1' * 5000}\tbroken", "image-8.png\t9\tother data"]
-    lines += ["image-20.png\t20\tbroken", "text", "image-3.png\t3"]
+    lines += ["image-20.png\t20\tbroken", "text", "image-3.png\t"]
     file.write_text("\n".join(lines))  # the last line is not complete
     one = BadImages(NumberedSource(20), file, max_bad_fraction=1.0)
     assert one.items() == [(7, "broken")]
