@@ -7,7 +7,6 @@ backends and resumed runs therefore agree without asking each other. In evaluati
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import threading
@@ -56,15 +55,12 @@ class BadImages:
         self._max_bad_fraction, self._log_each = max_bad_fraction, log_each
         self._reasons: dict[int, str] = {}  # the latest one last
         self._lock = threading.Lock()
-        try:
-            if self._file is not None:
-                _check_writable(self._file)
-            self._read()
-        except OSError as error:
-            raise UsageError(
-                f"bad_images: cannot write {self._file}: {error.strerror}; choose another file, or check "
-                "its rights"
-            ) from error
+        if self._file is not None:
+            existing = next(path for path in (self._file, *self._file.absolute().parents) if path.exists())
+            usable = existing.is_file() if existing == self._file else existing.is_dir()
+            if not (usable and os.access(existing, os.R_OK | os.W_OK)):
+                raise UsageError(f"bad_images: cannot write {file}; choose another file, or check its rights")
+        self._read()
         self._listed = len(self._reasons)  # known before this start
 
     def __contains__(self, index: int) -> bool:
@@ -184,17 +180,3 @@ class BadImages:
                     data = data[file.write(data) :]
         except OSError as error:
             raise RunError(f"cannot write {self._file}: {error.strerror}; free some space") from error
-
-
-def _check_writable(file: Path) -> None:
-    """Raise `OSError` unless the file can be appended to or made. Makes nothing."""
-    if os.path.lexists(file):
-        with open(file, "ab"):
-            return
-    folder = file.parent
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

@@ -93,17 +93,6 @@ COLUMNS = 16
 SKIP, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(5)
 
 
-def sample_views(
-    recipe: MultiCropRecipe, *, seed: int, epoch: int, index: int, width: int, height: int
-) -> list[ViewParams]:
-    """Draw the parameters of all views of image `index` (size `width` x `height` px) in `epoch`.
-
-    Globals come first. The distributions are those of torchvision's v2 transforms of the same names.
-    """
-    table = view_table(recipe, seed=seed, epoch=epoch, indices=[index], sizes=[(width, height)])
-    return [as_params(row) for row in table[0].tolist()]
-
-
 def view_table(
     recipe: MultiCropRecipe,
     *,

@@ -5,26 +5,28 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
-from lejepa_fast.data.backends.base import Backend, RawBatch
+from lejepa_fast.data.backends.base import Backend, Loading, RawBatch
 from lejepa_fast.data.backends.choose_backend import make_backend
 from lejepa_fast.data.backends.memory import give_memory_back
 from lejepa_fast.data.bad_images import DEFAULT_MAX_BAD_FRACTION, BadImages
 from lejepa_fast.data.identity import names_digest
-from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe
+from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe, checked
 from lejepa_fast.data.sampler import BatchKey, EpochSchedule
 from lejepa_fast.data.sources.base import ImageSource, check_sizes
-from lejepa_fast.data.state import check_state, wrong_field
 from lejepa_fast.data.views import EvalViews, TrainViews
 from lejepa_fast.errors import UsageError
 
 log = logging.getLogger("lejepa_fast.data")
 
+Count = Annotated[int, Ge(0)]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
@@ -64,6 +66,18 @@ class Normalise:
         if self._dtype is not torch.uint8:
             pixels = pixels.to(torch.float32).sub_(self._mean).div_(self._std).to(self._dtype)
         return pixels.contiguous(memory_format=self._layout)
+
+
+@dataclass(frozen=True)
+class _State:
+    """A saved state. Only the epoch and the position in it must be there."""
+
+    epoch: Count
+    images_seen: Count
+    seed: int | None = None
+    num_images: Count | None = None
+    names_sha256: str | None = None
+    bad: tuple[tuple[Count, str], ...] = ()
 
 
 class MultiCropLoader:
@@ -160,29 +174,25 @@ class MultiCropLoader:
             UsageError: A field is wrong, or the state was taken in mid-epoch with another seed or other
                 images: some images would be repeated and others left out. The loader stays as it was.
         """
-        check_state(state)
-        own, epoch, seen = self._schedule, state["epoch"], state["images_seen"]
+        saved = checked(_State, state, "loader state")
+        own, epoch, seen = self._schedule, saved.epoch, saved.images_seen
         mine = {"seed": own.seed, "num_images": own.num_images, "names_sha256": self._names}
-        differing = [key for key, value in mine.items() if state.get(key, value) != value]
+        differing = [key for key, value in mine.items() if getattr(saved, key) not in (None, value)]
         if seen and differing:
             key = differing[0]
             raise UsageError(
                 f"the loader state was saved in mid-epoch with {key} {state[key]}, now it is {mine[key]}; "
                 "resume with the same seed and images, or from the end of an epoch"
             )
-        if seen > own.num_images:
-            raise wrong_field(state, "images_seen", f"at most the number of images ({own.num_images})")
-        bad = state.get("bad", ())
-        if {"num_images", "names_sha256"}.isdisjoint(differing):
-            if any(index >= own.num_images for index, _ in bad):
-                raise wrong_field(state, "bad", f"numbers of {own.num_images} images with their reasons")
-            self._bad.learn(((index, reason) for index, reason in bad), write=own.rank == 0)
+        same_images = {"num_images", "names_sha256"}.isdisjoint(differing)
+        numbers = [seen - 1, *(index for index, _ in saved.bad if same_images)]
+        if max(numbers) >= own.num_images:
+            raise UsageError(f"loader state: names image {max(numbers)} of only {own.num_images} images")
+        if same_images:
+            self._bad.learn(saved.bad, write=own.rank == 0)
         elif own.rank == 0:
             log.warning(
-                "the loader state is of other images (%s, here %d): its epoch is taken over, its bad images "
-                "are not",
-                state.get("num_images"),
-                own.num_images,
+                "the loader state is of other images: only its epoch is used, not its list of bad images"
             )
         batch = -(-seen // own.global_batch)
         self._epoch, self._batch = (epoch + 1, 0) if batch >= len(self) else (epoch, batch)
@@ -275,23 +285,16 @@ def multicrop_loader(
         RunError: While iterating, when too many images are bad.
     """
     recipe.validate()
-    _check_whole(batch_size=batch_size, seed=seed, num_workers=num_workers, prefetch=prefetch)
-    schedule = EpochSchedule(len(source), batch_size, seed, rank, world_size, shuffle)
+    if not isinstance(seed, Integral):
+        raise UsageError(f"seed must be a whole number; got {seed!r}")
     if dtype not in _DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {dtype}")
+    device = _usable(device)
+    loading = Loading(batch_size, num_workers, device, start_method, prefetch, hw_decoder_load)
+    schedule = EpochSchedule(len(source), batch_size, int(seed), rank, world_size, shuffle)
     bad = BadImages(source, bad_images, max_bad_fraction=max_bad_fraction)
     check_sizes(source, recipe.smallest_image, max_bad_fraction, set(dict(bad.items())))
-    device = _usable(device)
-    made, reason = make_backend(
-        backend,
-        TrainViews(source, recipe, seed),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=device,
-        start_method=start_method,
-        prefetch=prefetch,
-        hw_decoder_load=hw_decoder_load,
-    )
+    made, reason = make_backend(backend, TrainViews(source, recipe, seed), loading)
     if rank == 0:
         log.info(
             "multi-crop loader: %s backend (%s), %d workers, %s", made.name, reason, num_workers, source.name
@@ -337,28 +340,13 @@ def eval_loader(
         UsageError: A setting cannot work.
         RunError: While iterating, when too many images are bad.
     """
-    _check_whole(image_size=image_size, batch_size=batch_size, num_workers=num_workers, prefetch=prefetch)
-    if image_size < 1 or batch_size < 1:
-        raise UsageError(f"image_size and batch_size must be positive; got {image_size} and {batch_size}")
+    if not isinstance(image_size, Integral) or image_size < 1:
+        raise UsageError(f"image_size must be a whole number of pixels, at least 1; got {image_size!r}")
     device = _usable(device)
-    made, _ = make_backend(
-        backend,
-        EvalViews(source, image_size),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=device,
-        start_method=start_method,
-        prefetch=prefetch,
-        hw_decoder_load=hw_decoder_load,
-    )
+    loading = Loading(batch_size, num_workers, device, start_method, prefetch, hw_decoder_load)
+    made, _ = make_backend(backend, EvalViews(source, image_size), loading)
     bad = BadImages(source, bad_images, max_bad_fraction=max_bad_fraction)
     return EvalLoader(made, len(source), batch_size, bad, Normalise(mean, std, device))
-
-
-def _check_whole(**values: object) -> None:
-    for name, value in values.items():
-        if not isinstance(value, Integral):
-            raise UsageError(f"{name} must be a whole number; got {value!r}")
 
 
 def _usable(device: torch.device | str | None) -> torch.device | None:

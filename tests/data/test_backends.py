@@ -5,22 +5,22 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from loader_backends import NumberedFolder, broken_png, numbered_folder, on, picture, skip_without
-from odd_files import damaged_exif, saved
+from odd_files import bad_huffman, saved
 from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader
 from lejepa_fast.data.backends import choose_backend as choice
-from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.errors import UsageError
 
 RECIPE = MultiCropRecipe(global_crops=1, global_size=24, local_crops=1, local_size=16, blur_kernel=3)
 needs_dali = pytest.mark.skipif(choice.dali_fault(False) is not None, reason=str(choice.dali_fault(False)))
@@ -88,52 +88,34 @@ def test_dali_that_is_missing_or_broken_is_explained(monkeypatch):
 @pytest.mark.parametrize(
     ("built", "available", "driver", "text"),
     [
-        ("13.0", True, 13010, None),
         ("12.9", True, 13000, None),
         ("12986", True, 12040, None),
-        ("124131", True, 12040, None),
         ("13.4.92", True, 12080, "the driver supports CUDA 12.8: pip install nvidia-dali-cuda120"),
         ("13492", True, 12080, "built for CUDA 13, the driver supports CUDA 12.8"),
-        ("13000", True, 12040, "built for CUDA 13"),
         ("13.0", False, 13000, "no CUDA device"),
         ("", True, 13000, None),
-        ("13492", True, 0, None),
+        ("13.0", True, 13010, r"the GPU cannot run the Triton kernels for colors \(too old\)"),
     ],
 )
-def test_builds_for_another_cuda_are_named(built, available, driver, text, monkeypatch, caplog):
-    choice._warn_unchecked.cache_clear()
+def test_dali_that_cannot_use_the_gpu_is_explained(built, available, driver, text, monkeypatch):
     monkeypatch.setattr(choice, "_is_installed", lambda: True)
-    monkeypatch.setattr(
-        choice.importlib, "import_module", lambda name: SimpleNamespace(__cuda_version__=built)
-    )
+    dali = SimpleNamespace(__cuda_version__=built)
+    monkeypatch.setattr(choice.importlib, "import_module", lambda name: dali)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-
-    class Driver:
-        def cuDriverGetVersion(self, place):  # noqa: N802, its name in the library
-            place._obj.value = driver
-            return 0 if driver else 3
-
-    monkeypatch.setattr(choice.ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(choice, "why_not", lambda *_: "too old" if driver == 13010 else None)
     fault = choice.dali_fault(True)
-    assert fault is None if text is None else text in fault
-    # What cannot be checked is said, and once.
-    choice.dali_fault(True)
-    assert caplog.text.count("cannot tell whether this build of DALI fits") == (not built or not driver)
+    assert fault is None if text is None else re.search(text, fault)
     assert choice.wanted_package("13.2") == choice.wanted_package(None) == "nvidia-dali-cuda130"
 
 
-def test_a_machine_without_a_driver_is_no_error(monkeypatch):
-    def missing(name):
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(choice.ctypes, "CDLL", missing)
-    assert choice._driver_version() == 0
-
-
-def test_the_choice_is_logged_with_its_reason(tmp_path, caplog):
+def test_the_choice_is_logged_with_its_reason_by_rank_0(tmp_path, caplog):
+    source = numbered_folder(tmp_path / "a", 8)
     with caplog.at_level(logging.INFO, logger="lejepa_fast.data"):
-        made = multicrop_loader(numbered_folder(tmp_path / "a", 8), RECIPE, batch_size=4)
-    assert f"multi-crop loader: {made.backend} backend (" in caplog.text
+        for rank in range(2):
+            multicrop_loader(source, RECIPE, batch_size=4, backend="torchvision", rank=rank, world_size=2)
+    message = f"multi-crop loader: torchvision backend (as asked for), 0 workers, {source.name}"
+    assert [record.message for record in caplog.records] == [message]
 
 
 # --- agreement with torchvision -----------------------------------------------------------------
@@ -142,7 +124,8 @@ def test_the_choice_is_logged_with_its_reason(tmp_path, caplog):
 @pytest.mark.parametrize("name", ["cpu", "dali", "gpu"])
 def test_bad_files_are_replaced_alike_and_positions_are_exchangeable(name, tmp_path, caplog):
     skip_without(name)
-    bad = {"n3": b"no image", "n11": broken_png(), "n17": saved(picture(), "PNG")[:150], "n29": broken_png()}
+    bad = {"n3": b"no image", "n11": broken_png(), "n17": saved(picture(), "PNG")[:150]}
+    bad["n29"] = bad_huffman(saved(picture(), "JPEG"))  # only decoding finds it out
     source = numbered_folder(tmp_path / "images", 42, **bad)
 
     def made(backend):
@@ -154,7 +137,7 @@ def test_bad_files_are_replaced_alike_and_positions_are_exchangeable(name, tmp_p
     expected = [targets.tolist() for _, targets in whole]
     assert [targets.tolist() for _, targets in ours] == expected
     assert ours.bad_images == whole.bad_images
-    assert ("DALI failed" in caplog.text) == (name != "cpu")  # it met the files that only decoding finds out
+    assert ("DALI failed" in caplog.text) == (name != "cpu")
     for first, second in ((name, "torchvision"), ("torchvision", name)):
         begun, other = made(first), made(second)
         states = [begun.state_dict() for _, _ in zip(range(6), begun, strict=False)]
@@ -168,21 +151,13 @@ def test_evaluation_views_equal_torchvisions(tmp_path, name, size):
     skip_without(name)
     root = tmp_path / "images"
     root.mkdir()
-    for number in range(3):
+    for number in range(2):
         picture(number, size).save(root / f"{number}.png")
-    (root / "2.png").write_bytes(b"no image")
-    options = {
-        "mean": (0, 0, 0),
-        "std": (1, 1, 1),
-        "max_bad_fraction": 1.0,
-        "image_size": 16,
-        "batch_size": 2,
-    }
-    (made, labels), (right, same) = (
-        next(iter(eval_loader(NumberedFolder(root), backend=backend, max_bad_fraction=1, **options)))
+    options = {"mean": (0, 0, 0), "std": (1, 1, 1), "image_size": 16, "batch_size": 2}
+    made, right = (
+        next(iter(eval_loader(NumberedFolder(root), backend=backend, **options)))[0]
         for backend in (name, "torchvision")
     )
-    assert labels.tolist() == same.tolist() == [0, 1]
     gap = (made - right).abs() * 255
     assert gap.max() <= (2 if name == "dali" else 0)
     assert gap.mean() <= 0.6
@@ -197,9 +172,8 @@ def test_every_orientation_is_seen_as_torchvision_sees_it(name, tmp_path, caplog
         exif = Image.Exif()
         exif[0x0112] = orientation
         picture().save(root / f"{orientation}.jpg", exif=exif)
-    (root / "9.jpg").write_bytes(damaged_exif(picture()))
     recipe = replace(RECIPE, jitter_prob=0, grayscale_prob=0, blur_prob=0, solarize_prob=0)
-    options = {"batch_size": 9, "dtype": torch.uint8, "shuffle": False}
+    options = {"batch_size": 8, "dtype": torch.uint8, "shuffle": False}
     ours, right = (
         next(iter(multicrop_loader(NumberedFolder(root), recipe, **on(backend), **options)))[0]
         for backend in (name, "torchvision")
@@ -209,62 +183,28 @@ def test_every_orientation_is_seen_as_torchvision_sees_it(name, tmp_path, caplog
     assert "DALI failed" not in caplog.text
 
 
-# --- failures of DALI
-
-
-@needs_dali
-def test_a_batch_that_dali_did_not_take_is_not_paired_with_another(tmp_path, monkeypatch, caplog):
-    dali_backend = pytest.importorskip("lejepa_fast.data.backends.dali_backend")
-    source = numbered_folder(tmp_path / "images", 12)
-    right = list(multicrop_loader(source, RECIPE, batch_size=4, backend="torchvision"))
-    loader = multicrop_loader(source, RECIPE, batch_size=4, backend="dali")
-    tables = []
-
-    def refusing(*arguments):
-        tables.append(arguments)
-        if len(tables) == 2:
-            return np.zeros((1, 1), np.float64)  # which DALI does not take
-        return window_table(*arguments)
-
-    window_table = dali_backend.window_table
-    monkeypatch.setattr(dali_backend, "window_table", refusing)
-    for (views, targets), (others, expected) in zip(loader, right, strict=True):
-        assert targets.tolist() == expected.tolist()
-        for ours, theirs in zip(views, others, strict=True):
-            assert (ours - theirs).abs().mean() < 0.05
-    assert caplog.text.count("DALI failed") == 1
-
-
 # --- threads and processes ----------------------------------------------------------------------
 
 
-def threads() -> set[str]:
-    return {t.name for t in threading.enumerate() if t.name.startswith("lejepa")}
+def threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("lejepa")]
 
 
 @pytest.mark.parametrize("name", ["cpu", "dali"])
 def test_a_loader_that_is_left_early_frees_its_threads(name, tmp_path):
     skip_without(name)
-    source = numbered_folder(tmp_path / "images", 40)
     gc.collect()
-    before = threading.active_count(), len(os.listdir("/proc/self/task"))
-    loader = multicrop_loader(source, RECIPE, batch_size=2, num_workers=2, backend=name)
+    before = len(os.listdir("/proc/self/task"))
+    loader = multicrop_loader(numbered_folder(tmp_path / "images", 40), RECIPE, batch_size=2, backend=name)
     batches = iter(loader)
     next(batches)
     assert threads()
-    second = iter(loader)
-    next(second)
-    with pytest.raises(RunError, match="another pass"):
-        list(batches)
-    second.close()
-    del batches, second, loader
+    del batches, loader
     gc.collect()
-    for thread in threading.enumerate():
-        if thread.name.startswith("lejepa"):
-            thread.join(10)
+    for thread in threads():
+        thread.join(10)
     assert not threads()
-    assert threading.active_count() == before[0]
-    assert len(os.listdir("/proc/self/task")) <= before[1] + 1
+    assert len(os.listdir("/proc/self/task")) <= before + 1
 
 
 @needs_dali

@@ -11,10 +11,11 @@ import torch
 from loader_backends import on
 from odd_files import saved
 from PIL import Image, ImageFilter
+from view_parity import sample_views
 
 from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader, open_source
 from lejepa_fast.data.backends.torchvision_backend import apply_view, to_tensor
-from lejepa_fast.data.draws import COLUMN_HEIGHT, COLUMN_WIDTH, sample_views, view_table
+from lejepa_fast.data.draws import COLUMN_HEIGHT, COLUMN_WIDTH, view_table
 from lejepa_fast.data.sources import FolderSource, large
 from lejepa_fast.data.sources.decoding import open_encoded, to_rgb
 

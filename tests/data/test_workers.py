@@ -8,17 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from loader_backends import NumberedSource
 from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader
-from lejepa_fast.data.backends.workers import _start_worker
-from lejepa_fast.data.sources.base import ImageSource
 from lejepa_fast.errors import RunError
 
 RECIPE = MultiCropRecipe(global_size=16, local_crops=0)
@@ -26,7 +23,6 @@ RECIPE = MultiCropRecipe(global_size=16, local_crops=0)
 # A small trainer. Image 40 and the following ones keep a worker busy for ever where "stuck" is asked for.
 TRAINER = """
 import multiprocessing, signal, sys, time
-import numpy as np
 from PIL import Image
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader
 from lejepa_fast.data.sources.base import ImageSource
@@ -75,14 +71,14 @@ if __name__ == "__main__":
 def start_trainer(tmp_path: Path, task: str, method: str) -> subprocess.Popen[str]:
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     trainer = subprocess.Popen(
         [sys.executable, str(script), task, method],
         start_new_session=True,
         text=True,
-        env=environment,
-        **pipes,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert trainer.stdout.readline() == "ready\n"
     return trainer
@@ -124,7 +120,6 @@ def test_signals_to_the_group_leave_the_workers_alone(tmp_path, method):
     assert (counted, trainer.returncode, errors) == ("40\n", 0, "")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal")
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_workers_die_with_a_killed_trainer(tmp_path, method):
     trainer = start_trainer(tmp_path, "wait", method)
@@ -153,34 +148,11 @@ def test_busy_workers_do_not_hold_up_the_exit(tmp_path, task, method):
             os.killpg(trainer.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("parent", "code"), [("alive", 0), ("dead", 1)])
-def test_a_worker_whose_trainer_died_while_it_started_leaves(parent, code):
-    # The kernel's signal is of no use then: the death came before it was asked for.
-    expected = os.getpid() if parent == "alive" else 2**22 + 1  # no process has this number
-    worker = get_context("fork").Process(target=_start_worker, args=(expected, True, 0))
-    worker.start()
-    worker.join(60)
-    assert worker.exitcode == code
-
-
-class NoiseSource(ImageSource):
-    def __init__(self) -> None:
-        super().__init__(name="noise", kind="folder", classes=None, targets=range(12))
-
-    def __len__(self) -> int:
-        return 12
-
-    def describe(self, index: int) -> str:
-        return str(index)
-
-    def open_image(self, index: int) -> Image.Image:
-        return Image.fromarray(np.random.default_rng(index).integers(0, 256, (20, 20, 3), dtype=np.uint8))
+ONE_WORKER = {"num_workers": 1, "start_method": "fork", "backend": "torchvision"}
 
 
 def test_workers_survive_the_thread_that_started_them():
-    loader = multicrop_loader(
-        NoiseSource(), RECIPE, batch_size=4, num_workers=1, start_method="fork", backend="torchvision"
-    )
+    loader = multicrop_loader(NumberedSource(12), RECIPE, batch_size=4, **ONE_WORKER)
     seen: list[list[int]] = []
 
     def one_pass() -> None:
@@ -195,11 +167,11 @@ def test_workers_survive_the_thread_that_started_them():
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGINT}
 
 
-class DyingSource(NoiseSource):
+class DyingSource(NumberedSource):
     """Kills the first worker that reads image 0, as the kernel does when memory runs out."""
 
     def __init__(self, marker: Path) -> None:
-        super().__init__()
+        super().__init__(12)
         self.marker = marker
 
     def open_image(self, index: int) -> Image.Image:
@@ -209,37 +181,24 @@ class DyingSource(NoiseSource):
         return super().open_image(index)
 
 
-@pytest.fixture
-def default_sigchld():
-    """Takes away the handler that a DataLoader of another test may have left in this process."""
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGCHLD, previous)
-
-
-@pytest.mark.usefixtures("default_sigchld")
 def test_a_dead_worker_is_explained(tmp_path):
-    made = multicrop_loader(
-        DyingSource(tmp_path / "already"),
-        RECIPE,
-        batch_size=4,
-        num_workers=1,
-        start_method="fork",
-        backend="torchvision",
-    )
+    # A DataLoader of another test may have left a handler in this process.
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    made = multicrop_loader(DyingSource(tmp_path / "already"), RECIPE, batch_size=4, **ONE_WORKER)
     with pytest.raises(RunError, match=r"a data-loading worker died .* use fewer workers") as caught:
         list(made)
     assert "\n" not in str(caught.value)
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # no exceptions out of the blue
+    signal.signal(signal.SIGCHLD, previous)
     # The next pass starts new workers.
     made.set_epoch(0)
-    expected = multicrop_loader(NoiseSource(), RECIPE, batch_size=4, backend="torchvision")
+    expected = multicrop_loader(NumberedSource(12), RECIPE, batch_size=4, backend="torchvision")
     for (views, targets), (whole, labels) in zip(made, expected, strict=True):
         assert torch.equal(targets, labels)
         assert all(map(torch.equal, views, whole))
 
 
-class ThreadCountSource(NoiseSource):
+class ThreadCountSource(NumberedSource):
     """Encodes the number of threads of the process in the pixels."""
 
     def open_image(self, index: int) -> Image.Image:
@@ -252,7 +211,7 @@ def test_one_thread_while_making_batches(workers):
     options = {"mean": (0, 0, 0), "std": (1, 1, 1), "backend": "torchvision"}
     torch.set_num_threads(2)
     try:
-        made = eval_loader(ThreadCountSource(), image_size=8, batch_size=4, num_workers=workers, **options)
+        made = eval_loader(ThreadCountSource(12), image_size=8, batch_size=4, num_workers=workers, **options)
         images, _ = next(iter(made))
         assert torch.allclose(images, torch.full_like(images, 1 / 255))
         assert torch.get_num_threads() == 2

@@ -12,7 +12,7 @@ from odd_files import saved
 from PIL import Image
 
 from lejepa_fast.data.backends.choose_backend import choose_backend
-from lejepa_fast.data.sources import FolderSource
+from lejepa_fast.data.sources import FolderSource, ImageSource
 from lejepa_fast.errors import UsageError
 
 BACKENDS = ("torchvision", "cpu", "dali", "gpu")
@@ -31,6 +31,26 @@ def skip_without(name: str) -> None:
 def on(name: str) -> dict[str, Any]:
     """Arguments for `multicrop_loader` and `eval_loader`."""
     return {"backend": "dali", "device": "cuda"} if name == "gpu" else {"backend": name}
+
+
+class NumberedSource(ImageSource):
+    """Image i is noise that depends on i, and its label is i."""
+
+    def __init__(self, count: int, *, labelled: bool = True, size: tuple[int, int] = (40, 32)) -> None:
+        super().__init__(
+            name="numbered", kind="folder", classes=None, targets=range(count) if labelled else None
+        )
+        self.count, self.size = count, size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def describe(self, index: int) -> str:
+        return f"image-{index}.png"
+
+    def open_image(self, index: int) -> Image.Image:
+        rng = np.random.default_rng(index)
+        return Image.fromarray(rng.integers(0, 256, (self.size[1], self.size[0], 3), dtype=np.uint8))
 
 
 class NumberedFolder(FolderSource):

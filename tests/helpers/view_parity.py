@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from lejepa_fast.data import MultiCropRecipe
+from lejepa_fast.data.backends.base import Loading
 from lejepa_fast.data.backends.choose_backend import make_backend
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.draws import (
@@ -24,6 +25,8 @@ from lejepa_fast.data.draws import (
     COLUMNS,
     JITTER_OPS,
     ViewParams,
+    as_params,
+    view_table,
 )
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.data.sources.base import EncodedSource
@@ -65,14 +68,12 @@ class FixedViews(TrainViews):
         return np.repeat(self.rows[None], len(indices), axis=0)
 
 
-ENGINES = ("cpu", "dali", "gpu")
-
-
 def rendered(engine: str, views: TrainViews, batch_size: int) -> list[Tensor]:
-    """All views (N, 3, S, S) uint8 of the source, in its order. engine: "gpu" is DALI on a GPU."""
+    """All views (N, 3, S, S) uint8 of the source, in its order, by one of `loader_backends.BACKENDS`."""
     count = len(views.source)
     where = ("dali", torch.device("cuda")) if engine == "gpu" else (engine, None)
-    backend, _ = make_backend(where[0], views, batch_size=batch_size, num_workers=2, device=where[1])
+    workers = 0 if engine == "torchvision" else 2
+    backend, _ = make_backend(where[0], views, Loading(batch_size, workers, where[1]))
     keys = (BatchKey(0, tuple(range(i, i + batch_size))) for i in range(0, count, batch_size))
     batches = [[view.cpu() for view in raw.views] for raw in backend.batches(keys, BadImages(views.source))]
     return [torch.cat(made) for made in zip(*batches, strict=True)]
@@ -91,6 +92,14 @@ def reference(image: Image.Image, params: ViewParams, size: int, recipe: MultiCr
     if params.blur_sigma is not None:
         view = F.gaussian_blur(view, [recipe.blur_kernel] * 2, [params.blur_sigma] * 2)
     return F.solarize(view, recipe.solarize_threshold) if params.solarize else view
+
+
+def sample_views(
+    recipe: MultiCropRecipe, *, seed: int, epoch: int, index: int, width: int, height: int
+) -> list[ViewParams]:
+    """What is drawn for all views of an image in an epoch, globals first."""
+    table = view_table(recipe, seed=seed, epoch=epoch, indices=[index], sizes=[(width, height)])
+    return [as_params(row) for row in table[0].tolist()]
 
 
 def as_row(params: ViewParams) -> np.ndarray:

@@ -14,11 +14,22 @@ import numpy as np
 import pytest
 import torch
 from kernel_helpers import DEVICE
+from loader_backends import skip_without
 from torchvision.transforms.v2 import functional as F
+from view_parity import (
+    CHAIN,
+    OP_TOLERANCE,
+    PHOTOGRAPHS,
+    MemorySource,
+    distance,
+    reference,
+    rendered,
+    sample_views,
+)
 
-from lejepa_fast.data import MultiCropRecipe
-from lejepa_fast.data.backends import gpu_color as colour
-from lejepa_fast.data.draws import COLUMNS, view_table
+from lejepa_fast.data import open_source
+from lejepa_fast.data.backends import gpu_color
+from lejepa_fast.data.views import TrainViews
 from lejepa_fast.kernels import color_jitter
 
 # Levels of 255 in the mean of a picture. A sum just below or above a whole number is truncated to another one
@@ -159,16 +170,18 @@ def test_the_largest_blur_of_a_small_crop():
     assert max(distances(made, right)) < TOLERANCE
 
 
-def test_the_loader_hands_over_what_it_drew():
-    """The columns of a table of draws, for two views of each picture."""
-    recipe = MultiCropRecipe(
-        global_crops=2, local_crops=0, jitter_prob=1.0, blur_kernel=7, solarize_prob=0.5, min_image_size=1
-    )
-    views = [pictures(4, 33), pictures(4, 33).flip(0).contiguous()]
-    table = view_table(recipe, seed=0, epoch=0, indices=range(4), sizes=[(40, 40)] * 4)
-    assert table.shape == (4, 2, COLUMNS)
-    made = colour._by_kernels(views, table, recipe)
-    right = colour.change_colours([view.cpu() for view in views], table, recipe)
-    for one, other in zip(made, right, strict=True):
-        assert max(distances(list(one), list(other))) < TOLERANCE
-        assert min(distances(list(one), list(views[0].cpu()))) > 1
+def test_from_files_through_the_backend(monkeypatch):
+    """What the loader draws. Without a GPU DALI cuts on the CPU, and the interpreter changes colors."""
+    backend = pytest.importorskip("lejepa_fast.data.backends.dali_backend", reason="DALI is not installed")
+    engine = "gpu" if DEVICE == "cuda" else "dali"
+    skip_without(engine)
+    monkeypatch.setattr(backend, "change_colors", gpu_color.by_kernels)
+    source = open_source("trashnet96", "train")
+    images = [source[index][0] for index in PHOTOGRAPHS[:2]]
+    views_of = TrainViews(MemorySource(images), CHAIN, seed=3)
+    views = rendered(engine, views_of, 2)
+    for index, image in enumerate(images):
+        draws = sample_views(CHAIN, seed=3, epoch=0, index=index, width=image.width, height=image.height)
+        for v, size in enumerate(CHAIN.view_sizes()):
+            assert distance(views[v][index], reference(image, draws[v], size, CHAIN)) < OP_TOLERANCE
+            assert distance(views[v][index], reference(image, draws[v - 1], size, CHAIN)) > OP_TOLERANCE

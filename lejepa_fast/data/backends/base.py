@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.sampler import BatchKey
-from lejepa_fast.errors import RunError
+from lejepa_fast.errors import RunError, UsageError
 
 
 class RawBatch(NamedTuple):
@@ -25,6 +28,38 @@ class RawBatch(NamedTuple):
         if len(kept) == len(self.targets):
             return self
         return RawBatch([view[list(kept)] for view in self.views], self.targets[list(kept)])
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How batches are made, whatever is in them. The fields are arguments of `multicrop_loader`."""
+
+    batch_size: int
+    num_workers: int = 0
+    device: torch.device | None = None
+    start_method: str | None = None
+    prefetch: int = 2
+    hw_decoder_load: float = 0.65
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and not isinstance(value, Integral):
+                raise UsageError(f"{field.name} must be a whole number; got {value!r}")
+        for name, smallest in (("batch_size", 1), ("num_workers", 0), ("prefetch", 1)):
+            if getattr(self, name) < smallest:
+                raise UsageError(f"{name} must be at least {smallest}; got {getattr(self, name)}")
+        if not 0.0 <= self.hw_decoder_load <= 1.0:
+            raise UsageError(f"hw_decoder_load must lie in [0, 1]; got {self.hw_decoder_load}")
+        if self.start_method not in (None, "fork", "spawn", "forkserver"):
+            raise UsageError(
+                f"start_method must be 'fork', 'spawn', 'forkserver' or None; got {self.start_method!r}"
+            )
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether batches go to a GPU."""
+        return self.device is not None and self.device.type == "cuda"
 
 
 class Backend(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
 import importlib.util
@@ -10,10 +9,11 @@ import logging
 
 import torch
 
-from lejepa_fast.data.backends.base import Backend
+from lejepa_fast.data.backends.base import Backend, Loading
 from lejepa_fast.data.backends.torchvision_backend import TorchvisionBackend
 from lejepa_fast.data.views import EvalViews, TrainViews
 from lejepa_fast.errors import UsageError
+from lejepa_fast.triton_operators import why_not
 
 log = logging.getLogger("lejepa_fast.data")
 
@@ -65,16 +65,15 @@ def dali_fault(on_gpu: bool) -> str | None:
         return "there is no CUDA device"
     # "13.4.92", or "13492" without the dots.
     built = int("".join(c for c in str(getattr(dali, "__cuda_version__", "")) if c.isdigit())[:2] or 0)
-    driver = _driver_version()
-    if not (built and driver):
-        _warn_unchecked()
-    elif built > driver // 1000:
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # 12080 for 12.8
+    if built > driver // 1000:
         supported = f"{driver // 1000}.{driver % 1000 // 10}"
         return (
             f"DALI is built for CUDA {built}, the driver supports CUDA {supported}: "
             f"pip install {wanted_package(supported)} in its place"
         )
-    return None
+    fault = why_not(torch.device("cuda"), torch.float32)
+    return fault and f"the GPU cannot run the Triton kernels for colors ({fault})"
 
 
 def wanted_package(cuda: str | None) -> str:
@@ -96,14 +95,6 @@ def numba_fault() -> str | None:
     return None
 
 
-@functools.cache
-def _warn_unchecked() -> None:
-    log.warning(
-        "cannot tell whether this build of DALI fits the CUDA driver: one of their versions is unknown; if "
-        "DALI fails on the GPU, use backend='cpu' or 'torchvision'"
-    )
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -115,72 +106,22 @@ def _is_installed() -> bool:
         return False
 
 
-def _driver_version() -> int:
-    """The newest CUDA version of the driver, 12080 for 12.8; 0 when unknown."""
-    version = ctypes.c_int(0)
-    try:
-        fault = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return 0
-    return 0 if fault else version.value
-
-
-def check_loading(*, prefetch: int, hw_decoder_load: float) -> None:
-    """Raise `UsageError` for settings of the loading that cannot work."""
-    if prefetch < 1:
-        raise UsageError(f"prefetch must be at least 1 batch; got {prefetch}")
-    if not 0.0 <= hw_decoder_load <= 1.0:
-        raise UsageError(f"hw_decoder_load must lie in [0, 1]; got {hw_decoder_load}")
-
-
-def make_backend(
-    name: str,
-    views: TrainViews | EvalViews,
-    *,
-    batch_size: int,
-    num_workers: int = 0,
-    device: torch.device | None = None,
-    start_method: str | None = None,
-    prefetch: int = 2,
-    hw_decoder_load: float = 0.65,
-) -> tuple[Backend, str]:
+def make_backend(name: str, views: TrainViews | EvalViews, loading: Loading) -> tuple[Backend, str]:
     """Make the backend. A further backend goes in here.
 
     Returns:
         The backend and the reason for the choice.
 
     Raises:
-        UsageError: A setting cannot work.
+        UsageError: `name` is unknown, or that backend cannot run here.
     """
-    if num_workers < 0:
-        raise UsageError(f"num_workers must be 0 or more; got {num_workers}")
-    check_loading(prefetch=prefetch, hw_decoder_load=hw_decoder_load)
-    if start_method not in (None, "fork", "spawn", "forkserver"):
-        raise UsageError(f"start_method must be 'fork', 'spawn', 'forkserver' or None; got {start_method!r}")
-    chosen, reason = choose_backend(name, device)
-    pin_memory = device is not None and device.type == "cuda"
-    made: Backend
+    chosen, reason = choose_backend(name, loading.device)
     if chosen == "dali":
         from lejepa_fast.data.backends.dali_backend import DaliBackend
 
-        made = DaliBackend(
-            views,
-            batch_size=batch_size,
-            threads=num_workers,
-            device=device,
-            prefetch=prefetch,
-            hw_decoder_load=hw_decoder_load,
-        )
-    elif chosen == "cpu":
+        return DaliBackend(views, loading), reason
+    if chosen == "cpu":
         from lejepa_fast.data.backends.cpu_backend import CpuBackend
 
-        made = CpuBackend(views, threads=num_workers, pin_memory=pin_memory, prefetch=prefetch)
-    else:
-        made = TorchvisionBackend(
-            views,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            start_method=start_method,
-            prefetch=prefetch,
-        )
-    return made, reason
+        return CpuBackend(views, loading), reason
+    return TorchvisionBackend(views, loading), reason

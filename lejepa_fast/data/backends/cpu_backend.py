@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from lejepa_fast.data.backends.base import RawBatch, another_pass
+from lejepa_fast.data.backends.base import Loading, RawBatch, another_pass
 from lejepa_fast.data.backends.cpu_kernels import render_view
 from lejepa_fast.data.backends.torchvision_backend import centre_view
 from lejepa_fast.data.bad_images import BadImages
@@ -34,22 +34,13 @@ class _Pending(NamedTuple):
 
 
 class CpuBackend:
-    """Makes batches in threads of this process.
-
-    Args:
-        views: What to make of each image.
-        threads: Number of threads, at least 1.
-        pin_memory: Put the batches into pinned memory, from which copies to a GPU need not wait.
-        prefetch: Batches that are made ahead of the trainer.
-    """
+    """Makes batches in `num_workers` threads of this process, at least one. See `base.Backend`."""
 
     name = "cpu"
 
-    def __init__(
-        self, views: TrainViews | EvalViews, *, threads: int, pin_memory: bool = False, prefetch: int = 2
-    ) -> None:
-        self._views, self._pin_memory, self._prefetch = views, pin_memory, prefetch
-        self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="lejepa-cpu")
+    def __init__(self, views: TrainViews | EvalViews, loading: Loading) -> None:
+        self._views, self._loading = views, loading
+        self._pool = ThreadPoolExecutor(max(1, loading.num_workers), thread_name_prefix="lejepa-cpu")
         self._pass: object | None = None  # the one that began last
 
     def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Iterator[RawBatch]:
@@ -57,7 +48,7 @@ class CpuBackend:
         current = self._pass = object()
 
         def fill() -> None:
-            while len(pending) < self._prefetch and (key := next(keys, None)) is not None:
+            while len(pending) < self._loading.prefetch and (key := next(keys, None)) is not None:
                 pending.append(self._start(key, bad))
 
         try:
@@ -77,7 +68,7 @@ class CpuBackend:
     def _start(self, key: BatchKey, bad: BadImages) -> _Pending:
         count = len(key.indices)
         views = [
-            torch.empty((count, 3, size, size), dtype=torch.uint8, pin_memory=self._pin_memory)
+            torch.empty((count, 3, size, size), dtype=torch.uint8, pin_memory=self._loading.on_gpu)
             for size in self._views.sizes
         ]
         batch = RawBatch(views, torch.empty(count, dtype=torch.int64))

@@ -61,7 +61,7 @@ def render_view(view, p, kernel_size, threshold, out):
         elif code == HUE:
             shift_hue(planes[0], planes[1], planes[2], factor)
     if p[COLUMN_GRAY] > 0:
-        to_gray(planes)
+        saturate(planes, _ZERO)
     if p[COLUMN_SIGMA] > 0:
         blur(planes, kernel_size, p[COLUMN_SIGMA])
     store(planes, p[COLUMN_FLIP] > 0, threshold if p[COLUMN_SOLARIZE] > 0 else 256, out)
@@ -102,16 +102,6 @@ def saturate(planes, factor):
         r[i] = np.floor(min(max(r[i] * factor + gray, _ZERO), _FULL))
         g[i] = np.floor(min(max(g[i] * factor + gray, _ZERO), _FULL))
         b[i] = np.floor(min(max(b[i] * factor + gray, _ZERO), _FULL))
-
-
-@njit(**_FAST)
-def to_gray(planes):
-    r, g, b = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
-    for i in range(r.size):
-        gray = np.floor(_RED * r[i] + _GREEN * g[i] + _BLUE * b[i])
-        r[i] = gray
-        g[i] = gray
-        b[i] = gray
 
 
 @njit(**_FAST)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lejepa_fast.data.backends.base import RawBatch, another_pass
+from lejepa_fast.data.backends.base import Loading, RawBatch, another_pass
 from lejepa_fast.data.backends.dali_graph import view_pipeline, window_table
 from lejepa_fast.data.backends.gpu_color import change_colors
 from lejepa_fast.data.backends.reading import TURNS, Encoded, read_encoded
@@ -65,33 +65,16 @@ class _Batch:
 
 
 class DaliBackend:
-    """Makes batches with DALI. See `base.Backend` for the contract.
+    """Makes batches with DALI, on a GPU or, slowly, on a CPU. See `base.Backend`.
 
-    Args:
-        views: What to make of each image.
-        batch_size: Images per batch, at most.
-        threads: Threads that read files, and threads of DALI; at least 1 each.
-        device: A CUDA device decodes and augments there; else all happens on the CPU.
-        prefetch: Batches that are made ahead of the trainer.
-        hw_decoder_load: Share of JPEGs for the hardware decoder of a GPU.
+    `num_workers` threads read files and as many work in DALI, at least 1 each.
     """
 
     name = "dali"
 
-    def __init__(
-        self,
-        views: TrainViews | EvalViews,
-        *,
-        batch_size: int,
-        threads: int,
-        device: torch.device | None,
-        prefetch: int = 2,
-        hw_decoder_load: float = 0.65,
-    ) -> None:
-        self._views, self._batch_size, self._prefetch = views, batch_size, prefetch
-        self._threads, self._hw_decoder_load = max(1, threads), hw_decoder_load
-        on_gpu = device is not None and device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if on_gpu else None
+    def __init__(self, views: TrainViews | EvalViews, loading: Loading) -> None:
+        self._views, self._loading, self._threads = views, loading, max(1, loading.num_workers)
+        self._stream = torch.cuda.Stream(loading.device) if loading.on_gpu else None
         # More threads than cores do no harm: most of the time they wait for the disk.
         self._pool = ThreadPoolExecutor(max(2, min(self._threads, 16)), thread_name_prefix="lejepa-read")
         self._pipe: Any = None
@@ -104,9 +87,9 @@ class DaliBackend:
         current = self._pass = object()
 
         def fill() -> None:
-            while len(reads) < self._prefetch + _READ_AHEAD and (key := next(keys, None)) is not None:
+            while len(reads) < self._loading.prefetch + _READ_AHEAD and (key := next(keys, None)) is not None:
                 reads.append((key, self._read(key, bad)))
-            while reads and len(self._running) < self._prefetch:
+            while reads and len(self._running) < self._loading.prefetch:
                 if self._running and not all(part.done() for part in reads[0][1]):
                     return
                 key, parts = reads.popleft()
@@ -228,12 +211,12 @@ class DaliBackend:
     def _build(self) -> Any:
         try:
             pipe = view_pipeline(
-                batch_size=self._batch_size,
+                batch_size=self._loading.batch_size,
                 num_threads=self._threads,
                 device_id=None if self._stream is None else self._stream.device.index,
                 prefetch_queue_depth=1,  # the loader itself counts what is in flight
                 device="cpu" if self._stream is None else "gpu",
-                hw_decoder_load=self._hw_decoder_load,
+                hw_decoder_load=self._loading.hw_decoder_load,
                 sizes=self._views.sizes,
             )
             pipe.build()

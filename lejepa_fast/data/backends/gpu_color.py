@@ -1,25 +1,20 @@
 """Colors of views that DALI has cut: jitter in its drawn order, grayscale, blur, solarize.
 
-On a GPU four Triton kernels (`lejepa_fast.kernels.color_jitter`) do it for one view of the whole batch. On a
-CPU, and on a GPU that cannot run them, torchvision's operators do it image by image.
+On a GPU four Triton kernels (`lejepa_fast.kernels.color_jitter`) do it for one view of the whole batch, on a
+CPU the backend "torchvision" image by image.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lejepa_fast.data.backends.torchvision_backend import JITTER, F, finish_view, one_thread
-from lejepa_fast.data.draws import COLUMN_CODES, COLUMN_SIGMA, COLUMN_SOLARIZE, ViewParams, as_params
+from lejepa_fast.data.backends.torchvision_backend import change_color, one_thread
+from lejepa_fast.data.draws import COLUMN_CODES, COLUMN_SIGMA, COLUMN_SOLARIZE, as_params
 from lejepa_fast.data.recipe import MultiCropRecipe
-from lejepa_fast.triton_operators import why_not
-
-log = logging.getLogger("lejepa_fast.data")
 
 
 def change_colors(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
@@ -33,28 +28,19 @@ def change_colors(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropR
     Returns:
         Tensors of the same shapes in new memory.
     """
-    if views[0].is_cuda and _has_kernels(views[0].device):
-        return _by_kernels(views, table, recipe)
+    if views[0].is_cuda:
+        return by_kernels(views, table, recipe)
     made = [torch.empty_like(view) for view in views]
     with one_thread():
         for row, parameters in enumerate(table.tolist()):
             for v, view in enumerate(views):
-                changed = _changed(view[row].permute(2, 0, 1), as_params(parameters[v]), recipe)
+                changed = change_color(view[row].permute(2, 0, 1), as_params(parameters[v]), recipe)
                 made[v][row] = changed.permute(1, 2, 0)
     return made
 
 
-@functools.cache
-def _has_kernels(device: torch.device) -> bool:
-    fault = why_not(device, torch.float32)
-    if fault is not None:
-        log.warning(
-            "torchvision's operators change the colors, which is slower than Triton kernels: %s", fault
-        )
-    return fault is None
-
-
-def _by_kernels(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
+def by_kernels(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
+    """`change_colors` on a GPU, or in Triton's interpreter."""
     from lejepa_fast.kernels.color_jitter import change_colors
 
     blurred = np.any(table[..., COLUMN_SIGMA] > 0, axis=0)
@@ -72,12 +58,3 @@ def _by_kernels(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRec
         )
         for v, view in enumerate(views)
     ]
-
-
-def _changed(view: Tensor, params: ViewParams, recipe: MultiCropRecipe) -> Tensor:
-    """One view (3, S, S) by torchvision's tensor kernels."""
-    for name, factor in params.jitter:
-        view = JITTER[name](view, factor)
-    if params.grayscale:
-        view = F.rgb_to_grayscale(view, num_output_channels=3)
-    return finish_view(view, params, recipe)

@@ -58,8 +58,10 @@ def read_encoded(views: TrainViews | EvalViews, index: int, *, careful: bool = F
         return _as_ppm(index, views.load(index))
     try:
         data = source.encoded(index)
-        found = _as_stored(index, data)
-        if found is None or views.reduction(found.width, found.height) > 1:
+        header = plain_header(data)
+        if header is not None and views.reduction(header.width, header.height) == 1:
+            found = Encoded(index, data, header.width, header.height, header.orientation)
+        else:
             found = _as_ppm(index, to_rgb(open_encoded(data), views.reduction))
     except (RunError, UsageError, MemoryError):
         raise
@@ -67,12 +69,6 @@ def read_encoded(views: TrainViews | EvalViews, index: int, *, careful: bool = F
         raise unreadable(source.describe(index), error) from error
     views.check_size(index, found.width, found.height)
     return found
-
-
-def _as_stored(index: int, data: bytes) -> Encoded | None:
-    """The file as it is; None for one that decoders may read differently."""
-    header = plain_header(data)
-    return header and Encoded(index, data, header.width, header.height, header.orientation)
 
 
 def _as_ppm(index: int, image: Image.Image) -> Encoded:

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
-from lejepa_fast.data.backends.base import RawBatch, another_pass
+from lejepa_fast.data.backends.base import Loading, RawBatch, another_pass
 from lejepa_fast.data.backends.memory import give_memory_back
-from lejepa_fast.data.backends.workers import init_function, is_death, starting, without_sigchld_handler
+from lejepa_fast.data.backends.workers import is_death, start_worker, starting, without_sigchld_handler
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.draws import ViewParams, as_params
 from lejepa_fast.data.recipe import MultiCropRecipe
@@ -30,13 +30,6 @@ from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.data.sources.decoding import UnreadableImageError
 from lejepa_fast.data.views import LONGEST_RATIO, EvalViews, TrainViews
 from lejepa_fast.errors import RunError, UsageError
-
-JITTER = {
-    "brightness": F.adjust_brightness,
-    "contrast": F.adjust_contrast,
-    "saturation": F.adjust_saturation,
-    "hue": F.adjust_hue,
-}
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -51,21 +44,16 @@ def apply_view(image: Tensor, params: ViewParams, size: int, recipe: MultiCropRe
     view = F.resized_crop(image, *box, [size, size], antialias=True)
     if params.flip:
         view = F.horizontal_flip(view)
+    return change_color(view, params, recipe)
+
+
+def change_color(view: Tensor, params: ViewParams, recipe: MultiCropRecipe) -> Tensor:
+    """Color jitter and grayscale by the Pillow kernels, blur and solarize, of a view (3, S, S) uint8."""
     if params.jitter or params.grayscale:
-        view = to_tensor(_jittered(view, params))
-    return finish_view(view, params, recipe)
-
-
-def _jittered(view: Tensor, params: ViewParams) -> Image.Image:
-    """Color jitter and grayscale by the Pillow kernels."""
-    image = Image.fromarray(view.permute(1, 2, 0).numpy())
-    for name, factor in params.jitter:
-        image = JITTER[name](image, factor)
-    return F.rgb_to_grayscale(image, num_output_channels=3) if params.grayscale else image
-
-
-def finish_view(view: Tensor, params: ViewParams, recipe: MultiCropRecipe) -> Tensor:
-    """Blur and solarize, which follow the jitter, of a view (3, size, size) uint8."""
+        image = Image.fromarray(view.permute(1, 2, 0).numpy())
+        for name, factor in params.jitter:
+            image = getattr(F, f"adjust_{name}")(image, factor)
+        view = to_tensor(F.rgb_to_grayscale(image, num_output_channels=3) if params.grayscale else image)
     if params.blur_sigma is not None:
         kernel, sigma = recipe.blur_kernel, params.blur_sigma
         view = F.gaussian_blur(view, [kernel, kernel], [sigma, sigma])
@@ -154,50 +142,34 @@ class _Feed(Sampler):
 
 
 class TorchvisionBackend:
-    """Makes batches in worker processes. See `base.Backend` for the contract.
+    """Makes batches in `num_workers` processes, 0: in this one. See `base.Backend`.
 
-    Args:
-        views: What to make of each image.
-        num_workers: Number of processes; 0: in this one.
-        pin_memory: Put the batches into pinned memory, from which copies to a GPU need not wait.
-        start_method: How workers start: "fork", "spawn", "forkserver"; None: Python's default.
-        prefetch: Batches that each worker makes ahead of the trainer.
+    Each worker makes `prefetch` batches ahead of the trainer.
     """
 
     name = "torchvision"
 
-    def __init__(
-        self,
-        views: TrainViews | EvalViews,
-        *,
-        num_workers: int,
-        pin_memory: bool = False,
-        start_method: str | None = None,
-        prefetch: int = 2,
-    ) -> None:
-        self._dataset = Batches(views)
-        self._num_workers = num_workers
-        self._pin_memory, self._start_method, self._prefetch = pin_memory, start_method, prefetch
+    def __init__(self, views: TrainViews | EvalViews, loading: Loading) -> None:
+        self._dataset, self._loading = Batches(views), loading
         self._feed = _Feed()
         self._loader: DataLoader | None = None
         self._pass: object | None = None  # the one that began last
 
     def _make_loader(self) -> DataLoader:
         workers: dict[str, Any] = {}
-        if self._num_workers:
+        if self._loading.num_workers:
             workers = {
                 "persistent_workers": True,
-                "prefetch_factor": self._prefetch,
-                "worker_init_fn": init_function(self._start_method),
-                "multiprocessing_context": self._start_method,
+                "prefetch_factor": self._loading.prefetch,
+                "worker_init_fn": start_worker,
+                "multiprocessing_context": self._loading.start_method,
             }
         return DataLoader(
             self._dataset,
             batch_size=None,  # a key already is a whole batch
             sampler=self._feed,
-            num_workers=self._num_workers,
-            collate_fn=_unchanged,
-            pin_memory=self._pin_memory,
+            num_workers=self._loading.num_workers,
+            pin_memory=self._loading.on_gpu,
             generator=torch.Generator(),  # else every pass would draw from the global generator
             **workers,
         )
@@ -207,7 +179,7 @@ class TorchvisionBackend:
             if self._loader is not None:
                 return iter(self._loader)
             loader = self._make_loader()
-            with starting(self._start_method) if self._num_workers else nullcontext():
+            with starting(self._loading.start_method) if self._loading.num_workers else nullcontext():
                 iterator = iter(loader)
             self._loader = loader
             return iterator
@@ -224,7 +196,7 @@ class TorchvisionBackend:
                 if self._pass is not current:
                     raise another_pass()
         except (RuntimeError, EOFError, ConnectionError) as error:
-            if not self._num_workers or not is_death(error):
+            if not self._loading.num_workers or not is_death(error):
                 raise
             self._loader = None  # the next pass starts new workers
             reason = str(error).partition("\n")[0] or type(error).__name__
@@ -262,7 +234,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

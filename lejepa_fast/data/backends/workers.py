@@ -10,32 +10,17 @@ still needs batches to finish its step and save. So a worker ends only when
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from multiprocessing import resource_tracker
 
 import torch
 
 _SIGNALS = {signal.SIGTERM, signal.SIGINT}
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def init_function(start_method: str | None) -> Callable[[int], None]:
-    """The `worker_init_fn` for workers that this thread starts by `start_method` (None: Python's default)."""
-    if (start_method or multiprocessing.get_start_method()) == "forkserver":
-        # Their parent is the fork server.
-        return partial(_start_worker, None, True)
-    # For the kernel the parent is the thread that forked, and workers of a thread other than the main one may
-    # outlive it. (When the trainer dies, torch's own watchdog ends those within seconds.)
-    tied = threading.current_thread() is threading.main_thread()
-    return partial(_start_worker, os.getpid(), tied)
 
 
 @contextmanager
@@ -53,25 +38,19 @@ def starting(start_method: str | None) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(parent: int | None, tied: bool, worker: int) -> None:
-    """Runs first in each worker. parent: the process that must still be there; tied: die with its thread."""
+def start_worker(worker: int) -> None:
+    """The `worker_init_fn`: runs first in each worker."""
     torch.set_num_threads(1)
-    if tied and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if parent is not None and os.getppid() != parent:
-        os._exit(1)  # the parent died before the line above: no signal will come
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A thread waits for SIGTERM, because only `sigwaitinfo` tells the sender. Threads that start from now on
     # inherit the mask.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=_await_parents_sigterm, daemon=True).start()
-    if parent is None:
-        threading.Thread(target=_await_trainers_death, daemon=True).start()
+    for wait in (_await_parents_sigterm, _await_trainers_death):
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def _await_trainers_death() -> None:
-    """Watch the trainer itself: a fork server may live on without it."""
     trainer = multiprocessing.parent_process()
     if trainer is not None:
         trainer.join()

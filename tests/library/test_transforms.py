@@ -40,21 +40,16 @@ TRANSFORMS = {
     "grad": lambda f: grad(f)(views()[0]),
     "vjp": lambda f: vjp(f, views()[0])[1](torch.ones((), dtype=torch.float64)),
     "jvp": lambda f: jvp(f, (views()[0],), (views()[1],)),
-    "vmap": lambda f: vmap(f)(views()),
     "vmap of grad": lambda f: vmap(grad(f))(views()),
-    "jacrev": lambda f: jacrev(f)(views()[0]),
-    "jacfwd": lambda f: jacfwd(f)(views()[0]),
-    "hessian": lambda f: hessian(f)(views()[0]),
     "dual numbers": lambda f: dual_tangent(f, *views()),
 }
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_streaming_refuses(transform):
-    with pytest.raises(RuntimeError, match=r"^sigreg: .* impl='reference' only, got impl='torch'"):
-        transform(loss("torch"))
-    with pytest.raises(RuntimeError, match=r"^sigreg: .* impl='reference' only, got impl='torch'"):
-        transform(SIGReg(num_slices=4).eval())
+    for function in (loss("torch"), SIGReg(num_slices=4).eval()):
+        with pytest.raises(RuntimeError, match=r"^sigreg: .* impl='reference' only, got impl='torch'"):
+            transform(function)
 
 
 def test_reference_under_reverse_mode_and_vmap():
