@@ -13,11 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-<<<<<<< HEAD
-from loader_backends import on, skip_without
 from loader_contenders import multicrop_transform
-=======
->>>>>>> r2load
 from PIL import Image
 from torch import Tensor
 from view_parity import (
