@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from lejepa_fast.errors import UsageError
+from lejepa_fast.errors import UsageError, in_plain_words
 
 T = TypeVar("T")
 AtLeast1 = Annotated[int, Ge(1)]
@@ -136,4 +136,5 @@ def checked(kind: type[T], values: Any, what: str) -> T:
         first = error.errors(include_url=False)[0]
         name = "".join(f"[{part}]" if isinstance(part, int) else part for part in first["loc"])
         expected = first["msg"].replace("Input should be", "must be").replace("Field required", "is missing")
+        expected = in_plain_words(expected)
         raise UsageError(f"{what}: {name} {expected}; got {reprlib.repr(first['input'])}") from error

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from loader_backends import on, skip_without
+from loader_backends import on
 from odd_files import (
     BOMBS,
     DANGLING,
@@ -25,7 +24,6 @@ from odd_files import (
 from PIL import EpsImagePlugin, Image
 
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader
-from lejepa_fast.data.backends import reading
 from lejepa_fast.data.sources import FolderSource, UnreadableImageError
 from lejepa_fast.data.sources.decoding import open_encoded, plain_header, to_rgb
 from lejepa_fast.errors import RunError
@@ -293,17 +291,3 @@ def test_every_orientation_is_seen_as_torchvision_sees_it(backend, tmp_path, cap
         gaps = (ours.cpu().int() - right.int()).abs().float().mean((1, 2, 3))
         assert gaps.max() < 3, gaps
     assert "DALI failed" not in caplog.text
-
-
-def test_an_image_of_another_size_than_its_header_says_is_decoded_again(tmp_path, monkeypatch):
-    skip_without("dali")
-    for number in range(8):
-        (tmp_path / f"{number}.png").write_bytes(saved(picture(number), "PNG"))
-    recipe = replace(RECIPE, flip_prob=0.0)
-    options = {"batch_size": 8, "shuffle": False, "dtype": torch.uint8}
-    [[right, _]] = multicrop_loader(FolderSource(tmp_path), recipe, backend="torchvision", **options)
-    header = reading.plain_header
-    monkeypatch.setattr(reading, "plain_header", lambda data: header(data)._replace(width=47))
-    [[views, _]] = multicrop_loader(FolderSource(tmp_path), recipe, backend="dali", **options)
-    for ours, theirs in zip(views, right, strict=True):
-        assert (ours.cpu().int() - theirs.int()).abs().float().mean() < 3

@@ -20,7 +20,7 @@ import tyro
 from annotated_types import Ge, Gt, Le, Lt
 
 from lejepa_fast.data.recipe import MultiCropRecipe
-from lejepa_fast.errors import UsageError
+from lejepa_fast.errors import UsageError, in_plain_words
 from lejepa_fast.train.config.names import default_weight_decay
 from lejepa_fast.train.runtime import files
 
@@ -336,14 +336,7 @@ def _first_error(cls: type, error: pydantic.ValidationError) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         return f"{section + ': ' if section else ''}unknown key {last!r}; {hint}"
     expected = " or ".join(dict.fromkeys(each["msg"] for other, each in found if other == name))
-    for theirs, ours in (
-        ("Input should be ", ""),
-        ("greater than or equal to", "at least"),
-        ("less than or equal to", "at most"),
-        ("greater than", "above"),
-        ("less than", "below"),
-    ):
-        expected = expected.replace(theirs, ours)
+    expected = in_plain_words(expected.replace("Input should be ", ""))
     return f"{name or 'configuration'}: expected {expected}, got {first['input']!r}"
 
 
