@@ -155,19 +155,18 @@ def recompute(blocks: list[nn.Module], mode: str, compiled: list[nn.Module]) -> 
     # Dynamo warns that in-place operators break selective checkpointing; they are switched off below.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for block in blocks:
-        contexts = noop_context_fn
+        options: dict[str, Any] = {"use_reentrant": False}  # no `context_fn`: Dynamo cannot trace an idle one
         if mode == "selective":
-            contexts = _selective_contexts
+            options["context_fn"] = _selective_contexts
             for module in block.modules():
                 if getattr(module, "inplace", False):
                     module.inplace = False  # type: ignore[assignment]
         norms = [module for module in block.modules() if _is_batchnorm(module)]
         # A compiled block updates its running statistics in its forward graph, which runs once.
         if norms and block not in compiled:
-            contexts = functools.partial(_with_frozen_statistics, norms, contexts)
-        block.forward = functools.partial(  # type: ignore[method-assign]
-            checkpoint, block.forward, use_reentrant=False, context_fn=contexts
-        )
+            contexts = options.get("context_fn", noop_context_fn)
+            options["context_fn"] = functools.partial(_with_frozen_statistics, norms, contexts)
+        block.forward = functools.partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
 
 
 def _with_frozen_statistics(norms: list[nn.Module], contexts: Any) -> tuple[Any, Any]:
