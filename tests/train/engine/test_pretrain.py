@@ -47,7 +47,7 @@ from lejepa_fast.train.runtime.world import World
         (["--loss.t-max", "-1"], "loss: t_max"),
         (["--loss.impl", "triton"], "expected on a GPU for impl='triton'"),
         (["--data.backend", "dali"], "backend 'dali': DALI is not installed: pip install nvidia-dali-cuda1"),
-        (["--data.max-bad-fraction", "2"], "data.max_bad_fraction: expected at most 1, got 2"),
+        (["--data.max-bad-fraction", "2"], "data.max_bad_fraction: expected at most 1, got 2.0"),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_with_2(
