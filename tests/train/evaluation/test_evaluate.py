@@ -317,7 +317,7 @@ def test_command_refuses_what_is_no_checkpoint(
     torch.save({"state_dict": {}}, foreign)
     wide = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, projector_dim=9))
     mixed = save_model(tmp_path / "mixed", 1, build_model(cfg), wide)
-    for path, message in ((foreign, "not a checkpoint of lejepa_fast"), (mixed, "does not hold the model")):
+    for path, message in ((foreign, "is a file; give a run folder"), (mixed, "does not hold the model")):
         assert command.main(["--checkpoint", str(path)]) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"error: checkpoint {path} ")
