@@ -36,6 +36,7 @@ from lejepa_fast.train.model import initialize
 from lejepa_fast.train.model.initialize import named_tensors
 from lejepa_fast.train.model.model import build_model
 from lejepa_fast.train.parallel.parallelize import make_mesh, parallelize
+from lejepa_fast.train.planning.out_of_memory import settings_that_help
 from lejepa_fast.train.pretrain import pretrain
 from lejepa_fast.train.runtime.world import World, reported_elsewhere
 
@@ -244,9 +245,15 @@ def run_without_room_for_the_whole(cfg: Config, world: World) -> str:
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    with mock.patch.object(initialize, "allocate", full), pytest.raises(RunError) as caught:
-        pretrain(replace(cfg, parallel=FSDP, max_steps=1), world)
-    return str(caught.value)
+    sharded = replace(cfg, parallel=FSDP, max_steps=1)
+    try:
+        with Trainer(sharded, world, settings_that_help) as trainer:
+            trainer.train()
+            with mock.patch.object(initialize, "allocate", full):
+                trainer.whole_model()
+    except RunError as error:
+        return str(error)
+    return "no error"
 
 
 def family_step(name: str, kind: str, rank: int) -> dict[str, Any]:
