@@ -113,10 +113,10 @@ class Batches(Dataset):
 
     def fill(self, batch: RawBatch, row: int, epoch: int, index: int) -> bool:
         """Write the views and the label of an image to a row of the batch; True."""
-        image = self.views.load(index)
-        batch.targets[row] = self.views.source.target(index)
         # The batch itself is made outside inference mode, as the caller may use it in autograd.
         with one_thread(), torch.inference_mode():
+            image = self.views.load(index)
+            batch.targets[row] = self.views.source.target(index)
             for view, made in zip(batch.views, self._made(image, epoch, index), strict=True):
                 view[row].copy_(made)
         return True
