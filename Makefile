@@ -6,14 +6,17 @@ BIN := $(VENV)/bin
 # Extra arguments for the trainer, for example: make pretrain RUN=runs/seed-1 ARGS="--seed 1"
 ARGS ?=
 RUN ?= runs/trashnet96
-.PHONY: help pretrain test lint format bench clean
+.PHONY: help pretrain test test-versions test-tritons mutants lint format bench clean
 
 help:
-	@echo "make pretrain   pretrain on the embedded image set, evaluate, write a report"
-	@echo "make test       linters, type checker and all tests"
-	@echo "make bench      SIGReg benchmark of this machine, rows and plot in bench/results/"
-	@echo "make format     format the code"
-	@echo "make clean      remove caches and build products (keeps .venv and runs)"
+	@echo "make pretrain       pretrain on the embedded image set, evaluate, write a report"
+	@echo "make test           linters, type checker and all tests"
+	@echo "make test-versions  kernels with every Triton, the loss with the oldest and newest PyTorch"
+	@echo "make test-tritons   a part of the kernel tests with the oldest and the newest Triton"
+	@echo "make mutants        plant small faults in the code and count those that the tests find (hours)"
+	@echo "make bench          SIGReg benchmark of this machine, rows and plot in bench/results/"
+	@echo "make format         format the code"
+	@echo "make clean          remove caches and build products (keeps .venv and runs)"
 
 pretrain: $(VENV)/.installed
 	@$(BIN)/python train/pretrain.py --preset laptop --out $(RUN) $(ARGS)
@@ -24,10 +27,20 @@ test: export OMP_WAIT_POLICY ?= PASSIVE
 test: lint
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+test-versions: $(VENV)/.installed-dev
+	@$(BIN)/python -m nox
+
+test-tritons: $(VENV)/.installed-dev
+	@$(BIN)/python -m nox --session kernels_short
+
+mutants: $(VENV)/.installed-dev
+	@$(BIN)/python tests/mutants.py $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
 	@$(BIN)/python -m mypy
+	@$(BIN)/lint-imports --no-logo
 
 bench: $(VENV)/.installed-dev
 	@$(BIN)/python bench/sigreg_bench.py --sweep
@@ -37,7 +50,7 @@ format: $(VENV)/.installed-dev
 	@$(BIN)/python -m ruff format .
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # No environment, or one whose interpreter has gone: made anew, then installed into whatever its stamps say.
@@ -59,7 +72,7 @@ FORCE:
 $(VENV)/.installed: pyproject.toml setup.py $(MISSING)
 	$(make_environment)
 	@echo "installing lejepa_fast into $(VENV) (the first time takes a few minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml setup.py $(MISSING)

@@ -1,25 +1,17 @@
-"""Packaging: folders at the top of the repository become sub-packages of `lejepa_fast`.
+"""Packaging. `kernels/` and `train/` stand at the top of the repository and are packages of `lejepa_fast`.
 
-A top-level package called `kernels` or `train` would collide with other projects, so the
-wheel holds `lejepa_fast/...` only. Everything else is declared in pyproject.toml.
+The symbolic links `lejepa_fast/kernels` and `lejepa_fast/train` make folder and import path agree for Python,
+type checkers, editors and pip alike. Everything else is declared in pyproject.toml.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
-    packages=[
-        "lejepa_fast",
-        "lejepa_fast.data",
-        "lejepa_fast.kernels",
-        "lejepa_fast.train",
-    ],
-    package_dir={
-        "lejepa_fast": "lejepa_fast",
-        "lejepa_fast.kernels": "kernels",
-        "lejepa_fast.train": "train",
-    },
+    packages=find_packages(include=["lejepa_fast", "lejepa_fast.*"]),
     package_data={
+        "": ["*.jinja", "*.j2", "*.html", "*.css"],
         "lejepa_fast": ["py.typed"],
         "lejepa_fast.data": ["trashnet96/*", "trashnet96/*/*"],
+        "lejepa_fast.train.report": ["*.j2"],
     },
 )

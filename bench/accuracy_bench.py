@@ -1,51 +1,36 @@
 """Measured error of SIGReg's implementations against float64: python bench/accuracy_bench.py
 
-Relative errors, in the Euclidean norm, of the statistic of every direction and of the gradient, over the
-number of knots J and the size of the projections |p|. Every variant gets the same numbers; the rounding of
-half-precision inputs is taken as given. The gradient is that of the sum over directions, which takes the path
-of training: in half precision, dT/dp is rounded as there. Rows go to bench/results/sigreg_accuracy.jsonl.
-
-Each row is held to the accuracy rule (`lejepa_fast.reference.allowed_error`) by plain float32 on the same
-inputs, whose errors it carries; not those of "recurrence" and tf32, which are there to be compared. The exit
-code is 1 if one is beyond it.
+Relative errors, in the Euclidean norm, of the statistic of every direction and of the gradient of their sum,
+over the number of knots J and the size of the projections |p|. The rounding of half-precision inputs is taken
+as given. Rows go to bench/results/sigreg_accuracy.jsonl. Each is held to the accuracy rule
+(`lejepa_fast.reference.allowed_error`) by plain float32 on the same inputs, whose errors it carries. The exit
+code is 1 if one is beyond the rule. Plain float32 and tf32 are there to be compared only.
 
 On a GPU the kernels are compiled. Without one they run in Triton's interpreter, at a size of one tile, where
 float32 is multiplied as such whatever the precision.
-
-"recurrence" is what the kernels do not do: cos(k u) and sin(k u) by c[k+1] = 2 c[1] c[k] - c[k-1] in float32.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from benchlib import RESULTS, append_rows, machine, print_table
+from benchlib import Row, Rows, command_line, print_table
 from torch import Tensor
 
 from lejepa_fast import Knots, sample_directions, sample_unit_directions, sigreg, standard_normal_knots
 from lejepa_fast.kernels.runtime import interpreting
-from lejepa_fast.reference import allowed_error, statistic_from_sums
+from lejepa_fast.reference import HALF_PRECISION_ERROR, RELATIVE_ERROR, allowed_error
 
 KNOTS = (17, 3, 5, 9, 33, 65)  # the default first: what comes later may be stopped
 SCALES = (1.0, 10.0, 100.0, 1e3, 1e4)
+PARTS = ("value_errors", "gradient_errors", "plain_value_errors", "plain_gradient_errors")
 SIZES = {"cpu": {"N": 16, "K": 16, "M": 16}, "cuda": {"N": 2048, "K": 512, "M": 256}}
-
-
-class Errors(NamedTuple):
-    """Relative errors against float64: a variant's own, and those of plain float32 on its inputs."""
-
-    value: float
-    gradient: float
-    plain_value: float
-    plain_gradient: float
 
 
 class Variant(NamedTuple):
@@ -53,7 +38,7 @@ class Variant(NamedTuple):
 
     name: str
     dtype: torch.dtype
-    impl: str | None  # None: the recurrence
+    impl: str
     precision: str | None = None
     knots: Sequence[int] = KNOTS
     judged: bool = True
@@ -62,7 +47,6 @@ class Variant(NamedTuple):
 def variants(device: str) -> Iterator[Variant]:
     """On a GPU each variant and J is compiled: the default precision at every J, most others at 17."""
     yield Variant("plain float32", torch.float32, "reference", judged=False)
-    yield Variant("recurrence", torch.float32, None, judged=False)
     yield Variant("impl='torch'", torch.float32, "torch")
     if device == "cpu" or torch.version.hip:
         yield Variant("impl='triton'", torch.float32, "triton", "ieee")
@@ -74,30 +58,10 @@ def variants(device: str) -> Iterator[Variant]:
     yield Variant("impl='triton', fp16", torch.float16, "triton", knots=(17,))
 
 
-def recurrence(x: Tensor, A: Tensor, knots: Knots) -> tuple[Tensor, Tensor]:
-    """Statistic (M,) and gradient of its sum, float32, with powers by the three-term recurrence."""
-    assert knots.spacing is not None
-    p = x @ A
-    t, phi, weights = (a.to(x.device, x.dtype) for a in knots[:3])
-    u = p * knots.spacing
-    cos, sin = [torch.ones_like(u), u.cos()], [torch.zeros_like(u), u.sin()]
-    for _ in range(2, len(t)):
-        cos.append(2 * cos[1] * cos[-1] - cos[-2])
-        sin.append(2 * cos[1] * sin[-1] - sin[-2])
-    sums = torch.stack([torch.stack([c.sum(0) for c in powers]) for powers in (cos, sin)])  # (2, J, M)
-    sums.requires_grad_()
-    value = statistic_from_sums(sums[None], x.shape[0], phi, weights)[0]
-    (grad,) = torch.autograd.grad(value.sum(), sums)
-    dp = torch.zeros_like(p)
-    for j, (c, s) in enumerate(zip(cos, sin, strict=True)):
-        dp += t[j] * (grad[1, j] * c - grad[0, j] * s)
-    return value.detach(), dp @ A.T
-
-
 def evaluate(x: Tensor, A: Tensor, knots: Knots, **options: Any) -> tuple[Tensor, Tensor]:
-    """Statistic of every direction, and the gradient of their sum as a trainer's reduction takes it.
+    """Statistic of every direction, and the gradient of their sum.
 
-    With `reduction=None` the kernels take any gradient per direction, and leave dT/dp in float32.
+    The sum takes the path of training, where dT/dp is rounded in half precision; `reduction=None` does not.
     """
     with torch.no_grad():
         value = sigreg(x, A, *knots[:3], spacing=knots.spacing, reduction=None, **options)
@@ -107,58 +71,44 @@ def evaluate(x: Tensor, A: Tensor, knots: Knots, **options: Any) -> tuple[Tensor
     return value, grad
 
 
-def errors(variant: Variant, J: int, scale: float, device: str) -> Errors:
-    """Relative errors of the statistic and of the gradient.
-
-    Half-precision variants have inputs of their own, rounded and with other directions: so plain float32
-    is measured on those, too.
-    """
-    size = SIZES[device]
+def errors(variant: Variant, J: int, scale: float, device: str) -> list[float]:
+    """Relative errors against float64: value, gradient, and those of plain float32 on the same inputs."""
+    N, K, M = SIZES[device].values()
     generator = torch.Generator().manual_seed(J)
-    x = (scale * torch.randn(size["N"], size["K"], generator=generator)).to(device, variant.dtype)
+    x = (scale * torch.randn(N, K, generator=generator)).to(device, variant.dtype)
     knots, unit = standard_normal_knots(3.0, J), None
-    if variant.dtype.itemsize == 2:
-        A, unit = sample_unit_directions(
-            size["K"], size["M"], step=0, device=device, dtype=variant.dtype, impl="torch"
-        )
-    else:
+    if variant.dtype == torch.float32:
         # The same on every device: normals of one generator, not of its kernel.
-        A = sample_directions(size["K"], size["M"], step=0).to(device)
+        A = sample_directions(K, M, step=0).to(device)
+    else:
+        A, unit = sample_unit_directions(K, M, step=0, device=device, dtype=variant.dtype, impl="torch")
     exact = evaluate(x.double(), A.double(), knots, impl="reference", scale=unit)
     plain = evaluate(x.float(), A.float(), knots, impl="reference", scale=unit)
-    if variant.impl is None:
-        got = recurrence(x, A, knots)
-    else:
-        got = evaluate(x, A, knots, impl=variant.impl, precision=variant.precision, scale=unit)
+    got = evaluate(x, A, knots, impl=variant.impl, precision=variant.precision, scale=unit)
     pairs = zip((*got, *plain), (*exact, *exact), strict=True)
-    return Errors(*(((g.double() - e).norm() / e.norm()).item() for g, e in pairs))
+    return [((g.double() - e).norm() / e.norm()).item() for g, e in pairs]
 
 
-def measured(variant: Variant, J: int, device: str) -> dict[str, Any]:
-    results = [errors(variant, J, scale, device) for scale in SCALES]
-    return {
-        "variant": variant.name,
-        "dtype": str(variant.dtype).removeprefix("torch."),
-        "precision": variant.precision,
-        "judged": variant.judged,
-        "J": J,
-        "size": SIZES[device],
-        "scales": list(SCALES),
-        "value_errors": [result.value for result in results],
-        "gradient_errors": [result.gradient for result in results],
-        "plain_value_errors": [result.plain_value for result in results],
-        "plain_gradient_errors": [result.plain_gradient for result in results],
-    }
+def measured(variant: Variant, J: int, device: str) -> Row:
+    row: Row = {"variant": variant.name, "dtype": str(variant.dtype).removeprefix("torch.")}
+    row |= {"precision": variant.precision, "judged": variant.judged, "J": J, "size": SIZES[device]}
+    row |= {"scales": list(SCALES), "kernels": "compiled" if device == "cuda" else "interpreted"}
+    found = [errors(variant, J, scale, device) for scale in SCALES]
+    row |= zip(PARTS, zip(*found, strict=True), strict=True)
+    return row | {"share_of_allowed": share_of_allowed(row) if variant.judged else None}
 
 
-def share_of_allowed(row: dict[str, Any]) -> float:
-    """The largest error of a row as a share of what the rule allows; infinite for what is no number."""
-    dtype = getattr(torch, row["dtype"])
-    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+def share_of_allowed(row: Row) -> float:
+    """The largest error of a row as a share of what the rule allows; infinite if an error is NaN."""
+    dtype, value = getattr(torch, row["dtype"]), RELATIVE_ERROR
+    ulp = 0.0
+    if dtype != torch.float32:
+        ulp = torch.finfo(dtype).eps / 2  # of the gradient, which has the dtype of the inputs
+        value = HALF_PRECISION_ERROR if row["kernels"] == "compiled" else RELATIVE_ERROR
     shares = [0.0]
-    for part, ulp in (("value_errors", 0.0), ("gradient_errors", rounding)):
-        for error, reference in zip(row[part], row[f"plain_{part}"], strict=True):
-            share = error / allowed_error(reference, ulp=ulp)
+    for part, options in (("value", {"relative": value}), ("gradient", {"ulp": ulp})):
+        for error, plain in zip(row[f"{part}_errors"], row[f"plain_{part}_errors"], strict=True):
+            share = error / allowed_error(plain, **options)
             shares.append(share if share == share else float("inf"))
     return max(shares)
 
@@ -168,7 +118,7 @@ def cases(device: str) -> list[tuple[Variant, int]]:
     return [(variant, J) for J in KNOTS for variant in variants(device) if J in variant.knots]
 
 
-def measure(device: str) -> Iterator[dict[str, Any]]:
+def measure(device: str) -> Iterator[Row]:
     """Row by row, on a GPU from several processes: each compiles its own kernels, and nothing is timed."""
     jobs = [(variant, J, device) for variant, J in cases(device)]
     if device == "cpu":
@@ -181,34 +131,28 @@ def measure(device: str) -> Iterator[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows (default: %(default)s)")
-    folder = parser.parse_args().out
+    options = command_line(__doc__).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not interpreting():  # which Triton decides when it is imported
+    if device == "cpu" and not interpreting():  # Triton decides when it is imported
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
-    where = machine() | {"kernels": "compiled" if device == "cuda" else "interpreted"}
+    writer = Rows(options.out / "sigreg_accuracy.jsonl", "sigreg_accuracy")
     print("relative error of the statistic / of the gradient, against float64", flush=True)
-    header = ["variant", "J", *(f"|p| ~ {scale:g}" for scale in SCALES)]
     rows = []
     for row in measure(device):
-        row["share_of_allowed"] = share_of_allowed(row) if row["judged"] else None
-        rows.append(row)
-        append_rows(folder / "sigreg_accuracy.jsonl", [row | where])
+        rows += writer.write(row)
         print(f"{row['variant']}, J {row['J']}: {', '.join(cells(row))}", flush=True)
     print()
+    header = ["variant", "J", *(f"|p| ~ {scale:g}" for scale in SCALES)]
     print_table(header, [[row["variant"], str(row["J"]), *cells(row)] for row in rows])
     beyond = [row for row in rows if row["judged"] and row["share_of_allowed"] > 1]
     for row in beyond:
-        what = f"{row['variant']}, J {row['J']}"
-        print(f"error: {what}: {row['share_of_allowed']:.2g} times the error allowed", file=sys.stderr)
+        share = f"{row['share_of_allowed']:.2g} times the error allowed"
+        print(f"error: {row['variant']}, J {row['J']}: {share}", file=sys.stderr)
     return int(bool(beyond))
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def cells(row: Row) -> list[str]:
     """One for each size of projections: error of the statistic / of the gradient."""
     return [f"{v:.0e} / {g:.0e}" for v, g in zip(row["value_errors"], row["gradient_errors"], strict=True)]
 

@@ -9,13 +9,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lejepa_fast import triton_ops
-from lejepa_fast.data import draws
-from lejepa_fast.kernels import backward, colour, directions, finish, forward
+from lejepa_fast import triton_operators
+from lejepa_fast.kernels import backward, color_jitter, epilogue, forward, philox
 from lejepa_fast.kernels.configs import Config, Tile, shipped_config
-from lejepa_fast.kernels.layout import COEF_BLOCK, Plan, count_splits
-from lejepa_fast.kernels.rounding import plan_chain
 from lejepa_fast.kernels.runtime import OPTIONS
+from lejepa_fast.kernels.table import COEF_BLOCK, Plan, count_splits
 
 TILED = ("forward", "gradient", "product", "fused")
 _PLAIN = Tile(32, 0, 0, 4, 3)
@@ -63,10 +61,7 @@ def tiled_kernel(
     config = shipped_config(target, 4 if single else _itemsize(dtype))
     tile = config.tile(name, size.K) if tile is None else tile
     arguments = _common(target, dtype, plan, size)
-    kind = arguments["PRECISION"] if mixed or dtype == "fp32" else dtype
-    if name == "forward":
-        tile = tile.for_sums(plan.chunks, kind)
-    arguments |= _blocks(name, tile, size, config, kind)
+    arguments |= _blocks(name, tile, size, config)
     if mixed:
         arguments |= {"a_ptr": f"*{directions}", "HAS_SCALE": False}
     if name == "forward":
@@ -76,7 +71,7 @@ def tiled_kernel(
         return Kernel(name, forward._sigreg_fwd_kernel, arguments, tile)
     arguments |= {"G": plan.G, "FAR": plan.chunks > 1, "SLICE_GRAD": slice_grad, "out_ptr": f"*{dtype}"}
     arguments |= {"coef_ptr": "*fp32", "grad_ptr": "*fp32", "dp_ptr": f"*{dtype}"}
-    arguments |= dict.fromkeys(("TURNS", "turns"), backward.count_turns(tile, plan, config.lanes))
+    arguments |= dict.fromkeys(("SUB_TILES", "sub_tiles"), backward.count_sub_tiles(tile, plan, config.lanes))
     if slice_grad:
         arguments |= {"stride_gv": size.M, "stride_gm": 1}
     if slice_grad or mixed:  # dT/dp stays in float32
@@ -108,28 +103,25 @@ def plain_kernels(target: str, dtype: str, plan: Plan, size: Size) -> list[Kerne
     draw = common | {"step_ptr": "*i64", "out_ptr": f"*{dtype}", "seed": 3, "BLOCK_Q": 16, "BLOCK_M": 16}
     summing: Arguments = {"in_ptr": "*fp32", "out_ptr": "*fp32", "count": 256, "factor": 0.1, "BLOCK": 1024}
     return [
-        Kernel("directions", directions._directions_kernel, draw, _PLAIN),
-        Kernel("finish", finish._sigreg_finish_kernel, done, _PLAIN),
-        Kernel("sum", finish._sum_kernel, summing, _PLAIN),
+        Kernel("directions", philox._directions_kernel, draw, _PLAIN),
+        Kernel("finish", epilogue._sigreg_finish_kernel, done, _PLAIN),
+        Kernel("sum", epilogue._sum_kernel, summing, _PLAIN),
     ]
 
 
 def colour_kernels(size: int, kernel_size: int) -> list[Kernel]:
-    """Those of `kernels/colour.py` for crops of `size` px: the blur's two passes are of two types."""
-    pointers = dict.fromkeys(("view_ptr", "middle_ptr", "out_ptr"), "*u8") | {"table_ptr": "*fp32"}
-    common = pointers | {"sums_ptr": "*i64", "stride_row": draws.COLUMNS, "pixels": size * size}
-    common |= {"threshold": 128, "BLOCK": colour._BLOCK}
-    passes = [("*u8", "*fp32", 3), ("*fp32", "*u8", 3 * size)]
-    blurs = [
-        common
-        | {"source_ptr": source, "out_ptr": out, "size": size, "stride": stride}
-        | {"KERNEL": kernel_size, "LAST": out == "*u8"}
-        for source, out, stride in passes
-    ]
+    """Those of `kernels/color_jitter.py` for crops of `size` px: the blur's two passes are of two types."""
+    common: dict[str, Any] = dict.fromkeys(("view_ptr", "middle_ptr", "out_ptr"), "*u8")
+    common |= {"table_ptr": "*fp32"}
+    common |= {"sums_ptr": "*i64", "stride_row": color_jitter.COLUMNS, "pixels": size * size}
+    common |= {"threshold": 128, "BLOCK": color_jitter._BLOCK, "size": size, "KERNEL": kernel_size}
+    first = common | {"source_ptr": "*u8", "out_ptr": "*fp32", "stride": 3, "LAST": False}
+    second = common | {"source_ptr": "*fp32", "out_ptr": "*u8", "stride": 3 * size, "LAST": True}
     return [
-        Kernel("gray sums", colour._gray_sums_kernel, common, _PLAIN),
-        Kernel("colour", colour._colour_kernel, common, _PLAIN),
-        *(Kernel("blur", colour._blur_kernel, arguments, _PLAIN) for arguments in blurs),
+        Kernel("gray sums", color_jitter._gray_sums_kernel, common, _PLAIN),
+        Kernel("colour", color_jitter._color_kernel, common, _PLAIN),
+        Kernel("blur", color_jitter._blur_kernel, first, _PLAIN),
+        Kernel("blur", color_jitter._blur_kernel, second, _PLAIN),
     ]
 
 
@@ -148,28 +140,18 @@ def _common(target: str, dtype: str, plan: Plan, size: Size) -> Arguments:
     arguments |= {"HAS_SCALE": half, "EQUIDISTANT": plan.equidistant, "B": plan.B, "ROWS": plan.rows}
     # AMD's is that of the CPU.
     device = torch.device("cuda" if target.startswith("sm_") else "cpu")
-    arguments["PRECISION"] = triton_ops.default_precision(device)
+    arguments["PRECISION"] = triton_operators.default_precision(device)
     return arguments
 
 
-def _blocks(name: str, tile: Tile, size: Size, config: Config, kind: str) -> Arguments:
+def _blocks(name: str, tile: Tile, size: Size, config: Config) -> Arguments:
     block_k, resident = tile.steps(size.K)
-    chain = plan_chain(config.lost, tile, size.K, kind, held=tile.resident or name == "fused")
-    return {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k if name == "product" else block_k,
-        "RESIDENT": resident,
-        "TILES": triton.cdiv(size.K, block_k),
-        "MASK_M": size.M % tile.block_m != 0,
-        "CHAIN": chain.tiles,
-        "EVEN_K": chain.even,
-        "EVEN_N": size.N % tile.block_n == 0,
-        "LANES": config.lanes,
-        "TURNS": tile.turns,
-        "turns": tile.turns,
-        "turn_stride": 0,
-    }
+    blocks: Arguments = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "RESIDENT": resident}
+    blocks |= {"BLOCK_K": tile.block_k if name == "product" else block_k}
+    blocks |= {"TILES": triton.cdiv(size.K, block_k), "EVEN_K": size.K % block_k == 0}
+    blocks |= {"MASK_M": size.M % tile.block_m != 0, "EVEN_N": size.N % tile.block_n == 0}
+    blocks |= {"SUB_TILES": tile.sub_tiles, "sub_tiles": tile.sub_tiles, "sub_tile_stride": 0}
+    return blocks | {"LANES": config.lanes}
 
 
 def compile_kernel(kernel: Kernel, target: str) -> Any:

@@ -11,15 +11,14 @@ statistic for each direction, and bf16 embeddings with float32 directions: there
 than excluded.
 Instructions are counted in the hot loop: the stretch of machine code between two branches
 that holds the range reductions. One range reduction (two beyond 17 knots) belongs to one projected sample,
-and its constant can be found in the code, so `per sample` means: of that stretch, divided by its samples,
-and the additions between chains of the matrix units (`kernels/rounding.py`), which stand outside of it.
+and its constant can be found in the code, so `per sample` means: of that stretch, divided by its samples.
 Beyond 17 knots several programs of `forward` share them; the figure is that of one.
 
 Floors are for one H200 and a launch of the whole size: instructions on the FP32 pipe, the matrix product, and
-the bytes that programs read through the L2 cache, each by its rate below (`l2_64_us`: those of 64 x 64 tiles
-with nothing resident). Programs on a multiprocessor overlap; where registers or shared memory leave room for
-one only, its product and its arithmetic add.
-`--check` compares with bench/kernel_budgets.json and exits 1 when a budget is exceeded.
+the bytes that programs read through the L2 cache, each by its rate below. Programs on a multiprocessor
+overlap; where registers or shared memory leave room for one only, its product and its arithmetic add.
+`--check` compares with bench/kernel_budgets.json and exits 1 when a budget is exceeded. A budget
+whose key begins with "triton 3.8" replaces the common one for that version.
 """
 
 from __future__ import annotations
@@ -40,11 +39,12 @@ from benchlib import print_table
 from kernel_build import TILED, Kernel, Size, compile_kernel, plain_kernels, tiled_kernel
 
 from lejepa_fast.kernels.configs import TARGETS, shipped_config
-from lejepa_fast.kernels.layout import Plan, count_splits, make_plan
+from lejepa_fast.kernels.table import Plan, count_splits, make_plan
 
 BUDGETS = Path(__file__).parent / "kernel_budgets.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-REFERENCE, GIANT, KNOTS = Size(8, 2048, 512, 1024), Size(10, 4096, 1536, 4096), 17
+REFERENCE, GIANT = Size(8, 2048, 512, 1024), Size(10, 4096, 1536, 4096)
+KNOTS, STEP = 17, 3 / 16
 MINIMAL = Size(4, 256, 16, 256)
 ODD = (Size(8, 2001, 60, 1000), Size(8, 2001, 500, 1000), Size(8, 2001, 768, 1024))
 MANY_KNOTS = (33, 65)
@@ -62,63 +62,45 @@ _L2 = 5.5e12
 _REGISTERS, _SHARED = 65536, 227 * 1024  # of a multiprocessor, sm_90
 
 
-def shipped_kernels(target: str, dtype: str, plan: Plan) -> list[tuple[Size, Kernel]]:
+Case = tuple[str, Plan, Size, Kernel]
+"""What is uneven about it, and a kernel for this size."""
+
+
+def cases(target: str, dtype: str) -> list[Case]:
     """Every kernel with its sizes; the giant size where it takes another tile than the reference."""
     config = shipped_config(target, 4 if dtype == "fp32" else 2)
-    found = [(REFERENCE, kernel) for kernel in plain_kernels(target, dtype, plan, REFERENCE)]
-    for name in TILED:
-        if name == "fused":
-            sizes = [REFERENCE._replace(K=choice.max_dim) for choice in config.fused]
-        else:
-            other = config.tile(name, GIANT.K) != config.tile(name, REFERENCE.K)
-            sizes = [REFERENCE, GIANT] if other else [REFERENCE]
-        found += [(size, tiled_kernel(name, target, dtype, plan, size)) for size in sizes]
-    return found
+    usual = make_plan(KNOTS, STEP)
+    found: list[Case] = [("", usual, REFERENCE, k) for k in plain_kernels(target, dtype, usual, REFERENCE)]
 
-
-Case = tuple[str, Plan, Size, Kernel]
-
-
-def minimal_kernels(target: str, dtype: str) -> list[Case]:
-    plan = make_plan(KNOTS, 3 / (KNOTS - 1))
-    names = ("forward", "fused")
-    return [("minimal", plan, MINIMAL, tiled_kernel(n, target, dtype, plan, MINIMAL)) for n in names]
-
-
-def mixed_kernels(target: str) -> list[Case]:
-    """Embeddings in bf16 and directions in float32, of sizes that are read element by element."""
-    plan, size = make_plan(KNOTS, 3 / (KNOTS - 1)), ODD[1]
-    found = []
-    for name in ("forward", "gradient", "product"):
-        kernel = tiled_kernel(name, target, "bf16", plan, size, directions="fp32")
-        found.append((f"bf16 x N {size.N} K {size.K} M {size.M}", plan, size, kernel))
-    return found
-
-
-def uneven_kernels(target: str) -> list[Case]:
-    """What the shipped tiles were not chosen for, in bf16: masks along every dimension, more knots or
-    arbitrary ones, and a statistic for each direction.
-    """
-    found = []
-    for size in ODD:
-        plan = make_plan(KNOTS, 3 / (KNOTS - 1))
-        names = ("forward", "fused") if size.K <= 64 else ("forward", "gradient", "product")
+    def add(
+        uneven: str, size: Size, *names: str, plan: Plan = usual, inputs: str = dtype, **more: Any
+    ) -> None:
         for name in names:
-            kernel = tiled_kernel(name, target, "bf16", plan, size)
-            found.append((f"N {size.N} K {size.K} M {size.M}", plan, size, kernel))
-    for knots in MANY_KNOTS:
-        plan = make_plan(knots, 3 / (knots - 1))
-        for name, size in (("forward", REFERENCE), ("fused", REFERENCE), ("gradient", GIANT)):
-            kernel = tiled_kernel(name, target, "bf16", plan, size)
-            found.append((f"J {knots} K {size.K}", plan, size, kernel))
-    plan = make_plan(KNOTS, None)
-    for name, size in (("forward", REFERENCE), ("fused", REFERENCE), ("gradient", GIANT)):
-        kernel = tiled_kernel(name, target, "bf16", plan, size)
-        found.append((f"arbitrary knots K {size.K}", plan, size, kernel))
-    plan = make_plan(KNOTS, 3 / (KNOTS - 1))
-    for name, size in (("fused", REFERENCE._replace(K=64)), ("gradient", REFERENCE), ("product", REFERENCE)):
-        kernel = tiled_kernel(name, target, "bf16", plan, size, slice_grad=True)
-        found.append((f"reduction None K {size.K}", plan, size, kernel))
+            kernel = tiled_kernel(name, target, inputs, plan, size, **more)
+            found.append((uneven.format(*size), plan, size, kernel))
+
+    for name in ("forward", "gradient", "product"):
+        add("", REFERENCE, name)
+        if config.tile(name, GIANT.K) != config.tile(name, REFERENCE.K):
+            add("", GIANT, name)
+    for choice in config.fused:
+        add("", REFERENCE._replace(K=choice.max_dim), "fused")
+    if target != "sm_90" or dtype == "fp16":
+        return found
+    # What the shipped tiles were not chosen for.
+    add("minimal", MINIMAL, "forward", "fused")
+    small, large = ("forward", "fused"), ("forward", "gradient", "product")
+    if dtype == "fp32":  # embeddings in bf16 with directions in float32, read element by element
+        add("bf16 x N {1} K {2} M {3}", ODD[1], *large, inputs="bf16", directions="fp32")
+        return found
+    for size in ODD:
+        add("N {1} K {2} M {3}", size, *(small if size.K <= 64 else large))
+    plans = [(f"J {knots}", make_plan(knots, 3 / (knots - 1))) for knots in MANY_KNOTS]
+    for what, plan in [*plans, ("arbitrary knots", make_plan(KNOTS, None))]:
+        add(what + " K {2}", REFERENCE, *small, plan=plan)
+        add(what + " K {2}", GIANT, "gradient", plan=plan)
+    add("reduction None K {2}", REFERENCE._replace(K=64), "fused", slice_grad=True)
+    add("reduction None K {2}", REFERENCE, "gradient", "product", slice_grad=True)
     return found
 
 
@@ -144,7 +126,6 @@ def inspect(compiled: Any, target: str, reductions: int = 1) -> dict[str, Any]:
     row["stack_bytes"] = int(re.findall(r"STACK:(\d+)", usage)[-1])
     row["tensor_instructions"] = sum(everything[name] for name in TENSOR)
     row["tensor_kind"] = next((name for name in TENSOR if everything[name]), None)
-    row["chains"] = len(re.findall(r"HGMMA.*RZ, !UPT", code))  # sm_90: products that start from 0
     samples, loop = hot_loop(code)
     if samples:
         samples /= reductions
@@ -213,53 +194,30 @@ def floors(row: dict[str, Any], kernel: Kernel, size: Size, plan: Plan) -> dict[
     threads = 32 * kernel.tile.num_warps
     resident = min(_REGISTERS // (threads * row["registers"]), _SHARED // (row["shared_bytes"] + 1024))
     both = max(fp32, matmul) if resident > 1 else fp32 + matmul
-    small = kernel._replace(tile=kernel.tile._replace(block_m=64, block_n=64, block_k=64, resident=False))
     figures = {"fp32_us": fp32, "matmul_us": matmul, "l2_us": l2, "floor_us": max(both, l2)}
-    figures["l2_64_us"] = l2_bytes(small, size, plan, row["dtype"], row["target"]) / _L2
     return {name: 1e6 * seconds for name, seconds in figures.items()} | {"programs_per_sm": resident}
 
 
-def additions(kernel: Kernel, target: str, dtype: str, K: int) -> int:
-    """Float32 additions of a projection outside the hot loop, between chains of the matrix units."""
-    if dtype == "fp32":  # the compiler adds every tile of tf32x3; "ieee" is not a chain
-        return triton.cdiv(K, kernel.arguments["BLOCK_K"]) if target.startswith("sm_") else 0
-    if not kernel.arguments["CHAIN"]:
-        return 0
-    chains = triton.cdiv(K, kernel.arguments["BLOCK_K"] * kernel.arguments["CHAIN"])
-    if kernel.name != "fused" and not kernel.tile.resident:
-        return chains
-    return chains - 1 if kernel.arguments["TURNS"] > 1 else 0  # else they are in the hot loop
-
-
 def report(target: str, dtypes: list[str]) -> list[dict[str, Any]]:
-    plan = make_plan(KNOTS, 3 / (KNOTS - 1))
-    rows = []
-    for dtype in dtypes:
-        cases = [("", plan, *found) for found in shipped_kernels(target, dtype, plan)]
-        if target == "sm_90" and dtype != "fp16":
-            cases += minimal_kernels(target, dtype)
-            cases += uneven_kernels(target) if dtype == "bf16" else mixed_kernels(target)
-        rows += [_row(target, dtype, *case) for case in cases]
-    return rows
+    return [_row(target, dtype, *case) for dtype in dtypes for case in cases(target, dtype)]
 
 
 def _row(target: str, dtype: str, uneven: str, plan: Plan, size: Size, kernel: Kernel) -> dict[str, Any]:
-    row = {"kernel": kernel.name, "uneven": uneven, "target": target, "dtype": dtype, **size._asdict()}
+    row = {"triton": triton.__version__, "kernel": kernel.name, "uneven": uneven, "target": target}
+    row |= {"dtype": dtype, **size._asdict()}
     reductions = 2 if plan.chunks > 1 else 1  # giant steps far from 0 have one of their own
     row |= {**kernel.tile._asdict(), **inspect(compile_kernel(kernel, target), target, reductions)}
     if not plan.equidistant:  # a range reduction for each knot: they do not count samples
         row.pop("loop_samples", None)
         row.pop("per_sample", None)
     samples = row.pop("loop_samples", None)
-    if samples and "TURNS" in kernel.arguments and target != "sm_100":  # whose packed instructions reduce two
-        due = kernel.tile.block_m * kernel.tile.block_n / kernel.arguments["TURNS"]
+    # Packed instructions of sm_100 reduce two samples.
+    if samples and "SUB_TILES" in kernel.arguments and target != "sm_100":
+        due = kernel.tile.block_m * kernel.tile.block_n / kernel.arguments["SUB_TILES"]
         row["repeated"] = samples * 32 * kernel.tile.num_warps / due
     if kernel.name not in TILED:
         row.pop("per_sample", None)  # it draws normals and projects nothing
         return row
-    if "per_sample" in row:
-        added = additions(kernel, target, dtype, size.K)
-        row["per_sample"] |= {kind: row["per_sample"][kind] + added for kind in ("fp32", "total")}
     if target == "sm_90" and plan.equidistant:
         row["floor_h200"] = floors(row, kernel, size, plan)
     return row
@@ -275,10 +233,11 @@ def violations(rows: list[dict[str, Any]], budgets: dict[str, Any]) -> list[str]
     """
     found = []
     for row in rows:
-        budget = budgets.get(budget_key(row))
-        name = f"{row['kernel']} ({row['dtype']}, {row['target']}, {row['uneven'] or 'K ' + str(row['K'])})"
+        version = ".".join(row["triton"].split(".")[:2])
+        budget = budgets.get(f"triton {version} {budget_key(row)}") or budgets.get(budget_key(row))
+        name = budget_key(row)
         if budget is None:
-            found.append(f"{name}: no budget in {BUDGETS.name} for {budget_key(row)!r}")
+            found.append(f"{name}: no budget in {BUDGETS.name}")
             continue
         allowed = budget.get("spills", 0)
         if row["spills"] > allowed or (row["stack_bytes"] and not allowed):
@@ -300,17 +259,11 @@ def show(rows: list[dict[str, Any]]) -> None:
     table = []
     for row in rows:
         tile = f"{row['block_m']}x{row['block_n']}x{row['block_k']} w{row['num_warps']} s{row['num_stages']}"
-        tile += f" t{row['turns']}" + " resident" * row["resident"]
+        tile += f" t{row['sub_tiles']}" + " resident" * row["resident"]
         each, floor = row.get("per_sample"), row.get("floor_h200")
-        cells = [
-            row["kernel"],
-            row["uneven"] or f"K {row['K']}",
-            row["target"],
-            row["dtype"],
-            tile,
-            str(row["registers"]),
-        ]
-        cells += [str(row["spills"]), str(row["shared_bytes"]), row["tensor_kind"] or "-"]
+        cells = [row["kernel"], row["uneven"] or f"K {row['K']}", row["target"], row["dtype"], tile]
+        cells += [str(row[key]) for key in ("registers", "spills", "shared_bytes")]
+        cells.append(row["tensor_kind"] or "-")
         kinds = ("fp32", "mufu", "shfl", "total")
         cells += [f"{each[kind]:.1f}" for kind in kinds] if each else ["-"] * 4
         names = ("fp32_us", "matmul_us", "l2_us", "floor_us")
@@ -320,9 +273,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--target", choices=[*TARGETS, "all"], default="sm_90")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], nargs="+", default=["bf16"])
     parser.add_argument("--json", type=Path, help="also write the figures to this file")

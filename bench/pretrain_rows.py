@@ -1,36 +1,47 @@
 """Turn finished runs into rows of bench/results/pretrain.jsonl: python bench/pretrain_rows.py RUN [RUN ...]
 
-Each row holds the report's summary of one run of train/pretrain.py, with the machine that this is called
-on: call it where the runs were made.
+A row holds the report's summary of a run, with this machine: call it where the runs were made. Draws
+pretrain.png, the accuracies of these runs; without RUN, those of the rows that are there.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-from benchlib import RESULTS, append_rows, machine
-
-
-def row_of(run: Path) -> dict[str, Any]:
-    summary = json.loads((run / "report" / "summary.json").read_text(encoding="utf-8"))
-    return {"benchmark": "pretrain", **summary, **machine()}
+from benchlib import Row, Rows, command_line, read_rows
+from matplotlib.figure import Figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders with report/summary.json")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for pretrain.jsonl")
-    options = parser.parse_args()
-    for run in options.runs:
-        if not (run / "report" / "summary.json").is_file():
-            parser.error(f"runs: {run} has no report/summary.json; finish the run first")
-    append_rows(options.out / "pretrain.jsonl", [row_of(run) for run in options.runs])
-    print(f"rows: {options.out / 'pretrain.jsonl'}")
+def plot(rows: list[Row], path: Path) -> None:
+    """Bars of accuracy, untrained and trained, means over the runs with a dot for each."""
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axis = figure.subplots()
+    probes = ("knn", "linear")
+    for offset, which, color in ((0.2, "untrained", "#b8b8b8"), (-0.2, "trained", "#2a6fbb")):
+        values = [[row[f"{probe}_{which}"] for row in rows] for probe in probes]
+        places, means = [offset, 1 + offset], [sum(each) / len(each) for each in values]
+        axis.barh(places, means, 0.38, color=color, label=f"{which} encoder")
+        axis.plot(values, [[place] * len(rows) for place in places], "k.", markersize=4)
+    axis.axvline(rows[-1]["majority_class"], color="k", linestyle=":", label="always the largest class")
+    axis.set_yticks(range(2), ["nearest neighbours", "linear classifier"])
+    axis.set(xlim=(0, 100), xlabel="accuracy on held-out images, %")
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("runs", type=Path, nargs="*", help="run folders with report/summary.json")
+    options = parser.parse_args(arguments)
+    summaries = [run / "report" / "summary.json" for run in options.runs]
+    for path in summaries:
+        if not path.is_file():
+            parser.error(f"runs: expected a finished run, got one without {path}")
+    path = options.out / "pretrain.jsonl"
+    if rows := [json.loads(path.read_text(encoding="utf-8")) for path in summaries]:
+        Rows(path, "pretrain").write(*rows)
+    plot(rows or read_rows(path), path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,28 @@
 """The SIGReg implementations that are compared, the sizes at which they are, and what is right.
 
-Accounting. With "drawn" directions every variant draws its own inside the call, as a training step does;
-with "given" ones none does. A variant keeps the directions that it multiplied with, so that each result is
-held to float64 on its own directions.
+Every variant draws its own directions inside the call, as in a training step. Each result is held to float64
+on the directions that the variant used.
 
-Dtypes. In float32 everything is float32 (PyTorch's default: no TF32). In bf16 the authors' formulation runs
-as its users run it, under autocast: the projection is a bf16 matmul, phases, cosines and sines are float32.
-`lightly` takes bf16 embeddings as they are, which comes to the same. Ours multiplies in the dtype of the
-embeddings, with float32 statistics.
+In float32 everything is float32 (PyTorch's default: no TF32). In bf16 the authors' formula runs as their
+users run it, under autocast: the projection is a bf16 matmul; phases, cosines and sines are float32.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import timing
 import torch
-from benchlib import Mark
+from benchlib import installed_version
 from torch import Tensor
 
 from lejepa_fast import SIGReg, sample_unit_directions, sigreg, standard_normal_knots
-from lejepa_fast.ops import Implementation
 
 T_MAX = 3.0
+PHASES = ("forward", "backward", "forward_backward", "wall")
 # Largest error relative to float64, of value and of gradient. bf16: two operands of 8 bits, and a result
 # rounded to 8 bits.
 MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -38,103 +37,69 @@ class Size(NamedTuple):
     M: int
     J: int
 
-    def __str__(self) -> str:
-        return f"V {self.V}, N {self.N}, K {self.K}, M {self.M}, J {self.J}"
-
 
 class Case(NamedTuple):
-    """One table of the benchmark: a size, a dtype, where directions come from, who takes part."""
+    """One table of the benchmark: variants at one size in one dtype."""
 
     name: str
     size: Size
     dtype: torch.dtype
-    directions: Literal["drawn", "given"]
-    variants: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.size}, {dtype_name(self.dtype)}, directions {self.directions}"
+    variants: Sequence[str]
 
     @property
     def key(self) -> str:
         return f"{self.name}-{dtype_name(self.dtype)}"
+
+    @property
+    def half(self) -> bool:
+        return self.dtype.itemsize == 2
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class Directions(NamedTuple):
-    """Given directions in the dtype of the embeddings, and the scale that makes them unit vectors."""
-
-    A: Tensor
-    scale: Tensor
-
-
+@dataclasses.dataclass
 class Loss:
-    """A loss, and through `directions` the matrix (K, M) that its last call multiplied with, in float64."""
+    """A variant that is ready to be called."""
 
-    def __init__(self, call: Callable[[Tensor], Any], directions: Callable[[], Tensor] | None = None):
-        self._call = call
-        self._directions = directions
-        self._used: Tensor | None = None
+    call: Callable[[Tensor], tuple[Tensor, Any]]
+    """From embeddings (V, N, K) to the loss and the directions (K, M) that it used."""
+    last: Callable[[], Tensor] | None = None
+    """Computes the directions of the last call, where `call` returns None for them."""
+    used: Tensor | None = None
+    seed: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._directions is not None:
-            return self._call(x)
-        value, self._used = self._call(x)
+    def forward(self, x: Tensor) -> Tensor:
+        value, self.used = self.call(x)
         return value
 
+    def step(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and gradient; the gradient is not copied into x.grad."""
+        value = self.forward(x)
+        if self.seed is None:
+            self.seed = torch.ones_like(value)
+        return value.detach(), torch.autograd.grad(value, x, self.seed)[0]
+
     def directions(self) -> Tensor:
-        if self._directions is not None:
-            return self._directions()
-        assert self._used is not None
-        return self._used.double()
-
-    def forget(self) -> None:
-        """Release the directions of the last call: they are no memory of the loss."""
-        self._used = None
+        """The directions (K, M) of the last call in float64."""
+        used = self.last() if self.last else self.used
+        assert used is not None
+        return used.double()
 
 
-# `run(x, between)` makes one training step of the loss: returns value and gradient, and calls `between`
-# where forward ends and backward begins.
-Run = Callable[[Tensor, Mark], tuple[Tensor, Tensor]]
-Build = Callable[[Case, "Directions | None", torch.device], Loss]
-
-
-def step_of(loss: Loss, *, keep_directions: bool = False) -> Run:
-    ones: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def run(x: Tensor, between: Mark) -> tuple[Tensor, Tensor]:
-        # Not `backward()`: the gradient is not to be copied into x.grad. The gradient that it starts from
-        # comes, as in a trainer, from outside.
-        value = loss(x)
-        between()
-        key = value.device, value.dtype
-        if key not in ones:
-            ones[key] = torch.ones_like(value)
-        (grad,) = torch.autograd.grad(value, x, ones[key])
-        if not keep_directions:
-            loss.forget()
-        return value.detach(), grad
-
-    return run
+Build = Callable[[Case, torch.device], Loss]
 
 
 # --- The variants ---------------------------------------------------------------------------------
 
 
-def authors_formulation(
-    case: Case, given: Directions | None, device: torch.device
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def authors_formula(case: Case, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """The statistic as the authors' code writes it: cos and sin of all N x M x J phases."""
     t, phi, weights = (a.float().to(device) for a in standard_normal_knots(T_MAX, case.size.J)[:3])
 
     def loss(x: Tensor) -> tuple[Tensor, Tensor]:
-        if given is None:
-            A = torch.randn(case.size.K, case.size.M, device=device)
-            A = (A / A.norm(p=2, dim=0)).to(x.dtype)
-        else:
-            A = given.A
+        A = _draw(case, device)
         phase = (x @ A).unsqueeze(-1) * t  # float32: the knots are
         error = (phase.cos().mean(-3) - phi).square() + phase.sin().mean(-3).square()
         return ((error @ weights) * x.shape[-2]).mean(), A
@@ -142,15 +107,14 @@ def authors_formulation(
     return loss
 
 
-def authors(case: Case, given: Directions | None, device: torch.device) -> Loss:
-    return Loss(authors_formulation(case, given, device))
+def _draw(case: Case, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    A = torch.randn(case.size.K, case.size.M, device=device, generator=generator)
+    return (A / A.norm(p=2, dim=0)).to(case.dtype)
 
 
 def compiled(mode: str | None) -> Build:
-    def build(case: Case, given: Directions | None, device: torch.device) -> Loss:
-        function = torch.compile(authors_formulation(case, given, device), dynamic=False, mode=mode)
-        if mode is None:
-            return Loss(function)
+    def build(case: Case, device: torch.device) -> Loss:
+        function = torch.compile(authors_formula(case, device), dynamic=False, mode=mode)
 
         def call(x: Tensor) -> tuple[Tensor, Tensor]:
             torch.compiler.cudagraph_mark_step_begin()  # the results of the last call may be overwritten
@@ -161,71 +125,64 @@ def compiled(mode: str | None) -> Build:
     return build
 
 
-def ours(impl: Implementation) -> Build:
-    def build(case: Case, given: Directions | None, device: torch.device) -> Loss:
+def ours(impl: str) -> Build:
+    def build(case: Case, device: torch.device) -> Loss:
         size = case.size
-        if given is None:
-            module = SIGReg(num_slices=size.M, t_max=T_MAX, n_points=size.J, impl=impl).to(device)
+        module = SIGReg(size.M, t_max=T_MAX, n_points=size.J, impl=impl).to(device)  # type: ignore[arg-type]
 
-            def last() -> Tensor:
-                A, scale = sample_unit_directions(
-                    size.K, size.M, step=module.step - 1, device=device, dtype=case.dtype
-                )
-                return _unit(A, scale)
+        def last() -> Tensor:
+            step = module.step - 1
+            A, scale = sample_unit_directions(size.K, size.M, step=step, device=device, dtype=case.dtype)
+            # In half precision the rounded columns times their scale are the unit directions.
+            return A.double() * scale.double() if case.half else A
 
-            return Loss(module, last)
-        knots = standard_normal_knots(T_MAX, size.J)
-        t, phi, weights = (a.float().to(device) for a in knots[:3])
-        scale = given.scale if case.dtype.itemsize == 2 else None
-
-        def call(x: Tensor) -> Tensor:
-            return sigreg(
-                x, given.A, t, phi, weights, impl=impl, spacing=knots.spacing, scale=scale, sync=False
-            )
-
-        return Loss(call, lambda: _unit(*given))
+        return Loss(lambda x: (module(x), None), last)
 
     return build
 
 
-def _unit(A: Tensor, scale: Tensor) -> Tensor:
-    """The directions that our implementations mean: the rounded columns times their scale."""
-    return A.double() * scale.double() if A.dtype.itemsize == 2 else A.double()
-
-
-def lightly_peer(case: Case, given: Directions | None, device: torch.device) -> Loss:
+def lightly_peer(case: Case, device: torch.device) -> Loss:
     from lightly.loss.lejepa_loss import SIGReg as Peer
 
     module = Peer(knots=case.size.J, t_max=T_MAX, num_vectors=case.size.M).to(device)
-    draw = module._generate_unit_vectors
-    used: list[Tensor] = []
+    draw, used = module._generate_unit_vectors, list[Tensor]()
 
     def directions(device: torch.device, dtype: torch.dtype, num_features: int) -> Tensor:
-        used[:] = [draw(device, dtype, num_features) if given is None else given.A]
+        used[:] = [draw(device, dtype, num_features)]
         return used[0]
 
     module._generate_unit_vectors = directions
     return Loss(lambda x: (module(x), used[0]))
 
 
-def authors_package(case: Case, given: Directions | None, device: torch.device) -> Loss:
+def stable_pretraining_peer(case: Case, device: torch.device) -> Loss:
+    # transformers, which it imports, looks for the kernels package of the Hugging Face hub. In an editable
+    # installation it would find the folder of this checkout under that name.
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+    from stable_pretraining.methods.lejepa import SlicedEppsPulley
+
+    module = SlicedEppsPulley(case.size.M, t_max=T_MAX, n_points=case.size.J).to(device)
+    return _seeded_peer(case, device, module, pooled=True)
+
+
+def authors_package(case: Case, device: torch.device) -> Loss:
     from lejepa.multivariate import SlicingUnivariateTest
     from lejepa.univariate import EppsPulley
 
-    if given is not None:
-        raise RuntimeError("takes no directions")
-    size = case.size
-    module = SlicingUnivariateTest(EppsPulley(t_max=T_MAX, n_points=size.J), num_slices=size.M).to(device)
+    test = EppsPulley(t_max=T_MAX, n_points=case.size.J)
+    return _seeded_peer(case, device, SlicingUnivariateTest(test, num_slices=case.size.M).to(device))
 
-    def call(x: Tensor) -> Tensor:
-        half = case.dtype != torch.float32
-        with torch.autocast(device.type, dtype=case.dtype if half else None, enabled=half):
-            return module(x)
+
+def _seeded_peer(case: Case, device: torch.device, module: Any, *, pooled: bool = False) -> Loss:
+    """A module that draws from a generator seeded by its `global_step`; `pooled`: takes (N, K) only."""
+
+    def call(x: Tensor) -> tuple[Tensor, None]:
+        with torch.autocast(device.type, dtype=case.dtype if case.half else None, enabled=case.half):
+            return module(x.flatten(0, 1) if pooled else x), None
 
     def last() -> Tensor:
-        generator = torch.Generator(device=device).manual_seed(int(module.global_step) - 1)
-        A = torch.randn(size.K, size.M, device=device, generator=generator)
-        return (A / A.norm(p=2, dim=0)).to(case.dtype).double()
+        step = int(module.global_step) - 1
+        return _draw(case, device, torch.Generator(device=device).manual_seed(step))
 
     return Loss(call, last)
 
@@ -233,103 +190,90 @@ def authors_package(case: Case, given: Directions | None, device: torch.device) 
 BASELINE = "authors' formulation"
 COMPILED = "torch.compile of it"
 REDUCED = "torch.compile of it, reduce-overhead"
+EAGER_REFERENCE = "our reference"
 STREAMING = "our impl='torch'"
 TRITON = "our impl='triton'"
-GRAPH = "our impl='triton', CUDA graph"  # built from TRITON, see gpu_timing.graphed
-
+GRAPH = "our impl='triton', CUDA graph"  # TRITON under `timing.graphed`
+LIGHTLY, STABLE, AUTHORS = "lightly", "stable-pretraining", "lejepa, the authors' package"
 VARIANTS: dict[str, Build] = {
-    BASELINE: authors,
+    BASELINE: lambda case, device: Loss(authors_formula(case, device)),
     COMPILED: compiled(None),
     REDUCED: compiled("reduce-overhead"),
-    "our reference": ours("reference"),
+    EAGER_REFERENCE: ours("reference"),
     STREAMING: ours("torch"),
     TRITON: ours("triton"),
     GRAPH: ours("triton"),
+    LIGHTLY: lightly_peer,
+    STABLE: stable_pretraining_peer,
+    AUTHORS: authors_package,
 }
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except Exception:  # it, or what it imports, does not work here
-        return False
-
-
-PEERS: tuple[str, ...] = ()
-for _name, _module, _build in (
-    ("lightly", "lightly.loss.lejepa_loss", lightly_peer),
-    ("lejepa, the authors' package", "lejepa.multivariate", authors_package),
-):
-    if _installed(_module):
-        VARIANTS[_name] = _build
-        PEERS += (_name,)
-# They materialise the phases of all samples, directions and knots: as often as the largest estimate, in
-# float32, forward and backward together.
-MATERIALISING = (BASELINE, "our reference", *PEERS)
-PHASE_COPIES = 7
-
-
-def estimated_bytes(size: Size) -> int:
-    """Peak memory of the variants that materialise the phases."""
-    return PHASE_COPIES * 4 * size.V * size.N * size.M * size.J
+PACKAGES = {LIGHTLY: "lightly", STABLE: "stable-pretraining", AUTHORS: "lejepa"}
+"""Peers, and the packages that they come from."""
+PEERS = tuple(name for name, package in PACKAGES.items() if installed_version(package))
+"""Peers that are installed here."""
 
 
 # --- The sizes ------------------------------------------------------------------------------------
 
+_BF16, _FP32 = torch.bfloat16, torch.float32
 REFERENCE = Size(8, 2048, 512, 1024, 17)
 GIANT = Size(10, 4096, 1536, 4096, 17)
 MINIMAL = Size(4, 256, 16, 256, 17)
 CPU_SIZE = Size(1, 2048, 512, 1024, 17)
-EVERYONE = (BASELINE, COMPILED, REDUCED, STREAMING, TRITON, GRAPH, *PEERS)
-_BF16, _FP32 = torch.bfloat16, torch.float32
-# Those with given directions first: without torch.compile they are soon done, and leave rows in any case.
+_EVERYONE = (BASELINE, COMPILED, REDUCED, STREAMING, TRITON, GRAPH)
 GPU_CASES = (
-    Case("reference", REFERENCE, _BF16, "given", (BASELINE, STREAMING, TRITON)),
-    Case("reference", REFERENCE, _BF16, "drawn", EVERYONE),
-    Case("giant", GIANT, _BF16, "given", (TRITON,)),
-    Case("giant", GIANT, _BF16, "drawn", (BASELINE, STREAMING, TRITON)),
-    Case("minimal", MINIMAL, _FP32, "given", (BASELINE, TRITON)),
-    Case("minimal", MINIMAL, _FP32, "drawn", EVERYONE),
-    Case("minimal", MINIMAL, _BF16, "drawn", EVERYONE),
-    Case("reference", REFERENCE, _FP32, "drawn", EVERYONE),
+    Case("reference", REFERENCE, _BF16, _EVERYONE),
+    Case("giant", GIANT, _BF16, (BASELINE, STREAMING, TRITON)),
+    Case("minimal", MINIMAL, _FP32, _EVERYONE),
+    Case("minimal", MINIMAL, _BF16, _EVERYONE),
+    Case("reference", REFERENCE, _FP32, _EVERYONE),
 )
-_ON_CPU = (BASELINE, COMPILED, "our reference", STREAMING, *PEERS)
-CPU_CASE = Case("cpu", CPU_SIZE, _FP32, "given", _ON_CPU)
-# Every size of a sweep compiles anew, some ten seconds each on a GPU: there without torch.compile.
-SWEEP_VARIANTS = {"cpu": _ON_CPU, "cuda": (BASELINE, STREAMING, TRITON, *PEERS)}
-SWEEPS = {
-    "cpu": {"N": [256, 512, 1024, 2048, 4096], "M": [128, 256, 512, 1024, 2048]},
-    "cuda": {"N": [512, 1024, 2048, 4096, 8192], "M": [256, 512, 1024, 2048, 4096]},
+_ON_CPU = (BASELINE, COMPILED, EAGER_REFERENCE, STREAMING)
+CPU_CASE = Case("cpu", CPU_SIZE, _FP32, _ON_CPU)
+SWEEPS = {  # on a GPU or not
+    False: {"N": [256, 512, 1024, 2048, 4096], "M": [128, 256, 512, 1024, 2048]},
+    True: {"N": [512, 1024, 2048, 4096, 8192], "M": [256, 512, 1024, 2048, 4096]},
 }
+
+
+def sweep_base(gpu: bool) -> Case:
+    """The case whose N and M are varied."""
+    if not gpu:
+        return CPU_CASE._replace(name="sweep")
+    # Every size of a sweep compiles anew, some ten seconds each: without torch.compile.
+    return GPU_CASES[0]._replace(name="sweep", variants=(BASELINE, STREAMING, TRITON))
+
+
+def peer_cases(device: torch.device) -> list[Case]:
+    """Ours against what people install: lightly per view, stable-pretraining with all views pooled."""
+    mine = TRITON if device.type == "cuda" else STREAMING
+    gpu = (REFERENCE,) if device.type == "cuda" else ()
+    cases = []
+    for size in (Size(8, 128, 64, 1024, 17), Size(4, 256, 512, 256, 17), *gpu):
+        cases.append(Case("peers", size, _FP32, (mine, *(p for p in PEERS if p != STABLE))))
+        if STABLE in PEERS:
+            pooled = size._replace(V=1, N=size.V * size.N)
+            cases.append(Case("peers, views pooled", pooled, _FP32, (mine, STABLE)))
+    return cases
 
 
 # --- Inputs and truth -----------------------------------------------------------------------------
 
 
 def make_inputs(case: Case, count: int, device: torch.device) -> list[Tensor]:
+    """`count` standard normal embeddings (V, N, K) that require a gradient."""
     generator = torch.Generator(device=device).manual_seed(0)
-    size = case.size
-    return [
-        torch.randn(size.V, size.N, size.K, generator=generator, device=device).to(case.dtype)
-        for _ in range(count)
-    ]
-
-
-def given_directions(case: Case, device: torch.device) -> Directions | None:
-    if case.directions == "drawn":
-        return None
-    A, scale = sample_unit_directions(case.size.K, case.size.M, step=0, device=device, dtype=case.dtype)
-    return Directions(A, scale)
+    drawn = (torch.randn(*case.size[:3], generator=generator, device=device) for _ in range(count))
+    return [x.to(case.dtype).requires_grad_() for x in drawn]
 
 
 def exact(x: Tensor, A: Tensor, J: int) -> tuple[Tensor, Tensor]:
     """Value and gradient by the reference in float64, a few directions at a time."""
     knots = standard_normal_knots(T_MAX, J)
     x = x.detach().double().requires_grad_()
-    rows = x.shape[0] * x.shape[1]
     value = torch.zeros((), dtype=torch.float64, device=x.device)
     phases = 1 << (25 if x.is_cuda else 22)  # of a chunk: 256 or 32 MiB a tensor
-    for chunk in A.double().split(max(1, phases // (rows * J)), dim=1):
+    for chunk in A.double().split(max(1, phases // (x.shape[0] * x.shape[1] * J)), dim=1):
         part = sigreg(x, chunk, *knots[:3], reduction="sum", impl="reference", sync=False)
         part = part / (x.shape[0] * A.shape[1])
         part.backward()
@@ -338,21 +282,21 @@ def exact(x: Tensor, A: Tensor, J: int) -> tuple[Tensor, Tensor]:
     return value, x.grad
 
 
-class Truth:
-    """`exact` for an input; the directions that it was asked for last need no second computation."""
-
-    def __init__(self, x: Tensor, J: int):
-        self._x, self._J = x, J
-        self._last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
-
-    def __call__(self, A: Tensor) -> tuple[Tensor, Tensor]:
-        if self._last is None or not torch.equal(A, self._last[0]):
-            self._last = A, exact(self._x, A, self._J)
-        return self._last[1]
-
-
 def relative_error(got: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> float:
     """Larger of the relative errors of value and gradient; infinite where something is not finite."""
     value, grad = (g.double() for g in got)
     worst = max((value / truth[0] - 1).abs().item(), ((grad - truth[1]).norm() / truth[1].norm()).item())
     return worst if worst == worst else float("inf")
+
+
+def build_and_compare(
+    case: Case, name: str, x: Tensor, device: torch.device
+) -> tuple[Loss, Callable[[Tensor], Any], float]:
+    """A variant, its training step, and its error on `x`."""
+    loss = VARIANTS[name](case, device)
+    step: Callable[[Tensor], Any] = loss.step
+    if name == GRAPH:
+        step = timing.graphed(step, device)
+        step(x.flip(1))  # what is checked is a replay with another input than the captured one
+    got = step(x)
+    return loss, step, relative_error(got, exact(x, loss.directions(), case.size.J))

@@ -1,6 +1,7 @@
 """Speed, MFU and memory of the trainer:
 
     python bench/train_bench.py [--out DIR] [--budget-minutes X] [--rehearse]
+    python bench/train_bench.py --smoke    # 50 steps of ViT-S/16 alone, to see that it works
 
 On a GPU: ViT-L/14, giant, gigantic and S/16 with 2 x 224 + 8 x 98 px, bf16, compiled, on synthetic views:
 images/s, MFU, peak memory, SIGReg's share of the step; FSDP2 and DDP on one GPU against no wrapper, what a
@@ -8,172 +9,315 @@ checkpoint costs, the plan's memory against the allocator's, and S/16 on JPEG fi
 CPU the same on tiny sizes, to see that it works: those rows say nothing about GPUs, and memory there is that
 of the whole process.
 
-Cases run in the order of their importance, each in a process of its own. One that does not fit into memory is
-a row with `error`, and is tried again with half the images. On a GPU, and in a rehearsal (the GPU's cases in
-small on the CPU, in one process, measuring nothing), a row of kind `target` follows for each target of
-`train_targets.py`: goal, figure, and whether it is met.
+Each case is a run of the real `Trainer` in its own process, the most important first, and its figures are
+the medians of the run's metrics after the warm-up. A case that does not fit into memory is a row with
+`error`, and is tried again with half the images. On a GPU the targets of `targets.py` are printed.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import subprocess
+import math
+import os
+import socket
+import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import loader_files
+import no_tyro  # noqa: F401 - before the trainer
+import targets
+import timing
 import torch
-import train_case
-import train_targets
-from benchlib import RESULTS, append_rows, machine, print_table
-from gpu_targets import judge, table_of
-from train_case import Case
+from benchlib import Row, Rows, command_line, first_line, machine, read_rows
+from torch import Tensor
 
-CASE = Path(__file__).with_name("train_case.py")
+import lejepa_fast.train.config as train_config
+from lejepa_fast.data import MultiCropRecipe
+from lejepa_fast.errors import RunError
+from lejepa_fast.train.engine.metrics import peak_memory_gib
+from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.planning.memory import plan_memory
+from lejepa_fast.train.planning.out_of_memory import settings_that_help
+from lejepa_fast.train.runtime.world import World, close_world, setup_world
 
-_LARGE = Case("vit_large", 128)
+WINDOW = 5  # steps of a row of metrics
+SMALLEST_BATCH = 8
+DISTINCT = 512  # files that differ
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one process measures."""
+
+    model: str
+    images: int
+    strategy: str = "none"
+    activation_checkpointing: str = "none"
+    compile: str = "auto"
+    global_size: int = 224
+    local_size: int = 98
+    local_crops: int = 8
+    steps: int = 20
+    """After the first window; a multiple of `WINDOW`."""
+    checkpoint: bool = False
+    """Also measure what a checkpoint costs the training."""
+    plan: bool = False
+    """Also plan the memory of this case, to compare."""
+    loader: bool = False
+    """JPEG files of a usual size through the loader, for what it costs the training."""
+
+    def config(self, out: Path) -> train_config.Config:
+        total = WINDOW + self.steps
+        crops = MultiCropRecipe(
+            global_size=self.global_size,
+            local_size=self.local_size,
+            local_crops=self.local_crops,
+            blur_kernel=7 if self.local_size > 32 else 3,
+            min_image_size=1,
+        )
+        return train_config.Config(
+            data=train_config.DataConfig(batch_size=self.images),
+            crops=crops,
+            model=train_config.ModelConfig(name=self.model),
+            parallel=train_config.ParallelConfig(
+                strategy=self.strategy,  # type: ignore[arg-type]
+                activation_checkpointing=self.activation_checkpointing,  # type: ignore[arg-type]
+            ),
+            eval=train_config.EvalConfig(every=0),
+            out=out,
+            max_steps=total,
+            compile=self.compile,  # type: ignore[arg-type]
+            log_every=WINDOW,
+            # The second save is measured: the first one allocates its buffers.
+            checkpoint_every=(total - WINDOW) // 2 if self.checkpoint else 100_000,
+            keep_checkpoints=1,
+            tensorboard=False,
+        )
+
+
+LARGE = Case("vit_large", 128)
 GPU_CASES = (
-    dataclasses.replace(_LARGE, checkpoint=True),
-    dataclasses.replace(_LARGE, strategy="ddp"),
-    dataclasses.replace(_LARGE, strategy="fsdp"),
+    dataclasses.replace(LARGE, checkpoint=True),
+    dataclasses.replace(LARGE, strategy="ddp"),
+    dataclasses.replace(LARGE, strategy="fsdp"),
     Case("vit_gigantic", 64, strategy="fsdp", activation_checkpointing="full", steps=40),
     Case("vit_giant", 64),
     Case("vit_small_patch16_224", 512),
     Case("vit_gigantic", 32, activation_checkpointing="selective"),
     Case("vit_large", 64, strategy="fsdp", compile="off", steps=5, plan=True),
-    Case("vit_small_patch16_224", 512, loader=True, steps=40, warm_up=10),
+    Case("vit_small_patch16_224", 512, loader=True, steps=45),
+)
+SMOKE = Case("vit_small_patch16_224", 256, steps=45)
+TINY = Case("test_vit", 16, global_size=32, local_size=16, local_crops=2)
+# What makes a case another kind of case; on a CPU each kind is run once.
+KINDS = ("strategy", "activation_checkpointing", "checkpoint", "plan", "loader")
+FIGURES = (
+    "images_per_second",
+    "mfu",
+    "peak_memory_gib",
+    "sigreg_share",
+    "data_wait",
+    "checkpoint_stall_steps",
+    "planned_memory_gib",
 )
 
-_TINY = Case("test_vit", 16, global_size=32, local_size=16, local_crops=2, steps=10, warm_up=3)
-CPU_CASES = (
-    dataclasses.replace(_TINY, checkpoint=True),
-    dataclasses.replace(_TINY, strategy="ddp"),
-    dataclasses.replace(_TINY, strategy="fsdp"),
-    dataclasses.replace(_TINY, activation_checkpointing="full"),
-    dataclasses.replace(_TINY, loader=True),
-)
 
-SMALLEST_BATCH = 8
-# What makes a case another kind of case, and its rehearsal another rehearsal.
-_KINDS = ("strategy", "activation_checkpointing", "checkpoint", "plan", "loader")
+# --- One case -------------------------------------------------------------------------------------
 
 
-def run_case(case: Case, timeout: float) -> dict[str, Any]:
-    """The row of a case from its own process; one with `error` if it fails."""
-    command = [sys.executable, str(CASE), json.dumps(dataclasses.asdict(case))]
+class SyntheticViews:
+    """Stands for source and loader: the same two batches of noise, on the device."""
+
+    backend = name = "synthetic"
+    labelled = False
+    position = (0, 0)
+
+    def __init__(self, cfg: train_config.Config, device: torch.device):
+        sizes = [cfg.crops.global_size] * cfg.crops.global_crops
+        sizes += [cfg.crops.local_size] * cfg.crops.local_crops
+        shape = (cfg.data.batch_size, 3)
+        self._batches = [[torch.randn(*shape, s, s, device=device) for s in sizes] for _ in range(2)]
+
+    def __len__(self) -> int:
+        return 10_000
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": 0, "batch": 0}
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[tuple[list[Tensor], None]]:
+        while True:
+            for views in self._batches:
+                yield views, None
+
+
+class SyntheticTrainer(Trainer):
+    """The trainer, on synthetic views."""
+
+    def _open_data(self) -> None:
+        self.loader = SyntheticViews(self.cfg, self.world.device)  # type: ignore[assignment]
+        self.train_source = self.val_source = self.loader  # type: ignore[assignment]
+        self.data: dict[str, Any] = {}
+        self.workers = 0
+
+
+def measure(case: Case) -> Row:
+    """The figures of a case, or `error` where it does not fit into memory."""
+    process = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    process |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    with mock.patch.dict(os.environ, process if case.strategy != "none" else {}):
+        world = setup_world("auto")
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done in {timeout:.0f} s"}
-    if run.returncode:
-        return {"error": (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]}
-    return json.loads(run.stdout.strip().splitlines()[-1])
+        with tempfile.TemporaryDirectory() as folder:
+            row = run(case, world, Path(folder))
+    except (RunError, torch.OutOfMemoryError) as error:  # the latter where the views do not fit
+        if isinstance(error, RunError) and not str(error).startswith("out of"):
+            raise
+        return {"error": "out of memory", "peak_memory_gib": peak_memory_gib(world.device)}
+    finally:
+        close_world()
+    if case.plan:
+        cfg = dataclasses.replace(case.config(Path("planned")), precision=row["precision"])
+        planned = plan_memory(cfg, shards=1, images=case.images)
+        row["planned_memory_gib"] = planned.peak(1, case.images) / 2**30
+    return row
 
 
-def measure(
+def run(case: Case, world: World, folder: Path) -> Row:
+    """Train, and read the figures from the metrics of the run."""
+    cfg = case.config(folder / "run")
+    if case.loader:
+        images = photographs(folder / "images", 20 * case.images)
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=str(images)))
+    with (Trainer if case.loader else SyntheticTrainer)(cfg, world, settings_that_help) as trainer:
+        trainer.train()
+    rows = read_rows(folder / "run" / "metrics.jsonl")
+    facts = next(row for row in rows if row["kind"] == "run")
+    logged = [row for row in rows if row["kind"] == "train"]
+    later = [row for row in logged if row["step"] > WINDOW]
+    speeds = [row["images_per_second"] for row in later]
+    speed = statistics.median(speeds)
+    names = ("parameters", "gflops_per_image", "precision", "sigreg_impl", "loader_backend", "loader_workers")
+    result: Row = {name: facts[name] for name in names}
+    result |= {
+        "step_ms": 1e3 * case.images / speed,
+        "images_per_second": speed,
+        "windows": speeds,
+        "mfu": statistics.median(row["mfu"] for row in later) if "mfu" in later[-1] else None,
+        "data_wait": statistics.median(row["data_wait"] for row in later),
+        "peak_memory_gib": later[-1]["memory_gib"],
+        "losses": [row["loss"] for row in logged],
+        "sigreg_share": sigreg_seconds(trainer, cfg, world.device) * speed / case.images,
+    }
+    if not all(map(math.isfinite, result["losses"])):
+        result["error"] = "a loss is not finite"
+    if case.checkpoint:
+        saved = [row for row in later if row["save_seconds"]][-1]
+        slower = WINDOW * (speed / saved["images_per_second"] - 1)
+        result["save_seconds"] = saved["save_seconds"]
+        result["checkpoint_stall_steps"] = saved["save_seconds"] * speed / case.images + slower
+    return result
+
+
+def sigreg_seconds(trainer: Trainer, cfg: train_config.Config, device: torch.device) -> float:
+    """Seconds of SIGReg's forward and backward alone, on embeddings of the run's shape."""
+    shape = (cfg.crops.num_views, cfg.data.batch_size, cfg.model.projector_dim)
+    z = torch.randn(*shape, device=device, requires_grad=True)
+    clock = timing.GpuClock(device) if device.type == "cuda" else timing.wall_clock
+    step = lambda: torch.autograd.grad(trainer.loss_fn.sigreg(z), z)  # noqa: E731
+    (seconds,) = timing.interleave({"sigreg": step}, 5, clock, warm_up=3).values()
+    if isinstance(seconds, Exception):
+        raise seconds
+    return statistics.median(seconds)
+
+
+def photographs(folder: Path, count: int) -> Path:
+    """A folder of so many JPEG files of 500 x 375 px, of which `DISTINCT` differ."""
+    loader_files.make_folder(folder / "all", min(count, DISTINCT))
+    for number in range(DISTINCT, count):
+        os.link(folder / "all" / f"{number % DISTINCT:05d}.jpg", folder / "all" / f"{number:05d}.jpg")
+    return folder
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# --- All cases ------------------------------------------------------------------------------------
+
+
+def run_case(case: Case) -> Row:
+    """The figures of a case from its own process; `error` if it fails."""
+    try:
+        return timing.in_fresh_process(measure, case)
+    except Exception as failure:
+        return {"error": first_line(failure)}
+
+
+def measure_all(
     cases: Sequence[Case], out: Path, budget_minutes: float, *, rehearse: bool = False
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Run the cases while there is time, writing each row at once; returns the rows."""
     ends = time.monotonic() + 60 * budget_minutes
-    device = "GPU" if torch.cuda.is_available() else "CPU, tiny sizes: no figure for GPUs"
-    rows = []
+    rows: list[Row] = []
     waiting = list(cases)
+    writer = Rows(out / "train.jsonl", "train", rehearsal=rehearse)
     while waiting:
         case = waiting.pop(0)
-        left = ends - time.monotonic()
-        if left < 30:
+        if time.monotonic() > ends:
             print(f"out of time: {1 + len(waiting)} case(s) left out")
             break
-        figures = train_case.measure(case) if rehearse else run_case(case, left)
-        marks = {"rehearsal": True} if rehearse else {}
-        row = {"benchmark": "train", "kind": device, **marks, **dataclasses.asdict(case), **figures}
-        row |= machine()
-        append_rows(out / "train.jsonl", [row])
-        rows.append(row)
-        print(_line(row), flush=True)
-        if case.model == "vit_gigantic" and "losses" in row:
-            print("  losses: " + " ".join(f"{loss:.3f}" for loss in row["losses"]))
+        figures = measure(case) if rehearse else run_case(case)
+        rows += writer.write({**dataclasses.asdict(case), **figures})
+        print(line_of(rows[-1]), flush=True)
         if figures.get("error") == "out of memory" and case.images >= 2 * SMALLEST_BATCH:
             waiting.insert(0, dataclasses.replace(case, images=case.images // 2))
     return rows
 
 
-def _line(row: dict[str, Any]) -> str:
-    what = f"{_name(row)}: "
-    if "error" in row:
-        return what + row["error"]
-    parts = [f"{row['images_per_second']:,.1f} images/s", f"{row['peak_memory_gib']:.1f} GiB"]
-    if row.get("mfu"):
-        parts.append(f"MFU {row['mfu']:.1%}")
-    if "sigreg_share" in row:
-        parts.append(f"SIGReg {row['sigreg_share']:.2%} of the step")
-    if "checkpoint_stall_steps" in row:
-        parts.append(f"a checkpoint costs {row['checkpoint_stall_steps']:.2f} steps")
-    if "planned_memory_gib" in row:
-        parts.append(f"planned {row['planned_memory_gib']:.1f} GiB")
-    if row["loader"]:
-        parts.append(f"data wait {row['data_wait']:.1%}")
-    return what + ", ".join(parts)
-
-
-def _name(row: dict[str, Any]) -> str:
-    options = [row["strategy"]] if row["strategy"] != "none" else []
-    if row["activation_checkpointing"] != "none":
-        options.append(f"{row['activation_checkpointing']} checkpointing")
-    options += ["uncompiled"] if row["compile"] == "off" else []
-    options += ["real loader"] if row["loader"] else []
-    return f"{row['model']} x {row['images']}" + (f" ({', '.join(options)})" if options else "")
+def line_of(row: Row) -> str:
+    """What was measured, and its figures."""
+    kinds = [f"{name} {row[name]}" for name in KINDS if row[name] not in ("none", False)]
+    what = ", ".join([f"{row['model']} x {row['images']}", *kinds])
+    figures = [f"{name} {row[name]:.4g}" for name in FIGURES if row.get(name) is not None]
+    return f"{what}: {row.get('error') or ', '.join(figures)}"
 
 
 def shrunk(case: Case) -> Case:
     """The same kind of case in a second on a CPU."""
-    return dataclasses.replace(_TINY, **{name: getattr(case, name) for name in _KINDS}, steps=3, warm_up=1)
+    kinds = {name: getattr(case, name) for name in KINDS}
+    return dataclasses.replace(TINY, **kinds, steps=20 if case.checkpoint else WINDOW)
 
 
-def tell_targets(rows: Sequence[dict[str, Any]], out: Path, *, rehearse: bool) -> None:
-    """Write a row for each target, and print them as a table."""
-    judged = judge(rows, train_targets.TARGETS)
-    marks = {"rehearsal": True} if rehearse else {}
-    append_rows(
-        out / "train.jsonl",
-        [{"benchmark": "train", "kind": "target", **marks, **row, **machine()} for row in judged],
-    )
-    print()
-    print_table(["target (H200)", "goal", "figure", "met or not"], table_of(judged))
-    for row in judged:
-        print(f"{row['target']}: {row['reason'] or row['note']}", flush=True)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for train.jsonl")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_line(__doc__, rehearse="the GPU's cases in small, on the CPU")
     parser.add_argument("--budget-minutes", type=float, default=60.0, help="start no case after this long")
-    parser.add_argument("--models", nargs="+", help="only these of the models")
-    parser.add_argument("--rehearse", action="store_true", help="the GPU's cases in small, on the CPU")
+    parser.add_argument("--smoke", action="store_true", help="measure one short case; exit 1 if it fails")
     options = parser.parse_args(arguments)
     if not options.budget_minutes > 0:
         parser.error(f"--budget-minutes: expected a number above 0, got {options.budget_minutes}")
-    gpu = torch.cuda.is_available()
-    cases = GPU_CASES if gpu or options.rehearse else CPU_CASES
-    known = sorted({case.model for case in cases})
-    if options.models and not set(options.models) <= set(known):
-        parser.error(f"--models: expected some of {', '.join(known)}, got {', '.join(options.models)}")
-    chosen = [case for case in cases if not options.models or case.model in options.models]
-    if options.rehearse:
-        chosen = list(dict.fromkeys(map(shrunk, chosen)))
-    small = "" if gpu and not options.rehearse else ": tiny sizes, no figure for GPUs"
-    print(f"trainer on {machine()['device']}{small}")
-    rows = measure(chosen, options.out, options.budget_minutes, rehearse=options.rehearse)
-    if gpu or options.rehearse:
-        tell_targets(rows, options.out, rehearse=options.rehearse)
+    gpu = torch.cuda.is_available() and not options.rehearse
+    cases: tuple[Case, ...] = (SMOKE,) if options.smoke else GPU_CASES
+    if not gpu:
+        cases = tuple(dict.fromkeys(map(shrunk, cases)))
+    print(f"trainer on {machine()['device']}{'' if gpu else ': tiny sizes, no figure for GPUs'}")
+    rows = measure_all(cases, options.out, options.budget_minutes, rehearse=options.rehearse)
+    if not options.smoke and (gpu or options.rehearse):
+        targets.print_judged(targets.judge(rows, "training"))
     print(f"rows: {options.out / 'train.jsonl'}")
+    return int(options.smoke and any("error" in row for row in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,21 +1,21 @@
-"""Gradient of the statistic in x: projections recomputed, dT/dp in registers, dx on the tensor cores.
+"""Backward kernels: recompute projections, form dT/dp in registers, multiply by A^T on the tensor cores.
 
-With the coefficients of `finish.py`, the derivative of T at a projection p is the series
+With the coefficients of `epilogue.py`, the derivative of T at a projection p is the series
 
-    dT/dp = sum over table entries (r, c) of coef[r, c] * giant[r](p) * baby[c](p)         (see `series.py`)
+    dT/dp = sum over table entries (r, c) of coef[r, c] * giant[r](p) * baby[c](p)         (see `phases.py`)
 
 and dx[n] = sum over m of dT/dp[n, m] * scale[m] * A[:, m]. While K is small enough for dx^T (K, BLOCK_N) to
 stay in registers, one program owns BLOCK_N samples and walks over all directions (`_sigreg_bwd_kernel`):
-nothing of the size of the projections reaches memory. For larger K one kernel writes dT/dp of a chunk and a
-product follows (`_sigreg_dp_kernel`, `_sigreg_dx_kernel`). Either way dx is a sum in a fixed order.
+nothing of the size of the projections is stored. For larger K one kernel writes dT/dp of a chunk of samples
+and another multiplies it by A^T (`_sigreg_dp_kernel`, `_sigreg_dx_kernel`). The order of all sums is fixed.
 
-The second product takes dT/dp in the dtype of x and A. float16 holds a few orders of magnitude only, and
-dT/dp has no fixed size (weights, `scale_by_n`): with NORMALIZE it is multiplied with a power of two for each
-view, taken back in float32.
+The product takes dT/dp in the dtype of x and A. float16 has a small range, while dT/dp depends on weights and
+`scale_by_n`: with NORMALIZE it is multiplied by a power of two for each view, which is undone in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,21 +23,178 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .autotune import Problem, choose
+from .autotune import launch_best
 from .configs import Config, Tile, get_config
-from .derivative import coefficient_pointers, derivative, load_coefficients, normalizing_power
-from .layout import COEF_BLOCK, Plan, count_splits
-from .rounding import Chain, kind_of_products, plan_chain
-from .runtime import OPTIONS, empty, kernel_device
-from .series import dot, load_directions, load_samples, multiply, project, scaled_factor, to_dtype
+from .phases import (
+    baby_steps,
+    complex_mul,
+    complex_square,
+    cos_sin,
+    dot,
+    join_columns,
+    load_directions,
+    load_samples,
+    multiply,
+    project,
+    replace_front,
+    scaled_factor,
+    split_columns,
+    stride_from_babies,
+    to_dtype,
+)
+from .runtime import empty, kernel_device
+from .table import COEF_BLOCK, Plan, count_splits
 
-# A table of up to two giant steps fits into registers beside everything else.
+# A table of up to two giant steps fits into the registers of a program.
 _COEF_IN_REGISTERS = 35
+# Bytes of dT/dp at a time: enough to fill a GPU many times, small beside a batch.
+_CHUNK_BYTES, _CHUNK_STEP = 32 << 20, 128
 _COEF_BLOCK = tl.constexpr(COEF_BLOCK)
 
 
-# A value of 1 or a multiple of 16 would be a compilation of its own, for nothing.
-@triton.jit(do_not_specialize=["first_view", "splits", "turn_stride"])
+@triton.jit
+def _coefficient_pointers(coef_ptr, m, M, ROWS: tl.constexpr):
+    """The first coefficient of each direction m, (BLOCK_M, 1); the next ones follow COEF_BLOCK apart.
+
+    Beyond M it reads those of the last direction; their results are multiplied by directions that are 0.
+    """
+    m = tl.minimum(m, M - 1)
+    offsets = m // _COEF_BLOCK * ((ROWS + 1) * _COEF_BLOCK) + m % _COEF_BLOCK
+    return coef_ptr + offsets[:, None]
+
+
+@triton.jit
+def _normalizing_power(coef_ptr, views, M, ROWS: tl.constexpr, COUNT: tl.constexpr):
+    """Powers of two (COUNT, 1) that scale dT/dp of `views` (COUNT,) to the upper end of float16.
+
+    |dT/dp| <= ROWS * peak, the largest coefficient of the view; times the power it is below 2**15. Within
+    2**100 either way its inverse is exact, and both leave float32 room for what they multiply.
+    """
+    STRIDE: tl.constexpr = (ROWS + 1) * _COEF_BLOCK
+    blocks = tl.cdiv(M, _COEF_BLOCK)
+    coef_ptrs = coef_ptr + (views * blocks)[:, None] * STRIDE + ROWS * _COEF_BLOCK
+    peaks = tl.zeros((COUNT, 16), tl.float32)
+    for first in range(0, blocks, 16):
+        block = (first + tl.arange(0, 16))[None, :]
+        peaks = tl.maximum(peaks, tl.load(coef_ptrs + block * STRIDE, mask=block < blocks, other=0.0))
+    bound = tl.max(peaks, 1)[:, None] * ROWS
+    exponent = bound.to(tl.int32, bitcast=True) >> 23  # biased by 127; bound < 2**(exponent - 126)
+    power = tl.minimum(tl.maximum(127 + 15 + 126 - exponent, 27), 227)
+    return (power << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_coefficients(coef_ptrs, COUNT: tl.constexpr):
+    """The first COUNT coefficients of every direction, a tuple of (BLOCK_M, 1)."""
+    coef = ()
+    for i in tl.static_range(COUNT):
+        coef = coef + (_coefficient((), coef_ptrs, i),)
+    return coef
+
+
+@triton.jit
+def _coefficient(coef, coef_ptrs, INDEX: tl.constexpr):
+    if len(coef) > 0:  # noqa: SIM108 - Triton takes the branch while it compiles
+        value = coef[INDEX]
+    else:
+        value = tl.load(coef_ptrs + INDEX * _COEF_BLOCK)
+    return value
+
+
+@triton.jit
+def _table_row(babies, coef, coef_ptrs, ROW: tl.constexpr, B: tl.constexpr):
+    """sum over c of coef[ROW, c] * baby[c], baby[0] = 1."""
+    FIRST: tl.constexpr = ROW * (1 + 2 * B)
+    total = _coefficient(coef, coef_ptrs, FIRST)
+    for b in tl.static_range(2 * B):
+        total = tl.fma(_coefficient(coef, coef_ptrs, FIRST + b + 1), babies[b], total)
+    return total
+
+
+@triton.jit
+def _series(
+    p,  # (BLOCK_M, LANES)
+    coef,  # `_load_coefficients`, or () to load each where it is used
+    coef_ptrs,  # (BLOCK_M, 1)
+    factors,  # of `cos_sin`: (high, low) for a baby step, then for a giant step
+    B: tl.constexpr,
+    G: tl.constexpr,
+    FAR: tl.constexpr,
+):
+    """dT/dp for projections p."""
+    c1, s1 = cos_sin(p, factors[0], factors[1])
+    babies = baby_steps(c1, s1, B)
+    total = _table_row(babies, coef, coef_ptrs, 0, B)
+    if G > 0:
+        if FAR:
+            c_s, s_s = cos_sin(p, factors[2], factors[3])
+        else:
+            c_s, s_s = stride_from_babies(babies)
+        c_a, s_a = c_s, s_s
+        for g in tl.static_range(G):
+            if g == 1:
+                c_a, s_a = complex_square(c_s, s_s)
+            elif g > 1:
+                c_a, s_a = complex_mul(c_a, s_a, c_s, s_s)
+            total = tl.fma(c_a, _table_row(babies, coef, coef_ptrs, 2 * g + 1, B), total)
+            total = tl.fma(s_a, _table_row(babies, coef, coef_ptrs, 2 * g + 2, B), total)
+    return total
+
+
+@triton.jit
+def _knot_series(p, coef_ptrs, t_ptr, f_hi, f_lo, J):
+    """dT/dp by a sine and cosine for every knot, for a whole tile of projections."""
+    total = tl.zeros_like(p)
+    for j in range(J):
+        t = tl.load(t_ptr + j)
+        h_hi = f_hi * t
+        c, s = cos_sin(p, h_hi, tl.fma(f_hi, t, -h_hi) + f_lo * t)
+        total = tl.fma(_coefficient((), coef_ptrs, 0), c, total)
+        total = tl.fma(_coefficient((), coef_ptrs, 1), s, total)
+        coef_ptrs += 2 * _COEF_BLOCK
+    return total
+
+
+@triton.jit
+def _derivative(
+    p,
+    coef,
+    coef_ptrs,
+    t_ptr,
+    factors,
+    J,
+    sub_tiles,
+    sub_tile_stride,  # of the coefficients: 0, which the compiler does not know, see below
+    EQUIDISTANT: tl.constexpr,
+    B: tl.constexpr,
+    G: tl.constexpr,
+    FAR: tl.constexpr,
+    SUB_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """dT/dp of a tile of projections (BLOCK_M, BLOCK_N), one sub-tile at a time."""
+    if EQUIDISTANT:
+        parts = split_columns(p, BLOCK_M, BLOCK_N, LANES)
+        COUNT: tl.constexpr = BLOCK_N // LANES // SUB_TILES
+        for _ in range(sub_tiles):
+            done = ()
+            for i in tl.static_range(COUNT):
+                part = _series(parts[i], coef, coef_ptrs, factors, B, G, FAR)
+                done = done + (part,)
+            # Pointers that move are read for every sub-tile. Else the compiler would read all coefficients
+            # before the first one and keep them in registers, which `coef` is for.
+            coef_ptrs += sub_tile_stride
+            parts = replace_front(parts, done)
+        dp = join_columns(parts, BLOCK_M, BLOCK_N, LANES)
+    else:
+        dp = _knot_series(p, coef_ptrs, t_ptr, factors[0], factors[1], J)
+    return dp
+
+
+# Not specialized: 1 or a multiple of 16 would compile another kernel without making it faster.
+@triton.jit(do_not_specialize=["first_view", "splits", "sub_tile_stride"])
 def _sigreg_dp_kernel(
     x_ptr,  # (V, N, K)
     a_ptr,  # (K, M)
@@ -58,8 +215,8 @@ def _sigreg_dp_kernel(
     factor_lo,
     giant_hi,
     giant_lo,
-    turns,  # TURNS, at run time
-    turn_stride,
+    sub_tiles,  # SUB_TILES, at run time
+    sub_tile_stride,
     stride_xv,
     stride_xn,
     stride_xk,
@@ -79,13 +236,12 @@ def _sigreg_dp_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RESIDENT: tl.constexpr,  # tiles that hold the directions during the whole program, or 0
-    CHAIN: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,  # n_stop - n_first is a multiple of BLOCK_N
     MASK_M: tl.constexpr,  # M is not a multiple of BLOCK_M
     COEF_IN_REGISTERS: tl.constexpr,
     LANES: tl.constexpr,
-    TURNS: tl.constexpr,
+    SUB_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Programs are those of the forward kernel: BLOCK_M directions and a split of the samples of a view."""
@@ -99,18 +255,17 @@ def _sigreg_dp_kernel(
     view = first_view + launch_view
     x_ptr += view * stride_xv
     if NORMALIZE:
-        power = normalizing_power(coef_ptr, view + tl.zeros((1,), tl.int64), M, ROWS, 1)
+        power = _normalizing_power(coef_ptr, view + tl.zeros((1,), tl.int64), M, ROWS, 1)
     coef_ptr += view * tl.cdiv(M, _COEF_BLOCK) * ((ROWS + 1) * _COEF_BLOCK)
     out_ptr += launch_view * (n_stop - n_first) * M
     m_mask = (m < M)[:, None]
-    coef_ptrs = coefficient_pointers(coef_ptr, m, M, ROWS)
+    coef_ptrs = _coefficient_pointers(coef_ptr, m, M, ROWS)
     coef = ()
     if COEF_IN_REGISTERS:
-        coef = load_coefficients(coef_ptrs, ROWS)
-    f_hi, f_lo = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
-    g_hi, g_lo = f_hi, f_lo
+        coef = _load_coefficients(coef_ptrs, ROWS)
+    factors = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
     if FAR:
-        g_hi, g_lo = scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
+        factors = factors + scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
     if SLICE_GRAD:
         grad = tl.load(grad_ptr + view * stride_gv + m[:, None] * stride_gm, mask=m_mask, other=0.0)
     a = ()
@@ -119,20 +274,20 @@ def _sigreg_dp_kernel(
         a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, RESIDENT, EVEN_K, MASK_M)
         n = start + tl.arange(0, BLOCK_N)
         x = load_samples(x_ptr, n, n_stop, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, not EVEN_N)
-        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, CHAIN, PRECISION)
+        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
     last = start + (stop - start - 1) // BLOCK_N * BLOCK_N
     for n0 in range(start, stop, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         if RESIDENT > 0:
-            # The next tile travels while this one is worked on; after the last one it is not used.
+            # Prefetch the next tile while this one is processed; the one after the last is not used.
             ahead = tl.minimum(n0 + BLOCK_N, last) + tl.arange(0, BLOCK_N)
             x = load_samples(x_ptr, ahead, n_stop, K, stride_xn, stride_xk,
                 BLOCK_K, RESIDENT, EVEN_K, not EVEN_N)  # fmt: skip
         else:
-            p = project(x_ptr, a_ptr, a, m, n, n_stop, K, M, stride_xn, stride_xk, stride_ak, stride_am,
-                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, CHAIN, EVEN_K, not EVEN_N, PRECISION)  # fmt: skip
-        dp = derivative(p, coef, coef_ptrs, t_ptr, f_hi, f_lo, g_hi, g_lo, J, turns, turn_stride,
-            EQUIDISTANT, B, G, FAR, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
+            p = project(x_ptr, a_ptr, m, n, n_stop, K, M, stride_xn, stride_xk, stride_ak, stride_am,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, not EVEN_N, PRECISION)  # fmt: skip
+        dp = _derivative(p, coef, coef_ptrs, t_ptr, factors, J, sub_tiles, sub_tile_stride,
+            EQUIDISTANT, B, G, FAR, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if SLICE_GRAD:
             dp *= grad
         if NORMALIZE:
@@ -140,10 +295,10 @@ def _sigreg_dp_kernel(
         out_ptrs = out_ptr + (n - n_first)[None, :].to(tl.int64) * M + m[:, None]
         tl.store(out_ptrs, to_dtype(dp, out_ptr.dtype.element_ty), mask=m_mask & (n < n_stop)[None, :])
         if RESIDENT > 0:
-            p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, CHAIN, PRECISION)
+            p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
 
 
-@triton.jit(do_not_specialize=["turn_stride"])
+@triton.jit(do_not_specialize=["sub_tile_stride"])
 def _sigreg_bwd_kernel(
     x_ptr,  # (V, N, K)
     a_ptr,  # (K, M)
@@ -161,8 +316,8 @@ def _sigreg_bwd_kernel(
     giant_hi,
     giant_lo,
     out_factor,  # multiplies dx
-    turns,  # TURNS, at run time
-    turn_stride,
+    sub_tiles,  # SUB_TILES, at run time
+    sub_tile_stride,
     stride_xv,
     stride_xn,
     stride_xk,
@@ -182,11 +337,10 @@ def _sigreg_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILES: tl.constexpr,  # of BLOCK_K, that cover K
-    CHAIN: tl.constexpr,
     EVEN_K: tl.constexpr,
     MASK_M: tl.constexpr,  # M is not a multiple of BLOCK_M
     LANES: tl.constexpr,
-    TURNS: tl.constexpr,
+    SUB_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -195,7 +349,7 @@ def _sigreg_bwd_kernel(
     view = (pid // n_blocks).to(tl.int64)
     x_ptr += view * stride_xv
     if NORMALIZE:
-        power = normalizing_power(coef_ptr, view + tl.zeros((1,), tl.int64), M, ROWS, 1)
+        power = _normalizing_power(coef_ptr, view + tl.zeros((1,), tl.int64), M, ROWS, 1)
     coef_ptr += view * tl.cdiv(M, _COEF_BLOCK) * ((ROWS + 1) * _COEF_BLOCK)
     x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, TILES, EVEN_K, True)
     dx = ()
@@ -205,15 +359,14 @@ def _sigreg_bwd_kernel(
     for m0 in range(0, M, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         m_mask = (m < M)[:, None]
-        coef_ptrs = coefficient_pointers(coef_ptr, m, M, ROWS)
-        f_hi, f_lo = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
-        g_hi, g_lo = f_hi, f_lo
+        coef_ptrs = _coefficient_pointers(coef_ptr, m, M, ROWS)
+        factors = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
         if FAR:
-            g_hi, g_lo = scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
+            factors = factors + scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
         a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, TILES, EVEN_K, MASK_M)
-        p = multiply(a, x, BLOCK_M, BLOCK_N, TILES, CHAIN, PRECISION)
-        dp = derivative(p, (), coef_ptrs, t_ptr, f_hi, f_lo, g_hi, g_lo, J, turns, turn_stride,
-            EQUIDISTANT, B, G, FAR, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
+        p = multiply(a, x, BLOCK_M, BLOCK_N, TILES, PRECISION)
+        dp = _derivative(p, (), coef_ptrs, t_ptr, factors, J, sub_tiles, sub_tile_stride,
+            EQUIDISTANT, B, G, FAR, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if SLICE_GRAD:
             dp *= tl.load(grad_ptr + view * stride_gv + m[:, None] * stride_gm, mask=m_mask, other=0.0)
         if NORMALIZE:
@@ -275,7 +428,7 @@ def _sigreg_dx_kernel(
         a_ptrs += BLOCK_M * tl.cast(stride_am, tl.int64)
     if NORMALIZE:
         view = first_view + tl.minimum(n, rows - 1) // view_rows
-        dx *= 1.0 / normalizing_power(coef_ptr, view, M, TABLE_ROWS, BLOCK_N)
+        dx *= 1.0 / _normalizing_power(coef_ptr, view, M, TABLE_ROWS, BLOCK_N)
     if not SLICE_GRAD:
         out_factor *= tl.load(grad_ptr)
     mask = (n < rows)[:, None] & (k < K)[None, :]
@@ -308,51 +461,41 @@ def gradient(
     if N == 0:
         return dx
     slice_grad = grad.dim() == 2
-    normalize = x.dtype == A.dtype == torch.float16 and not slice_grad
-    common = _Launch(grad, factor, coef, x, A, scale, t, plan, config, precision, slice_grad, normalize)
+    common = _Launch(grad, factor, coef, x, A, scale, t, plan, config, precision, slice_grad)
     with kernel_device(x):
         if config.fuses(K, M, slice_grad=slice_grad):
-            _launch_fused(common, dx)
+            common.fused(dx)
             return dx
         # Products of gradients per direction span any range: they stay in float32.
         dtype = A.dtype if A.dtype == x.dtype and not slice_grad else torch.float32
-        chunk_views, chunk_samples = _chunk(views, N, M * dtype.itemsize)
+        # Samples of a chunk: several whole views, or a part of one.
+        most = max(1, _CHUNK_BYTES // (M * dtype.itemsize))
+        chunk_views = max(1, min(views, most // N))
+        chunk_samples = min(N, max(_CHUNK_STEP, most // _CHUNK_STEP * _CHUNK_STEP))
         buffer = empty(x, (chunk_views * chunk_samples, M), dtype)
         for v in range(0, views, chunk_views):
             for n in range(0, N, chunk_samples):
                 chunk = range(v, min(views, v + chunk_views)), range(n, min(N, n + chunk_samples))
-                _launch_dp(common, buffer, *chunk)
-                _launch_product(common, buffer, dx, *chunk)
+                common.projections(buffer, *chunk)
+                common.product(buffer, dx, *chunk)
     return dx
 
 
-def count_turns(tile: Tile, plan: Plan, lanes: int) -> int:
-    """Turns of a tile: twice as many, if it has the columns, where a direction has more coefficients."""
-    twice = 2 * tile.turns * lanes <= tile.block_n and not _in_registers(plan)
-    return tile.turns * (2 if twice else 1)
+def count_sub_tiles(tile: Tile, plan: Plan, lanes: int) -> int:
+    """Sub-tiles of a tile: twice as many where coefficients do not fit into registers."""
+    twice = 2 * tile.sub_tiles * lanes <= tile.block_n and not _in_registers(plan)
+    return tile.sub_tiles * (2 if twice else 1)
 
 
 def _in_registers(plan: Plan) -> bool:
     return plan.equidistant and plan.rows <= _COEF_IN_REGISTERS
 
 
-# Bytes of dT/dp at a time: large enough to fill a GPU many times over, small beside any batch.
-_CHUNK_BYTES, _CHUNK_STEP = 32 << 20, 128
-
-
-def _chunk(views: int, N: int, sample_bytes: int) -> tuple[int, int]:
-    """Views and samples of a chunk: some whole views, or a part of one."""
-    samples = max(1, _CHUNK_BYTES // sample_bytes)
-    if samples >= N:
-        return min(views, samples // N), N
-    return 1, min(N, max(_CHUNK_STEP, samples // _CHUNK_STEP * _CHUNK_STEP))
-
-
 class _Launch(NamedTuple):
-    """What the kernels of one backward pass share."""
+    """What the kernels of one backward pass share, and their launchers."""
 
     grad: Tensor
-    factor: float
+    grad_factor: float
     coef: Tensor
     x: Tensor
     A: Tensor
@@ -362,136 +505,100 @@ class _Launch(NamedTuple):
     config: Config
     precision: str
     slice_grad: bool
-    normalize: bool
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        scale = self.A if self.scale is None else self.scale
-        return self.x, self.A, scale, self.t, self.coef, self.grad
+    def fused(self, dx: Tensor) -> None:
+        """dx by one kernel."""
+        views, N, K = self.x.shape
 
-    def chain(self, tile: Tile, *, held: bool) -> Chain:
-        kind = kind_of_products(self.x, self.A, self.precision)
-        return plan_chain(self.config.lost, tile, self.x.shape[2], kind, held=held)
+        def launch(tile: Tile) -> None:
+            _sigreg_bwd_kernel[(views * triton.cdiv(N, tile.block_n),)](
+                out_ptr=dx,
+                N=N,
+                out_factor=self.grad_factor,
+                TILES=triton.cdiv(K, tile.steps(K)[0]),
+                **self._arguments(tile),
+            )
 
-    def scalars(self, chain: Chain) -> tuple[int | float, ...]:
-        plan = self.plan.stretched(chain.lost)
-        return self.A.shape[1], plan.J, plan.factor_hi, plan.factor_lo, *plan.giant_factor
+        self._launch_best(launch, "fused", self.config)
 
-    def problem(self) -> Problem:
-        return Problem(self.x, self.A, self.plan, (self.precision, self.slice_grad))
+    def projections(self, dp: Tensor, views: range, samples: range) -> None:
+        """dT/dp of a chunk."""
+        K, M = self.A.shape
+        splits, split_samples = count_splits(len(views), len(samples), M, 1, self.config.split)
 
-    def turns(self, tile: Tile) -> int:
-        return count_turns(tile, self.plan, self.config.lanes)
+        def launch(tile: Tile) -> None:
+            _sigreg_dp_kernel[(len(views) * splits * triton.cdiv(M, tile.block_m),)](
+                out_ptr=dp,
+                first_view=views.start,
+                n_first=samples.start,
+                n_stop=samples.stop,
+                splits=splits,
+                split_samples=split_samples,
+                RESIDENT=tile.steps(K)[1],
+                EVEN_N=len(samples) % tile.block_n == 0,
+                COEF_IN_REGISTERS=_in_registers(self.plan),
+                **self._arguments(tile),
+            )
 
-    def strides(self) -> tuple[int, ...]:
-        return *self.x.stride(), *self.A.stride(), *(self.grad.stride() if self.slice_grad else (0, 0))
+        self._launch_best(launch, "gradient", self.config)
 
-    def constants(self, tile: Tile, chain: Chain) -> dict[str, Any]:
+    def product(self, dp: Tensor, dx: Tensor, views: range, samples: range) -> None:
+        """dx of a chunk from its dT/dp."""
+        K, M = self.A.shape
+        rows = len(views) * len(samples)
+        out = dx.view(-1, K)[views.start * dx.shape[1] + samples.start :]  # whole views, or a part of one
+
+        def launch(tile: Tile) -> None:
+            _sigreg_dx_kernel[(triton.cdiv(rows, tile.block_n) * triton.cdiv(K, tile.block_k),)](
+                dp,
+                self.A,
+                self.grad,
+                self.coef,
+                out,
+                views.start,
+                len(samples),
+                rows,
+                K,
+                M,
+                self.grad_factor,
+                *self.A.stride(),
+                SLICE_GRAD=self.slice_grad,
+                NORMALIZE=self._normalize(),
+                TABLE_ROWS=self.plan.rows,
+                **{**tile.options(K, self.precision), "BLOCK_K": tile.block_k},
+            )
+
+        # float32 gradients with half-precision directions need the shared memory of float32.
+        config = self.config if dp.dtype == self.A.dtype else get_config(dp.device, dp.itemsize)
+        self._launch_best(launch, "product", config)
+
+    def _launch_best(self, launch: Callable[[Tile], None], kernel: str, config: Config) -> None:
+        variant = self.precision, self.slice_grad
+        launch_best(launch, kernel, config, self.x, self.A, self.plan, *variant)
+
+    def _normalize(self) -> bool:
+        return self.x.dtype == self.A.dtype == torch.float16 and not self.slice_grad
+
+    def _arguments(self, tile: Tile) -> dict[str, Any]:
+        """Those that `_sigreg_dp_kernel` and `_sigreg_bwd_kernel` have in common."""
         plan = self.plan
+        sub_tiles = count_sub_tiles(tile, plan, self.config.lanes)
+        stride_gv, stride_gm = self.grad.stride() if self.slice_grad else (0, 0)
+        shared = (tile, self.x, self.A, self.scale, self.t, plan, self.precision)
         return {
-            "HAS_SCALE": self.scale is not None,
+            "coef_ptr": self.coef,
+            "grad_ptr": self.grad,
+            "giant_hi": plan.giant_factor[0],
+            "giant_lo": plan.giant_factor[1],
+            "sub_tiles": sub_tiles,
+            "sub_tile_stride": 0,
+            "stride_gv": stride_gv,
+            "stride_gm": stride_gm,
             "SLICE_GRAD": self.slice_grad,
-            "NORMALIZE": self.normalize,
-            "EQUIDISTANT": plan.equidistant,
-            "B": plan.B,
+            "NORMALIZE": self._normalize(),
             "G": plan.G,
             "FAR": plan.chunks > 1,
-            "ROWS": plan.rows,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_K": tile.steps(self.x.shape[2])[0],
-            "CHAIN": chain.tiles,
-            "EVEN_K": chain.even,
             "MASK_M": self.A.shape[1] % tile.block_m != 0,
-            "LANES": self.config.lanes,
-            "TURNS": self.turns(tile),
-            "PRECISION": self.precision,
-            **OPTIONS,
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
+            "SUB_TILES": sub_tiles,
+            **self.config.arguments(*shared),
         }
-
-
-def _launch_fused(c: _Launch, dx: Tensor) -> None:
-    views, N, K = c.x.shape
-
-    def launch(tile: Tile) -> None:
-        chain = c.chain(tile, held=True)
-        _sigreg_bwd_kernel[(views * triton.cdiv(N, tile.block_n),)](
-            *c.tensors(),
-            dx,
-            N,
-            K,
-            *c.scalars(chain),
-            c.factor,
-            c.turns(tile),
-            0,
-            *c.strides(),
-            **c.constants(tile, chain),
-            TILES=triton.cdiv(K, tile.steps(K)[0]),
-        )
-
-    launch(choose(c.config, "fused", c.problem(), launch))
-
-
-def _launch_dp(c: _Launch, dp: Tensor, views: range, samples: range) -> None:
-    K, M = c.x.shape[2], c.A.shape[1]
-    splits, split_samples = count_splits(len(views), len(samples), M, 1, c.config.split)
-
-    def launch(tile: Tile) -> None:
-        chain = c.chain(tile, held=tile.resident)
-        _sigreg_dp_kernel[(len(views) * splits * triton.cdiv(M, tile.block_m),)](
-            *c.tensors(),
-            dp,
-            views.start,
-            samples.start,
-            samples.stop,
-            splits,
-            split_samples,
-            K,
-            *c.scalars(chain),
-            c.turns(tile),
-            0,
-            *c.strides(),
-            **c.constants(tile, chain),
-            RESIDENT=tile.steps(K)[1],
-            EVEN_N=len(samples) % tile.block_n == 0,
-            COEF_IN_REGISTERS=_in_registers(c.plan),
-        )
-
-    launch(choose(c.config, "gradient", c.problem(), launch))
-
-
-def _launch_product(c: _Launch, dp: Tensor, dx: Tensor, views: range, samples: range) -> None:
-    K, M = c.x.shape[2], c.A.shape[1]
-    rows = len(views) * len(samples)
-    out = dx.view(-1, K)[views.start * dx.shape[1] + samples.start :]  # whole views, or a part of one
-
-    def launch(tile: Tile) -> None:
-        _sigreg_dx_kernel[(triton.cdiv(rows, tile.block_n) * triton.cdiv(K, tile.block_k),)](
-            dp,
-            c.A,
-            c.grad,
-            c.coef,
-            out,
-            views.start,
-            len(samples),
-            rows,
-            K,
-            M,
-            c.factor,
-            *c.A.stride(),
-            SLICE_GRAD=c.slice_grad,
-            NORMALIZE=c.normalize,
-            TABLE_ROWS=c.plan.rows,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            PRECISION=c.precision,
-            **OPTIONS,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-
-    # float32 gradients per direction beside directions in half precision need the shared memory of float32.
-    config = c.config if dp.dtype == c.A.dtype else get_config(c.x.device, dp.itemsize)
-    launch(choose(config, "product", c.problem(), launch))

@@ -1,62 +1,54 @@
-"""Tile sizes of the shipped configurations, one set per architecture and element size.
+"""Shipped tile sizes, one set per architecture and element size.
 
-Source of the choices: the compiler's output (`bench/kernel_report.py`). No timing stands behind any of them
-yet. In order: no spills, tensor-core instructions, then for sm_90 the least floor of the report, else the
-least traffic among the tiles that were compiled.
+They were chosen from the compiler's output (`bench/kernel_report.py`), not from timings: first no spills and
+tensor-core instructions, then on sm_90 the smallest predicted time, elsewhere the least memory traffic.
 
-- sm_90, half precision, K <= 512: directions resident, two programs a multiprocessor. Beyond: 128 x 128.
+- sm_90, half precision: up to K 512 directions are resident and two programs share a multiprocessor.
 - sm_90, float32: 128 x 64; 128 x 128 spills.
 - sm_80, sm_89: 128 x 64; float32 spills from 64 samples on, hence 128 x 32.
-- sm_100: 64 directions; with 128, a thread holds a row of the accumulator and spills. 64 samples.
-- gfx942: 64 x 64, two turns: 128 x 32 on 8 warps spills.
-- fused: the largest K of which dx^T fits into registers beside the arithmetic. Eight warps take 128
-  directions: with 64 both groups of four would work on the same projections.
+- sm_100: 64 directions; with 128 a thread holds a whole row of the accumulator and spills.
+- gfx942: 64 x 64 in two sub-tiles; 128 x 32 with 8 warps spills.
+- fused: up to the largest K whose dx^T fits into registers. Eight warps take 128 directions; with 64 both
+  groups of four warps would compute the same projections.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from .layout import Split, ceil_div
-from .rounding import Lost
+from .runtime import OPTIONS
+from .table import Plan, Split, ceil_div
 
 
 class Tile(NamedTuple):
-    """Sizes of one launch.
-
-    Attributes:
-        block_m, block_n, block_k: directions, samples, dimensions of a tile. `block_k` is the step along K;
-            in `product` a tile of dx is (block_n, block_k) and `block_m` the step along the directions.
-            `fused` holds all of K, in tiles of `block_k`.
-        num_warps, num_stages: of Triton.
-        turns: a tile of projections is worked on in so many turns. A turn needs registers.
-        resident: the directions of a program stay in shared memory, all of K, and only samples are read.
-        chain: dimensions that matrix units add in half precision before float32 does, a multiple of
-            `block_k`; 0: all. More chains need more registers (why: `rounding.py`).
-    """
+    """Sizes of one launch."""
 
     block_m: int
+    """Directions of a tile; in `product` the step along the directions."""
     block_n: int
+    """Samples of a tile."""
     block_k: int
+    """Step along the dimensions. A tile of dx in `product` is (block_n, block_k)."""
     num_warps: int
     num_stages: int
-    turns: int = 1
+    sub_tiles: int = 1
+    """A tile of projections is processed in this many parts: fewer values are live in registers."""
     resident: bool = False
-    chain: int = 128
+    """The directions of a program, all of K, stay in shared memory; only samples are read in the loop."""
 
     def steps(self, K: int) -> tuple[int, int]:
-        """Step along K, and the tiles that cover K if the directions are resident, else 0."""
+        """Step along K, and the number of tiles that cover K if the directions are resident, else 0."""
         block_k = min(self.block_k, max(16, 1 << (K - 1).bit_length()))
         return block_k, ceil_div(K, block_k) if self.resident else 0
 
-    def for_sums(self, chunks: int, kind: str) -> Tile:
-        """With the shortest chains for a table in chunks, which leaves no registers for others, and for fp16,
-        which loses more.
-        """
-        short = self.resident and self.chain and (chunks > 1 or kind == "fp16")
-        return self._replace(chain=self.block_k) if short else self
+    def options(self, K: int, precision: str) -> dict[str, Any]:
+        """Arguments of every tiled kernel."""
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.steps(K)[0]}
+        warps = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**blocks, "PRECISION": precision, **warps, **OPTIONS}
 
 
 class Choice(NamedTuple):
@@ -67,33 +59,32 @@ class Choice(NamedTuple):
 
 
 class Config(NamedTuple):
-    """Tiles of one architecture and element size, each kernel's by ascending `max_dim`.
-
-    Attributes:
-        forward: sums of the table.
-        gradient: dT/dp of a chunk of samples.
-        product: dx = dT/dp A^T.
-        fused: backward in one kernel, where `fuses` says so, else `gradient` and `product`.
-        split: how samples are shared.
-        lost: what matrix units lose (`rounding.py`).
-        lanes: threads that share a row of an accumulator; see `split_columns`.
-        others: (kernel, tile) pairs that autotuning times beside the shipped tile.
-    """
+    """Tiles of one architecture and element size, each kernel's by ascending `max_dim`."""
 
     forward: tuple[Choice, ...]
+    """Sums of the table."""
     gradient: tuple[Choice, ...]
+    """dT/dp of a chunk of samples."""
     product: tuple[Choice, ...]
+    """dx = dT/dp A^T of a chunk."""
     fused: tuple[Choice, ...]
+    """Backward in one kernel, where `fuses` says so; else `gradient` and `product`."""
     split: Split
-    lost: Lost = Lost()
+    """How samples are shared between programs."""
+    others: dict[str, tuple[Tile, ...]]
+    """Tiles of each kernel that autotuning times beside the shipped one."""
     lanes: int = 4
-    others: tuple[tuple[str, Tile], ...] = ()
+    """Threads that share a row of an accumulator, see `split_columns`."""
+    stretch: float = 1.0
+    """Multiplies projections in tf32x3. Tensor cores cut sums off where float32 rounds, which shrinks every
+    projection by about 9e-8 (sm_80) or 7e-8 (sm_90) in tiles of 32 dimensions: predicted by the models
+    of Xie et al. (arXiv 2511.10909); no GPU has been measured."""
 
     def fuses(self, K: int, M: int, *, slice_grad: bool = False) -> bool:
         """Whether the backward for K dimensions and M directions is one kernel.
 
-        Only the first choice is for any case. The others have no registers to spare for sizes that do not
-        fill the tiles, nor for float32 products, which a gradient for each direction asks for.
+        Only the first choice serves every case. The others have no registers left for sizes that do not fill
+        their tiles, nor for the float32 products of a gradient for each direction (`slice_grad`).
         """
         if not self.fused or K > self.fused[-1].max_dim:
             return False
@@ -103,188 +94,145 @@ class Config(NamedTuple):
 
     def tile(self, kernel: str, K: int) -> Tile:
         """The shipped tile of "forward", "gradient", "product" or "fused" for K dimensions."""
-        choices: tuple[Choice, ...] = getattr(self, kernel)
-        return next(choice.tile for choice in choices if choice.max_dim >= K)
+        return next(choice.tile for choice in getattr(self, kernel) if choice.max_dim >= K)
+
+    def arguments(
+        self, tile: Tile, x: Tensor, A: Tensor, scale: Tensor | None, t: Tensor, plan: Plan, precision: str
+    ) -> dict[str, Any]:
+        """Arguments that all kernels with projections share; the tensors as for `forward.table_sums`."""
+        options = tile.options(x.shape[2], precision)
+        strides = zip(("xv", "xn", "xk", "ak", "am"), (*x.stride(), *A.stride()), strict=True)
+        return {
+            "x_ptr": x,
+            "a_ptr": A,
+            "scale_ptr": A if scale is None else scale,
+            "t_ptr": t,
+            "K": A.shape[0],
+            "M": A.shape[1],
+            "J": plan.J,
+            "factor_hi": plan.factor_hi,
+            "factor_lo": plan.factor_lo,
+            **{f"stride_{name}": stride for name, stride in strides},
+            "HAS_SCALE": scale is not None,
+            "EQUIDISTANT": plan.equidistant,
+            "B": plan.B,
+            "ROWS": plan.rows,
+            "EVEN_K": A.shape[0] % options["BLOCK_K"] == 0,
+            "LANES": self.lanes,
+            **options,
+        }
 
     def candidates(self, kernel: str, K: int) -> list[Tile]:
         """The shipped tile, then the others to time."""
-        shipped = self.tile(kernel, K)
-        others = [tile for name, tile in self.others if name == kernel and tile != shipped]
-        return [shipped, *(tile for tile in others if K <= RESIDENT_MAX_DIM or not tile.resident)]
+        others = (tile for tile in self.others[kernel] if K <= RESIDENT_MAX_DIM or not tile.resident)
+        return list(dict.fromkeys((self.tile(kernel, K), *others)))
 
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 ANY = 1 << 62
-# 64 directions of two bytes an element then fill a third of an sm_90's shared memory.
+# 64 directions of two bytes an element then fill a third of the shared memory of an sm_90 multiprocessor.
 RESIDENT_MAX_DIM = 512
 
 
-def _always(tile: Tile) -> tuple[Choice, ...]:
-    return (Choice(ANY, tile),)
-
-
-def _up_to(max_dim: int, tile: Tile, beyond: Tile) -> tuple[Choice, ...]:
-    return Choice(max_dim, tile), Choice(ANY, beyond)
-
-
-# Directions stay, two programs fit a multiprocessor and overlap; and the tile with the least traffic of those
-# that fit into registers, for a K beyond that.
-_RESIDENT = Tile(64, 32, 64, 4, 1, turns=2, resident=True)
-_RESIDENT_GRADIENT = _RESIDENT._replace(chain=256)  # shorter ones spill; the gradient is rounded anyway
-_WIDE = Tile(128, 128, 64, 8, 2, turns=4)
-_HALF_OTHERS = (
-    ("forward", _RESIDENT),
-    ("forward", Tile(128, 64, 64, 8, 1, turns=2, resident=True)),
-    ("forward", Tile(64, 64, 64, 4, 3)),
-    ("forward", Tile(64, 128, 64, 4, 3, turns=2)),
-    ("forward", Tile(128, 64, 64, 8, 3, turns=2, chain=64)),
-    ("forward", _WIDE),
-    ("gradient", _RESIDENT_GRADIENT),
-    ("gradient", Tile(64, 64, 64, 4, 3, turns=2)),
-    ("gradient", Tile(128, 64, 64, 8, 3, turns=2, chain=64)),
-    ("gradient", _WIDE),
-    ("product", Tile(64, 64, 64, 4, 3)),
-    ("product", Tile(64, 128, 128, 8, 3)),
-    ("product", Tile(64, 128, 256, 8, 3)),
-    ("product", Tile(64, 128, 256, 8, 4)),
-    ("fused", Tile(64, 32, 64, 4, 1)),
-    ("fused", Tile(64, 32, 64, 4, 1, turns=2)),
-    ("fused", Tile(64, 32, 64, 4, 1, turns=4)),
-    ("fused", Tile(64, 32, 128, 4, 1, turns=4)),
-    ("fused", Tile(128, 32, 128, 8, 1, turns=2)),
-)
-_SINGLE_OTHERS = (
-    ("forward", Tile(64, 64, 32, 4, 3)),
-    ("forward", Tile(128, 32, 32, 8, 3)),
-    ("forward", Tile(128, 64, 32, 8, 3, turns=2)),
-    ("gradient", Tile(64, 64, 32, 4, 3, turns=2)),
-    ("gradient", Tile(128, 32, 32, 8, 3)),
-    ("gradient", Tile(128, 64, 32, 8, 3, turns=2)),
-    ("product", Tile(32, 64, 64, 4, 3)),
-    ("product", Tile(32, 128, 64, 8, 3)),
-    ("product", Tile(32, 128, 128, 8, 3)),
-    ("fused", Tile(64, 32, 32, 4, 1)),
-    ("fused", Tile(64, 16, 32, 4, 1)),
-)
+def _choices(tiles: dict[int, Tile]) -> tuple[Choice, ...]:
+    return tuple(Choice(max_dim, tile) for max_dim, tile in tiles.items())
 
 
 def _config(
-    programs: int,
-    lost: Lost,
-    forward: tuple[Choice, ...],
-    gradient: tuple[Choice, ...],
+    tiles: dict[int, Tile],
     product: Tile,
-    fused: tuple[Choice, ...],
-    others: tuple[tuple[str, Tile], ...],
+    fused: dict[int, Tile],
+    multiprocessors: int,
+    others: dict[str, tuple[Tile, ...]],
+    stretch: float = 1.0,
 ) -> Config:
-    return Config(forward, gradient, _always(product), fused, Split(64, 128, programs), lost, others=others)
+    """A configuration whose forward and gradient share their `tiles`; two programs on a multiprocessor."""
+    forward, split = _choices(tiles), Split(64, 128, 2 * multiprocessors)
+    return Config(forward, forward, (Choice(ANY, product),), _choices(fused), split, others, stretch=stretch)
 
 
-# Four fifths of what normal embeddings lose: sparse ones lose less (`bench/rounding_bench.py`).
-_AMPERE_LOST = Lost(bf16=6.2e-10, fp16=1.4e-9, tf32x3=2.8e-9)
-_HOPPER_LOST = Lost(bf16=6.0e-10, fp16=1.1e-9, tf32x3=2.2e-9)  # and later
-# `programs`: two a multiprocessor.
-_FUSED = Tile(64, 32, 64, 4, 1, turns=2)
-_FUSED_TURNS = _FUSED._replace(turns=4)  # triton 3.6 spills with two
-_FUSED_WIDE = Tile(128, 32, 128, 8, 1, turns=2)
-_MIDDLE = Tile(128, 64, 64, 8, 3, turns=2, chain=64)
-_SMALL = Tile(64, 64, 64, 4, 3, turns=2)
-_AMPERE = (_always(_MIDDLE), _always(_MIDDLE), Tile(64, 128, 128, 8, 3))
+_RESIDENT = Tile(64, 32, 64, 4, 1, sub_tiles=2, resident=True)
+_WIDE = Tile(128, 128, 64, 8, 2, sub_tiles=4)
+_MIDDLE = Tile(128, 64, 64, 8, 3, sub_tiles=2)
+_SMALL = Tile(64, 64, 64, 4, 3, sub_tiles=2)
+_SMALL_AMD = _SMALL._replace(num_stages=2)
+_PRODUCT = Tile(64, 128, 128, 8, 3)
+_PRODUCT_WIDE = Tile(64, 128, 256, 8, 3)
+_FUSED = Tile(64, 32, 64, 4, 1, sub_tiles=2)
+_FUSED_FOUR = _FUSED._replace(sub_tiles=4)  # triton 3.6 spills with two
+_FUSED_WIDE = Tile(128, 32, 128, 8, 1, sub_tiles=2)
+_FUSED_SM_100 = Tile(64, 32, 128, 4, 1, sub_tiles=4)
+_HALF_OTHERS = {
+    "forward": (
+        _RESIDENT,
+        Tile(128, 64, 64, 8, 1, sub_tiles=2, resident=True),
+        Tile(64, 64, 64, 4, 3),
+        Tile(64, 128, 64, 4, 3, sub_tiles=2),
+        _MIDDLE,
+        _WIDE,
+    ),
+    "gradient": (_RESIDENT, _SMALL, _MIDDLE, _WIDE),
+    "product": (Tile(64, 64, 64, 4, 3), _PRODUCT, _PRODUCT_WIDE, Tile(64, 128, 256, 8, 4)),
+    "fused": (Tile(64, 32, 64, 4, 1), _FUSED, _FUSED_FOUR, _FUSED_SM_100, _FUSED_WIDE),
+}
+_RESIDENT_OR_WIDE = {RESIDENT_MAX_DIM: _RESIDENT, ANY: _WIDE}
+_FUSED_SM_90 = {64: _FUSED, 128: _FUSED, 256: _FUSED_FOUR, 512: _FUSED_WIDE}
+_FUSED_TO_256 = {64: _FUSED, 256: _FUSED}
 _HALF = {
-    "sm_80": _config(
-        216, _AMPERE_LOST, *_AMPERE, (Choice(64, _FUSED), Choice(256, _FUSED_WIDE)), _HALF_OTHERS
-    ),
-    "sm_89": _config(284, _AMPERE_LOST, *_AMPERE, (Choice(64, _FUSED), Choice(256, _FUSED)), _HALF_OTHERS),
-    "sm_90": _config(
-        264,
-        _HOPPER_LOST,
-        _up_to(RESIDENT_MAX_DIM, _RESIDENT, _WIDE),
-        _up_to(RESIDENT_MAX_DIM, _RESIDENT_GRADIENT, _WIDE),
-        Tile(64, 128, 256, 8, 3),
-        (Choice(64, _FUSED), Choice(128, _FUSED), Choice(256, _FUSED_TURNS), Choice(512, _FUSED_WIDE)),
-        _HALF_OTHERS,
-    ),
-    "sm_100": _config(
-        296,
-        _HOPPER_LOST,
-        _always(_SMALL._replace(chain=64)),
-        _always(_SMALL),
-        Tile(64, 128, 256, 8, 3),
-        (Choice(64, _FUSED), Choice(256, _FUSED), Choice(512, Tile(64, 32, 128, 4, 1, turns=4))),
-        _HALF_OTHERS,
-    ),
-    "gfx942": _config(
-        608,
-        Lost(),
-        _always(_SMALL._replace(num_stages=2, chain=0)),
-        _always(_SMALL._replace(num_stages=2, chain=0)),
-        Tile(64, 128, 128, 8, 2),
-        (Choice(64, _FUSED._replace(chain=0)), Choice(256, _FUSED._replace(chain=0))),
-        tuple((kernel, tile._replace(chain=0)) for kernel, tile in _HALF_OTHERS),
-    ),
+    "sm_80": _config({ANY: _MIDDLE}, _PRODUCT, {64: _FUSED, 256: _FUSED_WIDE}, 108, _HALF_OTHERS),
+    "sm_89": _config({ANY: _MIDDLE}, _PRODUCT, _FUSED_TO_256, 142, _HALF_OTHERS),
+    "sm_90": _config(_RESIDENT_OR_WIDE, _PRODUCT_WIDE, _FUSED_SM_90, 132, _HALF_OTHERS),
+    "sm_100": _config({ANY: _SMALL}, _PRODUCT_WIDE, {**_FUSED_TO_256, 512: _FUSED_SM_100}, 148, _HALF_OTHERS),
+    "gfx942": _config({ANY: _SMALL_AMD}, _PRODUCT._replace(num_stages=2), _FUSED_TO_256, 304, _HALF_OTHERS),
 }
 _NARROW = Tile(128, 32, 32, 8, 3)
-_MIDDLE_SINGLE = _MIDDLE._replace(block_k=32)
-_SMALL_SINGLE = _SMALL._replace(block_k=32)
-_FUSED_SINGLE = _FUSED._replace(block_k=32)
-_AMPERE_SINGLE = (
-    _always(_NARROW),
-    _always(_NARROW),
-    Tile(32, 128, 64, 8, 3),
-    (Choice(32, _FUSED_SINGLE), Choice(64, _FUSED_SINGLE)),
-    _SINGLE_OTHERS,
-)
+_MIDDLE_32 = _MIDDLE._replace(block_k=32)
+_SMALL_32 = _SMALL._replace(block_k=32)
+_SMALL_32_AMD = _SMALL_32._replace(num_stages=2)
+_PRODUCT_32 = Tile(32, 128, 64, 8, 3)
+_PRODUCT_32_WIDE = Tile(32, 128, 128, 8, 3)
+_FUSED_32 = _FUSED._replace(block_k=32)
+_FUSED_32_NARROW = _FUSED_32._replace(block_n=16)  # triton 3.8 spills with 32 samples
+_SINGLE_OTHERS = {
+    "forward": (Tile(64, 64, 32, 4, 3), _NARROW, _MIDDLE_32),
+    "gradient": (_SMALL_32, _NARROW, _MIDDLE_32),
+    "product": (Tile(32, 64, 64, 4, 3), _PRODUCT_32, _PRODUCT_32_WIDE),
+    "fused": (Tile(64, 32, 32, 4, 1), Tile(64, 16, 32, 4, 1)),
+}
+_FUSED_32_TO_64 = {32: _FUSED_32, 64: _FUSED_32_NARROW}
 _SINGLE = {
-    "sm_80": _config(216, _AMPERE_LOST, *_AMPERE_SINGLE),
-    "sm_89": _config(284, _AMPERE_LOST, *_AMPERE_SINGLE),
-    "sm_90": _config(
-        264,
-        _HOPPER_LOST,
-        _always(_MIDDLE_SINGLE),
-        _always(_MIDDLE_SINGLE),
-        Tile(32, 128, 128, 8, 3),
-        (Choice(32, _FUSED_SINGLE), Choice(64, _FUSED_SINGLE._replace(block_n=16))),
-        _SINGLE_OTHERS,
-    ),
-    "sm_100": _config(
-        296,
-        _HOPPER_LOST,
-        _always(_SMALL_SINGLE),
-        _always(_SMALL_SINGLE),
-        Tile(32, 128, 128, 8, 3),
-        (Choice(32, _FUSED_SINGLE),),
-        _SINGLE_OTHERS,
-    ),
+    "sm_80": _config({ANY: _NARROW}, _PRODUCT_32, _FUSED_32_TO_64, 108, _SINGLE_OTHERS, 1 + 9e-8),
+    "sm_89": _config({ANY: _NARROW}, _PRODUCT_32, {32: _FUSED_32}, 142, _SINGLE_OTHERS, 1 + 9e-8),
+    "sm_90": _config({ANY: _MIDDLE_32}, _PRODUCT_32_WIDE, _FUSED_32_TO_64, 132, _SINGLE_OTHERS, 1 + 7e-8),
+    "sm_100": _config({ANY: _SMALL_32}, _PRODUCT_32_WIDE, {32: _FUSED_32}, 148, _SINGLE_OTHERS, 1 + 7e-8),
     "gfx942": _config(
-        608,
-        Lost(),
-        _always(_SMALL_SINGLE._replace(num_stages=2)),
-        _always(_SMALL_SINGLE._replace(num_stages=2)),
-        Tile(32, 128, 128, 8, 2),
-        (Choice(64, _FUSED), Choice(128, _FUSED)),
+        {ANY: _SMALL_32_AMD},
+        _PRODUCT_32_WIDE._replace(num_stages=2),
+        {64: _FUSED, 128: _FUSED},
+        304,
         _SINGLE_OTHERS,
     ),
 }
-_STEP = Tile(16, 16, 16, 1, 1, chain=32)
+_STEP = Tile(16, 16, 16, 1, 1)
+_STEP_RESIDENT, _STEP_TWO = _STEP._replace(resident=True), _STEP._replace(sub_tiles=2)
 # Small enough for a few milliseconds a tile in Triton's interpreter, which runs NumPy.
 _INTERPRETER = Config(
-    forward=_up_to(32, _STEP._replace(resident=True), _STEP._replace(turns=2)),
-    gradient=_up_to(48, _STEP._replace(resident=True), _STEP._replace(turns=2)),
-    product=_always(_STEP),
-    fused=(Choice(24, _STEP._replace(turns=2)), Choice(32, _STEP._replace(block_m=32))),
+    forward=_choices({32: _STEP_RESIDENT, ANY: _STEP_TWO}),
+    gradient=_choices({48: _STEP_RESIDENT, ANY: _STEP_TWO}),
+    product=_choices({ANY: _STEP}),
+    fused=_choices({24: _STEP_TWO, 32: _STEP._replace(block_m=32)}),
     split=Split(16, 32, 6),
-    others=(
-        ("forward", _STEP._replace(resident=True)),
-        ("forward", _STEP._replace(block_m=32, block_n=32)),
-        ("gradient", _STEP._replace(block_n=32, turns=4)),
-        ("product", _STEP._replace(block_k=32)),
-        ("fused", _STEP._replace(block_n=32)),
-    ),
+    others={
+        "forward": (_STEP_RESIDENT, _STEP._replace(block_m=32, block_n=32)),
+        "gradient": (_STEP._replace(block_n=32, sub_tiles=4),),
+        "product": (_STEP._replace(block_k=32),),
+        "fused": (_STEP._replace(block_n=32),),
+    },
 )
 
 
 def get_config(device: torch.device, itemsize: int) -> Config:
-    """The configuration for tiles of `itemsize` bytes an element on a device."""
+    """The configuration for operands of `itemsize` bytes on a device; the interpreter's on a CPU."""
     if device.type == "cpu":
         return _INTERPRETER
     return shipped_config(target_of(device), itemsize)
@@ -296,10 +244,10 @@ def shipped_config(target: str, itemsize: int) -> Config:
 
 
 def target_of(device: torch.device) -> str:
-    """Which of `TARGETS` a GPU is served by.
+    """The one of `TARGETS` whose configuration serves a GPU.
 
     Raises:
-        ValueError: the GPU is older than sm_80, or one of AMD without matrix cores of that kind.
+        ValueError: an NVIDIA GPU older than sm_80, or an AMD GPU that is not of the CDNA family.
     """
     if torch.version.hip:
         name = torch.cuda.get_device_properties(device).gcnArchName
@@ -319,6 +267,5 @@ def target_of(device: torch.device) -> str:
         return "sm_80" if minor == 0 else "sm_89"
     if major == 9:
         return "sm_90"
-    # Consumer Blackwell (12.x) has the shared memory and the tensor-core instructions of sm_89. It loses less
-    # of a projection: what is made up for too much is a small part of what the accuracy rule allows.
+    # Consumer Blackwell (12.x) has the shared memory and the tensor-core instructions of sm_89.
     return "sm_100" if major in (10, 11) else "sm_89"

@@ -1,8 +1,8 @@
-"""Sums of the table's products over samples, without the projected matrix (maths: `series.py`).
+"""Forward kernel: sums of the table's products over samples, projections not stored (maths: `phases.py`).
 
-One program takes BLOCK_M directions, a range of samples of one view (a split) and a chunk of the table. It
-projects BLOCK_N samples at a time on the tensor cores and accumulates the products in registers; every
-program writes its partial table once, so two runs agree bit for bit.
+A program takes BLOCK_M directions, a range of samples of one view (a split) and a chunk of the table. It
+projects BLOCK_N samples at a time on the tensor cores and accumulates the products in registers. It writes
+its partial table once, so two runs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -12,12 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .autotune import Problem, choose
+from .autotune import launch_best
 from .configs import Config, Tile
-from .layout import COEF_BLOCK, Plan, count_splits
-from .rounding import kind_of_products, plan_chain
-from .runtime import OPTIONS, empty, kernel_device
-from .series import (
+from .phases import (
     baby_steps,
     complex_mul,
     complex_square,
@@ -31,9 +28,11 @@ from .series import (
     split_columns,
     stride_from_babies,
 )
+from .runtime import empty, kernel_device
+from .table import COEF_BLOCK, Plan, count_splits
 
-# Samples are counted in int32: the end of a split, less than twice as far, must fit too. So are the entries
-# of a table of one view.
+# int32 counts samples (the end of a split, less than twice as far, must fit too) and the entries of a view's
+# table.
 MAX_SAMPLES = 1 << 30
 MAX_TABLE = (1 << 31) - 1
 
@@ -43,22 +42,20 @@ def _add_products(
     sums,
     p,
     part_mask,
-    f_hi,
-    f_lo,
-    g_hi,
-    g_lo,
+    factors_hi,  # of `cos_sin`: for a baby step, then for the first giant step
+    factors_lo,
     B: tl.constexpr,
     G: tl.constexpr,
     FAR: tl.constexpr,
     MASK: tl.constexpr,
 ):
     """`sums` plus the products of one column of samples; p and `part_mask` have shape (BLOCK_M, LANES)."""
-    c1, s1 = cos_sin(p, f_hi, f_lo)
+    c1, s1 = cos_sin(p, factors_hi[0], factors_lo[0])
     babies = baby_steps(c1, s1, B)
     giants = ()
     if FAR:
-        # Giant steps far from 0 start at a sine and cosine of their own: powers lose a digit in ten.
-        c_a, s_a = cos_sin(p, g_hi, g_lo)
+        # Giant steps far from 0 start from their own sine and cosine: ten powers lose a digit.
+        c_a, s_a = cos_sin(p, factors_hi[1], factors_lo[1])
         c7, s7 = stride_from_babies(babies)
         c_b, s_b = complex_mul(c_a, s_a, c7, s7)
         giants = (c_a, s_a, c_b, s_b)
@@ -109,42 +106,38 @@ def _add_tile(
     valid,  # (BLOCK_M, BLOCK_N) int32, 0 for samples outside the batch; read with MASK
     factors_hi,
     factors_lo,
-    g_hi,
-    g_lo,
-    turns,
+    sub_tiles,
     EQUIDISTANT: tl.constexpr,
     B: tl.constexpr,
     G: tl.constexpr,
     FAR: tl.constexpr,
     MASK: tl.constexpr,
-    TURNS: tl.constexpr,
+    SUB_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """`sums` plus a tile of projections p (BLOCK_M, BLOCK_N), in `turns` turns."""
+    """`sums` plus a tile of projections p (BLOCK_M, BLOCK_N), one sub-tile at a time."""
     parts = split_columns(p, BLOCK_M, BLOCK_N, LANES)
     masks = parts
     if MASK:
         masks = split_columns(valid, BLOCK_M, BLOCK_N, LANES)
-    COUNT: tl.constexpr = BLOCK_N // LANES // TURNS
-    for _turn in range(turns):
+    COUNT: tl.constexpr = BLOCK_N // LANES // SUB_TILES
+    for _ in range(sub_tiles):
         for i in tl.static_range(COUNT):
             mask = masks[i] != 0
             if EQUIDISTANT:
-                sums = _add_products(
-                    sums, parts[i], mask, factors_hi[0], factors_lo[0], g_hi, g_lo, B, G, FAR, MASK
-                )
+                sums = _add_products(sums, parts[i], mask, factors_hi, factors_lo, B, G, FAR, MASK)
             else:
                 sums = _add_knots(sums, parts[i], mask, factors_hi, factors_lo, MASK)
-        if TURNS > 1:
+        if SUB_TILES > 1:
             parts = rotate(parts, COUNT)
             if MASK:
                 masks = rotate(masks, COUNT)
     return sums
 
 
-# A value of 1 or a multiple of 16 would be a compilation of its own, for nothing.
+# Not specialized: 1 or a multiple of 16 would compile another kernel without making it faster.
 @triton.jit(do_not_specialize=["views", "splits"])
 def _sigreg_fwd_kernel(
     x_ptr,  # (V, N, K)
@@ -161,7 +154,7 @@ def _sigreg_fwd_kernel(
     factor_lo,
     splits,
     split_samples,  # a multiple of BLOCK_N
-    turns,  # TURNS, at run time
+    sub_tiles,  # SUB_TILES, at run time
     stride_xv,
     stride_xn,
     stride_xk,
@@ -178,14 +171,13 @@ def _sigreg_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RESIDENT: tl.constexpr,  # tiles that hold the directions during the whole program, or 0
-    CHAIN: tl.constexpr,  # tiles that are added on the matrix units, or 0
-    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K, or of CHAIN of them where the directions stream
+    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
     EVEN_N: tl.constexpr,  # N is a multiple of BLOCK_N
     LANES: tl.constexpr,
-    TURNS: tl.constexpr,
+    SUB_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Programs next to each other share samples: their tile of x comes from the cache.
+    # Neighbouring programs share samples, so that their tile of x comes from the L2 cache.
     pid = tl.program_id(0)
     m_blocks = tl.cdiv(M, BLOCK_M)
     m = (pid % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -196,7 +188,6 @@ def _sigreg_fwd_kernel(
     view = pid // splits
 
     f_hi, f_lo = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
-    g_hi, g_lo = f_hi, f_lo
     factors_hi = (f_hi,)
     factors_lo = (f_lo,)
     zero = tl.zeros((BLOCK_M, LANES), tl.float32)
@@ -206,7 +197,8 @@ def _sigreg_fwd_kernel(
         if CHUNKS > 1:
             first = ((2 * chunk + 1) * (2 * B + 1)).to(tl.float32)
             g_hi = f_hi * first
-            g_lo = tl.fma(f_hi, first, -g_hi) + f_lo * first
+            factors_hi = (f_hi, g_hi)
+            factors_lo = (f_lo, tl.fma(f_hi, first, -g_hi) + f_lo * first)
     else:
         COUNT: tl.constexpr = 2 * CHUNK_KNOTS
         factors_hi = ()
@@ -232,28 +224,32 @@ def _sigreg_fwd_kernel(
     if RESIDENT > 0:
         n = start + tl.arange(0, BLOCK_N)
         x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, True)
-        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, CHAIN, PRECISION)
+        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
     for n0 in range(start, full_stop, BLOCK_N):
         if RESIDENT > 0:
-            # The next tile travels while this one is summed; after the last one it is not used.
+            # Prefetch the next tile while this one is summed; the one after the last is not used.
             n = tl.minimum(n0 + BLOCK_N, full_stop - BLOCK_N) + tl.arange(0, BLOCK_N)
             x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, False)
         else:
             n = n0 + tl.arange(0, BLOCK_N)
-            p = project(x_ptr, a_ptr, a, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
-                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, CHAIN, EVEN_K, False, PRECISION)  # fmt: skip
-        sums = _add_tile(sums, p, valid, factors_hi, factors_lo, g_hi, g_lo, turns, EQUIDISTANT, B, G,
-            CHUNKS > 1, False, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
+            p = project(x_ptr, a_ptr, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, False, PRECISION)  # fmt: skip
+        sums = _add_tile(sums, p, valid, factors_hi, factors_lo, sub_tiles, EQUIDISTANT, B, G,
+            CHUNKS > 1, False, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
         if RESIDENT > 0:
-            p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, CHAIN, PRECISION)
+            p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
     if not EVEN_N:
         for n0 in range(full_stop, stop, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
-            p = project(x_ptr, a_ptr, a, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
-                BLOCK_M, BLOCK_N, BLOCK_K, RESIDENT, CHAIN, EVEN_K, True, PRECISION)  # fmt: skip
+            if RESIDENT > 0:
+                x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, True)
+                p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
+            else:
+                p = project(x_ptr, a_ptr, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
+                    BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, True, PRECISION)  # fmt: skip
             valid = tl.broadcast_to((n < N)[None, :].to(tl.int32), (BLOCK_M, BLOCK_N))
-            sums = _add_tile(sums, p, valid, factors_hi, factors_lo, g_hi, g_lo, turns, EQUIDISTANT, B, G,
-                CHUNKS > 1, True, TURNS, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
+            sums = _add_tile(sums, p, valid, factors_hi, factors_lo, sub_tiles, EQUIDISTANT, B, G,
+                CHUNKS > 1, True, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
 
     out_ptr += (split.to(tl.int64) * views + view) * ROWS * M + m
     if EQUIDISTANT:
@@ -279,10 +275,10 @@ def table_sums(
 
     Args:
         x: embeddings, shape (V, N, K), float32, bf16 or fp16, any strides.
-        A: directions, shape (K, M). Of the dtype of x they meet on the tensor cores of that dtype;
-            else both are multiplied as float32.
+        A: directions, shape (K, M). In the dtype of x both are multiplied on the tensor cores of that dtype,
+            else as float32.
         scale: multiplies the columns of A, shape (M,) float32, or None.
-        t: knots, shape (J,) float32; read on the device, for arbitrary knots only.
+        t: knots, shape (J,) float32; read on the device, and for arbitrary knots only.
         plan: layout of the table.
         config: tile sizes.
         precision: of float32 products: "ieee", "tf32x3" or "tf32".
@@ -307,54 +303,25 @@ def table_sums(
         )
     splits, split_samples = count_splits(views, N, M, plan.chunks, config.split)
     out = empty(x, (splits, views, plan.rows, M), torch.float32)
-    kind = kind_of_products(x, A, precision)
 
     def launch(tile: Tile) -> None:
-        tile = tile.for_sums(plan.chunks, kind)
-        block_k, resident = tile.steps(K)
-        chain = plan_chain(config.lost, tile, K, kind, held=tile.resident)
-        stretched = plan.stretched(chain.lost)
         programs = views * triton.cdiv(M, tile.block_m) * plan.chunks * splits
         _sigreg_fwd_kernel[(programs,)](
-            x,
-            A,
-            A if scale is None else scale,
-            t,
-            out,
-            views,
-            N,
-            K,
-            M,
-            plan.J,
-            stretched.factor_hi,
-            stretched.factor_lo,
-            splits,
-            split_samples,
-            tile.turns,
-            *x.stride(),
-            *A.stride(),
-            HAS_SCALE=scale is not None,
-            EQUIDISTANT=plan.equidistant,
-            B=plan.B,
+            out_ptr=out,
+            views=views,
+            N=N,
+            splits=splits,
+            split_samples=split_samples,
+            sub_tiles=tile.sub_tiles,
             G=plan.chunk_giants,
-            ROWS=plan.rows,
             CHUNKS=plan.chunks,
             CHUNK_KNOTS=plan.chunk_knots,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=block_k,
-            RESIDENT=resident,
-            CHAIN=chain.tiles,
-            EVEN_K=chain.even,
+            RESIDENT=tile.steps(K)[1],
             EVEN_N=N % tile.block_n == 0,
-            LANES=config.lanes,
-            TURNS=tile.turns,
-            PRECISION=precision,
-            **OPTIONS,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            SUB_TILES=tile.sub_tiles,
+            **config.arguments(tile, x, A, scale, t, plan, precision),
         )
 
     with kernel_device(x):
-        launch(choose(config, "forward", Problem(x, A, plan, (precision,)), launch))
+        launch_best(launch, "forward", config, x, A, plan, precision)
     return out

@@ -1,4 +1,4 @@
-"""Where and with what the kernels can run."""
+"""What all launches share: options, the current device, memory for outputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-# Of every launch. Products and sums may become one instruction; unset, newer versions of Triton warn.
+# Products and sums may become one instruction. Unset, newer versions of Triton warn.
 OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -24,5 +24,5 @@ def kernel_device(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor for a kernel's output: all memory that the kernels ask for comes from here."""
+    """An uninitialised tensor for output. Launchers get all memory here, so that tests can guard it."""
     return torch.empty(shape, dtype=dtype, device=like.device)

@@ -7,12 +7,10 @@ loss = loss_fn(global_z, all_z).total       # (Vg, N, K), (V, N, K)
 """
 
 from .directions import sample_directions, sample_unit_directions
+from .functional import sigreg
 from .loss import LeJEPALoss, LeJEPAOutput
 from .reference import Knots, standard_normal_knots, symmetric_knots
-from .sigreg import SIGReg
-
-# After `.sigreg`: the function of that name is the public one, not the module.
-from .ops import sigreg  # isort: skip
+from .regularizer import SIGReg
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""Checks of arguments that several modules share. Errors read `name: expected ..., got ...`."""
+"""Checks of arguments. Errors read `name: expected ..., got ...`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def check_integer(name: str, value: Any, *, at_least: int | None = None) -> None:
-    """TypeError unless `value` is an integer (bool is none); ValueError if it is below `at_least`."""
+    """Raise TypeError unless `value` is an integer (not bool), ValueError if it is below `at_least`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if at_least is not None and value < at_least:
@@ -17,19 +17,19 @@ def check_integer(name: str, value: Any, *, at_least: int | None = None) -> None
 
 
 def check_number(name: str, value: Any) -> None:
-    """TypeError unless `value` is a real number."""
+    """Raise TypeError unless `value` is a real number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
 def check_flag(name: str, value: Any) -> None:
-    """TypeError unless `value` is True or False: "no" counts as true."""
+    """Raise TypeError unless `value` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """TypeError unless `value` is a floating tensor."""
+    """Raise TypeError unless `value` is a floating tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if not value.dtype.is_floating_point:
@@ -37,7 +37,7 @@ def check_tensor(name: str, value: Any) -> None:
 
 
 def check_embeddings(name: str, value: Any) -> None:
-    """TypeError or ValueError unless `value` is a floating tensor (..., N, K) with views and features."""
+    """Raise TypeError or ValueError unless `value` is a floating tensor (..., N, K), not empty but for N."""
     check_tensor(name, value)
     if value.dim() < 2:
         raise ValueError(f"{name}: expected shape (..., N, K), got {tuple(value.shape)}")
@@ -48,7 +48,14 @@ def check_embeddings(name: str, value: Any) -> None:
 
 
 def check_count(name: str, count: int, *, unbiased: bool) -> None:
-    """ValueError if a batch of `count` samples is too small for the statistic."""
+    """Raise ValueError if a batch of `count` samples is too small for the statistic."""
     if count < 1 + unbiased:
         least = "2 samples for the unbiased statistic" if unbiased else "1 sample"
         raise ValueError(f"{name}: expected at least {least}, got N = {count}")
+
+
+def refuse_double_backward(ctx: Any, grad: Tensor) -> None:
+    """The gradient of the operators' gradients: raises RuntimeError."""
+    raise RuntimeError(
+        "sigreg: double backward is supported by impl='reference' only; choose it to differentiate twice"
+    )

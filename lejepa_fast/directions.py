@@ -3,8 +3,8 @@
 The directions are a pure function of (seed, step, k, m): Philox-4x32-10 (Salmon et al., SC 2011)
 with the seed as key and (m, k // 4, step low word, step high word) as counter, four normals per call
 by Box-Muller for rows 4q .. 4q+3 of column m. So every rank and every device draws the same
-directions without communication, a checkpoint needs only the step, and nothing waits for the GPU:
-`step` may be a tensor that lives there. Column m does not depend on how many columns are asked for.
+directions without communication, a checkpoint needs only the step, and nothing waits for the GPU: `step` may
+be a tensor on it. Column m does not depend on how many columns are asked for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
-from . import triton_ops
+from . import triton_operators
 from .checks import check_integer
 
 _MASK = 0xFFFFFFFF
@@ -73,9 +73,9 @@ def sample_unit_directions(
 ) -> tuple[Tensor, Tensor]:
     """`sample_directions` and the scale that makes the rounded columns unit vectors again.
 
-    For `sigreg(x, A, ..., scale=scale)` with half-precision x: the tensor cores multiply with A as it is,
-    and the scale corrects the projections, so the rounding of A costs no accuracy. It only makes the
-    direction another one, by 2^-9 in bf16.
+    For `sigreg(x, A, ..., scale=scale)` with half-precision x: tensor cores multiply by A as it is and the
+    scale corrects the projections. So rounding A costs no accuracy; it only changes the direction slightly,
+    by 2^-9 in bf16.
 
     Args:
         dim, num_slices, step, seed, device, dtype: as in `sample_directions`.
@@ -93,7 +93,7 @@ def sample_unit_directions(
     signed_seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # operators take signed 64-bit integers
     step = _step_tensor(step, device)
     by_kernel = impl == "triton" or (impl == "auto" and step.is_cuda)
-    by_kernel = by_kernel and triton_ops.why_not(step.device, dtype) is None
+    by_kernel = by_kernel and triton_operators.why_not(step.device, dtype) is None
     return torch.ops.lejepa_fast.sample_directions(step, dim, num_slices, signed_seed, dtype, by_kernel)
 
 
@@ -110,9 +110,9 @@ def _sample_directions(
 ) -> tuple[Tensor, Tensor]:
     """`sample_unit_directions` for checked arguments and a 0-dim int64 step on the target device."""
     if by_kernel:
-        from .kernels.directions import sample_directions
+        from .kernels.philox import draw_directions
 
-        return sample_directions(step, dim, num_slices, seed, dtype)
+        return draw_directions(step, dim, num_slices, seed, dtype)
     normals = _normals(dim, num_slices, step, seed)
     if dtype == torch.float64:
         normals = normals.double()
@@ -140,9 +140,7 @@ def _step_tensor(step: int | Tensor, device: torch.device | str | None) -> Tenso
             got = f"{step.dtype} of shape {tuple(step.shape)}"
             raise ValueError(f"step: expected an int or a 0-dim integer tensor, got {got}")
         target = step.device if device is None else torch.device(device)
-        if step.device.type == target.type:
-            return step.to(target, torch.int64)
-        if step.device.type != "cpu":
+        if step.device.type != "cpu" or target.type == "cpu":
             return step.to(target, torch.int64)
         step, device = int(step), target
     check_integer("step", step, at_least=0)

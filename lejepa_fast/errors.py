@@ -1,10 +1,14 @@
-"""Errors that the command-line programs turn into one line and an exit code.
+"""Errors of the command-line programs, each printed as one line with an exit code, and missing extras.
 
 The library itself raises `ValueError` and `TypeError`; both classes here derive from the built-in
 errors, so a caller who imports the library never needs to know them.
 """
 
 from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
 
 
 class UsageError(ValueError):
@@ -16,6 +20,41 @@ class RunError(RuntimeError):
 
 
 def first_line(error: BaseException | None) -> str:
-    """What an error of another library says, short enough for one of ours; its kind where it says nothing."""
+    """First line of another library's error message, or the name of its class if there is no message."""
     text = str(error).strip().splitlines()
     return text[0] if text else type(error).__name__
+
+
+def in_plain_words(message: str) -> str:
+    """A message of pydantic about a bound, in the words of our own errors: "at least 1", "below inf"."""
+    for theirs, ours in (
+        ("greater than or equal to", "at least"),
+        ("less than or equal to", "at most"),
+        ("greater than", "above"),
+        ("less than", "below"),
+    ):
+        message = message.replace(theirs, ours)
+    return message
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Check that the modules of an optional extra are installed, without importing them.
+
+    Args:
+        extra: name of the extra in pyproject.toml.
+        modules: import names of what is needed.
+
+    Raises:
+        ModuleNotFoundError: a module is missing; the message names it and the extra to install. In our own
+            commands: SystemExit with code 2 after printing that line.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if not missing:
+        return
+    message = f"{', '.join(missing)}: not installed; run: pip install 'lejepa_fast[{extra}]'"
+    program, package = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent
+    scripts = (package, (package / "train").resolve())
+    if program.name.startswith("lejepa-") or any(folder in program.parents for folder in scripts):
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+    raise ModuleNotFoundError(message, name=missing[0])

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checks import check_count, check_embeddings, check_number
-from .ops import all_reduce_sums, resolve_group, sum_gradient_over_ranks
+from .collectives import all_reduce_sums, resolve_group, sum_gradient_over_ranks
 from .reference import full_precision
-from .sigreg import SIGReg
+from .regularizer import SIGReg
 
 
 class LeJEPAOutput(NamedTuple):
@@ -78,7 +79,7 @@ class LeJEPALoss(nn.Module):
     def forward(
         self, global_views: Tensor, all_views: Tensor, step: int | Tensor | None = None
     ) -> LeJEPAOutput:
-        """Loss of one batch.
+        """The loss of one batch.
 
         Args:
             global_views: embeddings of the global views, shape (Vg, N, K).
@@ -88,25 +89,6 @@ class LeJEPALoss(nn.Module):
         Returns:
             `LeJEPAOutput(total, prediction, sigreg)`.
         """
-        self._check(global_views, all_views)
-        if resolve_group(self.sigreg.process_group, self.sigreg.sync) is None:
-            check_count("all_views", all_views.shape[1], unbiased=self.sigreg.unbiased)
-        prediction = self._prediction(global_views, all_views)
-        sigreg = self.sigreg(all_views, step)
-        weight = 1 - self.lambd if self.form == "convex" else 1.0
-        return LeJEPAOutput(weight * prediction + self.lambd * sigreg, prediction, sigreg)
-
-    def _prediction(self, global_views: Tensor, all_views: Tensor) -> Tensor:
-        with full_precision(all_views.device):
-            dtype = torch.float64 if all_views.dtype == torch.float64 else torch.float32
-            z = all_views.to(dtype)
-            mu = (global_views.to(dtype) if self.center == "global" else z).mean(0)
-            group = resolve_group(self.sigreg.process_group, self.sigreg.sync)
-            views, n, dim = z.shape
-            squares, count = all_reduce_sums((mu - z).square().sum(), n, group)
-            return sum_gradient_over_ranks(squares / (views * dim * count), group).float()
-
-    def _check(self, global_views: Tensor, all_views: Tensor) -> None:
         for name, value in (("global_views", global_views), ("all_views", all_views)):
             check_embeddings(name, value)
             if value.dim() != 3:
@@ -114,3 +96,19 @@ class LeJEPALoss(nn.Module):
         if global_views.shape[1:] != all_views.shape[1:]:
             expected, got = tuple(all_views.shape[1:]), tuple(global_views.shape[1:])
             raise ValueError(f"global_views: expected (N, K) = {expected} as in all_views, got {got}")
+        group = resolve_group(self.sigreg.process_group, self.sigreg.sync)
+        if group is None:
+            check_count("all_views", all_views.shape[1], unbiased=self.sigreg.unbiased)
+        prediction = self._prediction(global_views, all_views, group)
+        sigreg = self.sigreg(all_views, step)
+        weight = 1 - self.lambd if self.form == "convex" else 1.0
+        return LeJEPAOutput(weight * prediction + self.lambd * sigreg, prediction, sigreg)
+
+    def _prediction(self, global_views: Tensor, all_views: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        with full_precision(all_views.device):
+            dtype = torch.float64 if all_views.dtype == torch.float64 else torch.float32
+            z = all_views.to(dtype)
+            mu = (global_views.to(dtype) if self.center == "global" else z).mean(0)
+            views, n, dim = z.shape
+            squares, count = all_reduce_sums((mu - z).square().sum(), n, group)
+            return sum_gradient_over_ranks(squares / (views * dim * count), group).float()

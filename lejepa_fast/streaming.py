@@ -25,9 +25,13 @@ Knots that are not equidistant take one sine and cosine each.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .checks import refuse_double_backward
+from .reference import full_precision
 
 # Elements of one tile (directions x samples): about ten such arrays stay in a CPU's last-level cache, and
 # an operation is long enough for its threads to be worth waking. A GPU needs larger ones to fill it.
@@ -78,6 +82,50 @@ def ecf_sums_backward(grad: Tensor, x: Tensor, A: Tensor, t: Tensor, spacing: fl
             series.gradient_(coefficients[v, slab.start + sub.start : slab.start + sub.stop], p_tile)
         dx[v, rows].addmm_(p.t(), A[:, slab].t())
     return dx.to(x.dtype)
+
+
+@torch.library.custom_op(
+    "lejepa_fast::ecf_sums",
+    mutates_args=(),
+    schema="(Tensor x, Tensor A, Tensor t, float? spacing) -> Tensor",
+)
+def ecf_sums_operator(x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
+    with full_precision(x.device):
+        return ecf_sums(x, A, t, spacing)
+
+
+@ecf_sums_operator.register_fake
+def _(x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
+    return A.new_empty(x.shape[0], 2, t.shape[0], A.shape[1])
+
+
+@torch.library.custom_op(
+    "lejepa_fast::ecf_sums_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor A, Tensor t, float? spacing) -> Tensor",
+)
+def _ecf_sums_backward(grad: Tensor, x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
+    with full_precision(x.device):  # users do call backward() under autocast
+        return ecf_sums_backward(grad, x, A, t, spacing)
+
+
+@_ecf_sums_backward.register_fake
+def _(grad: Tensor, x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, A, t, ctx.spacing = inputs
+    ctx.save_for_backward(x, A, t)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    x, A, t = ctx.saved_tensors
+    return torch.ops.lejepa_fast.ecf_sums_backward(grad, x, A, t, ctx.spacing), None, None, None
+
+
+ecf_sums_operator.register_autograd(_backward, setup_context=_setup_context)
+_ecf_sums_backward.register_autograd(refuse_double_backward)
 
 
 def _projection_tiles(x: Tensor, A: Tensor) -> Iterator[tuple[int, slice, slice, Tensor]]:

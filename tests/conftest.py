@@ -34,7 +34,7 @@ if str(OFFLINE) not in (paths := os.environ.get("PYTHONPATH", "").split(os.paths
 
 TRAIN_IMAGES, VAL_IMAGES = 32, 12
 # Without a GPU, test_kernels.py runs these in the interpreter.
-collect_ignore_glob = [] if torch.cuda.is_available() or interpreting() else ["kernel_*.py"]
+collect_ignore_glob = [] if torch.cuda.is_available() or interpreting() else ["kernels/kernel_*.py"]
 if interpreting():
     from interpreter_speed import patch_language_once
 

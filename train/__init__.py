@@ -5,3 +5,7 @@ if __name__ == "train":
         "the trainer is imported as 'lejepa_fast.train', not as top-level 'train'; "
         "install the project with 'pip install -e .'"
     )
+
+from lejepa_fast.errors import require_extra
+
+require_extra("train", "torchvision", "timm", "tyro", "safetensors", "matplotlib", "tqdm", "numpy", "PIL")

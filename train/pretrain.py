@@ -1,53 +1,114 @@
 """Pretrain an encoder: `python train/pretrain.py`, or `torchrun --nproc-per-node N train/pretrain.py`.
 
-Exit codes: 0 done (also after SIGTERM, with the state saved), 1 the run failed, 2 wrong usage,
-130 Ctrl-C. The failures that a user can act on are one line on stderr, `error: ...`.
+Joins the trainer (engine/trainer.py) with evaluation at the end, export and report. Exit codes: 0 done (also
+after SIGTERM, with the state saved), 1 the run failed, 2 wrong usage, 130 Ctrl-C. Failures that a user can
+act on are one line on stderr, `error: ...`.
 """
 
 from __future__ import annotations
 
 import os
 
-# Before anything loads OpenMP: by default its threads spin at barriers, and take the CPU from the loader's
-# workers.
+# Before anything loads OpenMP: by default its threads spin at barriers and take the CPU from loader workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from lejepa_fast.train import config
-from lejepa_fast.train.command_line import log_to_stderr, run_command
-from lejepa_fast.train.loop import Trainer
-from lejepa_fast.train.world import (
+from lejepa_fast.train.checkpoint.export import export_encoder
+from lejepa_fast.train.config import Config
+from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.evaluation.evaluate import evaluate_untrained
+from lejepa_fast.train.model.model import LeJEPAModel
+from lejepa_fast.train.planning.out_of_memory import settings_that_help
+from lejepa_fast.train.report.report import format_table, training_speed, write_report
+from lejepa_fast.train.runtime.command import log_to_stderr, run_command
+from lejepa_fast.train.runtime.files import read_rows
+from lejepa_fast.train.runtime.world import (
+    World,
     close_world,
-    is_said_by_rank_0,
-    one_line_for_a_lost_peer,
+    from_main,
+    lost_rank_is_a_run_error,
+    on_main,
+    reported_elsewhere,
+    same_error_on_all_ranks,
     setup_world,
-    the_same_on_every_rank,
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    rank = os.environ.get("RANK", "0")
+    rank = int(os.environ.get("RANK", "0"))
     who = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    log_to_stderr(main_process=rank == "0", who=who)
+    log_to_stderr(main_process=rank == 0, who=who)
 
     def work() -> None:
-        with the_same_on_every_rank():
+        with same_error_on_all_ranks():
             cfg = config.parse(sys.argv[1:] if argv is None else argv)
         world = setup_world(cfg.device)
-        with one_line_for_a_lost_peer():
-            report = Trainer(cfg, world).run()
+        with lost_rank_is_a_run_error():
+            report = pretrain(cfg, world)
         if world.is_main:
             print(f"report: {report}")
 
-    code = 1  # of what is not caught
+    @record  # torchrun's report shows the traceback of a defect; expected failures are exit codes here
+    def command() -> int:
+        return run_command(work, who=who, quiet=lambda error: reported_elsewhere(error, rank))
+
+    code = 1  # of a defect
     try:
-        code = run_command(work, who=who, quiet=lambda error: rank != "0" and is_said_by_rank_0(error))
+        code = command() or 0
         return code
     finally:
         close_world(code)
+
+
+def pretrain(cfg: Config, world: World) -> Path:
+    """Train, export the encoder, evaluate it beside the untrained one and write the report.
+
+    A finished run goes straight to the export. All ranks call it.
+
+    Returns:
+        The path of report.html.
+    """
+    with Trainer(cfg, world, settings_that_help) as trainer:
+        trainer.train()
+        model = trainer.whole_model()
+        page = from_main(world, on_main(world, lambda: _export_and_report(trainer, model)))
+        assert page is not None  # rank 0's
+        return page
+
+
+def _export_and_report(trainer: Trainer, model: LeJEPAModel | None) -> Path:
+    assert model is not None  # on rank 0
+    cfg = trainer.cfg
+    export_encoder(model.encoder, cfg, trainer.step, trainer.run_dir)
+    kind = f" (the {cfg.average.kind} of its weights)" if trainer.state.averaged() else ""
+    print(f"evaluating the trained{kind} and the untrained encoder", file=sys.stderr)
+    trained = trainer.evaluate(model, during_training=False)
+    with trainer.outside_training():
+        untrained = evaluate_untrained(
+            cfg, trainer.train_source, trainer.val_source, **trainer.evaluation_options
+        )
+    rows = read_rows(trainer.metrics.path)
+    trainer.loader.set_epoch(0)
+    views = next(iter(trainer.loader))[0]
+    page = write_report(
+        trainer.run_dir,
+        config=config.to_dict(cfg),
+        trained=trained,
+        untrained=untrained,
+        history=rows,
+        views=[view[:6].cpu() for view in views],
+        images_per_second=training_speed(rows),
+        steps=trainer.step,
+    )
+    print(format_table(trained=trained, untrained=untrained))
+    return page
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@ loader = multicrop_loader(source, MultiCropRecipe(global_size=64, local_size=32)
 for views, targets in loader: ...
 """
 
+from lejepa_fast.errors import require_extra
+
+require_extra("train", "torchvision", "numpy", "PIL")
+
 from lejepa_fast.data.loader import EvalLoader, MultiCropLoader, eval_loader, multicrop_loader
 from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe
 from lejepa_fast.data.sources import EncodedSource, ImageSource, open_source

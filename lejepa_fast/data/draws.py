@@ -1,10 +1,9 @@
 """Random numbers as a pure function of (seed, stream, epoch, index).
 
-Augmentation must not depend on which worker, rank or batch an image lands in, and must leave the
-caller's global generators alone. A counter-based generator gives exactly that: Philox-4x64 with
-the seed and the purpose as its key and (index, epoch) as the high words of its counter. There is
-no state to carry, to fork or to save. Only the raw 64-bit words are used, because NumPy
-guarantees their stability across versions, which it does not for its distributions.
+Augmentation must not depend on the worker, rank or batch of an image, and must not touch the caller's global
+generators. So the generator is counter-based: Philox-4x64 with the seed and the purpose as its key and
+(index, epoch) as the high words of its counter. It has no state to save. Only its raw 64-bit words are used:
+NumPy guarantees that they are the same in all versions, which it does not for its distributions.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import numpy as np
 from lejepa_fast.data.recipe import MultiCropRecipe
 
 # Purposes (streams). A new purpose takes a new number; changing one changes every run.
-ORDER, AUGMENT, HOLDOUT, PACK = 1, 2, 3, 4
+ORDER, AUGMENT, HOLDOUT, PACK, SUBSTITUTE = 1, 2, 3, 4, 5
 
 _MASK = (1 << 64) - 1
 _CROP_TRIES = 10  # as torchvision's RandomResizedCrop
@@ -34,21 +33,19 @@ _SEQUENCE_TABLE = np.array(list(permutations(range(len(JITTER_OPS)))))
 
 
 class ViewParams(NamedTuple):
-    """Everything that is random about one view, in the order in which it is applied.
-
-    `jitter` holds (operation, factor) pairs in their random order and is empty when the jitter is
-    skipped; `blur_sigma` (pixels) is None when the blur is skipped. The crop is in pixels of the
-    decoded image.
-    """
+    """Everything that is random about one view, in the order in which it is applied."""
 
     top: int
+    """The crop, in pixels of the decoded image."""
     left: int
     height: int
     width: int
     flip: bool
     jitter: tuple[tuple[str, float], ...]
+    """(operation, factor) pairs in their random order; none when the jitter is skipped."""
     grayscale: bool
     blur_sigma: float | None
+    """In pixels; None when the blur is skipped."""
     solarize: bool
 
 
@@ -60,7 +57,7 @@ def raw_words(seed: int, stream: int, epoch: int, index: int, count: int) -> np.
 def _rows_of_words(
     seed: int, stream: int, epoch: int, indices: Sequence[int], count: int
 ) -> list[np.ndarray]:
-    """`raw_words` of several images, by one generator: to make one takes longer than its words."""
+    """`raw_words` of several images, by one generator: making one takes longer than drawing its words."""
     key = np.array([seed & _MASK, stream], dtype=np.uint64)
     counter = np.array([0, 0, 0, epoch & _MASK], dtype=np.uint64)
     generator = np.random.Philox(key=key, counter=counter)
@@ -87,26 +84,13 @@ def permutation(seed: int, stream: int, epoch: int, index: int, count: int) -> n
     return np.argsort(raw_words(seed, stream, epoch, index, count), kind="stable")
 
 
-# Columns of `view_table`. The window is in pixels of the upright image and need not be whole; the four
-# codes say which colour operation comes first, second, ...; sigma 0 means no blur.
+# Columns of `view_table`. The window is in pixels of the upright image and need not be whole. The four codes
+# say which color operation comes first, second, ... Sigma 0 means no blur.
 COLUMN_TOP, COLUMN_LEFT, COLUMN_HEIGHT, COLUMN_WIDTH, COLUMN_FLIP = range(5)
 COLUMN_CODES, COLUMN_FACTORS = 5, 9
 COLUMN_GRAY, COLUMN_SIGMA, COLUMN_SOLARIZE = 13, 14, 15
-# 1: the window is cut out after resizing, so the resizing filter may read beyond it (evaluation).
-COLUMN_WHOLE = 16
-COLUMNS = 17
+COLUMNS = 16
 SKIP, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(5)
-
-
-def sample_views(
-    recipe: MultiCropRecipe, *, seed: int, epoch: int, index: int, width: int, height: int
-) -> list[ViewParams]:
-    """Draw the parameters of all views of image `index` (size `width` x `height` px) in `epoch`.
-
-    Globals come first. The distributions are those of torchvision's v2 transforms of the same names.
-    """
-    table = view_table(recipe, seed=seed, epoch=epoch, indices=[index], sizes=[(width, height)])
-    return [as_params(row) for row in table[0].tolist()]
 
 
 def view_table(
@@ -117,9 +101,17 @@ def view_table(
     indices: Sequence[int],
     sizes: Sequence[tuple[int, int]],
 ) -> np.ndarray:
-    """`sample_views` for many images at once, as numbers: (B, V, COLUMNS) float64.
+    """Draw the parameters of all views of several images.
 
-    indices: numbers of the images; sizes: their (width, height) in px.
+    Args:
+        recipe: The distributions.
+        seed: Seed of the run.
+        epoch: Number of the epoch.
+        indices: Numbers of the images.
+        sizes: Their (width, height) in pixels.
+
+    Returns:
+        (B, V, COLUMNS) float64, globals first.
     """
     shape = (len(indices), recipe.num_views)
     words = _rows_of_words(seed, AUGMENT, epoch, indices, recipe.num_views * _WORDS_PER_VIEW)
@@ -145,7 +137,7 @@ def _crop_bounds(recipe: MultiCropRecipe) -> tuple[np.ndarray, np.ndarray, float
 
 
 def _draw_windows(recipe: MultiCropRecipe, u: np.ndarray, sizes: np.ndarray, table: np.ndarray) -> None:
-    """Of ten tries per view the first window that fits, else a central one."""
+    """Take the first of ten windows per view that fits, else a central one, as torchvision does."""
     scale_low, scale_high, ratio_low, ratio_high = _crop_bounds(recipe)
     width, height = sizes[:, None, 0], sizes[:, None, 1]  # (B, 1), against (B, V) below
     area = scale_low + (scale_high - scale_low) * u[..., :_CROP_TRIES]
@@ -169,7 +161,7 @@ def _draw_windows(recipe: MultiCropRecipe, u: np.ndarray, sizes: np.ndarray, tab
 
 
 def _draw_jitter(recipe: MultiCropRecipe, u: np.ndarray, table: np.ndarray) -> None:
-    """The colour operations with their factors, in random order; those of range 0 are left out."""
+    """Draw the color operations with their factors, in random order; those of range 0 are left out."""
     spreads = np.array([getattr(recipe, name) for name in JITTER_OPS])
     low, high = np.maximum(0.0, 1.0 - spreads), 1.0 + spreads
     low[HUE - 1], high[HUE - 1] = -recipe.hue, recipe.hue

@@ -1,11 +1,11 @@
-"""Which images a data set holds, told by their names: none is read."""
+"""A digest of the names of a data set's images, to tell data sets apart without reading them."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
 
-from lejepa_fast.data.sources import ImageSource
+from lejepa_fast.data.sources.base import ImageSource
 
 _NAMED_IMAGES = 10_000  # at most, of each source: enough to tell data sets apart
 
@@ -13,7 +13,7 @@ _NAMED_IMAGES = 10_000  # at most, of each source: enough to tell data sets apar
 def names_digest(sources: Mapping[str, ImageSource]) -> str:
     """SHA-256 of the names of the images of some sources, in hexadecimal digits.
 
-    Names count from the point where they begin to differ, so a folder that was moved stays the same.
+    The prefix that all names share is left out, so a folder that was moved stays the same.
     """
     names = {key: _names(source) for key, source in sources.items()}
     every = [name for group in names.values() for name in group]

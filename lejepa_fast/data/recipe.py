@@ -6,11 +6,23 @@ everything but the blur's kernel size; that comes from their minimal example (ke
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, fields
-from numbers import Integral, Real
+import reprlib
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, TypeVar
 
-from lejepa_fast.errors import UsageError
+from annotated_types import Ge, Gt, Le, Lt
+
+from lejepa_fast.errors import UsageError, in_plain_words
+
+T = TypeVar("T")
+AtLeast1 = Annotated[int, Ge(1)]
+Share = Annotated[float, Ge(0), Le(1)]
+Nonnegative = Annotated[float, Ge(0), Lt(math.inf)]
+Positive = Annotated[float, Gt(0), Lt(math.inf)]
+Area = Annotated[float, Gt(0), Le(1)]
+Finite = Annotated[float, Gt(-math.inf), Lt(math.inf)]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -20,55 +32,55 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class MultiCropRecipe:
     """How one image becomes `global_crops + local_crops` views.
 
-    Each view goes through, in this order: random resized crop, horizontal flip, colour jitter (its
+    Each view goes through, in this order: random resized crop, horizontal flip, color jitter (its
     four operations in random order), grayscale, Gaussian blur, solarize, normalise. Global and local
     views differ in crop area and output size only. Sizes are in pixels, `*_scale` are shares of the
     image's area, `*_prob` are probabilities per view.
     """
 
-    global_crops: int = 2
+    global_crops: AtLeast1 = 2
     """Number of global views per image (at least 1)."""
-    global_size: int = 224
+    global_size: AtLeast1 = 224
     """Side of a global view in pixels."""
-    global_scale: tuple[float, float] = (0.3, 1.0)
+    global_scale: tuple[Area, Area] = (0.3, 1.0)
     """Smallest and largest share of the image's area that a global view covers."""
-    local_crops: int = 6
+    local_crops: Annotated[int, Ge(0)] = 6
     """Number of local views per image (0 for none)."""
-    local_size: int = 98
+    local_size: AtLeast1 = 98
     """Side of a local view in pixels."""
-    local_scale: tuple[float, float] = (0.05, 0.3)
+    local_scale: tuple[Area, Area] = (0.05, 0.3)
     """Smallest and largest share of the image's area that a local view covers."""
-    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    aspect_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     """Smallest and largest width / height of the region that is cut out, drawn log-uniformly."""
-    flip_prob: float = 0.5
+    flip_prob: Share = 0.5
     """Probability of a horizontal flip."""
-    jitter_prob: float = 0.8
-    """Probability of colour jitter."""
-    brightness: float = 0.4
+    jitter_prob: Share = 0.8
+    """Probability of color jitter."""
+    brightness: Nonnegative = 0.4
     """Brightness factor is uniform in [1 - x, 1 + x], not below 0."""
-    contrast: float = 0.4
+    contrast: Nonnegative = 0.4
     """Contrast factor is uniform in [1 - x, 1 + x], not below 0."""
-    saturation: float = 0.2
+    saturation: Nonnegative = 0.2
     """Saturation factor is uniform in [1 - x, 1 + x], not below 0."""
-    hue: float = 0.1
-    """Hue shift is uniform in [-x, x], in turns of the colour circle (at most 0.5)."""
-    grayscale_prob: float = 0.2
-    """Probability of losing all colour."""
-    blur_prob: float = 0.5
+    hue: Annotated[float, Ge(0), Le(0.5)] = 0.1
+    """Hue shift is uniform in [-x, x], in turns of the color circle (at most 0.5)."""
+    grayscale_prob: Share = 0.2
+    """Probability of losing all color."""
+    blur_prob: Share = 0.5
     """Probability of a Gaussian blur."""
-    blur_kernel: int = 7
+    blur_kernel: AtLeast1 = 7
     """Side of the blur's kernel in pixels, odd. 7 is the authors' choice in their minimal example."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
     """Standard deviation of the blur in pixels, uniform in this range."""
-    solarize_prob: float = 0.2
+    solarize_prob: Share = 0.2
     """Probability of inverting all values at or above the threshold."""
-    solarize_threshold: int = 128
+    solarize_threshold: Annotated[int, Ge(0), Le(255)] = 128
     """Solarize threshold on the scale 0-255."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: tuple[Finite, Finite, Finite] = IMAGENET_MEAN
     """Mean per channel that normalisation subtracts (scale 0-1)."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
     """Standard deviation per channel that normalisation divides by (scale 0-1)."""
-    min_image_size: int | None = None
+    min_image_size: AtLeast1 | None = None
     """Images whose short side is below this are an error. None: the larger of the crop sizes in use.
     A random resized crop can enlarge any image; set 1 to allow that."""
 
@@ -91,42 +103,18 @@ class MultiCropRecipe:
     def validate(self) -> None:
         """Raise `UsageError` naming the first setting that makes no sense."""
         for field in fields(self):
-            _check_type(field.name, str(field.type), getattr(self, field.name))
-        self._check_crops()
-        for name in ("flip_prob", "jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob"):
-            _require(0.0 <= getattr(self, name) <= 1.0, name, "a probability in [0, 1]", getattr(self, name))
-        for name in ("brightness", "contrast", "saturation"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, name, "a number >= 0", value)
-        _require(0.0 <= self.hue <= 0.5, "hue", "a number in [0, 0.5]", self.hue)
-        _require(self.blur_kernel > 0 and self.blur_kernel % 2 == 1, "blur_kernel", "odd", self.blur_kernel)
+            value = getattr(self, field.name)
+            _require(not isinstance(value, list), field.name, "a tuple", value)
+        checked(type(self), asdict(self), "multi-crop recipe")
+        for name in ("global_scale", "local_scale", "aspect_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            _require(low <= high, name, "a pair (a, b) with a <= b", (low, high))
         smallest = min(self.view_sizes())
+        _require(self.blur_kernel % 2 == 1, "blur_kernel", "odd", self.blur_kernel)
         # Reflection padding needs more pixels than it mirrors.
-        _require(
-            self.blur_prob == 0 or self.blur_kernel // 2 < smallest,
-            "blur_kernel",
-            f"at most {2 * smallest - 1} for crops of {smallest} px",
-            self.blur_kernel,
-        )
-        _check_range("blur_sigma", self.blur_sigma, low=0.0, high=math.inf)
-        _require(
-            0 <= self.solarize_threshold <= 255, "solarize_threshold", "in 0-255", self.solarize_threshold
-        )
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            _require(all(math.isfinite(v) for v in value), name, "three finite numbers", value)
-        _require(all(v > 0 for v in self.std), "std", "three positive numbers", self.std)
-
-    def _check_crops(self) -> None:
-        _require(self.global_crops >= 1, "global_crops", "at least 1", self.global_crops)
-        _require(self.local_crops >= 0, "local_crops", "0 or more", self.local_crops)
-        for name in ("global_size", "local_size"):
-            _require(getattr(self, name) >= 1, name, "a positive number of pixels", getattr(self, name))
-        _check_range("global_scale", self.global_scale, low=0.0, high=1.0)
-        _check_range("local_scale", self.local_scale, low=0.0, high=1.0)
-        _check_range("aspect_ratio", self.aspect_ratio, low=0.0, high=math.inf)
-        if self.min_image_size is not None:
-            _require(self.min_image_size >= 1, "min_image_size", "1 or more, or None", self.min_image_size)
+        fits = self.blur_prob == 0 or self.blur_kernel // 2 < smallest
+        expected = f"at most {2 * smallest - 1} for crops of {smallest} px"
+        _require(fits, "blur_kernel", expected, self.blur_kernel)
 
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
@@ -134,21 +122,19 @@ def _require(condition: bool, name: str, expected: str, got: object) -> None:
         raise UsageError(f"multi-crop recipe: {name} must be {expected}; got {got!r}")
 
 
-def _check_type(name: str, kind: str, value: object) -> None:
-    """Require a value of the type that the field is annotated with."""
-    if kind.startswith("tuple"):
-        count = kind.count("float")
-        good = isinstance(value, tuple) and len(value) == count and all(isinstance(v, Real) for v in value)
-        _require(good, name, f"a tuple of {count} numbers", value)
-    elif kind == "float":
-        _require(isinstance(value, Real), name, "a number", value)
-    elif value is not None or kind == "int":
-        _require(isinstance(value, Integral), name, "a whole number", value)
+def checked(kind: type[T], values: Any, what: str) -> T:
+    """Make a dataclass of values that fit JSON, after checking their types and bounds.
 
+    Raises:
+        UsageError: Names the first field that is wrong, what was expected and what came.
+    """
+    import pydantic
 
-def _check_range(name: str, value: tuple[float, float], *, low: float, high: float) -> None:
-    """Require low < value[0] <= value[1] <= high, both finite."""
-    limit = "" if math.isinf(high) else f" <= {high:g}"
-    expected = f"a pair (a, b) with {low:g} < a <= b{limit}"
-    good = all(math.isfinite(v) for v in value) and low < value[0] <= value[1] <= high
-    _require(good, name, expected, value)
+    try:
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(values, default=repr), strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = "".join(f"[{part}]" if isinstance(part, int) else part for part in first["loc"])
+        expected = first["msg"].replace("Input should be", "must be").replace("Field required", "is missing")
+        expected = in_plain_words(expected)
+        raise UsageError(f"{what}: {name} {expected}; got {reprlib.repr(first['input'])}") from error

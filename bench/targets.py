@@ -1,0 +1,234 @@
+"""The targets of a GPU, of SIGReg and of training, and what the rows of a run say about them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import accuracy_bench
+from benchlib import Row, print_table
+from sigreg_variants import BASELINE, COMPILED, GRAPH, REDUCED, TRITON
+
+_COMPARE: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
+FILES = ("sigreg.jsonl", "sigreg_accuracy.jsonl", "train.jsonl")
+Figure = tuple[float, str]
+"""What was measured for a target, and a note for the reader."""
+Reader = Callable[[Sequence[Row]], Figure]
+"""Finds the figure in the rows of `FILES`; raises `NotMeasuredError`."""
+
+
+class NotMeasuredError(Exception):
+    """Why a target has no figure."""
+
+
+class Target(NamedTuple):
+    """One line of the table: the figure is held to `relation bound`."""
+
+    case: str
+    """Key of the benchmark's case that it is read from, "accuracy" or "training"."""
+    name: str
+    relation: str
+    bound: float
+    unit: str
+    figure: Reader
+
+
+# --- SIGReg ---------------------------------------------------------------------------------------
+
+
+def value_of(rows: Sequence[Row], key: str, variant: str, what: str, **more: Any) -> tuple[float, Row]:
+    """The figure `what` of the newest row of a variant in a case, which must be right, and the row.
+
+    Of times it is the median in milliseconds.
+    """
+    case, dtype = key.split("-")
+    wanted = {"case": case, "dtype": dtype, "variant": variant, **more}
+    found = [row for row in rows if all(row.get(k) == v for k, v in wanted.items())]
+    if not found:
+        raise NotMeasuredError(f"no row of {variant}")
+    row = found[-1]
+    if not row["correct"]:
+        raise NotMeasuredError(f"{variant}: {row['problem']}")
+    if what not in row:
+        raise NotMeasuredError(f"{variant}: {what} was not measured")
+    return row[what]["median_ms"] if isinstance(row[what], dict) else row[what], row
+
+
+def _figure(key: str, what: str, factor: float = 1.0) -> Reader:
+    """The figure `what` of ours, times `factor`."""
+
+    def read(rows: Sequence[Row]) -> Figure:
+        value, row = value_of(rows, key, TRITON, what)
+        kernels = ", ".join(f"{count} {name[:30]}" for name, count in row.get("kernels", {}).items())
+        return factor * value, kernels if what == "launches" else ""
+
+    return read
+
+
+def _against(key: str, what: str, other: str, variant: str = TRITON) -> Reader:
+    """Speedup of `variant` over `other`, or its share of the memory, in the same group, which took turns."""
+
+    def read(rows: Sequence[Row]) -> Figure:
+        its, row = value_of(rows, key, other, what)
+        mine, _ = value_of(rows, key, variant, what, group=row["group"])
+        if what == _MEMORY:
+            return mine / its, f"{mine:.3g} MiB against {its:.3g} MiB"
+        return its / mine, f"{mine:.3g} ms against {its:.3g} ms"
+
+    return read
+
+
+def _accuracy(rows: Sequence[Row]) -> Figure:
+    """The largest share of the error that the rule allows, over all rows that it holds for.
+
+    Some of the rows can show that the target is missed, but not that it is met.
+    """
+    wanted = {(variant.name, J) for variant, J in accuracy_bench.cases("cuda")}
+    found = {(r["variant"], r["J"]): r for r in rows if "judged" in r and (r["variant"], r["J"]) in wanted}
+    shares = {f"{name}, J {J}": row["share_of_allowed"] for (name, J), row in found.items() if row["judged"]}
+    worst = max(shares, key=lambda name: shares[name], default=None)
+    if worst is None or (len(found) < len(wanted) and shares[worst] <= 1):
+        raise NotMeasuredError(f"{len(found)} of {len(wanted)} rows of accuracy_bench.py")
+    return shares[worst], f"{worst}, the worst of {len(shares)}"
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def _trained(rows: Sequence[Row], key: str, *models: str) -> list[Row]:
+    """Training rows that have this figure, of these models or of any."""
+    asked = [row for row in rows if "model" in row and (not models or row["model"] in models)]
+    found = [row for row in asked if row.get(key) is not None]
+    if not found:
+        errors = {row["error"] for row in asked if "error" in row}
+        raise NotMeasuredError(", ".join(sorted(errors)) or f"no row with {key}")
+    return found
+
+
+def _said(row: Row) -> str:
+    extras = [row["strategy"], row["activation_checkpointing"]]
+    return " ".join([f"{row['model']} x {row['images']}", *(word for word in extras if word != "none")])
+
+
+def _largest(key: str, *models: str, factor: float = 100.0) -> Reader:
+    def read(rows: Sequence[Row]) -> Figure:
+        best = max(_trained(rows, key, *models), key=lambda row: row[key])
+        return factor * best[key], _said(best)
+
+    return read
+
+
+def _pair(key: str, mine: Any, other: Any, *models: str) -> Reader:
+    """Speed of rows whose `key` is `mine` in percent of rows where it is `other`, same model and batch."""
+
+    def read(rows: Sequence[Row]) -> Figure:
+        measured = [row for row in _trained(rows, "images_per_second", *models) if not row["plan"]]
+        speed = {(row["model"], row["images"], row[key]): row["images_per_second"] for row in measured}
+        pairs = [
+            (100 * figure / speed[model, images, other], f"{model} x {images}: {figure:.1f} images/s")
+            for (model, images, value), figure in speed.items()
+            if value == mine and (model, images, other) in speed
+        ]
+        if not pairs:
+            raise NotMeasuredError("not measured both ways at the same batch")
+        return min(pairs)
+
+    return read
+
+
+def _gigantic_trains(rows: Sequence[Row]) -> Figure:
+    """Its last loss over its first, each the mean of two batches."""
+    recomputed = [r for r in rows if r.get("activation_checkpointing") != "none" or "error" in r]
+    row = _trained(recomputed, "losses", "vit_gigantic")[0]
+    losses = row["losses"]
+    if not all(map(math.isfinite, losses)):
+        raise NotMeasuredError("the loss is not finite")
+    first, last = sum(losses[:2]) / 2, sum(losses[-2:]) / 2
+    return last / first, f"{_said(row)}: loss {first:.3f} -> {last:.3f} in {len(losses)} steps"
+
+
+def _planned_memory(rows: Sequence[Row]) -> Figure:
+    row = _trained(rows, "planned_memory_gib")[0]
+    planned, measured = row["planned_memory_gib"], row["peak_memory_gib"]
+    note = f"{_said(row)}: planned {planned:.1f} GiB, the allocator's peak {measured:.1f} GiB"
+    return 100 * abs(planned / measured - 1), note
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+_REF, _REF32 = "reference-bfloat16", "reference-float32"
+_GIANT, _MINIMAL = "giant-bfloat16", "minimal-float32"
+_BOTH, _MEMORY, _SHARE = "forward_backward", "peak_extra_mib", "share_of_floor"
+_WALL, _EAGER, _COMPILED = "wall", "speed against eager", "speed against torch.compile"
+_S16 = "vit_small_patch16_224"
+_GRAPHS = _against(_MINIMAL, _WALL, REDUCED, GRAPH)
+TARGETS = (
+    Target(_REF, _EAGER, ">=", 40, "x", _against(_REF, _BOTH, BASELINE)),
+    Target(_REF, _COMPILED, ">=", 8, "x", _against(_REF, _BOTH, COMPILED)),
+    Target(_REF, "memory against eager", "<=", 1 / 40, "", _against(_REF, _MEMORY, BASELINE)),
+    Target(_REF, "time", "<=", 0.2, " ms", _figure(_REF, _BOTH)),
+    Target(_REF, "share of the floor", ">=", 50, " %", _figure(_REF, _SHARE, 100)),
+    Target(_GIANT, "time (it runs)", "<", math.inf, " ms", _figure(_GIANT, _BOTH)),
+    Target(_GIANT, "extra memory", "<", 2, " GiB", _figure(_GIANT, _MEMORY, 1 / 1024)),
+    Target(_GIANT, "share of the floor", ">=", 50, " %", _figure(_GIANT, _SHARE, 100)),
+    Target(_MINIMAL, f"{_EAGER}, wall clock", ">=", 1.5, "x", _against(_MINIMAL, _WALL, BASELINE)),
+    Target(_MINIMAL, "CUDA graph against eager", ">=", 4, "x", _against(_MINIMAL, _WALL, BASELINE, GRAPH)),
+    Target(
+        _MINIMAL,
+        "CUDA graph against reduce-overhead",
+        ">=",
+        2,
+        "x",
+        _against(_MINIMAL, _WALL, REDUCED, GRAPH),
+    ),
+    Target(_MINIMAL, "launches, with directions", "<=", 6, "", _figure(_MINIMAL, "launches")),
+    Target(_REF32, _EAGER, ">=", 20, "x", _against(_REF32, _BOTH, BASELINE)),
+    Target(_REF32, _COMPILED, ">=", 4, "x", _against(_REF32, _BOTH, COMPILED)),
+    Target(_REF32, "memory against eager", "<=", 1 / 40, "", _against(_REF32, _MEMORY, BASELINE)),
+    Target("accuracy", "error as a share of what the rule allows", "<=", 1, "", _accuracy),
+    Target("training", "ViT-L/14 MFU", ">=", 45, " %", _largest("mfu", "vit_large")),
+    Target("training", "ViT-L/14 MFU, goal", ">=", 50, " %", _largest("mfu", "vit_large")),
+    Target("training", "ViT-giant MFU", ">=", 50, " %", _largest("mfu", "vit_giant")),
+    Target("training", "ViT-gigantic MFU, goal", ">=", 55, " %", _largest("mfu", "vit_gigantic")),
+    Target("training", "checkpoint stall", "<=", 1, " steps", _largest("checkpoint_stall_steps", factor=1)),
+    # FSDP2 gathers position embeddings in bf16, so between blocks it has bf16, DDP float32.
+    Target("training", "FSDP2 against DDP, one GPU", ">=", 99, " %", _pair("strategy", "fsdp", "ddp")),
+    Target("training", "ViT-S/16 from files", ">=", 97, " %", _pair("loader", True, False, _S16)),
+    Target("training", "ViT-gigantic on one GPU, loss after / before", "<", 1, "", _gigantic_trains),
+    Target("training", "SIGReg's share of the step", "<", 1, " %", _largest("sigreg_share")),
+    Target("training", "planned memory, off by", "<=", 10, " %", _planned_memory),
+)
+
+
+def judge(rows: Sequence[Row], *cases: str) -> list[Row]:
+    """A row for each target of these cases: figure and whether it is met, or why there is none."""
+    judged = []
+    for case, name, relation, bound, unit, figure in TARGETS:
+        if case not in cases:
+            continue
+        row: Row = {"target": f"{case}: {name}", "goal": f"{relation} {bound:g}{unit}", "unit": unit}
+        row |= {"figure": None, "met": None, "note": ""}
+        try:
+            if any(r.get("rehearsal") for r in rows):
+                raise NotMeasuredError("this was a rehearsal")
+            measured, note = figure(rows)
+            row |= {"figure": measured, "met": _COMPARE[relation](measured, bound), "note": note}
+        except NotMeasuredError as why:
+            row["note"] = str(why)
+        judged.append(row)
+    return judged
+
+
+def print_judged(judged: Sequence[Row]) -> None:
+    """Print a table of target, goal, figure and whether it is met, and then the notes."""
+    cells = []
+    for row in judged:
+        figure = "-" if row["figure"] is None else f"{row['figure']:.3g}{row['unit']}"
+        met = {True: "met", False: "NOT MET", None: "not measured"}[row["met"]]
+        cells.append([row["target"], row["goal"], figure, met])
+    print_table(["target (H200)", "goal", "figure", "met or not"], cells)
+    for row in judged:
+        if row["note"]:
+            print(f"{row['target']}: {row['note']}", flush=True)

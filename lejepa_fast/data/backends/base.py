@@ -1,0 +1,82 @@
+"""The contract between the loader and a backend, which makes the pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lejepa_fast.data.bad_images import BadImages
+from lejepa_fast.data.sampler import BatchKey
+from lejepa_fast.errors import RunError, UsageError
+
+
+class RawBatch(NamedTuple):
+    """Pixels and labels before normalisation."""
+
+    views: list[Tensor]
+    """V tensors (B, 3, S, S) uint8 of any memory layout, on the CPU (possibly pinned) or the GPU."""
+    targets: Tensor
+    """(B,) int64 on the CPU, -1 where unlabelled."""
+
+    def rows(self, kept: Sequence[int]) -> RawBatch:
+        """The batch with these rows only."""
+        if len(kept) == len(self.targets):
+            return self
+        return RawBatch([view[list(kept)] for view in self.views], self.targets[list(kept)])
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How batches are made, whatever is in them. The fields are arguments of `multicrop_loader`."""
+
+    batch_size: int
+    num_workers: int = 0
+    device: torch.device | None = None
+    start_method: str | None = None
+    prefetch: int = 2
+    hw_decoder_load: float = 0.65
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and not isinstance(value, Integral):
+                raise UsageError(f"{field.name} must be a whole number; got {value!r}")
+        for name, smallest in (("batch_size", 1), ("num_workers", 0), ("prefetch", 1)):
+            if getattr(self, name) < smallest:
+                raise UsageError(f"{name} must be at least {smallest}; got {getattr(self, name)}")
+        if not 0.0 <= self.hw_decoder_load <= 1.0:
+            raise UsageError(f"hw_decoder_load must lie in [0, 1]; got {self.hw_decoder_load}")
+        if self.start_method not in (None, "fork", "spawn", "forkserver"):
+            raise UsageError(
+                f"start_method must be 'fork', 'spawn', 'forkserver' or None; got {self.start_method!r}"
+            )
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether batches go to a GPU."""
+        return self.device is not None and self.device.type == "cuda"
+
+
+class Backend(Protocol):
+    """Makes the pixels. The loader decides which images make up which batch, and normalises."""
+
+    name: str
+
+    def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Iterator[RawBatch]:
+        """Yield one batch per key, in order.
+
+        A bad image is added to `bad`, and its first usable substitute takes its place (`Views.substitute`);
+        where there is none the batch is shorter. A new call ends the pass of the call before: that one
+        raises `another_pass()`.
+        """
+        ...
+
+
+def another_pass() -> RunError:
+    """The error of a pass that a newer one has ended."""
+    return RunError("another pass over the same loader has begun; make a loader for each")

@@ -1,0 +1,127 @@
+"""Which backend makes the batches, and why."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+
+import torch
+
+from lejepa_fast.data.backends.base import Backend, Loading
+from lejepa_fast.data.backends.torchvision_backend import TorchvisionBackend
+from lejepa_fast.data.views import EvalViews, TrainViews
+from lejepa_fast.errors import UsageError
+from lejepa_fast.triton_operators import why_not
+
+log = logging.getLogger("lejepa_fast.data")
+
+BACKENDS = ("auto", "dali", "cpu", "torchvision")
+
+
+def choose_backend(name: str, device: torch.device | None) -> tuple[str, str]:
+    """Choose the backend of a loader whose batches go to `device` (None: the CPU).
+
+    "auto" is "dali" on a GPU where DALI is installed, else "cpu" where Numba is, else "torchvision".
+
+    Returns:
+        The backend's name and the reason for it.
+
+    Raises:
+        UsageError: `name` is unknown, or that backend cannot run here.
+    """
+    if name not in BACKENDS:
+        raise UsageError(f"unknown backend {name!r}; expected one of {', '.join(map(repr, BACKENDS))}")
+    on_gpu = device is not None and device.type == "cuda"
+    if name == "auto":
+        reasons = []
+        if on_gpu:
+            if (fault := dali_fault(True)) is None:
+                return "dali", "DALI and a GPU are there"
+            reasons.append(fault)
+        fault = numba_fault()
+        reasons.append(fault or "Numba is there")
+        return "torchvision" if fault else "cpu", "; ".join(reasons)
+    fault = dali_fault(on_gpu) if name == "dali" else numba_fault() if name == "cpu" else None
+    if fault:
+        raise UsageError(f"backend {name!r}: {fault}, or use backend='torchvision'")
+    return name, "as asked for"
+
+
+def dali_fault(on_gpu: bool) -> str | None:
+    """Why DALI cannot be used, with the package to install; None if it can."""
+    package = wanted_package(torch.version.cuda)
+    if not _is_installed():
+        return f"DALI is not installed: pip install {package}"
+    try:
+        dali = importlib.import_module("nvidia.dali")
+        importlib.import_module("nvidia.dali.fn")
+    except Exception as error:  # a library that cannot be loaded: ImportError, OSError, RuntimeError
+        return f"DALI cannot be loaded ({_first_line(error)}): pip install {package}"
+    if not on_gpu:
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    # "13.4.92", or "13492" without the dots.
+    built = int("".join(c for c in str(getattr(dali, "__cuda_version__", "")) if c.isdigit())[:2] or 0)
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # 12080 for 12.8
+    if built > driver // 1000:
+        supported = f"{driver // 1000}.{driver % 1000 // 10}"
+        return (
+            f"DALI is built for CUDA {built}, the driver supports CUDA {supported}: "
+            f"pip install {wanted_package(supported)} in its place"
+        )
+    fault = why_not(torch.device("cuda"), torch.float32)
+    return fault and f"the GPU cannot run the Triton kernels for colors ({fault})"
+
+
+def wanted_package(cuda: str | None) -> str:
+    """The build of DALI for a CUDA version such as "12.8"; None (no CUDA) takes the newest."""
+    major = int(cuda.split(".")[0]) if cuda else 13
+    return f"nvidia-dali-cuda{min(max(major, 12), 13)}0"
+
+
+@functools.cache
+def numba_fault() -> str | None:
+    """Why the compiled CPU kernels cannot be used; None if they can. A broken Numba is logged once."""
+    if importlib.util.find_spec("numba") is None:
+        return "Numba is not installed: pip install numba"
+    try:
+        importlib.import_module("lejepa_fast.data.backends.cpu_kernels")
+    except Exception as error:  # another NumPy than Numba wants, a cache that cannot be written, ...
+        log.warning("the compiled CPU kernels cannot be used: Numba says %r", _first_line(error))
+        return f"Numba is broken ({_first_line(error)}): pip install --upgrade numba, or set NUMBA_CACHE_DIR"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except (ImportError, ValueError):  # no package `nvidia` at all
+        return False
+
+
+def make_backend(name: str, views: TrainViews | EvalViews, loading: Loading) -> tuple[Backend, str]:
+    """Make the backend. A further backend goes in here.
+
+    Returns:
+        The backend and the reason for the choice.
+
+    Raises:
+        UsageError: `name` is unknown, or that backend cannot run here.
+    """
+    chosen, reason = choose_backend(name, loading.device)
+    if chosen == "dali":
+        from lejepa_fast.data.backends.dali_backend import DaliBackend
+
+        return DaliBackend(views, loading), reason
+    if chosen == "cpu":
+        from lejepa_fast.data.backends.cpu_backend import CpuBackend
+
+        return CpuBackend(views, loading), reason
+    return TorchvisionBackend(views, loading), reason

@@ -1,0 +1,187 @@
+"""Colors of one crop in one compiled pass: the CPU's counterpart of the Triton kernels.
+
+A view is made start to finish while it lies in the cache, in planes of float32 that Numba vectorises. The
+arithmetic is that of torchvision's tensor kernels, including where they truncate: values are whole numbers
+from 0 to 255 between any two operations.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from lejepa_fast.data.draws import (
+    BRIGHTNESS,
+    COLUMN_CODES,
+    COLUMN_FACTORS,
+    COLUMN_FLIP,
+    COLUMN_GRAY,
+    COLUMN_SIGMA,
+    COLUMN_SOLARIZE,
+    CONTRAST,
+    HUE,
+    SATURATION,
+)
+
+_JIT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+# Sums may be reordered so that they vectorise. NaN and infinities cannot occur: pixels are integers.
+_FAST: dict[str, Any] = {**_JIT, "fastmath": True}
+
+_RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
+_ZERO, _ONE, _FULL = np.float32(0), np.float32(1), np.float32(255)
+# torchvision converts [0, 1] to 8 bits by truncating x * 255.999; here values are on 0-255 already.
+_TO_BYTE = np.float32(255.999 / 255)
+
+
+@njit(**_JIT)
+def render_view(view, p, kernel_size, threshold, out):
+    """Change the colors of a crop and mirror it, as drawn.
+
+    Args:
+        view: The crop, (S, S, 3) uint8, contiguous.
+        p: Its row of `draws.view_table`, float32.
+        kernel_size: Side of the blur's kernel in pixels, odd.
+        threshold: Solarize inverts values from here on.
+        out: (3, S, S) uint8, written.
+    """
+    size = out.shape[1]
+    planes = np.empty((3, size, size), np.float32)
+    load(view, planes)
+    for step in range(4):
+        code, factor = int(p[COLUMN_CODES + step]), p[COLUMN_FACTORS + step]
+        if code == BRIGHTNESS:
+            scale_and_shift(planes, factor, _ZERO)
+        elif code == CONTRAST:
+            scale_and_shift(planes, factor, (_ONE - factor) * gray_mean(planes))
+        elif code == SATURATION:
+            saturate(planes, factor)
+        elif code == HUE:
+            shift_hue(planes[0], planes[1], planes[2], factor)
+    if p[COLUMN_GRAY] > 0:
+        saturate(planes, _ZERO)
+    if p[COLUMN_SIGMA] > 0:
+        blur(planes, kernel_size, p[COLUMN_SIGMA])
+    store(planes, p[COLUMN_FLIP] > 0, threshold if p[COLUMN_SOLARIZE] > 0 else 256, out)
+
+
+@njit(**_FAST)
+def load(view, planes):
+    """Read `view` (S, S, 3) uint8 into `planes` (3, S, S)."""
+    size = planes.shape[1]
+    for i in range(size):
+        row = view[i].reshape(3 * size)
+        red, green, blue = planes[0, i], planes[1, i], planes[2, i]
+        for j in range(size):
+            red[j], green[j], blue[j] = row[3 * j], row[3 * j + 1], row[3 * j + 2]
+
+
+@njit(**_FAST)
+def scale_and_shift(planes, factor, shift):
+    flat = planes.reshape(planes.size)
+    for i in range(flat.size):
+        flat[i] = np.floor(min(max(flat[i] * factor + shift, _ZERO), _FULL))
+
+
+@njit(**_FAST)
+def gray_mean(planes):
+    r, g, b = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
+    total = 0.0
+    for i in range(r.size):
+        total += np.floor(_RED * r[i] + _GREEN * g[i] + _BLUE * b[i])
+    return np.float32(total / r.size)
+
+
+@njit(**_FAST)
+def saturate(planes, factor):
+    r, g, b = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
+    for i in range(r.size):
+        gray = (_ONE - factor) * np.floor(_RED * r[i] + _GREEN * g[i] + _BLUE * b[i])
+        r[i] = np.floor(min(max(r[i] * factor + gray, _ZERO), _FULL))
+        g[i] = np.floor(min(max(g[i] * factor + gray, _ZERO), _FULL))
+        b[i] = np.floor(min(max(b[i] * factor + gray, _ZERO), _FULL))
+
+
+@njit(**_FAST)
+def _sector(position, largest, chroma):
+    """Value of a channel at `position` of the hue hexagon, in sixths of a turn from the channel's zero."""
+    position -= np.float32(6) * np.floor(position * np.float32(1 / 6))
+    share = min(max(min(position, np.float32(4) - position), _ZERO), _ONE)
+    return np.floor((largest - chroma * share) * _TO_BYTE)
+
+
+@njit(**_FAST)
+def shift_hue(red, green, blue, turns):
+    """Shift the hue by `turns` of the color circle; value and chroma stay, as in HSV."""
+    r, g, b = red.reshape(-1), green.reshape(-1), blue.reshape(-1)
+    turn = turns * np.float32(6)
+    for i in range(r.size):
+        largest = max(r[i], max(g[i], b[i]))
+        chroma = largest - min(r[i], min(g[i], b[i]))
+        # The smallest difference other than 0 is 1.
+        inverse = _ONE / max(chroma, _ONE)
+        hue = (r[i] - g[i]) * inverse + np.float32(4)
+        hue = (b[i] - r[i]) * inverse + np.float32(2) if largest == g[i] else hue
+        hue = (g[i] - b[i]) * inverse if largest == r[i] else hue
+        hue += turn
+        r[i] = _sector(hue + np.float32(5), largest, chroma)
+        g[i] = _sector(hue + np.float32(3), largest, chroma)
+        b[i] = _sector(hue + np.float32(1), largest, chroma)
+
+
+@njit(**_FAST)
+def blur(planes, kernel_size, sigma):
+    """Gaussian blur with mirrored borders, in place."""
+    size, half = planes.shape[1], kernel_size // 2
+    between = np.empty((size, size), np.float32)
+    weights = np.empty(kernel_size, np.float32)
+    for k in range(kernel_size):
+        weights[k] = math.exp(-0.5 * ((k - half) / sigma) ** 2)
+    weights /= weights.sum()
+    row = np.empty(size + 2 * half, np.float32)
+    for c in range(3):
+        source = planes[c]
+        for i in range(size):
+            target = between[i]
+            target[:] = _ZERO
+            for k in range(kernel_size):
+                line, weight = source[_mirrored(i + k - half, size)], weights[k]
+                for j in range(size):
+                    target[j] += weight * line[j]
+        for i in range(size):
+            row[half : half + size] = between[i]
+            for k in range(half):
+                row[k] = between[i, half - k]
+                row[half + size + k] = between[i, size - 2 - k]
+            target = source[i]
+            target[:] = _ZERO
+            for k in range(kernel_size):
+                line, weight = row[k : k + size], weights[k]
+                for j in range(size):
+                    target[j] += weight * line[j]
+            for j in range(size):
+                target[j] = np.rint(target[j])
+
+
+@njit(**_JIT)
+def _mirrored(i, size):
+    if i < 0:
+        return -i
+    return i if i < size else 2 * (size - 1) - i
+
+
+@njit(**_FAST)
+def store(planes, flip, threshold, out):
+    """Write `planes` to `out` (3, S, S) uint8, mirrored left to right, values >= threshold inverted."""
+    size = planes.shape[1]
+    limit = np.float32(threshold)
+    for c in range(3):
+        for i in range(size):
+            values, row = planes[c, i], out[c, i]
+            if flip:
+                values = values[::-1]
+            for j in range(size):
+                value = values[j]
+                row[j] = np.uint8(_FULL - value if value >= limit else value)

@@ -1,0 +1,238 @@
+"""The DALI backend: decodes and crops on a GPU, a few batches ahead of the trainer.
+
+Threads read the files and check their headers (`reading`). A DALI pipeline decodes each image once and cuts
+all its views (`dali_graph`), and Triton kernels change their colors (`gpu_color`). The same pipeline runs on
+a CPU, slowly, for tests.
+
+An error inside DALI breaks its pipeline. A new one is made then, and the batch runs again from pixels that
+Pillow has decoded; what Pillow refuses is a bad image.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lejepa_fast.data.backends.base import Loading, RawBatch, another_pass
+from lejepa_fast.data.backends.dali_graph import view_pipeline, window_table
+from lejepa_fast.data.backends.gpu_color import change_colors
+from lejepa_fast.data.backends.reading import TURNS, Encoded, read_encoded
+from lejepa_fast.data.bad_images import BadImages
+from lejepa_fast.data.draws import COLUMNS
+from lejepa_fast.data.sampler import BatchKey
+from lejepa_fast.data.views import EvalViews, TrainViews
+from lejepa_fast.errors import RunError, UsageError
+
+log = logging.getLogger("lejepa_fast.data")
+
+_READ_AHEAD = 2  # batches of encoded bytes beyond those inside DALI
+_FILES_PER_TASK = 8
+
+# A forked process has none of a pipeline's threads: destroying the pipeline there would hang.
+# So the child keeps references, taken before the fork, even to pipelines that are already garbage: the child
+# may collect garbage before any hook of ours runs in it.
+_pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
+_held: list[Any] = []
+_immortal: list[Any] = []
+os.register_at_fork(
+    before=lambda: _held.extend(_pipelines),
+    after_in_parent=_held.clear,
+    after_in_child=lambda: _immortal.extend(_held),
+)
+
+
+@dataclass
+class _Batch:
+    """A batch on its way through DALI."""
+
+    key: BatchKey
+    rows: list[Encoded]
+    table: np.ndarray = field(default_factory=lambda: np.empty((0, 0, COLUMNS)))
+    """Parameters of its views."""
+    refusal: Exception | None = None
+    """Why DALI did not take it."""
+
+
+class DaliBackend:
+    """Makes batches with DALI, on a GPU or, slowly, on a CPU. See `base.Backend`.
+
+    `num_workers` threads read files and as many work in DALI, at least 1 each.
+    """
+
+    name = "dali"
+
+    def __init__(self, views: TrainViews | EvalViews, loading: Loading) -> None:
+        self._views, self._loading, self._threads = views, loading, max(1, loading.num_workers)
+        self._stream = torch.cuda.Stream(loading.device) if loading.on_gpu else None
+        # More threads than cores do no harm: most of the time they wait for the disk.
+        self._pool = ThreadPoolExecutor(max(2, min(self._threads, 16)), thread_name_prefix="lejepa-read")
+        self._pipe: Any = None
+        self._running: deque[_Batch] = deque()  # inside DALI
+        self._pass: object | None = None  # the one that began last
+
+    def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Iterator[RawBatch]:
+        self._drain()  # what an earlier pass left
+        keys, reads = iter(keys), deque[tuple[BatchKey, list[Future[list[Encoded]]]]]()
+        current = self._pass = object()
+
+        def fill() -> None:
+            while len(reads) < self._loading.prefetch + _READ_AHEAD and (key := next(keys, None)) is not None:
+                reads.append((key, self._read(key, bad)))
+            while reads and len(self._running) < self._loading.prefetch:
+                if self._running and not all(part.done() for part in reads[0][1]):
+                    return
+                key, parts = reads.popleft()
+                self._running.append(_Batch(key, [row for part in parts for row in part.result()]))
+                self._start(self._running[-1])
+
+        try:
+            fill()
+            while self._running:
+                made = self._collect_or_repeat(bad)
+                fill()
+                yield made
+                if self._pass is not current:
+                    raise another_pass()
+                fill()
+        finally:
+            for _, parts in reads:
+                for part in parts:
+                    part.cancel()
+            if self._pass is current:
+                self._drain()
+
+    def _read(self, key: BatchKey, bad: BadImages, *, careful: bool = False) -> list[Future[list[Encoded]]]:
+        """Start reading the images of a batch, with good ones in the places of bad ones."""
+        next_try = partial(self._views.substitute, key.epoch)
+        read = partial(read_encoded, self._views, careful=careful)
+
+        def read_part(indices: Sequence[int]) -> list[Encoded]:
+            found = [bad.first_usable(index, next_try, read) for index in indices]
+            return [row for row in found if row is not None]
+
+        size = _FILES_PER_TASK
+        parts = [key.indices[first : first + size] for first in range(0, len(key.indices), size)]
+        return [self._pool.submit(read_part, part) for part in parts]
+
+    def _start(self, batch: _Batch) -> None:
+        """Send a batch on its way."""
+        if not batch.rows:
+            return
+        batch.refusal = None
+        sizes = [(row.width, row.height) for row in batch.rows]
+        batch.table = self._views.table(batch.key.epoch, [row.index for row in batch.rows], sizes)
+        if self._pipe is None:
+            self._pipe = self._build()
+        windows = window_table(batch.table, sizes, [TURNS[row.orientation] for row in batch.rows])
+        try:
+            self._pipe.feed_input("encoded", [np.frombuffer(row.data, dtype=np.uint8) for row in batch.rows])
+            self._pipe.feed_input("windows", windows)
+            self._pipe.schedule_run()
+        except Exception as error:  # most likely a batch before this one has broken the pipeline
+            batch.refusal = error
+
+    def _collect_or_repeat(self, bad: BadImages) -> RawBatch:
+        """The next finished batch; where DALI fails, made again from what Pillow decodes."""
+        batch = self._running.popleft()
+        try:
+            return self._collect(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # DALI raises several kinds
+            log.warning("DALI failed (%s); decoding this batch with Pillow", dali_reason(error))
+        self._pipe = None
+        batch.rows = [row for part in self._read(batch.key, bad, careful=True) for row in part.result()]
+        self._start(batch)
+        try:
+            made = self._collect(batch)
+        except Exception as error:
+            raise RunError(f"DALI fails on a batch that Pillow can read: {dali_reason(error)}") from error
+        for later in self._running:  # they were lost with the pipeline
+            self._start(later)
+        return made
+
+    def _collect(self, batch: _Batch) -> RawBatch:
+        if batch.refusal is not None:  # what DALI hands out next is another batch's
+            raise batch.refusal
+        source = self._views.source
+        targets = torch.tensor([source.target(row.index) for row in batch.rows], dtype=torch.int64)
+        if not batch.rows:
+            empty = [torch.empty((0, 3, size, size), dtype=torch.uint8) for size in self._views.sizes]
+            return RawBatch(empty, targets)
+        if self._stream is None:
+            outputs = self._pipe.share_outputs()
+            views = self._change([torch.from_numpy(np.asarray(out.as_tensor())) for out in outputs], batch)
+            del outputs
+            self._pipe.release_outputs()
+            return RawBatch(views, targets)
+        with torch.cuda.stream(self._stream):
+            outputs = self._pipe.share_outputs(cuda_stream=self._stream)
+            views = self._change([torch.from_dlpack(out.as_tensor()) for out in outputs], batch)
+            event = self._stream.record_event()
+            self._pipe.release_outputs()
+        stream = torch.cuda.current_stream(self._stream.device)
+        stream.wait_event(event)
+        for view in views:
+            view.record_stream(stream)
+        return RawBatch(views, targets)
+
+    def _change(self, views: list[Tensor], batch: _Batch) -> list[Tensor]:
+        """Views with their colors changed, upright (B, 3, S, S). Always copies: DALI reuses its buffers."""
+        recipe = self._views.recipe if isinstance(self._views, TrainViews) else None
+        changed = change_colors(views, batch.table, recipe) if recipe else [view.clone() for view in views]
+        turned = [row for row, image in enumerate(batch.rows) if TURNS[image.orientation].transposed]
+        for pixels in changed if turned else []:
+            pixels[turned] = pixels[turned].transpose(1, 2)
+        return [pixels.permute(0, 3, 1, 2) for pixels in changed]
+
+    def _drain(self) -> None:
+        """Take out what is inside DALI, so that the pipeline can be used again."""
+        try:
+            for batch in self._running:
+                if batch.rows and batch.refusal is None and self._pipe is not None:
+                    self._pipe.share_outputs()
+                    self._pipe.release_outputs()
+        except Exception as error:
+            log.debug("DALI failed on an abandoned batch: %s", error)
+            self._pipe = None
+        self._running.clear()
+
+    def _build(self) -> Any:
+        try:
+            pipe = view_pipeline(
+                batch_size=self._loading.batch_size,
+                num_threads=self._threads,
+                device_id=None if self._stream is None else self._stream.device.index,
+                prefetch_queue_depth=1,  # the loader itself counts what is in flight
+                device="cpu" if self._stream is None else "gpu",
+                hw_decoder_load=self._loading.hw_decoder_load,
+                sizes=self._views.sizes,
+            )
+            pipe.build()
+        except Exception as error:
+            raise UsageError(
+                f"DALI cannot build its pipeline: {dali_reason(error)}; "
+                "use another build of DALI, or backend='cpu' or 'torchvision'"
+            ) from error
+        _pipelines.add(pipe)
+        return pipe
+
+
+def dali_reason(error: Exception) -> str:
+    """The line of a DALI error that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if line.startswith("[") or "rror" in line]
+    skip = ("Critical error", "Error in ", "Stacktrace", "[frame")
+    telling = [line for line in telling if not line.startswith(skip)]
+    return (telling or lines or [type(error).__name__])[0]

@@ -1,0 +1,236 @@
+"""The torchvision backend: the reference for all others, and the fallback. Worker processes make the batches.
+
+Each image is decoded once and all its views are cut from the decoded pixels. Every pixel operation is a
+function of `torchvision.transforms.v2.functional`. Of its two implementations the faster one is used for each
+operation: on crops of 32-224 px the Pillow kernels are faster for color jitter, and the uint8 tensor kernels
+for resizing, blur and solarize. v2 transforms accept both. Views leave the worker as uint8, a quarter of the
+bytes of float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms.v2 import functional as F
+
+from lejepa_fast.data.backends.base import Loading, RawBatch, another_pass
+from lejepa_fast.data.backends.memory import give_memory_back
+from lejepa_fast.data.backends.workers import is_death, start_worker, starting, without_sigchld_handler
+from lejepa_fast.data.bad_images import BadImages
+from lejepa_fast.data.draws import ViewParams, as_params
+from lejepa_fast.data.recipe import MultiCropRecipe
+from lejepa_fast.data.sampler import BatchKey
+from lejepa_fast.data.sources.decoding import UnreadableImageError
+from lejepa_fast.data.views import LONGEST_RATIO, EvalViews, TrainViews
+from lejepa_fast.errors import RunError, UsageError
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) uint8 tensor in channels-last order, which resizes fastest."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+def apply_view(image: Tensor, params: ViewParams, size: int, recipe: MultiCropRecipe) -> Tensor:
+    """One view (3, size, size) uint8 of a decoded image (3, H, W) uint8."""
+    box = (params.top, params.left, params.height, params.width)
+    view = F.resized_crop(image, *box, [size, size], antialias=True)
+    if params.flip:
+        view = F.horizontal_flip(view)
+    return change_color(view, params, recipe)
+
+
+def change_color(view: Tensor, params: ViewParams, recipe: MultiCropRecipe) -> Tensor:
+    """Color jitter and grayscale by the Pillow kernels, blur and solarize, of a view (3, S, S) uint8."""
+    if params.jitter or params.grayscale:
+        image = Image.fromarray(view.permute(1, 2, 0).numpy())
+        for name, factor in params.jitter:
+            image = getattr(F, f"adjust_{name}")(image, factor)
+        view = to_tensor(F.rgb_to_grayscale(image, num_output_channels=3) if params.grayscale else image)
+    if params.blur_sigma is not None:
+        kernel, sigma = recipe.blur_kernel, params.blur_sigma
+        view = F.gaussian_blur(view, [kernel, kernel], [sigma, sigma])
+    return F.solarize(view, recipe.solarize_threshold) if params.solarize else view
+
+
+def centre_view(image: Image.Image, size: int) -> Tensor:
+    """The view of an evaluation: the short side resized to `size` px, the centre (3, size, size) cut out.
+
+    Of an image longer than 4:1 the middle alone is resized: as a whole, 1 x 10,000 px would need gigabytes.
+    The resizing filter reaches no further.
+    """
+    pixels = to_tensor(image)
+    longest = LONGEST_RATIO * min(image.size)
+    if max(image.size) > longest:
+        pixels = F.center_crop(pixels, [min(image.height, longest), min(image.width, longest)])
+    return F.center_crop(F.resize(pixels, [size], antialias=True), [size, size])
+
+
+_Fault = tuple[int, int, int, str]
+"""A bad image: (epoch, row of the batch, number of the image, reason)."""
+
+
+class _Failure(NamedTuple):
+    """An error on its way from a worker: DataLoader would turn it into a page of traceback."""
+
+    usage: bool
+    message: str
+
+
+class Batches(Dataset):
+    """Maps a `BatchKey` to a batch and its faults, so that a worker returns few large tensors."""
+
+    def __init__(self, views: TrainViews | EvalViews) -> None:
+        self.views = views
+        self._epoch: int | None = None
+
+    def __getitem__(self, key: BatchKey) -> tuple[RawBatch, list[_Fault]] | _Failure:
+        if key.epoch != self._epoch:  # nothing else tells a worker that an epoch ended
+            self._epoch = key.epoch
+            give_memory_back()
+        count = len(key.indices)
+        views = [torch.empty((count, 3, size, size), dtype=torch.uint8) for size in self.views.sizes]
+        batch = RawBatch(views, torch.empty(count, dtype=torch.int64))
+        faults: list[_Fault] = []
+        try:
+            for row, index in enumerate(key.indices):
+                try:
+                    self.fill(batch, row, key.epoch, index)
+                except UnreadableImageError as error:
+                    faults.append((key.epoch, row, index, error.reason))
+        except UsageError as error:
+            return _Failure(True, str(error))
+        except RunError as error:
+            return _Failure(False, str(error))
+        return batch, faults
+
+    def fill(self, batch: RawBatch, row: int, epoch: int, index: int) -> bool:
+        """Write the views and the label of an image to a row of the batch; True."""
+        # The batch itself is made outside inference mode, as the caller may use it in autograd.
+        with one_thread(), torch.inference_mode():
+            image = self.views.load(index)
+            batch.targets[row] = self.views.source.target(index)
+            for view, made in zip(batch.views, self._made(image, epoch, index), strict=True):
+                view[row].copy_(made)
+        return True
+
+    def _made(self, image: Image.Image, epoch: int, index: int) -> list[Tensor]:
+        if isinstance(self.views, EvalViews):
+            return [centre_view(image, self.views.image_size)]
+        (rows,) = self.views.table(epoch, [index], [image.size]).tolist()
+        pixels, sizes, recipe = to_tensor(image), self.views.sizes, self.views.recipe
+        return [
+            apply_view(pixels, as_params(row), size, recipe) for row, size in zip(rows, sizes, strict=True)
+        ]
+
+
+class _Feed(Sampler):
+    """The keys of the next pass, replaced before each: the workers live on."""
+
+    def __init__(self) -> None:
+        self.keys: Iterable[BatchKey] = ()
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        return iter(self.keys)
+
+
+class TorchvisionBackend:
+    """Makes batches in `num_workers` processes, 0: in this one. See `base.Backend`.
+
+    Each worker makes `prefetch` batches ahead of the trainer.
+    """
+
+    name = "torchvision"
+
+    def __init__(self, views: TrainViews | EvalViews, loading: Loading) -> None:
+        self._dataset, self._loading = Batches(views), loading
+        self._feed = _Feed()
+        self._loader: DataLoader | None = None
+        self._pass: object | None = None  # the one that began last
+
+    def _make_loader(self) -> DataLoader:
+        workers: dict[str, Any] = {}
+        if self._loading.num_workers:
+            workers = {
+                "persistent_workers": True,
+                "prefetch_factor": self._loading.prefetch,
+                "worker_init_fn": start_worker,
+                "multiprocessing_context": self._loading.start_method,
+            }
+        return DataLoader(
+            self._dataset,
+            batch_size=None,  # a key already is a whole batch
+            sampler=self._feed,
+            num_workers=self._loading.num_workers,
+            pin_memory=self._loading.on_gpu,
+            generator=torch.Generator(),  # else every pass would draw from the global generator
+            **workers,
+        )
+
+    def _start_pass(self) -> Iterator[tuple[RawBatch, list[_Fault]] | _Failure]:
+        with without_sigchld_handler():
+            if self._loader is not None:
+                return iter(self._loader)
+            loader = self._make_loader()
+            with starting(self._loading.start_method) if self._loading.num_workers else nullcontext():
+                iterator = iter(loader)
+            self._loader = loader
+            return iterator
+
+    def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Iterator[RawBatch]:
+        # What is known to be bad is replaced before workers see it.
+        self._feed.keys = (self._without_known(key, bad) for key in keys)
+        current = self._pass = object()
+        try:
+            for made in self._start_pass():
+                if isinstance(made, _Failure):
+                    raise (UsageError if made.usage else RunError)(made.message)
+                yield self._mended(*made, bad)
+                if self._pass is not current:
+                    raise another_pass()
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            if not self._loading.num_workers or not is_death(error):
+                raise
+            self._loader = None  # the next pass starts new workers
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise RunError(
+                f"a data-loading worker died ({reason}); if its own output above does not say why, "
+                "memory or /dev/shm ran out: use fewer workers, or 0"
+            ) from error
+
+    def _without_known(self, key: BatchKey, bad: BadImages) -> BatchKey:
+        next_try = partial(self._dataset.views.substitute, key.epoch)
+        found = [bad.first_usable(index, next_try, int) for index in key.indices]
+        return BatchKey(key.epoch, tuple(index for index in found if index is not None))
+
+    def _mended(self, batch: RawBatch, faults: list[_Fault], bad: BadImages) -> RawBatch:
+        """Replace bad rows, or leave them out. They are few, so this process makes their substitutes."""
+        kept = set(range(len(batch.targets)))
+        for epoch, row, index, reason in faults:
+            bad.add(index, reason)
+            next_try = partial(self._dataset.views.substitute, epoch)
+            if not bad.first_usable(index, next_try, partial(self._dataset.fill, batch, row, epoch)):
+                kept.remove(row)
+        return batch.rows(sorted(kept))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Use one intra-op thread, in a worker and without workers alike.
+
+    A team of threads costs more than a crop of 10,000 pixels is worth, most of all on busy cores, and OpenMP
+    teams do not survive a fork.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

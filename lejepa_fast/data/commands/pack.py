@@ -1,0 +1,170 @@
+"""Pack a folder of images into WebDataset tar shards.
+
+Image files are copied byte for byte as `key.jpg` beside `key.cls`, the class index as text. They are shuffled
+across classes by `seed`, so that every shard is a mixture. Headers carry no owner, rights or time: the same
+images give the same bytes. The result appears under its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from lejepa_fast.data.bad_images import BadImages
+from lejepa_fast.data.draws import PACK, permutation
+from lejepa_fast.data.sources import FolderSource, UnreadableImageError, find_splits
+from lejepa_fast.data.sources.decoding import naming_file
+from lejepa_fast.errors import RunError, UsageError
+
+_DEFAULT_SHARD_BYTES = 256 * 2**20
+SKIPPED = "skipped.txt"
+_STEM_LENGTH = 48  # with the number and the suffix, well within the 100 bytes of a plain tar header
+
+
+def pack_folder(
+    source: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    shard_bytes: int = _DEFAULT_SHARD_BYTES,
+    seed: int = 0,
+    verify: bool = True,
+    skip_bad: bool = False,
+) -> dict[str, int]:
+    """Write the images below a folder as shards. When it fails, `out_dir` is left as it was.
+
+    Args:
+        source: Folder that `open_source` takes as a folder of images. With train/ and val/ below it both are
+            packed, into sub-folders of those names; else the folder is packed as it is.
+        out_dir: New or empty folder for the shards and `classes.txt`.
+        shard_bytes: A new shard begins before one grows past this.
+        seed: Chooses the order of the images.
+        verify: Decode every image first, so that no broken file ends up in a shard.
+        skip_bad: Leave broken files out, and list them in `out_dir/skipped.txt` with their reasons.
+
+    Returns:
+        Number of images by split: {"train": n, "val": m}, or {"": n} without splits.
+
+    Raises:
+        UsageError: `source` is missing or no folder of images, or `out_dir` holds something.
+        RunError: An image is unreadable (with `skip_bad`: all are), or writing fails.
+    """
+    source, out_dir = Path(source), Path(out_dir)
+    if shard_bytes < 1:
+        raise UsageError(f"shard_bytes must be positive; got {shard_bytes}")
+    if skip_bad and not verify:
+        raise UsageError("skip_bad needs verify: only images that are decoded are known to be bad")
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise UsageError(f"{out_dir} exists and is not an empty folder; remove it or choose another name")
+    train_root, val_root = find_splits(source)
+    if not train_root.is_dir():
+        raise UsageError(f"{source} is not a folder; give a folder of class folders or of images")
+    train = FolderSource(train_root)
+    parts = {"train" if val_root else "": train}
+    if val_root:
+        parts["val"] = FolderSource(val_root, classes=train.classes)
+    work = None
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+        packed = {}
+        for name, part in parts.items():
+            skipped = BadImages(part, work / SKIPPED, max_bad_fraction=1.0) if skip_bad else None
+            packed[name] = _write_split(part, work / name, shard_bytes, seed, verify, skipped)
+        if train.classes is not None:
+            names = "".join(f"{name}\n" for name in train.classes)
+            (work / "classes.txt").write_text(names, encoding="utf-8")
+        work.chmod(0o755)  # mkdtemp makes it private
+        os.replace(work, out_dir)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {out_dir}: {error.strerror}; free some space or choose another disk"
+        ) from error
+    finally:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+    return packed
+
+
+def _write_split(
+    source: FolderSource, folder: Path, shard_bytes: int, seed: int, verify: bool, skipped: BadImages | None
+) -> int:
+    """Write one split into `folder`; returns the number of images in it. `skipped` takes the bad ones."""
+    folder.mkdir(exist_ok=True)
+    count = shards = used = 0
+    shard: tarfile.TarFile | None = None
+    with ExitStack() as opened:
+        for position, index in enumerate(permutation(seed, PACK, 0, 0, len(source)).tolist()):
+            name = source.relative_path(index)
+            try:
+                if verify:
+                    source.load(index)
+                with naming_file(source.describe(index)):
+                    data = source.encoded(index)
+            except UnreadableImageError as error:
+                if skipped is None:
+                    raise
+                skipped.add(index, error.reason)
+                continue
+            if shard is None or used + len(data) > shard_bytes:
+                opened.close()
+                tar = folder / f"shard-{shards:05d}.tar"
+                shard = opened.enter_context(tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT))
+                shards, used = shards + 1, 0
+            stem, suffix = os.path.splitext(os.path.basename(name))
+            # A dot would end the key, and foreign letters need another header format.
+            key = f"{position:08d}_{re.sub(r'[^A-Za-z0-9_-]+', '-', stem)[:_STEM_LENGTH]}"
+            _add(shard, key + suffix.lower(), data)
+            if source.labelled:
+                _add(shard, key + ".cls", str(source.target(index)).encode())
+            count, used = count + 1, used + len(data)
+    if not count:
+        raise RunError(f"none of the {len(source)} images in {source.root} is readable; check the data set")
+    return count
+
+
+def _add(shard: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)  # uid, gid and mtime are 0 and the names empty
+    info.size = len(data)
+    info.mode = 0o644
+    shard.addfile(info, io.BytesIO(data))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.add_argument("source", help="folder of class folders, flat folder, or folder with train/ and val/")
+    parser.add_argument("out", help="new folder for the shards")
+    parser.add_argument(
+        "--shard-mb", type=float, default=_DEFAULT_SHARD_BYTES / 2**20, help="size of a shard in MiB"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the images")
+    checks = parser.add_mutually_exclusive_group()
+    checks.add_argument("--no-verify", action="store_true", help="do not decode the images first")
+    checks.add_argument(
+        "--skip-bad", action="store_true", help=f"leave bad images out, list them in {SKIPPED}"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    counts = pack_folder(
+        options.source,
+        options.out,
+        shard_bytes=int(options.shard_mb * 2**20),
+        seed=options.seed,
+        verify=not options.no_verify,
+        skip_bad=options.skip_bad,
+    )
+    for name, count in counts.items():
+        print(f"{os.path.join(options.out, name)}: {count} images")
+    listing = Path(options.out) / SKIPPED
+    if listing.exists():
+        count = len(listing.read_text(encoding="utf-8").splitlines())
+        print(f"{count} bad image{'s' * (count > 1)} left out, listed in {listing}")
+    return 0

@@ -1,0 +1,209 @@
+"""Image sources: what they promise, subsets of them, and checks of image sizes.
+
+A source is a sequence of (image, label) pairs. It holds no open files and pickles small, so forked and
+spawned workers can share it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from lejepa_fast.data.sources.decoding import (
+    UnreadableImageError,
+    naming_file,
+    open_encoded,
+    printable,
+    to_rgb,
+)
+from lejepa_fast.data.sources.large import Reduction
+from lejepa_fast.errors import UsageError
+
+Split = Literal["train", "val"]
+
+_PROBED_IMAGES = 64
+
+
+class ImageSource(ABC):
+    """A sequence of (RGB image, class index or -1).
+
+    Args:
+        name: What logs call the data set.
+        kind: "folder", "webdataset" or "torchvision".
+        classes: Class names by index. None: unknown.
+        targets: Class index of every image. None: the images have no labels.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        kind: str,
+        classes: Sequence[str] | None,
+        targets: Sequence[int] | np.ndarray | None,
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.classes = None if classes is None else list(classes)
+        # An array: forked workers would copy the pages of a list by counting references.
+        self._targets = None if targets is None else np.asarray(targets, dtype=np.int64)
+
+    @property
+    def targets(self) -> list[int] | None:
+        """Class index of every image; None when unlabelled."""
+        return None if self._targets is None else self._targets.tolist()
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have class indices."""
+        return self._targets is not None
+
+    def target(self, index: int) -> int:
+        """Class index of one image, -1 when unlabelled; reads no pixels."""
+        return -1 if self._targets is None else int(self._targets[index])
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def describe(self, index: int) -> str:
+        """The image's file, or shard and member, for messages."""
+
+    @abstractmethod
+    def open_image(self, index: int) -> Image.Image:
+        """The image as Pillow opens it: any mode, not yet decoded, not yet upright."""
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """(upright RGB image, class index or -1). Raises `RunError` naming an unreadable file."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of a source of {len(self)}")
+        return self.load(index), self.target(index)
+
+    def load(self, index: int, reduction: Reduction | None = None) -> Image.Image:
+        """The upright RGB image, very large ones reduced by `reduction`. Raises as `[index]` does."""
+        with naming_file(self.describe(index)):
+            return to_rgb(self.open_image(index), reduction)
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """(width, height) in pixels before EXIF rotation, from the file's header where that is possible."""
+        with naming_file(self.describe(index)):
+            return self.open_image(index).size
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> ImageSource:
+        """The same source with these images only, in this order."""
+        return SubsetSource(self, indices)
+
+
+class EncodedSource(ImageSource):
+    """A source of image files, which hands out their bytes to backends that decode themselves."""
+
+    @abstractmethod
+    def encoded(self, index: int) -> bytes:
+        """The bytes of the image file, as stored."""
+
+    def open_image(self, index: int) -> Image.Image:
+        return open_encoded(self.encoded(index))
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> EncodedSource:
+        return EncodedSubset(self, indices)
+
+
+class SubsetSource(ImageSource):
+    """Some images of another source, in a given order."""
+
+    def __init__(self, base: ImageSource, indices: Sequence[int] | np.ndarray) -> None:
+        self.base = base
+        self._indices = np.asarray(indices, dtype=np.int64)
+        targets = None if base._targets is None else base._targets[self._indices]
+        super().__init__(name=base.name, kind=base.kind, classes=base.classes, targets=targets)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def describe(self, index: int) -> str:
+        return self.base.describe(int(self._indices[index]))
+
+    def open_image(self, index: int) -> Image.Image:
+        return self.base.open_image(int(self._indices[index]))
+
+
+class EncodedSubset(SubsetSource, EncodedSource):
+    """Some images of a source of image files."""
+
+    base: EncodedSource
+
+    def encoded(self, index: int) -> bytes:
+        return self.base.encoded(int(self._indices[index]))
+
+
+class Names:
+    """Many file names in two arrays: forked workers would copy the pages of a list of strings."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]  # they need not be UTF-8
+        self._joined = b"".join(encoded)
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = int(self._ends[index - 1]) if index else 0
+        return os.fsdecode(self._joined[start : int(self._ends[index])])
+
+
+# --- image sizes --------------------------------------------------------------------------------
+
+
+def size_fault(width: int, height: int, smallest: int) -> str | None:
+    """Why an image of this size cannot be used; None if it can. smallest: short side in pixels."""
+    if min(width, height) >= smallest:
+        return None
+    return f"{width} x {height} px, the crops need a short side of {smallest} px"
+
+
+def check_sizes(
+    source: ImageSource, smallest: int, max_bad_fraction: float, known: Collection[int] = ()
+) -> None:
+    """Look at 64 images spread over the source, to find data that is too small or broken as a whole.
+
+    A few bad images pass: they are replaced when they are met.
+
+    Args:
+        source: The data.
+        smallest: Smallest short side in pixels.
+        max_bad_fraction: Share of bad images that is allowed.
+        known: Bad images that are not looked at.
+
+    Raises:
+        UsageError: Too many images are too small; names the first one.
+        UnreadableImageError: Too many images are unreadable; names the first one.
+    """
+    probed = range(0, len(source), max(1, math.ceil(len(source) / _PROBED_IMAGES)))
+    faults: list[Exception] = []
+    for index in probed:
+        if index in known:
+            continue
+        try:
+            width, height = source.image_size(index)
+        except UnreadableImageError as error:
+            faults.append(error)
+            continue
+        if size_fault(width, height, smallest):
+            fault = UsageError(
+                f"image smaller than the crop: {printable(source.describe(index))} is {width} x {height} px, "
+                f"the crops need a short side of {smallest}; use a smaller --crops.global-size (now at most "
+                f"{min(width, height)}), or allow enlarging with --crops.min-image-size 1"
+            )
+            faults.append(fault)
+    allowed = max_bad_fraction * len(probed)
+    if len(probed) < len(source):  # a sample: three standard deviations more
+        allowed += 3 * math.sqrt(allowed * (1 - max_bad_fraction))
+    if len(faults) > max(allowed, max_bad_fraction > 0):  # one never stops a run that allows any
+        raise faults[0]

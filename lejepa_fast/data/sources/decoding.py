@@ -1,0 +1,262 @@
+"""Image files: reading them within limits, and from any of Pillow's modes to upright 8-bit RGB.
+
+`Image.convert("RGB")` alone is wrong for several kinds of files that real data sets hold: it clips 16-bit
+values to white, shows the garbage under transparent pixels and ignores the EXIF orientation.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile, ImageOps
+
+from lejepa_fast.data.sources.large import Reduction, ask_decoder
+from lejepa_fast.errors import RunError, UsageError
+
+
+class UnreadableImageError(RunError):
+    """An image file that cannot be used. `reason` is the short form for a list of bad images."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(
+            f"cannot read image {printable(where)}: {reason}; repair it, or remove it from the data set"
+        )
+        self.reason = reason
+
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
+)
+
+# Formats that Pillow may try on a file, whatever its suffix says. It opens MPO as JPEG. For EPS, which is not
+# among them, it would run Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+
+MAX_IMAGE_BYTES = 256 << 20  # a file is held in memory as a whole
+MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own limit, which programs can raise or switch off
+# Decoders of these formats take 16 bytes of memory and more for a pixel, four times as much as all others.
+_HUNGRY_FORMATS = ("WEBP", "JPEG2000")
+
+# Limits of what stands before the pixels. Pillow's time grows with the square of the EXIF segments of a JPEG,
+# and its memory with the square of the bytes of EXIF data, whose entries may overlap.
+_MAX_HEADER_READS = 1 << 14  # a JPEG takes 4 for a segment
+_MAX_EXIF_BYTES = 128 << 10
+
+# Keys of `Image.info`: transparency, and what may hold an orientation, which Pillow reads with the pixels.
+_UNUSUAL_IN_PNG = {"interlace", "transparency", "exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+
+_TILE = 1024  # px, a multiple of any factor of `Reduction`
+
+# The process or the machine lacks something, so the image may be good: error number to the way out.
+_SHORTAGES = {
+    errno.EMFILE: "this process has too many files open: raise the limit, 'ulimit -n'",
+    errno.ENFILE: "the machine has too many files open: close other programs, or raise fs.file-max",
+    errno.ENOMEM: "memory is short: fewer workers, or a higher limit ('ulimit -v', or the container's)",
+}
+
+
+# --- reading and opening ------------------------------------------------------------------------
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        UnreadableImageError: The file is too large, or a pipe or device.
+        OSError: It cannot be read.
+    """
+    # Without blocking: opening a pipe would wait for a writer.
+    flags = getattr(os, "O_NONBLOCK", 0)
+    with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImageError(os.fspath(path), "a pipe or device, not a file")
+        refuse_large(os.fspath(path), status.st_size)
+        return file.read()
+
+
+def refuse_large(where: str, size: int) -> None:
+    """Raise `UnreadableImageError` for an image file of more than `MAX_IMAGE_BYTES` bytes."""
+    if size > MAX_IMAGE_BYTES:
+        raise UnreadableImageError(
+            where, f"{size >> 20:,} MiB, more than the {MAX_IMAGE_BYTES >> 20} that an image file may have"
+        )
+
+
+class _Header(io.BytesIO):
+    """An image file of which Pillow reads the header, in a bounded number of steps."""
+
+    reads = exif_bytes = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        self.reads += 1
+        self.exif_bytes += len(data) if data.startswith(b"Exif\0\0") else 0
+        if self.reads > _MAX_HEADER_READS:
+            raise ValueError("too many segments before the pixels")
+        _check_exif(self.exif_bytes)
+        return data
+
+
+def _check_exif(size: int) -> None:
+    if size > _MAX_EXIF_BYTES:
+        raise ValueError(f"more than {_MAX_EXIF_BYTES >> 10} KiB of EXIF data")
+
+
+def open_encoded(data: bytes) -> ImageFile.ImageFile:
+    """Open an image file held in memory. Its pixels are decoded on first use.
+
+    Raises whatever Pillow raises, and `ValueError` for a file that could exhaust time or memory.
+    """
+    file = _Header(data)
+    image = Image.open(file, formats=_FORMATS)
+    file.reads = -(1 << 62)  # decoding may read as often as it likes
+    limit = MAX_IMAGE_PIXELS // 4 if image.format in _HUNGRY_FORMATS else MAX_IMAGE_PIXELS
+    if image.width * image.height > limit:
+        raise Image.DecompressionBombError(
+            f"{image.width} x {image.height} px, more than the {limit:,} pixels an image may have"
+        )
+    _check_exif(len(image.info.get("exif", b"")))
+    _check_exif(len(image.info.get("Raw profile type exif", "")) // 2)  # in hexadecimal digits
+    return image
+
+
+class Header(NamedTuple):
+    """Size of the upright image in pixels; EXIF orientation, 1-8, of the stored pixels."""
+
+    width: int
+    height: int
+    orientation: int
+
+
+def plain_header(data: bytes) -> Header | None:
+    """Size and orientation of an image file that any decoder reads as Pillow does; None for all others.
+
+    Plain are complete JPEG and PNG files of 8-bit RGB or grayscale without transparency. A damaged file may
+    look plain, because pixels are not decoded here.
+    """
+    orientation = 1
+    try:
+        image = open_encoded(data)
+        if image.format == "PNG":
+            # As stored, values have 8 bits. EXIF data may stand behind the pixels.
+            plain = [tile[3] for tile in getattr(image, "tile")] == [image.mode] and b"IEND" in data[-12:]  # noqa: B009 - no stub has it
+            plain = plain and not _UNUSUAL_IN_PNG & image.info.keys() and b"eXIf" not in data
+        else:
+            # Adobe's transform 0: the colors are stored as RGB.
+            plain = image.format in ("JPEG", "MPO") and image.info.get("adobe_transform") != 0
+            plain = plain and data.rfind(b"\xff\xd9") >= 0
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if plain else 1
+    except Exception:  # decoders raise anything; decoding the image tells the reason
+        return None
+    if not plain or image.mode not in ("RGB", "L"):
+        return None
+    orientation = int(orientation) if orientation in range(1, 9) else 1
+    width, height = image.size if orientation < 5 else image.size[::-1]
+    return Header(width, height, orientation)
+
+
+# --- to RGB -------------------------------------------------------------------------------------
+
+
+def to_rgb(image: Image.Image, reduction: Reduction | None = None) -> Image.Image:
+    """Upright 8-bit RGB version of `image`, of its first frame.
+
+    Transparent images are composed over white. 16-bit grayscale is scaled to 8 bits. Floating-point images
+    are taken as 0-1 when no value exceeds 1, else as 0-255. CMYK, palette and grayscale images are converted.
+
+    Args:
+        image: As Pillow opens it.
+        reduction: How much very large images are reduced. None: not at all.
+    """
+    factor = reduction(*image.size) if reduction else 1
+    if factor > 1:
+        factor = ask_decoder(image, factor)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.reduce(factor) if factor > 1 else image
+    scale = _scale(image)
+    width, height = image.size
+    # A conversion takes up to 32 bytes a pixel on the way: convert and reduce one tile after the other.
+    pixels = Image.new("RGB", (-(-width // factor), -(-height // factor)))
+    for top in range(0, height, _TILE):
+        for left in range(0, width, _TILE):
+            box = (left, top, min(left + _TILE, width), min(top + _TILE, height))
+            tile = _convert(image.crop(box), scale)
+            pixels.paste(tile.reduce(factor) if factor > 1 else tile, (left // factor, top // factor))
+    return pixels
+
+
+def _convert(image: Image.Image, scale: float | None) -> Image.Image:
+    if scale is not None:
+        values = np.nan_to_num(np.asarray(image).astype(np.float64)) * scale
+        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        # The premultiplied modes convert to their plain counterparts only.
+        plain = {"RGBa": "RGBA", "La": "LA"}.get(image.mode)
+        image = (image.convert(plain) if plain else image).convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale(image: Image.Image) -> float | None:
+    """Factor from one channel of 16- or 32-bit values to 8 bits; None for all other images."""
+    if image.mode.startswith("I;16"):
+        return 1 / 257
+    if image.mode == "I":  # 32 bits in memory, 8 or 16 in most files
+        return 1.0 if image.getextrema()[1] <= 255 else 1 / 257  # type: ignore[operator]
+    if image.mode == "F":
+        # Row by row, because `asarray` makes a copy. NaN counts as 0.
+        rows = (image.crop((0, top, image.width, top + 1)) for top in range(image.height))
+        peak = max((float(np.nan_to_num(np.asarray(row)).max(initial=0.0)) for row in rows), default=0.0)
+        return 255.0 if peak <= 1.0 else 1.0
+    return None
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """`text` for a one-line message. Line breaks, and bytes of file names that are not UTF-8, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortage(error: OSError) -> str | None:
+    """The way out when the process or the machine lacks something; None when the file is to blame."""
+    return _SHORTAGES.get(error.errno or 0)
+
+
+def unreadable(where: str, error: Exception) -> RunError:
+    """One line for a file that cannot be decoded, with its name and the way out.
+
+    An `UnreadableImageError`, unless the process or the machine is to blame and not the file.
+    """
+    if isinstance(error, OSError) and (way_out := shortage(error)):
+        return RunError(
+            f"cannot read image {printable(where)}: {error.strerror}; {way_out} (the image may be good)"
+        )
+    # Pillow's own text ends in "<_io.BytesIO object at 0x...>".
+    text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    reason = "not an image" if "cannot identify image file" in text else text
+    return UnreadableImageError(where, re.sub(r"\s+", " ", reason).strip() or type(error).__name__)
+
+
+@contextmanager
+def naming_file(describe: str) -> Iterator[None]:
+    """Raise the error of `unreadable` for anything that reading or decoding the file `describe` raises."""
+    try:
+        yield
+    except (RunError, UsageError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
+        raise unreadable(describe, error) from error

@@ -1,0 +1,159 @@
+"""torchvision's image-classification data sets, by name, from files that are already on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torchvision import datasets
+
+from lejepa_fast.data.sources.base import EncodedSource, ImageSource, Names, Split
+from lejepa_fast.data.sources.decoding import read_file
+from lejepa_fast.errors import UsageError
+
+# Sets that are not image classification, or that unpack archives on opening (ImageNet), are left out.
+_BY_FLAG = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST", "USPS")  # train=True or False
+_UNSPLIT = ("EuroSAT", "SUN397", "Caltech101", "Caltech256")
+_VAL_SPLITS = {  # what the held-out split is called
+    **dict.fromkeys(("STL10", "SVHN", "Food101", "GTSRB", "StanfordCars", "OxfordIIITPet"), "test"),
+    **dict.fromkeys(("Flowers102", "DTD", "FGVCAircraft", "Imagenette", "PCAM", "RenderedSST2"), "val"),
+    "CLEVRClassification": "val",
+    "Country211": "valid",
+}
+NAMES = sorted([*_BY_FLAG, *_UNSPLIT, *_VAL_SPLITS])
+
+# Sets that keep decoded images in arrays; all others consist of image files.
+_ARRAYS = frozenset({*_BY_FLAG, "STL10", "SVHN", "PCAM"})
+
+
+class ArraySource(ImageSource):
+    """A torchvision data set that makes its images from arrays."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self._dataset = dataset
+        super().__init__(name=name, kind="torchvision", classes=_classes(dataset), targets=_labels(dataset))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def describe(self, index: int) -> str:
+        return f"number {index} of torchvision's {self.name}"
+
+    def open_image(self, index: int) -> Image.Image:
+        return self._dataset[index][0]
+
+
+class FileSource(EncodedSource):
+    """A torchvision data set of image files, which are read here and not by torchvision.
+
+    So the limits, formats and conversions of all image files hold. torchvision lets Pillow try any format on
+    files of any size, and for EPS Pillow runs Ghostscript.
+    """
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        files, labels = _files(dataset), _labels(dataset)
+        order = sorted(range(len(files)), key=lambda item: os.fsencode(files[item]))  # SUN397 has the disk's
+        self._files = Names(files[item] for item in order)
+        super().__init__(name=name, kind="torchvision", classes=_classes(dataset), targets=labels[order])
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def describe(self, index: int) -> str:
+        return self._files[index]
+
+    def encoded(self, index: int) -> bytes:
+        return read_file(self._files[index])
+
+
+def split_options(name: str, split: Split) -> dict[str, Any] | None:
+    """Arguments of torchvision's class that select the split; None for a set that has no splits."""
+    if name in _UNSPLIT:
+        return None
+    if name in _BY_FLAG:
+        return {"train": split == "train"}
+    if split == "val":
+        return {"split": _VAL_SPLITS[name]}
+    return {"split": "trainval" if name == "OxfordIIITPet" else "train"}
+
+
+def open_torchvision_set(path: str, split: Split) -> tuple[ImageSource, bool]:
+    """Open "torchvision:NAME:/dir". The files must be there; nothing is downloaded.
+
+    Returns:
+        The source, and whether it is only this split. Sets without splits come whole.
+
+    Raises:
+        UsageError: The path is malformed, or torchvision cannot open the set; says why.
+    """
+    parts = path.split(":", 2)
+    if len(parts) != 3 or not parts[1] or not parts[2]:
+        raise UsageError(f"expected torchvision:NAME:/dir, such as torchvision:CIFAR10:/data; got {path!r}")
+    _, name, root = parts
+    if name not in NAMES:
+        raise UsageError(f"torchvision data set {name!r} is not known here; known: {', '.join(NAMES)}")
+    root = os.path.expanduser(root)
+    if not os.path.isdir(root):
+        raise UsageError(f"no such folder: {root}; give the folder that holds the files of {name}")
+    options = split_options(name, split)
+    try:
+        dataset = getattr(datasets, name)(root, **(options or {}))
+    except Exception as error:  # each data set raises its own: RuntimeError, FileNotFoundError, ImportError
+        reason = (str(error) or repr(error)).splitlines()[0].split(". You can use download=True")[0]
+        raise UsageError(
+            f"torchvision's {name} cannot be opened in {root}: {reason}; nothing is downloaded: if files "
+            f"are missing, fetch them once with torchvision.datasets.{name}({root!r}, ..., download=True)"
+        ) from error
+    source = ArraySource(dataset, name) if name in _ARRAYS else FileSource(dataset, name)
+    if len(source) == 0:
+        raise UsageError(f"torchvision's {name} in {root} holds no images for the split {split!r}")
+    return source, options is not None
+
+
+def _attribute(dataset: Any, *names: str) -> Any:
+    """The first of these attributes that holds something for every item; None when there is none."""
+    values = (getattr(dataset, name, None) for name in names)
+    return next((found for found in values if found is not None and len(found) == len(dataset)), None)
+
+
+def _files(dataset: Any) -> list[str]:
+    """Path of every item, from whichever attribute this data set keeps them in."""
+    name = type(dataset).__name__
+    if name in ("Caltech101", "Caltech256"):
+        folder = os.path.join(dataset.root, f"{name[-3:]}_ObjectCategories")
+        files = "image_{1:04d}.jpg" if name == "Caltech101" else "{0:03d}_{1:04d}.jpg"
+        return [
+            os.path.join(folder, dataset.categories[label], files.format(label + 1, number))
+            for label, number in zip(dataset.y, dataset.index, strict=True)
+        ]
+    items = _attribute(dataset, "_samples", "samples", "_images", "_image_files")
+    if items is None:
+        raise _unknown_layout(dataset)
+    return [os.fspath(item[0] if isinstance(item, tuple) else item) for item in items]
+
+
+def _classes(dataset: Any) -> Sequence[str] | None:
+    classes = getattr(dataset, "classes", None)
+    return classes if classes and all(isinstance(name, str) for name in classes) else None
+
+
+def _labels(dataset: Any) -> np.ndarray:
+    """Class index of every item, from whichever attribute this data set keeps them in."""
+    labels = _attribute(dataset, "targets", "labels", "_labels", "y")
+    if labels is None and (samples := _attribute(dataset, "_samples")) is not None:
+        labels = [label for _, label in samples]
+    if labels is None and type(dataset).__name__ in _ARRAYS:
+        labels = [dataset[index][1] for index in range(len(dataset))]
+    if labels is None:
+        raise _unknown_layout(dataset)  # torchvision would have to open the images
+    return np.asarray(labels, dtype=np.int64)
+
+
+def _unknown_layout(dataset: Any) -> UsageError:
+    return UsageError(
+        f"this version of torchvision keeps the files or labels of {type(dataset).__name__} where they are "
+        "not looked for; give the path of the folder that holds its images instead"
+    )

@@ -1,0 +1,232 @@
+"""SIGReg as a module: holds the knots and the step, draws directions and calls `functional.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .checks import check_count, check_embeddings, check_flag, check_integer
+from .collectives import resolve_group
+from .directions import sample_unit_directions
+from .dispatch import (
+    Implementation,
+    Precision,
+    check_implementation,
+    check_precision,
+    choose,
+    resolve_implementation,
+    transforming,
+)
+from .functional import Reduction, check_spacing, evaluate
+from .reference import Knots, standard_normal_knots
+
+
+class SIGReg(nn.Module):
+    """Sketched isotropic Gaussian regularisation of embeddings (LeJEPA, arXiv 2511.08544, section 4).
+
+    Projects embeddings on random directions and returns the mean Epps-Pulley statistic of the
+    projections. Under N(0, I) its expectation is about 1.05 for the default knots (0 with
+    `unbiased=True`), and it grows like N when embeddings deviate or collapse.
+
+    Knots. The default is the authors' code: `t_max=3, n_points=17` on the half line. The paper's
+    Algorithm 1, `linspace(-5, 5, 17)` on the whole line, is `t_max=5, n_points=9`.
+
+    Directions are fresh at every call in training mode: a function of (seed, step) alone, the same on
+    all ranks and for all views. `step` is a persistent buffer, advanced on the device, saved in the
+    state dict. Evaluation mode does not advance it.
+
+    Activation checkpointing calls the module a second time. In eager mode the directions of the last
+    call are used again and the step stays; several calls before one backward are ambiguous and raise.
+    Give `step` to `forward` then, and wherever checkpointing is combined with `torch.compile`. Better still,
+    keep the loss outside the checkpointed region: it stores no large activations.
+
+    Args:
+        num_slices: number of directions M.
+        t_max: right end of the half line of knots.
+        n_points: number of knots J on the half line, both ends included.
+        unbiased: remove the O(1/N) minibatch bias; needs two samples.
+        reduction: "mean" or "sum" over views and slices, or None for a statistic of each.
+        process_group: ranks that share a batch; None is the default group, looked up at every call.
+        sync: take the statistic of the batch of all ranks; False keeps it local.
+        impl: "triton", "torch", "reference" or "auto", see `lejepa_fast.sigreg`; `chosen_impl` is what "auto"
+            takes.
+        seed: selects the sequence of directions.
+        scale_by_n: multiply by the number of samples, as the paper does.
+        pool_views: treat all leading dimensions as one sample of V * N embeddings (stable-pretraining)
+            instead of a statistic for each view.
+        knots: quadrature to use instead of `t_max` and `n_points`, for other targets or windows; phi and
+            weights may have shape (J, M).
+        precision: of float32 products with the Triton kernels, see `lejepa_fast.sigreg`.
+
+    Shape:
+        z: (..., N, K), any floating dtype.
+        output: float32 scalar, or (..., M) for reduction=None ((M,) with `pool_views`).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what was given.
+    """
+
+    step: Tensor
+    t: Tensor
+    phi: Tensor
+    weights: Tensor
+
+    def __init__(
+        self,
+        num_slices: int = 1024,
+        t_max: float = 3.0,
+        n_points: int = 17,
+        unbiased: bool = False,
+        reduction: Reduction = "mean",
+        process_group: dist.ProcessGroup | None = None,
+        sync: bool = True,
+        impl: Implementation = "auto",
+        *,
+        seed: int = 0,
+        scale_by_n: bool = True,
+        pool_views: bool = False,
+        knots: Knots | None = None,
+        precision: Precision | None = None,
+    ):
+        super().__init__()
+        check_integer("num_slices", num_slices, at_least=1)
+        check_integer("seed", seed)
+        if reduction not in ("mean", "sum", None):
+            raise ValueError(f"reduction: expected 'mean', 'sum' or None, got {reduction!r}")
+        check_implementation(impl)
+        check_precision(precision)
+        flags = {"unbiased": unbiased, "sync": sync, "scale_by_n": scale_by_n, "pool_views": pool_views}
+        for name, flag in flags.items():
+            check_flag(name, flag)
+        self.num_slices = num_slices
+        self.unbiased = unbiased
+        self.reduction: Reduction = reduction
+        self.process_group = process_group
+        self.sync = sync
+        self.impl: Implementation = impl
+        self.precision: Precision | None = precision
+        self.seed = seed
+        self.scale_by_n = scale_by_n
+        self.pool_views = pool_views
+        self._knots = standard_normal_knots(t_max, n_points) if knots is None else _checked(knots)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._register_knots(self.step.device)
+        # For activation checkpointing: calls since a backward pass began or recomputed one.
+        self._calls = 0
+        self._backward_began = False
+
+    @property
+    def chosen_impl(self) -> str:
+        """The implementation in use on the module's device: what "auto" means there for float32."""
+        return resolve_implementation(self.impl, self.step.device)
+
+    def forward(self, z: Tensor, step: int | Tensor | None = None) -> Tensor:
+        """SIGReg of embeddings z (..., N, K).
+
+        Args:
+            z: embeddings, shape (..., N, K).
+            step: directions to use instead of those of the module's counter, which then stays as it is.
+        """
+        check_embeddings("z", z)
+        if self.pool_views:
+            z = z.flatten(0, -2)
+        group = resolve_group(self.process_group, self.sync)
+        if group is None:  # a rank of a group may hold few samples, or none
+            check_count("z", z.shape[-2], unbiased=self.unbiased)
+        chosen = choose(self.impl, z, self.precision, several_ranks=group is not None)
+        if transforming() and self.training and step is None:
+            raise RuntimeError(
+                "step: expected an explicit step in training mode under torch.func transforms, which cannot "
+                "advance the module's counter, got None; call it with step=..., or after eval()"
+            )
+        if z.device != self.step.device and z.device.type != "meta" and not torch.compiler.is_compiling():
+            self.to(z.device)  # once, instead of copying the knots at every call
+        # The buffers are float32; float64 embeddings get knots to match.
+        knots = self._knots if z.dtype == torch.float64 else self
+        advances = step is None and self.training
+        recomputed = advances and self._recomputed()
+        if step is None:
+            step = self.step - 1 if recomputed else self.step
+        with torch.no_grad():
+            # In the dtype of z, for its tensor cores; in half precision the scale undoes the rounding.
+            A, scale = sample_unit_directions(
+                z.shape[-1],
+                self.num_slices,
+                step=step,
+                seed=self.seed,
+                device=z.device,
+                dtype=z.dtype,
+                impl=chosen,
+            )
+            if advances and not recomputed:
+                self.step.add_(1)  # after its use: a copy would be one more launch
+        loss = evaluate(
+            z,
+            A,
+            knots.t,
+            knots.phi,
+            knots.weights,
+            unbiased=self.unbiased,
+            reduction=self.reduction,
+            scale_by_n=self.scale_by_n,
+            group=group,
+            chosen=chosen,
+            spacing=self._knots.spacing,
+            scale=scale if z.dtype.itemsize == 2 else None,
+            precision=self.precision,
+        )
+        if loss.requires_grad and not (transforming() or torch.compiler.is_compiling()):
+            loss.register_hook(self._note_backward)
+        return loss.float()
+
+    def _recomputed(self) -> bool:
+        """Whether activation checkpointing repeats an earlier call; counts the other calls."""
+        if torch.compiler.is_compiling():
+            return False
+        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
+            self._calls = 1 if self._backward_began else self._calls + 1
+            self._backward_began = False
+            return False
+        if self._calls != 1:
+            raise RuntimeError(
+                "step: expected an explicit step where activation checkpointing recomputes one of "
+                f"{self._calls} calls of SIGReg, got None; give a step to each call, or keep the loss "
+                "outside the checkpointed region"
+            )
+        self._backward_began = True
+        return True
+
+    def _note_backward(self, grad: Tensor) -> None:
+        self._backward_began = True
+
+    def _register_knots(self, device: torch.device) -> None:
+        for name in ("t", "phi", "weights"):
+            value = getattr(self._knots, name).to(device=device, dtype=torch.float32, copy=True)
+            self.register_buffer(name, value, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SIGReg:
+        # `.bfloat16()` on a whole model must not round the knots, and materialising a meta-device
+        # module must leave nothing uninitialised: knots are made anew from the float64 values.
+        had_no_value = self.step.is_meta
+        super()._apply(fn, recurse)
+        if had_no_value and not self.step.is_meta:
+            self.step.zero_()
+        self._register_knots(self.step.device)
+        return self
+
+    def extra_repr(self) -> str:
+        J = self._knots.t.shape[0]
+        impl = f"{self.impl!r} -> {self.chosen_impl!r}" if self.impl == "auto" else repr(self.impl)
+        return (
+            f"num_slices={self.num_slices}, n_points={J}, t_max={self._knots.t[-1].item():g}, "
+            f"unbiased={self.unbiased}, reduction={self.reduction!r}, impl={impl}"
+        )
+
+
+def _checked(knots: Knots) -> Knots:
+    """float64 knots on the CPU, with a spacing that fits them."""
+    t, phi, weights = (a.detach().to("cpu", torch.float64) for a in knots[:3])
+    return Knots(t, phi, weights, check_spacing(knots.spacing, t))

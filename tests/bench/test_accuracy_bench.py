@@ -1,0 +1,82 @@
+"""The accuracy benchmark tells a good implementation from a bad one."""
+
+from __future__ import annotations
+
+import sys
+
+import accuracy_bench
+import benchlib
+import pytest
+import torch
+from accuracy_bench import Variant, errors
+
+
+def test_the_streaming_implementation_keeps_the_rule_of_plain_float32():
+    plain = errors(Variant("plain", torch.float32, "reference"), 65, 1.0, "cpu")
+    streaming = errors(Variant("streaming", torch.float32, "torch"), 65, 1.0, "cpu")
+    assert plain[:2] == plain[2:] == streaming[2:]
+    for part in range(2):  # value, gradient
+        assert 0 < streaming[part] <= 2 * plain[part] + 1e-6
+
+
+def test_half_precision_is_measured_on_the_path_of_training_and_on_its_own_inputs(monkeypatch):
+    """dT/dp is rounded: a gradient for each direction would leave it in float32."""
+    taken, gradients, sigreg = {}, [], accuracy_bench.sigreg
+
+    def recorded(x, A, *knots, reduction, scale, **options):
+        value = sigreg(x, A, *knots, reduction=reduction, scale=scale, **options)
+        gradients.extend([reduction] if value.requires_grad else [])
+        taken[x.dtype] = x.double(), A.double(), scale
+        return value
+
+    monkeypatch.setattr(accuracy_bench, "sigreg", recorded)
+    value, grad, *_ = errors(Variant("bf16", torch.bfloat16, "torch"), 17, 1.0, "cpu")
+    assert gradients == ["sum"] * 3  # float64, plain float32, and the variant
+    assert value < 1e-5
+    assert grad < 2**-8
+    for dtype in (torch.float32, torch.float64):
+        assert all(torch.equal(a, b) for a, b in zip(taken[dtype], taken[torch.bfloat16], strict=True))
+
+
+def test_rows_beyond_the_rule_are_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accuracy_bench, "interpreting", lambda: True)
+    monkeypatch.setattr(accuracy_bench, "KNOTS", (65,))
+    monkeypatch.setattr(accuracy_bench, "SCALES", (1.0,))
+    monkeypatch.setattr(sys, "argv", ["accuracy_bench.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    measured = [
+        Variant("plain float32", torch.float32, "reference", judged=False),
+        Variant("streaming", torch.float32, "torch"),
+        Variant("streaming, bf16", torch.bfloat16, "torch"),
+    ]
+    monkeypatch.setattr(accuracy_bench, "variants", lambda device: measured)
+    assert accuracy_bench.main() == 0
+    evaluate = accuracy_bench.evaluate
+
+    def wrong(x, A, knots, *, impl, **options):
+        value, grad = evaluate(x, A, knots, impl=impl, **options)
+        return value * (1 + 1e-5 * (impl == "torch")), grad
+
+    monkeypatch.setattr(accuracy_bench, "evaluate", wrong)
+    assert accuracy_bench.main() == 1
+    assert "error: streaming, J 65: " in capsys.readouterr().err
+    rows = benchlib.read_rows(tmp_path / "sigreg_accuracy.jsonl")
+    assert [row["share_of_allowed"] is not None for row in rows] == 2 * [False, True, True]
+    nan = {**rows[1], "value_errors": [float("nan")]}
+    assert accuracy_bench.share_of_allowed(nan) == float("inf")
+
+
+def test_only_the_value_of_half_precision_on_tensor_cores_may_be_off_by_more():
+    good = {part: [0.0] for part in accuracy_bench.PARTS} | {"dtype": "bfloat16", "kernels": "compiled"}
+    share = accuracy_bench.share_of_allowed
+    assert share({**good, "value_errors": [4e-5]}) == pytest.approx(0.8)
+    assert share({**good, "value_errors": [4e-5], "kernels": "interpreted"}) == pytest.approx(40)
+    assert share({**good, "value_errors": [4e-5], "dtype": "float32"}) == pytest.approx(40)
+    assert share({**good, "gradient_errors": [2**-8]}) == pytest.approx(1, rel=1e-3)
+    assert share({**good, "value_errors": [9e-5], "plain_value_errors": [2e-5]}) == pytest.approx(1)
+
+
+def test_every_precision_is_measured_on_a_gpu():
+    variants = list(accuracy_bench.variants("cuda"))
+    assert {v.precision for v in variants if v.dtype == torch.float32} >= {"ieee", "tf32", "tf32x3"}
+    assert {v.dtype for v in variants} == {torch.float32, torch.bfloat16, torch.float16}

@@ -1,0 +1,254 @@
+"""The SIGReg benchmark: its gate, its timing, its rows and its output, at tiny sizes."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import benchlib
+import pytest
+import sigreg_bench
+import sigreg_variants
+import timing
+import torch
+from sigreg_bench import Setting
+from sigreg_variants import BASELINE, COMPILED, GRAPH, REDUCED, STREAMING, TRITON, Case, Loss, Size
+
+TINY = Case("custom", Size(1, 64, 8, 16, 17), torch.float32, (BASELINE, STREAMING))
+CPU = torch.device("cpu")
+ON_CPU = Setting(CPU)
+H200 = timing.Ceilings(780e12, 4.3e12, 132 * 128 * 1.98e9)
+
+
+@pytest.fixture
+def measure(monkeypatch, tmp_path):
+    """Measures a case, peak memory without a process for each variant; the rows as written."""
+    monkeypatch.setattr(timing, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    writer = benchlib.Rows(tmp_path / "sigreg.jsonl", "sigreg")
+    return lambda case, setting=ON_CPU, repeats=2: sigreg_bench.measure(case, setting, repeats, writer)
+
+
+# --- The gate -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [BASELINE, STREAMING, "our reference"])
+def test_right_variants_pass_on_their_own_directions(monkeypatch, name, dtype):
+    case = TINY._replace(dtype=dtype)
+    (x,) = sigreg_variants.make_inputs(case, 1, CPU)
+    _, step, error = sigreg_variants.build_and_compare(case, name, x, CPU)
+    assert error <= sigreg_variants.MAX_ERROR[dtype]
+    assert not torch.equal(step(x)[1], step(x)[1]), "drawn directions are fresh"
+    directions = Loss.directions
+    monkeypatch.setattr(Loss, "directions", lambda loss: directions(loss).flip(0))
+    _, _, error = sigreg_variants.build_and_compare(case, name, x, CPU)
+    assert error > sigreg_variants.MAX_ERROR[dtype], "other directions have another result"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_variant_is_reported_and_not_timed(monkeypatch, capsys, measure, dtype):
+    def biased(case, device):
+        right = sigreg_variants.ours("torch")(case, device)
+        return Loss(lambda x: (right.forward(x * 1.03), None), right.directions)
+
+    monkeypatch.setitem(sigreg_variants.VARIANTS, STREAMING, biased)
+    rows = measure(TINY._replace(dtype=dtype))
+    assert [row["correct"] for row in rows] == [True, False]
+    assert "forward" not in rows[1]
+    assert "WRONG" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "at_call", "problem"),
+    [
+        (RuntimeError("no C++ compiler\nmore"), 1, "not available here: RuntimeError: no C++ compiler"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "does not fit into memory"),
+        (RuntimeError("sticky"), 3, "failed while it was timed: RuntimeError: sticky"),
+        (torch.OutOfMemoryError("full"), 3, "does not fit into memory beside the others"),
+    ],
+)
+def test_a_variant_that_fails_leaves_the_others(monkeypatch, capsys, measure, error, at_call, problem):
+    def failing(case, device):
+        right, calls = sigreg_variants.ours("torch")(case, device), []
+
+        def loss(x):
+            calls.append(x)
+            if len(calls) >= at_call:
+                raise error
+            return right.forward(x), None
+
+        return Loss(loss, right.directions)
+
+    monkeypatch.setitem(sigreg_variants.VARIANTS, STREAMING, failing)
+    rows = measure(TINY)
+    assert [row["correct"] for row in rows] == [True, False]
+    assert rows[1]["problem"] == problem
+    assert rows[0]["forward_backward"]["median_ms"] > 0
+    assert problem.split(":")[0] in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_rows_are_written_before_a_compiler_that_never_ends(tmp_path, monkeypatch, measure):
+    def compile_forever(case, device):
+        raise KeyboardInterrupt
+
+    right = sigreg_variants.VARIANTS[STREAMING]
+    for name, build in ((TRITON, right), (GRAPH, right), (COMPILED, right), (REDUCED, compile_forever)):
+        monkeypatch.setitem(sigreg_variants.VARIANTS, name, build)
+    monkeypatch.setattr(timing, "graphed", lambda step, device: step)
+    with pytest.raises(KeyboardInterrupt):
+        measure(TINY._replace(variants=(BASELINE, COMPILED, REDUCED, STREAMING, TRITON, GRAPH)))
+    rows = benchlib.read_rows(tmp_path / "sigreg.jsonl")
+    quick = [(0, name) for name in (BASELINE, STREAMING, TRITON, GRAPH)]
+    assert [(row["group"], row["variant"]) for row in rows] == [*quick, (1, COMPILED), (1, TRITON)]
+    assert len({row["date"] for row in rows}) == 1, "one measurement"
+
+
+@pytest.mark.parametrize("name", [sigreg_variants.LIGHTLY, sigreg_variants.STABLE])
+def test_peers_agree_with_float64(name):
+    if name not in sigreg_variants.PEERS:
+        pytest.skip(f"{name} is not installed")
+    for case in sigreg_variants.peer_cases(CPU):
+        if name in case.variants:
+            small = case._replace(size=case.size._replace(N=16, M=32))
+            (x,) = sigreg_variants.make_inputs(small, 1, CPU)
+            assert sigreg_variants.build_and_compare(small, name, x, CPU)[2] < 1e-5
+
+
+# --- Timing ---------------------------------------------------------------------------------------
+
+
+def test_calls_take_turns_and_one_that_raises_is_left_out():
+    order = []
+
+    def call(name):
+        order.append(name)
+        if name == "b" and len(order) > 3:
+            raise ValueError("tired")
+
+    calls = {name: lambda name=name: call(name) for name in "abc"}
+    found = timing.interleave(calls, rounds=3, clock=timing.once)
+    assert "".join(order) == "abcabcac"
+    assert [len(found[name]) for name in "ac"] == [3, 3]
+    assert str(found["b"]) == "tired"
+
+
+def test_summary_is_in_milliseconds():
+    summary = timing.summary([0.001 * i for i in range(1, 12)])
+    assert summary == pytest.approx({"median_ms": 6, "p20_ms": 3, "p80_ms": 9})
+
+
+def test_memory_is_measured_in_a_fresh_process():
+    case = Case("custom", Size(1, 512, 8, 64, 17), torch.bfloat16, ())
+    phases = 512 * 64 * 17 * 4
+    peak = timing.in_fresh_process(sigreg_bench.peak_here, case, BASELINE)
+    assert 2 * phases < peak < 40 * phases
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_what_a_gpu_row_holds(monkeypatch, measure):
+    """With torch.cuda, as far as the timing uses it, on the CPU."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    properties = types.SimpleNamespace(L2_cache_size=1 << 16)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(f"sleep {type(cycles).__name__}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    clock = timing.GpuClock(CPU)
+    assert clock(lambda: log.append("call")) == pytest.approx(0.002)
+    assert log == ["sleep int", "record", "call", "record", "synchronize"], "the stream is busy first"
+    # Inputs in turns are larger than the cache together.
+    assert clock.buffers(1 << 16) * (1 << 16) >= 4 * clock.l2_bytes
+    assert (clock.buffers(1 << 20), clock.buffers(64)) == (2, 16)
+    for dtype in (torch.bfloat16, torch.float32):
+        for row in measure(TINY._replace(dtype=dtype), Setting(CPU, clock, H200), repeats=3):
+            assert row["forward"]["median_ms"] == row["forward_backward"]["median_ms"] == pytest.approx(2)
+            assert row["wall"]["median_ms"] > 0
+            if dtype == torch.float32:
+                assert "share_of_floor" not in row, "the matmul's speed is that of half precision"
+            else:
+                assert row["share_of_floor"] == row["floor_ms"] / row["forward_backward"]["median_ms"]
+                assert row["ceilings"]["matmul_flops"] == 780e12
+
+
+def test_the_floor_of_the_reference_size():
+    """Near 80 us where the pipes overlap, about 150 us where they take turns, on an H200."""
+    floor = sigreg_bench.floors(sigreg_variants.REFERENCE, 2, H200)
+    assert floor["floor_ms"] == pytest.approx(0.080, rel=0.1)
+    assert floor["serial_floor_ms"] == pytest.approx(0.150, rel=0.1)
+
+
+def test_kernels_copies_and_fills_count_as_launches():
+    def event(device, name, **more):
+        return types.SimpleNamespace(device_type=device, name=name, **more)
+
+    gpu, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    trace = [event(gpu, "_fwd"), event(gpu, "_fwd"), event(gpu, "Memset"), event(cpu, "aten::add")]
+    trace.append(event(gpu, "region", is_user_annotation=True))
+    assert timing.device_work(trace) == {"_fwd": 2, "Memset": 1}
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def test_command_line_writes_rows_with_their_origin_and_a_plot(tmp_path, monkeypatch, capsys, measure):
+    monkeypatch.setattr(sigreg_variants, "CPU_CASE", TINY._replace(name="cpu"))
+    monkeypatch.setattr(sigreg_variants, "SWEEPS", {False: {"N": [32, 64], "M": [8, 16]}})
+    arguments = ["--device", "cpu", "--repeats", "2", "--sweep", "--out", str(tmp_path)]
+    assert sigreg_bench.main(arguments) == 0
+    assert "SIGReg on the CPU" in capsys.readouterr().out
+    rows = benchlib.read_rows(tmp_path / "sigreg.jsonl")
+    assert {(row["N"], row["M"]) for row in rows} == {(64, 16), (32, 16), (64, 8)}
+    for row in rows:
+        assert row["correct"]
+        assert all(row[phase]["p80_ms"] > 0 for phase in ("forward", "forward_backward"))
+        assert {"device", "driver", "torch", "triton", "commit", "command", "date"} <= row.keys()
+    assert (tmp_path / "sigreg.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_implementation_of_ours_that_fails_is_an_error(tmp_path, monkeypatch, capsys, measure):
+    case = TINY._replace(name="cpu", variants=(BASELINE, TRITON))  # no GPU, and no interpreter
+    monkeypatch.setattr(sigreg_variants, "CPU_CASE", case)
+    assert sigreg_bench.main(["--device", "cpu", "--repeats", "2", "--out", str(tmp_path)]) == 1
+    assert "error: an implementation of ours failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", [["--out", "/a folder/x"], ["--out=/rows"], []])
+def test_the_command_of_a_row_names_no_folder(out):
+    said = benchlib.repeatable(["bench/x.py", "--cases", "a", *out, "--repeats", "3"])
+    assert said.endswith("x.py --cases a --repeats 3")
+
+
+def test_unfinished_rows_are_passed_over(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"a": 1}) + '\n{"a": ')
+    assert benchlib.read_rows(tmp_path / "rows.jsonl") == [{"a": 1}]
+    assert benchlib.read_rows(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "1", "2", "3", "4", "0"], "--size: expected five positive numbers"),
+        (["--repeats", "1"], "--repeats: expected at least 2, got 1"),
+        (["--colour", "red"], "unrecognized arguments: --colour"),
+        (["--device", "cpu", "--cases", "giant-bfloat16"], "--cases: these sizes need a GPU"),
+        (
+            ["--peers", "--size", "1", "2", "3", "4", "5"],
+            "argument --size: not allowed with argument --peers",
+        ),
+    ],
+)
+def test_bad_arguments_exit_with_code_2(capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        sigreg_bench.main(arguments)
+    assert f"error: {message}" in capsys.readouterr().err

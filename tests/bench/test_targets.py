@@ -1,0 +1,146 @@
+"""The targets of a GPU: met, missed, or without a figure and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import accuracy_bench
+import pytest
+import targets
+from sigreg_variants import BASELINE, COMPILED, GRAPH, REDUCED, TRITON
+from train_bench import Case
+
+ALL = dict.fromkeys(target.case for target in targets.TARGETS)
+
+
+def judged(rows):
+    return {row["target"]: row for row in targets.judge(rows, *ALL)}
+
+
+def verdicts(rows, case="training"):
+    found = judged(rows).items()
+    return {
+        n.removeprefix(f"{case}: "): (row["figure"], row["met"]) for n, row in found if n.startswith(case)
+    }
+
+
+def row(variant, case="reference", dtype="bfloat16", ms=1.0, mib=100.0, **changes):
+    base = {"variant": variant, "case": case, "dtype": dtype, "correct": True, "group": 0}
+    base |= {"forward_backward": {"median_ms": ms}, "wall": {"median_ms": 2 * ms}, "peak_extra_mib": mib}
+    return base | changes
+
+
+def test_targets_are_met_or_not_by_their_bounds(capsys):
+    rows = [row(BASELINE, ms=8.0, mib=8000.0), row(COMPILED, ms=1.0)]
+    rows.append(row(TRITON, ms=0.2, mib=200.0, share_of_floor=0.4))
+    assert verdicts(rows, "reference-bfloat16") == {
+        "speed against eager": (pytest.approx(40), True),
+        "speed against torch.compile": (pytest.approx(5), False),
+        "memory against eager": (pytest.approx(1 / 40), True),
+        "time": (pytest.approx(0.2), True),
+        "share of the floor": (pytest.approx(40), False),
+    }
+    targets.print_judged(targets.judge(rows, "reference-bfloat16"))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    name = "reference-bfloat16: speed against torch.compile"
+    assert [*name.split(), ">=", "8x", "5x", "NOT", "MET"] in lines
+
+
+def test_ratios_are_of_figures_that_took_turns():
+    """The clock of the device fell between the groups; each ratio stays in one."""
+    rows = [row(BASELINE, ms=8.0), row(TRITON, ms=0.2, mib=200.0)]
+    rows += [row(COMPILED, ms=3.2, group=1), row(TRITON, ms=0.4, group=1)]
+    found = judged(rows)
+    assert found["reference-bfloat16: speed against eager"]["figure"] == pytest.approx(40)
+    assert found["reference-bfloat16: speed against torch.compile"]["figure"] == pytest.approx(8)
+    stopped = judged(rows[:2])
+    assert stopped["reference-bfloat16: speed against eager"]["met"]
+    assert stopped["reference-bfloat16: speed against torch.compile"]["note"] == f"no row of {COMPILED}"
+
+
+def test_the_minimal_size_is_judged_by_wall_clock_and_launches():
+    rows = [row(v, "minimal", "float32", ms) for v, ms in ((BASELINE, 3.0), (REDUCED, 3.0), (GRAPH, 1.0))]
+    rows.append(row(TRITON, "minimal", "float32", 2.0, launches=7, kernels={"_fwd": 7}))
+    found = verdicts(rows, "minimal-float32")
+    assert found["speed against eager, wall clock"] == (pytest.approx(1.5), True)
+    assert found["CUDA graph against eager"] == (pytest.approx(3), False)
+    assert found["CUDA graph against reduce-overhead"] == (pytest.approx(3), True)
+    assert found["launches, with directions"] == (7, False)
+
+
+@pytest.mark.parametrize("worst", [0.75, 2.0])
+def test_accuracy_is_judged_by_the_worst_row_that_the_rule_holds_for(worst):
+    """Some rows alone can show that the rule is broken, but not that it holds."""
+    rows = [
+        {"variant": v.name, "J": J, "judged": v.judged, "share_of_allowed": 0.5 if v.judged else None}
+        for v, J in accuracy_bench.cases("cuda")
+    ]
+    next(row for row in reversed(rows) if row["judged"])["share_of_allowed"] = worst
+
+    def found(rows):
+        (row,) = targets.judge(rows, "accuracy")
+        return row["figure"], row["met"]
+
+    assert found([row(TRITON), *rows]) == (worst, worst <= 1)
+    assert found(rows[1:]) == ((None, None) if worst <= 1 else (worst, False))
+    assert found([]) == (None, None)
+
+
+def test_what_has_no_figure_says_why():
+    lost = row(BASELINE, "giant", correct=False, problem="does not fit: needs about 80 GiB")
+    rows = [lost, row(TRITON, "giant", ms=4.0, mib=1024.0)]
+    found = judged(rows)
+    assert found["giant-bfloat16: time (it runs)"]["met"]
+    assert found["giant-bfloat16: extra memory"]["figure"] == 1
+    assert found["giant-bfloat16: share of the floor"]["note"] == f"{TRITON}: share_of_floor was not measured"
+    wrong = row(TRITON, "giant", correct=False, problem="WRONG (error 1)")
+    assert judged([wrong])["giant-bfloat16: time (it runs)"]["note"] == f"{TRITON}: WRONG (error 1)"
+    assert judged([r | {"rehearsal": True} for r in rows])["giant-bfloat16: time (it runs)"]["met"] is None
+
+
+LARGE, GIGANTIC = Case("vit_large", 128), Case("vit_gigantic", 64)
+SMALL = Case("vit_small_patch16_224", 512)
+RECOMPUTED = dataclasses.replace(GIGANTIC, activation_checkpointing="full", strategy="fsdp")
+
+
+def trained(case, changes=None, **figures):
+    usual = {} if "error" in figures else {"peak_memory_gib": 90.0, "images_per_second": 100.0}
+    return dataclasses.asdict(case) | usual | (changes or {}) | figures
+
+
+def test_training_targets():
+    rows = [
+        trained(LARGE, mfu=0.47, sigreg_share=0.004, checkpoint_stall_steps=1.2),
+        trained(LARGE, {"strategy": "ddp"}, mfu=0.46),
+        trained(LARGE, {"strategy": "fsdp"}, mfu=0.44, images_per_second=98.0),
+        trained(LARGE, {"images": 64, "plan": True}, planned_memory_gib=99.1),
+        trained(RECOMPUTED, mfu=0.56, losses=[0.41, 0.39, 0.3, 0.2], sigreg_share=0.002),
+        trained(SMALL, images_per_second=5000.0),
+        trained(SMALL, {"loader": True}, images_per_second=4800.0, data_wait=0.03),
+    ]
+    assert verdicts(rows) == {
+        "ViT-L/14 MFU": (pytest.approx(47), True),
+        "ViT-L/14 MFU, goal": (pytest.approx(47), False),
+        "ViT-giant MFU": (None, None),
+        "ViT-gigantic MFU, goal": (pytest.approx(56), True),
+        "checkpoint stall": (pytest.approx(1.2), False),
+        "FSDP2 against DDP, one GPU": (pytest.approx(98), False),
+        "ViT-S/16 from files": (pytest.approx(96), False),
+        "ViT-gigantic on one GPU, loss after / before": (pytest.approx(0.625), True),
+        "SIGReg's share of the step": (pytest.approx(0.4), True),
+        "planned memory, off by": (pytest.approx(100 * 9.1 / 90), False),
+    }
+
+
+@pytest.mark.parametrize(
+    ("case", "figures", "note"),
+    [
+        (RECOMPUTED, {"error": "out of memory"}, "out of memory"),
+        (RECOMPUTED, {"losses": [0.4, math.nan, 0.2]}, "the loss is not finite"),
+        (GIGANTIC, {"losses": [0.4, 0.3, 0.2]}, "no row with losses"),  # the claim is about recomputation
+    ],
+)
+def test_what_did_not_train_is_no_figure(case, figures, note):
+    said = judged([trained(case, **figures)])["training: ViT-gigantic on one GPU, loss after / before"]
+    assert (said["met"], said["note"]) == (None, note)

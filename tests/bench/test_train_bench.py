@@ -1,0 +1,81 @@
+"""The trainer's benchmark: a case on a tiny model, and what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import benchlib
+import pytest
+import torch
+import train_bench
+from train_bench import Case
+
+TINY = dataclasses.replace(train_bench.TINY, checkpoint=True)
+
+
+def test_a_case_measures_the_real_trainer() -> None:
+    row = train_bench.run_case(dataclasses.replace(TINY, strategy="fsdp"))
+    assert "error" not in row, row
+    assert row["images_per_second"] == pytest.approx(16 / (row["step_ms"] / 1e3))
+    assert row["sigreg_share"] > 0
+    assert len(set(row["losses"])) == len(row["losses"]) == 1 + TINY.steps // train_bench.WINDOW + 1
+    assert row["save_seconds"] > 0
+    assert row["checkpoint_stall_steps"] > -train_bench.WINDOW
+
+
+def test_a_case_that_fails_is_a_row_with_its_error() -> None:
+    row = train_bench.run_case(dataclasses.replace(TINY, model="no_such_model"))
+    assert "no_such_model" in row["error"]
+
+
+def test_out_of_memory_is_a_row_and_half_the_images_are_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fits_up_to_32(case: Case) -> dict[str, Any]:
+        return {"error": "out of memory"} if case.images > 32 else {"images_per_second": 1.0}
+
+    monkeypatch.setattr(train_bench, "run_case", fits_up_to_32)
+    train_bench.measure_all([Case("vit_large", 128)], tmp_path, budget_minutes=5)
+    rows = benchlib.read_rows(tmp_path / "train.jsonl")
+    tried = [(128, "out of memory"), (64, "out of memory"), (32, None)]
+    assert [(row["images"], row.get("error")) for row in rows] == tried
+    assert {"device", "torch", "triton", "commit", "command"} <= rows[0].keys()
+    assert "vit_large x 128: out of memory" in capsys.readouterr().out
+
+
+def test_views_that_do_not_fit_are_out_of_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train_bench, "SyntheticViews", full)
+    assert train_bench.measure(TINY)["error"] == "out of memory"
+
+
+def test_the_budget_ends_the_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 119.0, 121.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(train_bench, "run_case", lambda case: {"images_per_second": 1.0})
+    assert len(train_bench.measure_all([TINY, TINY], tmp_path, budget_minutes=2)) == 1
+
+
+@pytest.mark.slow
+def test_a_rehearsal_runs_every_kind_of_case_and_judges_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_bench.main(["--rehearse", "--out", str(tmp_path)])
+    rows = benchlib.read_rows(tmp_path / "train.jsonl")
+    assert all(row["rehearsal"] and "error" not in row for row in rows)
+    names = train_bench.KINDS
+    wanted = {tuple(getattr(case, name) for name in names) for case in train_bench.GPU_CASES}
+    assert {tuple(row[name] for name in names) for row in rows} == wanted
+    assert any("planned_memory_gib" in row for row in rows)
+    assert "training: ViT-L/14 MFU: this was a rehearsal" in capsys.readouterr().out
+
+
+def test_the_benchmarks_of_training_need_no_tyro() -> None:
+    code = "import sys; sys.modules['tyro'] = None; import train_bench as t; t.TINY.config(None)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(train_bench.__file__).parent)

@@ -1,0 +1,252 @@
+"""What the backends do of their own: the choice, agreement with torchvision, failures of DALI, threads."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from loader_backends import NumberedFolder, broken_png, numbered_folder, on, picture, skip_without
+from odd_files import bad_huffman, saved
+from PIL import Image
+
+from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader
+from lejepa_fast.data.backends import choose_backend as choice
+from lejepa_fast.errors import UsageError
+
+RECIPE = MultiCropRecipe(global_crops=1, global_size=24, local_crops=1, local_size=16, blur_kernel=3)
+needs_dali = pytest.mark.skipif(choice.dali_fault(False) is not None, reason=str(choice.dali_fault(False)))
+
+
+# --- the choice ---------------------------------------------------------------------------------
+
+
+def test_auto_takes_what_is_there(monkeypatch):
+    cpu, gpu = None, torch.device("cuda", 0)
+    monkeypatch.setattr(choice, "dali_fault", lambda on_gpu: None)
+    monkeypatch.setattr(choice, "numba_fault", lambda: None)
+    assert choice.choose_backend("auto", cpu) == ("cpu", "Numba is there")
+    assert choice.choose_backend("auto", gpu)[0] == "dali"
+    monkeypatch.setattr(choice, "dali_fault", lambda on_gpu: "it is broken" if on_gpu else None)
+    assert choice.choose_backend("auto", gpu) == ("cpu", "it is broken; Numba is there")
+    assert choice.choose_backend("dali", cpu) == ("dali", "as asked for")
+    with pytest.raises(UsageError, match=r"^backend 'dali': it is broken, or use backend='torchvision'"):
+        choice.choose_backend("dali", gpu)
+    monkeypatch.setattr(choice, "numba_fault", lambda: "Numba is not installed: pip install numba")
+    for device in (cpu, gpu):
+        name, reason = choice.choose_backend("auto", device)
+        assert name == "torchvision"
+        assert reason.endswith("Numba is not installed: pip install numba")
+    with pytest.raises(UsageError, match=r"^backend 'cpu': Numba is not installed: pip install numba, or"):
+        choice.choose_backend("cpu", cpu)
+
+
+@pytest.mark.parametrize(
+    "text", ["Numba needs NumPy 2.3 or less. Got 2.4", "cannot cache function 'x': no locator"]
+)
+def test_a_broken_numba_is_logged_once_and_done_without(text, monkeypatch, caplog):
+    def refuse(name):
+        raise ImportError(text + "\nmore")
+
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(choice.importlib, "import_module", refuse)
+    choice.numba_fault.cache_clear()
+    try:
+        for _ in range(2):
+            name, reason = choice.choose_backend("auto", None)
+            assert name == "torchvision"
+            assert text in reason
+        assert caplog.text.count(text) == 1
+    finally:
+        choice.numba_fault.cache_clear()
+
+
+def test_dali_that_is_missing_or_broken_is_explained(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(choice, "_is_installed", lambda: False)
+    assert choice.dali_fault(False) == "DALI is not installed: pip install nvidia-dali-cuda120"
+    monkeypatch.setattr(choice, "_is_installed", lambda: True)
+
+    def refuse(name):
+        raise OSError("libcudart.so.11: cannot open shared object file\nmore")
+
+    monkeypatch.setattr(choice.importlib, "import_module", refuse)
+    fault = choice.dali_fault(False)
+    assert fault.startswith(
+        "DALI cannot be loaded (libcudart.so.11: cannot open shared object file): pip inst"
+    )
+
+
+@pytest.mark.parametrize(
+    ("built", "available", "driver", "text"),
+    [
+        ("12.9", True, 13000, None),
+        ("12986", True, 12040, None),
+        ("13.4.92", True, 12080, "the driver supports CUDA 12.8: pip install nvidia-dali-cuda120"),
+        ("13492", True, 12080, "built for CUDA 13, the driver supports CUDA 12.8"),
+        ("13.0", False, 13000, "no CUDA device"),
+        ("", True, 13000, None),
+        ("13.0", True, 13010, r"the GPU cannot run the Triton kernels for colors \(too old\)"),
+    ],
+)
+def test_dali_that_cannot_use_the_gpu_is_explained(built, available, driver, text, monkeypatch):
+    monkeypatch.setattr(choice, "_is_installed", lambda: True)
+    dali = SimpleNamespace(__cuda_version__=built)
+    monkeypatch.setattr(choice.importlib, "import_module", lambda name: dali)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(choice, "why_not", lambda *_: "too old" if driver == 13010 else None)
+    fault = choice.dali_fault(True)
+    assert fault is None if text is None else re.search(text, fault)
+    assert choice.wanted_package("13.2") == choice.wanted_package(None) == "nvidia-dali-cuda130"
+
+
+def test_the_choice_is_logged_with_its_reason_by_rank_0(tmp_path, caplog):
+    source = numbered_folder(tmp_path / "a", 8)
+    with caplog.at_level(logging.INFO, logger="lejepa_fast.data"):
+        for rank in range(2):
+            multicrop_loader(source, RECIPE, batch_size=4, backend="torchvision", rank=rank, world_size=2)
+    message = f"multi-crop loader: torchvision backend (as asked for), 0 workers, {source.name}"
+    assert [record.message for record in caplog.records] == [message]
+
+
+# --- agreement with torchvision -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cpu", "dali", "gpu"])
+def test_bad_files_are_replaced_alike_and_positions_are_exchangeable(name, tmp_path, caplog):
+    skip_without(name)
+    bad = {"n3": b"no image", "n11": broken_png(), "n17": saved(picture(), "PNG")[:150]}
+    bad["n29"] = bad_huffman(saved(picture(), "JPEG"))  # only decoding finds it out
+    source = numbered_folder(tmp_path / "images", 42, **bad)
+
+    def made(backend):
+        loader = multicrop_loader(source, RECIPE, batch_size=4, max_bad_fraction=0.5, seed=1, **on(backend))
+        loader.set_epoch(5)
+        return loader
+
+    whole, ours = made("torchvision"), made(name)
+    expected = [targets.tolist() for _, targets in whole]
+    assert [targets.tolist() for _, targets in ours] == expected
+    assert ours.bad_images == whole.bad_images
+    assert ("DALI failed" in caplog.text) == (name != "cpu")
+    for first, second in ((name, "torchvision"), ("torchvision", name)):
+        begun, other = made(first), made(second)
+        states = [begun.state_dict() for _, _ in zip(range(6), begun, strict=False)]
+        other.load_state_dict(states[-1])
+        assert [targets.tolist() for _, targets in other] == expected[6:]
+
+
+@pytest.mark.parametrize("name", ["cpu", "dali"])
+@pytest.mark.parametrize("size", [(61, 47), (47, 61), (300, 20), (20, 333), (16, 16), (5, 7)])
+def test_evaluation_views_equal_torchvisions(tmp_path, name, size):
+    skip_without(name)
+    root = tmp_path / "images"
+    root.mkdir()
+    for number in range(2):
+        picture(number, size).save(root / f"{number}.png")
+    options = {"mean": (0, 0, 0), "std": (1, 1, 1), "image_size": 16, "batch_size": 2}
+    made, right = (
+        next(iter(eval_loader(NumberedFolder(root), backend=backend, **options)))[0]
+        for backend in (name, "torchvision")
+    )
+    gap = (made - right).abs() * 255
+    assert gap.max() <= (2 if name == "dali" else 0)
+    assert gap.mean() <= 0.6
+
+
+@pytest.mark.parametrize("name", ["cpu", "dali", "gpu"])
+def test_every_orientation_is_seen_as_torchvision_sees_it(name, tmp_path, caplog):
+    skip_without(name)
+    root = tmp_path / "images"
+    root.mkdir()
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        picture().save(root / f"{orientation}.jpg", exif=exif)
+    recipe = replace(RECIPE, jitter_prob=0, grayscale_prob=0, blur_prob=0, solarize_prob=0)
+    options = {"batch_size": 8, "dtype": torch.uint8, "shuffle": False}
+    ours, right = (
+        next(iter(multicrop_loader(NumberedFolder(root), recipe, **on(backend), **options)))[0]
+        for backend in (name, "torchvision")
+    )
+    for one, other in zip(ours, right, strict=True):
+        assert (one.cpu().int() - other.int()).abs().float().mean((1, 2, 3)).max() < 3
+    assert "DALI failed" not in caplog.text
+
+
+# --- threads and processes ----------------------------------------------------------------------
+
+
+def threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("lejepa")]
+
+
+@pytest.mark.parametrize("name", ["cpu", "dali"])
+def test_a_loader_that_is_left_early_frees_its_threads(name, tmp_path):
+    skip_without(name)
+    gc.collect()
+    before = len(os.listdir("/proc/self/task"))
+    loader = multicrop_loader(numbered_folder(tmp_path / "images", 40), RECIPE, batch_size=2, backend=name)
+    batches = iter(loader)
+    next(batches)
+    assert threads()
+    del batches, loader
+    gc.collect()
+    for thread in threads():
+        thread.join(10)
+    assert not threads()
+    assert len(os.listdir("/proc/self/task")) <= before + 1
+
+
+@needs_dali
+def test_forked_processes_do_not_wait_for_dalis_threads(tmp_path):
+    """Not even when the child collects garbage before anything else: some other hook may set that off."""
+    numbered_folder(tmp_path / "images", 8)
+    script = (
+        "import gc, multiprocessing, os, sys\n"
+        "os.register_at_fork(after_in_child=gc.collect)\n"
+        "from lejepa_fast.data import MultiCropRecipe, multicrop_loader, open_source\n"
+        "recipe = MultiCropRecipe(global_crops=1, global_size=24, local_crops=0)\n"
+        "source = open_source(sys.argv[1], 'train')\n"
+        "holder = {'loader': multicrop_loader(source, recipe, batch_size=2, backend='dali')}\n"
+        "list(holder['loader'])\n"
+        "holder['itself'] = holder\n"
+        "gc.disable()\n"
+        "del holder\n"
+        "for again in range(2):\n"
+        "    child = multiprocessing.get_context('fork').Process(target=gc.collect)\n"
+        "    child.start()\n"
+        "    child.join(30)\n"
+        "    print(child.exitcode)\n"
+        "    child.kill()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "images")], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "0\n0\n"), done.stderr
+
+
+@pytest.mark.parametrize("name", ["cpu", "dali"])
+def test_the_interpreter_ends_with_a_pass_under_way(name, tmp_path):
+    skip_without(name)
+    numbered_folder(tmp_path / "images", 40)
+    script = (
+        "import sys\n"
+        "from lejepa_fast.data import MultiCropRecipe, multicrop_loader, open_source\n"
+        "recipe = MultiCropRecipe(global_crops=1, global_size=24, local_crops=0)\n"
+        "source = open_source(sys.argv[1], 'train')\n"
+        "batches = iter(multicrop_loader(source, recipe, batch_size=2, backend=sys.argv[2]))\n"
+        "print(len(next(batches)[0]))\n"
+    )
+    arguments = [sys.executable, "-c", script, str(tmp_path / "images"), name]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")

@@ -1,0 +1,411 @@
+"""Bad images in the middle of a run: listed, replaced by others, the same ones on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import resource
+import signal
+import tarfile
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loader_backends import NumberedFolder, NumberedSource, broken_png, numbered_folder, on, picture
+from PIL import Image
+
+from lejepa_fast.data import MultiCropLoader, MultiCropRecipe, eval_loader, multicrop_loader
+from lejepa_fast.data.backends.reading import read_encoded
+from lejepa_fast.data.bad_images import BadImages
+from lejepa_fast.data.sampler import EpochSchedule
+from lejepa_fast.data.sources import FolderSource, ImageSource
+from lejepa_fast.data.sources.shards import ShardSource
+from lejepa_fast.data.views import EvalViews, TrainViews
+from lejepa_fast.errors import RunError, UsageError
+
+RECIPE = MultiCropRecipe(
+    global_size=24, local_crops=0, jitter_prob=0, grayscale_prob=0, blur_prob=0, solarize_prob=0
+)
+BAD = (1, 2, 5, 30, 31, 44, 60)  # of 79
+
+
+def damaged_folder(root: Path, count: int = 79, bad: Iterable[int] = BAD) -> NumberedFolder:
+    """The headers of the bad files are fine: nobody sees them before the run."""
+    return numbered_folder(root, count, **{f"n{number}": broken_png() for number in bad})
+
+
+def loaders_of(source: ImageSource, world: int, batch: int, **options) -> list[MultiCropLoader]:
+    options = {"dtype": torch.uint8, "max_bad_fraction": 0.5, "seed": 3, **options}
+    return [
+        multicrop_loader(source, RECIPE, batch_size=batch, rank=rank, world_size=world, **options)
+        for rank in range(world)
+    ]
+
+
+def steps_of(loaders: list[MultiCropLoader], count: int | None = None) -> tuple[list[list[int]], dict]:
+    """The images of so many steps (None: all) over all ranks, and the state of rank 0 after them."""
+    steps: list[list[int]] = []
+    passes = [iter(loader) for loader in loaders]
+    state = loaders[0].state_dict()
+    while len(steps) != count:
+        batches = [next(one, None) for one in passes]
+        assert len({batch is None for batch in batches}) == 1  # none ends before the others
+        if batches[0] is None:
+            break
+        steps.append([label for batch in batches for label in batch[1].tolist()])
+        state = loaders[0].state_dict()
+    return steps, json.loads(json.dumps(state))
+
+
+def expected_steps(source: ImageSource, bad: Iterable[int], batch: int, epoch: int = 0) -> list[list[int]]:
+    """What the documented rule gives: the first good image of the sequence of each place."""
+    views, bad = TrainViews(source, RECIPE, 3), set(bad)
+
+    def good(index: int) -> int:
+        while index in bad:
+            index = views.substitute(epoch, index)
+        return index
+
+    return [[good(i) for i in key.indices] for key in EpochSchedule(len(source), batch, 3).keys(epoch)]
+
+
+def listed(file: Path) -> dict[str, str]:
+    """Reasons by file name."""
+    rows = [line.split("\t") for line in file.read_text().splitlines()]
+    assert all(len(row) == 3 for row in rows)
+    assert len({row[0] for row in rows}) == len(rows)
+    return {Path(row[0]).name: row[2] for row in rows}
+
+
+# --- substitutes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 12, 97, 360])
+def test_substitutes_differ_and_reach_every_image(count):
+    strides = set()
+    for seed, epoch in ((0, 0), (0, 1), (1, 0), (-5, 7)):
+        views = TrainViews(NumberedSource(count), RECIPE, seed)
+        firsts = [views.substitute(epoch, index) for index in range(count)]
+        assert sorted(firsts) == list(range(count))  # different bad images get different substitutes
+        seen, index = [], 0
+        for _ in range(count):
+            seen.append(index)
+            index = views.substitute(epoch, index)
+        assert index == 0
+        assert sorted(seen) == list(range(count))
+        strides.add(firsts[0])
+    assert len(strides) > 1 or count <= 2  # the seed and the epoch tell
+    assert EvalViews(NumberedSource(count), 8).substitute(0, 0) is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_and_small_images_are_listed_and_replaced(tmp_path, backend, workers, caplog):
+    source = numbered_folder(tmp_path / "images", 40, n3=b"no image at all", n11=broken_png())
+    Image.new("RGB", (40, 23)).save(source.describe(9))
+    file = tmp_path / "run" / "quarantine.txt"
+    options = {"num_workers": workers, **on(backend), "bad_images": file}
+    loaders = loaders_of(source, 1, 8, **options)
+    assert not file.parent.exists()  # a run that ends before its first bad image leaves nothing
+    for epoch in range(2):
+        assert steps_of(loaders)[0] == expected_steps(source, {3, 9, 11}, 8, epoch)
+    assert loaders[0].bad_images == [3, 9, 11]
+    before, reasons = file.read_text(), listed(file)
+    assert reasons.keys() == {"003.png", "009.png", "011.png"}
+    assert reasons["003.png"] == "not an image"
+    assert reasons["009.png"] == "40 x 23 px, the crops need a short side of 24 px"
+    for name, reason in reasons.items():
+        assert f"bad image {tmp_path}/images/{name}: {reason}" in caplog.text
+    # Images in the file are not tried again, even where they are good now, and not written again.
+    for index in (3, 9, 11):
+        picture().save(source.describe(index))
+    loaders = loaders_of(source, 1, 8, **options)
+    assert steps_of(loaders)[0] == expected_steps(source, {3, 9, 11}, 8)
+    assert file.read_text() == before
+    # A state teaches workers that live already.
+    state = loaders[0].state_dict() | {"bad": [[index, "broken"] for index in (20, 21, 22)]}
+    loaders[0].load_state_dict(state)
+    assert steps_of(loaders)[0] == expected_steps(source, {3, 9, 11, 20, 21, 22}, 8, 1)
+    images = eval_loader(source, image_size=8, batch_size=40, **options, max_bad_fraction=0.2)
+    assert [len(batch) for batch, _ in images] == [34]
+
+
+def test_data_without_a_readable_image_end_the_run(tmp_path, backend):
+    source = damaged_folder(tmp_path / "images", 4, range(4))
+    (loader,) = loaders_of(source, 1, 2, **on(backend), max_bad_fraction=1.0)
+    with pytest.raises(RunError, match=r"^no readable image is left in the data set"):
+        list(loader)
+    assert list(eval_loader(source, image_size=8, batch_size=3, **on(backend), max_bad_fraction=1.0)) == []
+
+
+# --- ranks and resuming -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("worlds", [[3], [2, 1, 2]], ids=str)
+def test_any_number_of_ranks_takes_the_same_images(tmp_path, backend, worlds):
+    """Also resumed on other numbers of ranks, and although no rank knows what the others met."""
+    source = damaged_folder(tmp_path / "images")
+    seen: list[list[int]] = []
+    state = None
+    for number, world in enumerate(worlds):
+        loaders = loaders_of(source, world, 12 // world, **on(backend))
+        for loader in loaders if state else []:
+            loader.load_state_dict(state)
+        steps, state = steps_of(loaders, None if number == len(worlds) - 1 else 2)
+        seen += steps
+    assert seen == expected_steps(source, BAD, 12)
+    assert (state["epoch"], state["images_seen"]) == (1, 0)
+
+
+def test_another_global_batch_goes_on_at_the_next_whole_batch(tmp_path):
+    source = damaged_folder(tmp_path / "images")
+    _, state = steps_of(loaders_of(source, 2, 5, backend="torchvision"), 3)
+    assert state["images_seen"] == 30
+    for batch, first in ((7, 5), (15, 2), (31, 1), (60, None)):
+        (loader,) = loaders_of(source, 1, batch, backend="torchvision")
+        loader.load_state_dict(state)
+        if first is None:  # the only batch is begun: the next epoch
+            assert loader.position == (1, 0)
+            assert steps_of([loader])[0] == expected_steps(source, BAD, batch, 1)
+        else:
+            assert loader.position == (0, first)
+            assert steps_of([loader])[0] == expected_steps(source, BAD, batch)[first:]
+
+
+def test_a_state_of_other_images_hands_over_the_epoch_alone(tmp_path, caplog):
+    def of(name: str, **options) -> MultiCropLoader:
+        return loaders_of(FolderSource(tmp_path / name), 1, 4, backend="torchvision", **options)[0]
+
+    for name in ("first", "moved", "other"):
+        damaged_folder(tmp_path / name, 18, (5, 6))
+    (tmp_path / "other" / "017.png").rename(tmp_path / "other" / "018.png")  # as many images
+    made = of("first")
+    states = [made.state_dict() for _ in made]
+    moved, other = of("moved"), of("other")
+    moved.load_state_dict(states[-1])
+    assert (moved.bad_images, moved.epoch) == ([5, 6], 1)
+    assert "other images" not in caplog.text
+    other.load_state_dict(states[-1])
+    assert (other.bad_images, other.epoch) == ([], 1)
+    assert "of other images" in caplog.text
+    with pytest.raises(UsageError, match=r"mid-epoch with names_sha256 .*from the end of an epoch"):
+        other.load_state_dict(states[1])
+
+
+def test_a_resumed_run_lists_what_it_knows_in_a_new_file(tmp_path):
+    source = damaged_folder(tmp_path / "images")
+    state = steps_of(loaders_of(source, 1, 79, backend="torchvision"))[1]
+    assert [index for index, _ in state["bad"]] == list(BAD)
+    file = tmp_path / "other" / "quarantine.txt"
+    ranks = loaders_of(source, 2, 8, backend="torchvision", bad_images=file)
+    for rank in ranks[::-1]:
+        assert not file.exists()
+        rank.load_state_dict(state)  # rank 0 alone writes
+    assert listed(file) == {source.name_of(index): reason for index, reason in state["bad"]}
+
+
+def test_ranks_read_what_others_met_when_an_epoch_begins(tmp_path, backend):
+    source = damaged_folder(tmp_path / "images")
+    file = tmp_path / "quarantine.txt"
+    ranks = loaders_of(source, 2, 6, **on(backend), bad_images=file)
+    steps_of(ranks)
+    before = file.read_text()
+    assert steps_of(ranks)[0] == expected_steps(source, BAD, 12, 1)
+    assert file.read_text().startswith(before)
+    met = {source.describe(index) for index in BAD}
+    assert {line.partition("\t")[0] for line in before.splitlines()} <= met
+    known = {line.split("\t")[1] for line in file.read_text().splitlines()}
+    for rank in ranks:
+        next(iter(rank))
+        assert known <= set(map(str, rank.bad_images))
+
+
+# --- too many -----------------------------------------------------------------------------------
+
+
+def test_too_many_bad_images_stop_the_run(tmp_path, backend):
+    source = damaged_folder(tmp_path / "images")
+    # Threads may find more before they are told to stop.
+    (loader,) = loaders_of(source, 1, 79, **on(backend), max_bad_fraction=0.05)
+    last = rf"{tmp_path}/images/0\d\d\.png: .+; repair or remove them \(`lejepa-data verify` lists all\)"
+    allowed = r"more than the allowed 5 % \(max_bad_fraction\)"
+    message = rf"[4-7] of 79 images are bad, {allowed}; the last one: {last}"
+    with pytest.raises(RunError, match=rf"^{message}, or raise max_bad_fraction$"):
+        list(loader)
+    (loader,) = loaders_of(source, 1, 79, **on(backend), max_bad_fraction=0.0)
+    with pytest.raises(RunError, match=r"^[1-7] of 79 images are bad, more than the allowed 0 %"):
+        list(loader)
+    # A single file never stops a run that allows for any.
+    one = damaged_folder(tmp_path / "one", 8, [3])
+    assert len(list(loaders_of(one, 1, 8, **on(backend), max_bad_fraction=0.01)[0])) == 1
+
+
+@pytest.mark.parametrize("known_by", ["file", "state"])
+def test_too_many_bad_images_of_before_are_told_as_such(tmp_path, known_by):
+    source = damaged_folder(tmp_path / "images")
+    file = tmp_path / "quarantine.txt"
+    state = steps_of(loaders_of(source, 1, 79, backend="torchvision", bad_images=file))[1]
+    options = {"bad_images": file if known_by == "file" else None, "max_bad_fraction": 0.05}
+    (resumed,) = loaders_of(source, 1, 8, backend="torchvision", **options)
+    if known_by == "state":
+        resumed.load_state_dict(state)
+    message = r"^7 of 79 images are bad \(7 of them listed before this start\).*begin with an empty"
+    with pytest.raises(RunError, match=message):
+        next(iter(resumed))
+
+
+# --- odd files ----------------------------------------------------------------------------------
+
+
+def shard_of(source: FolderSource, path: Path, huge: int = 0) -> ShardSource:
+    """Its files in a shard. huge: size of one more member at the end, which takes no space."""
+    with open(path, "wb") as opened, tarfile.open(fileobj=opened, mode="w") as tar:
+        for index in range(len(source)):
+            tar.add(source.describe(index), f"{index}.png")
+        if huge:
+            info = tarfile.TarInfo("huge.png")
+            info.size = huge
+            tar.addfile(info)
+            opened.seek(huge, os.SEEK_CUR)
+            tar.offset += huge
+    return ShardSource([path])
+
+
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+def test_huge_files_pipes_and_devices_are_not_read(tmp_path, backend, kind):
+    """Reading a pipe would wait for a writer forever, reading a device would never end."""
+    root, size = tmp_path / "images" / "ant", 200 << 30
+    source: ImageSource = numbered_folder(root, 9)
+    if kind == "folder":
+        (root / "huge.png").touch()
+        os.truncate(root / "huge.png", size)
+        os.mkfifo(root / "pipe.png")
+        (root / "zero.png").symlink_to("/dev/zero")
+        source = FolderSource(root.parent)
+    else:
+        source = shard_of(source, tmp_path / "a.tar", size)
+    options = {**on(backend), "bad_images": tmp_path / "quarantine.txt", "max_bad_fraction": 0.3}
+    assert [len(batch) for batch, _ in eval_loader(source, image_size=8, batch_size=12, **options)] == [9]
+    reasons = (
+        dict.fromkeys(("pipe.png", "zero.png"), "a pipe or device, not a file") if kind == "folder" else {}
+    )
+    reasons["huge.png"] = "204,800 MiB, more than the 256 that an image file may have"
+    assert {name.split()[-1]: why for name, why in listed(tmp_path / "quarantine.txt").items()} == reasons
+
+
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+def test_a_shortage_of_open_files_is_not_blamed_on_an_image(tmp_path, kind):
+    source: ImageSource = numbered_folder(tmp_path / "images", 3)
+    if kind == "shard":
+        source = shard_of(source, tmp_path / "a.tar")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    next_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(next_free)
+    views = EvalViews(source, 8)
+    calls = [
+        lambda: source.load(1),
+        lambda: source.image_size(1),
+        lambda: read_encoded(views, 1),
+        lambda: read_encoded(views, 1, careful=True),
+    ]
+    if kind == "shard":
+        calls.append(lambda: ShardSource([tmp_path / "a.tar"]))
+    said: list[Any] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_free, hard))
+    try:
+        for call in calls:
+            try:
+                said.append(call())
+            except Exception as error:
+                said.append(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for error in said:
+        assert type(error) is RunError, error
+        assert "raise the limit, 'ulimit -n'" in str(error)
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+
+def test_several_writers_keep_their_lines_apart(tmp_path):
+    file = tmp_path / "quarantine.txt"
+    options = {"max_bad_fraction": 1.0, "log_each": False}
+    ranks = [BadImages(NumberedSource(4000), file, **options) for _ in range(4)]
+
+    def work(rank: int) -> None:
+        for number in range(250):
+            ranks[rank].add(rank * 1000 + number, f"reason {rank}")
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    everything = [(1000 * rank + number, f"reason {rank}") for rank in range(4) for number in range(250)]
+    assert BadImages(NumberedSource(4000), file, **options).items() == everything
+    for rank in ranks:
+        rank.begin_epoch()
+        assert rank.items() == everything
+
+
+def test_a_file_that_cannot_be_written_shows_at_once(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "plain").touch()
+    for file in (tmp_path / "folder", tmp_path / "plain" / "quarantine.txt"):
+        with pytest.raises(UsageError, match=rf"^bad_images: cannot write {file}; choose another file"):
+            BadImages(NumberedSource(3), file)
+
+
+def test_a_full_disk_stops_the_run_and_spoils_no_line(tmp_path):
+    file = tmp_path / "quarantine.txt"
+    one = BadImages(NumberedSource(3), file, max_bad_fraction=1.0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    logging.disable()  # their files have the same limit
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5, limits[1]))
+        with pytest.raises(RunError, match=rf"^cannot write {file}: .*; free some space$"):
+            one.add(1, "broken")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+        logging.disable(logging.NOTSET)
+    assert 1 not in one
+    assert len(file.read_bytes()) == 5  # half a line
+    one.add(2, "broken")
+    assert dict(BadImages(NumberedSource(3), file, max_bad_fraction=1.0).items())[2] == "broken"
+
+
+def test_lines_that_fit_no_image_are_ignored(tmp_path):
+    file = tmp_path / "quarantine.txt"
+    lines = ["image-7.png\t7\tbroken", f"image-1.png\t{'1' * 5000}\tbroken", "image-8.png\t9\tother data"]
+    lines += ["image-20.png\t20\tbroken", "text", "image-3.png\t"]
+    file.write_text("\n".join(lines))  # the last line is not complete
+    one = BadImages(NumberedSource(20), file, max_bad_fraction=1.0)
+    assert one.items() == [(7, "broken")]
+    one.add(9, "gone")
+    one.begin_epoch()
+    assert one.items() == [(7, "broken"), (9, "gone")]
+    assert re.fullmatch(r"(?s).*\nimage-9.png\t9\tgone\n", file.read_text())
+
+
+def test_a_file_that_cannot_be_read_for_a_while_is_no_error(tmp_path, monkeypatch, caplog):
+    file = tmp_path / "quarantine.txt"
+    one = BadImages(NumberedSource(3), file, max_bad_fraction=1.0)
+    BadImages(NumberedSource(3), file, max_bad_fraction=1.0).add(1, "broken")
+
+    def stale(path: Path) -> bytes:
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", stale)
+        one.begin_epoch()
+    assert one.items() == []
+    assert f"cannot read {file}: Stale file handle; going on without it" in caplog.text
+    one.begin_epoch()
+    assert one.items() == [(1, "broken")]

@@ -1,0 +1,192 @@
+"""Random numbers and draws: fixed values, and torchvision's distributions. And the recipe's checks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+from view_parity import sample_views
+
+from lejepa_fast.data.draws import ViewParams, permutation, raw_words, uniforms
+from lejepa_fast.data.recipe import MultiCropRecipe
+from lejepa_fast.errors import UsageError
+
+RECIPE = MultiCropRecipe()
+
+
+def draws(
+    count: int, recipe: MultiCropRecipe = RECIPE, width: int = 400, height: int = 300
+) -> list[list[ViewParams]]:
+    return [sample_views(recipe, seed=1, epoch=0, index=i, width=width, height=height) for i in range(count)]
+
+
+# --- random numbers -----------------------------------------------------------------------------
+
+
+def test_words_are_fixed_for_ever():
+    # Literal values: a change here changes every run that anyone resumes.
+    words = raw_words(seed=3, stream=2, epoch=5, index=7, count=3)
+    bit_generator = np.random.Philox(key=3 + (2 << 64), counter=(7 << 128) + (5 << 192))
+    assert words.tolist() == bit_generator.random_raw(3).tolist()
+    assert words.tolist() == [12351501861228605703, 894593679500157034, 3294442453475837838]
+
+
+def test_streams_differ_in_each_argument():
+    base = {"seed": 0, "stream": 1, "epoch": 0, "index": 0}
+    rows = [raw_words(**base, count=8)] + [raw_words(**{**base, key: base[key] + 1}, count=8) for key in base]
+    rows.append(raw_words(**{**base, "seed": -1}, count=8))  # a negative seed is as good as any
+    for one, other in itertools.combinations(rows, 2):
+        assert not np.intersect1d(one, other).size
+
+
+def test_uniforms_and_permutation():
+    values = uniforms(0, 1, 0, 0, 20_000)
+    assert 0 <= values.min() < values.max() < 1
+    # Kolmogorov-Smirnov distance; 1.63 / sqrt(n) is the 1 % point.
+    assert np.abs(np.sort(values) - (np.arange(20_000) + 0.5) / 20_000).max() < 1.63 / math.sqrt(20_000)
+    order = permutation(0, 1, 0, 0, 1000)
+    assert sorted(order.tolist()) == list(range(1000))
+    assert np.mean(order == np.arange(1000)) < 0.02
+
+
+def test_draws_repeat_and_depend_on_seed_epoch_and_index():
+    base = {"seed": 0, "epoch": 0, "index": 3, "width": 96, "height": 96}
+    first = sample_views(RECIPE, **base)
+    assert first == sample_views(RECIPE, **base)
+    assert len(set(first)) == RECIPE.num_views
+    for other in ({"seed": 1}, {"epoch": 1}, {"index": 4}):
+        assert first != sample_views(RECIPE, **{**base, **other})
+
+
+# --- distributions ------------------------------------------------------------------------------
+
+
+def within_4_sigma(count: int, n: int, p: float) -> bool:
+    return abs(count - n * p) <= 4 * math.sqrt(n * p * (1 - p))
+
+
+def test_operation_frequencies():
+    views = [view for sample in draws(1250) for view in sample]
+    n = len(views)
+    assert n == 10_000
+    assert within_4_sigma(sum(v.flip for v in views), n, 0.5)
+    assert within_4_sigma(sum(bool(v.jitter) for v in views), n, 0.8)
+    assert within_4_sigma(sum(v.grayscale for v in views), n, 0.2)
+    assert within_4_sigma(sum(v.blur_sigma is not None for v in views), n, 0.5)
+    assert within_4_sigma(sum(v.solarize for v in views), n, 0.2)
+    # Independent of each other: the pair occurs with the product of the probabilities.
+    assert within_4_sigma(sum(v.flip and v.solarize for v in views), n, 0.1)
+    orders = [tuple(name for name, _ in v.jitter) for v in views if v.jitter]
+    for order in itertools.permutations(("brightness", "contrast", "saturation", "hue")):
+        assert within_4_sigma(orders.count(order), len(orders), 1 / 24)
+
+
+def test_factors_are_uniform_in_their_ranges():
+    views = [view for sample in draws(500) for view in sample]
+    ranges = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.8, 1.2), "hue": (-0.1, 0.1)}
+    values = {name: [f for v in views for n, f in v.jitter if n == name] for name in ranges}
+    values["sigma"] = [v.blur_sigma for v in views if v.blur_sigma is not None]
+    ranges["sigma"] = (0.1, 2.0)
+    for name, (low, high) in ranges.items():
+        scaled = (np.sort(values[name]) - low) / (high - low)
+        assert 0 <= scaled[0] < scaled[-1] <= 1
+        distance = np.abs(scaled - (np.arange(len(scaled)) + 0.5) / len(scaled)).max()
+        assert distance < 1.95 / math.sqrt(len(scaled)), name  # 0.1 % point
+
+
+def test_crops_have_torchvisions_distribution():
+    width, height, n = 400, 300, 2000
+    recipe = MultiCropRecipe(global_crops=1, local_crops=1)
+    ours = np.array(
+        [[(v.height, v.width, v.top, v.left) for v in sample] for sample in draws(n, recipe)], float
+    )
+    for which, scale in enumerate([(0.3, 1.0), (0.05, 0.3)]):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            crop = v2.RandomResizedCrop(8, scale=scale)
+            theirs = [crop.make_params([torch.empty(3, height, width)]) for _ in range(n)]
+        theirs_table = np.array([(p["height"], p["width"], p["top"], p["left"]) for p in theirs], float)
+        for feature in (
+            lambda t: t[:, 0] * t[:, 1],  # area
+            lambda t: t[:, 1] / t[:, 0],  # aspect ratio
+            lambda t: t[:, 2] / (height - t[:, 0] + 1),  # position
+            lambda t: t[:, 3] / (width - t[:, 1] + 1),
+        ):
+            one, other = np.sort(feature(ours[:, which])), np.sort(feature(theirs_table))
+            points = np.concatenate([one, other])
+            gap = np.searchsorted(one, points, "right") - np.searchsorted(other, points, "right")
+            assert np.abs(gap).max() / n < 1.95 * math.sqrt(2 / n)  # two-sample KS, 0.1 % point
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(1, 1), (1, 500), (500, 1), (2, 3), (3000, 20)],  # pixels and strips: no try fits
+)
+def test_crops_of_odd_images_stay_inside(width: int, height: int):
+    for v in itertools.chain(*draws(40, width=width, height=height)):
+        assert 0 < v.width <= width
+        assert 0 < v.height <= height
+        assert 0 <= v.top <= height - v.height
+        assert 0 <= v.left <= width - v.width
+
+
+def test_operations_with_range_0_are_left_out():
+    recipe = MultiCropRecipe(hue=0.0, jitter_prob=1.0, brightness=3.0)
+    views = [view for sample in draws(50, recipe) for view in sample]
+    assert all(len(v.jitter) == 3 for v in views)
+    assert all(factor >= 0 for v in views for _, factor in v.jitter)
+
+
+# --- recipe -------------------------------------------------------------------------------------
+
+
+def test_default_recipe_is_the_authors():
+    RECIPE.validate()
+    assert RECIPE.view_sizes() == [224] * 2 + [98] * 6
+    assert RECIPE.smallest_image == 224
+    assert MultiCropRecipe(global_size=64, local_size=96).smallest_image == 96
+    assert MultiCropRecipe(global_size=64, local_crops=0).smallest_image == 64
+    assert MultiCropRecipe(min_image_size=1).smallest_image == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"global_crops": 0}, "global_crops must be at least 1; got 0"),
+        ({"local_crops": -1}, "local_crops must be at least 0; got -1"),
+        ({"local_crops": None}, "local_crops must be a valid integer; got None"),
+        ({"global_size": 2.5}, "global_size must be a valid integer; got 2.5"),
+        ({"global_scale": (0.0, 1.0)}, "global_scale[0] must be above 0; got 0.0"),
+        ({"global_scale": (0.5, 0.3)}, "global_scale must be a pair (a, b) with a <= b; got (0.5, 0.3)"),
+        ({"local_scale": (0.1, 1.1)}, "local_scale[1] must be at most 1; got 1.1"),
+        ({"local_scale": (0.1,)}, "local_scale[1] is missing; got [0.1]"),
+        ({"local_scale": [0.1, 0.2]}, "local_scale must be a tuple; got [0.1, 0.2]"),
+        ({"aspect_ratio": (-1.0, 1.0)}, "aspect_ratio[0] must be above 0; got -1.0"),
+        ({"flip_prob": 1.5}, "flip_prob must be at most 1; got 1.5"),
+        ({"blur_prob": float("nan")}, "blur_prob must be "),
+        ({"contrast": float("inf")}, "contrast must be below inf; got inf"),
+        ({"hue": 0.6}, "hue must be at most 0.5; got 0.6"),
+        ({"blur_kernel": 8}, "blur_kernel must be odd; got 8"),
+        ({"blur_sigma": (0.0, 1.0)}, "blur_sigma[0] must be above 0; got 0.0"),
+        ({"solarize_threshold": 256}, "solarize_threshold must be at most 255; got 256"),
+        ({"std": (0.2, 0.0, 0.2)}, "std[1] must be above 0; got 0.0"),
+        ({"min_image_size": 0}, "min_image_size must be at least 1; got 0"),
+        # Reflection padding needs more pixels than it mirrors.
+        ({"local_size": 8, "blur_kernel": 17}, "blur_kernel must be at most 15 for crops of 8 px; got 17"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_recipe_is_named(setting, message):
+    with pytest.raises(UsageError) as caught:
+        MultiCropRecipe(**setting).validate()
+    assert str(caught.value).startswith(f"multi-crop recipe: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_blur_that_just_fits_is_accepted():
+    MultiCropRecipe(local_size=8, blur_kernel=15).validate()
+    MultiCropRecipe(local_size=8, blur_kernel=23, blur_prob=0.0).validate()

@@ -1,0 +1,219 @@
+"""Worker processes: signals to the whole group, a trainer that is killed, threads, and the way out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from loader_backends import NumberedSource
+from PIL import Image
+
+from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader
+from lejepa_fast.errors import RunError
+
+RECIPE = MultiCropRecipe(global_size=16, local_crops=0)
+
+# A small trainer. Image 40 and the following ones keep a worker busy for ever where "stuck" is asked for.
+TRAINER = """
+import multiprocessing, signal, sys, time
+from PIL import Image
+from lejepa_fast.data import MultiCropRecipe, multicrop_loader
+from lejepa_fast.data.sources.base import ImageSource
+
+class Source(ImageSource):
+    def __init__(self, stuck):
+        super().__init__(name="s", kind="folder", classes=None, targets=range(80))
+        self.stuck = stuck
+    def __len__(self):
+        return 80
+    def describe(self, index):
+        return str(index)
+    def image_size(self, index):
+        return 16, 16
+    def open_image(self, index):
+        if self.stuck and index >= 40:
+            time.sleep(3600)
+        return Image.new("RGB", (16, 16))
+
+if __name__ == "__main__":
+    task, method = sys.argv[1:]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    print("ready", flush=True)
+    recipe = MultiCropRecipe(global_size=16, local_crops=0)
+    loader = multicrop_loader(
+        Source(task != "whole"), recipe, batch_size=2, num_workers=2, start_method=method, shuffle=False,
+        backend="torchvision",
+    )
+    batches = iter(loader)
+    if task == "whole":
+        print(sum(1 for _ in batches), flush=True)
+        sys.stdin.read()
+    else:
+        for _ in range(20):  # the next batches, already asked for, never come
+            next(batches)
+        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+        if task == "wait":
+            time.sleep(3600)
+        if task == "drop":
+            batches.close()
+            del batches, loader
+"""
+
+
+def start_trainer(tmp_path: Path, task: str, method: str) -> subprocess.Popen[str]:
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER)
+    trainer = subprocess.Popen(
+        [sys.executable, str(script), task, method],
+        start_new_session=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert trainer.stdout.readline() == "ready\n"
+    return trainer
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def gone(pids: list[int], patience: float = 60.0) -> bool:
+    end = time.monotonic() + patience
+    while any(map(is_running, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(is_running, pids))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_signals_to_the_group_leave_the_workers_alone(tmp_path, method):
+    trainer = start_trainer(tmp_path, "whole", method)
+    stop = threading.Event()
+
+    def bombard() -> None:  # also while the workers start
+        while not stop.wait(0.01):
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.killpg(trainer.pid, number)
+
+    sender = threading.Thread(target=bombard)
+    sender.start()
+    try:
+        counted = trainer.stdout.readline()
+    finally:
+        stop.set()
+        sender.join()
+    errors = trainer.communicate()[1]
+    assert (counted, trainer.returncode, errors) == ("40\n", 0, "")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_die_with_a_killed_trainer(tmp_path, method):
+    trainer = start_trainer(tmp_path, "wait", method)
+    workers = [int(pid) for pid in trainer.stdout.readline().split()]
+    assert len(workers) == 2
+    assert all(map(is_running, workers))
+    trainer.kill()
+    try:
+        assert gone(workers)  # although they are busy
+    finally:
+        for pid in filter(is_running, workers):
+            os.kill(pid, signal.SIGKILL)
+        trainer.communicate()
+
+
+@pytest.mark.parametrize("task", ["exit", "drop"])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_busy_workers_do_not_hold_up_the_exit(tmp_path, task, method):
+    trainer = start_trainer(tmp_path, task, method)
+    try:
+        printed, errors = trainer.communicate(timeout=120)
+        assert (trainer.returncode, errors) == (0, "")
+        assert gone([int(pid) for pid in printed.split()])
+    finally:
+        if trainer.poll() is None:
+            os.killpg(trainer.pid, signal.SIGKILL)
+
+
+ONE_WORKER = {"num_workers": 1, "start_method": "fork", "backend": "torchvision"}
+
+
+def test_workers_survive_the_thread_that_started_them():
+    loader = multicrop_loader(NumberedSource(12), RECIPE, batch_size=4, **ONE_WORKER)
+    seen: list[list[int]] = []
+
+    def one_pass() -> None:
+        seen.append(sorted(label for _, targets in loader for label in targets.tolist()))
+
+    thread = threading.Thread(target=one_pass)
+    thread.start()
+    thread.join()
+    one_pass()
+    assert seen == [list(range(12))] * 2
+    # And the signals of this process are as before.
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGINT}
+
+
+class DyingSource(NumberedSource):
+    """Kills the first worker that reads image 0, as the kernel does when memory runs out."""
+
+    def __init__(self, marker: Path) -> None:
+        super().__init__(12)
+        self.marker = marker
+
+    def open_image(self, index: int) -> Image.Image:
+        if index == 0 and torch.utils.data.get_worker_info() is not None and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().open_image(index)
+
+
+def test_a_dead_worker_is_explained(tmp_path):
+    # A DataLoader of another test may have left a handler in this process.
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    made = multicrop_loader(DyingSource(tmp_path / "already"), RECIPE, batch_size=4, **ONE_WORKER)
+    with pytest.raises(RunError, match=r"a data-loading worker died .* use fewer workers") as caught:
+        list(made)
+    assert "\n" not in str(caught.value)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # no exceptions out of the blue
+    signal.signal(signal.SIGCHLD, previous)
+    # The next pass starts new workers.
+    made.set_epoch(0)
+    expected = multicrop_loader(NumberedSource(12), RECIPE, batch_size=4, backend="torchvision")
+    for (views, targets), (whole, labels) in zip(made, expected, strict=True):
+        assert torch.equal(targets, labels)
+        assert all(map(torch.equal, views, whole))
+
+
+class ThreadCountSource(NumberedSource):
+    """Encodes the number of threads of the process in the pixels."""
+
+    def open_image(self, index: int) -> Image.Image:
+        return Image.new("RGB", (20, 20), (torch.get_num_threads(),) * 3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_thread_while_making_batches(workers):
+    threads = torch.get_num_threads()
+    options = {"mean": (0, 0, 0), "std": (1, 1, 1), "backend": "torchvision"}
+    torch.set_num_threads(2)
+    try:
+        made = eval_loader(ThreadCountSource(12), image_size=8, batch_size=4, num_workers=workers, **options)
+        images, _ = next(iter(made))
+        assert torch.allclose(images, torch.full_like(images, 1 / 255))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,158 @@
+"""What each rank runs for test_distributed.py; imported by spawned processes."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accuracy import COMPILE_BACKEND
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from lejepa_fast import LeJEPALoss, SIGReg, sample_directions, sigreg, standard_normal_knots
+
+VIEWS, DIM, SLICES = 3, 6, 40
+EQUAL = {1: [24], 2: [12, 12], 4: [6, 6, 6, 6]}
+UNEQUAL = {1: [24], 2: [17, 7], 4: [13, 0, 10, 1]}  # a rank without samples, and one with a single one
+MANY = [66_000, 257]  # 257 is no number of bf16, in which the samples are
+CASES = [
+    (impl, dtype, unbiased)
+    for impl in ("reference", "torch")
+    for dtype in (torch.float64, torch.float32)
+    for unbiased in (False, True)
+] + [("triton", torch.float32, unbiased) for unbiased in (False, True)]  # in the interpreter
+
+
+def batch(dtype: torch.dtype) -> torch.Tensor:
+    """The concatenated batch (V, 24, K): off-centre, so that ranks disagree and gradients are large."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(VIEWS, 24, DIM, generator=generator, dtype=torch.float64)
+    return (x + torch.linspace(-1, 1, 24).double().view(1, 24, 1)).to(dtype)
+
+
+def shard(x: torch.Tensor, sizes: list[int], rank: int) -> torch.Tensor:
+    return x.split(sizes, dim=1)[rank]
+
+
+def many_samples() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randn(sum(MANY), DIM, generator=generator) + 0.5).bfloat16()
+
+
+def encoder(dtype: torch.dtype) -> nn.Linear:
+    model = nn.Linear(DIM, DIM, dtype=dtype)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(DIM) + 0.1 * torch.arange(DIM * DIM).view(DIM, DIM).sin())
+        model.bias.fill_(0.1)
+    return model
+
+
+def functional_loss(z: torch.Tensor, impl: str, unbiased: bool, **options: Any) -> torch.Tensor:
+    knots = standard_normal_knots()
+    A = sample_directions(DIM, SLICES, step=4, dtype=torch.promote_types(z.dtype, torch.float32))
+    return sigreg(z, A, *knots[:3], impl=impl, unbiased=unbiased, spacing=knots.spacing, **options)
+
+
+def value_and_gradient(model: nn.Module, x: torch.Tensor, loss_fn) -> dict[str, torch.Tensor]:
+    """Loss of a batch and the parameter gradient that an optimiser would see."""
+    model.zero_grad()
+    value = loss_fn(model(x))
+    value.backward()
+    return {
+        "value": value.detach(),
+        "grad": torch.cat([p.grad.flatten() for p in model.parameters()]).clone(),
+    }
+
+
+def lejepa_loss(**options: Any):
+    loss_fn = LeJEPALoss(lambd=0.3, sigreg=SIGReg(num_slices=SLICES, **options))
+    return lambda z: loss_fn(z[:2], z).total
+
+
+def run(rank: int, world_size: int, folder: str) -> None:
+    from interpreter_speed import patch_language_once  # not above: it imports Triton, which is to interpret
+
+    torch.set_num_threads(1)
+    patch_language_once()
+    modules = {impl: lejepa_loss(impl=impl) for impl in ("reference", "torch")}  # before the group exists
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
+    try:
+        results = collect(rank, world_size, modules)
+    finally:
+        gc.collect()  # a DDP module that outlives its process group can abort the interpreter's exit
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+    torch.save(results, Path(folder) / f"rank{rank}.pt")
+
+
+def fully_sharded(x: torch.Tensor, impl: str) -> dict[str, torch.Tensor]:
+    """Value, and the whole gradient, of an encoder whose parameters FSDP2 has sharded."""
+    model = encoder(torch.float32)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    value = functional_loss(model(x), impl, False)
+    value.backward()
+    grads = [p.grad.full_tensor().flatten() for p in model.parameters()]  # type: ignore[union-attr]
+    return {"value": value.detach(), "grad": torch.cat(grads)}
+
+
+def collect(rank: int, world_size: int, modules: dict[str, Any]) -> dict[Any, Any]:
+    results: dict[Any, Any] = {}
+    for name, sizes in (("equal", EQUAL[world_size]), ("unequal", UNEQUAL[world_size])):
+        for impl, dtype, unbiased in CASES:
+            model = DistributedDataParallel(encoder(dtype))
+            x = shard(batch(dtype), sizes, rank)
+            results[name, impl, dtype, unbiased] = value_and_gradient(
+                model, x, lambda z, impl=impl, unbiased=unbiased: functional_loss(z, impl, unbiased)
+            )
+        for impl, loss_fn in modules.items():
+            model = DistributedDataParallel(encoder(torch.float64))
+            x = shard(batch(torch.float64), sizes, rank)
+            results[name, "lejepa", impl] = value_and_gradient(model, x, loss_fn)
+    x = shard(batch(torch.float64), EQUAL[world_size], rank)
+    model = DistributedDataParallel(encoder(torch.float64))
+    results["scaled"] = value_and_gradient(
+        model, x, lambda z: (rank + 1) * functional_loss(z, "torch", False)
+    )
+    results["local"] = functional_loss(x, "torch", False, sync=False)
+    poisoned = x.clone()
+    if rank == world_size - 1:
+        poisoned[0, 0, 0] = float("nan")
+    results["poisoned"] = functional_loss(poisoned, "torch", False)
+    for impl in ("reference", "torch", "triton") if world_size > 1 else ():
+        nothing = x[:, :0].float().requires_grad_()
+        value = functional_loss(nothing, impl, False)
+        value.backward()
+        results["nothing", impl] = {"value": value.detach(), "grad": nothing.grad}
+    if world_size == 2:
+        for impl in ("torch", "triton"):
+            results[f"fsdp {impl}"] = fully_sharded(shard(batch(torch.float32), UNEQUAL[2], rank), impl)
+        compiled = torch.compile(lejepa_loss(), fullgraph=True, backend=COMPILE_BACKEND)
+        results["compiled"] = value_and_gradient(DistributedDataParallel(encoder(torch.float64)), x, compiled)
+        # Shares of a second size: their number of samples is a symbol of the graph.
+        kernels = torch.compile(lejepa_loss(impl="triton"), fullgraph=True, backend="aot_eager")
+        model = DistributedDataParallel(encoder(torch.float32))
+        uneven = shard(batch(torch.float32), UNEQUAL[2], rank)
+        results["compiled kernels"] = value_and_gradient(model, uneven, kernels)
+        x = many_samples().split(MANY, dim=0)[rank].requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            value = functional_loss(x, "torch", True)
+        value.backward()
+        results["many"] = {"value": value.detach(), "grad": x.grad}
+    if world_size == 4:
+        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        mine, other = pairs[rank // 2], pairs[1 - rank // 2]
+        x.requires_grad_()
+        value = functional_loss(x, "torch", False, process_group=mine)
+        value.backward()
+        results["subgroup"] = {"value": value.detach(), "grad": x.grad.clone()}
+        try:
+            functional_loss(x, "torch", False, process_group=other)
+        except ValueError as error:
+            results["foreign group"] = str(error)
+    return results

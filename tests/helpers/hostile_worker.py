@@ -1,0 +1,90 @@
+"""Opens hostile shards for test_hostile.py, and prints what came of them as one line of JSON.
+
+Arguments: backend, names of shards in this folder. It loads an epoch of each shard, verifies it and writes
+its index. It also prints by how much its memory has grown over all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from lejepa_fast.data import MultiCropRecipe, commands, multicrop_loader, open_source
+from lejepa_fast.data.sources import HoldOutError
+from lejepa_fast.errors import RunError, UsageError
+
+RECIPE = MultiCropRecipe(global_size=8, local_crops=0, blur_kernel=3, min_image_size=1)
+BATCH = 12
+
+
+def peak() -> int:
+    """Largest resident memory so far, in MiB."""
+    # Not from `getrusage`: its figure starts from that of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) >> 10  # type: ignore[index]
+
+
+def forbid_more_than(mib: int) -> None:
+    """A limit on the address space, so that a leak ends this process and not the machine."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (mib << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def epoch_of(name: str, backend: str) -> list[int] | str:
+    """The labels of an epoch, or the error."""
+    try:
+        try:
+            source = open_source(name, "train")
+        except HoldOutError as error:  # each class has one image only: all of them
+            source = error.source
+        loader = multicrop_loader(
+            source,
+            RECIPE,
+            batch_size=BATCH,
+            num_workers=0 if backend == "torchvision" else 1,  # in this process, whose memory is measured
+            backend=backend,
+            max_bad_fraction=0.5,
+            bad_images=f"quarantine-{name}.txt",
+            dtype=torch.uint8,
+        )
+        return [label for _, labels in loader for label in labels.tolist()]
+    except (UsageError, RunError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def command(*arguments: str) -> tuple[int, str]:
+    """Exit code and what it says on standard error."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        code = commands.main(list(arguments))
+    return code, said.getvalue()
+
+
+def main() -> None:
+    backend, *names = sys.argv[1:]
+    torch.set_num_threads(1)
+    assert isinstance(epoch_of("clean.tar", backend), list)  # everything is loaded now
+    before = peak()
+    forbid_more_than(1024)
+    found = {}
+    for name in names:
+        signal.alarm(60)  # ends this process
+        found[name] = {
+            "epoch": epoch_of(name, backend),
+            "verify": command("verify", name, "--threads", "1"),
+            "index": command("index", name),
+        }
+    print(json.dumps({"found": found, "grown": peak() - before}))
+
+
+if __name__ == "__main__":
+    main()

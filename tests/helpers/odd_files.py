@@ -1,0 +1,201 @@
+"""Image files that are damaged or odd, each with what must become of it."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+BOMB_SIDE = 20_000
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+# --- EXIF data ------------------------------------------------------------------------------------
+
+
+def exif_entry(tag: int, kind: int, count: int, value: int) -> bytes:
+    """An entry that holds `value`, or whose values begin there."""
+    return struct.pack("<HHII", tag, kind, count, value)
+
+
+ORIENTATION_6 = exif_entry(0x0112, 3, 1, 6)
+DANGLING = exif_entry(0x010F, 2, 100, 60_000)  # a maker's name far behind the end
+
+
+def exif_block(*entries: bytes, magic: int = 42, rest: bytes = b"") -> bytes:
+    head = b"Exif\0\0II" + struct.pack("<HIH", magic, 8, len(entries))
+    return head + b"".join(entries) + bytes(4) + rest
+
+
+def with_segment(jpeg: bytes, content: bytes, times: int = 1) -> bytes:
+    """The JPEG file with one more APP1 segment, or several, before all others."""
+    return jpeg[:2] + (struct.pack(">2sH", b"\xff\xe1", 2 + len(content)) + content) * times + jpeg[2:]
+
+
+# --- bombs: small files that take much memory or time ---------------------------------------------
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_bomb(picture: Image.Image) -> bytes:
+    """400 megapixels in 50 kB, and every one of them is there: decoding it takes 1.2 GB."""
+    header = struct.pack(">IIBBBBB", BOMB_SIDE, BOMB_SIDE, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes((1 + BOMB_SIDE // 8) * BOMB_SIDE), 1)
+    chunks = png_chunk(b"IHDR", header), png_chunk(b"IDAT", rows), png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def jpeg_bomb(picture: Image.Image) -> bytes:
+    """A JPEG whose header promises 400 megapixels."""
+    data = bytearray(saved(picture, "JPEG"))
+    struct.pack_into(">HH", data, data.index(b"\xff\xc0") + 5, BOMB_SIDE, BOMB_SIDE)
+    return bytes(data)
+
+
+def webp_bomb(picture: Image.Image) -> bytes:
+    """100 megapixels in 28 bytes, within Pillow's limit: libwebp and Pillow take 1.6 GB for them."""
+    bits, place = 0, 0
+    # Signature, width, height, no alpha, version; no transforms or cache; five codes of one symbol each.
+    for value, count in [(0x2F, 8), (9_999, 14), (9_999, 14), (0, 4), (0, 3), *[(1, 4)] * 5]:
+        bits |= value << place
+        place += count
+    return b"RIFF" + struct.pack("<I4s4sI", 20, b"WEBP", b"VP8L", 8) + bits.to_bytes(8, "little")
+
+
+def jpeg_of_segments(picture: Image.Image) -> bytes:
+    """EXIF data in 4,000 segments, which Pillow would join one after the other."""
+    return with_segment(saved(picture, "JPEG"), b"Exif\0\0" + bytes(9_000), 4_000)
+
+
+def jpeg_of_junk(picture: Image.Image) -> bytes:
+    """Ten million bytes between two segments, which Pillow would skip one by one."""
+    data = saved(picture, "JPEG")
+    return data[:20] + bytes(10_000_000) + data[20:]
+
+
+def png_of_exif(picture: Image.Image) -> bytes:
+    """EXIF data of 0.4 MB, whose 16,000 entries are all of its other half: Pillow would make 3 GB of it."""
+    size = 200_000
+    entries = [exif_entry(tag, 7, size, 8 + 2 + 12 * 16_000 + 4) for tag in range(0x8000, 0x8000 + 16_000)]
+    data = saved(picture, "PNG")
+    return data[:33] + png_chunk(b"eXIf", exif_block(*entries, rest=bytes(size))[6:]) + data[33:]
+
+
+# Name to (how it is made, part of the reason for which it must be refused).
+BOMBS: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
+    "webp": (webp_bomb, "10000 x 10000 px, more than the 44,739,242 pixels"),
+    "segments": (jpeg_of_segments, "more than 128 KiB of EXIF data"),
+    "empty segments": (
+        lambda picture: with_segment(saved(picture, "JPEG"), b"", 100_000),
+        "too many segments before the pixels",
+    ),
+    "junk": (jpeg_of_junk, "too many segments before the pixels"),
+    "exif": (png_of_exif, "more than 128 KiB of EXIF data"),
+}
+
+
+# --- bad ones: bytes made from a picture ----------------------------------------------------------
+
+
+def bad_huffman(jpeg: bytes) -> bytes:
+    """The JPEG with a code table that no code fits, of the right length: its headers look sound."""
+    data = bytearray(jpeg)
+    counts = data.index(b"\xff\xc4") + 5
+    total = sum(data[counts : counts + 16])
+    data[counts : counts + 16] = bytes([total, *[0] * 15])  # so many codes of one bit
+    return bytes(data)
+
+
+def damaged_exif(picture: Image.Image) -> bytes:
+    """EXIF data of 515 entries, of which there are three, before a bad code table.
+
+    Asked to turn images upright, DALI's decoder spoils the memory of the process over such data.
+    """
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x0110] = 6, "Make", "Model"
+    data = bytearray(saved(picture, "JPEG", exif=exif))
+    data[data.index(b"MM\0*") + 8] = 2
+    return bad_huffman(bytes(data))
+
+
+# Name to (how it is made, part of the reason for which it must be refused).
+BAD: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
+    "empty.jpg": (lambda picture: b"", "not an image"),
+    "huffman.jpg": (lambda picture: bad_huffman(saved(picture, "JPEG")), "broken data stream"),
+    "damaged-exif.jpg": (damaged_exif, "broken data stream"),
+    "bomb.png": (png_bomb, "400000000 pixels"),
+    "bomb.jpg": (jpeg_bomb, "400000000 pixels"),
+}
+
+
+# --- odd ones: bytes made from a picture, and the RGB pixels that must be seen --------------------
+
+
+def from_palette(picture: Image.Image) -> tuple[Image.Image, np.ndarray]:
+    """The picture in 32 colors, and its pixels."""
+    reduced = picture.quantize(32)
+    return reduced, np.array(reduced.getpalette(), np.uint8).reshape(-1, 3)[np.asarray(reduced)]
+
+
+def clear_palette(picture: Image.Image) -> tuple[bytes, np.ndarray]:
+    """One color of the palette is transparent; white shows through."""
+    reduced, pixels = from_palette(picture)
+    clear = int(np.asarray(reduced)[0, 0])
+    pixels[np.asarray(reduced) == clear] = 255
+    return saved(reduced, "PNG", transparency=clear), pixels
+
+
+def animation(picture: Image.Image) -> tuple[bytes, np.ndarray]:
+    """Of which the first frame counts."""
+    reduced, pixels = from_palette(picture)
+    other = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM).quantize(32)
+    return saved(reduced, "GIF", save_all=True, append_images=[other], duration=100), pixels
+
+
+def alpha(picture: Image.Image) -> tuple[bytes, np.ndarray]:
+    """From clear on the left, where white shows, to opaque on the right."""
+    pixels = np.asarray(picture)
+    opacity = np.broadcast_to(np.linspace(0, 255, picture.width).astype(np.uint8), pixels.shape[:2])
+    share = opacity[..., None] / 255
+    image = Image.fromarray(np.dstack([pixels, opacity]))
+    return saved(image, "PNG"), np.rint(pixels * share + 255 * (1 - share)).astype(np.uint8)
+
+
+def gray(picture: Image.Image) -> tuple[bytes, np.ndarray]:
+    luma = picture.convert("L")
+    return saved(luma, "JPEG", quality=95), np.repeat(np.asarray(luma)[..., None], 3, axis=2)
+
+
+ODD: dict[str, Callable[[Image.Image], tuple[bytes, np.ndarray]]] = {
+    "palette.png": lambda picture: (saved(from_palette(picture)[0], "PNG"), from_palette(picture)[1]),
+    "clear.png": clear_palette,
+    "animation.gif": animation,
+    "alpha.png": alpha,
+    "gray.jpg": gray,
+    "png-inside.jpg": lambda picture: (saved(picture, "PNG"), np.asarray(picture)),
+    "jpeg-inside.png": lambda picture: (saved(picture, "JPEG", quality=95), np.asarray(picture)),
+}
+
+
+def spoil(path: Path, picture: Image.Image) -> dict[str, Image.Image]:
+    """Write all of them into a folder. The odd ones' names, with the pictures that they show."""
+    for name, (make, _) in BAD.items():
+        (path / name).write_bytes(make(picture))
+    shown = {}
+    for name, draw in ODD.items():
+        data, pixels = draw(picture)
+        (path / name).write_bytes(data)
+        shown[name] = Image.fromarray(pixels)
+    return shown

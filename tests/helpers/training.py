@@ -1,0 +1,73 @@
+"""Shared by the tests of the trainer: run one, in this process or under torchrun, and read its rows."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+import lejepa_fast.train
+from lejepa_fast.train import config
+from lejepa_fast.train.config import Config
+from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.runtime.files import read_rows
+from lejepa_fast.train.runtime.world import World
+
+CPU = World(torch.device("cpu"))
+SCRIPT = Path(lejepa_fast.train.__path__[0]) / "pretrain.py"
+
+Make = Callable[..., Config]
+
+
+def run_ranks(worker: Callable[..., None], *arguments: Any, ranks: int) -> None:
+    """Run `worker(rank, *arguments)` in a process for each rank; the trainer is imported once."""
+    multiprocessing.set_forkserver_preload(["lejepa_fast.train.engine.trainer"])
+    mp.start_processes(worker, arguments, nprocs=ranks, start_method="forkserver")
+
+
+def train_only(cfg: Config) -> Trainer:
+    """Train in this process, without export, evaluation at the end and report."""
+    trainer = Trainer(cfg, CPU)
+    trainer.run()
+    return trainer
+
+
+def arguments_of(cfg: Config, folder: Path, *more: str) -> list[str]:
+    """A command line that means `cfg`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{cfg.out.name if cfg.out else 'none'}.config.json"
+    file.write_text(json.dumps(config.to_dict(cfg)))
+    out = ["--out", str(cfg.out)] if cfg.out else []
+    return ["--config", str(file), *out, "--resume", cfg.resume, *more]
+
+
+def torchrun(script: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run a script on so many CPU ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*command, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def rows_of(cfg: Config, kind: str = "train") -> list[dict[str, Any]]:
+    """The rows of this kind in metrics.jsonl."""
+    assert cfg.out is not None
+    return [row for row in read_rows(cfg.out / "metrics.jsonl") if row["kind"] == kind]
+
+
+def course_of(cfg: Config) -> list[tuple[Any, ...]]:
+    """Everything in the train rows that does not depend on the clock."""
+    keys = ("step", "epoch", "loss", "prediction", "sigreg", "lr", "grad_norm", "embedding_std")
+    return [tuple(row[key] for key in keys) for row in rows_of(cfg)]

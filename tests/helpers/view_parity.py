@@ -1,0 +1,168 @@
+"""Views by a backend against torchvision's tensor kernels: sources, fixed parameters, references."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from odd_files import saved
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from lejepa_fast.data import MultiCropRecipe
+from lejepa_fast.data.backends.base import Loading
+from lejepa_fast.data.backends.choose_backend import make_backend
+from lejepa_fast.data.bad_images import BadImages
+from lejepa_fast.data.draws import (
+    COLUMN_CODES,
+    COLUMN_FACTORS,
+    COLUMN_GRAY,
+    COLUMN_SIGMA,
+    COLUMN_SOLARIZE,
+    COLUMNS,
+    JITTER_OPS,
+    ViewParams,
+    as_params,
+    view_table,
+)
+from lejepa_fast.data.sampler import BatchKey
+from lejepa_fast.data.sources.base import EncodedSource
+from lejepa_fast.data.views import TrainViews
+
+OP_TOLERANCE, CROP_TOLERANCE = 2.0, 4.0  # levels of 255, mean absolute difference of a view
+SIZE = 64
+# Saturated photographs, where a wrong hue shows, and one of ordinary colors.
+PHOTOGRAPHS = (280, 623, 42, 1162, 994, 616)
+PLAIN = ViewParams(10, 20, SIZE, SIZE, False, (), False, None, False)
+
+
+class MemorySource(EncodedSource):
+    """Images held as PNG files, which every decoder reads alike."""
+
+    def __init__(self, images: Sequence[Image.Image], repeats: int = 1) -> None:
+        count = len(images) * repeats
+        super().__init__(name="memory", kind="folder", classes=None, targets=range(count))
+        self.files = [saved(image, "PNG") for image in images]
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def describe(self, index: int) -> str:
+        return f"image {index}"
+
+    def encoded(self, index: int) -> bytes:
+        return self.files[index % len(self.files)]
+
+
+@dataclass(frozen=True)
+class FixedViews(TrainViews):
+    """The same parameters for every image: row v of `rows` is view v."""
+
+    rows: np.ndarray
+
+    def table(self, epoch, indices, sizes):
+        return np.repeat(self.rows[None], len(indices), axis=0)
+
+
+def rendered(engine: str, views: TrainViews, batch_size: int) -> list[Tensor]:
+    """All views (N, 3, S, S) uint8 of the source, in its order, by one of `loader_backends.BACKENDS`."""
+    count = len(views.source)
+    where = ("dali", torch.device("cuda")) if engine == "gpu" else (engine, None)
+    workers = 0 if engine == "torchvision" else 2
+    backend, _ = make_backend(where[0], views, Loading(batch_size, workers, where[1]))
+    keys = (BatchKey(0, tuple(range(i, i + batch_size))) for i in range(0, count, batch_size))
+    batches = [[view.cpu() for view in raw.views] for raw in backend.batches(keys, BadImages(views.source))]
+    return [torch.cat(made) for made in zip(*batches, strict=True)]
+
+
+def reference(image: Image.Image, params: ViewParams, size: int, recipe: MultiCropRecipe) -> Tensor:
+    """The view by torchvision's uint8 tensor kernels alone."""
+    box = (params.top, params.left, params.height, params.width)
+    view = F.resized_crop(F.pil_to_tensor(image), *box, [size, size], antialias=True)
+    if params.flip:
+        view = F.horizontal_flip(view)
+    for name, factor in params.jitter:
+        view = getattr(F, f"adjust_{name}")(view, factor)
+    if params.grayscale:
+        view = F.rgb_to_grayscale(view, num_output_channels=3)
+    if params.blur_sigma is not None:
+        view = F.gaussian_blur(view, [recipe.blur_kernel] * 2, [params.blur_sigma] * 2)
+    return F.solarize(view, recipe.solarize_threshold) if params.solarize else view
+
+
+def sample_views(
+    recipe: MultiCropRecipe, *, seed: int, epoch: int, index: int, width: int, height: int
+) -> list[ViewParams]:
+    """What is drawn for all views of an image in an epoch, globals first."""
+    table = view_table(recipe, seed=seed, epoch=epoch, indices=[index], sizes=[(width, height)])
+    return [as_params(row) for row in table[0].tolist()]
+
+
+def as_row(params: ViewParams) -> np.ndarray:
+    """The parameters as a row of `draws.view_table`."""
+    row = np.zeros(COLUMNS)
+    row[:5] = params.top, params.left, params.height, params.width, params.flip
+    for step, (name, factor) in enumerate(params.jitter):
+        row[COLUMN_CODES + step], row[COLUMN_FACTORS + step] = JITTER_OPS.index(name) + 1, factor
+    row[COLUMN_GRAY], row[COLUMN_SIGMA] = params.grayscale, params.blur_sigma or 0.0
+    row[COLUMN_SOLARIZE] = params.solarize
+    return row
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """Mean absolute difference in levels of 255."""
+    return (one.int() - other.int()).abs().float().mean().item()
+
+
+# Each with a neighbour that is wrong enough to be caught.
+OPERATIONS = {
+    "plain": (PLAIN, PLAIN._replace(left=22)),
+    "flip": (PLAIN._replace(flip=True), PLAIN),
+    "grayscale": (PLAIN._replace(grayscale=True), PLAIN),
+    "solarize": (PLAIN._replace(solarize=True), PLAIN),
+    "blur 0.3": (PLAIN._replace(blur_sigma=0.3), PLAIN._replace(blur_sigma=1.0)),
+    "blur 1": (PLAIN._replace(blur_sigma=1.0), PLAIN._replace(blur_sigma=0.3)),
+    "blur 2": (PLAIN._replace(blur_sigma=2.0), PLAIN._replace(blur_sigma=0.7)),
+}
+for name, right, wrong in (
+    ("brightness", 0.6, 0.65),
+    ("brightness", 1.4, 1.3),
+    ("contrast", 0.6, 0.7),
+    ("contrast", 1.4, 1.3),
+    ("saturation", 0.5, 0.8),
+    ("saturation", 1.5, 1.2),
+    ("hue", 0.1, 0.05),
+    ("hue", -0.1, 0.1),
+    ("hue", 0.4, -0.4),
+):
+    pair = [PLAIN._replace(jitter=((name, factor),)) for factor in (right, wrong)]
+    OPERATIONS[f"{name} {right}"] = (pair[0], pair[1])
+ORDER = (("contrast", 1.4), ("hue", 0.1), ("saturation", 1.5), ("brightness", 1.4))
+OPERATIONS["jitter"] = (PLAIN._replace(jitter=ORDER), PLAIN._replace(jitter=ORDER[::-1]))
+OPERATIONS["jitter, reversed"] = (PLAIN._replace(jitter=ORDER[::-1]), PLAIN._replace(jitter=ORDER))
+# Windows as (top, left, height, width) of images of at least 96 x 96 px.
+CROPS = {
+    "shrunk": (0, 0, 96, 96),
+    "shrunk, odd": (3, 1, 91, 83),
+    "enlarged": (30, 40, 25, 21),
+    "wide": (11, 5, 30, 90),
+    "tall": (2, 50, 93, 17),
+    "small": (50, 50, 9, 8),
+    "corner": (64, 64, 32, 32),
+}
+
+
+def fixed_views(engine: str, images: Sequence[Image.Image], used: Sequence[ViewParams]) -> list[Tensor]:
+    """The engine's views (images, 3, SIZE, SIZE) for each of the parameters."""
+    recipe = MultiCropRecipe(global_crops=len(used), global_size=SIZE, local_crops=0)
+    fixed = FixedViews(MemorySource(images), recipe, 0, np.stack([as_row(params) for params in used]))
+    return rendered(engine, fixed, len(images))
+
+
+CHAIN = MultiCropRecipe(
+    global_size=56, local_crops=4, local_size=32, blur_kernel=5, solarize_threshold=100, hue=0.2
+)

@@ -1,0 +1,134 @@
+"""Choosing tiles by a clock of our own, without a GPU and without running a kernel; splits and limits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton")
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from lejepa_fast.kernels import autotune, forward
+from lejepa_fast.kernels.configs import TARGETS, shipped_config
+from lejepa_fast.kernels.table import count_splits, make_plan
+
+CONFIG = shipped_config("sm_90", 2)
+TILES = CONFIG.candidates("forward", 512)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Tiles that were launched; the last candidate is the fastest."""
+    tiles, seconds = [], iter(range(1000, 0, -1))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(autotune, "process_tuner", autotune.Tuner(lambda call: call() or next(seconds)))
+    monkeypatch.setenv("LEJEPA_AUTOTUNE", "1")
+    return tiles
+
+
+def launch_best(launch, N=2048, K=512, J=17, variant=(), config=CONFIG):
+    with FakeTensorMode():
+        x, A = torch.empty(8, N, K, device="cuda"), torch.empty(K, 1024, device="cuda")
+    autotune.launch_best(launch, "forward", config, x, A, make_plan(J, 3 / (J - 1)), *variant)
+
+
+def test_the_fastest_tile_is_kept(launched):
+    assert TILES[0] == CONFIG.tile("forward", 512), "the shipped tile comes first"
+    assert len(set(TILES)) == len(TILES) > 3
+    launch_best(launched.append)
+    assert launched == [*TILES, TILES[-1]]
+    launch_best(launched.append, N=3000)  # the same power of two of rows
+    assert launched[len(TILES) + 1 :] == [TILES[-1]]
+    changes = [{"N": 5000}, {"K": 256}, {"J": 9}, {"variant": ("tf32",)}]
+    for change in [*changes, {"config": shipped_config("sm_90", 4)}]:
+        launched.clear()
+        launch_best(launched.append, **change)
+        assert len(launched) == len((change.get("config") or CONFIG).candidates("forward", 512)) + 1, change
+
+
+@pytest.mark.parametrize("value", ["", "0", "yes"])
+def test_off_unless_the_environment_says_1(monkeypatch, launched, value):
+    monkeypatch.setenv("LEJEPA_AUTOTUNE", value)
+    if value == "yes":
+        with pytest.raises(ValueError, match=r"^LEJEPA_AUTOTUNE: expected 0 or 1 .*, got 'yes'$"):
+            launch_best(launched.append)
+    else:
+        launch_best(launched.append)
+        assert launched == TILES[:1]
+
+
+def test_a_graph_capture_is_never_timed(monkeypatch, launched):
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    launch_best(launched.append)
+    assert launched == TILES[:1]
+    capturing = False
+    launch_best(launched.append)
+    capturing = True
+    launched.clear()
+    launch_best(launched.append)
+    assert launched == TILES[-1:], "a capture takes a choice made before"
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OutOfResources(300_000, 232_448, "shared memory"),
+        PTXASError("out of memory"),
+        RuntimeError("PassManager::run failed"),
+    ],
+)
+def test_tiles_that_cannot_run_are_passed_over(launched, failure):
+    """If none can, the shipped tile's launch raises the reason."""
+    able = TILES[:-1]
+
+    def launch(tile):
+        if tile not in able:
+            raise failure
+        launched.append(tile)
+
+    launch_best(launch)
+    assert launched[-1] == TILES[-2]
+    able = []
+    with pytest.raises(type(failure)):
+        launch_best(launch, N=1)
+
+
+def test_large_dimensions_get_no_resident_tile():
+    assert not any(tile.resident for tile in CONFIG.candidates("gradient", 513))
+    assert any(tile.resident for tile in CONFIG.candidates("gradient", 512))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_split_is_made_of_whole_tiles(target, itemsize):
+    """What lets the number of splits, and so every size, ignore the tile."""
+    config = shipped_config(target, itemsize)
+    for kernel in ("forward", "gradient"):
+        for tile in (tile for K in (64, 1536) for tile in config.candidates(kernel, K)):
+            assert config.split.samples % tile.block_n == 0
+
+
+@pytest.mark.parametrize("N", [0, 1, 127, 128, 129, 2048, 5000, 10_000_000])
+@pytest.mark.parametrize(("views", "M"), [(1, 16), (8, 1024), (10, 16384)])
+def test_splits_cover_every_sample_once(N, views, M):
+    splits, samples = count_splits(views, N, M, 1, CONFIG.split)
+    assert splits * samples >= N
+    assert N == 0 or (splits - 1) * samples < N, "no split is empty"
+    assert samples <= 1024, "more are not added one after another in float32"
+    most = 8 * CONFIG.split.programs * (CONFIG.split.block_m + M)
+    assert splits <= max(-(-N // 1024), most // (views * M))
+
+
+@pytest.mark.parametrize(
+    ("x", "M", "message"),
+    [
+        ((1, 4, 1), 60_000_000, "^A: expected at most 59652291 directions with 17 knots"),
+        ((1, (1 << 30) + 1, 1), 4, "^x: expected at most 1073741824 samples .* got N = 1073741825"),
+    ],
+)
+def test_more_than_the_kernels_can_count_is_refused(x, M, message):
+    x, A = torch.zeros(1, 1, 1).expand(x), torch.zeros(1, 1).expand(1, M)
+    with pytest.raises(ValueError, match=message):
+        forward.table_sums(x, A, None, torch.zeros(17), make_plan(17, 0.2), CONFIG, "ieee")

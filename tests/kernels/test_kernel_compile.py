@@ -1,0 +1,119 @@
+"""Every shipped configuration goes through the compiler, without a GPU, and is held to its budgets."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import kernel_report
+import pytest
+from kernel_build import Size, colour_kernels, compile_kernel, plain_kernels, tiled_kernel
+
+from lejepa_fast.kernels.configs import TARGETS, shipped_config
+from lejepa_fast.kernels.runtime import interpreting
+from lejepa_fast.kernels.table import make_plan
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="the interpreter replaces the compiler")
+SHARED_BYTES = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a block
+PLAIN = ("directions", "finish", "sum")
+
+
+@pytest.fixture(scope="module")
+def report():
+    reports: dict[str, list[dict]] = {}
+
+    def get(target: str) -> list[dict]:
+        if target not in reports:
+            reports[target] = kernel_report.report(
+                target, ["bf16", "fp32", "fp16"] if target == "sm_90" else ["bf16", "fp32"]
+            )
+        return reports[target]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def budgets():
+    return json.loads(kernel_report.BUDGETS.read_text())
+
+
+def even_rows(report) -> list[dict]:
+    return [row for row in report("sm_90") if not row["uneven"]]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_shipped_configurations_keep_their_budgets(report, budgets, target):
+    rows = report(target)
+    assert kernel_report.violations(rows, budgets) == []
+    for row in rows:
+        assert row["shared_bytes"] <= 1024 * SHARED_BYTES[target], row
+        assert row["spills"] == 0 or row["uneven"], row
+        if row["kernel"] not in PLAIN:
+            assert row["tensor_kind"] is not None, row
+
+
+def test_the_reference_size_on_sm_90_keeps_the_hard_limits(report):
+    """At most 75 and 85 FP32 instructions a projected sample; what backward does besides is a product."""
+    found = {(row["kernel"], row["K"]): row for row in even_rows(report) if row["dtype"] == "bf16"}
+    assert found["forward", 512]["per_sample"]["fp32"] <= 75
+    for kernel in (("gradient", 1536), ("fused", 512)):
+        assert found[kernel]["per_sample"]["fp32"] <= 85
+    assert all(row["tensor_kind"] == "HGMMA" for row in found.values() if row["kernel"] not in PLAIN)
+
+
+def test_the_backward_of_the_reference_size_is_one_kernel():
+    """So nothing of the size of the projections is stored: directions, sums, finish, its sum, dx."""
+    config = shipped_config("sm_90", 2)
+    assert config.fuses(512, 1024)
+    assert config.fuses(33, 70), "small ones of any size"
+    assert not config.fuses(512, 1040), "sizes that do not fill the tiles"
+    assert not config.fuses(400, 1024)
+    assert not config.fuses(512, 1024, slice_grad=True), "float32 products"
+    assert not config.fuses(1536, 4096)
+
+
+def test_the_gate_finds_what_it_is_for(report, budgets):
+    """A spill, lost tensor-core instructions, projections worked on twice, too many instructions: planted."""
+    rows = even_rows(report)
+    good = [row for row in rows if (row["kernel"], row["K"], row["dtype"]) == ("forward", 512, "bf16")]
+    assert len(good) == 1
+    slow, unknown = {"per_sample": {"fp32": 78.0}}, {"uneven": "without a budget"}
+    for change in (
+        {"spills": 2},
+        {"stack_bytes": 8},
+        {"tensor_kind": "HMMA"},
+        {"repeated": 2.0},
+        slow,
+        unknown,
+    ):
+        bad = copy.deepcopy(good)
+        bad[0].update(change)
+        assert len(kernel_report.violations(bad, budgets)) == 1, change
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_float16_on_other_targets(target):
+    """The gradient times a power of two, which other dtypes do without."""
+    plan = make_plan(17, 3 / 16)
+    for name in ("fused", "product"):
+        size = kernel_report.REFERENCE._replace(K=64)
+        row = kernel_report.inspect(
+            compile_kernel(tiled_kernel(name, target, "fp16", plan, size), target), target
+        )
+        assert row["spills"] == 0
+        assert row["tensor_kind"] in ("HMMA", "MFMA")
+
+
+def test_sizes_of_one():
+    """A size of 1 is a constant of the compilation."""
+    plan, one = make_plan(17, 3 / 16), Size(1, 1, 1, 1)
+    kernels = plain_kernels("sm_90", "bf16", plan, one)
+    kernels += [tiled_kernel(name, "sm_90", "bf16", plan, one) for name in ("forward", "fused")]
+    for kernel in kernels:
+        assert compile_kernel(kernel, "sm_90").metadata.shared <= 1024 * SHARED_BYTES["sm_90"], kernel.name
+
+
+def test_the_colour_kernels_keep_pixels_in_registers():
+    for kernel in colour_kernels(size=224, kernel_size=7):
+        row = kernel_report.inspect(compile_kernel(kernel, "sm_90"), "sm_90")
+        assert row["spills"] == row["stack_bytes"] == 0, kernel.name

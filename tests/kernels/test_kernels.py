@@ -1,0 +1,158 @@
+"""The Triton kernels: tests of `kernel_*.py` in Triton's interpreter, and when the kernels are taken.
+
+Triton decides at import whether it interprets, and other tests need it as it is: without a GPU the
+`kernel_*.py` run in processes of their own, here. With one, pytest collects them itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lejepa_fast import dispatch, sigreg, standard_normal_knots, triton_operators
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+MODULES = (
+    "kernel_accuracy",
+    "kernel_color_jitter",
+    "kernel_generated",
+    "kernel_memory",
+    "kernel_operators",
+    "kernel_tiles",
+)
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """A process for each module; they run side by side."""
+    folder = Path(__file__).parent
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    processes = {}
+    for module in MODULES:
+        command = [sys.executable, "-m", "pytest", str(folder / f"{module}.py"), "-q", "--no-header"]
+        processes[module] = subprocess.Popen(
+            [*command, "-p", "no:cacheprovider"],
+            cwd=folder.parents[1],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@no_gpu
+@pytest.mark.parametrize("module", MODULES)
+def test_in_the_interpreter(interpreted, module):
+    output, _ = interpreted[module].communicate()
+    assert interpreted[module].returncode == 0, output[-8000:]
+    assert re.search(r"\b[1-9]\d* passed", output.splitlines()[-1]), output[-800:]
+
+
+@no_gpu
+def test_tensors_on_the_cpu_are_refused():
+    knots = standard_normal_knots()
+    with pytest.raises(
+        ValueError, match=r"^x: expected on a GPU for impl='triton'.*got cpu; use impl='torch'"
+    ):
+        sigreg(torch.randn(9, 3), torch.randn(3, 4), *knots[:3], impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (None, "^impl: 'triton' needs the package triton.*use impl='torch'"),
+        ((3, 5), "^impl: .* triton 3.6 .* got 3.5"),
+    ],
+)
+def test_missing_or_old_triton_is_refused(monkeypatch, version, message):
+    monkeypatch.setattr(triton_operators, "triton_version", lambda: version)
+    with pytest.raises(ValueError, match=message):
+        sigreg(torch.randn(9, 3), torch.randn(3, 4), *standard_normal_knots()[:3], impl="triton")
+
+
+@pytest.mark.parametrize(("name", "taken"), [("gfx942:sramecc+:xnack-", True), ("gfx1100", False)])
+def test_amd_gpus_without_their_matrix_cores_are_refused(monkeypatch, name, taken):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    properties = SimpleNamespace(gcnArchName=name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    reason = triton_operators.why_not(torch.device("cuda"), torch.float32)
+    assert (reason is None) == taken
+    assert taken or "got gfx1100; use impl='torch'" in reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "version", "chosen", "reason"),
+    [
+        ((9, 0), torch.bfloat16, (3, 6), "triton", "kernels for this GPU"),
+        ((12, 0), torch.float32, (3, 6), "triton", "kernels for this GPU"),
+        ((7, 5), torch.float32, (3, 6), "torch", "impl: .* 8.0 or newer, got 7.5$"),
+        ((9, 0), torch.float64, (3, 6), "torch", "x: expected float32, .* got torch.float64$"),
+        ((9, 0), torch.float32, (3, 5), "torch", "impl: .* triton 3.6 or newer, got 3.5$"),
+        ((9, 0), torch.float32, None, "torch", "impl: .* not installed$"),
+    ],
+)
+def test_auto_takes_the_kernels_on_gpus_that_can(
+    monkeypatch, caplog, capability, dtype, version, chosen, reason
+):
+    """Elsewhere the streaming implementation, with one line that says why; also in compiled code."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(triton_operators, "triton_version", lambda: version)
+    monkeypatch.setattr(dispatch, "logged_choices", set())
+    gpu = torch.device("cuda")
+    with caplog.at_level("INFO", logger="lejepa_fast"):
+        for _ in range(2):
+            assert dispatch.resolve_implementation("auto", gpu, dtype) == chosen
+    (record,) = caplog.records
+    assert re.search(f"impl='auto' takes '{chosen}' on cuda: {reason}", record.message)
+    assert record.levelname == ("INFO" if chosen == "triton" else "WARNING")
+
+    torch.compiler.reset()  # the answer is a constant of the graph
+
+    def compiled_choice(x):
+        return x + (dispatch.resolve_implementation("auto", gpu, dtype) == "triton")
+
+    compiled = torch.compile(compiled_choice, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(())) == (chosen == "triton")
+
+
+def test_auto_on_a_gpu_refuses_gradients_that_the_kernels_do_not_give(monkeypatch):
+    """A fall-back to another implementation would be silent, and no gradient more so."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with FakeTensorMode(), torch.device("cuda"):
+        x, A, phi, weights = torch.empty(9, 3), torch.empty(3, 4), torch.empty(17), torch.empty(17)
+        for name, tensor in (("phi", phi), ("weights", weights)):
+            tensor.requires_grad_()
+            with pytest.raises(ValueError, match=f"^{name}: expected .* impl='triton', got .*impl='torch'"):
+                sigreg(x, A, torch.empty(17), phi, weights, spacing=0.1875)
+            tensor.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "message"),
+    [
+        ("gfx942:sramecc+", "tf32x3", "^precision: expected 'ieee' or 'tf32' or None on .* got 'tf32x3'"),
+        ("gfx950", "tf32", "^precision: expected 'ieee' or None on .* got 'tf32'"),
+    ],
+)
+def test_precisions_that_amds_compiler_lacks_are_refused(monkeypatch, name, precision, message):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    properties = SimpleNamespace(gcnArchName=name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert triton_operators.why_not_precision(torch.device("cuda"), "ieee") is None
+    with FakeTensorMode(), torch.device("cuda"):
+        x, A, t = torch.empty(9, 3), torch.empty(3, 4), torch.empty(17)
+        with pytest.raises(ValueError, match=message):
+            sigreg(x, A, t, t, t, spacing=0.1875, impl="triton", precision=precision)

@@ -1,0 +1,309 @@
+"""What only a GPU can show about the kernels: size, memory, launches, graphs. About two minutes, and as much
+again where compute-sanitizer is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from accuracy import Result, assert_within_rule, evaluate, value_error
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lejepa_fast import (
+    Knots,
+    SIGReg,
+    reference,
+    sample_unit_directions,
+    sigreg,
+    standard_normal_knots,
+)
+from lejepa_fast.kernels.configs import get_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+KNOTS = standard_normal_knots()
+REFERENCE = (8, 2048, 512), 1024  # shape of x and number of directions
+OURS = ("_directions_kernel", "_sigreg_", "_sum_kernel")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    torch.cuda.empty_cache()
+
+
+def free_gib() -> float:
+    return torch.cuda.mem_get_info()[0] / 2**30
+
+
+def inputs(
+    shape: tuple[int, ...], M: int, dtype: torch.dtype, *, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, and directions with their scale as the module draws them."""
+    x = scale * torch.randn(shape, device="cuda", dtype=dtype)
+    A, unit = sample_unit_directions(shape[-1], M, step=3, device="cuda", dtype=dtype)
+    return x, A, unit if dtype.itemsize == 2 else None
+
+
+def truth_of_rows(
+    x: Tensor, A: Tensor, knots: Knots, rows: slice, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """By the reference's formulas in chunks: T (M,) of one view x (N, K), and d sum(T) / dx of some rows.
+
+    The rows enter through the difference of their sums from themselves, so only they are differentiated.
+    """
+    t, phi, weights = (a.to("cuda", dtype) for a in knots[:3])
+    values, grad = [], 0.0
+    for a in A.split(64, dim=1):
+        with torch.no_grad():
+            parts = x.split(1 << 14)
+            sums = sum(reference.ecf_sums(part[None].to(dtype), a.to(dtype), t) for part in parts)
+        z = x[rows].detach().to(dtype).requires_grad_()
+        local = reference.ecf_sums(z[None], a.to(dtype), t)
+        value = reference.statistic_from_sums(sums + local - local.detach(), x.shape[0], phi, weights)
+        grad = grad + torch.autograd.grad(value.sum(), z)[0]
+        values.append(value.detach().flatten())
+    return torch.cat(values), grad
+
+
+def evaluate_scaled(x: Tensor, A: Tensor, unit: Tensor | None) -> Result:
+    """Mean statistic, and the gradient of the sum over views and directions.
+
+    The loss is differentiated times the power of two next to their number, as loss scaling does: the mean's
+    gradient would lie among the subnormal numbers of float16.
+    """
+    x, count = x.detach().clone().requires_grad_(), x.shape[0] * A.shape[1]
+    value = sigreg(x, A, *KNOTS[:3], spacing=KNOTS.spacing, scale=unit, impl="triton")
+    power = 1 << (count.bit_length() - 1)
+    (value * power).backward()
+    assert x.grad is not None
+    return Result(value.detach(), x.grad.float() * (count / power))
+
+
+def check_rows(x: Tensor, A: Tensor, unit: Tensor | None, view: int, rows: slice) -> None:
+    """The accuracy rule for one view of x (V, N, K): its statistic, and the gradient of some rows."""
+    got = evaluate_scaled(x, A, unit)
+    with torch.no_grad():
+        each = sigreg(x, A, *KNOTS[:3], spacing=KNOTS.spacing, scale=unit, impl="triton", reduction=None)
+    torch.testing.assert_close(each.double().mean().float(), got.value, rtol=1e-5, atol=0)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        columns = A.to(dtype) if unit is None else A.to(dtype) * unit.to(dtype)
+        results.append(truth_of_rows(x[view], columns, KNOTS, rows, dtype))
+    (plain_value, plain_grad), (exact_value, exact_grad) = results
+    assert_within_rule(each[view], plain_value, exact_value, "value", relative=value_error(x))
+    ulp = 0.0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2
+    assert_within_rule(got.grad[view, rows], plain_grad, exact_grad, "gradient", ulp=ulp)
+
+
+def extra_bytes(call) -> int:
+    """Peak of allocated memory during `call`, above what is allocated before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float32, 1.0), (torch.float32, 100.0), (torch.bfloat16, 1.0), (torch.float16, 1.0)],
+)
+def test_accuracy_at_the_reference_size(dtype, scale):
+    """float32 by its default precision: three tf32 products where the compiler has them."""
+    x, A, unit = inputs(*REFERENCE, dtype, scale=scale)
+    check_rows(x, A, unit, view=7, rows=slice(1024, 2048))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("V", "N"), [(2, 2001), (1, 16384)])
+def test_accuracy_of_many_samples(V, N, dtype):
+    """Normal embeddings, so T is a difference of nearly equal numbers: no whole tiles, and long sums."""
+    x, A, unit = inputs((V, N, 512), 1024, dtype)
+    check_rows(x, A, unit, view=V - 1, rows=slice(N - 1000, N))
+
+
+def test_accuracy_at_the_giant_size():
+    if free_gib() < 16:
+        pytest.skip("needs 16 GiB")
+    x, A, unit = inputs((10, 4096, 1536), 4096, torch.bfloat16)
+    check_rows(x, A, unit, view=9, rows=slice(3584, 4096))
+
+
+def test_more_elements_than_32_bits_can_count():
+    if free_gib() < 24:
+        pytest.skip("needs 24 GiB")
+    N, K = (1 << 22) + 77, 513
+    assert N * K > 1 << 31
+    x, A, unit = inputs((1, N, K), 32, torch.bfloat16)
+    x += 0.1  # far from the null, where T would be a difference of nearly equal numbers
+    check_rows(x, A, unit, view=0, rows=slice(N - 300, N))
+
+
+def test_extra_memory_is_a_fortieth_of_the_eager_reference():
+    if free_gib() < 24:
+        pytest.skip("needs 24 GiB")
+    x, A, unit = inputs(*REFERENCE, torch.bfloat16)
+    eager, ours = (
+        extra_bytes(lambda impl=impl: evaluate(x, A, KNOTS, impl=impl, scale=unit))
+        for impl in ("reference", "triton")
+    )
+    assert ours <= eager / 40
+
+
+def test_extra_memory_at_the_giant_size():
+    x, A, unit = inputs((10, 4096, 1536), 4096, torch.bfloat16)
+    assert extra_bytes(lambda: evaluate(x, A, KNOTS, impl="triton", scale=unit)) < 2e9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_runs_agree_bit_for_bit(dtype):
+    x, A, unit = inputs(*REFERENCE, dtype)
+    first, second = (evaluate(x, A, KNOTS, impl="triton", scale=unit) for _ in range(2))
+    assert torch.equal(first.value, second.value)
+    assert torch.equal(first.grad, second.grad)
+
+
+def test_nothing_waits_for_the_gpu():
+    reg = SIGReg(num_slices=256, impl="auto").cuda()
+    x = torch.randn(4, 256, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    assert reg.chosen_impl == "triton"
+    reg(x).backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        reg(x).backward()
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            reg.step.item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("size", [REFERENCE, ((4, 256, 16), 256)])
+def test_at_most_six_launches(size):
+    """Directions, forward and backward; PyTorch adds the addition for the step, and the ones."""
+    from torch.profiler import ProfilerActivity, profile
+
+    shape, M = size
+    reg = SIGReg(num_slices=M, impl="triton").cuda()
+    x = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def step():
+        torch.autograd.grad(reg(x), x)
+        torch.cuda.synchronize()
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        step()
+    launched = [
+        event.name
+        for event in recorded.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(("Mem", "ProfilerStep"))
+    ]
+    ours = [name for name in launched if name.startswith(OURS)]
+    fused = get_config(x.device, 2).fuses(shape[-1], M)
+    assert len(ours) == 5 + (not fused), launched  # directions, sums, finish, its sum, dx or dT/dp and dx
+    assert len(launched) - len(ours) <= 2, launched
+
+
+# dx in registers, and through chunks
+@pytest.mark.parametrize(("dtype", "K"), [(torch.bfloat16, 48), (torch.float32, 200)])
+def test_cuda_graph_replays_steps(dtype, K):
+    """Forward, backward and the counter in one graph: each replay is the next step of an eager module."""
+    captured, eager = (SIGReg(num_slices=100, impl="triton").cuda() for _ in range(2))
+    x = torch.randn(2, 300, K, device="cuda", dtype=dtype, requires_grad=True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            torch.autograd.grad(captured(x), x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = captured(x)
+        (grad,) = torch.autograd.grad(loss, x)
+    captured.step.zero_()
+    values = []
+    for _ in range(4):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        expected = eager(x)
+        assert torch.equal(loss, expected)
+        assert torch.equal(grad, torch.autograd.grad(expected, x)[0])
+        values.append(loss.item())
+    assert captured.step.item() == eager.step.item() == 4
+    assert len(set(values)) == 4
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_modules_agree_with_eager(mode):
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    eager, module = (SIGReg(num_slices=100, impl="triton").cuda() for _ in range(2))
+    compiled = torch.compile(module, fullgraph=True, mode=mode)
+    x = torch.randn(2, 300, 48, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        got = compiled(x)
+        (h,) = torch.autograd.grad(got, x)
+        expected = eager(x)
+        (g,) = torch.autograd.grad(expected, x)
+        assert torch.equal(got, expected)
+        assert torch.equal(h, g)
+    assert module.step.item() == 5
+    assert counters["inductor"]["cudagraph_skips"] == 0, "the step's mutation kept it out of CUDA graphs"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_and_checkpointing_at_size(dtype):
+    x = torch.randn(4, 1024, 256, device="cuda", dtype=dtype)
+    plain, other = (SIGReg(num_slices=512, impl="triton").cuda() for _ in range(2))
+    weight = torch.eye(256, device="cuda", dtype=dtype, requires_grad=True)
+    expected = plain(x @ weight)
+    (grad,) = torch.autograd.grad(expected, weight)
+    got = checkpoint(lambda w: other(x @ w), weight, use_reentrant=False)
+    assert torch.equal(got, expected)
+    assert torch.equal(torch.autograd.grad(got, weight)[0], grad)
+    z = (x @ weight).detach()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(plain(z, step=0), expected.detach())
+
+
+SMALL_RUN = """
+import torch
+from lejepa_fast import SIGReg
+for dtype, K in ((torch.float32, 40), (torch.bfloat16, 100)):
+    x = torch.randn(2, 77, K, device="cuda", dtype=dtype, requires_grad=True)
+    SIGReg(num_slices=70, impl="triton").cuda()(x).backward()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer on PATH")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool, tmp_path):
+    run = subprocess.run(
+        ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9",
+         sys.executable, "-c", SMALL_RUN],
+        cwd=tmp_path,  # where `python -c` finds the package that the tests find, not a folder of its name
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # each tensor an allocation of its own
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]

@@ -1,0 +1,140 @@
+"""sample_directions: the generator, its distribution, and what makes it safe to use in training."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from accuracy import COMPILE_BACKEND
+
+from lejepa_fast import sample_directions, sample_unit_directions
+from lejepa_fast.directions import philox_4x32
+
+GOLDEN = [
+    [-0.7252887, -0.3659854, -0.1186915],
+    [0.5947506, -0.8253826, 0.3153022],
+    [-0.3323801, 0.017899, 0.8113593],
+    [-0.0975478, 0.2929084, 0.3795836],
+    [0.0153585, -0.3141377, -0.290016],
+]
+
+
+# Known answers of Philox-4x32-10 as published with the Random123 library.
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, expected):
+    words = philox_4x32(*(torch.tensor(c) for c in counter), key=key)
+    assert tuple(int(w) for w in words) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [1, 3, 4, 130])  # below, at and above the four rows of a generator call
+def test_columns_are_unit_vectors(dim, dtype):
+    """To the rounding of the dtype, and to that of float32 times the scale."""
+    A, scale = sample_unit_directions(dim, 33, step=5, dtype=dtype)
+    assert A.shape == (dim, 33)
+    assert A.dtype == dtype
+    assert torch.equal(A, sample_directions(dim, 33, step=5, dtype=dtype))
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    one = torch.ones(33).double()
+    torch.testing.assert_close(A.double().norm(dim=0), one, rtol=0, atol=tolerance)
+    torch.testing.assert_close((A.double() * scale).norm(dim=0), one, rtol=0, atol=1e-6)
+    if dtype.itemsize > 2:
+        assert torch.equal(scale, torch.ones(33, dtype=dtype))
+
+
+def test_directions_are_isotropic():
+    K, M = 16, 1 << 15
+    A = sample_directions(K, M, step=1, dtype=torch.float64)
+    second_moment = A @ A.T / M * K  # expectation: identity; entries have a standard error of about 1/sqrt(M)
+    assert (second_moment - torch.eye(K).double()).abs().max() < 6 / math.sqrt(M)
+    assert A.mean(1).abs().max() < 6 / math.sqrt(M * K)
+    fourth = (A**4).mean() * K * (K + 2) / 3  # uniform on the sphere: E a^4 = 3 / (K (K + 2))
+    assert abs(fourth - 1) < 0.02
+
+
+def test_function_of_seed_and_step_alone():
+    A = sample_directions(8, 16, step=3, seed=7)
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    assert torch.equal(A, sample_directions(8, 16, step=torch.tensor(3), seed=7))
+    assert torch.equal(before, torch.get_rng_state()), "the global generator was used"
+    for step, seed in [(4, 7), (3, 8), (3 + (1 << 32), 7), (3, 7 + (1 << 32)), (3, -7)]:
+        other = sample_directions(8, 16, step=step, seed=seed)
+        assert (A - other).abs().max() > 0.1, (step, seed)
+
+
+def test_columns_do_not_depend_on_their_number():
+    few, many = sample_directions(10, 5, step=2), sample_directions(10, 50, step=2)
+    assert torch.equal(few, many[:, :5])
+
+
+def test_steps_are_uncorrelated():
+    A, B = (sample_directions(64, 512, step=s) for s in (0, 1))
+    assert (A * B).sum(0).mean().abs() < 6 / math.sqrt(64 * 512)
+
+
+def test_same_in_compiled_code():
+    def sample(step):
+        return sample_directions(9, 12, step=step)
+
+    compiled = torch.compile(sample, fullgraph=True, backend=COMPILE_BACKEND)
+    step = torch.tensor(11)
+    assert torch.equal(compiled(step), sample_directions(9, 12, step=11))
+
+
+def test_golden_values():
+    """Checkpoints rely on the sequence of directions: it must not change between versions."""
+    A = sample_directions(5, 3, step=7, seed=11, dtype=torch.float64)
+    torch.testing.assert_close(A, torch.tensor(GOLDEN, dtype=torch.float64), rtol=0, atol=2e-7)
+
+
+def test_the_result_lives_where_the_step_does():
+    A = sample_directions(8, 16, step=torch.zeros((), dtype=torch.int64, device="meta"))
+    assert A.shape == (8, 16)
+    assert A.device.type == "meta"
+
+
+def test_operator_contract():
+    step = torch.tensor(3)
+    torch.library.opcheck(torch.ops.lejepa_fast.sample_directions, (step, 8, 16, 0, torch.float32, False))
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments"),
+    [
+        (ValueError, {"dim": 0}),
+        (ValueError, {"num_slices": 0}),
+        (ValueError, {"step": -1}),
+        (ValueError, {"step": torch.zeros(2, dtype=torch.int64)}),
+        (ValueError, {"step": torch.tensor(1.0)}),
+        (ValueError, {"step": torch.tensor(True)}),
+        (ValueError, {"dtype": torch.int32}),
+        (TypeError, {"dim": 4.0}),
+        (TypeError, {"num_slices": True}),
+        (TypeError, {"seed": 0.5}),
+        (TypeError, {"step": 1.5}),
+    ],
+)
+def test_bad_arguments_are_named(error, arguments):
+    (name,) = arguments
+    with pytest.raises(error, match=f"^{name}: expected"):
+        sample_directions(**{"dim": 4, "num_slices": 4, "step": 0, **arguments})
+
+
+def test_a_column_of_zeros_is_the_first_axis():
+    """At step 1205178 the only normal of column 0 is exactly 0, and its direction would be NaN."""
+    A, scale = sample_unit_directions(1, 16, step=1205178, impl="torch")
+    assert A[0, 0].item() == scale[0].item() == 1
+    assert A.abs().eq(1).all()

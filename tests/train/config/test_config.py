@@ -1,0 +1,225 @@
+"""The configuration: command line, presets, JSON, validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+import lejepa_fast
+from lejepa_fast.errors import UsageError
+from lejepa_fast.train import config
+from lejepa_fast.train.config import Config
+from lejepa_fast.train.config.presets import PRESETS
+
+
+def test_the_base_goes_by_the_data() -> None:
+    """The laptop preset for the embedded images, else the paper's recipe."""
+    assert config.parse([]) == config.parse(["--data", "trashnet96"]) == PRESETS["laptop"]
+    expected = Config(
+        data=dataclasses.replace(Config().data, path="/some/where"),
+        model=dataclasses.replace(Config().model, name="vit_giant"),
+    )
+    cfg = config.parse(["--data", "/some/where", "--model", "vit_giant"])
+    assert cfg == expected
+    assert (cfg.optim.lr, cfg.optim.final_lr_fraction) == (5e-4, 1e-3)
+    assert (cfg.loss.lambd, cfg.loss.num_slices) == (0.05, 1024)
+    crops = cfg.crops
+    assert (crops.global_crops, crops.global_size, crops.local_crops, crops.local_size) == (2, 224, 6, 98)
+
+
+def test_long_names_and_aliases_are_the_same() -> None:
+    short = ["--data", "x", "--model", "resnet50", "--batch-size", "64", "--lr", "0.1", "--lambda", "0.2"]
+    long = ["--data.path", "x", "--model.name", "resnet50", "--data.batch-size", "64"]
+    cfg = config.parse([*long, "--optim.lr", "0.1", "--loss.lambd", "0.2"])
+    assert config.parse(short) == cfg
+    assert cfg.loss.lambd == 0.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bogus", "1"], "unknown option --bogus; see --help for all options"),
+        (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
+        (["--optim.lrr", "1"], "unknown option --optim.lrr; did you mean --lr?"),
+        (["--weight-decay", "1"], "unknown option --weight-decay; did you mean --optim.weight-decay?"),
+        (["--no-tensorbord"], "unknown option --no-tensorbord; did you mean --no-tensorboard?"),
+        (["stray"], "unexpected argument 'stray'; see --help"),
+        (["--lr", "fast"], "--lr/--optim.lr: could not convert string to float: 'fast'; see --help"),
+        (["--preset", "desktop"], "--preset: expected one of default, laptop, got 'desktop'"),
+        (["--lr"], "Missing value for argument '--lr/--optim.lr'"),
+        (["--optim.betas", "2"], "Missing value for argument '--optim.betas'. Expected 2 values"),
+        (["--data.backend", "x"], "invalid choice 'x' for argument '--data.backend'"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError) as refusal:
+        config.parse(arguments)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_round_trip_is_the_identity(name: str, tmp_path: Path) -> None:
+    resolved = config.resolve(PRESETS[name])
+    saved = dataclasses.replace(resolved, resume="/another/run")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.to_dict(saved)))
+    assert config.load_json(file) == saved
+    # A new run takes the settings, and must not write into the folder of the old one.
+    cfg = dataclasses.replace(resolved, out=None, resume="auto")
+    assert config.parse(["--config", str(file)]) == cfg
+    assert config.parse(["--config", str(file), "--seed", "7"]) == dataclasses.replace(cfg, seed=7)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optim": {"learning": 1}}, "optim: unknown key 'learning'; known: lr, "),
+        ({"epochz": 1}, "unknown key 'epochz'; did you mean 'epochs'"),
+        ({"epochs": "many"}, "epochs: expected a valid integer, got 'many'"),
+        ({"epochs": True}, "epochs: expected a valid integer, got True"),
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"tensorboard": 1}, "tensorboard: expected a valid boolean, got 1"),
+        ({"optim": {"betas": [0.9]}}, "optim.betas: expected .*got \\[0.9\\]"),
+        ({"optim": {"weight_decay": "x"}}, "optim.weight_decay: expected a valid number or 'auto', got 'x'"),
+        ({"data": {"backend": "x"}}, "data.backend: expected 'auto', .*got 'x'"),
+        ({"model": []}, "model: expected an object, got \\[\\]"),
+        ([], "configuration: expected an object, got \\[\\]"),
+    ],
+)
+def test_bad_json_is_named(values: object, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(values))
+    with pytest.raises(UsageError, match=message) as refusal:
+        config.parse(["--config", str(file)])
+    assert str(refusal.value).startswith(f"{file}: ")
+
+
+def test_a_file_that_is_not_json_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    with pytest.raises(UsageError, match=r"cannot read .*config\.json: No such file"):
+        config.load_json(file)
+    file.write_text("{")
+    with pytest.raises(UsageError, match="is not JSON"):
+        config.load_json(file)
+
+
+@pytest.mark.parametrize(
+    ("model", "decay"),
+    [("vit_small", 5e-2), ("convnextv2_nano", 5e-2), ("resnet50", 5e-4), ("efficientnet_b0", 5e-4)],
+)
+def test_weight_decay_goes_by_family(model: str, decay: float) -> None:
+    cfg = config.parse(["--data", "x", "--model", model])
+    assert cfg.optim.weight_decay == "auto"
+    assert config.resolve(cfg).optim.weight_decay == decay
+    given = config.parse(["--model", model, "--optim.weight-decay", "0.3"])
+    assert config.resolve(given).optim.weight_decay == 0.3
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("trashnet96", "trashnet96-resnet50"),
+        ("/a/b c/", "b-c-resnet50"),
+        ("torchvision:CIFAR10:/d", "CIFAR10-resnet50"),
+    ],
+)
+def test_run_folder_is_named_after_data_and_model(path: str, name: str) -> None:
+    cfg = config.parse(["--data", path, "--model", "resnet50"])
+    assert config.resolve(cfg).out == Path("runs") / name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "epochs: expected at least 1, got 0"),
+        (["--lr", "-1"], "optim.lr: expected at least 0, got -1.0"),
+        (["--lr", "nan"], "optim.lr: expected below inf, got nan"),
+        (["--lr", "inf"], "optim.lr: expected below inf, got inf"),
+        (["--optim.weight-decay", "-1"], "optim.weight_decay: expected at least 0 or 'auto', got -1.0"),
+        (["--optim.betas", "0.9", "1"], "optim.betas: expected below 1, got 1.0"),
+        (["--model.drop-path", "2"], "model.drop_path: expected below 1, got 2.0"),
+        (["--model.projector-layers", "0"], "model.projector_layers: expected at least 1, got 0"),
+        (["--average.start", "1.5"], "average.start: expected below 1 or 'auto', got 1.5"),
+        (["--seed", str(2**63)], "seed: expected below 9223372036854775808, got 9223372036854775808"),
+        (["--eval.temperature", "0"], "eval.temperature: expected above 0, got 0.0"),
+        (["--data.hw-decoder-load", "1.5"], "data.hw_decoder_load: expected at most 1, got 1.5"),
+        (["--lambda", "1.5"], "loss.lambd: expected a number from 0 to 1 with loss.form convex, got 1.5"),
+        (["--crops.global-crops", "0"], "global_crops must be at least 1"),
+        (["--batch-size", "1"], "at least 2; use --batch-size 2"),
+        (["--optim.weight-decay", "inf"], "optim.weight_decay: expected below inf"),
+    ],
+)
+def test_values_that_cannot_work_are_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        config.validate(config.parse(arguments))
+
+
+def bounded(kind: object) -> bool:
+    return any(type(part).__module__ == "annotated_types" for part in typing.get_args(kind)) or any(
+        map(bounded, typing.get_args(kind))
+    )
+
+
+def test_every_number_has_a_declared_bound() -> None:
+    """But those that the loss checks by itself, and those of the recipe of crops."""
+    free = []
+    for section in (Config, *(type(value) for value in vars(Config()).values())):
+        if not dataclasses.is_dataclass(section) or section.__name__ == "MultiCropRecipe":
+            continue
+        for name, kind in typing.get_type_hints(section, include_extras=True).items():
+            if re.search(r"\b(int|float)\b", str(kind)) and not bounded(kind):
+                free.append(name)
+    assert free == ["t_max", "n_points"]
+
+
+def test_batch_is_split_over_the_ranks() -> None:
+    cfg = config.parse(["--batch-size", "10"])
+    config.validate(cfg, world_size=5)
+    with pytest.raises(UsageError, match=r"10 images cannot be split evenly over 4 .*--batch-size 12"):
+        config.validate(cfg, world_size=4)
+    with pytest.raises(UsageError, match=r"leaves 1 image.*--batch-size 20"):
+        config.validate(cfg, world_size=10)
+
+
+def test_workers_share_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
+    cfg = PRESETS["default"]
+    assert config.loader_workers(cfg, 1, on_gpu=True) == 16
+    assert config.loader_workers(cfg, 8, on_gpu=True) == 2
+    assert config.loader_workers(cfg, 1, on_gpu=False) == 8
+    assert config.loader_workers(cfg, 32, on_gpu=True) == 1
+    fixed = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, workers=0))
+    assert config.loader_workers(fixed, 1, on_gpu=True) == 0
+
+
+def test_a_small_batch_is_warned_of() -> None:
+    assert config.small_batch_warning(256) is None
+    assert "use 256 or more (linear accuracy of the paper's ViT-L: 72.2 %" in str(
+        config.small_batch_warning(255)
+    )
+
+
+def test_the_command_line_needs_no_pytorch() -> None:
+    """Of this room's own imports: `--help` must not wait for PyTorch and timm."""
+    code = """
+import sys, types
+for name, folder in (("lejepa_fast", sys.argv[1]), ("lejepa_fast.data", sys.argv[1] + "/data")):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder]
+from lejepa_fast.train import config, plan
+assert config.parse(["--model", "vit_tiny"]).model.name == "vit_tiny"
+assert not {"torch", "timm", "torchvision", "pydantic"} & set(sys.modules)
+"""
+    package = Path(lejepa_fast.__file__).parent
+    subprocess.run([sys.executable, "-c", code, str(package)], check=True)

@@ -1,0 +1,66 @@
+"""Every option acts: code outside the configuration reads each field in a run of the trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training import Make
+
+import lejepa_fast
+from lejepa_fast.train import config, pretrain
+from lejepa_fast.train.config import Config
+from lejepa_fast.train.config.presets import PRESETS
+
+PACKAGE = Path(lejepa_fast.__file__).parent
+# These copy, check or print all fields, which is not reading one. Some of their functions read.
+OWN = {"config", "recipe.py", "command.py"}
+ANSWERS = {"total_steps", "loader_workers", "smallest_image"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted(Config):
+    nobody_reads_this: int = 0
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
+    """(section, field) of every read by a module of the package, outside the configuration itself."""
+    found: set[tuple[str, str]] = set()
+
+    def noting(self: Any, name: str) -> Any:
+        code = sys._getframe(1).f_code
+        file = Path(code.co_filename)
+        reads = code.co_name in ANSWERS or not {file.name, file.parent.name} & OWN
+        if PACKAGE.parent in file.parents and reads:
+            found.add((type(self).__name__.removeprefix("Planted") or "Config", name))
+        return object.__getattribute__(self, name)
+
+    for section in (Config, *(type(value) for value in vars(Config()).values() if is_section(value))):
+        monkeypatch.setattr(section, "__getattribute__", noting, raising=False)
+    return found
+
+
+def is_section(value: object) -> bool:
+    return dataclasses.is_dataclass(value)
+
+
+def fields_of(cfg: Config) -> set[tuple[str, str]]:
+    sections = [("Config", cfg), *((type(v).__name__, v) for v in vars(cfg).values() if is_section(v))]
+    return {(name, field.name) for name, section in sections for field in dataclasses.fields(section)}
+
+
+def test_a_run_reads_every_option(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch, reads: set[tuple[str, str]]
+) -> None:
+    """Two epochs with an average and both probes. A planted option that nothing reads is found."""
+    cfg = tiny(average={"kind": "ema"}, eval={"every": 1, "linear_steps": 2}, epochs=2)
+    planted = Planted(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)})
+    monkeypatch.setitem(PRESETS, "default", planted)
+    every = fields_of(planted)
+    assert pretrain.main(["--data", cfg.data.path]) == 0
+    assert every - reads == {("Config", "nobody_reads_this")}
+    assert cfg.data.path != config.EMBEDDED_DATA

@@ -1,0 +1,299 @@
+"""The command: exit codes and one-line errors, signals, and torchrun with two processes on gloo."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from training import CPU, SCRIPT, Make, arguments_of, rows_of, torchrun, train_only
+
+from lejepa_fast.data.backends import choose_backend as choice
+from lejepa_fast.errors import RunError
+from lejepa_fast.train import pretrain
+from lejepa_fast.train.checkpoint.storage import read_checkpoint
+from lejepa_fast.train.config import Config
+from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.runtime.signals import Interrupted
+from lejepa_fast.train.runtime.world import World
+
+# ---- usage errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "{tmp}/nowhere"], "nowhere does not exist"),
+        (["--model", "resnet51"], "'resnet51'; did you mean resnet5"),
+        (["--batch-size", "1"], "BatchNorm and SIGReg take statistics over at least 2; use --batch-size 2"),
+        (["--batch-size", "64"], "has 32 images, fewer than one batch of 64"),
+        (["--crops.global-size", "400"], "use a smaller --crops.global-size"),
+        (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
+        (["--device", "cuda"], "use --device cpu"),
+        (["--resume", "{tmp}/nowhere"], "checkpoint {tmp}/nowhere does not exist"),
+        (["--loss.t-max", "-1"], "loss: t_max"),
+        (["--loss.impl", "triton"], "expected on a GPU for impl='triton'"),
+        (["--data.backend", "dali"], "backend 'dali': DALI is not installed: pip install nvidia-dali-cuda1"),
+        (["--data.max-bad-fraction", "2"], "data.max_bad_fraction: expected at most 1, got 2.0"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_with_2(
+    arguments: list[str],
+    message: str,
+    tiny: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choice, "_is_installed", lambda: False)  # DALI
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    cfg = tiny()
+    given = [argument.format(tmp=tmp_path) for argument in arguments]
+    assert pretrain.main(arguments_of(cfg, tmp_path / "configs", *given)) == 2
+    printed = capsys.readouterr().err
+    (error,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert message.format(tmp=tmp_path) in error
+    assert printed.rstrip().endswith(error)  # nothing of it runs on to a second line
+    assert "Traceback" not in printed
+    assert cfg.out is not None
+    assert not cfg.out.exists()
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """33 images without labels, one of which is cut short."""
+    folder = tmp_path / "data" / "train"
+    folder.mkdir(parents=True)
+    for index in range(33):
+        Image.new("RGB", (40, 40), (index * 5, 99, 200 - index)).save(folder / f"{index}.jpg")
+    file = folder / "30.jpg"
+    file.write_bytes(file.read_bytes()[:150])
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("backend", ["torchvision", "cpu"])
+def test_unreadable_images_are_listed_and_too_many_exit_with_1(
+    backend: str, damaged: Path, tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if backend == "cpu" and choice.numba_fault():
+        pytest.skip(str(choice.numba_fault()))
+    data = {"path": str(damaged), "backend": backend}
+    cfg = tiny(data=data, epochs=2)
+    train_only(cfg)
+    assert cfg.out is not None
+    (line,) = (cfg.out / "quarantine.txt").read_text().splitlines()
+    assert line.split("\t")[0].endswith("30.jpg")
+    assert [row["loader_backend"] for row in rows_of(cfg, "run")] == [backend]
+
+    strict = tiny(data={**data, "max_bad_fraction": 0.0}, out=tmp_path / "strict")
+    assert pretrain.main(arguments_of(strict, tmp_path / "configs")) == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "30.jpg" in error
+
+
+def test_a_refused_export_exits_with_1(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk fills up when the training is done: one line, and the checkpoint is there to go on from."""
+    cfg = tiny(max_steps=1)
+
+    def full(weights: Any) -> bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("lejepa_fast.train.checkpoint.export.save", full)
+    assert pretrain.main(arguments_of(cfg, tmp_path / "configs")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: cannot write {cfg.out}/encoder.safetensors: No space left on device; ")
+    assert cfg.out is not None
+    assert (cfg.out / "checkpoints" / "step-00000001").exists()
+    assert not (cfg.out / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (RunError("the disk is full"), 1, "error: the disk is full"),
+        (Interrupted("stopped by SIGTERM", signal.SIGTERM), 0, "stopped by SIGTERM"),
+        (Interrupted("stopped by SIGINT", signal.SIGINT), 130, "stopped by SIGINT"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_exit_codes(
+    raised: BaseException,
+    code: int,
+    said: str,
+    tiny: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(cfg: Config, world: World) -> Path:
+        raise raised
+
+    monkeypatch.setattr(pretrain, "pretrain", fail)
+    assert pretrain.main(arguments_of(tiny(), tmp_path)) == code
+    assert capsys.readouterr().err.splitlines()[-1].startswith(said)
+
+
+# ---- signals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_signals_end_the_command_with_the_state_saved(tiny: Make, tmp_path: Path) -> None:
+    """SIGTERM: exit code 0; Ctrl-C: 130; each saves, and the losses are those of the undisturbed run."""
+    cfg = tiny(epochs=400, data={"workers": 2})
+    command = [sys.executable, str(SCRIPT), *arguments_of(cfg, tmp_path / "configs")]
+    ends = [
+        (signal.SIGTERM, 0, "stopped by SIGTERM after step"),
+        (signal.SIGINT, 130, "stopped by SIGINT after step"),
+    ]
+    assert cfg.out is not None
+    # As many threads as here, so that both add up in the same order.
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    step = 0
+    for signum, code, said in ends:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+        try:
+            wait_for(lambda least=step + 3: len(rows_of(cfg)) >= least, process)
+            process.send_signal(signum)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == code, errors
+        assert said in errors.splitlines()[-1]
+        assert "Traceback" not in errors
+        saved = sorted((cfg.out / "checkpoints").iterdir())[-1]
+        step = read_checkpoint(saved)["step"]
+        assert step == rows_of(cfg)[-1]["step"]
+        assert f"after step {step} " in errors
+    straight = replace(cfg, out=tmp_path / "straight", checkpoint_every=10_000)
+    trainer = Trainer(straight, CPU)
+    trainer.total_steps = step  # the schedule stays that of 400 epochs
+    trainer.run()
+    assert [row["loss"] for row in rows_of(straight)] == [row["loss"] for row in rows_of(cfg)]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"the command did not get there: {process.communicate()[1]}")
+        time.sleep(0.05)
+
+
+# ---- torchrun ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_up_to_the_report(tiny: Make, tmp_path: Path) -> None:
+    """Without BatchNorm, whose statistics are per rank on gloo."""
+    one = tiny(out=tmp_path / "one", optim={"lr": 2e-4})
+    train_only(one)
+    two = replace(one, out=tmp_path / "two")
+    result = torchrun(SCRIPT, *arguments_of(two, tmp_path / "configs"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("report: ") == 1
+    expected, found = rows_of(one), rows_of(two)
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+    assert found[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-5)
+    assert abs(expected[-1]["loss"] - expected[0]["loss"]) > 1e-3  # they moved: 1e-5 is a comparison
+
+
+@pytest.mark.slow
+def test_usage_errors_under_torchrun(tiny: Make, tmp_path: Path) -> None:
+    result = torchrun(SCRIPT, *arguments_of(tiny(), tmp_path / "configs", "--batch-size", "7"))
+    assert result.returncode != 0
+    assert (
+        "error (rank 0): data.batch_size: 7 images cannot be split evenly over 2 processes" in result.stderr
+    )
+    assert result.stderr.count("error (rank ") == 1  # both ranks have the same one
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_is_one_line_on_each(tiny: Make, tmp_path: Path) -> None:
+    """One image cannot be read: one rank says which, the other one that it was not its fault."""
+    folder = tmp_path / "data" / "train"
+    folder.mkdir(parents=True)
+    for index in range(16):
+        Image.new("RGB", (40, 40), (index * 10, 0, 0)).save(folder / f"{index}.jpg")
+    damaged = folder / "3.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:-300])
+    cfg = tiny(data={"path": str(tmp_path / "data"), "max_bad_fraction": 0.0}, max_steps=8)
+    result = torchrun(SCRIPT, *arguments_of(cfg, tmp_path / "configs"))
+    assert result.returncode == 1
+    assert result.stderr.count("Traceback") <= 1  # torchrun's own
+    assert "engine/trainer.py" not in result.stderr
+    errors = re.findall(r"error \(rank \d\): (.*)", result.stderr)
+    assert any("3.jpg" in error for error in errors)
+    assert all("3.jpg" in error or error.startswith("another rank failed") for error in errors)
+
+
+ONE_RANK_WITHOUT_ROOM = '''
+"""Run by torchrun: rank 1 has no room for a gathered tensor, in the middle of gathering the whole model."""
+import sys
+import threading
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from lejepa_fast.train import pretrain
+from lejepa_fast.train.engine.trainer import Trainer
+
+whole_model, full_tensor = Trainer.whole_model, DTensor.full_tensor
+left = 3
+
+def without_room(tensor):
+    global left
+    left -= 1
+    if not left:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return full_tensor(tensor)
+
+def gathered(self):
+    if self.world.rank == 1:
+        DTensor.full_tensor = without_room
+        dist.destroy_process_group = threading.Event().wait  # as NCCL: until the others come
+    return whole_model(self)
+
+Trainer.whole_model = gathered
+sys.exit(pretrain.main())
+'''
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_in_a_collective_ends_the_others(tiny: Make, tmp_path: Path) -> None:
+    script = tmp_path / "one_rank_without_room.py"
+    script.write_text(ONE_RANK_WITHOUT_ROOM)
+    cfg = tiny(max_steps=1, parallel={"strategy": "fsdp"})
+    result = torchrun(script, *arguments_of(cfg, tmp_path / "configs"))
+    assert result.returncode == 1
+    assert "error (rank 1): out of memory; what helps: " in result.stderr
+    assert result.stderr.count("Traceback") <= 1  # torchrun's own
+
+
+def test_a_defect_among_ranks_is_printed_before_the_process_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    monkeypatch.setattr(pretrain, "setup_world", lambda device: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretrain.main(["--device", "cpu"])
+    assert ended == [1]
+    assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
+    assert not dist.is_initialized()

@@ -1,0 +1,79 @@
+"""Statistics of embeddings and the verdict: on planted embeddings, against numpy and the closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lejepa_fast.train.evaluation import collapse
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def judge(z: Tensor) -> collapse.Verdict:
+    return collapse.verdict(collapse.embedding_std(z), collapse.effective_rank(z), *z.shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "z", "collapsed"),
+    [
+        ("gaussian", randn(500, 64), False),
+        ("half the target's spread", 0.5 * randn(500, 64), False),
+        ("fewer samples than dimensions", randn(40, 256), False),
+        ("one dimension", randn(100, 1), False),
+        ("constant", torch.full((100, 64), 0.7), True),
+        ("zero", torch.zeros(100, 64), True),
+        ("constant but for noise", 3.0 + 1e-3 * randn(100, 64), True),
+        ("one direction, large spread", 10 * randn(100, 1) * randn(1, 64, seed=1), True),
+        ("five directions of 512", randn(600, 5) @ randn(5, 512, seed=1), True),
+    ],
+)
+def test_verdict_on_planted_embeddings(name: str, z: Tensor, collapsed: bool) -> None:
+    verdict = judge(z)
+    assert verdict.collapsed is collapsed, f"{name}: {verdict.sentence}"
+    assert verdict.sentence.startswith("Collapsed" if collapsed else "Healthy")
+    assert "rule:" in verdict.sentence
+
+
+def test_verdict_is_collapsed_on_nan() -> None:
+    assert collapse.verdict(float("nan"), 5.0, 100, 64).collapsed
+    assert collapse.verdict(1.0, float("nan"), 100, 64).collapsed
+
+
+def test_effective_rank_counts_equal_directions() -> None:
+    basis = torch.linalg.qr(randn(200, 5, dtype=torch.float64))[0]
+    basis = torch.linalg.qr(torch.cat([torch.ones(200, 1).double(), basis], dim=1))[0][:, 1:]  # centred
+    z = basis @ torch.linalg.qr(randn(32, 5, seed=1, dtype=torch.float64))[0].T
+    assert collapse.effective_rank(z) == pytest.approx(5.0, rel=1e-9)
+    assert collapse.effective_rank(torch.full((50, 8), 0.1)) == 0.0
+
+
+@pytest.mark.parametrize("n", [6, 50, 1000])  # below K, by singular values, by the covariance
+def test_eigenvalues_equal_numpys(n: int) -> None:
+    z = randn(n, 10) * torch.linspace(0.1, 2, 10) + 5
+    expected = np.linalg.eigvalsh(np.cov(z.double().numpy(), rowvar=False, bias=True))[::-1]
+    np.testing.assert_allclose(collapse.covariance_eigenvalues(z).numpy(), expected, rtol=1e-8, atol=1e-12)
+    assert collapse.embedding_std(z) == pytest.approx(
+        z.numpy().astype(np.float64).std(axis=0).mean(), rel=1e-12
+    )
+
+
+def test_sigreg_statistic_between_its_levels() -> None:
+    levels = collapse.sigreg_levels(300)
+    assert levels.gaussian == pytest.approx(1.0524641548, abs=1e-9)
+    assert levels.collapsed == pytest.approx(0.4020475797 * 300, abs=1e-7)
+    assert collapse.sigreg_statistic(torch.zeros(300, 16)) == pytest.approx(levels.collapsed, rel=1e-5)
+    assert collapse.sigreg_statistic(randn(300, 16)) == pytest.approx(levels.gaussian, rel=0.35)
+    paper = collapse.sigreg_levels(1, t_max=5, n_points=9)
+    assert paper == pytest.approx((1.0594231238, 0.4089207202), abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 4), (3, 0)])
+def test_statistics_refuse_other_shapes(shape: tuple[int, ...]) -> None:
+    for statistic in (collapse.embedding_std, collapse.effective_rank, collapse.sigreg_statistic):
+        with pytest.raises(ValueError, match="z must be embeddings of shape"):
+            statistic(torch.zeros(shape))

@@ -1,0 +1,262 @@
+"""kNN and linear probe: equal to independent formulations, and without side effects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.overrides
+from torch import Tensor
+
+from lejepa_fast.train.evaluation.probes import knn_accuracy, linear_probe
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed))
+
+
+class Calls(torch.overrides.TorchFunctionMode):
+    """Records (name, dtype of the result, number of rows) of matrix products and LayerNorms."""
+
+    WATCHED = (F.linear, F.layer_norm, Tensor.matmul, Tensor.__matmul__)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.dtype, int]] = []
+
+    def __torch_function__(self, function, kinds, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function in self.WATCHED:
+            self.seen.append((function.__name__, out.dtype, len(out)))
+        return out
+
+
+# ---- kNN -----------------------------------------------------------------------------------------
+
+
+def brute_force_knn(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, k: int, temperature: float | None
+) -> Tensor:
+    """DINO's vote, sample by sample, in float64."""
+    train = train_x.double().numpy()
+    train = train / np.linalg.norm(train, axis=1, keepdims=True)
+    predictions = []
+    for query in test_x.double().numpy():
+        similarity = train @ (query / np.linalg.norm(query))
+        votes = np.zeros(4)
+        for index in np.argsort(-similarity)[:k]:
+            votes[train_y[index]] += 1.0 if temperature is None else np.exp(similarity[index] / temperature)
+        predictions.append(int(votes.argmax()))
+    return torch.tensor(predictions)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "dim", "k", "temperature"),
+    [
+        (101, 37, 5, 20, 0.07),  # nothing divides the chunks
+        (64, 16, 8, 7, 1.0),  # chunks divide everything
+        (9, 11, 3, 20, 0.07),  # fewer training samples than k
+        (50, 20, 2, 1, 0.07),  # one neighbour
+        (40, 30, 6, 5, None),  # equal votes
+    ],
+)
+def test_knn_equals_brute_force_float64(n: int, m: int, dim: int, k: int, temperature: float | None) -> None:
+    train_x, test_x = randn(n, dim), randn(m, dim, seed=1)
+    train_y = torch.randint(0, 4, (n,), generator=generator(2))
+    expected = brute_force_knn(train_x, train_y, test_x, k, temperature)
+    options: dict[str, Any] = {"k": k, "temperature": temperature, "num_classes": 4}
+    for chunks in ({}, {"test_chunk": 16, "train_chunk": 32}, {"test_chunk": 7, "train_chunk": 3}):
+        assert knn_accuracy(train_x, train_y, test_x, expected, **options, **chunks) == 100.0
+    expected[0] = (expected[0] + 1) % 4
+    assert knn_accuracy(train_x, train_y, test_x, expected, **options) == pytest.approx(100 * (m - 1) / m)
+
+
+def test_knn_weights_votes_by_similarity() -> None:
+    # One neighbour of class 0 in the very direction of the query, two of class 1 at 60 degrees.
+    train_x = torch.tensor([[1.0, 0.0], [0.5, 3**0.5 / 2], [0.5, -(3**0.5) / 2]])
+    samples = train_x, torch.tensor([0, 1, 1]), torch.tensor([[7.0, 0.0]]), torch.tensor([0])
+    assert knn_accuracy(*samples, k=3, num_classes=2) == 100.0
+    assert knn_accuracy(*samples, k=3, temperature=None, num_classes=2) == 0.0
+    assert knn_accuracy(*samples, k=1, temperature=None, num_classes=2) == 100.0
+
+
+def test_knn_tie_goes_to_the_lowest_class_and_a_tiny_temperature_does_not_overflow() -> None:
+    train_x = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    samples = train_x, torch.tensor([2, 1]), train_x[:1], torch.tensor([1])
+    assert knn_accuracy(*samples, temperature=1e-4, num_classes=3) == 100.0
+
+
+def test_knn_takes_half_precision_and_ignores_length() -> None:
+    x = randn(80, 6)
+    y = (x[:, 0] > 0).long()
+    scaled = (x * torch.rand(80, 1, generator=generator(3)).add(0.1)).bfloat16()
+    expected = brute_force_knn(scaled, y, x, 20, 0.07)
+    assert knn_accuracy(scaled, y, x, expected, num_classes=2) == 100.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 0}, "k must be at least 1"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"learning_rates": ()}, "learning_rates must be positive"),
+        ({"learning_rates": (1e-3, 0.0)}, "learning_rates must be positive"),
+        ({"test_x": torch.ones(3, 9)}, "test_x must have the 4 features"),
+        ({"test_y": torch.zeros(2, dtype=torch.int64)}, "test_x and test_y must be of shape"),
+        ({"test_y": torch.tensor([0, 1, 2])}, "test_y must hold integer classes in 0 .. 1"),
+        ({"train_y": torch.tensor([0, -1, 0])}, "train_y must hold integer classes"),
+        ({"train_x": torch.full((3, 4), float("nan"))}, "train_x holds NaN"),
+        ({"train_x": torch.ones(0, 4), "train_y": torch.zeros(0)}, "train_x holds no samples"),
+    ],
+)
+def test_probes_refuse_bad_input(change: dict[str, Any], message: str) -> None:
+    x, y = torch.eye(3, 4), torch.tensor([0, 1, 0])
+    arguments = {"train_x": x, "train_y": y, "test_x": x, "test_y": y, "num_classes": 2, **change}
+    if "learning_rates" not in change:
+        with pytest.raises(ValueError, match=message):
+            knn_accuracy(**arguments)
+    if not {"k", "temperature"} & set(change):
+        with pytest.raises(ValueError, match=message):
+            linear_probe(**arguments)
+
+
+# ---- linear probe --------------------------------------------------------------------------------
+
+
+def blobs(n: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Features (n, 16) around one center for each of 4 classes, linearly separable."""
+    y = torch.arange(n) % 4
+    return randn(4, 16, seed=99)[y] + 0.3 * randn(n, 16, seed=seed), y
+
+
+def correlated() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two classes, told apart only by a small difference of two large features: needs many steps."""
+    sides = []
+    for n in (400, 200):
+        y = torch.arange(n) % 2
+        common = randn(n, 8, seed=n)
+        twin = common + 0.05 * randn(n, 8, seed=n + 1)
+        twin[:, 0] += 0.3 * (2.0 * y - 1)
+        sides += [torch.cat([common, twin], dim=1), y]
+    return sides[0], sides[1], sides[2], sides[3]
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (1e-3, 0.0), (1.0, 300.0)])
+def test_linear_probe_separates_separable_features_of_any_scale(scale: float, shift: float) -> None:
+    (train_x, train_y), (test_x, test_y) = blobs(400, seed=1), blobs(200, seed=2)
+    offset = shift * randn(1, 16, seed=5)
+    train_x, test_x = train_x * scale + offset, test_x * scale + offset
+    assert linear_probe(train_x, train_y, test_x, test_y, num_classes=4, epochs=30).accuracy > 99.0
+
+
+def test_linear_probe_finds_nothing_in_random_labels() -> None:
+    train_x, test_x = randn(400, 16), randn(800, 16, seed=1)
+    train_y, test_y = (torch.randint(0, 4, (n,), generator=generator(n)) for n in (400, 800))
+    accuracy = linear_probe(train_x, train_y, test_x, test_y, num_classes=4, epochs=30).accuracy
+    assert 18.0 < accuracy < 32.0  # 25 % guessing, four standard errors
+
+
+def test_linear_probe_equals_a_plain_training_loop_in_float64() -> None:
+    """LayerNorm, standardisation, linear layer, AdamW, warm-up and cosine, written down independently."""
+    train_x, train_y, test_x, test_y = correlated()
+    epochs, batch, rate = 12, 64, 3e-2
+    norm = torch.nn.LayerNorm(16, elementwise_affine=False, dtype=torch.float64)
+    x, queries = norm(train_x.double()), norm(test_x.double())
+    mean, std = x.mean(dim=0), x.var(dim=0, unbiased=False).sqrt()
+    x, queries = (x - mean) / std, (queries - mean) / std
+    layer = torch.nn.Linear(16, 2, dtype=torch.float64)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.AdamW(layer.parameters(), weight_decay=1e-6)
+    steps, order = epochs * (len(x) // batch), generator()
+    warmup = steps // 10
+    for epoch in range(epochs):
+        for number, rows in enumerate(
+            torch.randperm(len(x), generator=order).split(batch)[: len(x) // batch]
+        ):
+            step = epoch * (len(x) // batch) + number
+            progress = (step - warmup) / (steps - warmup)
+            factor = (step + 1) / warmup if step < warmup else (1 + np.cos(np.pi * progress)) / 2
+            optimizer.param_groups[0]["lr"] = rate * factor
+            optimizer.zero_grad()
+            F.cross_entropy(layer(x[rows]), train_y[rows]).backward()
+            optimizer.step()
+    expected = layer(queries).argmax(dim=1)
+    assert 50 < 100 * (expected == test_y).double().mean() < 95  # some samples are hard to tell
+    options: dict[str, Any] = {
+        "num_classes": 2,
+        "epochs": epochs,
+        "batch_size": batch,
+        "learning_rates": [rate],
+    }
+    agreement = linear_probe(train_x, train_y, test_x, expected, **options).accuracy
+    assert agreement >= 99.5  # at most 1 of the 200 samples lies within rounding of the boundary
+
+
+def test_linear_probe_chooses_the_rate_without_the_test_set() -> None:
+    train_x, train_y, test_x, test_y = correlated()
+
+    def probe(test_y: Tensor, *rates: float) -> tuple[float, float]:
+        return linear_probe(train_x, train_y, test_x, test_y, num_classes=2, epochs=60, learning_rates=rates)
+
+    low, high = probe(test_y, 1e-9)[0], probe(test_y, 3e-2)[0]
+    assert high > low + 10  # the choice matters here
+    assert probe(test_y, 1e-9, 3e-2) == (high, 3e-2)
+    # Wrong test labels, which the small rate would suit better, change the score and not the choice.
+    assert probe(1 - test_y, 1e-9, 3e-2) == (pytest.approx(100 - high), 3e-2)
+
+
+def test_linear_probe_is_deterministic_and_leaves_the_process_as_it_was() -> None:
+    train_x, *others = correlated()
+
+    def fit(train_x: Tensor) -> float:
+        return linear_probe(train_x, *others, num_classes=2, epochs=10).accuracy
+
+    torch.manual_seed(1)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = fit(train_x)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        assert fit(train_x) == first
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode():
+        assert fit(train_x.clone()) == first  # a tensor that no backward pass may keep
+
+
+def test_probes_compute_in_float32_under_the_callers_autocast() -> None:
+    samples = *blobs(80, seed=1), *blobs(40, seed=2)
+    for probe, options in ((linear_probe, {"epochs": 1}), (knn_accuracy, {})):
+        with torch.autocast("cpu", dtype=torch.bfloat16), Calls() as calls:
+            probe(*samples, num_classes=4, **options)
+        products = [dtype for name, dtype, _ in calls.seen if name != "layer_norm"]
+        assert set(products) == {torch.float32}
+
+
+def test_linear_probe_manages_classes_of_one_sample() -> None:
+    x, y = torch.eye(3), torch.arange(3)
+    assert linear_probe(x, y, x, y, num_classes=3).accuracy == 100.0
+
+
+def test_training_samples_that_the_steps_cannot_reach_are_not_used() -> None:
+    """Of 1,000 samples, 10 steps of 16 see 160 at most, so no more of them go to the device."""
+    samples = *blobs(1000, seed=0), *blobs(8, seed=1)
+    for max_steps, used in ((10, 160), (100, 1000)):
+        with Calls() as calls:
+            probe = linear_probe(
+                *samples, num_classes=4, batch_size=16, max_steps=max_steps, learning_rates=[1e-2]
+            )
+        assert max(rows for name, _, rows in calls.seen if name == "layer_norm") == used
+        assert probe.accuracy > 80

@@ -1,0 +1,163 @@
+"""The averaged weights: which they are, and that checkpoints, evaluations and exports take them along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+from training import CPU, Make, rows_of, train_only
+
+from lejepa_fast.train import config, export
+from lejepa_fast.train.checkpoint import storage as checkpoint
+from lejepa_fast.train.config import Config
+from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.pretrain import pretrain
+
+EMA = {"kind": "ema", "decay": 0.7}
+NORMED = {"name": "test_resnet", "projector_norm": "batch"}  # with running statistics
+
+
+def saved(cfg: Config, step: int, section: str = "average") -> dict[str, torch.Tensor]:
+    assert cfg.out is not None
+    return checkpoint.load_model(checkpoint.checkpoint_path(cfg.out / "checkpoints", step), section)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    assert one.keys() == other.keys()
+    assert len(one) > 20
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize(("kind", "first"), [("ema", 1), ("swa", 4)])
+def test_it_is_the_one_of_pytorch(kind: str, first: int, tiny: Make) -> None:
+    """`AveragedModel` beside the training, from the same step on: bit for bit."""
+    cfg = tiny(model=NORMED, max_steps=6, average={"kind": kind, "decay": 0.7, "start": (first - 1) / 6})
+    trainer = Trainer(cfg, CPU)
+    function = get_ema_multi_avg_fn(0.7) if kind == "ema" else get_swa_multi_avg_fn()
+
+    def floats(averaged: Any, current: Any, count: Any) -> None:
+        if averaged[0].is_floating_point():  # PyTorch's plain mean refuses counts
+            function(averaged, current, count)
+
+    theirs = AveragedModel(trainer.model, multi_avg_fn=floats, use_buffers=True)
+    step = trainer.train_step
+
+    def followed(views: Any, epoch: int) -> None:
+        step(views, epoch)
+        if trainer.step >= first:
+            theirs.update_parameters(trainer.model)
+
+    trainer.train_step = followed  # type: ignore[method-assign]
+    trainer.run()
+    mine, expected = saved(cfg, 6), theirs.module.state_dict()
+    counts = [name for name in expected if "num_batches" in name]
+    assert counts
+    for name in counts:  # no average is an integer
+        assert torch.equal(mine[name], trainer.model.state_dict()[name])
+        mine[name] = expected[name]
+    assert same(mine, expected)
+    assert not same(mine, trainer.model.state_dict())
+
+
+def test_without_a_start_the_plain_mean_is_over_the_last_quarter(tiny: Make) -> None:
+    starts = {kind: config.resolve(tiny(average={"kind": kind})).average.start for kind in ("ema", "swa")}
+    assert starts == {"ema": 0.0, "swa": 0.75}
+    cfg = tiny(max_steps=4, average={"kind": "swa"}, checkpoint_every=1)
+    trainer = train_only(cfg)
+    assert saved(cfg, 3) == {}
+    assert same(saved(cfg, 4), saved(cfg, 4, "model"))
+    assert trainer.average is not None
+    assert trainer.average.count == 1
+
+
+def test_a_resumed_run_continues_it(tiny: Make, tmp_path: Path) -> None:
+    """Bit for bit, from another folder's checkpoint; another kind starts anew; without it, it is left out."""
+    straight = tiny(model=NORMED, average=EMA, max_steps=6, checkpoint_every=3)
+    train_only(straight)
+    middle = {"resume": f"{straight.out}/checkpoints/step-00000003", "model": NORMED, "max_steps": 6}
+    again = tiny(out=tmp_path / "again", average=EMA, **middle)
+    trainer = train_only(again)
+    assert same(saved(again, 6), saved(straight, 6))
+    assert not same(saved(again, 6), saved(straight, 3))
+    assert trainer.average is not None
+    assert trainer.average.count == 6
+    other = train_only(tiny(out=tmp_path / "other", average={"kind": "swa", "start": 0.0}, **middle))
+    assert other.average is not None
+    assert other.average.count == 3
+    without = tiny(out=tmp_path / "without", **middle)
+    train_only(without)
+    assert saved(without, 6) == {}
+    assert same(saved(without, 6, "model"), saved(straight, 6, "model"))  # it never acts on the training
+
+
+def test_it_is_evaluated_and_exported(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = tiny(average=EMA, max_steps=6, eval={"every": 1, "linear_steps": 0})
+    judged: list[dict[str, torch.Tensor]] = []
+    evaluate = Trainer.evaluate
+
+    def noted(self: Trainer, model: Any, *args: Any, **options: Any) -> Any:
+        judged.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return evaluate(self, model, *args, **options)
+
+    monkeypatch.setattr(Trainer, "evaluate", noted)
+    pretrain(cfg, CPU)
+    assert [(row["step"], row["linear"] is None) for row in rows_of(cfg, "eval")] == [(4, True), (6, False)]
+    assert same(judged[0], saved(cfg, 4))
+    assert same(judged[1], saved(cfg, 6))
+    assert not same(judged[1], saved(cfg, 6, "model"))
+    assert cfg.out is not None
+    exported = load_file(cfg.out / "encoder.safetensors")
+    assert same(exported, saved(cfg, 6, "average.encoder"))
+    for options, section in (([], "average.encoder"), (["--no-averaged"], "model.encoder")):
+        out = tmp_path / "again.safetensors"
+        assert export.main(["--checkpoint", str(cfg.out), "--out", str(out), *options]) == 0
+        assert same(load_file(out), saved(cfg, 6, section))
+
+
+def train_with_a_bad_step(cfg: Config, bad: int) -> Trainer:
+    trainer = Trainer(cfg, CPU)
+    step = trainer.train_step
+
+    def poisoned(views: list[torch.Tensor], epoch: int) -> None:
+        if trainer.step + 1 == bad:
+            views[0][0] = torch.nan
+        step(views, epoch)
+
+    trainer.train_step = poisoned  # type: ignore[method-assign]
+    trainer.run()
+    assert trainer.guard.skipped == 1
+    return trainer
+
+
+def test_one_that_begins_with_a_bad_step_has_the_running_statistics_from_before(
+    tiny: Make, tmp_path: Path
+) -> None:
+    """Also where the run was resumed just before."""
+    late = {"model": NORMED, "max_steps": 4, "checkpoint_every": 1, "average": {"kind": "swa", "start": 0.5}}
+    straight = tiny(keep_checkpoints=4, **late)
+    train_with_a_bad_step(straight, 3)
+    assert same(saved(straight, 3), saved(straight, 3, "model"))
+    again = tiny(out=tmp_path / "again", resume=f"{straight.out}/checkpoints/step-00000002", **late)
+    train_with_a_bad_step(again, 3)
+    assert same(saved(again, 3), saved(straight, 3))
+
+
+def test_a_bad_step_does_not_enter(tiny: Make) -> None:
+    """As on a GPU, where the host puts running statistics back a step late."""
+    trainer = Trainer(tiny(model=NORMED, average=EMA, max_steps=4), CPU)
+    trainer.guard.lag = True
+    step = trainer.train_step
+
+    def poisoned(views: list[torch.Tensor], epoch: int) -> None:
+        if trainer.step == 1:
+            views[0][0] = torch.nan
+        step(views, epoch)
+
+    trainer.train_step = poisoned  # type: ignore[method-assign]
+    trainer.run()
+    assert trainer.guard.skipped == 1
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in saved(trainer.cfg, 4).values())

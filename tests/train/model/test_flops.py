@@ -1,0 +1,95 @@
+"""The FLOP count against closed forms, and the table of GPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from lejepa_fast.data import MultiCropRecipe
+from lejepa_fast.errors import UsageError
+from lejepa_fast.train.config import Config, LossConfig, ModelConfig
+from lejepa_fast.train.model import flops
+from lejepa_fast.train.model.model import build_model
+from lejepa_fast.train.runtime import gpu_specs
+
+CROPS = MultiCropRecipe(global_crops=2, global_size=56, local_crops=3, local_size=28)
+
+
+def vit(size: int, *, width: int, depth: int, patch: int) -> float:
+    """Forward and backward of a plain vision transformer with a class token, one image.
+
+    6 N T for weights that every token passes (12 width^2 a block), 12 T^2 width a block for attention.
+    The patch embedding needs no gradient of its input: 4 instead of 6.
+    """
+    patches = (size // patch) ** 2
+    tokens = patches + 1
+    blocks = depth * (6 * 12 * width**2 * tokens + 12 * tokens**2 * width)
+    return blocks + 4 * patches * 3 * patch**2 * width
+
+
+def test_vit_against_the_formula() -> None:
+    model = ModelConfig(name="vit_tiny", projector_hidden=64, projector_layers=3, projector_dim=16)
+    counted = flops.count_flops(Config(model=model, crops=CROPS, loss=LossConfig(num_slices=32)))
+    assert counted.global_view == pytest.approx(vit(56, width=192, depth=12, patch=14), rel=1e-9)
+    assert counted.local_view == pytest.approx(vit(28, width=192, depth=12, patch=14), rel=1e-9)
+    assert counted.projector == 5 * 6 * (192 * 64 + 64 * 64 + 64 * 16)  # five views, no attention
+    assert counted.loss == 5 * 4 * 16 * 32  # SIGReg: its directions take no gradient
+    views = 2 * counted.global_view + 3 * counted.local_view
+    assert counted.per_image == views + counted.projector + counted.loss
+
+
+@pytest.mark.parametrize(
+    ("name", "macs", "stem"),
+    [("resnet50", 4.087e9, 0.118e9), ("efficientnet_b0", 0.386e9, 0.0108e9)],  # plain and depthwise
+)
+def test_convolutional_networks_against_their_published_count(name: str, macs: float, stem: float) -> None:
+    """Multiply-adds of one forward at 224 px; three times that with backward, less the stem's gradient of
+    its input."""
+    crops = dataclasses.replace(CROPS, global_size=224, local_crops=0)
+    counted = flops.count_flops(Config(model=ModelConfig(name=name), crops=crops))
+    assert counted.global_view == pytest.approx(2 * (3 * macs - stem), rel=5e-3)
+    assert counted.local_view == 0
+
+
+def test_recomputation_is_not_counted() -> None:
+    """Activation checkpointing runs the blocks once more: the counter sees it, the model has not grown."""
+    cfg = Config(model=ModelConfig(name="vit_tiny"), crops=CROPS)
+    model = build_model(cfg, meta=True)
+    plain = flops.count_flops(cfg, model).global_view
+    model.encoder.set_grad_checkpointing()
+    assert flops.count_flops(cfg, model).global_view > 1.2 * plain
+    assert flops.count_flops(cfg).global_view == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("AMD Instinct MI300X OAM", "mi300x"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),  # a slice has a part of the peak
+        ("NVIDIA H1000", None),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_gpus_by_name(name: str, expected: str | None) -> None:
+    found = gpu_specs.by_device_name(name)
+    assert (found.name if found else None) == expected
+
+
+def test_an_unknown_device_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert flops.peak_flops(torch.device("cpu")) is None
+    for name, peak in (("NVIDIA H200", 989.4e12), ("NVIDIA T4", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert flops.peak_flops(torch.device("cuda", 0)) == peak
+
+
+def test_gpus_by_option() -> None:
+    assert gpu_specs.by_option("H200").name == "h200"
+    with pytest.raises(UsageError, match=r"gpu: no GPU is called 'h2000'; did you mean h200\? known: a10"):
+        gpu_specs.by_option("h2000")

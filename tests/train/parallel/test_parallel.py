@@ -1,0 +1,418 @@
+"""Sharded, recomputed, compiled, resumed on other numbers of ranks: the same training each time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import parallel_worker as worker
+import pytest
+import torch
+from torch import Tensor, nn
+from training import CPU, Make, rows_of, run_ranks
+
+from lejepa_fast.errors import UsageError
+from lejepa_fast.train import export
+from lejepa_fast.train.checkpoint import storage as checkpoint
+from lejepa_fast.train.config import Config, ParallelConfig
+from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.evaluation.evaluate import open_splits
+from lejepa_fast.train.model import initialize
+from lejepa_fast.train.model.initialize import named_tensors
+from lejepa_fast.train.model.model import build_encoder, build_model
+from lejepa_fast.train.parallel import parallelize
+from lejepa_fast.train.parallel.blocks import find_blocks
+from lejepa_fast.train.parallel.parallelize import choose_strategy
+
+# ---- two ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of one process on the whole batch."""
+    folder = tmp_path_factory.mktemp("parallel")
+    cfg = worker.run_config(str(image_folder), folder / "one")
+    worker.train(cfg, CPU)
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def ranks(one: Config, image_folder: Path) -> list[dict[str, Any]]:
+    """Results of two ranks; one pair of processes serves all tests of this file."""
+    folder = folder_of(one)
+    run_ranks(worker.run, 2, str(folder), str(image_folder), ranks=2)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def folder_of(one: Config) -> Path:
+    assert one.out is not None
+    return one.out.parent
+
+
+def check_same_course(one: Config, name: str, *, first: int = 1, rel: float = 1e-5) -> None:
+    """The run called `name` has the losses, probes and averaged weights of `one`, from step `first` on."""
+    other = replace(one, out=folder_of(one) / name)
+    expected = {row["step"]: row for row in rows_of(one) if row["step"] >= first}
+    found = {row["step"]: row for row in rows_of(other)}
+    assert list(found) == list(expected) == [row["step"] for row in rows_of(other)]  # one rank writes
+    for step, row in expected.items():
+        for part in ("loss", "prediction", "sigreg"):
+            assert found[step][part] == pytest.approx(row[part], rel=rel), (step, part)
+    # The norm before clipping, which scales the step: of all shards, not of one.
+    assert found[first]["grad_norm"] == pytest.approx(expected[first]["grad_norm"], rel=10 * rel)
+    assert expected[first]["grad_norm"] > one.optim.clip_grad_norm
+    losses = [row["loss"] for row in expected.values()]
+    assert max(losses) / min(losses) > 1.001  # they moved: the tolerance compares something
+    probes = [{row["step"]: (row["knn"], row["linear"]) for row in rows_of(c, "eval")} for c in (other, one)]
+    assert probes[0][12] == probes[1][12]
+    assert None not in probes[0][12]
+
+    saved = f"checkpoints/step-{worker.STEPS:08d}"
+    mine = checkpoint.load_model(folder_of(one) / name / saved, "average")
+    theirs = checkpoint.load_model(folder_of(one) / "one" / saved, "average")
+    weights = checkpoint.load_model(folder_of(one) / "one" / saved, "model")
+    assert mine.keys() == theirs.keys()
+    moved = 0.0
+    for key, value in theirs.items():
+        # Against how far the average is from the weights: without a gradient, AdamW steps on rounding.
+        away = float((weights[key] - value).norm())
+        assert float((mine[key] - value).norm()) <= 1e-4 * float(value.norm()) + 0.05 * away, key
+        moved += away
+    assert moved > 1e-3
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "hsdp"])
+def test_two_ranks_equal_one_process(name: str, one: Config, ranks: list[dict[str, Any]]) -> None:
+    check_same_course(one, name)
+    for results in ranks:
+        assert results[name]["sigreg step"] == worker.STEPS
+        assert (results[name]["sharded"] > 0) == (name != "ddp")
+
+
+@pytest.mark.slow
+def test_two_groups_of_two_ranks_equal_one_process(one: Config, image_folder: Path) -> None:
+    """HSDP: each group holds the model once, half of it on each of its ranks."""
+    folder = folder_of(one)
+    run_ranks(worker.run_groups, 4, str(folder), str(image_folder), ranks=4)
+    check_same_course(one, "groups")
+    held = [torch.load(folder / f"rank{rank}-groups.pt", weights_only=True) for rank in range(4)]
+    for name, (shape, first) in held[0].items():
+        second = held[1][name][1]
+        assert first.numel() + second.numel() == torch.Size(shape).numel(), name
+        assert torch.equal(held[2][name][1], first), name  # the other group's, bit for bit
+        assert torch.equal(held[3][name][1], second), name
+
+
+def test_recomputed_and_compiled_it_is_the_same(one: Config, ranks: list[dict[str, Any]]) -> None:
+    check_same_course(one, "compiled", rel=1e-4)
+    for results in ranks:
+        graphs = results["compiled"]["graphs"]
+        assert graphs[2] > 0
+        assert graphs[2:] == [graphs[2]] * (worker.STEPS - 2)  # nothing is compiled after step 3
+
+
+@pytest.mark.parametrize("name", ["one to fsdp", "one to ddp"])
+def test_a_run_goes_on_on_more_ranks(name: str, one: Config, ranks: list[dict[str, Any]]) -> None:
+    check_same_course(one, name, first=11)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_a_run_goes_on_on_fewer_ranks(name: str, one: Config, ranks: list[dict[str, Any]]) -> None:
+    out = folder_of(one) / f"{name} to one"
+    cfg = replace(one, out=out, resume=str(folder_of(one) / name / "checkpoints" / "step-00000010"))
+    worker.train(cfg, CPU)
+    check_same_course(one, out.name, first=11)
+
+
+def test_a_sharded_run_is_evaluated_and_exported_whole(one: Config, ranks: list[dict[str, Any]]) -> None:
+    run = folder_of(one) / "fsdp"
+    assert (run / "report" / "report.html").exists()
+    assert [row["step"] for row in rows_of(replace(one, out=run), "eval")] == [12, 20]
+    out = run / "again.safetensors"  # of the average
+    assert export.main(["--checkpoint", str(run), "--out", str(out)]) == 0
+    assert out.read_bytes() == (run / "encoder.safetensors").read_bytes()
+
+
+def test_copies_that_differ_are_saved_from_rank_0(one: Config, ranks: list[dict[str, Any]]) -> None:
+    """As running statistics do on the CPU: a mixture would be of no rank."""
+    saved = checkpoint.load_model(folder_of(one) / "copies" / "step-00000001")
+    assert {name: tensor.tolist() for name, tensor in saved.items()} == {str(i): [0.0] * 3 for i in range(4)}
+
+
+def test_all_ranks_end_where_rank_0_cannot_hold_the_whole(ranks: list[dict[str, Any]]) -> None:
+    first, second = (results["no room"] for results in ranks)
+    assert "out of memory; what helps: " in first
+    assert second == "rank 0 failed with OutOfMemoryError; see its message"
+
+
+def test_what_all_ranks_refuse_rank_0_tells(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["refused"] == ranks[1]["refused"]
+    message, left_to_rank_0 = ranks[0]["refused"]
+    assert "is of model test_vit (kwargs" in message
+    assert left_to_rank_0
+
+
+def test_nans_on_one_rank_change_no_shard_and_their_images_are_written_down(
+    one: Config, ranks: list[dict[str, Any]]
+) -> None:
+    for results in ranks:
+        assert results["nan"]["changed"] == [1, 3, 4]
+        assert results["nan"]["skipped"] == 4
+        assert "not finite in 3 steps in a row (last: rank 1, step 7, loss nan)" in results["nan"]["error"]
+        assert results["nan"]["left to rank 0"]
+    rows = rows_of(replace(one, out=folder_of(one) / "nan"), "skipped")
+    assert [(row["step"], row["rank"], row["loss"]) for row in rows] == [(s, 1, None) for s in (2, 5, 6, 7)]
+    taken = ranks[1]["nan"]["images"]
+    assert [row["ids"] for row in rows] == [taken[step - 1] for step in (2, 5, 6, 7)]
+    source = open_splits(one.data)[0]
+    assert rows[0]["images"] == [source.describe(index) for index in taken[1]]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_finite_spike_on_one_rank_changes_nothing_on_any(
+    kind: str, one: Config, ranks: list[dict[str, Any]]
+) -> None:
+    """Bit for bit; the norm of the gradient is that of all ranks, so the images of all are written down."""
+    name = f"spike {kind}"
+    for results in ranks:
+        assert results[name]["changed"] == [1, 3]
+        assert (results[name]["skipped"], results[name]["error"]) == (1, "")
+    rows = rows_of(replace(one, out=folder_of(one) / name), "skipped")
+    assert [(row["step"], row["rank"]) for row in rows] == [(2, 0), (2, 1)]
+    assert 0 < 1e4 * rows[0]["loss"] < rows[1]["loss"] < float("inf")
+    assert [row["ids"] for row in rows] == [results[name]["images"][1] for results in ranks]
+
+
+@pytest.mark.parametrize("name", worker.FAMILIES)
+def test_every_family_shards(name: str, ranks: list[dict[str, Any]]) -> None:
+    """Weights of the seed, and the same loss and averaged gradient under FSDP2 as under DDP."""
+    expected = dict(named_tensors(build_model(worker.family_config(name))))
+    for results in ranks:
+        ddp, fsdp = results[name]["ddp"], results[name]["fsdp"]
+        for kind in (ddp, fsdp):
+            assert kind["weights"].keys() == expected.keys()
+            for key, value in expected.items():
+                assert torch.equal(kind["weights"][key], value), key
+        torch.testing.assert_close(fsdp["loss"], ddp["loss"], rtol=1e-5, atol=0)
+        assert fsdp["grads"].keys() == ddp["grads"].keys()
+        norm = torch.stack([g.norm() for g in ddp["grads"].values()]).norm()
+        for key, grad in ddp["grads"].items():
+            assert (fsdp["grads"][key] - grad).norm() <= 1e-4 * norm, key
+
+
+# ---- from the meta device ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", worker.FAMILIES)
+def test_on_one_device_too(name: str) -> None:
+    """Bit for bit timm's own initialisation, buffers outside the state dict included."""
+    cfg = worker.family_config(name)
+    model = build_model(cfg, meta=True)
+    assert all(tensor.is_meta for tensor in model.parameters())
+    parallelize.parallelize(model, cfg, None, worker.CPU)
+    expected = dict(named_tensors(build_model(cfg)))
+    found = dict(named_tensors(model))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def test_a_tensor_that_a_module_holds_as_an_attribute_arrives(tiny: Make) -> None:
+    cfg = tiny()
+    model, reference = build_model(cfg, meta=True), build_model(cfg)
+    model.encoder.table = torch.empty(3, device="meta")  # type: ignore[assignment]
+    reference.encoder.table = torch.arange(3.0)  # type: ignore[assignment]
+    initialize.allocate(model, worker.CPU)
+    initialize.copy_from_main(model, reference, CPU)
+    assert torch.equal(model.encoder.table, torch.arange(3.0))
+
+
+def tied(cfg: Config, *, meta: bool = False) -> Any:
+    model = build_model(cfg, meta=meta)
+    model.encoder.norm.weight = model.encoder.norm.bias
+    return model
+
+
+def test_shared_parameters_are_refused_or_copied_under_each_name(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=r"share a parameter.*--parallel\.strategy ddp"):
+        initialize.initialize(tied(tiny(), meta=True), tiny(), worker.CPU)
+    model = tied(tiny())
+    nn.init.normal_(model.encoder.norm.bias)
+    monkeypatch.setattr(initialize, "build_model", tied)
+    whole = initialize.whole_model(model, tiny(), CPU, {})
+    assert whole is not None
+    found = whole.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0"])
+def test_on_gpus_batchnorm_is_global_and_otherwise_the_same(name: str) -> None:
+    """As far as a CPU can tell: every BatchNorm synchronises, and in evaluation mode nothing has changed, the
+    activations included that timm's hold."""
+    model = build_model(worker.family_config(name)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            nn.init.normal_(norm.running_mean)
+            nn.init.normal_(norm.bias)
+    _, before = model([images, images])
+    synchronised = parallelize._with_global_batchnorm(model, torch.device("cuda"), 2)
+    norms = [m for m in synchronised.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    assert any(norm in norms for norm in synchronised.projector.modules())
+    _, after = synchronised([images, images])
+    torch.testing.assert_close(after, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "compiled"),
+    [("resnet50", 1, 4), ("resnet50", 2, 0), ("vit_small_patch16_224", 2, 2)],
+)
+def test_what_synchronises_inside_is_not_compiled(
+    name: str, ranks: int, compiled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The projector's BatchNorm is in no block. Here SyncBatchNorm cannot be traced, as between two GPUs."""
+    normalise = nn.SyncBatchNorm.forward
+
+    def untraceable(norm: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return normalise(norm, x)
+
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", untraceable)
+    monkeypatch.setattr(parallelize, "COMPILE_BACKEND", "eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    cfg = replace(worker.family_config(name), compile="on")
+    model = parallelize._with_global_batchnorm(build_model(cfg), torch.device("cuda"), ranks)
+    parallelize.compile_blocks(list(find_blocks(model.encoder).values()), worker.CPU)
+    model([torch.randn(2, 3, 64, 64)] * 2)
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == (compiled > 0)
+    assert parallelize.compiled_blocks(model, cfg, worker.CPU) == compiled
+
+
+# ---- blocks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "kind", "covered"),
+    [
+        ("vit_small_patch16_224", 12, "Block", 0.98),
+        ("resnet50", 16, "Bottleneck", 0.99),
+        ("convnextv2_nano", 14, "ConvNeXtBlock", 0.9),
+        ("swin_tiny_patch4_window7_224", 12, "SwinTransformerBlock", 0.9),
+        ("maxvit_tiny_rw_224", 11, "MaxxVitBlock", 0.99),
+        ("efficientnet_b0", 16, "InvertedResidual", 0.85),
+        ("regnety_004", None, None, 0.9),
+        ("densenet121", None, None, 0.8),
+        ("levit_128s", None, None, 0.8),
+    ],
+)
+def test_blocks_are_found(name: str, count: int | None, kind: str | None, covered: float) -> None:
+    with torch.device("meta"):
+        encoder = build_encoder(name)
+    blocks = find_blocks(encoder)
+    modules = dict(encoder.named_modules())
+    assert all(modules[block] is module for block, module in blocks.items())
+    sizes = [sum(p.numel() for p in module.parameters()) for module in blocks.values()]
+    whole = sum(p.numel() for p in encoder.parameters())
+    assert covered * whole <= sum(sizes) <= whole  # more: they would overlap
+    assert max(sizes) <= 0.35 * whole
+    if count is not None:
+        assert len(blocks) == count
+        assert sum(type(module).__name__ == kind for module in blocks.values()) >= count - 1
+
+
+# ---- compilation and recomputation -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [("test_vit", "none"), ("test_vit", "selective"), ("test_vit", "full"), ("test_resnet", "none")],
+)
+def test_two_sizes_of_crops_compile_once(
+    name: str, recompute: str, tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drop path differs from block to block. Evaluation in between, on other sizes, compiles nothing."""
+    monkeypatch.setattr(parallelize, "COMPILE_BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    cfg = tiny(
+        model={"name": name, "drop_path": 0.2},
+        parallel={"activation_checkpointing": recompute},
+        compile="on",
+        max_steps=6,
+        eval={"every": 1, "batch_size": 7},
+    )
+    graphs: list[int] = []
+    trainer = Trainer(cfg, CPU)
+    step = trainer.train_step
+
+    def counted(views: list[Tensor], epoch: int) -> None:
+        step(views, epoch)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    trainer.train_step = counted  # type: ignore[method-assign]
+    torch._dynamo.utils.counters.clear()
+    trainer.run()
+    # One for each size: of the first transformer block, which has no drop path, and of all the others; of
+    # each residual block, since every one has another width.
+    assert graphs[0] == {"test_vit": 4, "test_resnet": 8}[name]
+    assert graphs == [graphs[0]] * 6
+    assert len(rows_of(cfg, "eval")) == 1  # after step 4
+
+
+@pytest.mark.parametrize("name", worker.FAMILIES)
+def test_recomputation_changes_no_gradient_or_statistic_and_keeps_less(name: str) -> None:
+    grads, buffers, kept = {}, {}, {}
+    for mode in ("none", "selective", "full"):
+        cfg = worker.family_config(name, activation_checkpointing=mode)
+        model = build_model(cfg)
+        parallelize.parallelize(model, cfg, None, worker.CPU)
+        torch.manual_seed(0)
+        views = [torch.randn(2, 3, 64, 64)] * 2
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _, z = model(views)
+        z.square().mean().backward()
+        kept[mode] = sum(sizes.values())
+        grads[mode] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        buffers[mode] = dict(model.named_buffers())
+    assert kept["full"] < kept["none"]
+    for mode in ("selective", "full"):
+        for key, grad in grads["none"].items():
+            torch.testing.assert_close(grads[mode][key], grad, rtol=1e-4, atol=1e-5)
+        for key, buffer in buffers["none"].items():
+            assert torch.equal(buffers[mode][key], buffer), key
+
+
+# ---- choice ------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_what_fits() -> None:
+    auto = ParallelConfig()
+    assert choose_strategy(auto, 2_000_000_000, ranks=None) == "none"
+    assert choose_strategy(auto, 300_000_000, ranks=2) == "ddp"
+    assert choose_strategy(auto, 600_000_000, ranks=2) == "fsdp"
+    assert choose_strategy(ParallelConfig(replicate=2), 1000, ranks=2) == "fsdp"
+
+
+@pytest.mark.parametrize(
+    ("options", "distributed", "message"),
+    [
+        ({"strategy": "fsdp"}, False, r"parallel\.strategy: fsdp needs a process group.*torchrun"),
+        ({"strategy": "ddp"}, False, r"parallel\.strategy: ddp needs a process group.*torchrun"),
+        ({"strategy": "ddp", "replicate": 2}, True, r"parallel\.replicate: 2 needs FSDP"),
+        ({"replicate": 2}, False, r"parallel\.replicate: 2 needs FSDP, and this run uses none"),
+        ({"keep_gathered": True}, True, r"parallel\.keep_gathered: True needs FSDP, and this run uses ddp"),
+    ],
+)
+def test_what_cannot_be_had_is_named(options: dict, distributed: bool, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose_strategy(ParallelConfig(**options), 1000, ranks=2 if distributed else None)

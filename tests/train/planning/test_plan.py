@@ -1,0 +1,263 @@
+"""The plan: memory against real processes, any number of GPUs from three traces, traffic, bad options."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import plan_worker
+import pytest
+import torch
+import torch.nn.functional as F
+from training import Make, run_ranks
+
+from lejepa_fast.data import MultiCropRecipe
+from lejepa_fast.train import config, plan
+from lejepa_fast.train.config import (
+    AverageConfig,
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    ParallelConfig,
+)
+from lejepa_fast.train.config.cli import parse_as
+from lejepa_fast.train.model.model import build_model
+from lejepa_fast.train.parallel.blocks import find_blocks
+from lejepa_fast.train.planning import out_of_memory
+from lejepa_fast.train.planning.autocast import autocast_as_on_gpus
+from lejepa_fast.train.planning.estimate import Plan
+from lejepa_fast.train.planning.memory import Traffic, plan_memory, trace_step
+from lejepa_fast.train.planning.options import PlanOptions
+from lejepa_fast.train.runtime.gpu_specs import GIB
+from lejepa_fast.train.runtime.world import World
+
+SMALL = Config(
+    model=ModelConfig(name="vit_tiny", kwargs='{"depth": 4}', projector_hidden=256, projector_dim=64),
+    crops=MultiCropRecipe(global_size=112, local_size=56, local_crops=2),
+    loss=LossConfig(num_slices=128, impl="torch"),
+    parallel=ParallelConfig(strategy="fsdp"),
+    precision="fp32",
+    device="cpu",
+    compile="off",
+)
+
+
+def small(*, precision: str = "fp32", average: str = "none", **parallel: Any) -> Config:
+    changed = dataclasses.replace(SMALL.parallel, **parallel)
+    return dataclasses.replace(
+        SMALL, parallel=changed, precision=precision, average=AverageConfig(kind=average)
+    )
+
+
+def test_memory_of_real_processes(tmp_path: Path) -> None:
+    """Fake tensors on one fake rank of two against PyTorch's CPU allocator: two gloo processes, and one.
+
+    Under FSDP2 what is measured holds gloo's own copies of a block too, which NCCL does not make. The others
+    have few images, so that the gradients which DDP keeps, and an average, are a good part of the whole.
+    """
+    ddp = small(strategy="ddp", average="swa", activation_checkpointing="full")
+    cases = [(small(precision="bf16", average="ema"), 8), (ddp, 4)]
+    values = [(config.to_dict(config.resolve(case)), images) for case, images in cases]
+    run_ranks(plan_worker.measure, 2, str(tmp_path), values, ranks=2)
+    planned = [trace_step(case, shards=n, images=i).peak for (case, i), n in zip(cases, (2, 1), strict=True)]
+    for rank in (0, 1):
+        assert planned == pytest.approx(json.loads((tmp_path / f"{rank}.json").read_text()), rel=0.1)
+
+    alone = config.resolve(small(strategy="none", average="ema"))
+    planned_alone = trace_step(alone, shards=1, images=4).peak
+    assert planned_alone == pytest.approx(plan_worker.allocator_peak(alone, 4), rel=0.1)
+
+
+def test_autocast_has_the_rules_of_gpus() -> None:
+    values = torch.ones(2, 4, dtype=torch.bfloat16)
+
+    def dtypes() -> list[torch.dtype]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            results = [F.layer_norm(values, (4,)), values.softmax(-1), values.sum(1), values.norm(dim=1)]
+            return [each.dtype for each in (*results, values**2, F.gelu(values), values @ values.T)]
+
+    usual = dtypes()
+    with autocast_as_on_gpus():
+        assert dtypes() == 5 * [torch.float32] + 2 * [torch.bfloat16]
+        assert F.layer_norm(values, (4,)).dtype is torch.bfloat16  # without autocast as ever
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert values.softmax(-1, torch.bfloat16).dtype is torch.bfloat16  # asked for
+    assert dtypes() == usual
+
+
+def test_any_number_of_gpus_from_three_traces() -> None:
+    """Also of one shard, which runs other operators: no gather, and a copy in place of the scatter."""
+    cfg = small(precision="bf16")
+    found = plan_memory(cfg, shards=4, images=4)
+    assert found.peak(4, 4) == found.traced.peak
+    for shards, images in ((1, 16), (32, 8)):
+        direct = trace_step(cfg, shards=shards, images=images).peak
+        assert found.peak(shards, images) == pytest.approx(direct, rel=0.03)
+
+
+@pytest.mark.parametrize(("replicate", "shards"), [(1, 4), (4, 4), (4, 1)])
+def test_state_is_sharded_within_a_group(replicate: int, shards: int) -> None:
+    cfg = small(replicate=replicate)
+    trace = trace_step(cfg, shards=shards, images=2)
+    parameters = sum(p.numel() for p in build_model(cfg, meta=True).parameters())
+    assert trace.state == pytest.approx(12 * parameters / shards, rel=0.02)  # weights and two moments
+    assert trace.traffic.scattered == pytest.approx(4 * parameters if shards > 1 else 0, rel=0.02)
+    assert trace.traffic.summed == pytest.approx(4 * parameters if replicate > 1 else 0, rel=0.02)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_blocks_are_gathered_twice_for_each_size_of_crops_or_once(recompute: str) -> None:
+    cfg = small(precision="bf16", activation_checkpointing=recompute)
+    model = build_model(cfg, meta=True)
+    blocks = sum(p.numel() for block in find_blocks(model.encoder).values() for p in block.parameters())
+    rest = sum(p.numel() for p in model.parameters()) - blocks
+    gathered = trace_step(cfg, shards=2, images=2).traffic.gathered
+    assert 2 * 4 * blocks <= gathered <= 2 * 5 * blocks + 4 * rest
+    kept = trace_step(small(precision="bf16", keep_gathered=True), shards=2, images=2).traffic.gathered
+    assert 2 * blocks <= kept <= 2 * blocks + 4 * rest
+
+
+def test_what_a_rank_sends() -> None:
+    traffic = Traffic(gathered=800, scattered=400, summed=400)
+    assert traffic.sent(shards=1, copies=1) == (0, 0)
+    assert traffic.sent(shards=4, copies=1) == (900, 0)  # 3/4 of 1200
+    assert traffic.sent(shards=4, copies=2) == (900, 2 * 100 * 0.5)  # a shard of 100, there and back
+
+
+def test_gigantic_over_64_ranks() -> None:
+    parallel = ParallelConfig(strategy="fsdp", activation_checkpointing="full")
+    crops = MultiCropRecipe(local_crops=0)
+    model = ModelConfig("vit_gigantic")
+    cfg = Config(model=model, crops=crops, parallel=parallel, precision="bf16", device="cpu")
+    trace = trace_step(cfg, shards=64, images=8)
+    parameters = 1_851_500_000  # encoder 1,842.8 M and projector 8.7 M
+    assert trace.state == pytest.approx(12 * parameters / 64, rel=0.02)
+    assert trace.traffic.scattered == pytest.approx(4 * parameters, rel=0.02)
+    assert trace.peak < 8 * GIB
+
+
+def plan_for(gpus: int, gpu: str = "l4", kwargs: str = "{}", **parallel: Any) -> Plan:
+    """ViT-tiny where only two hundredths of the memory may be used."""
+    return Plan(
+        PlanOptions(
+            model=ModelConfig("vit_tiny", kwargs=kwargs),
+            data=DataConfig(batch_size=256),
+            parallel=ParallelConfig(**parallel),
+            gpus=gpus,
+            gpu=gpu,
+            reserve=0.98,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def tight() -> Plan:
+    return plan_for(8, strategy="fsdp")
+
+
+def test_the_smallest_that_fits(tight: Plan) -> None:
+    smallest = tight.smallest()
+    assert smallest is not None
+    assert smallest.peak <= 0.02 * 22 * GIB
+    fewer = [gpus for gpus in tight.possible() if gpus < smallest.gpus]
+    assert fewer
+    assert all(tight.row(gpus).peak > 0.02 * 22 * GIB for gpus in fewer)
+
+
+def test_times_follow_from_flops_and_bytes(tight: Plan) -> None:
+    row = tight.row(16)
+    assert row.images == 16
+    assert row.compute_seconds == pytest.approx(tight.flops.per_image * 16 / (121e12 * 0.4))
+    assert row.network_seconds == pytest.approx(row.sent / 12.5e9)  # beyond one machine
+    assert tight.row(8).network_seconds == pytest.approx(tight.row(8).sent / 32e9)
+    assert row.step_seconds == max(row.compute_seconds, row.network_seconds)
+
+
+def test_groups_inside_a_machine_gather_over_its_link() -> None:
+    found = plan_for(16, kwargs='{"depth": 2}', replicate=2)
+    within, between = found.memory.traced.traffic.sent(8, 2)
+    assert min(within, between) > 0
+    assert found.row(16).network_seconds == pytest.approx(within / 32e9 + between / 12.5e9)
+    assert found.bandwidths(8) == (32, 32)
+    assert found.bandwidths(32) == (12.5, 12.5)  # groups of 16 reach beyond a machine
+    assert found.bandwidths(12) == (12.5, 12.5)  # one of the groups of 6 does
+
+
+def test_auto_plans_what_the_trainer_takes() -> None:
+    """No wrapper on one GPU, DDP for a small model on several: each holds all, and sums its gradients."""
+    one, several = (plan_for(gpus, kwargs='{"depth": 2}') for gpus in (1, 16))
+    assert (one.strategy, several.strategy) == ("none", "ddp")
+    assert one.row(1).sent == 0
+
+    gradients = 4 * several.parameters
+    assert several.row(2).sent == pytest.approx(gradients)
+    assert several.row(16).sent == pytest.approx(gradients * 2 * 15 / 16)
+    assert gradients / 2 < several.memory.peak(1, 64) - one.memory.peak(1, 64) <= gradients
+
+
+def test_the_report(tight: Plan) -> None:
+    text = tight.report()
+    assert f"{100 * (1_281_167 // 256):,} steps" in text
+    assert "5.5 M encoder" in text
+    smallest = tight.smallest()
+    assert smallest is not None
+    assert f"smallest number of GPUs that fits: {smallest.gpus}" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert {"8*", "16", "32"} <= {line[0] for line in lines if line}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "vit_gigantik"], "did you mean vit_gigantic"),
+        (["--gpu", "h2000"], "did you mean h200? known: a10, a100"),
+        (["--gpus", "6", "--batch", "512"], "cannot be split evenly over 6 processes"),
+        (["--gpus", "8", "--parallel.replicate", "3"], "8 processes cannot be split evenly into 3 groups"),
+        (["--mfu", "40"], "mfu: expected below 1, got 40.0"),
+        (["--bandwidth", "0"], "bandwidth: expected above 0, got 0.0"),
+        (["--images", "100"], "images: expected at least one batch of 512, got 100"),
+        (["--gpus", "0"], "gpus: expected at least 1, got 0"),
+        (["--model", "vit_tiny", "--crops.local-size", "100"], "multiple of its patch size 14"),
+        (["--model", "vit_tiny", "--parallel.strategy", "none"], "none trains 8 separate models"),
+        (["--strategy", "ddp"], "did you mean --parallel.strategy?"),
+    ],
+)
+def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_a_plan_leaves_no_process_group_and_no_patch() -> None:
+    resize = torch.UntypedStorage.resize_
+    trace_step(small(), shards=2, images=2)
+    assert not torch.distributed.is_initialized()
+    assert torch.UntypedStorage.resize_ is resize
+
+
+def test_the_plan_that_it_names_is_that_of_the_run(tiny: Make) -> None:
+    cfg = tiny(
+        parallel={"activation_checkpointing": "selective", "replicate": 2, "keep_gathered": True},
+        average={"kind": "swa"},
+        model={"kwargs": '{"depth": 2, "class_token": false}', "register_tokens": 3, "drop_path": 0.1},
+        data={"batch_size": 24},
+        max_steps=150,
+    )
+    text = out_of_memory.describe(cfg, World(torch.device("cpu"), size=4), "fsdp", images=500)
+    for part in ("no --parallel.keep-gathered", "no --average swa", "(now 24, 6 images per process)"):
+        assert part in text
+    assert "--parallel.strategy" not in text
+    words = shlex.split(text.partition("what fits: ")[2])
+    assert words[:2] == ["python", "train/plan.py"]
+    planned = parse_as(PlanOptions, words[2:], preset="default", what="")
+    assert (planned.gpus, planned.images, planned.max_steps, planned.precision) == (4, 500, 150, "fp32")
+    for section in ("model", "crops", "parallel", "average"):
+        assert getattr(planned, section) == getattr(cfg, section), section
+    assert planned.data.batch_size == cfg.data.batch_size
+    assert planned.loss.num_slices == cfg.loss.num_slices

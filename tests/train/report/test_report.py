@@ -1,0 +1,334 @@
+"""The report folder: complete, self-contained, explicit about missing figures, whole or absent."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lejepa_fast.errors import RunError
+from lejepa_fast.train.evaluation import collapse
+from lejepa_fast.train.evaluation.evaluate import EvalResult
+from lejepa_fast.train.report import plots, report
+
+FIGURES = {"loss.png", "knn.png", "views.png", "projections.png", "spectrum.png"}
+CONFIG = {
+    "seed": 4,
+    "model": {"name": "resnet10t"},
+    "loss": {"lambd": 0.07, "form": "convex", "t_max": 3.0, "n_points": 17},
+    "crops": {"global_crops": 2, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+}
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def result(z: Tensor, knn: float | None, linear: float | None) -> EvalResult:
+    labelled = knn is not None
+    return EvalResult(
+        knn=knn,
+        linear=linear,
+        linear_rate=None,
+        embedding_std=collapse.embedding_std(z),
+        effective_rank=collapse.effective_rank(z),
+        sigreg=collapse.sigreg_statistic(z),
+        z_val=z,
+        features_val=torch.zeros(len(z), 24),
+        n_train=300,
+        n_val=len(z),
+        num_classes=6 if labelled else None,
+        majority=23.5 if labelled else None,
+        no_labels_because=None if labelled else "80 of the 80 validation images in <flat> have no class.",
+        image_size=64,
+        k=20,
+    )
+
+
+def history() -> list[dict[str, Any]]:
+    values = {"prediction": 0.1, "sigreg": 3.0, "embedding_std": 0.8}
+    train = [{"kind": "train", "step": step, "loss": 2.0 / (1 + step), **values} for step in range(1, 13)]
+    return [{"kind": "run", "step": 0, "device": "cpu"}, *train, {"kind": "eval", "step": 6, "knn": 60.0}]
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    return {
+        "config": CONFIG,
+        "trained": result(randn(80, 12), 66.25, 71.5),
+        "untrained": result(0.2 * randn(80, 12, seed=1) * torch.logspace(0, -3, 12), 54.0, 60.0),
+        "history": history(),
+        "views": [randn(4, 3, 32, 32), randn(4, 3, 32, 32, seed=1), randn(4, 3, 16, 16, seed=2)],
+        "images_per_second": 100.0,
+        "steps": 12,
+        **changes,
+    }
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes seconds; what is not about figures goes without."""
+    for name in ("plot_losses", "plot_knn", "plot_views", "plot_projections", "plot_spectrum"):
+        monkeypatch.setattr(plots, name, lambda *_args, **_kwargs: None)
+
+
+class Page(HTMLParser):
+    """Every tag and attribute of a page, its text, and a check that tags are closed in order."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "input", "hr"})
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert not self._open, f"never closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read_summary(page: Path) -> dict[str, Any]:
+    return json.loads((page.parent / "summary.json").read_text(encoding="utf-8"))
+
+
+# ---- the folder ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a report of a labelled run; not to be changed."""
+    return report.write_report(tmp_path_factory.mktemp("run"), **arguments())
+
+
+def test_report_is_complete_and_self_contained(written: Path) -> None:
+    assert (written.name, written.parent.name) == ("report.html", "report")
+    assert {p.name for p in written.parent.iterdir()} == FIGURES | {"report.html", "summary.json"}
+    assert [p.name for p in written.parents[1].iterdir()] == ["report"]  # no temporary folder stays
+    for name in FIGURES:
+        with Image.open(written.parent / name) as image:
+            assert image.format == "PNG"
+            assert np.asarray(image.convert("L")).std() > 1, f"{name} is blank"
+    page = Page(written)
+    for tag, attributes in page.tags:
+        assert tag not in {"script", "link", "iframe", "object", "embed"}
+        for name in {"src", "href", "srcset", "data"} & set(attributes):
+            assert (attributes[name] or "").startswith("data:image/png;base64,"), (tag, name)
+    raw = written.read_text(encoding="utf-8")
+    assert not [word for word in ("url(", "@import", "http") if word in raw]
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == len(FIGURES)
+    cells = " ".join(page.text.split())
+    # 5.3 and 5.6 are the binomial standard errors of 80 images.
+    for expected in ("54.0 ± 5.6 66.2 ± 5.3 +12.2", "60.0 ± 5.5 71.5 ± 5.0 +11.5", "resnet10t"):
+        assert expected in cells, expected
+    for expected in (
+        "Healthy",
+        "(1 - 0.07) · prediction + 0.07 · SIGReg",
+        "guessing gives 16.7 %",
+        "6 classes",
+    ):
+        assert expected in cells, expected
+
+
+def test_summary_has_the_promised_keys_and_types(written: Path) -> None:
+    summary = read_summary(written)
+    expected = {
+        "knn_untrained": 54.0,
+        "knn_trained": 66.25,
+        "knn_gain": 12.25,
+        "linear_untrained": 60.0,
+        "linear_trained": 71.5,
+        "linear_gain": 11.5,
+        "images_per_second": 100.0,
+        "steps": 12,
+        "seed": 4,
+        "config": CONFIG,
+        "collapsed": False,
+        "embedding_std": pytest.approx(collapse.embedding_std(randn(80, 12))),
+        "effective_rank_limit": 12,
+        "train_images": 300,
+        "val_images": 80,
+        "num_classes": 6,
+        "majority_class": 23.5,
+        "chance": pytest.approx(100 / 6),
+        "no_labels_because": None,
+    }
+    assert {key: summary[key] for key in expected} == expected
+    assert 1 < summary["effective_rank"] <= 12
+    assert summary["verdict"].startswith("Healthy")
+    assert {"torch", "timm", "python", "lejepa_fast"} <= set(summary["versions"])
+    assert summary["machine"]["cores"] >= 1
+
+
+def test_unlabelled_report_says_why_and_keeps_the_rest(tmp_path: Path) -> None:
+    unlabelled = result(randn(80, 12), None, None)
+    path = report.write_report(tmp_path, **arguments(trained=unlabelled, untrained=unlabelled))
+    assert {p.name for p in path.parent.glob("*.png")} == FIGURES - {"knn.png"}
+    page = Page(path)
+    assert "validation images in <flat> have no class." in page.text  # escaped in the source
+    assert "No kNN and no linear probe" in page.text
+    summary = read_summary(path)
+    for key in ("knn_untrained", "knn_trained", "linear_untrained", "linear_trained", "knn_gain", "chance"):
+        assert summary[key] is None, key
+    assert "no class" in summary["no_labels_because"]
+    assert summary["embedding_std"] > 0.5
+
+
+@pytest.mark.parametrize("z", [torch.full((80, 12), 0.3), 0.3 + 1e-4 * randn(80, 12)])
+def test_collapse_is_shown(tmp_path: Path, z: Tensor) -> None:
+    path = report.write_report(tmp_path, **arguments(trained=result(z, 20.0, None)))
+    assert read_summary(path)["collapsed"] is True
+    page = Page(path)
+    assert "Collapsed" in page.text
+    assert ("div", {"class": "verdict bad"}) in page.tags
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_values_are_escaped(tmp_path: Path) -> None:
+    hostile = '<script>alert("x")</script> & {{ title }}'
+    config = {**CONFIG, "model": {"name": hostile}, "out": Path("/some/folder"), "note": hostile}
+    path = report.write_report(tmp_path, **arguments(config=config))
+    page = Page(path)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.text.count(hostile) >= 2  # the title and the heading, unchanged
+    assert read_summary(path)["config"]["out"] == "/some/folder"
+
+
+def test_gaps_and_non_finite_values_do_not_break_the_report(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"kind": "train", "step": 1, "loss": None, "prediction": float("nan"), "sigreg": 3.0},
+        {"kind": "train", "step": 2, "loss": 1.0, "prediction": 0.0, "sigreg": float("inf")},
+        {"kind": "eval", "step": 2, "knn": None},
+    ]
+    config = {"nan": float("nan"), "loss": {"unbiased": True}}
+    changes = {"history": rows, "config": config, "images_per_second": None, "views": []}
+    path = report.write_report(tmp_path, **arguments(**changes))
+    assert not (path.parent / "views.png").exists()
+    assert "(1 - lambda) · prediction" in Page(path).text
+    summary = read_summary(path)
+    assert (summary["images_per_second"], summary["config"]["nan"], summary["seed"]) == (None, None, None)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_second_report_replaces_the_first_and_what_a_killed_run_left(tmp_path: Path) -> None:
+    for folder, name in (("report", "stale.txt"), (".report-new", "half.png")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("old", encoding="utf-8")
+    path = report.write_report(tmp_path, **arguments(steps=99))
+    assert [p.name for p in tmp_path.iterdir()] == ["report"]
+    assert {p.name for p in path.parent.iterdir()} == {"report.html", "summary.json"}
+    assert read_summary(path)["steps"] == 99
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("refused", ["knn.png", "summary.json", "report.html", ".report-new"])
+def test_full_disk_keeps_the_earlier_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.html").write_text("the earlier one", encoding="utf-8")
+    write_text, rename = Path.write_text, Path.rename
+
+    def renamed(path: Path, target: Path) -> Path:
+        if path.name == refused:
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+
+    def write(path: Path, text: str, **options: Any) -> int:
+        if path.name == refused:
+            raise OSError(28, "No space left on device")
+        return write_text(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", write)
+    monkeypatch.setattr(plots, "plot_knn", lambda path, *_args, **_kwargs: path.write_text("a figure"))
+    with pytest.raises(RunError, match="No space left on device") as caught:
+        report.write_report(tmp_path, **arguments(steps=99))
+    assert str(caught.value).startswith(f"cannot write the report to {tmp_path / 'report'}: ")
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["report"]
+    assert [p.name for p in (tmp_path / "report").iterdir()] == ["report.html"]
+    assert (tmp_path / "report" / "report.html").read_text(encoding="utf-8") == "the earlier one"
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def test_plots_leave_matplotlib_as_it_was(tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    plots.plot_spectrum(tmp_path / "spectrum.png", randn(40, 8), randn(40, 8))
+    assert dict(matplotlib.rcParams) == before
+    # In a process of its own: another test may have imported pyplot.
+    code = "import sys, lejepa_fast.train.report.report; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_figures_look_the_same_whatever_style_the_caller_has(tmp_path: Path) -> None:
+    options = {"steps": 10, "trained": 60.0, "untrained": 50.0, "majority": 20.0}
+    plots.plot_knn(tmp_path / "plain.png", history(), **options)
+    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30, "savefig.dpi": 20}):
+        plots.plot_knn(tmp_path / "styled.png", history(), **options)
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "styled.png").read_bytes()
+
+
+def test_views_are_shown_denormalised_and_in_place(tmp_path: Path) -> None:
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.2, 0.2])
+    red, blue = torch.tensor([0.8, 0.1, 0.2]), torch.tensor([0.1, 0.2, 0.9])
+    views = [
+        ((color - mean) / std).view(1, 3, 1, 1).expand(1, 3, size, size)
+        for color, size in ((red, 40), (blue, 20))
+    ]
+    plots.plot_views(tmp_path / "views.png", views, num_global=1, mean=mean.tolist(), std=std.tolist())
+    with Image.open(tmp_path / "views.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(float) / 255
+    areas = [np.abs(pixels - color.numpy()).max(axis=2) < 0.02 for color in (red, blue)]
+    assert areas[0].sum() / areas[1].sum() == pytest.approx(4.0, rel=0.15)  # true relative sizes
+    assert np.nonzero(areas[0])[1].max() < np.nonzero(areas[1])[1].min()  # the global view is on the left
+
+
+def test_series_takes_the_later_of_two_rows_of_a_step_and_sorts() -> None:
+    rows = [
+        {"kind": "train", "step": 3, "loss": 1.0},
+        {"kind": "train", "step": 2, "loss": 5.0},
+        {"kind": "train", "step": 3, "loss": 2.0},
+        {"kind": "train", "step": 4, "loss": None},
+        {"kind": "eval", "step": 5, "loss": 9.0},
+        {"kind": "train", "step": 6},
+    ]
+    steps, values = plots.series(rows, "train", "loss")
+    assert steps.tolist() == [2, 3]
+    assert values.tolist() == [5.0, 2.0]
+
+
+# ---- terminal ------------------------------------------------------------------------------------
+
+
+def test_terminal_table_shows_both_encoders_and_the_verdict() -> None:
+    found = arguments()
+    table = report.format_table(found["trained"], found["untrained"])
+    line = next(line for line in table.splitlines() if line.startswith("kNN"))
+    assert line.split()[-3:] == ["54.0", "66.2", "+12.2"]
+    assert "Healthy" in table
+    table = report.format_table(result(randn(80, 12), None, None), found["untrained"])
+    line = next(line for line in table.splitlines() if line.startswith("kNN"))
+    assert line.split()[-3:] == ["-", "-", "-"]
+    assert "have no class" in table

@@ -1,0 +1,117 @@
+"""Work on some ranks: longer than a collective may take, errors on all ranks, and no waiting for the dead."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from training import run_ranks
+
+from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.train.runtime.signals import Interrupted
+from lejepa_fast.train.runtime.world import (
+    World,
+    close_world,
+    lost_rank_is_a_run_error,
+    on_all,
+    on_main,
+    reported_elsewhere,
+    setup_world,
+    store_of_this_start,
+)
+
+TIMEOUT = timedelta(seconds=2)  # of a collective between devices
+
+
+def world_of(rank: int, port: int) -> World:
+    """As one of two ranks that torchrun starts; from now on the collectives of a step may take 2 s."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    world = setup_world("cpu")
+    dist.barrier()
+    dist.distributed_c10d._set_pg_timeout(TIMEOUT)
+    return world
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def work_and_fail(rank: int, port: int) -> None:
+    world = world_of(rank, port)
+
+    def takes_long() -> int:
+        time.sleep(1.5 * TIMEOUT.total_seconds())
+        return 7
+
+    assert on_main(world, takes_long) == (7 if rank == 0 else None)
+
+    def raises(error: BaseException) -> Callable[[], None]:
+        def work() -> None:
+            raise error
+
+        return work
+
+    for error in (UsageError("seven"), RunError("eight"), Interrupted("nine", 15), KeyError("ten")):
+        defect = rank == 1 and isinstance(error, KeyError)
+        with pytest.raises(RunError if defect else type(error)) as caught:
+            on_main(world, raises(error))
+        assert ("see its message" if defect else str(error)) in str(caught.value)
+        assert reported_elsewhere(caught.value, rank) == (rank == 1)  # rank 0 alone prints it
+    # On one rank of those that work: that one prints it.
+    with pytest.raises(UsageError, match="rank 1") as caught:
+        on_all(world, raises(UsageError("of rank 1")) if rank == 1 else lambda: None)
+    assert reported_elsewhere(caught.value, rank) == (rank == 0)
+    # On both: rank 0's.
+    with pytest.raises(UsageError, match="of rank 0") as caught:
+        on_all(world, raises(UsageError(f"of rank {rank}")))
+    assert on_all(world, lambda: rank) == rank  # nothing is left of the errors
+    close_world()
+
+
+def wait_for_the_dead(rank: int, port: int, folder: str) -> None:
+    world = world_of(rank, port)
+
+    def dies() -> None:
+        time.sleep(0.3)
+        os._exit(0)
+
+    # By the connection: the error of a timeout says something else.
+    with pytest.raises(RunError, match="another rank failed"), lost_rank_is_a_run_error():
+        on_main(world, dies)
+    Path(folder, "noticed").touch()
+    os._exit(0)
+
+
+def test_work_on_rank_0_may_take_long_and_errors_reach_all_ranks() -> None:
+    run_ranks(work_and_fail, free_port(), ranks=2)
+
+
+def test_a_dead_rank_is_not_waited_for(tmp_path: Path) -> None:
+    run_ranks(wait_for_the_dead, free_port(), str(tmp_path), ranks=2)
+    assert (tmp_path / "noticed").exists()
+
+
+def test_ranks_that_start_again_do_not_read_what_dead_ranks_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's store outlives the ranks."""
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    with ThreadPoolExecutor(3) as threads:
+        for size in (3, 3, 2):
+            ranks = [threads.submit(store_of_this_start, 0, size)]
+            time.sleep(0.1)  # rank 0 answers the dead first
+            ranks += [threads.submit(store_of_this_start, rank, size) for rank in range(1, size)]
+            stores = [rank.result(timeout=30) for rank in ranks]
+            assert not stores[0].check(["who"])
+            stores[1].set("who", "1")
+            for store in stores:
+                store.wait(["who"], timedelta(seconds=10))  # raises if they do not share it

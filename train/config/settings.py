@@ -1,0 +1,346 @@
+"""The configuration of a run: nested dataclasses, filled from a preset or a JSON file and the command line.
+
+Types and bounds are declared at the fields (`Annotated[int, Ge(1)]`); pydantic checks them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import tyro
+from annotated_types import Ge, Gt, Le, Lt
+
+from lejepa_fast.data.recipe import MultiCropRecipe
+from lejepa_fast.errors import UsageError, in_plain_words
+from lejepa_fast.train.config.names import default_weight_decay
+from lejepa_fast.train.runtime import files
+
+if TYPE_CHECKING:
+    import pydantic
+
+EMBEDDED_DATA = "trashnet96"
+
+C = TypeVar("C", bound="Config")
+
+AtLeast0 = Annotated[int, Ge(0)]
+AtLeast1 = Annotated[int, Ge(1)]
+Share = Annotated[float, Ge(0), Le(1)]
+BelowOne = Annotated[float, Ge(0), Lt(1)]
+# Below infinity: NaN and infinity are refused.
+Nonnegative = Annotated[float, Ge(0), Lt(math.inf)]
+Positive = Annotated[float, Gt(0), Lt(math.inf)]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: Annotated[str, tyro.conf.arg(aliases=["--data"])] = EMBEDDED_DATA
+    """Embedded set `trashnet96`, a folder of images or of class folders, a folder of .tar shards, or
+    torchvision:NAME:FOLDER."""
+    batch_size: Annotated[AtLeast1, tyro.conf.arg(aliases=["--batch-size", "--batch"])] = 512
+    """Images per step over ALL processes; a multiple of their number."""
+    val_fraction: Share = 0.1
+    """Share of each class held out for evaluation where the data has no val split of its own."""
+    workers: AtLeast0 | None = None
+    """Loader worker processes per training process; 0: load in the training process; None: by CPU count."""
+    backend: Literal["auto", "dali", "cpu", "torchvision"] = "auto"
+    """What decodes and augments. auto: dali on a GPU where it is installed, else cpu where Numba is, else
+    torchvision."""
+    prefetch: AtLeast1 = 2
+    """Finished batches that wait for the training; with torchvision, for each worker. Each costs memory."""
+    hw_decoder_load: Share = 0.65
+    """Share of JPEGs for the hardware decoder of a GPU, where DALI decodes there; 0: all go to CUDA."""
+    max_bad_fraction: Share = 0.05
+    """Unreadable images are listed in RUN/quarantine.txt and replaced; more than this share stops the run."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: Annotated[str, tyro.conf.arg(aliases=["--model"])] = "vit_small"
+    """Any timm model, or vit_tiny|small|base|large|huge|giant|gigantic (patch 14)."""
+    img_size: AtLeast1 | None = None
+    """Image size of the position embeddings, for models that have them; None: crops.global_size."""
+    drop_path: BelowOne = 0.0
+    """Stochastic depth rate of the last block (models that offer it)."""
+    register_tokens: AtLeast0 = 0
+    """Extra learned tokens (vision transformers)."""
+    kwargs: str = "{}"
+    """Further arguments of timm.create_model as a JSON object, for example '{"layers": [1, 1, 1, 1]}'."""
+    projector_hidden: AtLeast1 = 2048
+    projector_layers: AtLeast1 = 3
+    """Linear layers of the projector, the output layer included."""
+    projector_dim: AtLeast1 = 512
+    """K, the width of the embeddings that the loss sees."""
+    projector_norm: Literal["batch", "layer", "none"] = "batch"
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    lambd: Annotated[Nonnegative, tyro.conf.arg(aliases=["--lambda"])] = 0.05
+    """Weight of SIGReg; 0 trains the prediction alone, which collapses."""
+    num_slices: AtLeast1 = 1024
+    t_max: float = 3.0
+    n_points: int = 17
+    """Knots on the half line [0, t_max]."""
+    unbiased: bool = False
+    center: Literal["global", "all"] = "global"
+    form: Literal["convex", "additive"] = "convex"
+    impl: Literal["auto", "triton", "torch", "reference"] = "auto"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: Annotated[Nonnegative, tyro.conf.arg(aliases=["--lr"])] = 5e-4
+    """Peak learning rate of AdamW; it is not scaled with the batch."""
+    weight_decay: Nonnegative | Literal["auto"] = "auto"
+    """auto: 5e-2 for transformers and ConvNeXt, 5e-4 for other convolutional networks."""
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    warmup_fraction: Share = 0.05
+    """Share of all steps during which the rate rises linearly."""
+    final_lr_fraction: Share = 1e-3
+    """The cosine ends at this share of the peak rate."""
+    clip_grad_norm: Nonnegative = 0.0
+    """Largest norm of the gradient over all parameters; 0: no clipping."""
+    skip_grad_norm: Nonnegative = 0.0
+    """A step with a larger norm of the gradient, before clipping, is skipped; 0: none is."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """How processes share the model. auto: without torchrun none; with it, FSDP2 from half a billion
+    parameters, or where --parallel.replicate asks for groups, and DDP below."""
+    replicate: AtLeast1 = 1
+    """Groups of processes that each hold the whole model under FSDP2 (HSDP); divides their number."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again, block by block. selective: everything but attention and every
+    second matrix product; full: everything."""
+    keep_gathered: bool = False
+    """Under FSDP2 every GPU keeps the parameters whole for the step: they are sent once and not up to four
+    times, for 2 bytes a parameter in bf16 (4 in float32)."""
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    kind: Annotated[Literal["none", "ema", "swa"], tyro.conf.arg(aliases=["--average"])] = "none"
+    """Average of the weights over the steps, which is then what is evaluated and exported. ema: exponential
+    moving average; swa: plain mean. 4 bytes a parameter, sharded as the weights are."""
+    decay: BelowOne = 0.999
+    """What the ema keeps of itself at each step."""
+    start: BelowOne | Literal["auto"] = "auto"
+    """Share of all steps before the first that counts. auto: 0 for ema, 0.75 for swa."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: AtLeast0 = 10
+    """Epochs between evaluations during training (kNN, linear probe); 0: only at the end."""
+    linear_steps: AtLeast0 = 200
+    """Steps of the linear probe during training, 0: none; at the end it gets its full length."""
+    train_images: AtLeast0 = 100_000
+    """Training images for evaluations during training, at most, drawn at random; 0: all, as at the end."""
+    image_size: AtLeast1 | None = None
+    """Side of the evaluated images; None: crops.global_size."""
+    batch_size: AtLeast1 = 256
+    k: AtLeast1 = 20
+    temperature: Positive = 0.07
+
+
+@dataclass(frozen=True)
+class Config:
+    __pydantic_config__: typing.ClassVar = {"extra": "forbid", "strict": True}
+
+    data: DataConfig = field(default_factory=DataConfig)
+    crops: MultiCropRecipe = field(default_factory=MultiCropRecipe)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    out: Path | None = None
+    """Run folder; None: runs/DATA-MODEL."""
+    epochs: AtLeast1 = 100
+    max_steps: AtLeast1 | None = None
+    """Train this many steps, and let the schedule span them; None: `epochs` epochs."""
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 autocast on GPUs, float32 on the CPU. The loss is float32 always."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of each block of the encoder. auto: on GPUs, where it pays for its minutes."""
+    resume: str = "auto"
+    """auto: continue from the newest readable checkpoint of the run folder, if any; none: start anew;
+    PATH: a checkpoint or another run folder."""
+    log_every: AtLeast1 = 10
+    """Steps between rows of metrics.jsonl; only then do metrics leave the device."""
+    checkpoint_every: AtLeast1 = 1000
+    """Steps between checkpoints; one is always written at the end and on SIGTERM or Ctrl-C."""
+    keep_checkpoints: AtLeast1 = 3
+    tensorboard: bool = True
+    wandb: str | None = None
+    """Weights & Biases project that gets the numbers, too; None: nothing is sent anywhere."""
+    profile: bool = False
+    """Record a few steps after the first ones: profiler trace and memory snapshot in RUN/profile/."""
+
+
+def resolve(cfg: C) -> C:
+    """Fill in what depends on other fields, so that config.json records what ran."""
+    decay = cfg.optim.weight_decay
+    if isinstance(decay, str):
+        decay = default_weight_decay(cfg.model.name)
+    start = cfg.average.start
+    if isinstance(start, str):
+        start = 0.75 if cfg.average.kind == "swa" else 0.0
+    return dataclasses.replace(
+        cfg,
+        optim=dataclasses.replace(cfg.optim, weight_decay=decay),
+        average=dataclasses.replace(cfg.average, start=start),
+        out=cfg.out or Path("runs") / _run_name(cfg),
+    )
+
+
+def validate(cfg: Config, world_size: int = 1) -> None:
+    """Check types, bounds, and what concerns several fields or the number of processes.
+
+    Raises:
+        UsageError: the message names the field, what is expected and the value.
+    """
+    _checked(type(cfg), to_dict(cfg), "")
+    cfg.crops.validate()
+    if cfg.loss.form == "convex" and cfg.loss.lambd > 1:
+        raise UsageError(
+            f"loss.lambd: expected a number from 0 to 1 with loss.form convex, got {cfg.loss.lambd}"
+        )
+    if world_size % cfg.parallel.replicate:
+        raise UsageError(
+            f"parallel.replicate: {world_size} processes cannot be split evenly into "
+            f"{cfg.parallel.replicate} groups; use a divisor of their number"
+        )
+    images = cfg.data.batch_size
+    if images % world_size:
+        multiple = -(-images // world_size) * world_size
+        raise UsageError(
+            f"data.batch_size: {images} images cannot be split evenly over {world_size} processes; "
+            f"use a multiple of {world_size}, for example --batch-size {multiple}"
+        )
+    if images // world_size < 2:
+        raise UsageError(
+            f"data.batch_size: {images} over {world_size} process(es) leaves {images // world_size} "
+            "image(s) for each, and BatchNorm and SIGReg take statistics over at least 2; "
+            f"use --batch-size {2 * world_size} or more (rule of thumb: 256 or more in all)"
+        )
+
+
+def small_batch_warning(batch: int) -> str | None:
+    """Return a warning if a global batch, the sum over ranks, is small for SIGReg, else None."""
+    if batch >= 256:
+        return None
+    return (
+        f"{batch} images over all GPUs are few for SIGReg, which compares them with a Gaussian; use "
+        "256 or more (linear accuracy of the paper's ViT-L: 72.2 % with 128, 74.15 % with 256)"
+    )
+
+
+def total_steps(cfg: Config, steps_per_epoch: int) -> int:
+    """Return the steps of the whole run."""
+    return cfg.max_steps if cfg.max_steps is not None else cfg.epochs * steps_per_epoch
+
+
+def loader_workers(cfg: Config, processes_here: int, on_gpu: bool) -> int:
+    """Return the loader workers of one training process: as set, else its share of this machine's CPUs.
+
+    A CPU run leaves half of them to the training itself.
+    """
+    if cfg.data.workers is not None:
+        return cfg.data.workers
+    cpus = len(os.sched_getaffinity(0)) // max(1, processes_here)
+    return max(1, min(16, cpus if on_gpu else cpus // 2))
+
+
+def write(cfg: Config, folder: Path) -> None:
+    """Write `folder/config.json`.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    files.make_folder(folder)
+    text = json.dumps(to_dict(cfg), indent=2) + "\n"
+    path = folder / "config.json"
+    files.write_atomically(path, lambda file: file.write(text.encode()), way_out="choose another --out")
+
+
+def to_dict(cfg: Config) -> dict[str, Any]:
+    """Return plain dicts, lists and scalars: what JSON and `torch.load(weights_only=True)` accept."""
+
+    import pydantic
+
+    return pydantic.TypeAdapter(type(cfg)).dump_python(cfg, mode="json", warnings=False)
+
+
+def load_json(path: Path) -> Config:
+    """Read a config.json.
+
+    Raises:
+        UsageError: the file cannot be read, is not JSON, or has an unknown key or a bad value.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"--config: {path} is not JSON: {error}") from error
+    return from_dict(values, str(path))
+
+
+def from_dict(values: Any, where: str = "config") -> Config:
+    """Invert `to_dict`; missing keys keep their defaults. `where` begins an error message.
+
+    Raises:
+        UsageError: an unknown key, a wrong type, or a value out of bounds.
+    """
+    return _checked(Config, values, f"{where}: ")
+
+
+def _checked(cls: type, values: Any, prefix: str) -> Any:
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(cls).validate_json(json.dumps(values))
+    except pydantic.ValidationError as error:
+        raise UsageError(prefix + _first_error(cls, error)) from error
+
+
+def _first_error(cls: type, error: pydantic.ValidationError) -> str:
+    """Return `section.field: expected ..., got ...` for the first field that pydantic refuses."""
+    kinds = typing.get_type_hints(cls)
+
+    def key(location: tuple[int | str, ...]) -> str:  # without union members and tuple indices
+        in_section = location and dataclasses.is_dataclass(kinds.get(str(location[0])))
+        return ".".join(map(str, location[: 2 if in_section else 1]))
+
+    found = [(key(each["loc"]), each) for each in error.errors(include_url=False)]
+    name, first = found[0]
+    if first["type"] == "unexpected_keyword_argument":
+        section, _, last = name.rpartition(".")
+        known = typing.get_type_hints(kinds[section]) if section else kinds
+        near = difflib.get_close_matches(last, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        return f"{section + ': ' if section else ''}unknown key {last!r}; {hint}"
+    expected = " or ".join(dict.fromkeys(each["msg"] for other, each in found if other == name))
+    expected = in_plain_words(expected.replace("Input should be ", ""))
+    return f"{name or 'configuration'}: expected {expected}, got {first['input']!r}"
+
+
+def _run_name(cfg: Config) -> str:
+    source = cfg.data.path.split(":")[1] if cfg.data.path.startswith("torchvision:") else cfg.data.path
+    stem = Path(source).resolve().name if source != EMBEDDED_DATA else source
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", f"{stem}-{cfg.model.name}").strip("-.")

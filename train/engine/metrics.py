@@ -1,0 +1,233 @@
+"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases on request; a progress bar or log lines.
+
+Rows of metrics.jsonl, one JSON object a line (a value that is not finite is null):
+
+    {"kind": "run", "step", "device", "world_size", ...}     at each start of the program
+    {"kind": "train", "step", "epoch", "loss", "prediction", "sigreg", "lr", "images_per_second",
+     "data_wait", "save_seconds", "mfu", "memory_gib", "eta_seconds", "grad_norm", "embedding_std"}
+                                                             every `log_every` steps
+    {"kind": "evaluating", "step", "epoch"}                  when an evaluation begins
+    {"kind": "eval", "step", "epoch", "knn", "linear", ...}  every `eval.every` epochs and at the end
+    {"kind": "skipped", "step", "epoch", "rank", "loss", "ids", "images"}
+                                                             a step that was not finite, by rank
+
+`step` counts finished steps, `images_per_second` images (not views) over all ranks; `data_wait` is the share
+of wall time spent waiting for the loader. Both are since the last row, without evaluations and without
+`save_seconds`, the time that checkpoints held up the training. `mfu` (model flops utilisation) is the share
+of the devices' dense bf16 peak, if it is known (gpu_specs.py). `memory_gib` is `peak_memory_gib` of rank 0.
+`eta_seconds` is the time left at the pace since this start, saves and evaluations included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lejepa_fast.train.engine.weights_and_biases import WandbRun
+from lejepa_fast.train.runtime.files import disk_errors_named, read_rows, write_atomically
+from lejepa_fast.train.runtime.signals import Interrupted
+
+log = logging.getLogger("lejepa_fast.train")
+
+LOG_LINES = 30
+"""Of a whole run without a terminal."""
+_WAY_OUT = "free some space or choose another --out"
+
+
+class Metrics:
+    """Context that writes the rows of a run; RunError if the disk refuses.
+
+    The run at Weights & Biases is marked as failed after any exception but Interrupted.
+
+    Args:
+        run_dir: the run folder. Rows of its metrics.jsonl beyond `step` are dropped: their steps run again.
+        enabled: False on ranks other than 0; then nothing is written.
+        tensorboard: write events to RUN/tensorboard as well.
+        step: number of finished steps at the start.
+        total_steps: number of steps of the run.
+        wandb: opens the run at Weights & Biases, if one is asked for.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        enabled: bool,
+        tensorboard: bool,
+        step: int,
+        total_steps: int,
+        wandb: Callable[[], WandbRun | None] = lambda: None,
+    ):
+        self.path = run_dir / "metrics.jsonl"
+        self._enabled = enabled
+        self._board: Any = None
+        self._bar: tqdm | None = None
+        self._wandb: WandbRun | None = None
+        self._first_step, self._logged_step, self._total_steps = step, -total_steps, total_steps
+        self._started = time.perf_counter()
+        if not enabled:
+            return
+        with disk_errors_named(self.path, _WAY_OUT):
+            _drop_rows_after(self.path, step)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._board_folder = run_dir / "tensorboard"
+        if tensorboard:
+            with disk_errors_named(self._board_folder, _WAY_OUT):
+                self._board = _open_board(self._board_folder, purge_step=step + 1)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self._wandb = wandb()  # last, so that no later failure leaves a run open there
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Close everything; raises nothing, since the rows are written already."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        with contextlib.suppress(OSError):
+            os.close(self._file)
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                self._board.close()
+        if self._wandb is not None:
+            self._wandb.close(failed=kind is not None and not issubclass(kind, Interrupted))
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Add a row, and its numbers to TensorBoard and W&B as `kind/name`."""
+        if not self._enabled:
+            return
+        if kind == "train":
+            pace = (time.perf_counter() - self._started) / max(1, step - self._first_step)
+            values["eta_seconds"] = pace * max(0, self._total_steps - step)
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        row = {"kind": kind, "step": step, **finite}
+        with disk_errors_named(self.path, _WAY_OUT):
+            _append(self._file, (json.dumps(row, allow_nan=False) + "\n").encode())
+        numbers = {k: v for k, v in values.items() if type(v) in (int, float) and k != "epoch"}
+        if self._board is not None:
+            with disk_errors_named(self._board_folder, _WAY_OUT):
+                for key, value in numbers.items():
+                    self._board.add_scalar(f"{kind}/{key}", value, step)
+        if self._wandb is not None:
+            self._wandb.add(kind, step, numbers)
+        if kind == "train":
+            self._show(step, values)
+
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def _show(self, step: int, values: dict[str, Any]) -> None:
+        """Show a row on the progress bar or, without a terminal, as one of at most LOG_LINES lines."""
+        text = (
+            f"loss {values['loss']:.4f} (prediction {values['prediction']:.4f}, "
+            f"sigreg {values['sigreg']:.3f}) | {values['images_per_second']:.0f} images/s"
+        )
+        if "mfu" in values:
+            text += f" | MFU {values['mfu']:.1%}"
+        text += f" | data wait {values['data_wait']:.0%} | {values['memory_gib']:.1f} GiB"
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        elif step - self._logged_step >= self._total_steps / LOG_LINES or step == self._total_steps:
+            self._logged_step = step
+            left = tqdm.format_interval(int(values["eta_seconds"]))
+            log.info("step %d/%d | %s | %s left", step, self._total_steps, text, left)
+
+
+class Meter:
+    """Wall time, waiting time and images since the last reading.
+
+    Args:
+        flops_per_image: operations of the model for an image, forward and backward; None: there is no MFU.
+        peak_flops: operations a second of all devices together; None: there is no MFU.
+    """
+
+    def __init__(self, *, flops_per_image: float | None = None, peak_flops: float | None = None) -> None:
+        self._mfu_per_image = flops_per_image / peak_flops if flops_per_image and peak_flops else None
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to count anew."""
+        self._images, self._waited, self._saving = 0, 0.0, 0.0
+        self._since = time.perf_counter()
+
+    def add(self, images: int, waited: float) -> None:
+        """Count one step: images over all ranks, and seconds that this rank waited for its batch."""
+        self._images += images
+        self._waited += waited
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time that was not training: an evaluation."""
+        self._since += seconds
+
+    def saved(self, seconds: float) -> None:
+        """Leave out the time that a save held up the training, and count it."""
+        self._saving += seconds
+        self.pause(seconds)
+
+    def read(self) -> dict[str, float]:
+        """Return `images_per_second`, `data_wait`, `save_seconds` and perhaps `mfu`; begin to count anew."""
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        rate, waited = self._images / seconds, self._waited / seconds
+        values = {"images_per_second": rate, "data_wait": waited, "save_seconds": self._saving}
+        if self._mfu_per_image is not None:
+            values["mfu"] = rate * self._mfu_per_image
+        self.restart()
+        return values
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory in GiB that this process has held: the allocator's on a GPU, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [row for row in read_rows(path) if row.get("step", 0) <= step]
+    text = "".join(json.dumps(row) + "\n" for row in kept)
+    if text != path.read_text(encoding="utf-8"):
+        write_atomically(path, lambda file: file.write(text.encode()), way_out=_WAY_OUT)
+
+
+def _append(descriptor: int, row: bytes) -> None:
+    """Append the whole row, or nothing of it and raise OSError: part of a row would spoil the next one."""
+    end = os.fstat(descriptor).st_size
+    if os.write(descriptor, row) < len(row):
+        os.ftruncate(descriptor, end)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _open_board(folder: Path, *, purge_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # Its thread hands an OSError to the next call, and Python prints a traceback of it as well.
+    default = threading.excepthook
+
+    def without_writer(end: Any) -> None:
+        if not (issubclass(end.exc_type, OSError) and type(end.thread).__name__ == "_AsyncWriterThread"):
+            default(end)
+
+    threading.excepthook = without_writer
+    return SummaryWriter(str(folder), purge_step=purge_step)

@@ -1,0 +1,506 @@
+"""The trainer. Read it from top to bottom: build a run, resume it, train, save, evaluate.
+
+A run folder holds config.json, metrics.jsonl, tensorboard/ and checkpoints/; `train/pretrain.py` adds the
+exported encoder and the report. The position in the training is the number of finished steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+import lejepa_fast
+from lejepa_fast.data import multicrop_loader
+from lejepa_fast.data.sampler import EpochSchedule
+from lejepa_fast.errors import RunError
+from lejepa_fast.train import config
+from lejepa_fast.train.checkpoint import resume, storage
+from lejepa_fast.train.checkpoint.saving import Saver
+from lejepa_fast.train.config import Config
+from lejepa_fast.train.engine import random_state
+from lejepa_fast.train.engine.guard import StepGuard
+from lejepa_fast.train.engine.metrics import Meter, Metrics, peak_memory_gib
+from lejepa_fast.train.engine.optimization import build_optimizer, build_scheduler
+from lejepa_fast.train.engine.profiling import StepProfiler
+from lejepa_fast.train.engine.weights_and_biases import WandbRun
+from lejepa_fast.train.evaluation.evaluate import (
+    EvalResult,
+    check_validation_images,
+    evaluate_model,
+    loading_options,
+    open_splits,
+)
+from lejepa_fast.train.model.average import WeightAverage
+from lejepa_fast.train.model.flops import count_flops, peak_flops
+from lejepa_fast.train.model.initialize import memory_format, whole_model
+from lejepa_fast.train.model.model import LeJEPAModel, build_model
+from lejepa_fast.train.model.objective import build_loss
+from lejepa_fast.train.parallel.parallelize import (
+    Strategy,
+    choose_strategy,
+    compiled_blocks,
+    compiles,
+    compute_dtype,
+    eagerly,
+    make_mesh,
+    parallelize,
+)
+from lejepa_fast.train.runtime.files import read_rows
+from lejepa_fast.train.runtime.lock import RunLock
+from lejepa_fast.train.runtime.signals import Interrupted, SignalWatch
+from lejepa_fast.train.runtime.world import (
+    World,
+    from_main,
+    gather_to_main,
+    mean_over_ranks,
+    on_all,
+    on_main,
+    same_error_on_all_ranks,
+)
+
+log = logging.getLogger("lejepa_fast.train")
+
+MemoryAdvice = Callable[[Config, World, Strategy, int], AbstractContextManager[None]]
+
+no_advice: MemoryAdvice = lambda cfg, world, strategy, images: contextlib.nullcontext()  # noqa: E731
+
+EVALUATION_ATTEMPTS = 2
+EVALUATION_FIGURES = ("knn", "linear", "embedding_std", "effective_rank", "sigreg")
+
+
+class Trainer:
+    """One run on one process.
+
+    `run()` resumes or starts the run, trains and saves. As a context manager the trainer holds the run folder
+    open, so that a caller can go on after `train()`: see `train/pretrain.py`.
+
+    Args:
+        cfg: the configuration of the run.
+        world: this rank's place.
+        memory_advice: context, built from (configuration, world, strategy, images of an epoch), that turns an
+            out-of-memory error into one that says which settings help.
+
+    Raises:
+        UsageError: bad configuration, data or checkpoint.
+        RunError: three non-finite steps in a row; the disk refuses a file.
+        Interrupted: SIGTERM or Ctrl-C; the state is saved.
+    """
+
+    def __init__(self, cfg: Config, world: World, memory_advice: MemoryAdvice = no_advice):
+        on_all(world, lambda: config.validate(cfg, world.size))
+        self.cfg = cfg = config.resolve(cfg)
+        self.world = world
+        assert cfg.out is not None  # resolve() fills it in
+        self.run_dir: Path = cfg.out
+        on_all(world, self._open_data)
+        on_all(world, self._build_model)
+        self.memory_advice = functools.partial(
+            memory_advice, cfg, world, self.strategy, len(self.train_source)
+        )
+        with self.memory_advice():
+            mesh = make_mesh(cfg.parallel, world.device.type)
+            self.parallel = parallelize(self.model, cfg, mesh, world.device)
+            # Random numbers of the training (drop path) differ between ranks, and not between runs.
+            random_state.seed_rng(cfg.seed + 7919 * world.rank)
+            self.optimizer = build_optimizer(self.model, cfg.optim, world.device)
+            self.guard = StepGuard(
+                self.model, self.optimizer, world, self._record_skipped, cfg.optim.skip_grad_norm
+            )
+            self.total_steps = config.total_steps(cfg, len(self.loader))
+            averages = cfg.average.kind != "none"
+            self.average = WeightAverage(self.model, cfg.average, self.total_steps) if averages else None
+        self.scheduler = build_scheduler(self.optimizer, cfg.optim, self.total_steps)
+        self.state = resume.TrainingState(
+            self.model, self.optimizer, self.loss_fn, self.scheduler, self.loader, self.average, self.data
+        )
+        self.step = 0  # finished steps
+        self.position = (0, 0)  # epoch, and number of the batch in it, of the step in progress
+        self.saver = Saver(self.run_dir / "checkpoints", world, keep=cfg.keep_checkpoints)
+        self.lock = RunLock(self.run_dir)
+        self.signals = SignalWatch()
+        self.flops_per_image = count_flops(cfg).per_image
+        peak = peak_flops(world.device)
+        self.meter = Meter(flops_per_image=self.flops_per_image, peak_flops=peak and peak * world.size)
+        self._saved_step = -1
+
+    def _open_data(self) -> None:
+        cfg, world = self.cfg, self.world
+        self.train_source, self.val_source = open_splits(cfg.data)
+        check_validation_images(self.val_source)  # now, not after the training
+        self.data = resume.data_identity(self.train_source, self.val_source)
+        self.bad_images = self.run_dir / "quarantine.txt"
+        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.workers = config.loader_workers(cfg, processes_here, world.device.type == "cuda")
+        self.loader = multicrop_loader(
+            self.train_source,
+            cfg.crops,
+            batch_size=cfg.data.batch_size // world.size,
+            seed=cfg.seed,
+            rank=world.rank,
+            world_size=world.size,
+            num_workers=self.workers,
+            channels_last=memory_format(cfg) is torch.channels_last,
+            **loading_options(cfg.data, world.device, self.bad_images),
+        )
+
+    def _build_model(self) -> None:
+        cfg, world = self.cfg, self.world
+        self.amp_dtype = compute_dtype(cfg, world.device)
+        self.loss_fn = build_loss(cfg, world.device)
+        self.model = build_model(cfg, meta=True)
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        ranks = world.size if world.distributed else None
+        self.strategy = choose_strategy(cfg.parallel, parameters, ranks=ranks)
+        if self.strategy != "fsdp":  # every process holds the whole model
+            self.model = build_model(cfg)
+
+    # ---- start, resume, end ----------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Resume or start the run, and train it to its end."""
+        with self:
+            self.train()
+
+    def __enter__(self) -> Trainer:
+        with ExitStack() as stack:
+            stack.enter_context(self.memory_advice())
+            stack.enter_context(self.signals)
+            stack.callback(self._release)
+            self._open_run_folder()
+            stack.enter_context(self.metrics)
+            profiler = StepProfiler(self.run_dir, self.world, enabled=self.cfg.profile)
+            self.profiler = stack.enter_context(contextlib.closing(profiler))
+            self._log_start()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def _release(self) -> None:
+        self.saver.close()
+        self.lock.release()
+        # The wrapper holds the process group. If it lives at the interpreter's exit, gloo's threads abort.
+        self.parallel = self.model
+
+    def _open_run_folder(self) -> None:
+        """Resume from a checkpoint if there is one, then open the run folder for writing."""
+        cfg, world = self.cfg, self.world
+        on_main(world, lambda: self.lock.take() if self.run_dir.is_dir() else None)
+        self._resume()
+        on_main(world, lambda: config.write(cfg, self.run_dir))
+        on_main(world, self.lock.take)
+
+        def open_metrics() -> Metrics:
+            return Metrics(
+                self.run_dir,
+                enabled=world.is_main,
+                tensorboard=cfg.tensorboard,
+                step=self.step,
+                total_steps=self.total_steps,
+                wandb=lambda: WandbRun(self.run_dir, cfg.wandb, config.to_dict(cfg)) if cfg.wandb else None,
+            )
+
+        with random_state.preserved_rng():  # wandb may draw random numbers
+            self.metrics = on_all(world, open_metrics)
+        rows = read_rows(self.metrics.path) if world.is_main else []
+        steps = [[row["step"] for row in rows if row["kind"] == kind] for kind in ("eval", "evaluating")]
+        done, begun = from_main(world, steps)
+        self._evaluated, self._evaluations_begun = set(done), Counter(begun)
+
+    def _resume(self) -> None:
+        run_dir, current, world = self.run_dir, config.to_dict(self.cfg), self.world
+        found = from_main(world, on_main(world, lambda: resume.choose_checkpoint(run_dir, self.cfg.resume)))
+        if found is None:
+            return
+        path, state = found
+        with same_error_on_all_ranks():
+            storage.check_same_model(state["config"], current, path)
+        on_main(world, lambda: resume.check_same_run(state, current, self.data, path, run_dir))
+        self.state.load(path, state, world)
+        if world.rank < len(state["rng"]):
+            random_state.restore_rng(state["rng"][world.rank])
+        else:  # more ranks than before
+            random_state.seed_rng(self.cfg.seed + 7919 * world.rank + state["step"])
+        self.step = state["step"]
+        if resume.is_own(path, run_dir):
+            self._saved_step = self.step
+        log.info("resuming from %s, step %d of %d", path, self.step, self.total_steps)
+        if self.step >= self.total_steps:
+            log.info("the training is complete; to train anew, choose another --out")
+        if world.is_main:
+            resume.log_changes(state["config"], current)
+
+    def _log_start(self) -> None:
+        cfg, world = self.cfg, self.world
+        facts = {
+            "device": str(world.device),
+            "world_size": world.size,
+            "precision": "bf16" if self.amp_dtype else "fp32",
+            "compiled_blocks": compiled_blocks(self.model, cfg, world.device),
+            "sigreg_impl": self.loss_fn.sigreg.chosen_impl,
+            "loader_backend": self.loader.backend,
+            "loader_workers": self.workers,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "gflops_per_image": round(self.flops_per_image / 1e9, 3),
+            "torch": torch.__version__,
+            "lejepa_fast": lejepa_fast.__version__,
+        }
+        self.metrics.write("run", self.step, **facts)
+        log.info("%s", " | ".join(f"{key} {value}" for key, value in facts.items()))
+        images, batch = len(self.train_source), cfg.data.batch_size
+        log.info(
+            f"training {cfg.model.name} on {self.train_source.name}: {images} images, {self.total_steps} "
+            f"steps of {batch} images, run folder {self.run_dir}"
+        )
+        # The preset of the embedded images is made for small batches.
+        if cfg.data.path != config.EMBEDDED_DATA and (warning := config.small_batch_warning(batch)):
+            log.warning("%s", warning)
+
+    # ---- training --------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train up to `total_steps` and save the last checkpoint; nothing to do for a finished run."""
+        self.model.train()
+        self.meter.restart()
+        while self.step < self.total_steps:
+            # After a resume with another batch size the number of steps does not tell the position.
+            epoch, first_batch = self.loader.position
+            if first_batch == 0:
+                self._evaluate_if_due(epoch)
+            self.loader.set_epoch(epoch)
+            for batch, (views, waited) in enumerate(self._batches(), first_batch):
+                self.position = epoch, batch
+                self.train_step(views, epoch)
+                self.meter.add(self.cfg.data.batch_size, waited)
+                if self.step == 1 or self.step % self.cfg.log_every == 0 or self.step == self.total_steps:
+                    self.log_metrics()
+                self.profiler.step(self.step)
+                if self.guard.stop:
+                    self._stop()
+                if self.step % self.cfg.checkpoint_every == 0:
+                    self.save()
+                if self.step >= self.total_steps:
+                    break
+        self.save()
+        self.saver.wait()
+
+    def train_step(self, views: list[Tensor], epoch: int) -> None:
+        """One step: forward, loss, backward, agreement of all ranks, clipping, optimiser.
+
+        Args:
+            views: one tensor (B, 3, H, W) for each view, global views first; B images of this rank.
+            epoch: for the metrics.
+        """
+        device = self.world.device
+        self.guard.before_forward(self.step + 1)
+        with torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+            global_z, all_z = self.parallel(views)
+        out = self.loss_fn(global_z, all_z)
+        out.total.backward()
+
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
+        own_part = all_z.detach().sum(dtype=torch.float32)
+        stop = self.signals.requested or self.saver.failed
+        self.guard.check(out.total.detach(), own_part, grad_norm, stop=stop)
+        if self.cfg.optim.clip_grad_norm > 0:
+            clip_grads_with_norm_(parameters, self.cfg.optim.clip_grad_norm, grad_norm)
+
+        lr = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()  # skipped on the device if the guard found a bad value
+        self.optimizer.zero_grad(set_to_none=True)  # no gradients are held during the next forward pass
+        self.scheduler.step()
+        self.step += 1
+        self.metrics.advance()
+        parts = [part.detach() for part in out]
+        self.last = {"parts": parts, "z": all_z.detach(), "grad_norm": grad_norm, "lr": lr, "epoch": epoch}
+        self.guard.settle(self.step, self.position)
+        if self.average is not None:
+            self.average.update(self.step, self.guard.bad)
+
+    def _batches(self) -> Iterator[tuple[list[Tensor], float]]:
+        """The rest of the epoch: views, and the seconds that the training waited for them."""
+        batches = iter(self.loader)
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(batches, None)
+            except RunError:
+                # A signal to the process group may end the workers before this process sees it. Several ranks
+                # cannot stop here, because the others are in the middle of a step.
+                if self.signals.requested and not self.world.distributed:
+                    self._stop()
+                raise
+            if batch is None:
+                return
+            yield batch[0], time.perf_counter() - began
+
+    def log_metrics(self) -> None:
+        """Write a row of kind "train" about the last step: the only place where metrics leave the device."""
+        last = self.last
+        spread = last["z"].float().std(dim=1).mean()  # over samples, within each view and dimension
+        values = mean_over_ranks(self.world, torch.stack([*last["parts"], spread, last["grad_norm"]]))
+        loss, prediction, sigreg, embedding_std, grad_norm = values.tolist()  # waits for the device
+        self.metrics.write(
+            "train",
+            self.step,
+            epoch=last["epoch"],
+            loss=loss,
+            prediction=prediction,
+            sigreg=sigreg,
+            lr=last["lr"],
+            grad_norm=grad_norm,
+            embedding_std=embedding_std,
+            memory_gib=peak_memory_gib(self.world.device),
+            **self.meter.read(),
+        )
+
+    def _record_skipped(self, step: int, position: tuple[int, int], losses: dict[int, float]) -> None:
+        """Write a row of kind "skipped" for each rank in `losses`, with the images of its batch.
+
+        The images of every rank are a function of seed and position. A bad image is listed although another
+        one took its place.
+        """
+        epoch, batch = position
+        for rank, loss in losses.items():
+            share, ranks = self.cfg.data.batch_size // self.world.size, self.world.size
+            schedule = EpochSchedule(len(self.train_source), share, self.cfg.seed, rank, ranks)
+            ids = list(next(schedule.keys(epoch, batch)).indices)
+            images = [self.train_source.describe(index) for index in ids]
+            self.metrics.write("skipped", step, epoch=epoch, rank=rank, loss=loss, ids=ids, images=images)
+
+    # ---- saving ----------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Begin to save the present step, unless it is saved; the training goes on meanwhile.
+
+        RunError on every rank if the previous save failed; `self.saver.wait` reports the result of this one.
+        """
+        if self._saved_step == self.step:
+            return
+        self.guard.flush()  # waits for the steps that a GPU has queued; the time from here on is the save's
+        began = time.perf_counter()
+        state = {
+            "config": config.to_dict(self.cfg),
+            **self.state.state(),
+            "rng": gather_to_main(self.world, random_state.capture_rng()),
+        }
+        self.saver.start(self.step, self.state.tensors(), state)
+        self._saved_step = self.step
+        self.meter.saved(time.perf_counter() - began)
+
+    def _stop(self) -> None:
+        self.saver.wait()  # if this save failed, that is why the run stops
+        self.save()
+        self.saver.wait()
+        signum = from_main(self.world, self.signals.signum) or signal.SIGTERM
+        with same_error_on_all_ranks():
+            raise Interrupted(
+                f"stopped by {signal.Signals(signum).name} after step {self.step} of {self.total_steps}; "
+                f"checkpoint saved in {self.run_dir}; run the same command again to continue",
+                signum,
+            )
+
+    # ---- evaluation ------------------------------------------------------------------------------
+
+    def _evaluate_if_due(self, epoch: int) -> None:
+        """Evaluate between epochs, without any effect on the training."""
+        every = self.cfg.eval.every
+        if not every or not epoch or epoch % every or self.step in self._evaluated:
+            return
+        if self._evaluations_begun[self.step] >= EVALUATION_ATTEMPTS:
+            log.warning(
+                f"skipping the evaluation after epoch {epoch}: it ended the run {EVALUATION_ATTEMPTS} times; "
+                "--eval.train-images makes evaluations shorter, --eval.every 0 leaves only that at the end"
+            )
+            return
+        self.save()
+        began = time.perf_counter()
+        self.saver.wait()  # a signal during the evaluation then need not save
+        self.metrics.write("evaluating", self.step, epoch=epoch)
+        model = self.whole_model()
+        on_main(self.world, lambda: self.evaluate(model, during_training=True))
+        self._evaluated.add(self.step)
+        self.meter.pause(time.perf_counter() - began)
+
+    def whole_model(self) -> LeJEPAModel | None:
+        """Return the model to evaluate and export, unsharded, on rank 0: the averaged one if there is one.
+
+        All ranks call it.
+        """
+        averaged = self.state.averaged()
+        if self.strategy == "fsdp" or averaged:
+            return whole_model(self.model, self.cfg, self.world, averaged)
+        return self.model
+
+    def evaluate(self, model: LeJEPAModel | None, *, during_training: bool) -> EvalResult:
+        """Evaluate on rank 0 and write a row of kind "eval", unless this step has one.
+
+        Args:
+            model: from `whole_model`.
+            during_training: on fewer images and with fewer steps of the linear probe, as configured.
+        """
+        assert model is not None  # on rank 0
+        cfg = self.cfg.eval
+        linear_steps = cfg.linear_steps if during_training else None  # None: the full length
+        with self.outside_training():
+            result = evaluate_model(
+                model,
+                self.train_source,
+                self.val_source,
+                cfg,
+                recipe=self.cfg.crops,
+                linear=linear_steps != 0,
+                linear_steps=linear_steps,
+                train_images=cfg.train_images if during_training else 0,
+                seed=self.cfg.seed,
+                data=self.cfg.data,
+                **self.evaluation_options,
+            )
+        if self.step not in self._evaluated:
+            epoch, batch = self.loader.position
+            epoch += batch > 0
+            figures = {name: getattr(result, name) for name in EVALUATION_FIGURES}
+            self.metrics.write("eval", self.step, epoch=epoch, **figures)
+            known = [f"{name} {value:.3g}" for name, value in figures.items() if value is not None]
+            log.info("evaluation after epoch %d: %s", epoch, ", ".join(known))
+        return result
+
+    @property
+    def evaluation_options(self) -> dict[str, Any]:
+        """Arguments that the evaluations of the trained and of the untrained encoder share."""
+        return {
+            "device": self.world.device,
+            "num_workers": self.workers,
+            "amp_dtype": self.amp_dtype,
+            "bad_images": self.bad_images,
+        }
+
+    @contextlib.contextmanager
+    def outside_training(self) -> Iterator[None]:
+        """For work beside the training, whose state is saved: a signal exits at once, compiled blocks run
+        eagerly, and random states are restored."""
+        uncompiled = eagerly() if compiles(self.cfg, self.world.device) else contextlib.nullcontext()
+        message = (
+            f"stopped by a signal during the evaluation after step {self.step} of {self.total_steps}; "
+            f"checkpoint saved in {self.run_dir}; run the same command again to continue"
+        )
+        with self.signals.exit_at_once(message), random_state.preserved_rng(), uncompiled:
+            yield

@@ -1,0 +1,110 @@
+"""Label-free statistics of embeddings, and the verdict "collapsed" or "healthy".
+
+LeJEPA drives the embeddings z (n, K) towards the isotropic Gaussian N(0, I). A healthy run shows standard
+deviations near 1, a flat eigenvalue spectrum and a small SIGReg statistic; a collapsed one has (nearly) the
+same embedding for every image. All statistics are computed in float64, but SIGReg in float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lejepa_fast import SIGReg, standard_normal_knots
+
+COLLAPSE_STD = 0.1
+COLLAPSE_RANK = 2.0
+COLLAPSE_RANK_SHARE = 0.02
+# A spread below this share of the embeddings' magnitude is float32 rounding, not information.
+_NUMERICALLY_CONSTANT = 1e-6
+
+
+class Verdict(NamedTuple):
+    """Whether the embeddings collapsed, and a sentence that states the rule and the figures."""
+
+    collapsed: bool
+    sentence: str
+
+
+class SIGRegLevels(NamedTuple):
+    """Reference values of the SIGReg statistic: its expectation under N(0, I), and its value at z = 0."""
+
+    gaussian: float
+    collapsed: float
+
+
+def embedding_std(z: Tensor) -> float:
+    """Standard deviation of z (n, K) over its n samples, averaged over dimensions; 1 for N(0, I)."""
+    _check(z)
+    return z.double().std(dim=0, correction=0).mean().item()
+
+
+def covariance_eigenvalues(z: Tensor) -> Tensor:
+    """Eigenvalues of the covariance of z (n, K) over its samples: (K,) float64, descending, none below 0.
+
+    They are the squared singular values of the centered embeddings, which keeps small ones accurate. Where
+    n is far above K and the singular value decomposition slow, they come from the covariance matrix.
+    """
+    _check(z)
+    centered = z.double() - z.double().mean(dim=0)
+    n, dim = centered.shape
+    if n > 8 * dim:
+        return torch.linalg.eigvalsh(centered.T @ centered / n).flip(0).clamp_min(0)
+    values = torch.linalg.svdvals(centered).square() / n
+    return torch.cat([values, values.new_zeros(dim - len(values))])
+
+
+def effective_rank(z: Tensor) -> float:
+    """exp(entropy of the normalised covariance eigenvalues) of z (n, K), in 0 .. min(K, n - 1).
+
+    It is K if all directions vary alike, 1 if only one varies, and 0 if z is constant up to float32 rounding.
+    Source: Roy & Vetterli, "The effective rank" (2007), applied to covariance eigenvalues.
+    """
+    values = covariance_eigenvalues(z)
+    total = values.sum()
+    magnitude = z.double().square().sum(dim=1).mean()
+    if total <= _NUMERICALLY_CONSTANT**2 * magnitude:
+        return 0.0
+    return torch.special.entr(values / total).sum().exp().item()
+
+
+def sigreg_statistic(z: Tensor, *, num_slices: int = 1024, seed: int = 0) -> float:
+    """SIGReg of z (n, K) over `num_slices` directions drawn from `seed`; see `sigreg_levels` to read it."""
+    _check(z)
+    reg = SIGReg(num_slices=num_slices, t_max=3.0, n_points=17, sync=False, seed=seed)
+    with torch.no_grad():
+        return reg.eval()(z.float()).item()
+
+
+def sigreg_levels(n: int, *, t_max: float = 3.0, n_points: int = 17) -> SIGRegLevels:
+    """Expectation of SIGReg for n samples of N(0, I) (the same for every n), and its value if all are 0."""
+    knots = standard_normal_knots(t_max, n_points)
+    gaussian = (knots.weights * (1 - knots.phi.square())).sum().item()
+    return SIGRegLevels(gaussian, n * (knots.weights * (1 - knots.phi).square()).sum().item())
+
+
+def verdict(std: float, rank: float, n: int, dim: int) -> Verdict:
+    """Judge n embeddings in `dim` dimensions by their `embedding_std` and `effective_rank`.
+
+    Collapsed: the std is below 0.1 (all images share one embedding), or the effective rank is below 2 (all
+    images lie on a line) or below 2 % of its maximum min(dim, n - 1). Where that maximum is below 4, half of
+    it is the floor.
+    """
+    attainable = max(1, min(dim, n - 1))
+    least_rank = min(max(COLLAPSE_RANK, COLLAPSE_RANK_SHARE * attainable), 0.5 * attainable)
+    rule = f"rule: embedding std at least {COLLAPSE_STD:g} and effective rank at least {least_rank:.3g}"
+    figures = f"embedding std {std:.3g}, effective rank {rank:.3g} of at most {attainable}"
+    if not std >= COLLAPSE_STD:
+        return Verdict(True, f"Collapsed: all images share nearly the same embedding ({figures}; {rule}).")
+    if not rank >= least_rank:
+        return Verdict(True, f"Collapsed: the embeddings vary in too few directions ({figures}; {rule}).")
+    return Verdict(False, f"Healthy, no collapse ({figures}; {rule}).")
+
+
+def _check(z: Tensor) -> None:
+    if z.ndim != 2 or z.shape[0] < 2 or z.shape[1] < 1:
+        raise ValueError(
+            f"z must be embeddings of shape (n, K), n at least 2 and K at least 1, got {tuple(z.shape)}"
+        )

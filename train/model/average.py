@@ -1,0 +1,94 @@
+"""The average of the weights over the training steps: `--average ema` or `swa`.
+
+It never changes the training. Evaluations, report and export use it in place of the weights. The averaging
+functions are those of `torch.optim.swa_utils`. Its `AveragedModel` copies a module, which FSDP2 refuses
+(torch 2.11 to 2.15), so here they run over tensors: each rank averages its own shards, without communication.
+
+Running statistics of BatchNorm are averaged like weights. A skipped step leaves the weights unchanged, but
+its running statistics may be NaN and are left out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+from lejepa_fast.train.config import AverageConfig
+
+
+class WeightAverage:
+    """The averaged model of a run, encoder and projector.
+
+    Attributes:
+        kind: "ema" or "swa".
+        count: steps averaged so far.
+    """
+
+    def __init__(self, model: nn.Module, cfg: AverageConfig, total_steps: int):
+        """`cfg.start` is a number here (config.resolve)."""
+        assert cfg.kind != "none"
+        assert not isinstance(cfg.start, str)
+        self.kind = cfg.kind
+        self.count = 0
+        self._average = get_ema_multi_avg_fn(cfg.decay) if cfg.kind == "ema" else get_swa_multi_avg_fn()
+        self._first = math.floor(cfg.start * total_steps) + 1
+        self._model = model.state_dict(keep_vars=True)
+        self._averaged = {name: tensor.detach().clone() for name, tensor in self._model.items()}
+        floats = [name for name, tensor in self._model.items() if tensor.is_floating_point()]
+        self._weights = [name for name in floats if isinstance(self._model[name], nn.Parameter)]
+        self._statistics = [name for name in floats if not isinstance(self._model[name], nn.Parameter)]
+        self._counts = sorted(self._model.keys() - set(floats))
+
+    @torch.no_grad()
+    def update(self, step: int, skipped: Tensor) -> None:
+        """Add the model after step `step`; `skipped` is a 0-dim tensor, above 0 if the step was skipped."""
+        mine, theirs = self._pairs(self._statistics)
+        theirs = [torch.where(skipped > 0, old, new) for old, new in zip(mine, theirs, strict=True)]
+        if step < self._first:  # kept up to date, as the first averaged step may be a skipped one
+            _copy(mine, theirs)
+            return
+        my_weights, their_weights = self._pairs(self._weights)
+        mine, theirs = my_weights + mine, their_weights + theirs
+        if self.count:
+            self._average(mine, theirs, self.count)
+        else:
+            _copy(mine, theirs)
+        for name in self._counts:
+            self._averaged[name].copy_(self._model[name])
+        self.count += 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the average by the names of the state dict, sharded like it; {} before the first step."""
+        return self._averaged if self.count else {}
+
+    def state(self) -> dict[str, int | str]:
+        """Return what a checkpoint holds of it beside the tensors."""
+        return {"kind": self.kind, "count": self.count}
+
+    def restore(self, state: dict[str, int | str] | None) -> None:
+        """Continue from `state`; the caller then loads `tensors()`. Another kind of average starts anew."""
+        self.count = int(state["count"]) if state and state["kind"] == self.kind else 0
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Before the first averaged step, copy the running statistics that were loaded into the model."""
+        if not self.count:
+            _copy(*self._pairs(self._statistics))
+
+    def _pairs(self, names: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """This rank's shards of the average and of the model."""
+        return [_local(self._averaged[name]) for name in names], [_local(self._model[name]) for name in names]
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    # Not cached: FSDP2 moves its parameters at their first use.
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -1,0 +1,110 @@
+"""Floating-point operations of a training step, counted on the meta device.
+
+PyTorch's flop counter runs over encoder, projector and loss: shapes only, no arithmetic and no memory. It
+counts matrix products and convolutions, forward and backward, as two operations per multiply-add. Operations
+that an implementation repeats (activation checkpointing, the backward pass of fused attention and of SIGReg)
+do not count, so they do not raise the "model flops utilisation".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lejepa_fast import LeJEPALoss, SIGReg
+from lejepa_fast.train.config import Config
+from lejepa_fast.train.model.model import LeJEPAModel, build_model
+from lejepa_fast.train.runtime.gpu_specs import by_device_name
+
+_IMAGES = 2  # to count on; BatchNorm refuses one. All operations are proportional to their number.
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one image, forward and backward.
+
+    Attributes:
+        global_view, local_view: one view through the encoder.
+        projector, loss: all views of the image.
+        global_crops, local_crops: views per image.
+    """
+
+    global_view: float
+    local_view: float
+    projector: float
+    loss: float
+    global_crops: int
+    local_crops: int
+
+    @property
+    def per_image(self) -> float:
+        """One image with all its views."""
+        views = self.global_crops * self.global_view + self.local_crops * self.local_view
+        return views + self.projector + self.loss
+
+
+def count_flops(cfg: Config, model: LeJEPAModel | None = None) -> Flops:
+    """Count the operations of a configuration; `model`, on the meta device, saves building one."""
+    model = model or build_model(cfg, meta=True)
+    crops = cfg.crops
+
+    def image(size: int) -> Tensor:
+        return torch.empty(_IMAGES, 3, size, size, device="meta")
+
+    features, of_global = _counted(model.encoder, image(crops.global_size))
+    of_local = _counted(model.encoder, image(crops.local_size))[1] if crops.local_crops else 0.0
+    rows = torch.empty(crops.num_views * _IMAGES, features.shape[-1], device="meta", requires_grad=True)
+    embeddings, of_projector = _counted(model.projector, rows)
+    z = torch.empty(crops.num_views, _IMAGES, embeddings.shape[-1], device="meta", requires_grad=True)
+    loss = LeJEPALoss(sigreg=SIGReg(num_slices=cfg.loss.num_slices, impl="torch", sync=False)).to("meta")
+    _, of_loss = _counted(lambda z: loss(z[: crops.global_crops], z).total, z)
+    return Flops(of_global, of_local, of_projector, of_loss, crops.global_crops, crops.local_crops)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the dense bf16 operations per second of a device; None if unknown, as for CPUs."""
+    if device.type != "cuda":
+        return None
+    known = by_device_name(torch.cuda.get_device_name(device))
+    return known.tflops * 1e12 if known else None
+
+
+def _counted(call: Any, *inputs: Tensor) -> tuple[Tensor, float]:
+    """Return the output and the operations per image, forward and backward."""
+    counter = FlopCounterMode(display=False, custom_mapping=_OURS)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        output = call(*inputs)
+        output.float().sum().backward()
+    return output, counter.get_total_flops() / _IMAGES
+
+
+def _projections(x_shape: Any, A_shape: Any, *rest: Any, **options: Any) -> int:
+    """x (V, N, K) times A (K, M)."""
+    V, N, K = x_shape
+    return 2 * V * N * K * A_shape[1]
+
+
+def _projections_backward(grad_shape: Any, x_shape: Any, A_shape: Any, *rest: Any, **options: Any) -> int:
+    return _projections(x_shape, A_shape)
+
+
+def _convolution_backward(grad_shape: Any, x_shape: Any, w_shape: Any, *rest: Any, **options: Any) -> int:
+    """Count grouped convolutions right: PyTorch's formula counts the weight gradient of a depthwise layer as
+    that of a full one."""
+    transposed, output_mask = rest[4], rest[7]
+    pixels = math.prod((x_shape if transposed else grad_shape)[2:])
+    forward = 2 * grad_shape[0] * pixels * math.prod(w_shape)
+    return forward * sum(output_mask[:2])
+
+
+_OURS = {
+    torch.ops.aten.convolution_backward: _convolution_backward,
+    torch.ops.lejepa_fast.ecf_sums: _projections,
+    torch.ops.lejepa_fast.ecf_sums_backward: _projections_backward,
+}

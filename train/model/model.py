@@ -1,0 +1,237 @@
+"""Encoder (any timm model) and projector, and how crops of two sizes run through them.
+
+The encoder returns pooled features, (B, D); the projector maps them to the embeddings, (B, K), that the
+loss sees. Downstream work uses the encoder alone.
+
+Crops of one resolution are concatenated into one forward call of the encoder, so 2 global and 6 local
+crops cost two calls and not eight. The projector runs once over all rows: its BatchNorm sees the same
+mixture of crops in training whatever the number of resolutions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from lejepa_fast.errors import UsageError, first_line
+from lejepa_fast.train.config import Config
+from lejepa_fast.train.config.names import fixed_input_size, resolve_name
+
+# Arguments of timm.create_model that `model.kwargs` must not set, and what to do instead.
+_FROM_SCRATCH = "the encoder starts from random weights, which is what the untrained baseline compares with"
+_REFUSED = {
+    "model_name": "use --model",
+    "img_size": "use --model.img-size",
+    "drop_path_rate": "use --model.drop-path",
+    "reg_tokens": "use --model.register-tokens",
+    **dict.fromkeys(("in_chans", "num_classes", "features_only", "dynamic_img_size"), "the trainer sets it"),
+    **dict.fromkeys(("pretrained", "pretrained_cfg", "pretrained_cfg_overlay"), _FROM_SCRATCH),
+    **dict.fromkeys(("checkpoint_path", "cache_dir"), _FROM_SCRATCH),
+}
+
+
+def build_encoder(
+    name: str,
+    *,
+    img_size: int | None = None,
+    drop_path: float = 0.0,
+    register_tokens: int = 0,
+    extra: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Build a timm model without its classifier: (B, 3, S, S) -> pooled features (B, D).
+
+    `img_size` is that of the position embeddings, for models that have them; transformers that can,
+    interpolate them for other sizes. `extra` goes to `timm.create_model`. The encoder's attribute
+    `encoder_args` holds the keyword arguments with which `timm.create_model` builds it again.
+
+    Raises:
+        UsageError: an unknown model, or one that does not take these options.
+    """
+    timm_name, kwargs = resolve_name(name)
+    kwargs |= {**(extra or {}), "num_classes": 0}
+    if drop_path:
+        kwargs["drop_path_rate"] = drop_path
+    if register_tokens:
+        kwargs["reg_tokens"] = register_tokens
+    variants: list[dict[str, Any]] = [kwargs]
+    if img_size is not None and fixed_input_size(name):  # other models do not take img_size
+        sized = {**kwargs, "img_size": img_size}
+        variants = [{**sized, "dynamic_img_size": True}, sized]  # some interpolate, some do not
+    refusal: TypeError | None = None
+    for arguments in variants:
+        try:
+            encoder = timm.create_model(timm_name, **arguments)
+        except TypeError as error:  # "... got an unexpected keyword argument ..."
+            refusal = error
+            continue
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"model {name}: cannot be built with {arguments}: {first_line(error)}"
+            ) from error
+        encoder.encoder_args = {"model_name": timm_name, **arguments}  # type: ignore[assignment]
+        return encoder
+    raise UsageError(
+        f"model {name}: does not take these options ({first_line(refusal)}); "
+        "leave out --model.drop-path, --model.register-tokens or --model.kwargs"
+    ) from refusal
+
+
+def parse_kwargs(text: str) -> dict[str, Any]:
+    """Parse the JSON object of `model.kwargs`; UsageError for anything else."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"model.kwargs: expected a JSON object, got {text!r} ({error})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"model.kwargs: expected a JSON object, got {text!r}")
+    for key in values:
+        if key in _REFUSED:
+            raise UsageError(f"model.kwargs: {key!r} cannot be given here; {_REFUSED[key]}")
+    return values
+
+
+def build_projector(features: int, hidden: int, layers: int, out: int, norm: str) -> nn.Sequential:
+    """Build `layers` linear layers, with norm and ReLU after all but the last: (B, features) -> (B, out)."""
+    norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": nn.Identity}
+    stack: list[nn.Module] = []
+    width = features
+    for _ in range(layers - 1):
+        # BatchNorm subtracts a bias before it.
+        stack += [nn.Linear(width, hidden, bias=norm != "batch"), norms[norm](hidden), nn.ReLU()]
+        width = hidden
+    return nn.Sequential(*stack, nn.Linear(width, out))
+
+
+class LeJEPAModel(nn.Module):
+    """Encoder and projector under one forward, so that DDP sees one call per step.
+
+    The first `num_global` views are global crops.
+    """
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, *, num_global: int):
+        super().__init__()
+        self.encoder = encoder
+        self.projector = projector
+        self.num_global = num_global
+
+    def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """V views (N, 3, S, S), globals first -> embeddings (Vg, N, K) and (V, N, K)."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, view in enumerate(views):
+            groups.setdefault(tuple(view.shape[1:]), []).append(index)
+        features: list[Tensor] = [views[0]] * len(views)
+        for indices in groups.values():
+            joined = self.encoder(torch.cat([views[i] for i in indices]))
+            for index, part in zip(indices, joined.chunk(len(indices)), strict=True):
+                features[index] = part
+        all_z = self.projector(torch.cat(features)).unflatten(0, (len(views), -1))
+        return all_z[: self.num_global], all_z
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S) -> features (B, D) and embeddings (B, K)."""
+        features = self.encoder(images)
+        return features, self.projector(features)
+
+
+def build_model(cfg: Config, *, meta: bool = False) -> LeJEPAModel:
+    """Build the model of a run on the CPU; its weights depend on `cfg.seed` alone.
+
+    With `meta` it is on the meta device, without memory and weights, for `parallelize`. The caller's random
+    state does not change.
+
+    Raises:
+        UsageError: an unknown model, options that it does not have, or crop sizes that it cannot take.
+    """
+    if not meta:
+        return _build_model(cfg)
+    try:
+        with torch.device("meta"):
+            return _build_model(cfg)
+    except UsageError:  # wrong usage, or a model that computes with values while it is built
+        return _build_model(cfg).to("meta")
+
+
+def _build_model(cfg: Config) -> LeJEPAModel:
+    options = cfg.model
+    generator_state = torch.get_rng_state()
+    torch.default_generator.manual_seed(cfg.seed)  # this one only: torch.manual_seed would touch the GPUs'
+    try:
+        encoder = build_encoder(
+            options.name,
+            img_size=options.img_size or cfg.crops.global_size,
+            drop_path=options.drop_path,
+            register_tokens=options.register_tokens,
+            extra=parse_kwargs(options.kwargs),
+        )
+        features = _check_sizes(encoder, cfg)
+        projector = build_projector(
+            features,
+            options.projector_hidden,
+            options.projector_layers,
+            options.projector_dim,
+            options.projector_norm,
+        )
+    finally:
+        torch.set_rng_state(generator_state)
+    return LeJEPAModel(encoder, projector, num_global=cfg.crops.global_crops)
+
+
+def _check_sizes(encoder: nn.Module, cfg: Config) -> int:
+    """Run the encoder on every input size of the run and return D; UsageError names the size that fails."""
+    sizes = {"crops.global_size": cfg.crops.global_size}
+    if cfg.crops.local_crops:
+        sizes["crops.local_size"] = cfg.crops.local_size
+    if cfg.eval.image_size:
+        sizes["eval.image_size"] = cfg.eval.image_size
+    features = 0
+    for field, size in sizes.items():
+        try:
+            shape = _output_shape(encoder, size)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            option = field.replace("_", "-")
+            raise UsageError(
+                f"{field}: model {cfg.model.name} cannot take {size} x {size} pixels "
+                f"({first_line(error)}); {_size_hint(encoder, option, size, cfg.crops.global_size)}"
+            ) from error
+        if len(shape) != 2:
+            raise UsageError(
+                f"model.name: {cfg.model.name} returns {tuple(shape)} for one image and not pooled features "
+                "(1, D); choose a model with a pooling head"
+            )
+        features = shape[1]
+    return features
+
+
+def _output_shape(encoder: nn.Module, size: int) -> torch.Size:
+    """Shape of the output for one image, on the meta device where all layers support it."""
+    training = encoder.training
+    encoder.eval()
+    try:
+        state = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
+        on_meta = {name: tensor.to("meta") for name, tensor in state.items()}
+        with torch.no_grad():
+            try:
+                image = torch.empty(1, 3, size, size, device="meta")
+                return torch.func.functional_call(encoder, on_meta, (image,)).shape
+            except (AssertionError, RuntimeError, ValueError, NotImplementedError):
+                # A wrong size, or a model with tensors outside its state: the real forward tells which.
+                return encoder(torch.zeros(1, 3, size, size)).shape
+    finally:
+        encoder.train(training)
+
+
+def _size_hint(encoder: nn.Module, option: str, size: int, global_size: int) -> str:
+    patch_embed = getattr(encoder, "patch_embed", None)
+    patch = getattr(patch_embed, "patch_size", None)
+    step = patch[0] if isinstance(patch, (tuple, list)) else patch
+    if isinstance(step, int) and size % step:
+        lower = max(step, size // step * step)
+        return f"use a multiple of its patch size {step}, for example --{option} {lower}"
+    if option != "crops.global-size":
+        return f"it works at one size only: use --{option} {global_size}"
+    return f"use another --{option}"

@@ -1,0 +1,332 @@
+"""From a model on the meta device to one that trains.
+
+`parallelize` works in torchtitan's order (https://github.com/pytorch/torchtitan): activation checkpointing of
+each block, `torch.compile` of each block, FSDP2's `fully_shard` of each block, then memory and weights
+(`initialize.py`), so that no process holds more than its share of a model.
+
+Recomputation and compilation replace a block's `forward` and wrap no module: the state dict has the same
+names under every setting. The loss already accounts for the averaging of gradients over ranks, so nothing
+here scales gradients.
+
+On several GPUs BatchNorm becomes SyncBatchNorm, and blocks that contain it are not compiled. PyTorch has no
+SyncBatchNorm for CPU tensors: under gloo every rank normalises its own share of the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+from lejepa_fast.errors import UsageError
+from lejepa_fast.train.config import Config, ParallelConfig
+from lejepa_fast.train.model.drop_path import share_drop_path
+from lejepa_fast.train.model.initialize import initialize
+from lejepa_fast.train.model.model import LeJEPAModel
+from lejepa_fast.train.parallel.blocks import find_blocks
+
+log = logging.getLogger("lejepa_fast.train")
+
+Strategy = Literal["none", "ddp", "fsdp"]
+
+# From here on `--parallel.strategy auto` takes FSDP2. DDP holds 16 bytes per parameter on every GPU (weights,
+# gradients and two moments in float32), here 8 GB, and sums all gradients in float32.
+FSDP_FROM_PARAMETERS = 500_000_000
+
+COMPILE_BACKEND = "inductor"
+
+# Buffers need no broadcast at each forward: running statistics are equal on all ranks (GPU), or rank 0's are
+# saved (CPU). The option's name changed in torch 2.15.
+_DDP_OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
+_BUFFER_OPTION = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
+
+
+def choose_strategy(options: ParallelConfig, parameters: int, *, ranks: int | None) -> Strategy:
+    """Resolve `parallel.strategy` for a model of this size; `ranks` is None without a process group.
+
+    Raises:
+        UsageError: the strategy needs another number of processes, or an option another strategy.
+    """
+    if options.strategy != "auto":
+        chosen: Strategy = options.strategy
+    elif ranks is None:
+        chosen = "none"
+    else:
+        sharded = options.replicate > 1 or parameters >= FSDP_FROM_PARAMETERS
+        chosen = "fsdp" if sharded else "ddp"
+    if chosen == "none" and ranks is not None and ranks > 1:
+        raise UsageError(f"parallel.strategy: none trains {ranks} separate models; use ddp, fsdp or auto")
+    if chosen != "none" and ranks is None:
+        raise UsageError(
+            f"parallel.strategy: {chosen} needs a process group; start with "
+            "torchrun --nproc-per-node N train/pretrain.py, or use --parallel.strategy auto"
+        )
+    for name, default in (("replicate", 1), ("keep_gathered", False)):
+        value = getattr(options, name)
+        if value != default and chosen != "fsdp":
+            raise UsageError(
+                f"parallel.{name}: {value} needs FSDP, and this run uses {chosen}; use "
+                "--parallel.strategy fsdp under torchrun, or leave it out"
+            )
+    return chosen
+
+
+def make_mesh(options: ParallelConfig, device_type: str) -> DeviceMesh | None:
+    """Make the mesh of all ranks: ("shard",), or ("replicate", "shard") for HSDP; None without a group."""
+    if not dist.is_initialized():
+        return None
+    size, groups = dist.get_world_size(), options.replicate
+    if groups == 1:
+        return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (groups, size // groups), mesh_dim_names=("replicate", "shard"))
+
+
+def parallelize(
+    model: LeJEPAModel, cfg: Config, mesh: DeviceMesh | None, device: torch.device, *, weights: bool = True
+) -> nn.Module:
+    """Make a model ready to train on `device`, in place.
+
+    A model on the meta device gets memory and the weights of `cfg.seed`, the same for every number of ranks;
+    with `weights=False`, enough to plan with, it stays there. `mesh` is that of `make_mesh`.
+
+    Returns:
+        The module to call in the training step: `model` itself, or a DDP wrapper over it.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    strategy = choose_strategy(cfg.parallel, parameters, ranks=mesh.size() if mesh is not None else None)
+    if mesh is not None:
+        model = _with_global_batchnorm(model, device, mesh.size())
+    blocks = list(find_blocks(model.encoder).values())
+    compiled = compilable(blocks) if compiles(cfg, device) else []
+    recompute(blocks, cfg.parallel.activation_checkpointing, compiled)
+    if compiles(cfg, device):
+        compile_blocks(blocks, device)
+    if strategy == "fsdp":
+        assert mesh is not None
+        shard(model, blocks, mesh, compute_dtype(cfg, device), keep=cfg.parallel.keep_gathered)
+    if weights:
+        initialize(model, cfg, device)
+    if strategy != "ddp":
+        return model
+    device_ids = [device.index] if device.type == "cuda" else None
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, _BUFFER_OPTION: False}
+    return DistributedDataParallel(model, device_ids=device_ids, **options)
+
+
+# ---- activation checkpointing ----------------------------------------------------------------------------
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.convolution.default}
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def recompute(blocks: list[nn.Module], mode: str, compiled: list[nn.Module]) -> None:
+    """Recompute the activations of each block in the backward pass, all ("full") or the cheap ones.
+
+    `compiled` are the blocks that `compile_blocks` compiles afterwards.
+    """
+    if mode == "none":
+        return
+    # Dynamo warns that in-place operators break selective checkpointing; they are switched off below.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    for block in blocks:
+        options: dict[str, Any] = {"use_reentrant": False}  # no `context_fn`: Dynamo cannot trace an idle one
+        if mode == "selective":
+            options["context_fn"] = _selective_contexts
+            for module in block.modules():
+                if getattr(module, "inplace", False):
+                    module.inplace = False  # type: ignore[assignment]
+        norms = [module for module in block.modules() if _is_batchnorm(module)]
+        # A compiled block updates its running statistics in its forward graph, which runs once.
+        if norms and block not in compiled:
+            contexts = options.get("context_fn", noop_context_fn)
+            options["context_fn"] = functools.partial(_with_frozen_statistics, norms, contexts)
+        block.forward = functools.partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
+
+
+def _with_frozen_statistics(norms: list[nn.Module], contexts: Any) -> tuple[Any, Any]:
+    """The contexts of forward and recomputation; the second one leaves running statistics unchanged."""
+
+    @contextlib.contextmanager
+    def frozen(inner: AbstractContextManager[Any]) -> Iterator[None]:
+        kept = [(n, name, value) for n in norms if n.training for name, value in n.named_buffers()]
+        try:
+            # Other buffers, not none: the norm must save as many tensors for backward as the first time.
+            for norm, name, buffer in kept:
+                setattr(norm, name, torch.zeros_like(buffer))
+            with inner:  # after the line above, because it counts operators
+                yield
+        finally:
+            for norm, name, buffer in kept:
+                setattr(norm, name, buffer)
+
+    first, again = contexts()
+    return first, frozen(again)
+
+
+def _selective_contexts() -> tuple[Any, Any]:
+    """Keep attention and every second matrix product or convolution: most of the time, half the memory."""
+    counts = {False: 0, True: 0}  # in the forward pass, in the recomputation
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in _PRODUCTS:
+            counts[context.is_recompute] += 1
+        if op in _ATTENTION or (op in _PRODUCTS and counts[context.is_recompute] % 2):
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+# ---- compilation -----------------------------------------------------------------------------------------
+
+
+def compiles(cfg: Config, device: torch.device) -> bool:
+    """Whether the blocks of this run are compiled."""
+    return cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
+
+
+def compile_blocks(blocks: list[nn.Module], device: torch.device) -> None:
+    """Compile the forward of each block that can be; equal blocks share one graph per size of crops.
+
+    A run has two sizes that occur at every step, so sizes are constants of the graphs; a shape that varies
+    (the last batch of an evaluation) runs uncompiled (`eagerly`).
+    """
+    config = torch._dynamo.config
+    # Blocks that differ, for example in width, count as recompilations of one function, once per size.
+    config.recompile_limit += 4 * len(blocks)
+    config.accumulated_recompile_limit += 4 * len(blocks)
+    config.optimize_ddp = False  # it would cut graphs at DDP's buckets, which are larger than a block
+    found = compilable(blocks)
+    if skipped := len(blocks) - len(found):
+        log.info(
+            "%d of %d blocks are not compiled: PyTorch cannot compile SyncBatchNorm (pytorch/pytorch#161302)",
+            skipped,
+            len(blocks),
+        )
+    for block in found:
+        share_drop_path(block, device)
+        compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=COMPILE_BACKEND)
+        block.forward = compiled  # type: ignore[method-assign]
+
+
+def compilable(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the blocks without SyncBatchNorm, whose collectives Dynamo cannot trace."""
+    return [b for b in blocks if not any(isinstance(m, nn.SyncBatchNorm) for m in b.modules())]
+
+
+def compiled_blocks(model: LeJEPAModel, cfg: Config, device: torch.device) -> int:
+    """Return how many blocks of a model that went through `parallelize` are compiled."""
+    return len(compilable(find_blocks(model.encoder).values())) if compiles(cfg, device) else 0
+
+
+def eagerly() -> Any:
+    """Return a context in which compiled blocks run uncompiled: no graphs for sizes that occur once."""
+    return torch.compiler.set_stance("force_eager")
+
+
+# ---- sharding --------------------------------------------------------------------------------------------
+
+
+def shard(
+    model: LeJEPAModel, blocks: list[nn.Module], mesh: DeviceMesh, dtype: torch.dtype | None, *, keep: bool
+) -> None:
+    """Apply FSDP2 to each block, to the projector, and to the rest of the model.
+
+    Parameters, moments and the reduction of gradients are float32. Blocks are gathered in `dtype` (None:
+    float32) for forward and backward of each size of crops, with `keep` once per step.
+    Gradients are reduced once per step in any case, as autograd hands them over summed over all crops.
+    """
+    # The embeddings are views of one tensor, and nothing changes them in place.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
+    done: set[nn.Module] = set()
+    for unit in [*blocks, model.projector, model]:
+        own = [module for module in unit.modules() if module not in done]
+        done.update(own)
+        # BatchNorm's parameters must have the dtype of its running statistics, float32.
+        gathered = None if any(map(_is_batchnorm, own)) else dtype
+        policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
+        # Projector and rest end the forward pass and begin the backward pass: gathered once.
+        once = keep or unit in (model.projector, model)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not once)
+    # Gather the next block while this one computes. FSDP2 itself does so in the backward pass.
+    for block, following in itertools.pairwise(blocks):
+        assert isinstance(block, FSDPModule)
+        block.set_modules_to_forward_prefetch([following])  # type: ignore[list-item]
+    if keep:
+        _keep_until_the_first_call(model, blocks)
+
+
+def _keep_until_the_first_call(model: LeJEPAModel, blocks: list[nn.Module]) -> None:
+    """Free the gathered blocks in the backward pass of the encoder's first call only, which comes last."""
+    calls = itertools.count()
+
+    def begin(module: nn.Module, args: Any) -> None:
+        nonlocal calls
+        calls = itertools.count()
+
+    def called(module: nn.Module, args: Any, features: Tensor) -> None:
+        first = next(calls) == 0
+        if features.requires_grad:
+            features.register_hook(lambda grad: backward_begins(first))
+
+    def backward_begins(first: bool) -> None:
+        for block in blocks:
+            assert isinstance(block, FSDPModule)
+            block.set_reshard_after_backward(first, recurse=False)
+
+    model.register_forward_pre_hook(begin)
+    model.encoder.register_forward_hook(called)
+
+
+def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
+    """Return bfloat16 if the run computes in it, else None; UsageError if the device does not support it."""
+    if cfg.precision == "fp32" or (cfg.precision == "auto" and device.type == "cpu"):
+        return None
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        if cfg.precision == "bf16":
+            raise UsageError("precision: this GPU has no bfloat16; use --precision fp32")
+        return None
+    return torch.bfloat16
+
+
+def _with_global_batchnorm(model: LeJEPAModel, device: torch.device, ranks: int) -> LeJEPAModel:
+    if ranks == 1 or not any(map(_is_batchnorm, model.modules())):
+        return model
+    if device.type == "cuda":
+        return convert_sync_batchnorm(model)  # timm's keeps the activation that some of its norms contain
+    if dist.get_rank() == 0:
+        log.warning(
+            "BatchNorm statistics are per rank: PyTorch has no SyncBatchNorm on CPU tensors, so the "
+            "losses differ slightly from those of one process with the same global batch"
+        )
+    return model
+
+
+def _is_batchnorm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
