@@ -155,7 +155,7 @@ def test_run_folder_is_named_after_data_and_model(path: str, name: str) -> None:
         (["--eval.temperature", "0"], "eval.temperature: expected above 0, got 0.0"),
         (["--data.hw-decoder-load", "1.5"], "data.hw_decoder_load: expected at most 1, got 1.5"),
         (["--lambda", "1.5"], "loss.lambd: expected a number from 0 to 1 with loss.form convex, got 1.5"),
-        (["--crops.global-crops", "0"], "global_crops must be at least 1"),
+        (["--crops.global-crops", "0"], "crops.global_crops: expected at least 1, got 0"),
         (["--batch-size", "1"], "at least 2; use --batch-size 2"),
         (["--optim.weight-decay", "inf"], "optim.weight_decay: expected below inf"),
     ],
