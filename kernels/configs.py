@@ -204,7 +204,9 @@ _SINGLE = {
     "sm_80": _config({ANY: _NARROW}, _PRODUCT_32, _FUSED_32_TO_64, 108, _SINGLE_OTHERS, 1 + 9e-8),
     "sm_89": _config({ANY: _NARROW}, _PRODUCT_32, {32: _FUSED_32}, 142, _SINGLE_OTHERS, 1 + 9e-8),
     "sm_90": _config({ANY: _MIDDLE_32}, _PRODUCT_32_WIDE, _FUSED_32_TO_64, 132, _SINGLE_OTHERS, 1 + 7e-8),
-    "sm_100": _config({ANY: _SMALL_32}, _PRODUCT_32_WIDE, {32: _FUSED_32}, 148, _SINGLE_OTHERS, 1 + 7e-8),
+    "sm_100": _config(
+        {ANY: _SMALL_32}, _PRODUCT_32_WIDE, {32: _FUSED_32_NARROW}, 148, _SINGLE_OTHERS, 1 + 7e-8
+    ),
     "gfx942": _config(
         {ANY: _SMALL_32_AMD},
         _PRODUCT_32_WIDE._replace(num_stages=2),
