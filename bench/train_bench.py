@@ -31,7 +31,6 @@ from typing import Any
 from unittest import mock
 
 import loader_files
-import no_tyro  # noqa: F401 - before the trainer
 import targets
 import timing
 import torch

@@ -45,7 +45,9 @@ if interpreting():
 def _logs_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever ran before: commands and benchmarks switch the propagation off, and set levels."""
     monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)
-    for name in ("lejepa_fast", "lejepa_fast.data"):
+    logging.disable(logging.NOTSET)
+    for name in ("lejepa_fast", "lejepa_fast.data", "lejepa_fast.train"):
+        monkeypatch.setattr(logging.getLogger(name), "disabled", False)
         logging.getLogger(name).setLevel(logging.NOTSET)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +72,3 @@ def test_a_rehearsal_runs_every_kind_of_case_and_judges_nothing(
     assert {tuple(row[name] for name in names) for row in rows} == wanted
     assert any("planned_memory_gib" in row for row in rows)
     assert "training: ViT-L/14 MFU: this was a rehearsal" in capsys.readouterr().out
-
-
-def test_the_benchmarks_of_training_need_no_tyro() -> None:
-    code = "import sys; sys.modules['tyro'] = None; import train_bench as t; t.TINY.config(None)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(train_bench.__file__).parent)

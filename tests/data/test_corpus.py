@@ -133,10 +133,12 @@ import json, re, sys
 from pathlib import Path
 sys.path[:0] = json.loads(sys.argv[1])
 from loader_backends import on
-from test_corpus import RECIPE
-from lejepa_fast.data import multicrop_loader
+from lejepa_fast.data import MultiCropRecipe, multicrop_loader
 from lejepa_fast.data.sources import FolderSource
 
+RECIPE = MultiCropRecipe(
+    global_crops=1, global_size=24, local_crops=1, local_size=16, blur_kernel=3, min_image_size=1
+)
 for root in sys.argv[3:]:
     loader = multicrop_loader(
         FolderSource(root), RECIPE, batch_size=4, **on(sys.argv[2]), max_bad_fraction=0.3

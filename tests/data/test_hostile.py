@@ -187,7 +187,9 @@ def test_hostile_shards_do_no_harm(hostile, backend):
     written = set()
     for name, (_, reason) in USED.items():
         shard = f"{name}.tar"
-        assert sorted(found[shard]["epoch"]) == list(range(BATCH)), shard
+        # A good image may stand twice, in the place of a bad one.
+        assert len(found[shard]["epoch"]) == BATCH, shard
+        assert set(found[shard]["epoch"]) <= set(range(BATCH)), shard
         assert found[shard]["index"] == [0, ""]
         assert found[shard]["verify"] == [int(reason is not None), ""]
         written |= {f"shards/{shard}.idx"}

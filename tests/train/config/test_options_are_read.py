@@ -35,7 +35,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
         code = sys._getframe(1).f_code
         file = Path(code.co_filename)
         reads = code.co_name in ANSWERS or not {file.name, file.parent.name} & OWN
-        if PACKAGE.parent in file.parents and reads:
+        if PACKAGE in file.parents and reads:
             found.add((type(self).__name__.removeprefix("Planted") or "Config", name))
         return object.__getattribute__(self, name)
 
