@@ -43,7 +43,8 @@ if interpreting():
 
 @pytest.fixture(autouse=True)
 def _logs_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever ran before: commands and benchmarks switch the propagation off, and set levels."""
+    """Whatever ran before: commands and benchmarks add a handler, switch propagation off and set levels."""
+    monkeypatch.setattr(logging.getLogger("lejepa_fast"), "handlers", [])
     monkeypatch.setattr(logging.getLogger("lejepa_fast"), "propagate", True)
     logging.disable(logging.NOTSET)
     for name in ("lejepa_fast", "lejepa_fast.data", "lejepa_fast.train"):

@@ -174,9 +174,12 @@ def test_accuracy_of_arbitrary_knots(J):
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 10.0, 1e3, 1e4])
 @pytest.mark.parametrize("J", [9, 17, 65])
 def test_accuracy_over_sizes_of_projections(scale, J):
-    """From nearly collapsed to |p| of 1e4, where sine and cosine need their range reduced."""
+    """From nearly collapsed to |p| of 1e4, where sine and cosine need their range reduced.
+
+    Each direction counts: in their mean the rounding errors of the reference may cancel by chance.
+    """
     x, A = scale * torch.randn(200, 16), sample_directions(16, 24, step=1)
-    check_accuracy(x, A, standard_normal_knots(3.0, J), impl="torch")
+    check_accuracy(x, A, standard_normal_knots(3.0, J), impl="torch", reduction=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
