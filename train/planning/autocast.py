@@ -30,21 +30,17 @@ _OFF = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 @contextlib.contextmanager
 def autocast_as_on_gpus() -> Iterator[None]:
     """In this context `torch.autocast("cpu")` has the rules of `torch.autocast("cuda")`."""
-    rules = torch.library.Library("aten", "IMPL")
+    rules, has_rule = torch.library.Library("aten", "IMPL"), torch._C._dispatch_has_kernel_for_dispatch_key
     try:
         for kernel, names in ((_cast_inputs, _INPUTS_IN_FLOAT32), (_set_dtype, _RESULT_IN_FLOAT32)):
             for name in names.split():
-                if _has_rule(name, "AutocastCUDA") and not _has_rule(name, "AutocastCPU"):
+                if has_rule(f"aten::{name}", "AutocastCUDA") and not has_rule(f"aten::{name}", "AutocastCPU"):
                     packet, _, overload = name.partition(".")
                     op = getattr(getattr(torch.ops.aten, packet), overload or "default")
                     rules.impl(name, functools.partial(kernel, op), "AutocastCPU")
         yield
     finally:
         rules._destroy()
-
-
-def _has_rule(name: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
 
 
 def _cast_inputs(op: Any, *args: Any, **kwargs: Any) -> Any:
