@@ -53,14 +53,8 @@ def family_config(name: str, **parallel: Any) -> Config:
     return from_dict({"crops": crops, "model": model, "parallel": parallel})
 
 
-MODEL = {
-    "name": "test_vit",
-    "kwargs": '{"depth": 3}',
-    "projector_hidden": 32,
-    "projector_layers": 2,
-    "projector_dim": 16,
-    "projector_norm": "layer",
-}
+PROJECTOR = {"projector_hidden": 32, "projector_layers": 2, "projector_dim": 16, "projector_norm": "layer"}
+MODEL = {"name": "test_vit", "kwargs": '{"depth": 3}', **PROJECTOR}
 
 
 def run_config(images: str, out: Path, **changes: Any) -> Config:
@@ -235,13 +229,11 @@ def family_step(name: str, kind: str, rank: int) -> dict[str, Any]:
 
 
 def full(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def local(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def measure(rank: int, size: int, folder: str, cases: list[tuple[dict[str, Any], int]]) -> None:

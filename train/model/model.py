@@ -154,7 +154,7 @@ def _build_model(cfg: Config) -> LeJEPAModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(
             cfg.seed
-        )  # this one only: torch.manual_seed would touch the GPUs'
+        )  # alone: torch.manual_seed would touch the GPUs' as well
         encoder = build_encoder(
             options.name,
             img_size=options.img_size or cfg.crops.global_size,
@@ -180,41 +180,29 @@ def _check_sizes(encoder: nn.Module, cfg: Config) -> int:
         sizes["crops.local_size"] = cfg.crops.local_size
     if cfg.eval.image_size:
         sizes["eval.image_size"] = cfg.eval.image_size
-    features = 0
+    tensors = [*encoder.named_parameters(), *encoder.named_buffers()]
+    on_meta = {name: tensor.to("meta") for name, tensor in tensors}
+    encoder.eval()
     for field, size in sizes.items():
         try:
-            shape = _output_shape(encoder, size)
+            with torch.no_grad():
+                try:
+                    image = torch.empty(1, 3, size, size, device="meta")
+                    shape = torch.func.functional_call(encoder, on_meta, (image,)).shape
+                except (AssertionError, RuntimeError, ValueError, NotImplementedError):
+                    # A wrong size, or a layer that the meta device lacks: the real forward tells which.
+                    shape = encoder(torch.zeros(1, 3, size, size)).shape
         except (AssertionError, RuntimeError, ValueError) as error:
-            option = field.replace("_", "-")
-            raise UsageError(
-                f"{field}: model {cfg.model.name} cannot take {size} x {size} pixels "
-                f"({first_line(error)}); {_size_hint(encoder, option, size, cfg.crops.global_size)}"
-            ) from error
+            hint = _size_hint(encoder, field.replace("_", "-"), size, cfg.crops.global_size)
+            problem = f"cannot take {size} x {size} pixels ({first_line(error)}); {hint}"
+            raise UsageError(f"{field}: model {cfg.model.name} {problem}") from error
         if len(shape) != 2:
             raise UsageError(
                 f"model.name: {cfg.model.name} returns {tuple(shape)} for one image and not pooled features "
                 "(1, D); choose a model with a pooling head"
             )
-        features = shape[1]
-    return features
-
-
-def _output_shape(encoder: nn.Module, size: int) -> torch.Size:
-    """Shape of the output for one image, on the meta device where all layers support it."""
-    training = encoder.training
-    encoder.eval()
-    try:
-        state = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
-        on_meta = {name: tensor.to("meta") for name, tensor in state.items()}
-        with torch.no_grad():
-            try:
-                image = torch.empty(1, 3, size, size, device="meta")
-                return torch.func.functional_call(encoder, on_meta, (image,)).shape
-            except (AssertionError, RuntimeError, ValueError, NotImplementedError):
-                # A wrong size, or a model with tensors outside its state: the real forward tells which.
-                return encoder(torch.zeros(1, 3, size, size)).shape
-    finally:
-        encoder.train(training)
+    encoder.train()
+    return shape[1]
 
 
 def _size_hint(encoder: nn.Module, option: str, size: int, global_size: int) -> str:

@@ -41,7 +41,6 @@ def parse_options(
     Raises:
         UsageError: an unknown option or a bad value, in one line.
     """
-
     given: dict[str, Any] = {} if default is None else {"default": default}
     parse = functools.partial(tyro.cli, cls, description=description, return_unknown_args=True, **given)
     printed = io.StringIO()

@@ -35,11 +35,10 @@ def test_the_base_goes_by_the_data() -> None:
 
 
 def test_long_names_and_aliases_are_the_same() -> None:
-    short = ["--data", "x", "--model", "resnet50", "--batch-size", "64", "--lr", "0.1", "--lambda", "0.2"]
-    long = ["--data.path", "x", "--model.name", "resnet50", "--data.batch-size", "64"]
-    cfg = config.parse([*long, "--optim.lr", "0.1", "--loss.lambd", "0.2"])
-    assert config.parse(short) == cfg
-    assert cfg.loss.lambd == 0.2
+    short = "--data x --model resnet50 --batch-size 64 --lr 0.1 --lambda 0.2"
+    long = "--data.path x --model.name resnet50 --data.batch-size 64 --optim.lr 0.1 --loss.lambd 0.2"
+    assert config.parse(short.split()) == config.parse(long.split())
+    assert config.parse(long.split()).loss.lambd == 0.2
 
 
 @pytest.mark.parametrize(
@@ -47,7 +46,6 @@ def test_long_names_and_aliases_are_the_same() -> None:
     [
         (["--bogus", "1"], "unknown option --bogus; see --help for all options"),
         (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
-        (["--optim.lrr", "1"], "unknown option --optim.lrr; did you mean --optim.lr?"),
         (["--weight-decay", "1"], "unknown option --weight-decay; did you mean --optim.weight-decay?"),
         (["--no-tensorbord"], "unknown option --no-tensorbord; did you mean --no-tensorboard?"),
         (["stray"], "unexpected argument 'stray'; see --help"),
@@ -70,15 +68,13 @@ def test_unknown_keys_and_wrong_types_are_one_line(
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_json_round_trip_is_the_identity(name: str, tmp_path: Path) -> None:
-    resolved = config.resolve(PRESETS[name])
-    saved = dataclasses.replace(resolved, resume="/another/run")
+    saved = dataclasses.replace(config.resolve(PRESETS[name]), out=tmp_path, resume="/another/run")
+    config.write(saved, tmp_path)
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(config.to_dict(saved)))
     assert config.load_json(file) == saved
     # A new run takes the settings, and must not write into the folder of the old one.
-    cfg = dataclasses.replace(resolved, out=None, resume="auto")
-    assert config.parse(["--config", str(file)]) == cfg
-    assert config.parse(["--config", str(file), "--seed", "7"]) == dataclasses.replace(cfg, seed=7)
+    cfg = dataclasses.replace(saved, out=None, resume="auto", seed=7)
+    assert config.parse(["--config", str(file), "--seed", "7"]) == cfg
 
 
 @pytest.mark.parametrize(
@@ -132,8 +128,6 @@ def test_decay_goes_by_family_and_the_folder_by_data_and_model(
         (["--lr", "nan"], "optim.lr: expected below inf, got nan"),
         (["--optim.weight-decay", "-1"], "optim.weight_decay: expected at least 0 or 'auto', got -1.0"),
         (["--optim.betas", "0.9", "1"], "optim.betas: expected below 1, got 1.0"),
-        (["--model.drop-path", "2"], "model.drop_path: expected below 1, got 2.0"),
-        (["--average.start", "1.5"], "average.start: expected below 1 or 'auto', got 1.5"),
         (["--seed", str(2**63)], "seed: expected below 9223372036854775808, got 9223372036854775808"),
         (["--eval.temperature", "0"], "eval.temperature: expected above 0, got 0.0"),
         (["--data.hw-decoder-load", "1.5"], "data.hw_decoder_load: expected at most 1, got 1.5"),
@@ -148,9 +142,8 @@ def test_values_that_cannot_work_are_named(arguments: list[str], message: str) -
 
 
 def bounded(kind: object) -> bool:
-    return any(type(part).__module__ == "annotated_types" for part in typing.get_args(kind)) or any(
-        map(bounded, typing.get_args(kind))
-    )
+    parts = typing.get_args(kind)
+    return any(type(part).__module__ == "annotated_types" or bounded(part) for part in parts)
 
 
 def test_every_number_has_a_declared_bound() -> None:
@@ -179,8 +172,7 @@ def test_workers_share_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = PRESETS["default"]
     assert [config.loader_workers(cfg, share, on_gpu=True) for share in (1, 8, 32)] == [16, 2, 1]
     assert config.loader_workers(cfg, 1, on_gpu=False) == 8
-    fixed = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, workers=0))
-    assert config.loader_workers(fixed, 1, on_gpu=True) == 0
+    assert config.loader_workers(config.parse(["--data.workers", "0"]), 1, on_gpu=True) == 0
 
 
 def test_a_small_batch_is_warned_of() -> None:

@@ -24,6 +24,8 @@ from lejepa_fast.train.parallel import parallelize
 from lejepa_fast.train.parallel.blocks import find_blocks
 from lejepa_fast.train.parallel.parallelize import choose_strategy
 
+Ranks = list[dict[str, Any]]
+
 # ---- two ranks ---------------------------------------------------------------------------------------
 
 
@@ -37,7 +39,7 @@ def one(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="module")
-def ranks(one: Config, image_folder: Path) -> list[dict[str, Any]]:
+def ranks(one: Config, image_folder: Path) -> Ranks:
     """Results of two ranks; one pair of processes serves all tests of this file."""
     folder = folder_of(one)
     run_ranks(worker.run, 2, str(folder), str(image_folder), ranks=2)
@@ -84,7 +86,7 @@ def check_same_course(one: Config, name: str, *, first: int = 1, rel: float = 1e
 @pytest.mark.parametrize(
     ("name", "first"), [("ddp", 1), ("fsdp", 1), ("hsdp", 1), ("one to fsdp", 11), ("one to ddp", 11)]
 )
-def test_two_ranks_equal_one_process(name: str, first: int, one: Config, ranks: list[dict[str, Any]]) -> None:
+def test_two_ranks_equal_one_process(name: str, first: int, one: Config, ranks: Ranks) -> None:
     """From the start, or from the middle of a run of one process."""
     check_same_course(one, name, first=first)
     for results in ranks:
@@ -106,7 +108,7 @@ def test_two_groups_of_two_ranks_equal_one_process(one: Config, image_folder: Pa
         assert torch.equal(held[3][name][1], second), name
 
 
-def test_recomputed_and_compiled_it_is_the_same(one: Config, ranks: list[dict[str, Any]]) -> None:
+def test_recomputed_and_compiled_it_is_the_same(one: Config, ranks: Ranks) -> None:
     check_same_course(one, "compiled", rel=1e-4)
     for results in ranks:
         graphs = results["compiled"]["graphs"]
@@ -115,14 +117,14 @@ def test_recomputed_and_compiled_it_is_the_same(one: Config, ranks: list[dict[st
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_a_run_goes_on_on_fewer_ranks(name: str, one: Config, ranks: list[dict[str, Any]]) -> None:
+def test_a_run_goes_on_on_fewer_ranks(name: str, one: Config, ranks: Ranks) -> None:
     out = folder_of(one) / f"{name} to one"
     cfg = replace(one, out=out, resume=str(folder_of(one) / name / "checkpoints" / "step-00000010"))
     worker.train(cfg, CPU)
     check_same_course(one, out.name, first=11)
 
 
-def test_a_sharded_run_is_evaluated_and_exported_whole(one: Config, ranks: list[dict[str, Any]]) -> None:
+def test_a_sharded_run_is_evaluated_and_exported_whole(one: Config, ranks: Ranks) -> None:
     run = folder_of(one) / "fsdp"
     assert (run / "report" / "report.html").exists()
     assert [row["step"] for row in rows_of(replace(one, out=run), "eval")] == [12, 20]
@@ -131,13 +133,13 @@ def test_a_sharded_run_is_evaluated_and_exported_whole(one: Config, ranks: list[
     assert out.read_bytes() == (run / "encoder.safetensors").read_bytes()
 
 
-def test_copies_that_differ_are_saved_from_rank_0(one: Config, ranks: list[dict[str, Any]]) -> None:
+def test_copies_that_differ_are_saved_from_rank_0(one: Config, ranks: Ranks) -> None:
     """As running statistics do on the CPU: a mixture would be of no rank."""
     saved = checkpoint.load_model(folder_of(one) / "copies" / "step-00000001")
     assert {name: tensor.tolist() for name, tensor in saved.items()} == {str(i): [0.0] * 3 for i in range(4)}
 
 
-def test_an_error_ends_all_ranks_and_rank_0_tells_it(ranks: list[dict[str, Any]]) -> None:
+def test_an_error_ends_all_ranks_and_rank_0_tells_it(ranks: Ranks) -> None:
     """Rank 0 alone cannot hold the whole model; all ranks refuse another model's checkpoint."""
     assert "out of memory; what helps: " in ranks[0]["no room"]
     assert ranks[1]["no room"] == "rank 0 failed with OutOfMemoryError; see its message"
@@ -148,7 +150,7 @@ def test_an_error_ends_all_ranks_and_rank_0_tells_it(ranks: list[dict[str, Any]]
 
 
 def test_nans_on_one_rank_change_no_shard_and_their_images_are_written_down(
-    one: Config, ranks: list[dict[str, Any]]
+    one: Config, ranks: Ranks
 ) -> None:
     for results in ranks:
         assert results["nan"]["changed"] == [1, 3, 4]
@@ -164,9 +166,7 @@ def test_nans_on_one_rank_change_no_shard_and_their_images_are_written_down(
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_finite_spike_on_one_rank_changes_nothing_on_any(
-    kind: str, one: Config, ranks: list[dict[str, Any]]
-) -> None:
+def test_a_finite_spike_on_one_rank_changes_nothing_on_any(kind: str, one: Config, ranks: Ranks) -> None:
     """Bit for bit; the norm of the gradient is that of all ranks, so the images of all are written down."""
     name = f"spike {kind}"
     for results in ranks:
@@ -185,7 +185,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", worker.FAMILIES)
-def test_every_family_shards(name: str, ranks: list[dict[str, Any]]) -> None:
+def test_every_family_shards(name: str, ranks: Ranks) -> None:
     """Bit for bit timm's weights of the seed, buffers outside the state dict included, also on one device;
     the same loss and averaged gradient under FSDP2 as under DDP."""
     cfg = worker.family_config(name)
