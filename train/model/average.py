@@ -31,10 +31,10 @@ class WeightAverage:
         self._first = math.floor(cfg.start * total_steps) + 1
         self._model = model.state_dict(keep_vars=True)
         self._averaged = {name: tensor.detach().clone() for name, tensor in self._model.items()}
-        floats = [name for name, tensor in self._model.items() if tensor.is_floating_point()]
-        self._weights = [name for name in floats if isinstance(self._model[name], nn.Parameter)]
-        self._statistics = [name for name in floats if not isinstance(self._model[name], nn.Parameter)]
-        self._counts = sorted(self._model.keys() - set(floats))
+        self._weights = [name for name, tensor in self._model.items() if isinstance(tensor, nn.Parameter)]
+        others = self._model.keys() - set(self._weights)
+        self._counts = sorted(name for name in others if not self._model[name].is_floating_point())
+        self._statistics = sorted(others - set(self._counts))
 
     @torch.no_grad()
     def update(self, step: int, skipped: Tensor) -> None:

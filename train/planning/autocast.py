@@ -51,15 +51,12 @@ def _cast_inputs(op: Any, *args: Any, **kwargs: Any) -> Any:
 def _set_dtype(op: Any, *args: Any, **kwargs: Any) -> Any:
     place = [argument.name for argument in op._schema.arguments].index("dtype")  # by position or by name
     given = args[place] if len(args) > place else kwargs.get("dtype")
-    if given is None and _is_low(args[0]):
+    if given is None and args[0].dtype in (torch.bfloat16, torch.float16):
         args, kwargs = args[:place], {**kwargs, "dtype": torch.float32}
     with torch._C._ExcludeDispatchKeyGuard(_OFF):
         return op(*args, **kwargs)
 
 
-def _is_low(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-
-
 def _float32(value: Any) -> Any:
-    return value.float() if _is_low(value) else value
+    is_low = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if is_low else value

@@ -146,23 +146,16 @@ class PlannedStep:
                 for module in self.loss_fn.modules():
                     for name, value in module.named_buffers(recurse=False):
                         setattr(module, name, fake_mode.from_tensor(value))
-            if imitated:
-                self._make_buckets()
+            if imitated:  # DDP's reducer copies a finished gradient into a bucket, and makes it a view of it
+                for parameter in self.model.parameters():
+                    self.buckets.append(torch.empty_like(parameter, requires_grad=False))
+                    hook = functools.partial(_into_bucket, self.buckets[-1])
+                    parameter.register_post_accumulate_grad_hook(hook)
             self.views = [torch.zeros(images, 3, size, size) for size in cfg.crops.view_sizes()]
             self.optimizer = build_optimizer(self.model, cfg.optim, CPU)
             self.skipped = torch.zeros(())
             averages = cfg.average.kind != "none"
             self.average = WeightAverage(self.model, cfg.average, total_steps=1) if averages else None
-
-    def _make_buckets(self) -> None:
-        """As DDP's reducer: a finished gradient is copied into a bucket and becomes a view of it."""
-
-        def into(bucket: Tensor, parameter: Any) -> None:
-            parameter.grad = bucket.copy_(parameter.grad)
-
-        for parameter in self.model.parameters():
-            self.buckets.append(torch.empty_like(parameter, requires_grad=False))
-            parameter.register_post_accumulate_grad_hook(functools.partial(into, self.buckets[-1]))
 
     def state(self) -> list[Tensor]:
         """Return parameters, buffers, moments and averaged weights."""
@@ -181,6 +174,10 @@ class PlannedStep:
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(1, self.skipped)
+
+
+def _into_bucket(bucket: Tensor, parameter: Any) -> None:
+    parameter.grad = bucket.copy_(parameter.grad)
 
 
 class _Counter(TorchDispatchMode):
