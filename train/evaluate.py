@@ -1,7 +1,6 @@
 """Evaluate a checkpoint against the untrained encoder: `python train/evaluate.py --checkpoint RUN`.
 
-Joins evaluation/evaluate.py and report/report.py. Exit codes: 0 done, 1 the run failed, 2 wrong usage, 130
-Ctrl-C.
+Exit codes: 0 done, 1 the run failed, 2 wrong usage, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from lejepa_fast.train.checkpoint.export import load_trained
 from lejepa_fast.train.config import Config, loader_workers, to_dict, validate
 from lejepa_fast.train.evaluation.evaluate import evaluate_model, evaluate_untrained, open_splits
 from lejepa_fast.train.report.report import format_table, training_speed, write_report
-from lejepa_fast.train.runtime.command import log_to_stderr, parse_options, run_command
-from lejepa_fast.train.runtime.files import make_folder, read_rows
+from lejepa_fast.train.runtime.command import run_with_options
+from lejepa_fast.train.runtime.files import disk_errors_named, read_rows
 from lejepa_fast.train.runtime.world import choose_device
 
 
@@ -56,36 +55,29 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    log_to_stderr()
-    given = sys.argv[1:] if argv is None else argv
-    return run_command(lambda: _evaluate(parse_options(Options, given, description=Options.__doc__ or "")))
+    return run_with_options(Options, _evaluate, argv)
 
 
 def _evaluate(options: Options) -> None:
-    """Evaluate, print the table and write the report."""
     model, cfg, step, path, averaged = load_trained(options.checkpoint, averaged=options.averaged)
-    cfg = _with_options(cfg, options)
+    data = _replaced(cfg.data, path=options.data, workers=options.workers)
+    evaluation = _replaced(cfg.eval, image_size=options.image_size, batch_size=options.batch_size)
+    cfg = dataclasses.replace(cfg, eval=evaluation, data=data)
+    validate(cfg)
     device = choose_device(options.device)
     train_source, val_source = open_splits(cfg.data)
     workers = loader_workers(cfg, processes_here=1, on_gpu=device.type == "cuda")
     setting: dict[str, Any] = {"device": device, "linear": options.linear, "num_workers": workers}
     untrained = evaluate_untrained(cfg, train_source, val_source, **setting)
-    trained = evaluate_model(
-        model.to(device),
-        train_source,
-        val_source,
-        cfg.eval,
-        recipe=cfg.crops,
-        seed=cfg.seed,
-        data=cfg.data,
-        **setting,
-    )
+    setting |= {"recipe": cfg.crops, "seed": cfg.seed, "data": cfg.data}
+    trained = evaluate_model(model.to(device), train_source, val_source, cfg.eval, **setting)
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     out = options.out or run_dir / "evaluation" / path.name
     history = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("step", 0) <= step]
     if options.data is not None or options.image_size is not None:
         history = [row for row in history if row.get("kind") != "eval"]  # measured on other images
-    make_folder(out)
+    with disk_errors_named(out, "choose another --out"):
+        out.mkdir(parents=True, exist_ok=True)
     page = write_report(
         out,
         config=to_dict(cfg),
@@ -102,17 +94,10 @@ def _evaluate(options: Options) -> None:
     print(f"report: {page}")
 
 
-def _with_options(cfg: Config, options: Options) -> Config:
-    """The run's configuration with the data and evaluation settings of the command line."""
-
-    def replaced(section: Any, **values: Any) -> Any:
-        return dataclasses.replace(section, **{k: v for k, v in values.items() if v is not None})
-
-    evaluation = replaced(cfg.eval, image_size=options.image_size, batch_size=options.batch_size)
-    data = replaced(cfg.data, path=options.data, workers=options.workers)
-    cfg = dataclasses.replace(cfg, eval=evaluation, data=data)
-    validate(cfg)
-    return cfg
+def _replaced(section: Any, **values: Any) -> Any:
+    return dataclasses.replace(
+        section, **{name: value for name, value in values.items() if value is not None}
+    )
 
 
 def _example_views(source: ImageSource, cfg: Config) -> list[Tensor]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.checkpoint.export import export_encoder, load_trained
-from lejepa_fast.train.runtime.command import log_to_stderr, parse_options, run_command
+from lejepa_fast.train.runtime.command import run_with_options
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    log_to_stderr()
-    given = sys.argv[1:] if argv is None else argv
-    return run_command(lambda: _export(parse_options(Options, given, description=Options.__doc__ or "")))
+    return run_with_options(Options, _export, argv)
 
 
 def _export(options: Options) -> None:

@@ -19,9 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
 
     def work() -> None:
-        arguments = sys.argv[1:] if argv is None else argv
         what = "Estimate what a training run needs, without a GPU. Takes the options of train/pretrain.py."
-        options = parse_as(PlanOptions, arguments, preset="default", what=what)
+        options = parse_as(PlanOptions, argv, preset="default", what=what)
         from lejepa_fast.train.planning.estimate import Plan  # after --help, which does not need PyTorch
 
         print(Plan(options).report())

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+import lejepa_fast.train.runtime.world as ranks
 from lejepa_fast.train import config
 from lejepa_fast.train.checkpoint.export import export_encoder
 from lejepa_fast.train.config import Config
@@ -28,16 +29,6 @@ from lejepa_fast.train.planning.out_of_memory import settings_that_help
 from lejepa_fast.train.report.report import format_table, training_speed, write_report
 from lejepa_fast.train.runtime.command import log_to_stderr, run_command
 from lejepa_fast.train.runtime.files import read_rows
-from lejepa_fast.train.runtime.world import (
-    World,
-    close_world,
-    from_main,
-    lost_rank_is_a_run_error,
-    on_main,
-    reported_elsewhere,
-    same_error_on_all_ranks,
-    setup_world,
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,38 +38,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_stderr(main_process=rank == 0, who=who)
 
     def work() -> None:
-        with same_error_on_all_ranks():
-            cfg = config.parse(sys.argv[1:] if argv is None else argv)
-        world = setup_world(cfg.device)
-        with lost_rank_is_a_run_error():
+        with ranks.same_error_on_all_ranks():
+            cfg = config.parse(argv)
+        world = ranks.setup_world(cfg.device)
+        with ranks.lost_rank_is_a_run_error():
             report = pretrain(cfg, world)
         if world.is_main:
             print(f"report: {report}")
 
     @record  # torchrun's report shows the traceback of a defect; expected failures are exit codes here
     def command() -> int:
-        return run_command(work, who=who, quiet=lambda error: reported_elsewhere(error, rank))
+        return run_command(work, who=who, quiet=lambda error: ranks.reported_elsewhere(error, rank))
 
     code = 1  # of a defect
     try:
         code = command() or 0
         return code
     finally:
-        close_world(code)
+        ranks.close_world(code)
 
 
-def pretrain(cfg: Config, world: World) -> Path:
-    """Train, export the encoder, evaluate it beside the untrained one and write the report.
+def pretrain(cfg: Config, world: ranks.World) -> Path:
+    """Train, export the encoder, evaluate it beside the untrained one, write report.html and return its path.
 
     A finished run goes straight to the export. All ranks call it.
-
-    Returns:
-        The path of report.html.
     """
     with Trainer(cfg, world, settings_that_help) as trainer:
         trainer.train()
         model = trainer.whole_model()
-        page = from_main(world, on_main(world, lambda: _export_and_report(trainer, model)))
+        page = ranks.from_main(world, ranks.on_main(world, lambda: _export_and_report(trainer, model)))
         assert page is not None  # rank 0's
         return page
 

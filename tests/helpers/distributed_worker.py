@@ -13,6 +13,7 @@ from accuracy import COMPILE_BACKEND
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lejepa_fast import LeJEPALoss, SIGReg, sample_directions, sigreg, standard_normal_knots
@@ -64,10 +65,15 @@ def value_and_gradient(model: nn.Module, x: torch.Tensor, loss_fn) -> dict[str, 
     model.zero_grad()
     value = loss_fn(model(x))
     value.backward()
-    return {
-        "value": value.detach(),
-        "grad": torch.cat([p.grad.flatten() for p in model.parameters()]).clone(),
-    }
+    grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+    return {"value": value.detach(), "grad": torch.cat([grad.flatten() for grad in grads])}
+
+
+def gradient_of_input(x: torch.Tensor, loss_fn) -> dict[str, torch.Tensor]:
+    x = x.detach().requires_grad_()
+    value = loss_fn(x)
+    value.backward()
+    return {"value": value.detach(), "grad": x.grad}
 
 
 def lejepa_loss(**options: Any):
@@ -91,68 +97,48 @@ def run(rank: int, world_size: int, folder: str) -> None:
     torch.save(results, Path(folder) / f"rank{rank}.pt")
 
 
-def fully_sharded(x: torch.Tensor, impl: str) -> dict[str, torch.Tensor]:
-    """Value, and the whole gradient, of an encoder whose parameters FSDP2 has sharded."""
-    model = encoder(torch.float32)
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    value = functional_loss(model(x), impl, False)
-    value.backward()
-    grads = [p.grad.full_tensor().flatten() for p in model.parameters()]  # type: ignore[union-attr]
-    return {"value": value.detach(), "grad": torch.cat(grads)}
-
-
 def collect(rank: int, world_size: int, modules: dict[str, Any]) -> dict[Any, Any]:
     results: dict[Any, Any] = {}
+    whole = batch(torch.float64)
+
+    def ddp(dtype: torch.dtype, x: torch.Tensor, loss_fn) -> dict[str, torch.Tensor]:
+        return value_and_gradient(DistributedDataParallel(encoder(dtype)), x.to(dtype), loss_fn)
+
+    def plain(impl: str, unbiased: bool = False, **options: Any):
+        return lambda z: functional_loss(z, impl, unbiased, **options)
+
     for name, sizes in (("equal", EQUAL[world_size]), ("unequal", UNEQUAL[world_size])):
+        x = shard(whole, sizes, rank)
         for impl, dtype, unbiased in CASES:
-            model = DistributedDataParallel(encoder(dtype))
-            x = shard(batch(dtype), sizes, rank)
-            results[name, impl, dtype, unbiased] = value_and_gradient(
-                model, x, lambda z, impl=impl, unbiased=unbiased: functional_loss(z, impl, unbiased)
-            )
+            results[name, impl, dtype, unbiased] = ddp(dtype, x, plain(impl, unbiased))
         for impl, loss_fn in modules.items():
-            model = DistributedDataParallel(encoder(torch.float64))
-            x = shard(batch(torch.float64), sizes, rank)
-            results[name, "lejepa", impl] = value_and_gradient(model, x, loss_fn)
-    x = shard(batch(torch.float64), EQUAL[world_size], rank)
-    model = DistributedDataParallel(encoder(torch.float64))
-    results["scaled"] = value_and_gradient(
-        model, x, lambda z: (rank + 1) * functional_loss(z, "torch", False)
-    )
-    results["local"] = functional_loss(x, "torch", False, sync=False)
+            results[name, "lejepa", impl] = ddp(torch.float64, x, loss_fn)
+    uneven, x = x, shard(whole, EQUAL[world_size], rank)
+    results["scaled"] = ddp(torch.float64, x, lambda z: (rank + 1) * plain("torch")(z))
+    results["local"] = plain("torch", sync=False)(x)
     poisoned = x.clone()
-    if rank == world_size - 1:
-        poisoned[0, 0, 0] = float("nan")
-    results["poisoned"] = functional_loss(poisoned, "torch", False)
+    poisoned[0, 0, 0] += torch.nan if rank == world_size - 1 else 0.0
+    results["poisoned"] = plain("torch")(poisoned)
     for impl in ("reference", "torch", "triton") if world_size > 1 else ():
-        nothing = x[:, :0].float().requires_grad_()
-        value = functional_loss(nothing, impl, False)
-        value.backward()
-        results["nothing", impl] = {"value": value.detach(), "grad": nothing.grad}
+        results["nothing", impl] = gradient_of_input(x[:, :0].float(), plain(impl))
     if world_size == 2:
         for impl in ("torch", "triton"):
-            results[f"fsdp {impl}"] = fully_sharded(shard(batch(torch.float32), UNEQUAL[2], rank), impl)
+            model = encoder(torch.float32)
+            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+            results[f"fsdp {impl}"] = value_and_gradient(model, uneven.float(), plain(impl))
         compiled = torch.compile(lejepa_loss(), fullgraph=True, backend=COMPILE_BACKEND)
-        results["compiled"] = value_and_gradient(DistributedDataParallel(encoder(torch.float64)), x, compiled)
+        results["compiled"] = ddp(torch.float64, x, compiled)
         # Shares of a second size: their number of samples is a symbol of the graph.
         kernels = torch.compile(lejepa_loss(impl="triton"), fullgraph=True, backend="aot_eager")
-        model = DistributedDataParallel(encoder(torch.float32))
-        uneven = shard(batch(torch.float32), UNEQUAL[2], rank)
-        results["compiled kernels"] = value_and_gradient(model, uneven, kernels)
-        x = many_samples().split(MANY, dim=0)[rank].requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
-            value = functional_loss(x, "torch", True)
-        value.backward()
-        results["many"] = {"value": value.detach(), "grad": x.grad}
+        results["compiled kernels"] = ddp(torch.float32, uneven, kernels)
+        in_half = torch.autocast("cpu", torch.bfloat16)(plain("torch", True))
+        results["many"] = gradient_of_input(many_samples().split(MANY)[rank], in_half)
     if world_size == 4:
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         mine, other = pairs[rank // 2], pairs[1 - rank // 2]
-        x.requires_grad_()
-        value = functional_loss(x, "torch", False, process_group=mine)
-        value.backward()
-        results["subgroup"] = {"value": value.detach(), "grad": x.grad.clone()}
+        results["subgroup"] = gradient_of_input(x, plain("torch", process_group=mine))
         try:
-            functional_loss(x, "torch", False, process_group=other)
+            plain("torch", process_group=other)(x)
         except ValueError as error:
             results["foreign group"] = str(error)
     return results

@@ -1,57 +1,44 @@
-"""What each rank runs for test_parallel.py; imported by spawned processes."""
+"""What each rank runs for test_parallel.py and test_plan.py; imported by spawned processes."""
 
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.loss import LeJEPAOutput
 from lejepa_fast.train.checkpoint.saving import Saver
-from lejepa_fast.train.config import (
-    AverageConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-)
+from lejepa_fast.train.config import Config, from_dict
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.model import initialize
 from lejepa_fast.train.model.initialize import named_tensors
 from lejepa_fast.train.model.model import build_model
 from lejepa_fast.train.parallel.parallelize import make_mesh, parallelize
+from lejepa_fast.train.planning.memory import PlannedStep
 from lejepa_fast.train.planning.out_of_memory import settings_that_help
 from lejepa_fast.train.pretrain import pretrain
 from lejepa_fast.train.runtime.world import World, reported_elsewhere
 
 STEPS = 20
 CPU = torch.device("cpu")
-
+SWIN = '{"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "strict_img_size": false}'
 # Small members of each family: timm's name, arguments, size of the local crops.
 FAMILIES: dict[str, tuple[str, int]] = {
     "resnet50": ('{"layers": [1, 1, 1, 1], "channels": [4, 8, 12, 16]}', 32),
     "convnextv2_nano": ('{"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}', 32),
-    "swin_tiny_patch4_window7_224": (
-        '{"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, '
-        '"strict_img_size": false}',
-        32,
-    ),
+    "swin_tiny_patch4_window7_224": (SWIN, 32),
     "maxvit_tiny_rw_224": ('{"embed_dim": [32, 64], "depths": [1, 1]}', 64),
     "efficientnet_b0": ("{}", 32),
     "vit_small_patch16_224": ('{"embed_dim": 32, "depth": 2, "num_heads": 2}', 32),
@@ -60,64 +47,34 @@ FAMILIES: dict[str, tuple[str, int]] = {
 
 def family_config(name: str, **parallel: Any) -> Config:
     kwargs, local_size = FAMILIES[name]
-    registers = 2 if name.startswith("vit") else 0
-    return Config(
-        crops=MultiCropRecipe(global_size=64, local_crops=2, local_size=local_size),
-        model=ModelConfig(
-            name, register_tokens=registers, kwargs=kwargs, projector_hidden=32, projector_dim=16
-        ),
-        parallel=ParallelConfig(**parallel),
-    )
+    model = {"name": name, "kwargs": kwargs, "projector_hidden": 32, "projector_dim": 16}
+    model["register_tokens"] = 2 if name.startswith("vit") else 0
+    crops = {"global_size": 64, "local_crops": 2, "local_size": local_size}
+    return from_dict({"crops": crops, "model": model, "parallel": parallel})
+
+
+PROJECTOR = {"projector_hidden": 32, "projector_layers": 2, "projector_dim": 16, "projector_norm": "layer"}
+MODEL = {"name": "test_vit", "kwargs": '{"depth": 3}', **PROJECTOR}
 
 
 def run_config(images: str, out: Path, **changes: Any) -> Config:
     """20 steps of a small transformer, 4 an epoch: clipping, averaged weights, probes after 3 epochs."""
-    cfg = Config(
-        data=DataConfig(path=images, batch_size=8, workers=0),
-        crops=MultiCropRecipe(global_size=32, local_crops=1, local_size=16, blur_kernel=3),
-        model=ModelConfig(
-            "test_vit",
-            kwargs='{"depth": 3}',
-            projector_hidden=32,
-            projector_layers=2,
-            projector_dim=16,
-            projector_norm="layer",
-        ),
-        loss=LossConfig(num_slices=32),
-        optim=OptimConfig(lr=2e-4, clip_grad_norm=0.5),
-        average=AverageConfig(kind="ema", decay=0.7),
-        eval=EvalConfig(every=3, linear_steps=20, batch_size=16, k=3),
-        out=out,
-        max_steps=STEPS,
-        device="cpu",
-        log_every=1,
-        checkpoint_every=10,
-        tensorboard=False,
-    )
-    return replace(cfg, **changes)
-
-
-DDP = ParallelConfig(strategy="ddp")
-FSDP = ParallelConfig(strategy="fsdp")
-KEPT = ParallelConfig(strategy="fsdp", keep_gathered=True, activation_checkpointing="full")
-
-
-def jobs(images: str, folder: Path) -> dict[str, Config]:
-    """The runs on two ranks. Those that resume do so from a run on one rank, `folder/one`."""
-
-    def run(name: str, **changes: Any) -> Config:
-        return run_config(images, folder / name, **changes)
-
-    middle = str(folder / "one" / "checkpoints" / "step-00000010")
-    recomputing = replace(FSDP, activation_checkpointing="selective")
-    return {
-        "ddp": run("ddp", parallel=DDP),
-        "fsdp": run("fsdp", parallel=FSDP),
-        "hsdp": run("hsdp", parallel=ParallelConfig(replicate=2)),
-        "compiled": run("compiled", parallel=recomputing, compile="on"),
-        "one to fsdp": run("one to fsdp", parallel=KEPT, resume=middle),
-        "one to ddp": run("one to ddp", parallel=DDP, resume=middle),
+    values = {
+        "data": {"path": images, "batch_size": 8, "workers": 0},
+        "crops": {"global_size": 32, "local_crops": 1, "local_size": 16, "blur_kernel": 3},
+        "model": MODEL,
+        "loss": {"num_slices": 32},
+        "optim": {"lr": 2e-4, "clip_grad_norm": 0.5},
+        "average": {"kind": "ema", "decay": 0.7},
+        "eval": {"every": 3, "linear_steps": 20, "batch_size": 16, "k": 3},
+        "out": str(out),
+        "max_steps": STEPS,
+        "device": "cpu",
+        "log_every": 1,
+        "checkpoint_every": 10,
+        "tensorboard": False,
     }
+    return from_dict(values | changes)
 
 
 @contextmanager
@@ -132,23 +89,50 @@ def process_group(rank: int, size: int, folder: str) -> Iterator[World]:
 
 
 def run(rank: int, size: int, folder: str, images: str) -> None:
-    """All that two ranks do; the results go to `folder/rankN.pt`."""
-    root = Path(folder)
+    """All that two ranks do; the results go to `folder/rankN.pt`. Some resume the run `folder/one`."""
     results: dict[str, Any] = {}
+    root = Path(folder)
+    middle = str(root / "one" / "checkpoints" / "step-00000010")
+    ddp, fsdp = {"strategy": "ddp"}, {"strategy": "fsdp"}
+    kept = {"keep_gathered": True, "activation_checkpointing": "full"}
+
+    def cfg(name: str, **changes: Any) -> Config:
+        return run_config(images, root / name, **changes)
+
     with process_group(rank, size, folder) as world:
-        for name, cfg in jobs(images, root).items():
-            results[name] = train(cfg, world, whole=name == "fsdp")
-        spoiled = run_config(images, root / "nan", parallel=FSDP, max_steps=9)
-        results["nan"] = spoiled_run(spoiled, world, steps={2, 5, 6, 7})
-        for kind, parallel in (("ddp", DDP), ("fsdp", FSDP)):
-            optim = OptimConfig(lr=2e-4, clip_grad_norm=0.5, skip_grad_norm=1e3)
-            spiked = run_config(images, root / f"spike {kind}", parallel=parallel, optim=optim, max_steps=3)
-            results[f"spike {kind}"] = spoiled_run(spiked, world, steps={2}, factor=1e6)
+        for name, changes in {
+            "ddp": {"parallel": ddp},
+            "fsdp": {"parallel": fsdp},
+            "hsdp": {"parallel": {"replicate": 2}},
+            "compiled": {"parallel": fsdp | {"activation_checkpointing": "selective"}, "compile": "on"},
+            "one to fsdp": {"parallel": fsdp | kept, "resume": middle},
+            "one to ddp": {"parallel": ddp, "resume": middle},
+        }.items():
+            results[name] = train(cfg(name, **changes), world, whole=name == "fsdp")
+        results["nan"] = spoiled_run(cfg("nan", parallel=fsdp, max_steps=9), world, steps={2, 5, 6, 7})
+        for name, parallel in (("spike ddp", ddp), ("spike fsdp", fsdp)):
+            optim = {"lr": 2e-4, "clip_grad_norm": 0.5, "skip_grad_norm": 1e3}
+            spiked = cfg(name, parallel=parallel, optim=optim, max_steps=3)
+            results[name] = spoiled_run(spiked, world, steps={2}, factor=1e6)
         saver = Saver(root / "copies", world, keep=1)  # values that differ, as running statistics on a CPU do
         saver.start(1, {f"model.{i}": torch.full((3,), float(rank)) for i in range(4)}, {})
         saver.wait()
-        results["no room"] = run_without_room_for_the_whole(run_config(images, root / "no room"), world)
-        results["refused"] = refused(images, root, world)
+
+        # Rank 0 cannot hold the model that it would evaluate.
+        fails = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
+        try:
+            with Trainer(cfg("no room", parallel=fsdp, max_steps=1), world, settings_that_help) as small:
+                small.train()
+                with mock.patch.object(initialize, "build_model", fails):
+                    small.whole_model()
+        except RunError as error:
+            results["no room"] = str(error)
+        other = cfg("refused", parallel=fsdp, resume=middle, model=MODEL | {"kwargs": '{"depth": 2}'})
+        try:
+            Trainer(other, world).run()
+        except UsageError as error:
+            results["refused"] = str(error), reported_elsewhere(error, 1)
+        del small
         for name in FAMILIES:
             results[name] = {kind: family_step(name, kind, rank) for kind in ("ddp", "fsdp")}
     torch.save(results, root / f"rank{rank}.pt")
@@ -157,8 +141,7 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
 def run_groups(rank: int, size: int, folder: str, images: str) -> None:
     """Two groups of two ranks: `folder/groups`, and what this rank holds of the model in rankN-groups.pt."""
     with process_group(rank, size, folder) as world:
-        cfg = run_config(images, Path(folder) / "groups", parallel=ParallelConfig(replicate=2))
-        trainer = Trainer(cfg, world)
+        trainer = Trainer(run_config(images, Path(folder) / "groups", parallel={"replicate": 2}), world)
         trainer.run()
         shards = {n: (tuple(t.shape), local(t).clone()) for n, t in trainer.model.named_parameters()}
         torch.save(shards, Path(folder) / f"rank{rank}-groups.pt")
@@ -166,6 +149,7 @@ def run_groups(rank: int, size: int, folder: str, images: str) -> None:
 
 
 def train(cfg: Config, world: World, *, whole: bool = False) -> dict[str, Any]:
+    """Steps, sharded parameters, and the compiled graphs after each step; `whole`: all of pretraining."""
     if whole:
         pretrain(cfg, world)
     trainer = Trainer(cfg, world)
@@ -176,8 +160,7 @@ def train(cfg: Config, world: World, *, whole: bool = False) -> dict[str, Any]:
         step(views, epoch)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
-    if cfg.compile == "on":
-        trainer.train_step = counted  # type: ignore[method-assign]
+    trainer.train_step = counted  # type: ignore[method-assign]
     trainer.run()
     sharded = sum(isinstance(p, DTensor) for p in trainer.model.parameters())
     return {"sigreg step": int(trainer.loss_fn.sigreg.step), "sharded": sharded, "graphs": graphs}
@@ -229,33 +212,6 @@ def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None
     return found | {"skipped": trainer.guard.skipped}
 
 
-def refused(images: str, folder: Path, world: World) -> tuple[str, bool]:
-    """The error of another model that resumes from `folder/one`, and whether rank 0 alone tells it."""
-    middle = str(folder / "one" / "checkpoints" / "step-00000010")
-    cfg = run_config(images, folder / "refused", parallel=FSDP, resume=middle)
-    cfg = replace(cfg, model=replace(cfg.model, kwargs='{"depth": 2}'))
-    with pytest.raises(UsageError) as caught:
-        Trainer(cfg, world).run()
-    return str(caught.value), reported_elsewhere(caught.value, 1)
-
-
-def run_without_room_for_the_whole(cfg: Config, world: World) -> str:
-    """The error of a sharded run where rank 0 cannot hold the model that it would evaluate."""
-
-    def full(*args: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    sharded = replace(cfg, parallel=FSDP, max_steps=1)
-    try:
-        with Trainer(sharded, world, settings_that_help) as trainer:
-            trainer.train()
-            with mock.patch.object(initialize, "allocate", full):
-                trainer.whole_model()
-    except RunError as error:
-        return str(error)
-    return "no error"
-
-
 def family_step(name: str, kind: str, rank: int) -> dict[str, Any]:
     """Weights after building from the meta device, then loss and gradients of one step."""
     cfg = family_config(name, strategy=kind, activation_checkpointing="full" if kind == "fsdp" else "none")
@@ -263,8 +219,7 @@ def family_step(name: str, kind: str, rank: int) -> dict[str, Any]:
     called = parallelize(model, cfg, make_mesh(cfg.parallel, "cpu"), CPU)
     weights = {n: full(t).clone() for n, t in named_tensors(model)}
     generator = torch.Generator().manual_seed(rank)
-    sizes = [cfg.crops.global_size] * 2 + [cfg.crops.local_size] * 2
-    views = [torch.randn(2, 3, size, size, generator=generator) for size in sizes]
+    views = [torch.randn(2, 3, size, size, generator=generator) for size in cfg.crops.view_sizes()]
     torch.manual_seed(rank)  # drop path, which swin has by default
     _, z = called(views)
     loss = z.square().mean() + z[0].mean()
@@ -274,10 +229,41 @@ def family_step(name: str, kind: str, rank: int) -> dict[str, Any]:
 
 
 def full(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def local(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def measure(rank: int, size: int, folder: str, cases: list[tuple[dict[str, Any], int]]) -> None:
+    """Write this rank's peak bytes of each configuration and number of images to `folder/RANK.json`."""
+    with process_group(rank, size, folder):
+        peaks = [allocator_peak(from_dict(values), images) for values, images in cases]
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(peaks))
+
+
+def allocator_peak(cfg: Config, images: int) -> int:
+    """The most bytes of the planned step on real tensors, counted by PyTorch's CPU allocator.
+
+    The profiler does not see what other threads release (gloo's, where the weights are dealt out): it is what
+    seems to be alive when all is gone.
+    """
+    gc.collect()  # what is left of another case must not be released, and so subtracted, in this one
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step = PlannedStep(cfg, images, fake=False)
+        step.run()
+        gc.collect()
+        with record_function("measured step"):
+            step.run()
+        del step
+        gc.collect()
+    events = recorded.profiler.kineto_results.events()
+    window = next(event for event in events if event.name() == "measured step")
+    sizes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    alive = peak = 0
+    for when, size in sizes:
+        alive += size
+        if window.start_ns() <= when <= window.end_ns():
+            peak = max(peak, alive)
+    return peak - alive

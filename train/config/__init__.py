@@ -4,7 +4,6 @@
 from lejepa_fast.train.config.cli import parse
 from lejepa_fast.train.config.settings import (
     EMBEDDED_DATA,
-    AtLeast1,
     AverageConfig,
     Config,
     DataConfig,
@@ -13,7 +12,6 @@ from lejepa_fast.train.config.settings import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
-    Positive,
     from_dict,
     load_json,
     loader_workers,

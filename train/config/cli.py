@@ -16,38 +16,34 @@ from lejepa_fast.train.runtime.command import parse_options
 C = TypeVar("C", bound=Config)
 
 
-def parse(argv: Sequence[str]) -> Config:
-    """Parse the command line of a training run.
+def parse(argv: Sequence[str] | None) -> Config:
+    """Parse the command line of a training run; None: that of this process.
 
     The base is `--config FILE.json`, else `--preset NAME`, else the preset `laptop` for the embedded images
     and `default` for other data. `--config` supplies the settings of a run, but not its folder and not the
-    checkpoint it resumed from.
-
-    Raises:
-        UsageError: an unknown option, or a value of the wrong type.
+    checkpoint it resumed from. UsageError for an unknown option or a value of the wrong type.
     """
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     scan.add_argument("--data", "--data.path", dest="data", default=EMBEDDED_DATA)
-    embedded = scan.parse_known_args(list(argv))[0].data == EMBEDDED_DATA
+    embedded = scan.parse_known_args(argv)[0].data == EMBEDDED_DATA
     what = "Pretrain an encoder with LeJEPA. The embedded images start from the preset laptop."
     return parse_as(Config, argv, preset="laptop" if embedded else "default", what=what)
 
 
-def parse_as(cls: type[C], argv: Sequence[str], *, preset: str, what: str) -> C:
+def parse_as(cls: type[C], argv: Sequence[str] | None, *, preset: str, what: str) -> C:
     """Parse a command line with the options of `cls`; `preset` is the base if it names none."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     first.add_argument("--config", type=Path)
-    known, rest = first.parse_known_args(list(argv))
+    known, rest = first.parse_known_args(argv)
     if known.preset is not None and known.config is not None:
         raise UsageError("--preset and --config both name a base configuration; give one of them")
+    name = known.preset or preset
+    if name not in PRESETS:
+        raise UsageError(f"--preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    base = PRESETS[name]
     if known.config is not None:
         base = dataclasses.replace(load_json(known.config), out=None, resume="auto")
-    else:
-        name = known.preset or preset
-        if name not in PRESETS:
-            raise UsageError(f"--preset: expected one of {', '.join(PRESETS)}, got {name!r}")
-        base = PRESETS[name]
     if not isinstance(base, cls):
         base = cls(**{field.name: getattr(base, field.name) for field in dataclasses.fields(Config)})
     description = (

@@ -24,16 +24,11 @@ SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def resolve_name(name: str) -> tuple[str, dict[str, Any]]:
-    """Return timm's name and extra arguments for a model name.
-
-    Raises:
-        UsageError: the name is unknown; the message suggests the nearest names.
-    """
+    """Return timm's name and extra arguments; UsageError, which suggests names, for one that is unknown."""
     import timm
 
     if name in SHORT_NAMES:
-        timm_name, extra = SHORT_NAMES[name]
-        return timm_name, dict(extra)
+        return SHORT_NAMES[name]
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, [*SHORT_NAMES, *timm.list_models()], n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models() for all names"

@@ -194,43 +194,36 @@ class Config:
 
 def resolve(cfg: C) -> C:
     """Fill in what depends on other fields, so that config.json records what ran."""
-    decay = cfg.optim.weight_decay
-    if isinstance(decay, str):
-        decay = default_weight_decay(cfg.model.name)
-    start = cfg.average.start
-    if isinstance(start, str):
-        start = 0.75 if cfg.average.kind == "swa" else 0.0
-    return dataclasses.replace(
-        cfg,
-        optim=dataclasses.replace(cfg.optim, weight_decay=decay),
-        average=dataclasses.replace(cfg.average, start=start),
-        out=cfg.out or Path("runs") / _run_name(cfg),
-    )
+    optim, average, out = cfg.optim, cfg.average, cfg.out
+    if optim.weight_decay == "auto":
+        optim = dataclasses.replace(optim, weight_decay=default_weight_decay(cfg.model.name))
+    if average.start == "auto":
+        average = dataclasses.replace(average, start=0.75 if average.kind == "swa" else 0.0)
+    if out is None:
+        path = cfg.data.path.split(":")[1] if cfg.data.path.startswith("torchvision:") else cfg.data.path
+        name = f"{Path(path).resolve().name}-{cfg.model.name}"
+        out = Path("runs") / re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.")
+    return dataclasses.replace(cfg, optim=optim, average=average, out=out)
 
 
 def validate(cfg: Config, world_size: int = 1) -> None:
-    """Check types, bounds, and what concerns several fields or the number of processes.
-
-    Raises:
-        UsageError: the message names the field, what is expected and the value.
-    """
+    """Raise UsageError for a bad type or bound, or what does not fit several fields or the processes."""
     _checked(type(cfg), to_dict(cfg), "")
     cfg.crops.validate()
     if cfg.loss.form == "convex" and cfg.loss.lambd > 1:
         raise UsageError(
             f"loss.lambd: expected a number from 0 to 1 with loss.form convex, got {cfg.loss.lambd}"
         )
-    if world_size % cfg.parallel.replicate:
+    groups, images = cfg.parallel.replicate, cfg.data.batch_size
+    if world_size % groups:
         raise UsageError(
-            f"parallel.replicate: {world_size} processes cannot be split evenly into "
-            f"{cfg.parallel.replicate} groups; use a divisor of their number"
+            f"parallel.replicate: {world_size} processes cannot be split evenly into {groups} groups; "
+            "use a divisor of their number"
         )
-    images = cfg.data.batch_size
     if images % world_size:
-        multiple = -(-images // world_size) * world_size
         raise UsageError(
-            f"data.batch_size: {images} images cannot be split evenly over {world_size} processes; "
-            f"use a multiple of {world_size}, for example --batch-size {multiple}"
+            f"data.batch_size: {images} images cannot be split evenly over {world_size} processes; use a "
+            f"multiple of {world_size}, for example --batch-size {-(-images // world_size) * world_size}"
         )
     if images // world_size < 2:
         raise UsageError(
@@ -242,12 +235,9 @@ def validate(cfg: Config, world_size: int = 1) -> None:
 
 def small_batch_warning(batch: int) -> str | None:
     """Return a warning if a global batch, the sum over ranks, is small for SIGReg, else None."""
-    if batch >= 256:
-        return None
-    return (
-        f"{batch} images over all GPUs are few for SIGReg, which compares them with a Gaussian; use "
-        "256 or more (linear accuracy of the paper's ViT-L: 72.2 % with 128, 74.15 % with 256)"
-    )
+    few = f"{batch} images over all GPUs are few for SIGReg, which compares them with a Gaussian"
+    figures = "linear accuracy of the paper's ViT-L: 72.2 % with 128, 74.15 % with 256"
+    return f"{few}; use 256 or more ({figures})" if batch < 256 else None
 
 
 def total_steps(cfg: Config, steps_per_epoch: int) -> int:
@@ -267,12 +257,7 @@ def loader_workers(cfg: Config, processes_here: int, on_gpu: bool) -> int:
 
 
 def write(cfg: Config, folder: Path) -> None:
-    """Write `folder/config.json`.
-
-    Raises:
-        RunError: the file cannot be written.
-    """
-    files.make_folder(folder)
+    """Write `folder/config.json`; RunError if it cannot be written."""
     text = json.dumps(to_dict(cfg), indent=2) + "\n"
     path = folder / "config.json"
     files.write_atomically(path, lambda file: file.write(text.encode()), way_out="choose another --out")
@@ -280,18 +265,13 @@ def write(cfg: Config, folder: Path) -> None:
 
 def to_dict(cfg: Config) -> dict[str, Any]:
     """Return plain dicts, lists and scalars: what JSON and `torch.load(weights_only=True)` accept."""
-
     import pydantic
 
     return pydantic.TypeAdapter(type(cfg)).dump_python(cfg, mode="json", warnings=False)
 
 
 def load_json(path: Path) -> Config:
-    """Read a config.json.
-
-    Raises:
-        UsageError: the file cannot be read, is not JSON, or has an unknown key or a bad value.
-    """
+    """Read a config.json; UsageError for an unreadable file, an unknown key or a bad value."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -302,11 +282,7 @@ def load_json(path: Path) -> Config:
 
 
 def from_dict(values: Any, where: str = "config") -> Config:
-    """Invert `to_dict`; missing keys keep their defaults. `where` begins an error message.
-
-    Raises:
-        UsageError: an unknown key, a wrong type, or a value out of bounds.
-    """
+    """Invert `to_dict`; missing keys keep their defaults. `where` begins the message of a UsageError."""
     return _checked(Config, values, f"{where}: ")
 
 
@@ -338,9 +314,3 @@ def _first_error(cls: type, error: pydantic.ValidationError) -> str:
     expected = " or ".join(dict.fromkeys(each["msg"] for other, each in found if other == name))
     expected = in_plain_words(expected.replace("Input should be ", ""))
     return f"{name or 'configuration'}: expected {expected}, got {first['input']!r}"
-
-
-def _run_name(cfg: Config) -> str:
-    source = cfg.data.path.split(":")[1] if cfg.data.path.startswith("torchvision:") else cfg.data.path
-    stem = Path(source).resolve().name if source != EMBEDDED_DATA else source
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", f"{stem}-{cfg.model.name}").strip("-.")

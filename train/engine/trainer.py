@@ -59,8 +59,7 @@ from lejepa_fast.train.parallel.parallelize import (
     make_mesh,
     parallelize,
 )
-from lejepa_fast.train.runtime.files import read_rows
-from lejepa_fast.train.runtime.lock import RunLock
+from lejepa_fast.train.runtime.files import RunLock, read_rows
 from lejepa_fast.train.runtime.signals import Interrupted, SignalWatch
 from lejepa_fast.train.runtime.world import (
     World,

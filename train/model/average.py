@@ -21,27 +21,20 @@ from lejepa_fast.train.config import AverageConfig
 
 
 class WeightAverage:
-    """The averaged model of a run, encoder and projector.
-
-    Attributes:
-        kind: "ema" or "swa".
-        count: steps averaged so far.
-    """
+    """The averaged model of a run, encoder and projector; `count` steps are in it so far."""
 
     def __init__(self, model: nn.Module, cfg: AverageConfig, total_steps: int):
-        """`cfg.start` is a number here (config.resolve)."""
-        assert cfg.kind != "none"
-        assert not isinstance(cfg.start, str)
+        assert not isinstance(cfg.start, str)  # see config.resolve
         self.kind = cfg.kind
         self.count = 0
         self._average = get_ema_multi_avg_fn(cfg.decay) if cfg.kind == "ema" else get_swa_multi_avg_fn()
         self._first = math.floor(cfg.start * total_steps) + 1
         self._model = model.state_dict(keep_vars=True)
         self._averaged = {name: tensor.detach().clone() for name, tensor in self._model.items()}
-        floats = [name for name, tensor in self._model.items() if tensor.is_floating_point()]
-        self._weights = [name for name in floats if isinstance(self._model[name], nn.Parameter)]
-        self._statistics = [name for name in floats if not isinstance(self._model[name], nn.Parameter)]
-        self._counts = sorted(self._model.keys() - set(floats))
+        self._weights = [name for name, tensor in self._model.items() if isinstance(tensor, nn.Parameter)]
+        others = self._model.keys() - set(self._weights)
+        self._counts = sorted(name for name in others if not self._model[name].is_floating_point())
+        self._statistics = sorted(others - set(self._counts))
 
     @torch.no_grad()
     def update(self, step: int, skipped: Tensor) -> None:
@@ -70,7 +63,7 @@ class WeightAverage:
         return {"kind": self.kind, "count": self.count}
 
     def restore(self, state: dict[str, int | str] | None) -> None:
-        """Continue from `state`; the caller then loads `tensors()`. Another kind of average starts anew."""
+        """Continue from `state`, if it is of the same kind; the caller then loads `tensors()`."""
         self.count = int(state["count"]) if state and state["kind"] == self.kind else 0
 
     @torch.no_grad()

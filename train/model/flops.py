@@ -1,9 +1,9 @@
 """Floating-point operations of a training step, counted on the meta device.
 
 PyTorch's flop counter runs over encoder, projector and loss: shapes only, no arithmetic and no memory. It
-counts matrix products and convolutions, forward and backward, as two operations per multiply-add. Operations
-that an implementation repeats (activation checkpointing, the backward pass of fused attention and of SIGReg)
-do not count, so they do not raise the "model flops utilisation".
+counts matrix products and convolutions, forward and backward, as two operations per multiply-add. What an
+implementation repeats (activation checkpointing, the backward pass of fused attention and of SIGReg) does not
+count, so it does not raise the "model flops utilisation".
 """
 
 from __future__ import annotations
@@ -27,44 +27,34 @@ _IMAGES = 2  # to count on; BatchNorm refuses one. All operations are proportion
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of one image, forward and backward.
-
-    Attributes:
-        global_view, local_view: one view through the encoder.
-        projector, loss: all views of the image.
-        global_crops, local_crops: views per image.
-    """
+    """Operations of one image, forward and backward."""
 
     global_view: float
+    """One view through the encoder, as `local_view`."""
     local_view: float
     projector: float
+    """All views of the image, as `loss`."""
     loss: float
-    global_crops: int
-    local_crops: int
-
-    @property
-    def per_image(self) -> float:
-        """One image with all its views."""
-        views = self.global_crops * self.global_view + self.local_crops * self.local_view
-        return views + self.projector + self.loss
+    per_image: float
+    """The whole step."""
 
 
 def count_flops(cfg: Config, model: LeJEPAModel | None = None) -> Flops:
     """Count the operations of a configuration; `model`, on the meta device, saves building one."""
     model = model or build_model(cfg, meta=True)
     crops = cfg.crops
-
-    def image(size: int) -> Tensor:
-        return torch.empty(_IMAGES, 3, size, size, device="meta")
-
-    features, of_global = _counted(model.encoder, image(crops.global_size))
-    of_local = _counted(model.encoder, image(crops.local_size))[1] if crops.local_crops else 0.0
+    large, small = (
+        torch.empty(_IMAGES, 3, s, s, device="meta") for s in (crops.global_size, crops.local_size)
+    )
+    features, of_global = _counted(model.encoder, large)
+    of_local = _counted(model.encoder, small)[1] if crops.local_crops else 0.0
     rows = torch.empty(crops.num_views * _IMAGES, features.shape[-1], device="meta", requires_grad=True)
     embeddings, of_projector = _counted(model.projector, rows)
     z = torch.empty(crops.num_views, _IMAGES, embeddings.shape[-1], device="meta", requires_grad=True)
     loss = LeJEPALoss(sigreg=SIGReg(num_slices=cfg.loss.num_slices, impl="torch", sync=False)).to("meta")
     _, of_loss = _counted(lambda z: loss(z[: crops.global_crops], z).total, z)
-    return Flops(of_global, of_local, of_projector, of_loss, crops.global_crops, crops.local_crops)
+    views = crops.global_crops * of_global + crops.local_crops * of_local
+    return Flops(of_global, of_local, of_projector, of_loss, views + of_projector + of_loss)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -90,10 +80,6 @@ def _projections(x_shape: Any, A_shape: Any, *rest: Any, **options: Any) -> int:
     return 2 * V * N * K * A_shape[1]
 
 
-def _projections_backward(grad_shape: Any, x_shape: Any, A_shape: Any, *rest: Any, **options: Any) -> int:
-    return _projections(x_shape, A_shape)
-
-
 def _convolution_backward(grad_shape: Any, x_shape: Any, w_shape: Any, *rest: Any, **options: Any) -> int:
     """Count grouped convolutions right: PyTorch's formula counts the weight gradient of a depthwise layer as
     that of a full one."""
@@ -106,5 +92,5 @@ def _convolution_backward(grad_shape: Any, x_shape: Any, w_shape: Any, *rest: An
 _OURS = {
     torch.ops.aten.convolution_backward: _convolution_backward,
     torch.ops.lejepa_fast.ecf_sums: _projections,
-    torch.ops.lejepa_fast.ecf_sums_backward: _projections_backward,
+    torch.ops.lejepa_fast.ecf_sums_backward: lambda grad, x, A, *rest, **options: _projections(x, A),
 }

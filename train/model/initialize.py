@@ -21,11 +21,11 @@ from lejepa_fast.train.model.model import LeJEPAModel, build_model
 from lejepa_fast.train.runtime.world import World, on_main
 
 
+@torch.no_grad()
 def initialize(model: LeJEPAModel, cfg: Config, device: torch.device) -> None:
     """Move `model` to `device`; a model on the meta device gets the weights of `cfg.seed`. All ranks call it.
 
-    Raises:
-        UsageError: modules of a model on the meta device share a parameter, which sharding would separate.
+    UsageError if modules of a model on the meta device share a parameter, which sharding would separate.
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
         model.to(device).to(memory_format=memory_format(cfg))
@@ -35,11 +35,22 @@ def initialize(model: LeJEPAModel, cfg: Config, device: torch.device) -> None:
             f"model.name: modules of {cfg.model.name} share a parameter, which sharding would separate; "
             "use --parallel.strategy ddp"
         )
-    allocate(model, device)
-    grouped = dist.is_initialized()
-    rank, size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
-    world = World(device, rank=rank, size=size)
-    copy_from_main(model, on_main(world, lambda: build_model(cfg)), world)
+    model.to_empty(device=device)
+    group = {"rank": dist.get_rank(), "size": dist.get_world_size()} if dist.is_initialized() else {}
+    world = World(device, **group)
+    reference = on_main(world, lambda: build_model(cfg))
+    sources = dict(named_tensors(reference)) if reference is not None else {}
+    for name, target in named_tensors(model):
+        whole = torch.empty(target.shape, dtype=target.dtype, device=device)
+        if sources:
+            whole.copy_(sources[name])
+        if isinstance(target, DTensor):
+            shards = distribute_tensor(whole, target.device_mesh, target.placements)
+            target.to_local().copy_(shards.to_local())
+            continue
+        if world.distributed:
+            dist.broadcast(whole, src=0)
+        target.copy_(whole)
 
 
 def memory_format(cfg: Config) -> torch.memory_format:
@@ -52,38 +63,9 @@ def memory_format(cfg: Config) -> torch.memory_format:
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters, buffers (non-persistent ones too) and tensors that modules hold as attributes.
-
-    A tensor that modules share appears under each of its names.
-    """
+    """Yield parameters and all buffers; one that modules share appears under each of its names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
-    for prefix, module in model.named_modules():
-        for name, tensor in _plain_tensors(module):
-            yield f"{prefix}.{name}", tensor
-
-
-def _plain_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, value) for name, value in vars(module).items() if isinstance(value, Tensor)]
-
-
-@torch.no_grad()
-def copy_from_main(model: nn.Module, reference: nn.Module | None, world: World) -> None:
-    """Copy every tensor of `reference`, which is on rank 0's CPU (elsewhere None), to all ranks' `model`."""
-    sources = dict(named_tensors(reference)) if reference is not None else {}
-    for name, target in named_tensors(model):
-        if reference is None:
-            whole = torch.empty(target.shape, dtype=target.dtype, device=world.device)
-        else:
-            whole = sources[name].detach().to(world.device)
-        if isinstance(target, DTensor):
-            shards = distribute_tensor(whole, target.device_mesh, target.placements)
-            target.to_local().copy_(shards.to_local())
-            continue
-        if world.distributed:
-            whole = whole.contiguous()
-            dist.broadcast(whole, src=0)
-        target.copy_(whole)
 
 
 @torch.no_grad()
@@ -96,9 +78,7 @@ def whole_model(
     """
 
     def without_values() -> LeJEPAModel:
-        copy = build_model(cfg, meta=True)
-        allocate(copy, world.device)
-        return copy
+        return build_model(cfg, meta=True).to_empty(device=world.device)
 
     whole = on_main(world, without_values)
     targets = dict(named_tensors(whole)) if whole is not None else {}
@@ -108,12 +88,3 @@ def whole_model(
         if whole is not None:
             targets[name].copy_(gathered)
     return whole
-
-
-def allocate(model: nn.Module, device: torch.device) -> None:
-    """Allocate uninitialised memory for every tensor of a model on the meta device."""
-    model.to_empty(device=device)
-    for module in model.modules():
-        for name, tensor in _plain_tensors(module):
-            if tensor.is_meta:
-                setattr(module, name, torch.empty_like(tensor, device=device))

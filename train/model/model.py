@@ -47,13 +47,11 @@ def build_encoder(
 
     `img_size` is that of the position embeddings, for models that have them; transformers that can,
     interpolate them for other sizes. `extra` goes to `timm.create_model`. The encoder's attribute
-    `encoder_args` holds the keyword arguments with which `timm.create_model` builds it again.
-
-    Raises:
-        UsageError: an unknown model, or one that does not take these options.
+    `encoder_args` holds the keyword arguments with which `timm.create_model` builds it again. UsageError for
+    an unknown model, or one that does not take these options.
     """
-    timm_name, kwargs = resolve_name(name)
-    kwargs |= {**(extra or {}), "num_classes": 0}
+    timm_name, usual = resolve_name(name)
+    kwargs: dict[str, Any] = {**usual, **(extra or {}), "num_classes": 0}
     if drop_path:
         kwargs["drop_path_rate"] = drop_path
     if register_tokens:
@@ -66,15 +64,13 @@ def build_encoder(
     for arguments in variants:
         try:
             encoder = timm.create_model(timm_name, **arguments)
+            encoder.encoder_args = {"model_name": timm_name, **arguments}  # type: ignore[assignment]
+            return encoder
         except TypeError as error:  # "... got an unexpected keyword argument ..."
             refusal = error
-            continue
         except (AssertionError, RuntimeError, ValueError) as error:
-            raise UsageError(
-                f"model {name}: cannot be built with {arguments}: {first_line(error)}"
-            ) from error
-        encoder.encoder_args = {"model_name": timm_name, **arguments}  # type: ignore[assignment]
-        return encoder
+            problem = f"cannot be built with {arguments}: {first_line(error)}"
+            raise UsageError(f"model {name}: {problem}") from error
     raise UsageError(
         f"model {name}: does not take these options ({first_line(refusal)}); "
         "leave out --model.drop-path, --model.register-tokens or --model.kwargs"
@@ -141,11 +137,8 @@ class LeJEPAModel(nn.Module):
 def build_model(cfg: Config, *, meta: bool = False) -> LeJEPAModel:
     """Build the model of a run on the CPU; its weights depend on `cfg.seed` alone.
 
-    With `meta` it is on the meta device, without memory and weights, for `parallelize`. The caller's random
-    state does not change.
-
-    Raises:
-        UsageError: an unknown model, options that it does not have, or crop sizes that it cannot take.
+    With `meta` it is on the meta device, without memory and weights, for `parallelize`. UsageError for an
+    unknown model, options that it does not have, or crop sizes that it cannot take.
     """
     if not meta:
         return _build_model(cfg)
@@ -158,9 +151,10 @@ def build_model(cfg: Config, *, meta: bool = False) -> LeJEPAModel:
 
 def _build_model(cfg: Config) -> LeJEPAModel:
     options = cfg.model
-    generator_state = torch.get_rng_state()
-    torch.default_generator.manual_seed(cfg.seed)  # this one only: torch.manual_seed would touch the GPUs'
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(
+            cfg.seed
+        )  # alone: torch.manual_seed would touch the GPUs' as well
         encoder = build_encoder(
             options.name,
             img_size=options.img_size or cfg.crops.global_size,
@@ -176,8 +170,6 @@ def _build_model(cfg: Config) -> LeJEPAModel:
             options.projector_dim,
             options.projector_norm,
         )
-    finally:
-        torch.set_rng_state(generator_state)
     return LeJEPAModel(encoder, projector, num_global=cfg.crops.global_crops)
 
 
@@ -188,50 +180,37 @@ def _check_sizes(encoder: nn.Module, cfg: Config) -> int:
         sizes["crops.local_size"] = cfg.crops.local_size
     if cfg.eval.image_size:
         sizes["eval.image_size"] = cfg.eval.image_size
-    features = 0
+    tensors = [*encoder.named_parameters(), *encoder.named_buffers()]
+    on_meta = {name: tensor.to("meta") for name, tensor in tensors}
+    encoder.eval()
     for field, size in sizes.items():
         try:
-            shape = _output_shape(encoder, size)
+            with torch.no_grad():
+                try:
+                    image = torch.empty(1, 3, size, size, device="meta")
+                    shape = torch.func.functional_call(encoder, on_meta, (image,)).shape
+                except (AssertionError, RuntimeError, ValueError, NotImplementedError):
+                    # A wrong size, or a layer that the meta device lacks: the real forward tells which.
+                    shape = encoder(torch.zeros(1, 3, size, size)).shape
         except (AssertionError, RuntimeError, ValueError) as error:
-            option = field.replace("_", "-")
-            raise UsageError(
-                f"{field}: model {cfg.model.name} cannot take {size} x {size} pixels "
-                f"({first_line(error)}); {_size_hint(encoder, option, size, cfg.crops.global_size)}"
-            ) from error
+            hint = _size_hint(encoder, field.replace("_", "-"), size, cfg.crops.global_size)
+            problem = f"cannot take {size} x {size} pixels ({first_line(error)}); {hint}"
+            raise UsageError(f"{field}: model {cfg.model.name} {problem}") from error
         if len(shape) != 2:
             raise UsageError(
                 f"model.name: {cfg.model.name} returns {tuple(shape)} for one image and not pooled features "
                 "(1, D); choose a model with a pooling head"
             )
-        features = shape[1]
-    return features
-
-
-def _output_shape(encoder: nn.Module, size: int) -> torch.Size:
-    """Shape of the output for one image, on the meta device where all layers support it."""
-    training = encoder.training
-    encoder.eval()
-    try:
-        state = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
-        on_meta = {name: tensor.to("meta") for name, tensor in state.items()}
-        with torch.no_grad():
-            try:
-                image = torch.empty(1, 3, size, size, device="meta")
-                return torch.func.functional_call(encoder, on_meta, (image,)).shape
-            except (AssertionError, RuntimeError, ValueError, NotImplementedError):
-                # A wrong size, or a model with tensors outside its state: the real forward tells which.
-                return encoder(torch.zeros(1, 3, size, size)).shape
-    finally:
-        encoder.train(training)
+    encoder.train()
+    return shape[1]
 
 
 def _size_hint(encoder: nn.Module, option: str, size: int, global_size: int) -> str:
-    patch_embed = getattr(encoder, "patch_embed", None)
-    patch = getattr(patch_embed, "patch_size", None)
+    patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", None)
     step = patch[0] if isinstance(patch, (tuple, list)) else patch
     if isinstance(step, int) and size % step:
-        lower = max(step, size // step * step)
-        return f"use a multiple of its patch size {step}, for example --{option} {lower}"
+        fits = max(step, size // step * step)
+        return f"use a multiple of its patch size {step}, for example --{option} {fits}"
     if option != "crops.global-size":
         return f"it works at one size only: use --{option} {global_size}"
     return f"use another --{option}"

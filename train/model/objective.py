@@ -10,11 +10,7 @@ from lejepa_fast.train.config import Config
 
 
 def build_loss(cfg: Config, device: torch.device) -> LeJEPALoss:
-    """Build the loss on `device`.
-
-    Raises:
-        UsageError: a value that the loss refuses, or an implementation that cannot run on this device.
-    """
+    """Build the loss on `device`; UsageError for a value that it refuses, or if it cannot run there."""
     options = cfg.loss
     try:
         sigreg = SIGReg(

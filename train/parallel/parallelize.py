@@ -1,8 +1,8 @@
 """From a model on the meta device to one that trains.
 
-`parallelize` works in torchtitan's order (https://github.com/pytorch/torchtitan): activation checkpointing of
-each block, `torch.compile` of each block, FSDP2's `fully_shard` of each block, then memory and weights
-(`initialize.py`), so that no process holds more than its share of a model.
+`parallelize` works in torchtitan's order (https://github.com/pytorch/torchtitan): activation checkpointing,
+`torch.compile` and FSDP2's `fully_shard` of each block, then memory and weights (`initialize.py`), so that no
+process holds more than its share of a model.
 
 Recomputation and compilation replace a block's `forward` and wrap no module: the state dict has the same
 names under every setting. The loss already accounts for the averaging of gradients over ranks, so nothing
@@ -26,17 +26,12 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint as recomputation
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config import Config, ParallelConfig
@@ -64,16 +59,11 @@ _BUFFER_OPTION = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTION
 def choose_strategy(options: ParallelConfig, parameters: int, *, ranks: int | None) -> Strategy:
     """Resolve `parallel.strategy` for a model of this size; `ranks` is None without a process group.
 
-    Raises:
-        UsageError: the strategy needs another number of processes, or an option another strategy.
+    UsageError if the strategy needs another number of processes, or an option another strategy.
     """
-    if options.strategy != "auto":
-        chosen: Strategy = options.strategy
-    elif ranks is None:
-        chosen = "none"
-    else:
-        sharded = options.replicate > 1 or parameters >= FSDP_FROM_PARAMETERS
-        chosen = "fsdp" if sharded else "ddp"
+    sharded = options.replicate > 1 or parameters >= FSDP_FROM_PARAMETERS
+    auto: Strategy = "none" if ranks is None else "fsdp" if sharded else "ddp"
+    chosen = auto if options.strategy == "auto" else options.strategy
     if chosen == "none" and ranks is not None and ranks > 1:
         raise UsageError(f"parallel.strategy: none trains {ranks} separate models; use ddp, fsdp or auto")
     if chosen != "none" and ranks is None:
@@ -96,9 +86,8 @@ def make_mesh(options: ParallelConfig, device_type: str) -> DeviceMesh | None:
     if not dist.is_initialized():
         return None
     size, groups = dist.get_world_size(), options.replicate
-    if groups == 1:
-        return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
-    return init_device_mesh(device_type, (groups, size // groups), mesh_dim_names=("replicate", "shard"))
+    shape, names = ((groups, size // groups), ("replicate", "shard")) if groups > 1 else ((size,), ("shard",))
+    return init_device_mesh(device_type, shape, mesh_dim_names=names)
 
 
 def parallelize(
@@ -107,19 +96,17 @@ def parallelize(
     """Make a model ready to train on `device`, in place.
 
     A model on the meta device gets memory and the weights of `cfg.seed`, the same for every number of ranks;
-    with `weights=False`, enough to plan with, it stays there. `mesh` is that of `make_mesh`.
-
-    Returns:
-        The module to call in the training step: `model` itself, or a DDP wrapper over it.
+    with `weights=False`, enough to plan with, it stays there. `mesh` is that of `make_mesh`. Returns the
+    module to call in the training step: `model` itself, or a DDP wrapper over it.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     strategy = choose_strategy(cfg.parallel, parameters, ranks=mesh.size() if mesh is not None else None)
     if mesh is not None:
         model = _with_global_batchnorm(model, device, mesh.size())
     blocks = list(find_blocks(model.encoder).values())
-    compiled = compilable(blocks) if compiles(cfg, device) else []
-    recompute(blocks, cfg.parallel.activation_checkpointing, compiled)
-    if compiles(cfg, device):
+    compiling = compiles(cfg, device)
+    recompute(blocks, cfg.parallel.activation_checkpointing, compilable(blocks) if compiling else [])
+    if compiling:
         compile_blocks(blocks, device)
     if strategy == "fsdp":
         assert mesh is not None
@@ -146,10 +133,7 @@ _ATTENTION = {
 
 
 def recompute(blocks: list[nn.Module], mode: str, compiled: list[nn.Module]) -> None:
-    """Recompute the activations of each block in the backward pass, all ("full") or the cheap ones.
-
-    `compiled` are the blocks that `compile_blocks` compiles afterwards.
-    """
+    """Recompute each block's activations in the backward pass: all of them ("full") or the cheap ones."""
     if mode == "none":
         return
     # Dynamo warns that in-place operators break selective checkpointing; they are switched off below.
@@ -162,11 +146,11 @@ def recompute(blocks: list[nn.Module], mode: str, compiled: list[nn.Module]) -> 
                 if getattr(module, "inplace", False):
                     module.inplace = False  # type: ignore[assignment]
         norms = [module for module in block.modules() if _is_batchnorm(module)]
-        # A compiled block updates its running statistics in its forward graph, which runs once.
+        # A block that will be compiled updates its running statistics in its forward graph, which runs once.
         if norms and block not in compiled:
-            contexts = options.get("context_fn", noop_context_fn)
+            contexts = options.get("context_fn", recomputation.noop_context_fn)
             options["context_fn"] = functools.partial(_with_frozen_statistics, norms, contexts)
-        block.forward = functools.partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
+        block.forward = functools.partial(recomputation.checkpoint, block.forward, **options)  # type: ignore[method-assign]
 
 
 def _with_frozen_statistics(norms: list[nn.Module], contexts: Any) -> tuple[Any, Any]:
@@ -193,14 +177,14 @@ def _selective_contexts() -> tuple[Any, Any]:
     """Keep attention and every second matrix product or convolution: most of the time, half the memory."""
     counts = {False: 0, True: 0}  # in the forward pass, in the recomputation
 
-    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> recomputation.CheckpointPolicy:
         if op in _PRODUCTS:
             counts[context.is_recompute] += 1
         if op in _ATTENTION or (op in _PRODUCTS and counts[context.is_recompute] % 2):
-            return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
+            return recomputation.CheckpointPolicy.MUST_SAVE
+        return recomputation.CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    return recomputation.create_selective_checkpoint_contexts(policy)
 
 
 # ---- compilation -----------------------------------------------------------------------------------------
@@ -224,11 +208,8 @@ def compile_blocks(blocks: list[nn.Module], device: torch.device) -> None:
     config.optimize_ddp = False  # it would cut graphs at DDP's buckets, which are larger than a block
     found = compilable(blocks)
     if skipped := len(blocks) - len(found):
-        log.info(
-            "%d of %d blocks are not compiled: PyTorch cannot compile SyncBatchNorm (pytorch/pytorch#161302)",
-            skipped,
-            len(blocks),
-        )
+        reason = "PyTorch cannot compile SyncBatchNorm (pytorch/pytorch#161302)"
+        log.info("%d of %d blocks are not compiled: %s", skipped, len(blocks), reason)
     for block in found:
         share_drop_path(block, device)
         compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=COMPILE_BACKEND)
@@ -258,9 +239,8 @@ def shard(
 ) -> None:
     """Apply FSDP2 to each block, to the projector, and to the rest of the model.
 
-    Parameters, moments and the reduction of gradients are float32. Blocks are gathered in `dtype` (None:
-    float32) for forward and backward of each size of crops, with `keep` once per step.
-    Gradients are reduced once per step in any case, as autograd hands them over summed over all crops.
+    Parameters, moments and the reduction of gradients, once per step, are float32. Blocks are gathered in
+    `dtype` (None: float32) for forward and backward of each size of crops, with `keep` once per step.
     """
     # The embeddings are views of one tensor, and nothing changes them in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
@@ -284,21 +264,22 @@ def shard(
 
 def _keep_until_the_first_call(model: LeJEPAModel, blocks: list[nn.Module]) -> None:
     """Free the gathered blocks in the backward pass of the encoder's first call only, which comes last."""
-    calls = itertools.count()
+    first = True
 
     def begin(module: nn.Module, args: Any) -> None:
-        nonlocal calls
-        calls = itertools.count()
+        nonlocal first
+        first = True
 
     def called(module: nn.Module, args: Any, features: Tensor) -> None:
-        first = next(calls) == 0
+        nonlocal first
         if features.requires_grad:
-            features.register_hook(lambda grad: backward_begins(first))
+            features.register_hook(functools.partial(backward_begins, first))
+        first = False
 
-    def backward_begins(first: bool) -> None:
+    def backward_begins(free: bool, grad: Tensor) -> None:
         for block in blocks:
             assert isinstance(block, FSDPModule)
-            block.set_reshard_after_backward(first, recurse=False)
+            block.set_reshard_after_backward(free, recurse=False)
 
     model.register_forward_pre_hook(begin)
     model.encoder.register_forward_hook(called)

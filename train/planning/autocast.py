@@ -30,21 +30,17 @@ _OFF = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 @contextlib.contextmanager
 def autocast_as_on_gpus() -> Iterator[None]:
     """In this context `torch.autocast("cpu")` has the rules of `torch.autocast("cuda")`."""
-    rules = torch.library.Library("aten", "IMPL")
+    rules, has_rule = torch.library.Library("aten", "IMPL"), torch._C._dispatch_has_kernel_for_dispatch_key
     try:
         for kernel, names in ((_cast_inputs, _INPUTS_IN_FLOAT32), (_set_dtype, _RESULT_IN_FLOAT32)):
             for name in names.split():
-                if _has_rule(name, "AutocastCUDA") and not _has_rule(name, "AutocastCPU"):
+                if has_rule(f"aten::{name}", "AutocastCUDA") and not has_rule(f"aten::{name}", "AutocastCPU"):
                     packet, _, overload = name.partition(".")
                     op = getattr(getattr(torch.ops.aten, packet), overload or "default")
                     rules.impl(name, functools.partial(kernel, op), "AutocastCPU")
         yield
     finally:
         rules._destroy()
-
-
-def _has_rule(name: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
 
 
 def _cast_inputs(op: Any, *args: Any, **kwargs: Any) -> Any:
@@ -55,15 +51,12 @@ def _cast_inputs(op: Any, *args: Any, **kwargs: Any) -> Any:
 def _set_dtype(op: Any, *args: Any, **kwargs: Any) -> Any:
     place = [argument.name for argument in op._schema.arguments].index("dtype")  # by position or by name
     given = args[place] if len(args) > place else kwargs.get("dtype")
-    if given is None and _is_low(args[0]):
+    if given is None and args[0].dtype in (torch.bfloat16, torch.float16):
         args, kwargs = args[:place], {**kwargs, "dtype": torch.float32}
     with torch._C._ExcludeDispatchKeyGuard(_OFF):
         return op(*args, **kwargs)
 
 
-def _is_low(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-
-
 def _float32(value: Any) -> Any:
-    return value.float() if _is_low(value) else value
+    is_low = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if is_low else value

@@ -33,8 +33,7 @@ class Row:
 
     @property
     def step_seconds(self) -> float:
-        """FSDP2 and DDP send while they compute, so the longer of the two counts."""
-        return max(self.compute_seconds, self.network_seconds)
+        return max(self.compute_seconds, self.network_seconds)  # FSDP2 and DDP send while they compute
 
 
 class Plan:
@@ -55,15 +54,11 @@ class Plan:
         ranks = None if alone else options.gpus
         self.strategy = choose_strategy(options.parallel, self.parameters, ranks=ranks)
         self.flops = count_flops(options, model)
-        self.cfg = dataclasses.replace(
-            options,
-            parallel=dataclasses.replace(options.parallel, strategy=self.strategy),
-            precision="bf16" if options.precision == "auto" else options.precision,
-            device="cpu",
-        )
-        self.memory = plan_memory(
-            self.cfg, shards=self.layout(options.gpus)[0], images=self.batch // options.gpus
-        )
+        parallel = dataclasses.replace(options.parallel, strategy=self.strategy)
+        precision = "bf16" if options.precision == "auto" else options.precision
+        self.cfg = dataclasses.replace(options, parallel=parallel, precision=precision, device="cpu")
+        shards, _ = self.layout(options.gpus)
+        self.memory = plan_memory(self.cfg, shards=shards, images=self.batch // options.gpus)
 
     def layout(self, gpus: int) -> tuple[int, int]:
         """Return the shards of one copy of the model, and the copies."""
@@ -71,7 +66,7 @@ class Plan:
         return (gpus // copies, copies) if self.strategy == "fsdp" else (1, gpus)
 
     def row(self, gpus: int) -> Row:
-        """Return the estimate of the same global batch on this many GPUs, which must divide it."""
+        """Return the estimate for the same global batch on this many GPUs, which must divide it."""
         (shards, copies), images = self.layout(gpus), self.batch // gpus
         peak = self.memory.peak(shards, images)
         within, between = self.memory.traced.traffic.sent(shards, copies)
@@ -105,7 +100,6 @@ class Plan:
         return (gpus for gpus in range(groups, most + 1, groups) if self.batch % gpus == 0)
 
     def smallest(self) -> Row | None:
-        """Return the smallest number of GPUs that fits."""
         return next((row for row in map(self.row, self.possible()) if row.fits), None)
 
     def report(self) -> str:

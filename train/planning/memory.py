@@ -37,7 +37,7 @@ from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config import Config, resolve
 from lejepa_fast.train.engine.optimization import build_optimizer
 from lejepa_fast.train.model.average import WeightAverage
-from lejepa_fast.train.model.initialize import allocate, named_tensors
+from lejepa_fast.train.model.initialize import named_tensors
 from lejepa_fast.train.model.model import build_model
 from lejepa_fast.train.model.objective import build_loss
 from lejepa_fast.train.parallel.parallelize import compute_dtype, make_mesh, parallelize
@@ -49,19 +49,16 @@ _c10d = torch.ops.c10d
 
 @dataclass
 class Traffic:
-    """Bytes of whole tensors that the collectives of one step handle.
-
-    Attributes:
-        gathered, scattered: over the ranks that share one copy of the model.
-        summed: over the copies (HSDP, DDP), where a rank holds one shard of the tensor.
-    """
+    """Bytes of whole tensors that the collectives of one step handle."""
 
     gathered: int = 0
+    """Over the ranks that share one copy of the model, as `scattered`."""
     scattered: int = 0
     summed: int = 0
+    """Over the copies (HSDP, DDP), where a rank holds one shard of the tensor."""
 
     def sent(self, shards: int, copies: int) -> tuple[float, float]:
-        """Return the bytes that one rank sends per step within its group, and between groups, in rings."""
+        """Return the bytes that one rank sends per step in rings, within its group and between groups."""
         within = (self.gathered + self.scattered) * (shards - 1) / shards
         return within, 2 * self.summed / shards * (copies - 1) / copies
 
@@ -78,7 +75,6 @@ class Trace:
 
     @property
     def peak(self) -> int:
-        """Most bytes alive."""
         return int(self.alive.max())
 
 
@@ -91,7 +87,6 @@ class MemoryPlan:
     """(3, operators): c, s and a of the module's docstring."""
 
     def peak(self, shards: int, images: int) -> int:
-        """Return the most bytes alive."""
         c, s, a = self.coefficients
         return int((c + s / shards + a * images).max())
 
@@ -105,8 +100,7 @@ def plan_memory(cfg: Config, *, shards: int, images: int) -> MemoryPlan:
     s = np.zeros_like(a)
     if sharded:
         other = 2 if shards > 2 else 8
-        elsewhere = trace_step(cfg, shards=other, images=images).alive
-        s = (elsewhere - base.alive) / (1 / other - 1 / shards)
+        s = (trace_step(cfg, shards=other, images=images).alive - base.alive) / (1 / other - 1 / shards)
     c = base.alive - s / shards - a * images
     return MemoryPlan(base, np.stack([c, s, a]))
 
@@ -117,15 +111,13 @@ def trace_step(cfg: Config, *, shards: int, images: int) -> Trace:
     `parallel.strategy` is not `auto` here. `shards` ranks share one copy of the model, 1 under `ddp` and
     `none`; `images` are those of one rank.
     """
-    strategy = cfg.parallel.strategy
-    assert strategy == "fsdp" or (shards == 1 and strategy != "auto")
     loss = dataclasses.replace(cfg.loss, impl="torch")
     cfg = resolve(dataclasses.replace(cfg, compile="off", loss=loss))
-    with _fake_processes(shards * cfg.parallel.replicate if strategy == "fsdp" else 0):
+    with _fake_processes(shards * cfg.parallel.replicate if cfg.parallel.strategy == "fsdp" else 0):
         step = PlannedStep(cfg, images, fake=True)
         with step.context:
             step.run()  # creates the optimiser's state, and caches shapes that DTensor infers
-            with _Counter(shards) as counter:
+            with _Counter(shards) as counter, _resizes_go_to(counter):
                 counter.add(*step.state(), *step.buckets, *step.views)
                 state = sum(map(_local_bytes, step.state()))
                 step.run()
@@ -150,28 +142,20 @@ class PlannedStep:
         self.called = parallelize(self.model, cfg, mesh, CPU, weights=not fake)
         with self.context:
             if fake:
-                allocate(self.model, CPU)
+                self.model.to_empty(device=CPU)
                 for module in self.loss_fn.modules():
                     for name, value in module.named_buffers(recurse=False):
                         setattr(module, name, fake_mode.from_tensor(value))
-            if imitated:
-                self._make_buckets()
+            if imitated:  # DDP's reducer copies a finished gradient into a bucket, and makes it a view of it
+                for parameter in self.model.parameters():
+                    self.buckets.append(torch.empty_like(parameter, requires_grad=False))
+                    hook = functools.partial(_into_bucket, self.buckets[-1])
+                    parameter.register_post_accumulate_grad_hook(hook)
             self.views = [torch.zeros(images, 3, size, size) for size in cfg.crops.view_sizes()]
             self.optimizer = build_optimizer(self.model, cfg.optim, CPU)
             self.skipped = torch.zeros(())
             averages = cfg.average.kind != "none"
             self.average = WeightAverage(self.model, cfg.average, total_steps=1) if averages else None
-
-    def _make_buckets(self) -> None:
-        """As DDP's reducer: a finished gradient is copied into a bucket and becomes a view of it."""
-
-        def into(bucket: Tensor, parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            parameter.grad = bucket.copy_(parameter.grad)
-
-        for parameter in self.model.parameters():
-            self.buckets.append(torch.empty_like(parameter, requires_grad=False))
-            parameter.register_post_accumulate_grad_hook(functools.partial(into, self.buckets[-1]))
 
     def state(self) -> list[Tensor]:
         """Return parameters, buffers, moments and averaged weights."""
@@ -184,13 +168,16 @@ class PlannedStep:
         with autocast_as_on_gpus():  # the backward pass may recompute activations
             with torch.autocast("cpu", dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
                 global_z, all_z = self.called(self.views)
-            out = self.loss_fn(global_z, all_z)
-            out.total.backward()
+            self.loss_fn(global_z, all_z).total.backward()
         get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(1, self.skipped)
+
+
+def _into_bucket(bucket: Tensor, parameter: Any) -> None:
+    parameter.grad = bucket.copy_(parameter.grad)
 
 
 class _Counter(TorchDispatchMode):
@@ -207,9 +194,9 @@ class _Counter(TorchDispatchMode):
     def add(self, *tensors: Tensor) -> None:
         """Count storages from now on, until they are freed."""
         for tensor in tensors:
-            self._resized(_local(tensor).untyped_storage())
+            self.resized(_local(tensor).untyped_storage())
 
-    def _resized(self, storage: torch.UntypedStorage) -> None:
+    def resized(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)
         if key not in self._sizes:
             self._sizes[key] = 0
@@ -219,21 +206,6 @@ class _Counter(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         self._now -= self._sizes.pop(key)
-
-    def __enter__(self) -> _Counter:
-        resize = torch.UntypedStorage.resize_
-
-        def counted(storage: torch.UntypedStorage, size: int) -> Any:  # FSDP2 frees and allocates by it
-            resize(storage, size)
-            self._resized(storage)
-
-        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", counted)
-        self._patch.start()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._patch.stop()
-        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -246,6 +218,17 @@ class _Counter(TorchDispatchMode):
         tree_map_only(Tensor, self.add, result)
         self.alive.append(self._now)
         return result
+
+
+def _resizes_go_to(counter: _Counter) -> Any:
+    """Count `UntypedStorage.resize_`, by which FSDP2 frees and allocates, in a context."""
+    resize = torch.UntypedStorage.resize_
+
+    def counted(storage: torch.UntypedStorage, size: int) -> None:
+        resize(storage, size)
+        counter.resized(storage)
+
+    return mock.patch.object(torch.UntypedStorage, "resize_", counted)
 
 
 def _local(tensor: Tensor) -> Tensor:

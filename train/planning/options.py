@@ -7,7 +7,7 @@ from typing import Annotated
 
 from annotated_types import Gt, Lt
 
-from lejepa_fast.train.config import AtLeast1, Config, Positive
+from lejepa_fast.train.config.settings import AtLeast1, Config, Positive
 
 OpenShare = Annotated[float, Gt(0), Lt(1)]
 

@@ -20,7 +20,7 @@ from lejepa_fast.train.runtime.world import World
 
 @contextmanager
 def settings_that_help(cfg: Config, world: World, strategy: Strategy, images: int) -> Iterator[None]:
-    """Raise RunError with `describe` if an allocation inside fails; the arguments are those of `describe`."""
+    """Raise RunError with `describe`, which gets the arguments, if an allocation inside fails."""
     try:
         yield
     except RuntimeError as error:
@@ -32,11 +32,7 @@ def settings_that_help(cfg: Config, world: World, strategy: Strategy, images: in
 def describe(cfg: Config, world: World, strategy: Strategy, images: int) -> str:
     """Return what ran out, and the settings that need less memory, the cheapest first.
 
-    Args:
-        cfg: the configuration.
-        world: the processes.
-        strategy: how the run shares the model.
-        images: images of an epoch.
+    `strategy` is how the run shares the model, `images` the number of images of an epoch.
     """
     parallel, batch, mode = cfg.parallel, cfg.data.batch_size, cfg.parallel.activation_checkpointing
     better = {"none": "selective or full", "selective": "full"}.get(mode)
@@ -55,17 +51,12 @@ def describe(cfg: Config, world: World, strategy: Strategy, images: int) -> str:
         total = torch.cuda.get_device_properties(world.device).total_memory / 2**30
         what = f"out of GPU memory (up to {held:.1f} of {total:.1f} GiB in tensors)"
         gpu = by_device_name(torch.cuda.get_device_name(world.device))
-    bf16 = compute_dtype(cfg, world.device) is not None
     planned = PlanOptions(
-        data=DataConfig(batch_size=cfg.data.batch_size),
-        crops=cfg.crops,
-        model=cfg.model,
+        **{name: getattr(cfg, name) for name in ("crops", "model", "parallel", "epochs", "max_steps")},
+        data=DataConfig(batch_size=batch),
         loss=LossConfig(num_slices=cfg.loss.num_slices),
-        parallel=cfg.parallel,
         average=AverageConfig(kind=cfg.average.kind),
-        epochs=cfg.epochs,
-        max_steps=cfg.max_steps,
-        precision="auto" if bf16 else "fp32",
+        precision="auto" if compute_dtype(cfg, world.device) else "fp32",
         gpus=world.size,
         gpu=gpu.name if gpu else PlanOptions.gpu,
         images=images,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import functools
 import io
+import itertools
 import logging
 import re
 import signal
@@ -19,49 +22,56 @@ from lejepa_fast.train.runtime.signals import Interrupted
 
 C = TypeVar("C")
 
-_COLORS = re.compile(r"\x1b\[[0-9;]*m")
-_FRAME = " -─│╭╮╰╯┌┐└┘├┤━┃"
-_UNKNOWN = "Unrecognized options: "
-
 
 def parse_options(
-    cls: Callable[..., C], argv: Sequence[str], *, description: str, default: C | None = None
+    cls: Callable[..., C],
+    argv: Sequence[str] | None,
+    *,
+    description: str | None = None,
+    default: C | None = None,
 ) -> C:
     """Parse a command line into the dataclass `cls`; `--help` prints the options and exits with code 0.
+
+    Args:
+        cls: the dataclass; its docstring is the description unless one is given.
+        argv: the arguments; None: those of this process.
+        description: begins the text of `--help`.
+        default: supplies the options that are not given; None: the defaults of `cls`.
 
     Raises:
         UsageError: an unknown option or a bad value, in one line.
     """
     given: dict[str, Any] = {} if default is None else {"default": default}
+    parse = functools.partial(tyro.cli, cls, description=description, return_unknown_args=True, **given)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(cls, args=list(argv), description=description, **given)
+            options, unknown = parse(args=argv)
     except SystemExit as end:
         if not end.code:
             raise
-        raise UsageError(_message_of(printed.getvalue())) from None
-
-
-def _message_of(box: str) -> str:
-    """The message in tyro's box of text, in one line: its first paragraph and the option it suggests."""
-    paragraphs: list[list[str]] = [[]]
-    for line in _COLORS.sub("", box).splitlines()[1:]:
-        if line.strip(_FRAME):
-            paragraphs[-1].append(line.strip(" │┃"))
-        elif paragraphs[-1]:
-            paragraphs.append([])  # a rule ends a paragraph
-    message = " ".join(paragraphs[0]) or "these options cannot be parsed"
-    if not message.startswith(_UNKNOWN):
-        return message.rstrip(".") + "; see --help"
-    option = message.removeprefix(_UNKNOWN).split(",")[0].partition("=")[0]
+        # A box, drawn or in ASCII: title, perhaps a rule, message, rule.
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue()).splitlines()[1:]
+        texts = itertools.groupby(lines, lambda line: bool(line.strip(" -─│╭╮╰╯")))
+        message = next(" ".join(line.strip(" │") for line in text) for found, text in texts if found)
+        raise UsageError(f"{message.rstrip('.')}; see --help") from None
+    if not unknown:
+        return options
+    option = unknown[0].partition("=")[0]
     if not option.startswith("-"):
-        return f"unexpected argument {option!r}; see --help"
-    suggested = re.findall(r"(?<=[ ,])--[\w.-]+", " " + " ".join(paragraphs[1][:2])) if paragraphs[1:] else []
-    if "Perhaps you meant:" not in paragraphs[1][:1] or not suggested:
-        return f"unknown option {option}; see --help for all options"
-    negated = [name for name in suggested if option.startswith("--no-") and "no-" in name]
-    return f"unknown option {option}; did you mean {(negated or suggested)[0]}?"
+        raise UsageError(f"unexpected argument {option!r}; see --help")
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(printed):
+        parse(args=["--help"])
+    names = re.findall(r"(?<=--)[\w.-]+", printed.getvalue())
+    near = difflib.get_close_matches(option.lstrip("-"), names, n=1)
+    hint = f"did you mean --{near[0]}?" if near else "see --help for all options"
+    raise UsageError(f"unknown option {option}; {hint}")
+
+
+def run_with_options(cls: Callable[..., C], work: Callable[[C], object], argv: Sequence[str] | None) -> int:
+    """Run `work` on the options of a command line; log to stderr and return the exit code."""
+    log_to_stderr()
+    return run_command(lambda: work(parse_options(cls, argv)))
 
 
 def run_command(

@@ -1,17 +1,20 @@
-"""Files that are written whole or not at all, and the rows of metrics.jsonl."""
+"""Files that are written whole or not at all, the rows of metrics.jsonl, and the lock on the run folder."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from lejepa_fast.errors import RunError
+from lejepa_fast.errors import RunError, UsageError
 
 log = logging.getLogger("lejepa_fast.train")
 
@@ -31,8 +34,7 @@ def disk_errors_named(path: Path, way_out: str) -> Iterator[None]:
 def write_atomically(path: Path, fill: Callable[[IO[bytes]], object], *, way_out: str) -> None:
     """Let `fill` write a temporary file beside `path`, sync it to the disk and rename it to `path`.
 
-    RunError, which ends with the advice `way_out`, if the file system refuses; then no partial file is left
-    and an earlier file at `path` is untouched.
+    RunError, which ends with `way_out`, if the file system refuses; an earlier file at `path` then stays.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     with disk_errors_named(path, way_out):
@@ -59,12 +61,6 @@ def remove_unfinished(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def make_folder(path: Path) -> None:
-    """Make `path` and its parents; RunError if that fails."""
-    with disk_errors_named(path, "choose another --out"):
-        path.mkdir(parents=True, exist_ok=True)
-
-
 def sync_folder(folder: Path) -> None:
     """Sync a folder to the disk, so that a rename inside it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -85,3 +81,50 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             log.warning("%s: skipped a line that is not JSON", path)
     return rows
+
+
+class RunLock:
+    """A `flock` on RUN/trainer.lock. The kernel releases it when the process ends, however it ends.
+
+    On a network file system it holds between machines if the server supports locks; if not, a warning is
+    logged and the run continues without a lock.
+    """
+
+    def __init__(self, run_dir: Path):
+        self._path = run_dir / "trainer.lock"
+        self._file: int | None = None
+
+    def take(self) -> None:
+        """Take the lock, unless it is held already. The folder must exist.
+
+        Raises:
+            UsageError: another process holds it; the message names the process and its machine.
+        """
+        if self._file is not None:
+            return
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(file, 200).decode(errors="replace").strip()
+            os.close(file)
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                log.warning("%s: no locks on this file system; start no second trainer there", self._path)
+                return
+            if not isinstance(error, BlockingIOError):
+                raise
+            raise UsageError(
+                f"out: another trainer{f' ({owner})' if owner else ''} is running in "
+                f"{self._path.parent}; choose another --out, or wait for it"
+            ) from error
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._file = file
+
+    def release(self) -> None:
+        """Release the lock, if it is held."""
+        if self._file is not None:
+            # Closing alone would not release it: forked loader workers share the open file.
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+            os.close(self._file)
+            self._file = None

@@ -112,16 +112,14 @@ def store_of_this_start(rank: int, size: int) -> dist.Store:
         shared.set(f"confirmed/{start}/{rank}", "")
         return dist.PrefixStore(f"lejepa_fast/{start}", store)
     start = uuid.uuid4().hex
-    missing = set(range(1, size))
     deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
-    while missing:
+    while missing := [rank for rank in range(1, size) if not shared.check([f"confirmed/{start}/{rank}"])]:
         if time.monotonic() > deadline:
-            raise RunError(f"rank {', '.join(map(str, sorted(missing)))} did not start; see its message")
+            raise RunError(f"rank {', '.join(map(str, missing))} did not start; see its message")
         for other in missing:
             if shared.check([f"asks/{other}"]):
                 shared.set(f"answer/{shared.get(f'asks/{other}').decode()}", start)
         time.sleep(0.02)
-        missing = {other for other in missing if not shared.check([f"confirmed/{start}/{other}"])}
     return dist.PrefixStore(f"lejepa_fast/{start}", store)
 
 
@@ -149,22 +147,18 @@ def close_world(code: int = 0) -> None:
 
 
 def on_main(world: World, work: Callable[[], T]) -> T | None:
-    """Run `work` on rank 0 while the others wait, for hours if need be; None on the other ranks.
-
-    An error on rank 0 is raised on every rank (see `on_all`). `work` must not communicate.
-    """
+    """As `on_all` on rank 0, while the others wait, for hours if need be; None on those."""
     return on_all(world, work if world.is_main else lambda: None)
 
 
 def on_all(world: World, work: Callable[[], T]) -> T:
-    """Run `work` on every rank; if it fails on one, every rank raises, so that none waits for a dead one.
+    """Run `work`, which must not communicate, on every rank; if it fails on one, every rank raises.
 
     The first rank that failed raises its own error, the others a copy that is marked as reported there; of a
-    defect (another class than UsageError, RunError, Interrupted) a RunError. `work` must not communicate.
+    defect (another class than UsageError, RunError, Interrupted) a RunError.
     """
     if not world.distributed:
         return work()
-    result: Any = None
     error: BaseException | None = None
     try:
         result = work()
@@ -175,11 +169,10 @@ def on_all(world: World, work: Callable[[], T]) -> T:
         dist.all_gather_object(errors, error and _portable(error, world.rank), group=world.control)
     except RuntimeError as lost:  # another rank is gone; this rank's own error may explain why
         raise (error or lost) from (lost if error else None)
-    failed = [rank for rank, other in enumerate(errors) if other is not None]
-    if not failed:
+    first = next((rank for rank, other in enumerate(errors) if other is not None), None)
+    if first is None:
         return result
-    first = failed[0]
-    reported: Any = error if error is not None and first == world.rank else errors[first]
+    reported: Any = error if first == world.rank else errors[first]
     reported.reported_by = first
     raise reported
 
@@ -188,9 +181,10 @@ def _portable(error: BaseException, rank: int) -> BaseException:
     """The error as other ranks raise it."""
     if isinstance(error, Interrupted):
         return Interrupted(str(error), error.signum)
-    for kind in (UsageError, RunError):
-        if isinstance(error, kind):
-            return kind(str(error))
+    if isinstance(error, UsageError):
+        return UsageError(str(error))
+    if isinstance(error, RunError):
+        return RunError(str(error))
     return RunError(f"rank {rank} failed with {type(error).__name__}; see its message")
 
 
@@ -215,16 +209,12 @@ def lost_rank_is_a_run_error() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionError) as error:
-        if isinstance(error, RunError) or not (dist.is_initialized() and dist.get_world_size() > 1):
-            raise
         signs = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "remote process")
-        lost = isinstance(error, (ConnectionError, dist.DistError))
-        if not lost and not any(sign in str(error).lower() for sign in signs):
+        words = str(error).lower()
+        lost = isinstance(error, (ConnectionError, dist.DistError)) or any(sign in words for sign in signs)
+        if isinstance(error, RunError) or not (lost and dist.is_initialized() and dist.get_world_size() > 1):
             raise
         raise RunError("another rank failed; see its message above") from error
-
-
-# ---- exchange ------------------------------------------------------------------------------------------
 
 
 def from_main(world: World, value: T) -> T:

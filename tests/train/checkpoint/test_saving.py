@@ -169,7 +169,7 @@ def test_a_second_trainer_in_the_folder_is_refused(tiny: Make) -> None:
     assert cfg.out is not None
     cfg.out.mkdir()
     code = (
-        "import sys, time; from pathlib import Path; from lejepa_fast.train.runtime.lock import RunLock\n"
+        "import sys, time; from pathlib import Path; from lejepa_fast.train.runtime.files import RunLock\n"
         "lock = RunLock(Path(sys.argv[1])); lock.take(); print('taken', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(cfg.out)], stdout=subprocess.PIPE, text=True)

@@ -35,11 +35,10 @@ def test_the_base_goes_by_the_data() -> None:
 
 
 def test_long_names_and_aliases_are_the_same() -> None:
-    short = ["--data", "x", "--model", "resnet50", "--batch-size", "64", "--lr", "0.1", "--lambda", "0.2"]
-    long = ["--data.path", "x", "--model.name", "resnet50", "--data.batch-size", "64"]
-    cfg = config.parse([*long, "--optim.lr", "0.1", "--loss.lambd", "0.2"])
-    assert config.parse(short) == cfg
-    assert cfg.loss.lambd == 0.2
+    short = "--data x --model resnet50 --batch-size 64 --lr 0.1 --lambda 0.2"
+    long = "--data.path x --model.name resnet50 --data.batch-size 64 --optim.lr 0.1 --loss.lambd 0.2"
+    assert config.parse(short.split()) == config.parse(long.split())
+    assert config.parse(long.split()).loss.lambd == 0.2
 
 
 @pytest.mark.parametrize(
@@ -47,7 +46,6 @@ def test_long_names_and_aliases_are_the_same() -> None:
     [
         (["--bogus", "1"], "unknown option --bogus; see --help for all options"),
         (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
-        (["--optim.lrr", "1"], "unknown option --optim.lrr; did you mean --lr?"),
         (["--weight-decay", "1"], "unknown option --weight-decay; did you mean --optim.weight-decay?"),
         (["--no-tensorbord"], "unknown option --no-tensorbord; did you mean --no-tensorboard?"),
         (["stray"], "unexpected argument 'stray'; see --help"),
@@ -70,15 +68,13 @@ def test_unknown_keys_and_wrong_types_are_one_line(
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_json_round_trip_is_the_identity(name: str, tmp_path: Path) -> None:
-    resolved = config.resolve(PRESETS[name])
-    saved = dataclasses.replace(resolved, resume="/another/run")
+    saved = dataclasses.replace(config.resolve(PRESETS[name]), out=tmp_path, resume="/another/run")
+    config.write(saved, tmp_path)
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(config.to_dict(saved)))
     assert config.load_json(file) == saved
     # A new run takes the settings, and must not write into the folder of the old one.
-    cfg = dataclasses.replace(resolved, out=None, resume="auto")
-    assert config.parse(["--config", str(file)]) == cfg
-    assert config.parse(["--config", str(file), "--seed", "7"]) == dataclasses.replace(cfg, seed=7)
+    cfg = dataclasses.replace(saved, out=None, resume="auto", seed=7)
+    assert config.parse(["--config", str(file), "--seed", "7"]) == cfg
 
 
 @pytest.mark.parametrize(
@@ -95,48 +91,33 @@ def test_json_round_trip_is_the_identity(name: str, tmp_path: Path) -> None:
         ({"data": {"backend": "x"}}, "data.backend: expected 'auto', .*got 'x'"),
         ({"model": []}, "model: expected an object, got \\[\\]"),
         ([], "configuration: expected an object, got \\[\\]"),
+        (None, "is not JSON"),
     ],
 )
 def test_bad_json_is_named(values: object, message: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(values))
-    with pytest.raises(UsageError, match=message) as refusal:
+    with pytest.raises(UsageError, match=rf"cannot read {file}: No such file"):
         config.parse(["--config", str(file)])
-    assert str(refusal.value).startswith(f"{file}: ")
-
-
-def test_a_file_that_is_not_json_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "config.json"
-    with pytest.raises(UsageError, match=r"cannot read .*config\.json: No such file"):
-        config.load_json(file)
-    file.write_text("{")
-    with pytest.raises(UsageError, match="is not JSON"):
-        config.load_json(file)
+    file.write_text("{" if values is None else json.dumps(values))
+    with pytest.raises(UsageError, match=rf"{file}:? {message}"):
+        config.parse(["--config", str(file)])
 
 
 @pytest.mark.parametrize(
-    ("model", "decay"),
-    [("vit_small", 5e-2), ("convnextv2_nano", 5e-2), ("resnet50", 5e-4), ("efficientnet_b0", 5e-4)],
-)
-def test_weight_decay_goes_by_family(model: str, decay: float) -> None:
-    cfg = config.parse(["--data", "x", "--model", model])
-    assert cfg.optim.weight_decay == "auto"
-    assert config.resolve(cfg).optim.weight_decay == decay
-    given = config.parse(["--model", model, "--optim.weight-decay", "0.3"])
-    assert config.resolve(given).optim.weight_decay == 0.3
-
-
-@pytest.mark.parametrize(
-    ("path", "name"),
+    ("arguments", "decay", "folder"),
     [
-        ("trashnet96", "trashnet96-resnet50"),
-        ("/a/b c/", "b-c-resnet50"),
-        ("torchvision:CIFAR10:/d", "CIFAR10-resnet50"),
+        (["--data", "/a/b c/"], 5e-2, "b-c-vit_small"),
+        (["--data", "torchvision:CIFAR10:/d", "--model", "convnextv2_nano"], 5e-2, "CIFAR10-convnextv2_nano"),
+        (["--preset", "default", "--model", "resnet50"], 5e-4, "trashnet96-resnet50"),
+        (["--data", "x", "--model", "efficientnet_b0"], 5e-4, "x-efficientnet_b0"),
+        (["--data", "x", "--optim.weight-decay", "0.3"], 0.3, "x-vit_small"),
     ],
 )
-def test_run_folder_is_named_after_data_and_model(path: str, name: str) -> None:
-    cfg = config.parse(["--data", path, "--model", "resnet50"])
-    assert config.resolve(cfg).out == Path("runs") / name
+def test_decay_goes_by_family_and_the_folder_by_data_and_model(
+    arguments: list[str], decay: float, folder: str
+) -> None:
+    cfg = config.resolve(config.parse(arguments))
+    assert (cfg.optim.weight_decay, cfg.out) == (decay, Path("runs") / folder)
 
 
 @pytest.mark.parametrize(
@@ -145,19 +126,14 @@ def test_run_folder_is_named_after_data_and_model(path: str, name: str) -> None:
         (["--epochs", "0"], "epochs: expected at least 1, got 0"),
         (["--lr", "-1"], "optim.lr: expected at least 0, got -1.0"),
         (["--lr", "nan"], "optim.lr: expected below inf, got nan"),
-        (["--lr", "inf"], "optim.lr: expected below inf, got inf"),
         (["--optim.weight-decay", "-1"], "optim.weight_decay: expected at least 0 or 'auto', got -1.0"),
         (["--optim.betas", "0.9", "1"], "optim.betas: expected below 1, got 1.0"),
-        (["--model.drop-path", "2"], "model.drop_path: expected below 1, got 2.0"),
-        (["--model.projector-layers", "0"], "model.projector_layers: expected at least 1, got 0"),
-        (["--average.start", "1.5"], "average.start: expected below 1 or 'auto', got 1.5"),
         (["--seed", str(2**63)], "seed: expected below 9223372036854775808, got 9223372036854775808"),
         (["--eval.temperature", "0"], "eval.temperature: expected above 0, got 0.0"),
         (["--data.hw-decoder-load", "1.5"], "data.hw_decoder_load: expected at most 1, got 1.5"),
         (["--lambda", "1.5"], "loss.lambd: expected a number from 0 to 1 with loss.form convex, got 1.5"),
         (["--crops.global-crops", "0"], "crops.global_crops: expected at least 1, got 0"),
         (["--batch-size", "1"], "at least 2; use --batch-size 2"),
-        (["--optim.weight-decay", "inf"], "optim.weight_decay: expected below inf"),
     ],
 )
 def test_values_that_cannot_work_are_named(arguments: list[str], message: str) -> None:
@@ -166,9 +142,8 @@ def test_values_that_cannot_work_are_named(arguments: list[str], message: str) -
 
 
 def bounded(kind: object) -> bool:
-    return any(type(part).__module__ == "annotated_types" for part in typing.get_args(kind)) or any(
-        map(bounded, typing.get_args(kind))
-    )
+    parts = typing.get_args(kind)
+    return any(type(part).__module__ == "annotated_types" or bounded(part) for part in parts)
 
 
 def test_every_number_has_a_declared_bound() -> None:
@@ -195,19 +170,14 @@ def test_batch_is_split_over_the_ranks() -> None:
 def test_workers_share_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
     cfg = PRESETS["default"]
-    assert config.loader_workers(cfg, 1, on_gpu=True) == 16
-    assert config.loader_workers(cfg, 8, on_gpu=True) == 2
+    assert [config.loader_workers(cfg, share, on_gpu=True) for share in (1, 8, 32)] == [16, 2, 1]
     assert config.loader_workers(cfg, 1, on_gpu=False) == 8
-    assert config.loader_workers(cfg, 32, on_gpu=True) == 1
-    fixed = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, workers=0))
-    assert config.loader_workers(fixed, 1, on_gpu=True) == 0
+    assert config.loader_workers(config.parse(["--data.workers", "0"]), 1, on_gpu=True) == 0
 
 
 def test_a_small_batch_is_warned_of() -> None:
     assert config.small_batch_warning(256) is None
-    assert "use 256 or more (linear accuracy of the paper's ViT-L: 72.2 %" in str(
-        config.small_batch_warning(255)
-    )
+    assert "use 256 or more" in str(config.small_batch_warning(255))
 
 
 def test_the_command_line_needs_no_pytorch() -> None:

@@ -19,6 +19,7 @@ PACKAGE = Path(lejepa_fast.__file__).parent
 # These copy, check or print all fields, which is not reading one. Some of their functions read.
 OWN = {"config", "recipe.py", "command.py"}
 ANSWERS = {"total_steps", "loader_workers", "smallest_image"}
+SECTIONS = [Config, *(type(value) for value in vars(Config()).values() if dataclasses.is_dataclass(value))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +40,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
             found.add((type(self).__name__.removeprefix("Planted") or "Config", name))
         return object.__getattribute__(self, name)
 
-    for section in (Config, *(type(value) for value in vars(Config()).values() if is_section(value))):
+    for section in SECTIONS:
         monkeypatch.setattr(section, "__getattribute__", noting, raising=False)
     return found
-
-
-def is_section(value: object) -> bool:
-    return dataclasses.is_dataclass(value)
-
-
-def fields_of(cfg: Config) -> set[tuple[str, str]]:
-    sections = [("Config", cfg), *((type(v).__name__, v) for v in vars(cfg).values() if is_section(v))]
-    return {(name, field.name) for name, section in sections for field in dataclasses.fields(section)}
 
 
 def test_a_run_reads_every_option(
@@ -60,7 +52,7 @@ def test_a_run_reads_every_option(
     cfg = tiny(average={"kind": "ema"}, eval={"every": 1, "linear_steps": 2}, epochs=2)
     planted = Planted(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)})
     monkeypatch.setitem(PRESETS, "default", planted)
-    every = fields_of(planted)
+    every = {(section.__name__, field.name) for section in SECTIONS for field in dataclasses.fields(section)}
     assert pretrain.main(["--data", cfg.data.path]) == 0
-    assert every - reads == {("Config", "nobody_reads_this")}
+    assert (every | {("Config", "nobody_reads_this")}) - reads == {("Config", "nobody_reads_this")}
     assert cfg.data.path != config.EMBEDDED_DATA

@@ -16,7 +16,6 @@ from lejepa_fast.errors import UsageError
 from lejepa_fast.train import export
 from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.config import Config, ParallelConfig
-from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.evaluation.evaluate import open_splits
 from lejepa_fast.train.model import initialize
 from lejepa_fast.train.model.initialize import named_tensors
@@ -24,6 +23,8 @@ from lejepa_fast.train.model.model import build_encoder, build_model
 from lejepa_fast.train.parallel import parallelize
 from lejepa_fast.train.parallel.blocks import find_blocks
 from lejepa_fast.train.parallel.parallelize import choose_strategy
+
+Ranks = list[dict[str, Any]]
 
 # ---- two ranks ---------------------------------------------------------------------------------------
 
@@ -38,7 +39,7 @@ def one(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="module")
-def ranks(one: Config, image_folder: Path) -> list[dict[str, Any]]:
+def ranks(one: Config, image_folder: Path) -> Ranks:
     """Results of two ranks; one pair of processes serves all tests of this file."""
     folder = folder_of(one)
     run_ranks(worker.run, 2, str(folder), str(image_folder), ranks=2)
@@ -68,10 +69,10 @@ def check_same_course(one: Config, name: str, *, first: int = 1, rel: float = 1e
     assert probes[0][12] == probes[1][12]
     assert None not in probes[0][12]
 
-    saved = f"checkpoints/step-{worker.STEPS:08d}"
-    mine = checkpoint.load_model(folder_of(one) / name / saved, "average")
-    theirs = checkpoint.load_model(folder_of(one) / "one" / saved, "average")
-    weights = checkpoint.load_model(folder_of(one) / "one" / saved, "model")
+    mine, theirs, weights = (
+        checkpoint.load_model(folder_of(one) / run / "checkpoints" / "step-00000020", section)
+        for run, section in ((name, "average"), ("one", "average"), ("one", "model"))
+    )
     assert mine.keys() == theirs.keys()
     moved = 0.0
     for key, value in theirs.items():
@@ -82,12 +83,15 @@ def check_same_course(one: Config, name: str, *, first: int = 1, rel: float = 1e
     assert moved > 1e-3
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "hsdp"])
-def test_two_ranks_equal_one_process(name: str, one: Config, ranks: list[dict[str, Any]]) -> None:
-    check_same_course(one, name)
+@pytest.mark.parametrize(
+    ("name", "first"), [("ddp", 1), ("fsdp", 1), ("hsdp", 1), ("one to fsdp", 11), ("one to ddp", 11)]
+)
+def test_two_ranks_equal_one_process(name: str, first: int, one: Config, ranks: Ranks) -> None:
+    """From the start, or from the middle of a run of one process."""
+    check_same_course(one, name, first=first)
     for results in ranks:
         assert results[name]["sigreg step"] == worker.STEPS
-        assert (results[name]["sharded"] > 0) == (name != "ddp")
+        assert (results[name]["sharded"] > 0) == ("ddp" not in name)
 
 
 @pytest.mark.slow
@@ -104,7 +108,7 @@ def test_two_groups_of_two_ranks_equal_one_process(one: Config, image_folder: Pa
         assert torch.equal(held[3][name][1], second), name
 
 
-def test_recomputed_and_compiled_it_is_the_same(one: Config, ranks: list[dict[str, Any]]) -> None:
+def test_recomputed_and_compiled_it_is_the_same(one: Config, ranks: Ranks) -> None:
     check_same_course(one, "compiled", rel=1e-4)
     for results in ranks:
         graphs = results["compiled"]["graphs"]
@@ -112,20 +116,15 @@ def test_recomputed_and_compiled_it_is_the_same(one: Config, ranks: list[dict[st
         assert graphs[2:] == [graphs[2]] * (worker.STEPS - 2)  # nothing is compiled after step 3
 
 
-@pytest.mark.parametrize("name", ["one to fsdp", "one to ddp"])
-def test_a_run_goes_on_on_more_ranks(name: str, one: Config, ranks: list[dict[str, Any]]) -> None:
-    check_same_course(one, name, first=11)
-
-
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_a_run_goes_on_on_fewer_ranks(name: str, one: Config, ranks: list[dict[str, Any]]) -> None:
+def test_a_run_goes_on_on_fewer_ranks(name: str, one: Config, ranks: Ranks) -> None:
     out = folder_of(one) / f"{name} to one"
     cfg = replace(one, out=out, resume=str(folder_of(one) / name / "checkpoints" / "step-00000010"))
     worker.train(cfg, CPU)
     check_same_course(one, out.name, first=11)
 
 
-def test_a_sharded_run_is_evaluated_and_exported_whole(one: Config, ranks: list[dict[str, Any]]) -> None:
+def test_a_sharded_run_is_evaluated_and_exported_whole(one: Config, ranks: Ranks) -> None:
     run = folder_of(one) / "fsdp"
     assert (run / "report" / "report.html").exists()
     assert [row["step"] for row in rows_of(replace(one, out=run), "eval")] == [12, 20]
@@ -134,27 +133,24 @@ def test_a_sharded_run_is_evaluated_and_exported_whole(one: Config, ranks: list[
     assert out.read_bytes() == (run / "encoder.safetensors").read_bytes()
 
 
-def test_copies_that_differ_are_saved_from_rank_0(one: Config, ranks: list[dict[str, Any]]) -> None:
+def test_copies_that_differ_are_saved_from_rank_0(one: Config, ranks: Ranks) -> None:
     """As running statistics do on the CPU: a mixture would be of no rank."""
     saved = checkpoint.load_model(folder_of(one) / "copies" / "step-00000001")
     assert {name: tensor.tolist() for name, tensor in saved.items()} == {str(i): [0.0] * 3 for i in range(4)}
 
 
-def test_all_ranks_end_where_rank_0_cannot_hold_the_whole(ranks: list[dict[str, Any]]) -> None:
-    first, second = (results["no room"] for results in ranks)
-    assert "out of memory; what helps: " in first
-    assert second == "rank 0 failed with OutOfMemoryError; see its message"
-
-
-def test_what_all_ranks_refuse_rank_0_tells(ranks: list[dict[str, Any]]) -> None:
-    assert ranks[0]["refused"] == ranks[1]["refused"]
-    message, left_to_rank_0 = ranks[0]["refused"]
-    assert "is of model test_vit (kwargs" in message
-    assert left_to_rank_0
+def test_an_error_ends_all_ranks_and_rank_0_tells_it(ranks: Ranks) -> None:
+    """Rank 0 alone cannot hold the whole model; all ranks refuse another model's checkpoint."""
+    assert "out of memory; what helps: " in ranks[0]["no room"]
+    assert ranks[1]["no room"] == "rank 0 failed with OutOfMemoryError; see its message"
+    for results in ranks:
+        message, left_to_rank_0 = results["refused"]
+        assert "is of model test_vit (kwargs" in message
+        assert left_to_rank_0
 
 
 def test_nans_on_one_rank_change_no_shard_and_their_images_are_written_down(
-    one: Config, ranks: list[dict[str, Any]]
+    one: Config, ranks: Ranks
 ) -> None:
     for results in ranks:
         assert results["nan"]["changed"] == [1, 3, 4]
@@ -170,9 +166,7 @@ def test_nans_on_one_rank_change_no_shard_and_their_images_are_written_down(
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_finite_spike_on_one_rank_changes_nothing_on_any(
-    kind: str, one: Config, ranks: list[dict[str, Any]]
-) -> None:
+def test_a_finite_spike_on_one_rank_changes_nothing_on_any(kind: str, one: Config, ranks: Ranks) -> None:
     """Bit for bit; the norm of the gradient is that of all ranks, so the images of all are written down."""
     name = f"spike {kind}"
     for results in ranks:
@@ -184,16 +178,26 @@ def test_a_finite_spike_on_one_rank_changes_nothing_on_any(
     assert [row["ids"] for row in rows] == [results[name]["images"][1] for results in ranks]
 
 
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 @pytest.mark.parametrize("name", worker.FAMILIES)
-def test_every_family_shards(name: str, ranks: list[dict[str, Any]]) -> None:
-    """Weights of the seed, and the same loss and averaged gradient under FSDP2 as under DDP."""
-    expected = dict(named_tensors(build_model(worker.family_config(name))))
+def test_every_family_shards(name: str, ranks: Ranks) -> None:
+    """Bit for bit timm's weights of the seed, buffers outside the state dict included, also on one device;
+    the same loss and averaged gradient under FSDP2 as under DDP."""
+    cfg = worker.family_config(name)
+    expected = dict(named_tensors(build_model(cfg)))
+    model = build_model(cfg, meta=True)
+    assert all(tensor.is_meta for tensor in model.parameters())
+    parallelize.parallelize(model, cfg, None, worker.CPU)
+    assert_same(dict(named_tensors(model)), expected)
     for results in ranks:
         ddp, fsdp = results[name]["ddp"], results[name]["fsdp"]
-        for kind in (ddp, fsdp):
-            assert kind["weights"].keys() == expected.keys()
-            for key, value in expected.items():
-                assert torch.equal(kind["weights"][key], value), key
+        assert_same(ddp["weights"], expected)
+        assert_same(fsdp["weights"], expected)
         torch.testing.assert_close(fsdp["loss"], ddp["loss"], rtol=1e-5, atol=0)
         assert fsdp["grads"].keys() == ddp["grads"].keys()
         norm = torch.stack([g.norm() for g in ddp["grads"].values()]).norm()
@@ -201,31 +205,7 @@ def test_every_family_shards(name: str, ranks: list[dict[str, Any]]) -> None:
             assert (fsdp["grads"][key] - grad).norm() <= 1e-4 * norm, key
 
 
-# ---- from the meta device ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", worker.FAMILIES)
-def test_on_one_device_too(name: str) -> None:
-    """Bit for bit timm's own initialisation, buffers outside the state dict included."""
-    cfg = worker.family_config(name)
-    model = build_model(cfg, meta=True)
-    assert all(tensor.is_meta for tensor in model.parameters())
-    parallelize.parallelize(model, cfg, None, worker.CPU)
-    expected = dict(named_tensors(build_model(cfg)))
-    found = dict(named_tensors(model))
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(found[key], value), key
-
-
-def test_a_tensor_that_a_module_holds_as_an_attribute_arrives(tiny: Make) -> None:
-    cfg = tiny()
-    model, reference = build_model(cfg, meta=True), build_model(cfg)
-    model.encoder.table = torch.empty(3, device="meta")  # type: ignore[assignment]
-    reference.encoder.table = torch.arange(3.0)  # type: ignore[assignment]
-    initialize.allocate(model, worker.CPU)
-    initialize.copy_from_main(model, reference, CPU)
-    assert torch.equal(model.encoder.table, torch.arange(3.0))
+# ---- one process -------------------------------------------------------------------------------------
 
 
 def tied(cfg: Config, *, meta: bool = False) -> Any:
@@ -244,8 +224,7 @@ def test_shared_parameters_are_refused_or_copied_under_each_name(
     monkeypatch.setattr(initialize, "build_model", tied)
     whole = initialize.whole_model(model, tiny(), CPU, {})
     assert whole is not None
-    found = whole.state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    assert_same(whole.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0"])
@@ -254,13 +233,12 @@ def test_on_gpus_batchnorm_is_global_and_otherwise_the_same(name: str) -> None:
     activations included that timm's hold."""
     model = build_model(worker.family_config(name)).eval()
     images = torch.randn(2, 3, 64, 64)
-    for norm in model.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            nn.init.normal_(norm.running_mean)
-            nn.init.normal_(norm.bias)
+    for norm in filter(parallelize._is_batchnorm, model.modules()):
+        nn.init.normal_(norm.running_mean)
+        nn.init.normal_(norm.bias)
     _, before = model([images, images])
     synchronised = parallelize._with_global_batchnorm(model, torch.device("cuda"), 2)
-    norms = [m for m in synchronised.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = list(filter(parallelize._is_batchnorm, synchronised.modules()))
     assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
     assert any(norm in norms for norm in synchronised.projector.modules())
     _, after = synchronised([images, images])
@@ -293,9 +271,6 @@ def test_what_synchronises_inside_is_not_compiled(
     assert parallelize.compiled_blocks(model, cfg, worker.CPU) == compiled
 
 
-# ---- blocks ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "count", "kind", "covered"),
     [
@@ -325,9 +300,6 @@ def test_blocks_are_found(name: str, count: int | None, kind: str | None, covere
         assert sum(type(module).__name__ == kind for module in blocks.values()) >= count - 1
 
 
-# ---- compilation and recomputation -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "recompute"),
     [("test_vit", "none"), ("test_vit", "selective"), ("test_vit", "full"), ("test_resnet", "none")],
@@ -345,17 +317,8 @@ def test_two_sizes_of_crops_compile_once(
         max_steps=6,
         eval={"every": 1, "batch_size": 7},
     )
-    graphs: list[int] = []
-    trainer = Trainer(cfg, CPU)
-    step = trainer.train_step
-
-    def counted(views: list[Tensor], epoch: int) -> None:
-        step(views, epoch)
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-
-    trainer.train_step = counted  # type: ignore[method-assign]
     torch._dynamo.utils.counters.clear()
-    trainer.run()
+    graphs = worker.train(cfg, CPU)["graphs"]
     # One for each size: of the first transformer block, which has no drop path, and of all the others; of
     # each residual block, since every one has another width.
     assert graphs[0] == {"test_vit": 4, "test_resnet": 8}[name]
@@ -392,9 +355,6 @@ def test_recomputation_changes_no_gradient_or_statistic_and_keeps_less(name: str
             assert torch.equal(buffers[mode][key], buffer), key
 
 
-# ---- choice ------------------------------------------------------------------------------------------
-
-
 def test_auto_takes_what_fits() -> None:
     auto = ParallelConfig()
     assert choose_strategy(auto, 2_000_000_000, ranks=None) == "none"
@@ -404,15 +364,14 @@ def test_auto_takes_what_fits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "distributed", "message"),
+    ("options", "ranks", "message"),
     [
-        ({"strategy": "fsdp"}, False, r"parallel\.strategy: fsdp needs a process group.*torchrun"),
-        ({"strategy": "ddp"}, False, r"parallel\.strategy: ddp needs a process group.*torchrun"),
-        ({"strategy": "ddp", "replicate": 2}, True, r"parallel\.replicate: 2 needs FSDP"),
-        ({"replicate": 2}, False, r"parallel\.replicate: 2 needs FSDP, and this run uses none"),
-        ({"keep_gathered": True}, True, r"parallel\.keep_gathered: True needs FSDP, and this run uses ddp"),
+        ({"strategy": "fsdp"}, None, r"parallel\.strategy: fsdp needs a process group.*torchrun"),
+        ({"strategy": "ddp", "replicate": 2}, 2, r"parallel\.replicate: 2 needs FSDP"),
+        ({"replicate": 2}, None, r"parallel\.replicate: 2 needs FSDP, and this run uses none"),
+        ({"keep_gathered": True}, 2, r"parallel\.keep_gathered: True needs FSDP, and this run uses ddp"),
     ],
 )
-def test_what_cannot_be_had_is_named(options: dict, distributed: bool, message: str) -> None:
+def test_what_cannot_be_had_is_named(options: dict, ranks: int | None, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        choose_strategy(ParallelConfig(**options), 1000, ranks=2 if distributed else None)
+        choose_strategy(ParallelConfig(**options), 1000, ranks=ranks)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 from pathlib import Path
 from typing import Any
 
-import plan_worker
+import parallel_worker as worker
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,14 +15,7 @@ from training import Make, run_ranks
 
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.train import config, plan
-from lejepa_fast.train.config import (
-    AverageConfig,
-    Config,
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    ParallelConfig,
-)
+from lejepa_fast.train.config import Config, DataConfig, ModelConfig, ParallelConfig, from_dict
 from lejepa_fast.train.config.cli import parse_as
 from lejepa_fast.train.model.model import build_model
 from lejepa_fast.train.parallel.blocks import find_blocks
@@ -35,21 +27,21 @@ from lejepa_fast.train.planning.options import PlanOptions
 from lejepa_fast.train.runtime.gpu_specs import GIB
 from lejepa_fast.train.runtime.world import World
 
-SMALL = Config(
-    model=ModelConfig(name="vit_tiny", kwargs='{"depth": 4}', projector_hidden=256, projector_dim=64),
-    crops=MultiCropRecipe(global_size=112, local_size=56, local_crops=2),
-    loss=LossConfig(num_slices=128, impl="torch"),
-    parallel=ParallelConfig(strategy="fsdp"),
-    precision="fp32",
-    device="cpu",
-    compile="off",
-)
+MODEL = {"name": "vit_tiny", "kwargs": '{"depth": 4}', "projector_hidden": 256, "projector_dim": 64}
 
 
 def small(*, precision: str = "fp32", average: str = "none", **parallel: Any) -> Config:
-    changed = dataclasses.replace(SMALL.parallel, **parallel)
-    return dataclasses.replace(
-        SMALL, parallel=changed, precision=precision, average=AverageConfig(kind=average)
+    return from_dict(
+        {
+            "model": MODEL,
+            "crops": {"global_size": 112, "local_size": 56, "local_crops": 2},
+            "loss": {"num_slices": 128, "impl": "torch"},
+            "parallel": {"strategy": "fsdp", **parallel},
+            "average": {"kind": average},
+            "precision": precision,
+            "device": "cpu",
+            "compile": "off",
+        }
     )
 
 
@@ -62,14 +54,14 @@ def test_memory_of_real_processes(tmp_path: Path) -> None:
     ddp = small(strategy="ddp", average="swa", activation_checkpointing="full")
     cases = [(small(precision="bf16", average="ema"), 8), (ddp, 4)]
     values = [(config.to_dict(config.resolve(case)), images) for case, images in cases]
-    run_ranks(plan_worker.measure, 2, str(tmp_path), values, ranks=2)
+    run_ranks(worker.measure, 2, str(tmp_path), values, ranks=2)
     planned = [trace_step(case, shards=n, images=i).peak for (case, i), n in zip(cases, (2, 1), strict=True)]
     for rank in (0, 1):
         assert planned == pytest.approx(json.loads((tmp_path / f"{rank}.json").read_text()), rel=0.1)
 
     alone = config.resolve(small(strategy="none", average="ema"))
     planned_alone = trace_step(alone, shards=1, images=4).peak
-    assert planned_alone == pytest.approx(plan_worker.allocator_peak(alone, 4), rel=0.1)
+    assert planned_alone == pytest.approx(worker.allocator_peak(alone, 4), rel=0.1)
 
 
 def test_autocast_has_the_rules_of_gpus() -> None:
@@ -100,9 +92,12 @@ def test_any_number_of_gpus_from_three_traces() -> None:
 
 
 @pytest.mark.parametrize(("replicate", "shards"), [(1, 4), (4, 4), (4, 1)])
-def test_state_is_sharded_within_a_group(replicate: int, shards: int) -> None:
+def test_state_is_sharded_within_a_group_and_nothing_is_left(replicate: int, shards: int) -> None:
     cfg = small(replicate=replicate)
+    resize = torch.UntypedStorage.resize_
     trace = trace_step(cfg, shards=shards, images=2)
+    assert not torch.distributed.is_initialized()
+    assert torch.UntypedStorage.resize_ is resize
     parameters = sum(p.numel() for p in build_model(cfg, meta=True).parameters())
     assert trace.state == pytest.approx(12 * parameters / shards, rel=0.02)  # weights and two moments
     assert trace.traffic.scattered == pytest.approx(4 * parameters if shards > 1 else 0, rel=0.02)
@@ -130,8 +125,7 @@ def test_what_a_rank_sends() -> None:
 
 def test_gigantic_over_64_ranks() -> None:
     parallel = ParallelConfig(strategy="fsdp", activation_checkpointing="full")
-    crops = MultiCropRecipe(local_crops=0)
-    model = ModelConfig("vit_gigantic")
+    crops, model = MultiCropRecipe(local_crops=0), ModelConfig("vit_gigantic")
     cfg = Config(model=model, crops=crops, parallel=parallel, precision="bf16", device="cpu")
     trace = trace_step(cfg, shards=64, images=8)
     parameters = 1_851_500_000  # encoder 1,842.8 M and projector 8.7 M
@@ -140,26 +134,19 @@ def test_gigantic_over_64_ranks() -> None:
     assert trace.peak < 8 * GIB
 
 
-def plan_for(gpus: int, gpu: str = "l4", kwargs: str = "{}", **parallel: Any) -> Plan:
+def plan_for(gpus: int, kwargs: str = "{}", **parallel: Any) -> Plan:
     """ViT-tiny where only two hundredths of the memory may be used."""
-    return Plan(
-        PlanOptions(
-            model=ModelConfig("vit_tiny", kwargs=kwargs),
-            data=DataConfig(batch_size=256),
-            parallel=ParallelConfig(**parallel),
-            gpus=gpus,
-            gpu=gpu,
-            reserve=0.98,
-        )
-    )
+    sections: dict[str, Any] = {
+        "model": ModelConfig("vit_tiny", kwargs=kwargs),
+        "data": DataConfig(batch_size=256),
+        "parallel": ParallelConfig(**parallel),
+    }
+    return Plan(PlanOptions(**sections, gpus=gpus, gpu="l4", reserve=0.98))
 
 
-@pytest.fixture(scope="module")
-def tight() -> Plan:
-    return plan_for(8, strategy="fsdp")
-
-
-def test_the_smallest_that_fits(tight: Plan) -> None:
+def test_the_plan_of_sharded_gpus() -> None:
+    """The smallest number that fits, times that follow from operations and bytes, and the text."""
+    tight = plan_for(8, strategy="fsdp")
     smallest = tight.smallest()
     assert smallest is not None
     assert smallest.peak <= 0.02 * 22 * GIB
@@ -167,14 +154,19 @@ def test_the_smallest_that_fits(tight: Plan) -> None:
     assert fewer
     assert all(tight.row(gpus).peak > 0.02 * 22 * GIB for gpus in fewer)
 
-
-def test_times_follow_from_flops_and_bytes(tight: Plan) -> None:
     row = tight.row(16)
     assert row.images == 16
     assert row.compute_seconds == pytest.approx(tight.flops.per_image * 16 / (121e12 * 0.4))
     assert row.network_seconds == pytest.approx(row.sent / 12.5e9)  # beyond one machine
     assert tight.row(8).network_seconds == pytest.approx(tight.row(8).sent / 32e9)
     assert row.step_seconds == max(row.compute_seconds, row.network_seconds)
+
+    text = tight.report()
+    assert f"{100 * (1_281_167 // 256):,} steps" in text
+    assert "5.5 M encoder" in text
+    assert f"smallest number of GPUs that fits: {smallest.gpus}" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert {"8*", "16", "32"} <= {line[0] for line in lines if line}
 
 
 def test_groups_inside_a_machine_gather_over_its_link() -> None:
@@ -183,8 +175,8 @@ def test_groups_inside_a_machine_gather_over_its_link() -> None:
     assert min(within, between) > 0
     assert found.row(16).network_seconds == pytest.approx(within / 32e9 + between / 12.5e9)
     assert found.bandwidths(8) == (32, 32)
-    assert found.bandwidths(32) == (12.5, 12.5)  # groups of 16 reach beyond a machine
-    assert found.bandwidths(12) == (12.5, 12.5)  # one of the groups of 6 does
+    # Groups of 16 reach beyond a machine, and so does one of the groups of 6.
+    assert found.bandwidths(32) == found.bandwidths(12) == (12.5, 12.5)
 
 
 def test_auto_plans_what_the_trainer_takes() -> None:
@@ -197,17 +189,6 @@ def test_auto_plans_what_the_trainer_takes() -> None:
     assert several.row(2).sent == pytest.approx(gradients)
     assert several.row(16).sent == pytest.approx(gradients * 2 * 15 / 16)
     assert gradients / 2 < several.memory.peak(1, 64) - one.memory.peak(1, 64) <= gradients
-
-
-def test_the_report(tight: Plan) -> None:
-    text = tight.report()
-    assert f"{100 * (1_281_167 // 256):,} steps" in text
-    assert "5.5 M encoder" in text
-    smallest = tight.smallest()
-    assert smallest is not None
-    assert f"smallest number of GPUs that fits: {smallest.gpus}" in text
-    lines = [line.split() for line in text.splitlines()]
-    assert {"8*", "16", "32"} <= {line[0] for line in lines if line}
 
 
 @pytest.mark.parametrize(
@@ -232,13 +213,6 @@ def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureF
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
-
-
-def test_a_plan_leaves_no_process_group_and_no_patch() -> None:
-    resize = torch.UntypedStorage.resize_
-    trace_step(small(), shards=2, images=2)
-    assert not torch.distributed.is_initialized()
-    assert torch.UntypedStorage.resize_ is resize
 
 
 def test_the_plan_that_it_names_is_that_of_the_run(tiny: Make) -> None:

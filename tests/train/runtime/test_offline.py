@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 import subprocess
 import sys
@@ -24,17 +23,13 @@ OUTSIDE = ("192.0.2.1", 80)
     ids=["connect", "sendto", "connect_ex", "name"],
 )
 def test_a_test_that_asks_for_the_network_fails(ask) -> None:
-    with pytest.raises(OSError, match="tests run without a network") as refusal:
+    with pytest.raises(OSError, match="tests run without a network"):
         ask()
-    assert refusal.value.errno == errno.ENETUNREACH
 
 
-def test_so_does_a_process_that_it_starts() -> None:
+def test_only_this_machine_is_reached_also_by_a_process_that_a_test_starts() -> None:
     code = f"import socket; socket.create_connection({OUTSIDE}, timeout=2)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "tests run without a network, and this one asks for 192.0.2.1" in run.stderr
-
-
-def test_this_machine_is_reached() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
         pass

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
@@ -53,26 +53,19 @@ def work_and_fail(rank: int, port: int) -> None:
         return 7
 
     assert on_main(world, takes_long) == (7 if rank == 0 else None)
-
-    def raises(error: BaseException) -> Callable[[], None]:
-        def work() -> None:
-            raise error
-
-        return work
-
     for error in (UsageError("seven"), RunError("eight"), Interrupted("nine", 15), KeyError("ten")):
         defect = rank == 1 and isinstance(error, KeyError)
         with pytest.raises(RunError if defect else type(error)) as caught:
-            on_main(world, raises(error))
+            on_main(world, Mock(side_effect=error))
         assert ("see its message" if defect else str(error)) in str(caught.value)
         assert reported_elsewhere(caught.value, rank) == (rank == 1)  # rank 0 alone prints it
     # On one rank of those that work: that one prints it.
     with pytest.raises(UsageError, match="rank 1") as caught:
-        on_all(world, raises(UsageError("of rank 1")) if rank == 1 else lambda: None)
+        on_all(world, Mock(side_effect=UsageError("of rank 1") if rank == 1 else None))
     assert reported_elsewhere(caught.value, rank) == (rank == 0)
     # On both: rank 0's.
     with pytest.raises(UsageError, match="of rank 0") as caught:
-        on_all(world, raises(UsageError(f"of rank {rank}")))
+        on_all(world, Mock(side_effect=UsageError(f"of rank {rank}")))
     assert on_all(world, lambda: rank) == rank  # nothing is left of the errors
     close_world()
 
@@ -80,22 +73,15 @@ def work_and_fail(rank: int, port: int) -> None:
 def wait_for_the_dead(rank: int, port: int, folder: str) -> None:
     world = world_of(rank, port)
 
-    def dies() -> None:
-        time.sleep(0.3)
-        os._exit(0)
-
     # By the connection: the error of a timeout says something else.
     with pytest.raises(RunError, match="another rank failed"), lost_rank_is_a_run_error():
-        on_main(world, dies)
+        on_main(world, lambda: time.sleep(0.3) or os._exit(0))
     Path(folder, "noticed").touch()
     os._exit(0)
 
 
-def test_work_on_rank_0_may_take_long_and_errors_reach_all_ranks() -> None:
+def test_work_on_rank_0_may_take_long_and_errors_reach_all_ranks_but_the_dead(tmp_path: Path) -> None:
     run_ranks(work_and_fail, free_port(), ranks=2)
-
-
-def test_a_dead_rank_is_not_waited_for(tmp_path: Path) -> None:
     run_ranks(wait_for_the_dead, free_port(), str(tmp_path), ranks=2)
     assert (tmp_path / "noticed").exists()
 
