@@ -72,7 +72,7 @@ def kernels(session: nox.Session, triton: str) -> None:
 def kernels_short(session: nox.Session, triton: str) -> None:
     """A part of them, for CI: every kernel against the reference, and compilation of some for sm_90."""
     (path,) = find_tests("test_kernel_compile")
-    compiled = [f"{path}::test_sizes_of_one", f"{path}::test_the_colour_kernels_keep_pixels_in_registers"]
+    compiled = [f"{path}::test_sizes_of_one", f"{path}::test_the_color_kernels_keep_pixels_in_registers"]
     run_kernel_tests(session, triton, find_tests("kernel_operators", "kernel_accuracy"), compiled)
 
 

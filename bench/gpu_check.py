@@ -20,9 +20,11 @@ appends its rows to DIR as they come, and its exit code says whether it worked.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,17 +40,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import targets
 import torch
-from benchlib import ROOT, Row, Rows, command_line, machine, nvidia_smi, print_table, read_rows
+from benchlib import ROOT, Row, Rows, command_line, print_table, read_rows
 
-import lejepa_fast
-
-BENCH, TESTS = ROOT / "bench", ROOT / "tests"
+PROCESSES = min(12, os.cpu_count() or 1)  # of the tests: each holds a context of the GPU
+NO_TESTS = 5  # pytest's exit code
 LEAST_SECONDS = 5  # a stage is not begun with less
 LAST_SECONDS = 20  # kept to stop what runs and to print the tables
 END_SECONDS = 12  # kept for a benchmark to start and to end within its time
-STATE = "memory.free,memory.total,clocks.sm,clocks.max.sm"
-# What the stages use beyond PyTorch and pytest; without them they do less, and say so.
-HELPFUL = ("triton", "tyro", "timm", "pytest_timeout", "hypothesis", "matplotlib", "lightly", "numba")
 
 
 class Run(NamedTuple):
@@ -56,10 +55,6 @@ class Run(NamedTuple):
     out: Path
     rehearse: bool
     seconds: float = 0.0
-
-    @property
-    def extra(self) -> list[str]:
-        return ["--out", str(self.out), *(["--rehearse"] if self.rehearse else [])]
 
 
 Command = Callable[[Run], "list[str] | str"]
@@ -90,23 +85,24 @@ def _script(name: str, *arguments: str, budget: bool = False) -> Command:
 
     def command(run: Run) -> list[str]:
         told = ["--budget-minutes", f"{(run.seconds - END_SECONDS) / 60:.2f}"] if budget else []
-        return [str(BENCH / name), *arguments, *told, *run.extra]
+        told += ["--rehearse"] if run.rehearse else []
+        return [str(ROOT / "bench" / name), *arguments, *told, "--out", str(run.out)]
 
     return command
 
 
-def _tests(*patterns: str, only: str = "", needs: str = "pytest", rehearsed: str = "") -> Command:
-    """Tests by file patterns and a pytest expression, in many processes; a rehearsal runs fewer."""
+def _tests(*patterns: str, only: str, needs: str = "pytest", rehearsed: str = "") -> Command:
+    """Tests by file patterns and a pytest expression, in several processes; a rehearsal runs fewer."""
 
     def command(run: Run) -> list[str] | str:
         if not importlib.util.find_spec(needs):
             return f"{needs} is not installed"
-        found = sorted({str(path) for pattern in patterns for path in TESTS.glob(pattern)})
+        found = sorted({str(path) for pattern in patterns for path in (ROOT / "tests").glob(pattern)})
         # The options of pyproject.toml ask for plugins that may be missing.
         options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rf", "--tb=short", "-k"]
         options += [rehearsed if run.rehearse else only, "-c", str(ROOT / "pyproject.toml")]
         options += ["-o", "addopts=--import-mode=importlib"]
-        return [str(BENCH / "parallel_tests.py"), *found, *options]
+        return [__file__, "--tests", *found, *options]
 
     return command
 
@@ -133,7 +129,7 @@ _KERNELS = ("kernels/kernel_*.py", "kernels/test_kernels_gpu.py")
 _SLOW = "sanitizer or compile or 32_bits or generated"
 _LOADER = _tests("data/test_*.py", only="gpu", needs="nvidia")
 STAGES = (
-    Stage("environment", 1, 15, lambda run: [__file__, "--describe", *run.extra]),
+    Stage("environment", 1, 15, lambda run: ["-m", "torch.utils.collect_env"]),
     Stage("tiles", 1, 70, _script("tiles_bench.py", "--sizes", "reference-bfloat16"), _TILES),
     _sigreg(1, 35, "reference-bfloat16", "--no-compile"),
     _sigreg(1, 45, "giant-bfloat16"),
@@ -201,12 +197,36 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 def make_environment(rehearse: bool) -> dict[str, str]:
     """The environment of the stages, which import the package from this checkout."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg", "PYTHONPATH": path}
     environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the kernel tests ask for determinism
-    if rehearse:
-        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return environment
+    return environment | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if rehearse else {})
+
+
+# --- Tests in several processes -------------------------------------------------------------------
+
+# A kernel test mostly compiles, in one thread; the machine may lack pytest-xdist.
+_SHARE = """
+import sys, pytest
+class Share:
+    def pytest_collection_modifyitems(self, items):
+        items[:] = items[int(sys.argv[1]) :: int(sys.argv[2])]
+sys.exit(pytest.main(sys.argv[3:], plugins=[Share()]))
+"""
+
+
+def run_tests(arguments: Sequence[str]) -> int:
+    """pytest with these arguments, a share of the tests in each process; 1 if a test fails or none passes."""
+
+    def run(index: int) -> tuple[int, bool]:
+        command = [sys.executable, "-c", _SHARE, str(index), str(PROCESSES), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        print(f"process {index}:", *(done.stdout + done.stderr).splitlines(), sep="\n  ", flush=True)
+        return done.returncode, bool(re.search(r"\d+ passed", done.stdout))
+
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        codes, passed = zip(*pool.map(run, range(PROCESSES)), strict=True)
+    return int(not {*codes} <= {0, NO_TESTS} or not any(passed))
 
 
 # --- The check ------------------------------------------------------------------------------------
@@ -257,26 +277,10 @@ class Check:
         print()
         targets.print_judged(judged)
         print(f"rows: {self.run.out}", flush=True)
-        failed = any(
-            outcome.status == "failed" or (outcome.status != "ok" and not stage.optional)
-            for stage, outcome in self.outcomes.items()
-        )
+        good = [("ok",), ("ok", "stopped", "skipped", "absent")]
+        failed = any(outcome.status not in good[stage.optional] for stage, outcome in self.outcomes.items())
         missed = any(not row["met"] for row in judged) and not self.run.rehearse
-        return 1 if failed or missed else 0
-
-
-def print_environment() -> None:
-    for key, value in machine().items():
-        print(f"{key}: {value}")
-    print(f"lejepa_fast: {Path(lejepa_fast.__file__).parent}")
-    print(f"not installed: {', '.join(n for n in HELPFUL if not importlib.util.find_spec(n)) or '-'}")
-    print(f"C compiler, which Triton needs: {shutil.which('cc') or shutil.which('gcc')}")
-    if torch.cuda.is_available():
-        print(f"free and total memory, clock, highest clock: {nvidia_smi(STATE)}")
-        x = torch.randn(64, 8, device="cuda").requires_grad_()
-        loss = lejepa_fast.SIGReg(num_slices=16, impl="triton").to("cuda")(x)
-        loss.backward()
-        print(f"impl='triton' works: SIGReg of 64 normal samples is {loss.item():.3f}")
+        return int(failed or missed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -284,11 +288,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together")
     parts = (1, 2, 3)
     parser.add_argument("--part", type=int, choices=parts, nargs="+", default=parts, help="default: all")
-    parser.add_argument("--describe", action="store_true", help="print the environment and end")
+    tests = "run pytest with all further arguments, in several processes, and end"
+    parser.add_argument("--tests", nargs=argparse.REMAINDER, help=tests)
     options = parser.parse_args(arguments)
-    if options.describe:
-        print_environment()
-        return 0
+    if options.tests:
+        return run_tests(options.tests)
     if options.minutes <= 0:
         parser.error(f"--minutes: expected a positive number, got {options.minutes}")
     if not options.rehearse and not torch.cuda.is_available():

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from benchlib import RESULTS, ROOT, Row, read_rows
-from loader_contenders import OURS, STABLE
+from loader_bench import OURS, STABLE
 from sigreg_variants import BASELINE, COMPILED, PACKAGES, STREAMING, TRITON
 
 _ALONE = ("cpu", "sweep", "custom")  # sizes at which no package was measured

@@ -9,7 +9,7 @@ import pytest
 import render_readme
 import torch
 from benchlib import RESULTS, ROOT, read_rows
-from loader_contenders import OURS, STABLE
+from loader_bench import OURS, STABLE
 from sigreg_variants import BASELINE, COMPILED, LIGHTLY, STREAMING, TRITON
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
