@@ -37,9 +37,7 @@ def find_tests(*patterns: str) -> list[str]:
     for pattern in patterns:
         paths = sorted((ROOT / "tests").rglob(f"{pattern}.py"))
         if not paths:
-            raise FileNotFoundError(
-                f"tests: expected a file named {pattern}.py, found none; correct noxfile.py"
-            )
+            raise FileNotFoundError(f"tests: expected a file {pattern}.py, found none; correct noxfile.py")
         found += map(str, paths)
     return found
 
@@ -80,16 +78,6 @@ def kernels_short(session: nox.Session, triton: str) -> None:
 def library(session: nox.Session) -> None:
     """The tests of the loss with the oldest or the newest PyTorch."""
     session.install("--editable", ".[test]", *TORCH[str(session.python)])
-    session.run(
-        "python",
-        "-c",
-        "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)",
-    )
-    session.run(
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        *find_tests(*LIBRARY),
-        *session.posargs,
-    )
+    versions = "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
+    session.run("python", "-c", versions)
+    session.run("pytest", "-q", "-p", "no:cacheprovider", *find_tests(*LIBRARY), *session.posargs)

@@ -138,10 +138,8 @@ def multicrop_transform(
 ) -> Callable[[Image.Image], list[Tensor]]:
     """All views of a Pillow image in torchvision's own random transforms, globals first.
 
-    Args:
-        recipe: what is done with which probability.
-        tensors: work on uint8 tensors from the start and not on Pillow images, which v2 takes alike.
-        normalized: views are float32 (3, size, size), normalized, or else uint8.
+    `tensors`: work on uint8 tensors from the start and not on Pillow images, which v2 takes alike.
+    `normalized`: views are float32 (3, size, size), normalized, or else uint8.
     """
 
     def view(size: int, scale: tuple[float, float]) -> v2.Compose:

@@ -110,7 +110,7 @@ def checked(
 ) -> tuple[Row, dict[str, Callable[[Tensor], Any]]]:
     """The row of a variant so far, and its phases to time: none if its result is wrong."""
     row: Row = {"case": case.name, "variant": name, **case.size._asdict()}
-    row |= {"dtype": variants.dtype_name(case.dtype), "relative_error": None, "correct": False}
+    row |= {"dtype": case.dtype_name, "relative_error": None, "correct": False}
     if name in PACKAGES:
         row["version"] = installed_version(PACKAGES[name])
     try:

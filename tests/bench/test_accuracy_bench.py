@@ -12,8 +12,7 @@ from accuracy_bench import Variant, errors
 
 
 def test_the_streaming_implementation_keeps_the_rule_of_plain_float32():
-    plain = errors(Variant("plain", torch.float32, "reference"), 65, 1.0, "cpu")
-    streaming = errors(Variant("streaming", torch.float32, "torch"), 65, 1.0, "cpu")
+    plain, streaming = (errors(Variant(i, torch.float32, i), 65, 1.0, "cpu") for i in ("reference", "torch"))
     assert plain[:2] == plain[2:] == streaming[2:]
     for part in range(2):  # value, gradient
         assert 0 < streaming[part] <= 2 * plain[part] + 1e-6
@@ -21,21 +20,21 @@ def test_the_streaming_implementation_keeps_the_rule_of_plain_float32():
 
 def test_half_precision_is_measured_on_the_path_of_training_and_on_its_own_inputs(monkeypatch):
     """dT/dp is rounded: a gradient for each direction would leave it in float32."""
-    taken, gradients, sigreg = {}, [], accuracy_bench.sigreg
+    taken, sigreg = {}, accuracy_bench.sigreg
 
     def recorded(x, A, *knots, reduction, scale, **options):
         value = sigreg(x, A, *knots, reduction=reduction, scale=scale, **options)
-        gradients.extend([reduction] if value.requires_grad else [])
-        taken[x.dtype] = x.double(), A.double(), scale
+        if value.requires_grad:
+            taken[x.dtype, reduction] = x.double(), A.double(), scale
         return value
 
     monkeypatch.setattr(accuracy_bench, "sigreg", recorded)
     value, grad, *_ = errors(Variant("bf16", torch.bfloat16, "torch"), 17, 1.0, "cpu")
-    assert gradients == ["sum"] * 3  # float64, plain float32, and the variant
     assert value < 1e-5
     assert grad < 2**-8
-    for dtype in (torch.float32, torch.float64):
-        assert all(torch.equal(a, b) for a, b in zip(taken[dtype], taken[torch.bfloat16], strict=True))
+    assert taken.keys() == {(dtype, "sum") for dtype in (torch.float64, torch.float32, torch.bfloat16)}
+    for inputs in taken.values():
+        assert all(map(torch.equal, inputs, taken[torch.bfloat16, "sum"]))
 
 
 def test_rows_beyond_the_rule_are_an_error(tmp_path, monkeypatch, capsys):

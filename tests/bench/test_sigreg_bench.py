@@ -32,7 +32,7 @@ def streaming(monkeypatch, function):
     """Replaces the streaming variant by `function` of its loss and x."""
 
     def build(case, device):
-        right = sigreg_variants.ours("torch")(case, device)
+        right = sigreg_variants.ours("torch", case, device)
         return Loss(lambda x: (function(right.forward, x), None), right.directions)
 
     monkeypatch.setitem(sigreg_variants.VARIANTS, STREAMING, build)
@@ -52,8 +52,9 @@ def test_right_variants_pass_on_their_own_directions(monkeypatch, name, dtype):
     assert error > sigreg_variants.MAX_ERROR[dtype], "other directions have another result"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("factor", [1.03, float("nan")])
+@pytest.mark.parametrize(
+    ("dtype", "factor"), [(torch.float32, 1.03), (torch.bfloat16, 1.03), (torch.float32, float("nan"))]
+)
 def test_a_wrong_variant_is_reported_and_not_timed(monkeypatch, capsys, measure, dtype, factor):
     streaming(monkeypatch, lambda loss, x: loss(x * factor))
     rows = measure(TINY._replace(dtype=dtype))

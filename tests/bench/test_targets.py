@@ -43,6 +43,15 @@ def test_targets_are_met_or_not_by_their_bounds(capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     name = "reference-bfloat16: speed against torch.compile"
     assert [*name.split(), ">=", "8x", "5x", "NOT", "MET"] in lines
+    # The minimal size is judged by wall clock and launches.
+    rows = [row(v, "minimal", "float32", ms) for v, ms in ((BASELINE, 3.0), (REDUCED, 3.0), (GRAPH, 1.0))]
+    rows.append(row(TRITON, "minimal", "float32", 2.0, launches=7, kernels={"_fwd": 7}))
+    assert verdicts(rows, "minimal-float32") == {
+        "speed against eager, wall clock": (pytest.approx(1.5), True),
+        "CUDA graph against eager": (pytest.approx(3), False),
+        "CUDA graph against reduce-overhead": (pytest.approx(3), True),
+        "launches, with directions": (7, False),
+    }
 
 
 def test_ratios_are_of_figures_that_took_turns():
@@ -53,17 +62,6 @@ def test_ratios_are_of_figures_that_took_turns():
     assert found["speed against eager"] == stopped["speed against eager"] == (pytest.approx(40), True)
     assert found["speed against torch.compile"] == (pytest.approx(8), True)
     assert notes(rows[:2], "reference-bfloat16")["speed against torch.compile"] == f"no row of {COMPILED}"
-
-
-def test_the_minimal_size_is_judged_by_wall_clock_and_launches():
-    rows = [row(v, "minimal", "float32", ms) for v, ms in ((BASELINE, 3.0), (REDUCED, 3.0), (GRAPH, 1.0))]
-    rows.append(row(TRITON, "minimal", "float32", 2.0, launches=7, kernels={"_fwd": 7}))
-    assert verdicts(rows, "minimal-float32") == {
-        "speed against eager, wall clock": (pytest.approx(1.5), True),
-        "CUDA graph against eager": (pytest.approx(3), False),
-        "CUDA graph against reduce-overhead": (pytest.approx(3), True),
-        "launches, with directions": (7, False),
-    }
 
 
 @pytest.mark.parametrize("worst", [0.75, 2.0])
@@ -142,10 +140,10 @@ def test_training_targets():
 def test_loader_targets(case, least, met):
     plain = {"kind": "speed", "images_per_s": 100.0 if met else 100.5}
     rows = [{**plain, "contender": name} for name in (PLAIN, PLAIN_TENSORS)]
-    rows.append({**plain, "contender": OURS, "images_per_s": 100.0 * least})
-    rows.append({**plain, "contender": DECODED, "images_per_s": 166 * least if met else 167 * least})
+    ours = {OURS: 100.0 * least, DECODED: (166 if met else 167) * least}
+    rows += [{**plain, "contender": name, "images_per_s": speed} for name, speed in ours.items()]
     rows += [{"kind": "memory", "contender": k, "growth": 1.04 if met else 1.06} for k in (OURS, FALLBACK)]
     assert {verdict for _, verdict in verdicts(rows, case).values()} == {met}
-    peers = [{"kind": "peers", "contender": OURS, "images_per_s": 500.0}]
-    peers.append({"kind": "peers", "contender": STABLE, "images_per_s": 50.0 if met else 50.1})
+    speeds = {OURS: 500.0, STABLE: 50.0 if met else 50.1}
+    peers = [{"kind": "peers", "contender": name, "images_per_s": speed} for name, speed in speeds.items()]
     assert [verdict for _, verdict in verdicts(peers, "loader, peers").values()] == [met]

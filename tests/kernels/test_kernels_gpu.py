@@ -134,20 +134,14 @@ def test_more_elements_than_32_bits_can_count():
 
 
 def test_extra_memory_is_a_fortieth_of_the_eager_reference():
+    def extra(impl, x, A, unit):
+        return timing.peak_extra_bytes(lambda: evaluate(x, A, KNOTS, impl=impl, scale=unit), GPU)
+
+    assert extra("triton", *inputs((10, 4096, 1536), 4096, torch.bfloat16)) < 2e9
     if free_gib() < 24:
-        pytest.skip("needs 24 GiB")
-    x, A, unit = inputs(*REFERENCE, torch.bfloat16)
-    eager, ours = (
-        timing.peak_extra_bytes(lambda impl=impl: evaluate(x, A, KNOTS, impl=impl, scale=unit), GPU)
-        for impl in ("reference", "triton")
-    )
-    assert ours <= eager / 40
-
-
-def test_extra_memory_at_the_giant_size():
-    x, A, unit = inputs((10, 4096, 1536), 4096, torch.bfloat16)
-    extra = timing.peak_extra_bytes(lambda: evaluate(x, A, KNOTS, impl="triton", scale=unit), GPU)
-    assert extra < 2e9
+        pytest.skip("the eager reference needs 24 GiB")
+    usual = inputs(*REFERENCE, torch.bfloat16)
+    assert extra("triton", *usual) <= extra("reference", *usual) / 40
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
