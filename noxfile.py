@@ -37,9 +37,7 @@ def find_tests(*patterns: str) -> list[str]:
     for pattern in patterns:
         paths = sorted((ROOT / "tests").rglob(f"{pattern}.py"))
         if not paths:
-            raise FileNotFoundError(
-                f"tests: expected a file named {pattern}.py, found none; correct noxfile.py"
-            )
+            raise FileNotFoundError(f"tests: expected a file {pattern}.py, found none; correct noxfile.py")
         found += map(str, paths)
     return found
 
@@ -72,7 +70,7 @@ def kernels(session: nox.Session, triton: str) -> None:
 def kernels_short(session: nox.Session, triton: str) -> None:
     """A part of them, for CI: every kernel against the reference, and compilation of some for sm_90."""
     (path,) = find_tests("test_kernel_compile")
-    compiled = [f"{path}::test_sizes_of_one", f"{path}::test_the_colour_kernels_keep_pixels_in_registers"]
+    compiled = [f"{path}::test_sizes_of_one", f"{path}::test_the_color_kernels_keep_pixels_in_registers"]
     run_kernel_tests(session, triton, find_tests("kernel_operators", "kernel_accuracy"), compiled)
 
 
@@ -80,16 +78,6 @@ def kernels_short(session: nox.Session, triton: str) -> None:
 def library(session: nox.Session) -> None:
     """The tests of the loss with the oldest or the newest PyTorch."""
     session.install("--editable", ".[test]", *TORCH[str(session.python)])
-    session.run(
-        "python",
-        "-c",
-        "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)",
-    )
-    session.run(
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        *find_tests(*LIBRARY),
-        *session.posargs,
-    )
+    versions = "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
+    session.run("python", "-c", versions)
+    session.run("pytest", "-q", "-p", "no:cacheprovider", *find_tests(*LIBRARY), *session.posargs)

@@ -12,15 +12,14 @@ float32 is multiplied as such whatever the precision.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
+import timing
 import torch
-from benchlib import Row, Rows, command_line, print_table
+from benchlib import Row, Rows, command_line
 from torch import Tensor
 
 from lejepa_fast import Knots, sample_directions, sample_unit_directions, sigreg, standard_normal_knots
@@ -100,17 +99,17 @@ def measured(variant: Variant, J: int, device: str) -> Row:
 
 def share_of_allowed(row: Row) -> float:
     """The largest error of a row as a share of what the rule allows; infinite if an error is NaN."""
-    dtype, value = getattr(torch, row["dtype"]), RELATIVE_ERROR
-    ulp = 0.0
-    if dtype != torch.float32:
-        ulp = torch.finfo(dtype).eps / 2  # of the gradient, which has the dtype of the inputs
-        value = HALF_PRECISION_ERROR if row["kernels"] == "compiled" else RELATIVE_ERROR
-    shares = [0.0]
-    for part, options in (("value", {"relative": value}), ("gradient", {"ulp": ulp})):
-        for error, plain in zip(row[f"{part}_errors"], row[f"plain_{part}_errors"], strict=True):
-            share = error / allowed_error(plain, **options)
-            shares.append(share if share == share else float("inf"))
-    return max(shares)
+    allowed = {"value": {"relative": RELATIVE_ERROR}, "gradient": {"ulp": 0.0}}
+    if (dtype := getattr(torch, row["dtype"])) != torch.float32:
+        allowed["gradient"]["ulp"] = torch.finfo(dtype).eps / 2  # it has the dtype of the inputs
+        if row["kernels"] == "compiled":
+            allowed["value"]["relative"] = HALF_PRECISION_ERROR
+    shares = [
+        error / allowed_error(plain, **allowed[part])
+        for part in allowed
+        for error, plain in zip(row[f"{part}_errors"], row[f"plain_{part}_errors"], strict=True)
+    ]
+    return max(share if share == share else float("inf") for share in shares)
 
 
 def cases(device: str) -> list[tuple[Variant, int]]:
@@ -120,14 +119,12 @@ def cases(device: str) -> list[tuple[Variant, int]]:
 
 def measure(device: str) -> Iterator[Row]:
     """Row by row, on a GPU from several processes: each compiles its own kernels, and nothing is timed."""
-    jobs = [(variant, J, device) for variant, J in cases(device)]
+    jobs = zip(*((variant, J, device) for variant, J in cases(device)), strict=True)
     if device == "cpu":
-        yield from (measured(*job) for job in jobs)
-        return
-    workers = min(8, os.cpu_count() or 1)
-    # No copies of this process, which may hold a GPU already.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(measured, *zip(*jobs, strict=True))
+        yield from map(measured, *jobs)
+    else:
+        with timing.fresh_processes(min(8, os.cpu_count() or 1)) as pool:
+            yield from pool.map(measured, *jobs)
 
 
 def main() -> int:
@@ -137,24 +134,19 @@ def main() -> int:
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     writer = Rows(options.out / "sigreg_accuracy.jsonl", "sigreg_accuracy")
-    print("relative error of the statistic / of the gradient, against float64", flush=True)
+    scales = ", ".join(f"{scale:g}" for scale in SCALES)
+    print(f"relative error of the statistic / of the gradient, for projections of {scales}", flush=True)
     rows = []
     for row in measure(device):
         rows += writer.write(row)
-        print(f"{row['variant']}, J {row['J']}: {', '.join(cells(row))}", flush=True)
-    print()
-    header = ["variant", "J", *(f"|p| ~ {scale:g}" for scale in SCALES)]
-    print_table(header, [[row["variant"], str(row["J"]), *cells(row)] for row in rows])
+        pairs = zip(row["value_errors"], row["gradient_errors"], strict=True)
+        cells = [f"{value:.0e} / {gradient:.0e}" for value, gradient in pairs]
+        print(f"{row['variant']}, J {row['J']}: {', '.join(cells)}", flush=True)
     beyond = [row for row in rows if row["judged"] and row["share_of_allowed"] > 1]
     for row in beyond:
         share = f"{row['share_of_allowed']:.2g} times the error allowed"
         print(f"error: {row['variant']}, J {row['J']}: {share}", file=sys.stderr)
     return int(bool(beyond))
-
-
-def cells(row: Row) -> list[str]:
-    """One for each size of projections: error of the statistic / of the gradient."""
-    return [f"{v:.0e} / {g:.0e}" for v, g in zip(row["value_errors"], row["gradient_errors"], strict=True)]
 
 
 if __name__ == "__main__":

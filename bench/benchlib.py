@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,18 +27,12 @@ RESULTS = ROOT / "bench" / "results"
 
 def command_line(description: str | None, *, rehearse: str | None = None) -> argparse.ArgumentParser:
     """A parser with `--out` and, given its help text, `--rehearse`."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="folder for the rows (default: %(default)s)"
-    )
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=plain)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows (%(default)s)")
     if rehearse:
         parser.add_argument("--rehearse", action="store_true", help=rehearse)
     return parser
-
-
-# --- Rows -----------------------------------------------------------------------------------------
 
 
 class Rows:
@@ -50,8 +45,9 @@ class Rows:
         self, path: Path, benchmark: str, device: torch.device | None = None, *, rehearsal: bool = False
     ):
         self.path = path
-        marks = {"rehearsal": True} if rehearsal else {}
-        self.about: Row = {"benchmark": benchmark, **marks, **machine(device)}
+        self.about: Row = {"benchmark": benchmark, **machine(device)}
+        if rehearsal:
+            self.about["rehearsal"] = True
 
     def write(self, *rows: Mapping[str, Any]) -> list[Row]:
         """Append `rows`; returns them as written."""
@@ -76,20 +72,18 @@ def machine(device: torch.device | None = None) -> Row:
 
     LEJEPA_COMMIT in the environment names the commit of a copy without git history.
     """
-    row: Row = {
+    gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": _cpu_name(),
+        "device": torch.cuda.get_device_name() if gpu else _cpu_name(),
         "threads": torch.get_num_threads(),
-        "driver": None,
+        "driver": nvidia_smi("driver_version") if gpu else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": installed_version("triton"),
         "commit": _commit(),
         "command": repeatable(sys.argv),
     }
-    if torch.cuda.is_available() if device is None else device.type == "cuda":
-        row |= {"device": torch.cuda.get_device_name(), "driver": nvidia_smi("driver_version")}
-    return row
 
 
 def installed_version(package: str) -> str | None:
@@ -137,9 +131,6 @@ def _output(command: Sequence[str]) -> str | None:
     return run.stdout.strip() or None
 
 
-# --- Text -----------------------------------------------------------------------------------------
-
-
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print columns: the first left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -150,5 +141,4 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def first_line(failure: BaseException) -> str:
     """Type and first line of an exception, at most 200 characters."""
-    lines = str(failure).strip().splitlines()
-    return f"{type(failure).__name__}: {lines[0][:200]}" if lines else type(failure).__name__
+    return traceback.format_exception_only(failure)[0].splitlines()[0][:200]

@@ -20,16 +20,19 @@ appends its rows to DIR as they come, and its exit code says whether it worked.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,33 +40,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import targets
 import torch
-from benchlib import ROOT, Row, Rows, command_line, machine, nvidia_smi, print_table, read_rows
+from benchlib import ROOT, Row, Rows, command_line, print_table, read_rows
 
-import lejepa_fast
-
-BENCH, TESTS = ROOT / "bench", ROOT / "tests"
+PROCESSES = min(12, os.cpu_count() or 1)  # of the tests: each holds a context of the GPU
+NO_TESTS = 5  # pytest's exit code
 LEAST_SECONDS = 5  # a stage is not begun with less
 LAST_SECONDS = 20  # kept to stop what runs and to print the tables
 END_SECONDS = 12  # kept for a benchmark to start and to end within its time
-STATE = "memory.free,memory.total,clocks.sm,clocks.max.sm"
-# What the stages use beyond PyTorch and pytest; without them they do less, and say so.
-HELPFUL = ("triton", "tyro", "timm", "pytest_timeout", "hypothesis", "matplotlib", "lightly", "numba")
-
-
-class Run(NamedTuple):
-    """Where rows go, whether it is a rehearsal, and the seconds until the stage is stopped."""
-
-    out: Path
-    rehearse: bool
-    seconds: float = 0.0
-
-    @property
-    def extra(self) -> list[str]:
-        return ["--out", str(self.out), *(["--rehearse"] if self.rehearse else [])]
-
-
-Command = Callable[[Run], "list[str] | str"]
-"""Arguments of Python, or a sentence that says why there is nothing to run."""
 
 
 class Stage(NamedTuple):
@@ -73,67 +56,52 @@ class Stage(NamedTuple):
     part: int
     seconds: int
     """It is stopped after twice that, or after that if it is optional."""
-    command: Command
+    arguments: tuple[str, ...]
+    """Of Python. {out} is the folder of the rows; {minutes} is the time that there is."""
     rows: str | None = None
     """File to which it must append a row."""
     case: str = ""
     """Case of the targets that is judged if it is part of the run."""
-    rehearsed: bool = True
+    needs: str = ""
+    """Program or module without which there is nothing to run."""
 
     @property
     def optional(self) -> bool:
         return self.part == 3
 
 
-def _script(name: str, *arguments: str, budget: bool = False) -> Command:
-    """A benchmark of this folder; `budget`: it is told how much time there is."""
-
-    def command(run: Run) -> list[str]:
-        told = ["--budget-minutes", f"{(run.seconds - END_SECONDS) / 60:.2f}"] if budget else []
-        return [str(BENCH / name), *arguments, *told, *run.extra]
-
-    return command
+def _script(name: str, *arguments: str) -> tuple[str, ...]:
+    """A benchmark of this folder."""
+    return (str(ROOT / "bench" / name), *arguments, "--out", "{out}")
 
 
-def _tests(*patterns: str, only: str = "", needs: str = "pytest", rehearsed: str = "") -> Command:
-    """Tests by file patterns and a pytest expression, in many processes; a rehearsal runs fewer."""
-
-    def command(run: Run) -> list[str] | str:
-        if not importlib.util.find_spec(needs):
-            return f"{needs} is not installed"
-        found = sorted({str(path) for pattern in patterns for path in TESTS.glob(pattern)})
-        # The options of pyproject.toml ask for plugins that may be missing.
-        options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rf", "--tb=short", "-k"]
-        options += [rehearsed if run.rehearse else only, "-c", str(ROOT / "pyproject.toml")]
-        options += ["-o", "addopts=--import-mode=importlib"]
-        return [str(BENCH / "parallel_tests.py"), *found, *options]
-
-    return command
-
-
-def _profile(run: Run) -> list[str] | str:
-    """One launch of each kernel at the reference size under Nsight Compute, report in DIR/kernels.ncu-rep."""
-    ncu = shutil.which("ncu")
-    if ncu is None:
-        return "no ncu on PATH"
-    step = "x = torch.randn(8, 2048, 512, device='cuda', dtype=torch.bfloat16, requires_grad=True)"
-    code = f"import torch, lejepa_fast; {step}; lejepa_fast.SIGReg(1024).to('cuda')(x).backward()"
-    command = [ncu, "--clock-control", "none", "--set", "full", "-f", "-o", str(run.out / "kernels")]
-    command += ["-k", "regex:sigreg", sys.executable, "-c", code]
-    return ["-c", f"import subprocess, sys; sys.exit(subprocess.call({command!r}))"]
+def _tests(*patterns: str, only: str) -> tuple[str, ...]:
+    """Tests by file patterns and a pytest expression, in several processes."""
+    found = sorted({str(path) for pattern in patterns for path in (ROOT / "tests").glob(pattern)})
+    options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rf", "--tb=short", "-k", only]
+    # The options of pyproject.toml ask for plugins that may be missing.
+    options += ["-c", str(ROOT / "pyproject.toml"), "-o", "addopts=--import-mode=importlib"]
+    return (__file__, "--tests", *found, *options)
 
 
 def _sigreg(part: int, seconds: int, case: str, *more: str) -> Stage:
     command = _script("sigreg_bench.py", "--cases", case, "--repeats", "30", *more)
-    return Stage(" ".join(["sigreg", case, *more]), part, seconds, command, "sigreg.jsonl", case, False)
+    return Stage(" ".join(["sigreg", case, *more]), part, seconds, command, "sigreg.jsonl", case)
 
 
+_STEP = "x = torch.randn(8, 2048, 512, device='cuda', dtype=torch.bfloat16, requires_grad=True)"
+_STEP = f"import torch, lejepa_fast; {_STEP}; lejepa_fast.SIGReg(1024).to('cuda')(x).backward()"
+# One launch of each kernel at the reference size under Nsight Compute, report in DIR/kernels.ncu-rep.
+_NCU = ["-c", "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))", "ncu", "--clock-control"]
+_NCU += ["none", "--set", "full", "-f", "-o", "{out}/kernels", "-k", "regex:sigreg", sys.executable]
+_ENVIRONMENT = Stage("environment", 1, 15, ("-m", "torch.utils.collect_env"))
 _TILES, _OTHERS = "kernel_tiles.jsonl", ("minimal-float32", "reference-float32", "giant-bfloat16")
 _KERNELS = ("kernels/kernel_*.py", "kernels/test_kernels_gpu.py")
 _SLOW = "sanitizer or compile or 32_bits or generated"
-_LOADER = _tests("data/test_*.py", only="gpu", needs="nvidia")
+_LOADER = _tests("data/test_*.py", only="gpu")
+_BUDGET = ("--budget-minutes", "{minutes}")
 STAGES = (
-    Stage("environment", 1, 15, lambda run: [__file__, "--describe", *run.extra]),
+    _ENVIRONMENT,
     Stage("tiles", 1, 70, _script("tiles_bench.py", "--sizes", "reference-bfloat16"), _TILES),
     _sigreg(1, 35, "reference-bfloat16", "--no-compile"),
     _sigreg(1, 45, "giant-bfloat16"),
@@ -141,24 +109,26 @@ STAGES = (
     _sigreg(1, 45, "reference-bfloat16"),
     _sigreg(2, 40, "minimal-float32"),
     _sigreg(2, 40, "reference-float32"),
-    Stage("kernel tests", 2, 100, _tests(*_KERNELS, only=f"not ({_SLOW})", rehearsed="double_backward")),
-    Stage("accuracy", 2, 30, _script("accuracy_bench.py"), "sigreg_accuracy.jsonl", "accuracy", False),
+    Stage("kernel tests", 2, 100, _tests(*_KERNELS, only=f"not ({_SLOW})")),
+    Stage("accuracy", 2, 30, _script("accuracy_bench.py"), "sigreg_accuracy.jsonl", "accuracy"),
     Stage("training, 50 steps", 2, 30, _script("train_bench.py", "--smoke"), "train.jsonl"),
-    Stage("ncu", 3, 30, _profile, rehearsed=False),
-    Stage("tiles of other sizes", 3, 90, _script("tiles_bench.py", "--sizes", *_OTHERS), rehearsed=False),
-    Stage("loader tests", 3, 90, _LOADER, rehearsed=False),
-    Stage("loader", 3, 60, _script("loader_bench.py", budget=True), "loader.jsonl", rehearsed=False),
-    Stage("training", 3, 60, _script("train_bench.py", budget=True), "train.jsonl", rehearsed=False),
-    Stage("sigreg against peers", 3, 60, _script("sigreg_bench.py", "--peers"), rehearsed=False),
-    Stage("sigreg against N and M", 3, 90, _script("sigreg_bench.py", "--sweep"), rehearsed=False),
-    Stage("slow kernel tests", 3, 300, _tests(*_KERNELS, only=_SLOW), rehearsed=False),
+    Stage("ncu", 3, 30, (*_NCU, "-c", _STEP), needs="ncu"),
+    Stage("tiles of other sizes", 3, 90, _script("tiles_bench.py", "--sizes", *_OTHERS)),
+    Stage("loader tests", 3, 90, _LOADER, needs="nvidia"),
+    Stage("loader", 3, 60, _script("loader_bench.py", *_BUDGET), "loader.jsonl"),
+    Stage("training", 3, 60, _script("train_bench.py", *_BUDGET), "train.jsonl"),
+    Stage("sigreg against peers", 3, 60, _script("sigreg_bench.py", "--peers")),
+    Stage("sigreg against N and M", 3, 90, _script("sigreg_bench.py", "--sweep")),
+    Stage("slow kernel tests", 3, 300, _tests(*_KERNELS, only=_SLOW)),
 )
-# The cases of the benchmark are rehearsed in one process.
-_CASES = _script("sigreg_bench.py", "--repeats", "2")
-REHEARSAL = Stage("sigreg, all cases", 1, 90, _CASES, "sigreg.jsonl", "reference-bfloat16")
-
-
-# --- Running a stage ------------------------------------------------------------------------------
+_CASES = _script("sigreg_bench.py", "--rehearse", "--repeats", "2")
+REHEARSAL = (
+    _ENVIRONMENT,
+    Stage("sigreg, all cases", 1, 90, _CASES, "sigreg.jsonl", "reference-bfloat16"),
+    Stage("tiles", 1, 70, _script("tiles_bench.py", "--rehearse"), _TILES),
+    Stage("kernel tests", 2, 100, _tests(*_KERNELS, only="double_backward")),
+    Stage("training, 50 steps", 2, 30, _script("train_bench.py", "--rehearse", "--smoke"), "train.jsonl"),
+)
 
 
 class Outcome(NamedTuple):
@@ -201,40 +171,61 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 def make_environment(rehearse: bool) -> dict[str, str]:
     """The environment of the stages, which import the package from this checkout."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg", "PYTHONPATH": path}
     environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the kernel tests ask for determinism
-    if rehearse:
-        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return environment
+    return environment | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if rehearse else {})
 
 
-# --- The check ------------------------------------------------------------------------------------
+# A kernel test mostly compiles, in one thread; the machine may lack pytest-xdist.
+_SHARE = """
+import sys, pytest
+class Share:
+    def pytest_collection_modifyitems(self, items):
+        items[:] = items[int(sys.argv[1]) :: int(sys.argv[2])]
+sys.exit(pytest.main(sys.argv[3:], plugins=[Share()]))
+"""
+
+
+def run_tests(arguments: Sequence[str]) -> int:
+    """pytest with these arguments, a share of the tests in each process; 1 if a test fails or none passes."""
+
+    def run(index: int) -> tuple[int, bool]:
+        command = [sys.executable, "-c", _SHARE, str(index), str(PROCESSES), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        print(f"process {index}:", *(done.stdout + done.stderr).splitlines(), sep="\n  ", flush=True)
+        return done.returncode, bool(re.search(r"\d+ passed", done.stdout))
+
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        codes, passed = zip(*pool.map(run, range(PROCESSES)), strict=True)
+    return int(not {*codes} <= {0, NO_TESTS} or not any(passed))
 
 
 class Check:
     """Runs stages and keeps the rows."""
 
-    def __init__(self, run: Run, minutes: float, folder: Path):
-        self.run = run
+    def __init__(self, out: Path, minutes: float, folder: Path, *, rehearse: bool = False):
+        self.out = out
         self.folder = folder
+        self.rehearse = rehearse
         self.deadline = time.monotonic() + 60 * minutes - LAST_SECONDS
-        self.writer = Rows(run.out / "gpu_check.jsonl", "gpu_check", rehearsal=run.rehearse)
+        self.writer = Rows(out / "gpu_check.jsonl", "gpu_check", rehearsal=rehearse)
         self.outcomes: dict[Stage, Outcome] = {}
 
     def carry_out(self, stage: Stage) -> None:
         left = self.deadline - time.monotonic()
         usual = stage.seconds if stage.optional else 2 * stage.seconds
-        limit = left if self.run.rehearse else min(usual, left)  # a busy CPU says nothing about the limits
+        limit = left if self.rehearse else min(usual, left)  # a busy CPU says nothing about the limits
         print(f"\n=== {stage.name}: at most {max(0, limit):.0f} s", flush=True)
-        command = stage.command(self.run._replace(seconds=limit))
         before = len(self.rows_of(stage.rows))
-        if isinstance(command, str):
-            outcome = Outcome("absent", 0.0, command)
+        if stage.needs and not (shutil.which(stage.needs) or importlib.util.find_spec(stage.needs)):
+            outcome = Outcome("absent", 0.0, f"{stage.needs} is not installed")
         elif left < LEAST_SECONDS:
             outcome = Outcome("skipped", 0.0, "no time is left")
         else:
-            outcome = execute(command, limit, make_environment(self.run.rehearse), self.folder)
+            told = {"{out}": str(self.out), "{minutes}": f"{(limit - END_SECONDS) / 60:.2f}"}
+            command = [re.sub(r"{out}|{minutes}", lambda m: told[m[0]], each) for each in stage.arguments]
+            outcome = execute(command, limit, make_environment(self.rehearse), self.folder)
         if outcome.status == "ok" and stage.rows and len(self.rows_of(stage.rows)) == before:
             outcome = outcome._replace(status="failed", problem=f"it wrote no row to {stage.rows}")
         self.outcomes[stage] = outcome
@@ -243,7 +234,7 @@ class Check:
 
     def rows_of(self, name: str | None) -> list[Row]:
         """Rows of this check in a file of its folder."""
-        rows = read_rows(self.run.out / name) if name else []
+        rows = read_rows(self.out / name) if name else []
         return [row for row in rows if row["date"] >= self.writer.about["date"]]
 
     def summarise(self) -> int:
@@ -256,27 +247,11 @@ class Check:
         print_table(["stage", "", "time", "problem"], cells)
         print()
         targets.print_judged(judged)
-        print(f"rows: {self.run.out}", flush=True)
-        failed = any(
-            outcome.status == "failed" or (outcome.status != "ok" and not stage.optional)
-            for stage, outcome in self.outcomes.items()
-        )
-        missed = any(not row["met"] for row in judged) and not self.run.rehearse
-        return 1 if failed or missed else 0
-
-
-def print_environment() -> None:
-    for key, value in machine().items():
-        print(f"{key}: {value}")
-    print(f"lejepa_fast: {Path(lejepa_fast.__file__).parent}")
-    print(f"not installed: {', '.join(n for n in HELPFUL if not importlib.util.find_spec(n)) or '-'}")
-    print(f"C compiler, which Triton needs: {shutil.which('cc') or shutil.which('gcc')}")
-    if torch.cuda.is_available():
-        print(f"free and total memory, clock, highest clock: {nvidia_smi(STATE)}")
-        x = torch.randn(64, 8, device="cuda").requires_grad_()
-        loss = lejepa_fast.SIGReg(num_slices=16, impl="triton").to("cuda")(x)
-        loss.backward()
-        print(f"impl='triton' works: SIGReg of 64 normal samples is {loss.item():.3f}")
+        print(f"rows: {self.out}", flush=True)
+        good = [("ok",), ("ok", "stopped", "skipped", "absent")]
+        failed = any(outcome.status not in good[stage.optional] for stage, outcome in self.outcomes.items())
+        missed = any(not row["met"] for row in judged) and not self.rehearse
+        return int(failed or missed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -284,11 +259,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together")
     parts = (1, 2, 3)
     parser.add_argument("--part", type=int, choices=parts, nargs="+", default=parts, help="default: all")
-    parser.add_argument("--describe", action="store_true", help="print the environment and end")
+    tests = "run pytest with all further arguments, in several processes, and end"
+    parser.add_argument("--tests", nargs=argparse.REMAINDER, help=tests)
     options = parser.parse_args(arguments)
-    if options.describe:
-        print_environment()
-        return 0
+    if options.tests:
+        return run_tests(options.tests)
     if options.minutes <= 0:
         parser.error(f"--minutes: expected a positive number, got {options.minutes}")
     if not options.rehearse and not torch.cuda.is_available():
@@ -299,13 +274,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: --out: cannot write to {options.out}: {error.strerror}", file=sys.stderr)
         return 2
-    stages = [stage for stage in STAGES if stage.part in options.part]
-    if options.rehearse:
-        stages = [REHEARSAL, *(stage for stage in STAGES if stage.rehearsed)]
+    stages = REHEARSAL if options.rehearse else [stage for stage in STAGES if stage.part in options.part]
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory() as folder:
         minutes = 60 if options.rehearse else options.minutes
-        check = Check(Run(options.out.resolve(), options.rehearse), minutes, Path(folder))
+        check = Check(options.out.resolve(), minutes, Path(folder), rehearse=options.rehearse)
         for stage in stages:
             check.carry_out(stage)
         return check.summarise()

@@ -4,15 +4,16 @@
     python bench/kernel_report.py --target all --dtype bf16 fp32
     python bench/kernel_report.py --json report.json --check
 
-Kernels are compiled with their shipped configuration for the reference size (V 8, N 2048, K 512, M 1024,
-J 17), for the giant one (V 10, N 4096, K 1536, M 4096) where that takes another tile, and `fused` for the
-largest K of each tile. For sm_90 also for the minimal size, for odd sizes, more knots, arbitrary knots, a
-statistic for each direction, and bf16 embeddings with float32 directions: there spills are recorded rather
-than excluded.
-Instructions are counted in the hot loop: the stretch of machine code between two branches
-that holds the range reductions. One range reduction (two beyond 17 knots) belongs to one projected sample,
-and its constant can be found in the code, so `per sample` means: of that stretch, divided by its samples.
-Beyond 17 knots several programs of `forward` share them; the figure is that of one.
+The launchers run on tensors without memory, and each kernel is compiled with the arguments that they pass:
+for the reference size (V 8, N 2048, K 512, M 1024, J 17), for the giant one (V 10, N 4096, K 1536, M 4096)
+where that takes another tile, and `fused` for the largest K of each tile. For sm_90 also for the minimal
+size, odd sizes, more knots, arbitrary knots, a statistic for each direction, and bf16 embeddings with float32
+directions: there spills are recorded rather than excluded.
+
+Instructions are counted in the hot loop, the stretch of machine code between two branches that holds the
+range reductions. A projected sample has one of them (two beyond 17 knots), known by its constant, so `per
+sample` means: of that stretch, divided by its samples. Beyond 17 knots it is that of one of the programs of
+`forward` that share the knots.
 
 Floors are for one H200 and a launch of the whole size: instructions on the FP32 pipe, the matrix product, and
 the bytes that programs read through the L2 cache, each by its rate below. Programs on a multiprocessor
@@ -30,24 +31,25 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
-from benchlib import print_table
-from kernel_build import TILED, Kernel, Size, compile_kernel, plain_kernels, tiled_kernel
+from benchlib import Row, print_table
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from lejepa_fast.kernels.configs import TARGETS, shipped_config
+from lejepa_fast.kernels import backward, color_jitter, epilogue, forward, philox
+from lejepa_fast.kernels.configs import ANY, TARGETS, Choice, Config, Tile, shipped_config
 from lejepa_fast.kernels.table import Plan, count_splits, make_plan
+from lejepa_fast.triton_operators import default_precision
 
 BUDGETS = Path(__file__).parent / "kernel_budgets.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-REFERENCE, GIANT = Size(8, 2048, 512, 1024), Size(10, 4096, 1536, 4096)
-KNOTS, STEP = 17, 3 / 16
-MINIMAL = Size(4, 256, 16, 256)
-ODD = (Size(8, 2001, 60, 1000), Size(8, 2001, 500, 1000), Size(8, 2001, 768, 1024))
-MANY_KNOTS = (33, 65)
 # The names that end in 2 are Blackwell's packed instructions: two operations, issued once.
 FP32 = ("FADD", "FMUL", "FFMA", "FSEL", "FSETP", "FMNMX", "FCHK", "FADD2", "FMUL2", "FFMA2")
 TENSOR = ("HGMMA", "HMMA", "UTCHMMA", "UTCOMMA")
@@ -60,7 +62,140 @@ _FP32 = 128 * 132 * 1.98e9
 _MATMUL = {"bf16": 780e12, "fp16": 780e12, "fp32": 390e12 / 3}  # float32 takes three tf32 products
 _L2 = 5.5e12
 _REGISTERS, _SHARED = 65536, 227 * 1024  # of a multiprocessor, sm_90
+TILED = {
+    "_sigreg_fwd_kernel": "forward",
+    "_sigreg_dp_kernel": "gradient",
+    "_sigreg_dx_kernel": "product",
+    "_sigreg_bwd_kernel": "fused",
+}
+PLAIN = {"_directions_kernel": "directions", "_sigreg_finish_kernel": "finish", "_sum_kernel": "sum"}
+_PLAIN_TILE = Tile(32, 0, 0, 4, 3)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()}
+_POINTERS |= {torch.uint8: "*u8", torch.int64: "*i64"}
 
+# --- The kernels as they are launched --------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    """Size of a problem: views, samples, dimensions, directions."""
+
+    V: int
+    N: int
+    K: int
+    M: int
+
+
+class Kernel(NamedTuple):
+    """A kernel with the arguments and options of a launch."""
+
+    name: str
+    function: Any
+    arguments: dict[str, Any]
+    tile: Tile
+
+
+REFERENCE, GIANT = Size(8, 2048, 512, 1024), Size(10, 4096, 1536, 4096)
+MINIMAL = Size(4, 256, 16, 256)
+ODD = (Size(8, 2001, 60, 1000), Size(8, 2001, 500, 1000), Size(8, 2001, 768, 1024))
+USUAL = make_plan(17, 3 / 16)
+
+
+def launched(call: Callable[[], Any], target: str = "sm_90") -> list[Kernel]:
+    """What `call` would launch on a GPU, with its shipped tiles; it gets tensors without memory."""
+    found: list[Kernel] = []
+    tile = _PLAIN_TILE
+
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        options |= zip((parameter.name for parameter in kernel.params), arguments, strict=False)
+        name = kernel.fn.__name__
+        found.append(Kernel((TILED | PLAIN).get(name, name), kernel, options, tile))
+
+    def launch_best(launch: Callable[[Tile], None], name: str, config: Config, x: Tensor, *_: Any) -> None:
+        nonlocal tile
+        tile = config.tile(name, x.shape[2])
+        launch(tile)
+        tile = _PLAIN_TILE
+
+    with (
+        mock.patch.object(triton.JITFunction, "run", run),
+        mock.patch.object(forward, "launch_best", launch_best),
+        mock.patch.object(backward, "launch_best", launch_best),
+        mock.patch.object(backward, "get_config", lambda device, itemsize: shipped_config(target, itemsize)),
+        torch.device("meta"),
+    ):
+        call()
+    return found
+
+
+def step_kernels(
+    target: str,
+    dtype: str,
+    size: Size,
+    plan: Plan = USUAL,
+    *,
+    fused: bool,
+    slice_grad: bool = False,
+    directions: str | None = None,
+) -> dict[str, Kernel]:
+    """The kernels of a training step by name; the backward is one kernel (`fused`) or two.
+
+    `slice_grad`: as for a statistic of each direction (`reduction=None`).
+    `directions`: their dtype, where it is not that of the embeddings: both are multiplied as float32.
+    """
+    (V, N, K, M), mixed = size, directions is not None
+    half = dtype != "fp32" and not mixed
+    config = shipped_config(target, 2 if half else 4)
+    config = config._replace(fused=(Choice(ANY, config.tile("fused", K)),) if fused else ())
+    # AMD's is that of the CPU.
+    precision = default_precision(torch.device("cuda" if target.startswith("sm_") else "cpu"))
+
+    def step() -> None:
+        number = torch.empty((), dtype=torch.int64)
+        A, scale = philox.draw_directions(number, K, M, 3, DTYPES[directions or dtype])
+        x, t = torch.empty(V, N, K, dtype=DTYPES[dtype]), torch.empty(plan.J)
+        shared = (x, A, scale if half else None, t, plan, config, precision)
+        table = forward.table_sums(*shared)
+        options: Any = {"unbiased": False, "scale_by_n": True, "factor": None if slice_grad else 0.1}
+        value, coef = epilogue.finish(table, N, shared[2], t, t, t, plan, **options)
+        backward.gradient(value, 0.1, coef, *shared)
+
+    return {kernel.name: kernel for kernel in reversed(launched(step, target))}  # of chunks the first
+
+
+def color_kernels(size: int, kernel_size: int) -> list[Kernel]:
+    """Those of `kernels/color_jitter.py` for crops of `size` px: the blur's two passes are of two types."""
+
+    def call() -> None:
+        view, rows = torch.empty(1, size, size, 3, dtype=torch.uint8), torch.empty(1, color_jitter.COLUMNS)
+        color_jitter.change_colors(view, rows, kernel_size=kernel_size, threshold=128, blurred=True)
+
+    return launched(call)
+
+
+def compile_kernel(kernel: Kernel, target: str) -> Any:
+    """Compile as the launcher would: types from values, 1 as a constant, divisibility by 16."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    options = dict(kernel.arguments)
+    for index, parameter in enumerate(kernel.function.params):
+        name, value = parameter.name, options.pop(parameter.name)
+        special, whole = not parameter.do_not_specialize, isinstance(value, int)
+        if parameter.is_constexpr or (special and whole and value == 1):
+            constants[name], signature[name] = value, "constexpr"
+            continue
+        tensor = isinstance(value, Tensor)
+        signature[name] = _POINTERS[value.dtype] if tensor else "i32" if whole else "fp32"
+        if special and (tensor or (whole and value % 16 == 0)):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel.function, signature=signature, constexprs=constants, attrs=attributes)
+    nvidia = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32) if nvidia else GPUTarget("hip", target, 64)
+    return triton.compile(source, target=gpu, options=options)
+
+
+# --- What the compiler makes of them ---------------------------------------------------------------
 
 Case = tuple[str, Plan, Size, Kernel]
 """What is uneven about it, and a kernel for this size."""
@@ -69,16 +204,15 @@ Case = tuple[str, Plan, Size, Kernel]
 def cases(target: str, dtype: str) -> list[Case]:
     """Every kernel with its sizes; the giant size where it takes another tile than the reference."""
     config = shipped_config(target, 4 if dtype == "fp32" else 2)
-    usual = make_plan(KNOTS, STEP)
-    found: list[Case] = [("", usual, REFERENCE, k) for k in plain_kernels(target, dtype, usual, REFERENCE)]
+    found: list[Case] = []
 
     def add(
-        uneven: str, size: Size, *names: str, plan: Plan = usual, inputs: str = dtype, **more: Any
+        uneven: str, size: Size, *names: str, plan: Plan = USUAL, inputs: str = dtype, **more: Any
     ) -> None:
-        for name in names:
-            kernel = tiled_kernel(name, target, inputs, plan, size, **more)
-            found.append((uneven.format(*size), plan, size, kernel))
+        kernels = step_kernels(target, inputs, size, plan, fused="fused" in names, **more)
+        found.extend((uneven.format(*size), plan, size, kernels[name]) for name in names)
 
+    add("", REFERENCE, *PLAIN.values())
     for name in ("forward", "gradient", "product"):
         add("", REFERENCE, name)
         if config.tile(name, GIANT.K) != config.tile(name, REFERENCE.K):
@@ -95,8 +229,8 @@ def cases(target: str, dtype: str) -> list[Case]:
         return found
     for size in ODD:
         add("N {1} K {2} M {3}", size, *(small if size.K <= 64 else large))
-    plans = [(f"J {knots}", make_plan(knots, 3 / (knots - 1))) for knots in MANY_KNOTS]
-    for what, plan in [*plans, ("arbitrary knots", make_plan(KNOTS, None))]:
+    plans = [(f"J {knots}", make_plan(knots, 3 / (knots - 1))) for knots in (33, 65)]
+    for what, plan in [*plans, ("arbitrary knots", make_plan(17, None))]:
         add(what + " K {2}", REFERENCE, *small, plan=plan)
         add(what + " K {2}", GIANT, "gradient", plan=plan)
     add("reduction None K {2}", REFERENCE._replace(K=64), "fused", slice_grad=True)
@@ -104,53 +238,37 @@ def cases(target: str, dtype: str) -> list[Case]:
     return found
 
 
-def inspect(compiled: Any, target: str, reductions: int = 1) -> dict[str, Any]:
+def inspect(compiled: Any, target: str, reductions: int = 1) -> Row:
     """Figures of a compiled kernel, with so many range reductions for each projected sample.
 
     AMD's come from its assembly text, without the hot loop.
     """
-    row: dict[str, Any] = {"shared_bytes": compiled.metadata.shared}
+
+    def number(pattern: str) -> int:
+        return int(re.findall(rf"{pattern}:\s*(\d+)", text)[-1])
+
+    row: Row = {"shared_bytes": compiled.metadata.shared}
     if not target.startswith("sm_"):
-        return row | _inspect_amd(compiled.asm["amdgcn"])
+        text = compiled.asm["amdgcn"]
+        row |= {"registers": number(r"\.vgpr_count"), "stack_bytes": number(r"\.private_segment_fixed_size")}
+        row["spills"] = number(r"\.vgpr_spill_count") + number(r"\.sgpr_spill_count")
+        tensor = len(re.findall(r"\bv_mfma_", text))
+        return row | {"tensor_instructions": tensor, "tensor_kind": "MFMA" if tensor else None}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
-        usage, code = (
-            subprocess.run(
-                [TOOLS / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    row["registers"] = int(re.findall(r"REG:(\d+)", usage)[-1])
-    everything = Counter(_LINE.findall(code))
-    row["spills"] = everything["LDL"] + everything["STL"]
-    row["stack_bytes"] = int(re.findall(r"STACK:(\d+)", usage)[-1])
-    row["tensor_instructions"] = sum(everything[name] for name in TENSOR)
+        command = [str(TOOLS / "cuobjdump"), "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    everything = Counter(_LINE.findall(text))
+    row |= {"registers": number("REG"), "spills": everything["LDL"] + everything["STL"]}
+    row |= {"stack_bytes": number("STACK"), "tensor_instructions": sum(everything[name] for name in TENSOR)}
     row["tensor_kind"] = next((name for name in TENSOR if everything[name]), None)
-    samples, loop = hot_loop(code)
+    samples, loop = hot_loop(text)
     if samples:
         samples /= reductions
+        kinds = {"fp32": FP32, "mufu": ("MUFU",), "shfl": ("SHFL",), "total": tuple(loop)}
         row["loop_samples"] = samples
-        row["per_sample"] = {
-            "fp32": sum(loop[name] for name in FP32) / samples,
-            "mufu": loop["MUFU"] / samples,
-            "shfl": loop["SHFL"] / samples,
-            "total": sum(loop.values()) / samples,
-        }
+        row["per_sample"] = {k: sum(loop[name] for name in names) / samples for k, names in kinds.items()}
     return row
-
-
-def _inspect_amd(code: str) -> dict[str, Any]:
-    def number(name: str) -> int:
-        return int(re.findall(rf"\.{name}:\s+(\d+)", code)[-1])
-
-    tensor = len(re.findall(r"\bv_mfma_", code))
-    return {
-        "registers": number("vgpr_count"),
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
-        "stack_bytes": number("private_segment_fixed_size"),
-        "tensor_instructions": tensor,
-        "tensor_kind": "MFMA" if tensor else None,
-    }
 
 
 def hot_loop(code: str) -> tuple[float, Counter[str]]:
@@ -183,7 +301,7 @@ def l2_bytes(kernel: Kernel, size: Size, plan: Plan, dtype: str, target: str) ->
     return item * (reads + (outputs if kernel.name == "gradient" else 0))
 
 
-def floors(row: dict[str, Any], kernel: Kernel, size: Size, plan: Plan) -> dict[str, float]:
+def floors(row: Row, kernel: Kernel, size: Size, plan: Plan) -> dict[str, float]:
     """Microseconds of a launch for the whole size on an H200, by pipe, and of the pipe that decides."""
     outputs = size.V * size.N * size.M
     products = 4 if kernel.name == "fused" else 2
@@ -198,44 +316,41 @@ def floors(row: dict[str, Any], kernel: Kernel, size: Size, plan: Plan) -> dict[
     return {name: 1e6 * seconds for name, seconds in figures.items()} | {"programs_per_sm": resident}
 
 
-def report(target: str, dtypes: list[str]) -> list[dict[str, Any]]:
-    return [_row(target, dtype, *case) for dtype in dtypes for case in cases(target, dtype)]
-
-
-def _row(target: str, dtype: str, uneven: str, plan: Plan, size: Size, kernel: Kernel) -> dict[str, Any]:
+def _row(target: str, dtype: str, uneven: str, plan: Plan, size: Size, kernel: Kernel) -> Row:
     row = {"triton": triton.__version__, "kernel": kernel.name, "uneven": uneven, "target": target}
     row |= {"dtype": dtype, **size._asdict()}
     reductions = 2 if plan.chunks > 1 else 1  # giant steps far from 0 have one of their own
     row |= {**kernel.tile._asdict(), **inspect(compile_kernel(kernel, target), target, reductions)}
-    if not plan.equidistant:  # a range reduction for each knot: they do not count samples
-        row.pop("loop_samples", None)
-        row.pop("per_sample", None)
     samples = row.pop("loop_samples", None)
+    if not plan.equidistant or kernel.name not in TILED.values():
+        # A range reduction for each knot, which counts no samples; normals, where nothing is projected.
+        row.pop("per_sample", None)
+        return row
     # Packed instructions of sm_100 reduce two samples.
     if samples and "SUB_TILES" in kernel.arguments and target != "sm_100":
         due = kernel.tile.block_m * kernel.tile.block_n / kernel.arguments["SUB_TILES"]
         row["repeated"] = samples * 32 * kernel.tile.num_warps / due
-    if kernel.name not in TILED:
-        row.pop("per_sample", None)  # it draws normals and projects nothing
-        return row
-    if target == "sm_90" and plan.equidistant:
+    if target == "sm_90":
         row["floor_h200"] = floors(row, kernel, size, plan)
     return row
 
 
-def budget_key(row: dict[str, Any]) -> str:
+def report(target: str, dtypes: list[str]) -> list[Row]:
+    return [_row(target, dtype, *case) for dtype in dtypes for case in cases(target, dtype)]
+
+
+def budget_key(row: Row) -> str:
     return f"{row['target']} {row['dtype']} {row['kernel']} {row['uneven'] or row['K']}"
 
 
-def violations(rows: list[dict[str, Any]], budgets: dict[str, Any]) -> list[str]:
+def violations(rows: list[Row], budgets: Row) -> list[str]:
     """What breaks the rules: no recorded budget, more spills than recorded (none, if none are), other
     tensor-core instructions, 10 % more FP32 instructions than recorded.
     """
     found = []
     for row in rows:
-        version = ".".join(row["triton"].split(".")[:2])
-        budget = budgets.get(f"triton {version} {budget_key(row)}") or budgets.get(budget_key(row))
-        name = budget_key(row)
+        version, name = ".".join(row["triton"].split(".")[:2]), budget_key(row)
+        budget = budgets.get(f"triton {version} {name}") or budgets.get(name)
         if budget is None:
             found.append(f"{name}: no budget in {BUDGETS.name}")
             continue
@@ -253,27 +368,25 @@ def violations(rows: list[dict[str, Any]], budgets: dict[str, Any]) -> list[str]
     return found
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def show(rows: list[Row]) -> None:
     header = ["kernel", "size", "target", "dtype", "tile", "regs", "spills", "shared", "tensor"]
     header += ["fp32/smp", "mufu", "shfl", "all/smp", "fp32 us", "matmul us", "l2 us", "floor us"]
     table = []
     for row in rows:
         tile = f"{row['block_m']}x{row['block_n']}x{row['block_k']} w{row['num_warps']} s{row['num_stages']}"
         tile += f" t{row['sub_tiles']}" + " resident" * row["resident"]
-        each, floor = row.get("per_sample"), row.get("floor_h200")
         cells = [row["kernel"], row["uneven"] or f"K {row['K']}", row["target"], row["dtype"], tile]
-        cells += [str(row[key]) for key in ("registers", "spills", "shared_bytes")]
-        cells.append(row["tensor_kind"] or "-")
-        kinds = ("fp32", "mufu", "shfl", "total")
-        cells += [f"{each[kind]:.1f}" for kind in kinds] if each else ["-"] * 4
-        names = ("fp32_us", "matmul_us", "l2_us", "floor_us")
-        cells += [f"{floor[k]:.0f}" for k in names] if floor else ["-"] * 4
+        cells += [str(row[key]) for key in ("registers", "spills", "shared_bytes", "tensor_kind")]
+        for key, form in (("per_sample", ".1f"), ("floor_h200", ".0f")):
+            cells += [f"{figure:{form}}" for figure in [*row[key].values()][:4]] if key in row else ["-"] * 4
         table.append(cells)
     print_table(header, table)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", choices=[*TARGETS, "all"], default="sm_90")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], nargs="+", default=["bf16"])
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -282,7 +395,7 @@ def main() -> int:
     targets = TARGETS if options.target == "all" else [options.target]
     rows = [row for target in targets for row in report(target, options.dtype)]
     print(f"triton {triton.__version__}, torch {torch.__version__}")
-    print(f"reference {REFERENCE}, giant {GIANT}, J {KNOTS}\n")
+    print(f"reference {REFERENCE}, giant {GIANT}, J 17\n")
     show(rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

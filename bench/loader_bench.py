@@ -4,7 +4,7 @@
     python bench/loader_bench.py --peers     # against stable-pretraining's transforms, one worker each
 
 All loaders read the same JPEG files of 500 x 375 px, make the default recipe (2 x 224 + 6 x 98 px) in
-float32, normalised, with the same number of workers or threads, and take turns pass by pass. With a GPU and
+float32, normalized, with the same number of workers or threads, and take turns pass by pass. With a GPU and
 DALI, DALI decodes and augments there, and every loader's batches end on the GPU. Rows go to DIR/loader.jsonl.
 """
 
@@ -17,29 +17,258 @@ import os
 import re
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
-import loader_contenders
+import numpy as np
+import targets
 import timing
 import torch
 from benchlib import Row, Rows, command_line, first_line, installed_version, print_table
-from loader_contenders import DECODED, FALLBACK, OURS, PLAIN, PLAIN_TENSORS, STABLE, Pass, Setting
-from loader_files import make_folder
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
-from lejepa_fast.data import MultiCropRecipe
+from lejepa_fast.data import MultiCropRecipe, multicrop_loader, open_source
 
-CPU_TARGET, GPU_TARGET, GPU_SHARE, PEER_TARGET = 5.0, 8.0, 0.6, 10.0
-MEMORY_EPOCHS, MEMORY_COPIES, MEMORY_LIMIT = 5, 2, 1.05
+PLAIN, PLAIN_TENSORS = "torchvision v2", "torchvision v2, tensors"
+OURS, FALLBACK, STABLE = "lejepa_fast", "lejepa_fast, torchvision backend", "stable-pretraining"
+BYTES, PILLOW, DECODED = "bytes only", "decode only, Pillow", "decode only, DALI"
+MEMORY_EPOCHS, MEMORY_COPIES = 5, 2
 # A batch of 32 is 60 MB, a tenth of what is resident: one more or less in flight would decide. So small ones.
 MEMORY_BATCH = 8
-BACKENDS = {OURS: "auto", FALLBACK: "torchvision"}
+WIDTH, HEIGHT = 500, 375  # the size of a typical ImageNet file
+QUALITY = 95
+View = TypeVar("View")
 
 
-# --- Speed ----------------------------------------------------------------------------------------
+def make_folder(path: Path, count: int) -> None:
+    """Write `count` JPEG files of 500 x 375 px: mosaics of the embedded images in their own size.
+
+    An enlarged small picture would be far smoother than a photograph, and quick to decode.
+    """
+    source = open_source("trashnet96", "train")
+    path.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    step = min(source[0][0].size)
+    for number in range(count):
+        canvas = Image.new("RGB", (WIDTH, HEIGHT))
+        for y in range(0, HEIGHT, step):
+            for x in range(0, WIDTH, step):
+                canvas.paste(source[int(random.integers(len(source)))][0], (x, y))
+        canvas.save(path / f"{number:05d}.jpg", quality=QUALITY)
+
+
+# --- The loaders ----------------------------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    """What all loaders share."""
+
+    folder: Path
+    recipe: MultiCropRecipe
+    batch_size: int
+    workers: int
+    device: torch.device
+    """Where the batches end."""
+    copies: int = 1
+    """How often the fast ones go through the files in a pass, so that it is long enough."""
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(self.folder.iterdir())
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+Pass = Callable[[], int]
+"""Makes one epoch and returns its number of images."""
+
+
+class Files(torch.utils.data.Dataset):
+    """What `make` makes of each file, and the label 0."""
+
+    def __init__(self, files: list[Path], make: Callable[[Image.Image], Any]):
+        self.files, self.make = files, make
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        with Image.open(self.files[index]) as image:
+            return self.make(image.convert("RGB")), 0
+
+
+def stock(setting: Setting, dataset: torch.utils.data.Dataset, images: Callable[[Any], int]) -> Pass:
+    """A stock `DataLoader` over `dataset`; `images` counts those of a batch."""
+    loader = DataLoader(
+        dataset,
+        batch_size=setting.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=setting.workers,
+        persistent_workers=True,
+        pin_memory=setting.on_gpu,
+        worker_init_fn=_one_thread,
+    )
+    return lambda: sum(images(batch) for batch in loader)
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _views(recipe: MultiCropRecipe, view: Callable[[int, tuple[float, float]], View]) -> list[View]:
+    """The transforms of all views, globals first; `view` makes one from size and scale."""
+    views = [view(recipe.global_size, recipe.global_scale)] * recipe.global_crops
+    return views + [view(recipe.local_size, recipe.local_scale)] * recipe.local_crops
+
+
+def multicrop_transform(
+    recipe: MultiCropRecipe, *, tensors: bool, normalized: bool = True
+) -> Callable[[Image.Image], list[Tensor]]:
+    """All views of a Pillow image in torchvision's own random transforms, globals first.
+
+    `tensors`: work on uint8 tensors from the start and not on Pillow images, which v2 takes alike.
+    `normalized`: views are float32 (3, size, size), normalized, or else uint8.
+    """
+
+    def view(size: int, scale: tuple[float, float]) -> v2.Compose:
+        jitter = v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+        blur = v2.GaussianBlur(recipe.blur_kernel, recipe.blur_sigma)
+        steps: list[torch.nn.Module] = [
+            v2.RandomResizedCrop(size, scale, recipe.aspect_ratio, antialias=True),
+            v2.RandomHorizontalFlip(recipe.flip_prob),
+            v2.RandomApply([jitter], recipe.jitter_prob),
+            v2.RandomGrayscale(recipe.grayscale_prob),
+            v2.RandomApply([blur], recipe.blur_prob),
+            v2.RandomSolarize(recipe.solarize_threshold, recipe.solarize_prob),
+        ]
+        steps.insert(0 if tensors else len(steps), v2.ToImage())
+        if normalized:
+            steps += [
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(list(recipe.mean), list(recipe.std)),
+            ]
+        return v2.Compose(steps)
+
+    views = _views(recipe, view)
+    return lambda image: [make(image) for make in views]
+
+
+def plain(setting: Setting, *, tensors: bool) -> Pass:
+    """The recipe as users of torchvision write it: `tensors` as in `multicrop_transform`."""
+
+    def images(batch: Any) -> int:
+        for view in batch[0]:
+            view.to(setting.device, non_blocking=True)
+        return len(batch[1])
+
+    return stock(setting, Files(setting.files, multicrop_transform(setting.recipe, tensors=tensors)), images)
+
+
+def stable_pretraining(setting: Setting) -> Pass:
+    """The recipe in stable-pretraining's own transforms, behind its data set."""
+    # See `sigreg_variants.stable_pretraining_peer`.
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+    from stable_pretraining.data import transforms
+    from stable_pretraining.data.datasets import FromTorchDataset
+
+    recipe = setting.recipe
+    jitter = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+
+    def view(size: int, scale: tuple[float, float]) -> Any:
+        return transforms.Compose(
+            transforms.RandomResizedCrop(size, scale, recipe.aspect_ratio, antialias=True),
+            transforms.RandomHorizontalFlip(recipe.flip_prob),
+            transforms.ColorJitter(*jitter, p=recipe.jitter_prob),
+            transforms.RandomGrayscale(recipe.grayscale_prob),
+            transforms.GaussianBlur(recipe.blur_kernel, recipe.blur_sigma, p=recipe.blur_prob),
+            transforms.RandomSolarize(recipe.solarize_threshold, recipe.solarize_prob),
+            transforms.ToImage(mean=list(recipe.mean), std=list(recipe.std)),
+        )
+
+    made = transforms.MultiViewTransform(_views(recipe, view))
+    dataset = FromTorchDataset(Files(setting.files, lambda image: image), ["image", "label"], made)
+    return stock(setting, dataset, lambda batch: len(batch["views"][0]["label"]))
+
+
+def ours(setting: Setting, backend: str) -> Pass:
+    source = open_source(str(setting.folder), "train")
+    loader = multicrop_loader(
+        source.subset(list(range(len(source))) * setting.copies),
+        setting.recipe,
+        batch_size=setting.batch_size,
+        num_workers=setting.workers,
+        backend=backend,
+        device=setting.device if setting.on_gpu else None,
+    )
+    return lambda: sum(len(views[0]) for views, _ in loader)
+
+
+def bytes_only(setting: Setting) -> Pass:
+    pool, files = ThreadPoolExecutor(setting.workers), setting.files
+    return lambda: sum(1 for _ in pool.map(Path.read_bytes, files))
+
+
+def pillow_only(setting: Setting) -> Pass:
+    return stock(setting, Files(setting.files, lambda image: image.width), lambda batch: len(batch[1]))
+
+
+def dali_only(setting: Setting) -> Pass:
+    """DALI's reader and decoder alone."""
+    from nvidia.dali import fn, pipeline_def
+
+    @pipeline_def(
+        batch_size=setting.batch_size,
+        num_threads=setting.workers,
+        device_id=(setting.device.index or 0) if setting.on_gpu else None,
+    )
+    def decode() -> Any:
+        encoded, _ = fn.readers.file(files=list(map(str, setting.files)))
+        return fn.decoders.image(encoded, device="mixed" if setting.on_gpu else "cpu")
+
+    pipe = decode()
+    pipe.build()
+    batches = len(setting.files) * setting.copies // setting.batch_size
+
+    def run() -> int:
+        for _ in range(batches):
+            pipe.run()
+        return batches * setting.batch_size
+
+    return run
+
+
+def contenders(setting: Setting, peers: bool = False) -> dict[str, Callable[[], Pass]]:
+    """Name to maker. On a GPU the fast ones go through more images; `peers`: other packages for LeJEPA."""
+    fast = setting._replace(copies=16) if setting.on_gpu and not peers else setting
+    found: dict[str, Callable[[], Pass]] = {
+        OURS: lambda: ours(fast, "auto"),
+        FALLBACK: lambda: ours(setting, "torchvision"),
+    }
+    if peers:
+        return {STABLE: lambda: stable_pretraining(setting), **found}
+    return {
+        PLAIN: lambda: plain(setting, tensors=False),
+        **found,
+        DECODED: lambda: dali_only(fast),
+        PLAIN_TENSORS: lambda: plain(setting, tensors=True),
+        PILLOW: lambda: pillow_only(setting),
+        BYTES: lambda: bytes_only(setting),
+    }
+
+
+# --- Speed and memory -----------------------------------------------------------------------------
 
 
 def measure_speed(
@@ -78,9 +307,6 @@ def measure_speed(
     return rows
 
 
-# --- Memory ---------------------------------------------------------------------------------------
-
-
 def resident_mib() -> float:
     """Memory of this process and its children in MiB, without files; what they share counts once."""
     children = subprocess.run(
@@ -98,7 +324,7 @@ def resident_mib() -> float:
 
 def memory_by_epoch(setting: Setting, backend: str) -> list[float]:
     """Resident memory after each epoch; long ones, for the allocator to have settled in the first."""
-    run = loader_contenders.ours(setting._replace(copies=MEMORY_COPIES), backend)
+    run = ours(setting._replace(copies=MEMORY_COPIES), backend)
     found = []
     for _ in range(MEMORY_EPOCHS):
         run()
@@ -110,7 +336,7 @@ def measure_memory(setting: Setting, deadline: float) -> list[Row]:
     """Of both backends, each in a process of its own."""
     rows: list[Row] = []
     small = setting._replace(batch_size=min(MEMORY_BATCH, setting.batch_size))
-    for name, backend in BACKENDS.items():
+    for name, backend in ((OURS, "auto"), (FALLBACK, "torchvision")):
         if time.monotonic() > deadline:
             print(f"memory of {name} is not measured: the budget is spent")
             continue
@@ -120,31 +346,6 @@ def measure_memory(setting: Setting, deadline: float) -> list[Row]:
         growth = max(epochs[1:]) / min(epochs[1:])
         rows.append({**row, "memory_batch_size": small.batch_size, "growth": growth})
     return rows
-
-
-# --- Targets --------------------------------------------------------------------------------------
-
-
-def targets(rows: list[Row], on_gpu: bool) -> list[Row]:
-    """What was to be reached, what was measured, and whether that is enough."""
-    speed = {(row["kind"], row["contender"]): row["images_per_s"] for row in rows if "images_per_s" in row}
-    wanted = [("against torchvision v2", GPU_TARGET if on_gpu else CPU_TARGET, "speed", PLAIN)]
-    wanted.append(("against torchvision v2, tensors", wanted[0][1], "speed", PLAIN_TENSORS))
-    wanted.append(("against stable-pretraining", PEER_TARGET, "peers", STABLE))
-    if on_gpu:
-        wanted.append(("share of decode-only DALI", GPU_SHARE, "speed", DECODED))
-    found = [
-        {"target": f"{name}, at least", "wanted": least, "figure": figure, "met": figure >= least}
-        for name, least, kind, other in wanted
-        if (kind, OURS) in speed and (kind, other) in speed
-        for figure in [speed[kind, OURS] / speed[kind, other]]
-    ]
-    for row in (row for row in rows if row["kind"] == "memory"):
-        name, met = f"{row['contender']}: memory, largest / smallest epoch", row["growth"] <= MEMORY_LIMIT
-        found.append(
-            {"target": f"{name}, at most", "wanted": MEMORY_LIMIT, "figure": row["growth"], "met": met}
-        )
-    return [{"kind": "target", **row} for row in found]
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -169,30 +370,27 @@ def main(arguments: list[str] | None = None) -> None:
     has_dali = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
     device = torch.device(options.device or ("cuda" if has_dali and torch.cuda.is_available() else "cpu"))
     gpu = device.type == "cuda"
-    count = options.images or (16 if options.rehearse else 1024 if gpu else 384)
-    batch_size = options.batch_size or (4 if options.rehearse else 128 if gpu else 32)
-    small = MultiCropRecipe(global_size=32, local_size=16, local_crops=1)
-    recipe = small if options.rehearse else MultiCropRecipe()
-    repeats = 1 if options.rehearse else options.repeats
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "files"
-        make_folder(folder, count)
-        setting = Setting(folder, recipe, batch_size, 1 if options.peers else options.workers, device)
+    recipe, repeats, sizes = MultiCropRecipe(), options.repeats, (1024, 128) if gpu else (384, 32)
+    if options.rehearse:
+        recipe, repeats, sizes = MultiCropRecipe(global_size=32, local_size=16, local_crops=1), 1, (16, 4)
+    count, batch_size = options.images or sizes[0], options.batch_size or sizes[1]
+    with tempfile.TemporaryDirectory() as folder:
+        make_folder(Path(folder), count)
+        setting = Setting(Path(folder), recipe, batch_size, 1 if options.peers else options.workers, device)
         writer = Rows(options.out / "loader.jsonl", "loader", device, rehearsal=options.rehearse)
         writer.about |= {"images": count, "batch_size": batch_size, "workers": setting.workers, "gpu": gpu}
         views = (recipe.global_crops, recipe.global_size, recipe.local_crops, recipe.local_size)
         writer.about["views"] = "{} x {} + {} x {}".format(*views)
-        if options.peers:
-            found = measure_speed("peers", loader_contenders.peers(setting), setting, repeats, deadline)
-            rows = writer.write(*found)
-        else:
-            found = measure_speed("speed", loader_contenders.contenders(setting), setting, repeats, deadline)
-            rows = writer.write(*found)
+        kind = "peers" if options.peers else "speed"
+        makers = contenders(setting, options.peers)
+        rows = writer.write(*measure_speed(kind, makers, setting, repeats, deadline))
+        if not options.peers:
             rows += writer.write(*measure_memory(setting, deadline))
-        judged = [] if options.rehearse else writer.write(*targets(rows, gpu))
-    cells = [[r["target"], f"{r['wanted']:g}", f"{r['figure']:.3g}", str(r["met"])] for r in judged]
-    print_table(["target", "wanted", "figure", "met"], cells)
-    print(f"rows: {options.out / 'loader.jsonl'}")
+    case = "loader, peers" if options.peers else "loader on a GPU" if gpu else "loader on a CPU"
+    judged = targets.judge(rows, case)
+    writer.write(*({"kind": "target", **row} for row in judged))
+    targets.print_judged(judged)
+    print(f"rows: {writer.path}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from benchlib import RESULTS, ROOT, Row, read_rows
-from loader_contenders import OURS, STABLE
+from loader_bench import OURS, STABLE
 from sigreg_variants import BASELINE, COMPILED, PACKAGES, STREAMING, TRITON
 
 _ALONE = ("cpu", "sweep", "custom")  # sizes at which no package was measured
@@ -37,8 +37,9 @@ def comparison() -> str:
     right = [row for row in newest.values() if row["correct"] and row["case"] not in _ALONE]
     ours = {tuple(row[k] for k in _SAME): row for row in right if row["variant"] in (STREAMING, TRITON)}
     table = []
-    for row in (row for row in right if row["variant"] in (BASELINE, COMPILED, *PACKAGES)):
-        if (mine := ours.get(tuple(row[k] for k in _SAME))) is None:
+    for row in right:
+        mine = ours.get(tuple(row[k] for k in _SAME))
+        if mine is None or row["variant"] not in (BASELINE, COMPILED, *PACKAGES):
             continue
         phase = "wall" if row["case"] == "minimal" else "forward_backward"
         theirs, its = row[phase]["median_ms"], mine[phase]["median_ms"]

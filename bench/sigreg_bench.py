@@ -21,6 +21,7 @@ plus backward; `serial_floor_ms` adds the three instead.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
 import traceback
@@ -51,9 +52,6 @@ class Setting(NamedTuple):
     rehearsal: bool = False
 
 
-# --- Measurements ---------------------------------------------------------------------------------
-
-
 def groups(names: Sequence[str]) -> list[tuple[str, ...]]:
     """Who is timed together. A compiler may take long or never end, so the rows of the others come before.
 
@@ -74,11 +72,10 @@ def measure(case: Case, setting: Setting, repeats: int, rows: Rows) -> list[Row]
     written: list[Row] = []
     for number, names in enumerate(groups(case.variants)):
         torch._dynamo.reset()  # a sweep would reach torch.compile's limit of recompilations
-        if setting.clock:
-            timing.free_gpu_memory()
+        timing.free_memory()
         found = measure_together(case, names, xs, setting, repeats)
         written += rows.write(*({**row, "group": number} for row in found))
-        show(written[-len(found) :])
+        show(found)
     return written
 
 
@@ -91,15 +88,15 @@ def measure_together(
     for name in names:
         rows[name], phases = checked(case, name, xs[0], setting.device)
         for phase, function in phases.items():
-            inputs = itertools.cycle(xs)
-            calls[name, phase] = lambda function=function, inputs=inputs: function(next(inputs))  # type: ignore[misc]
+            inputs = map(function, itertools.cycle(xs))
+            calls[name, phase] = functools.partial(next, inputs)
     add_times(rows, calls, setting, repeats)
     for name, row in rows.items():
         if not row["correct"]:
             continue
         if setting.ceilings and case.half:  # the ceilings are those of half precision
-            floor = floors(case.size, case.dtype.itemsize, setting.ceilings)
-            row |= {**floor, "share_of_floor": floor["floor_ms"] / row["forward_backward"]["median_ms"]}
+            row |= floors(case.size, case.dtype.itemsize, setting.ceilings)
+            row["share_of_floor"] = row["floor_ms"] / row["forward_backward"]["median_ms"]
             row["ceilings"] = setting.ceilings._asdict()
         try:
             row |= memory_and_launches(case, name, calls[name, "forward_backward"], setting)
@@ -113,7 +110,7 @@ def checked(
 ) -> tuple[Row, dict[str, Callable[[Tensor], Any]]]:
     """The row of a variant so far, and its phases to time: none if its result is wrong."""
     row: Row = {"case": case.name, "variant": name, **case.size._asdict()}
-    row |= {"dtype": variants.dtype_name(case.dtype), "relative_error": None, "correct": False}
+    row |= {"dtype": case.dtype_name, "relative_error": None, "correct": False}
     if name in PACKAGES:
         row["version"] = installed_version(PACKAGES[name])
     try:
@@ -132,18 +129,15 @@ def checked(
             return row, {**forward, "forward_backward": step}
         problem = f"WRONG (error {error:.1e}, at most {most:.0e})"
     print(f"{name}: {problem}", flush=True)
-    if device.type == "cuda":
-        timing.free_gpu_memory()
+    timing.free_memory()
     return row | {"problem": problem}, {}
 
 
 def add_times(rows: dict[str, Row], calls: Calls, setting: Setting, repeats: int) -> None:
     """Times of forward and of both, their difference as backward, and on a GPU the wall clock of both."""
-    if setting.clock is None:
-        clock: timing.Clock = timing.once if setting.rehearsal else timing.wall_clock
-        found = timing.interleave(calls, repeats, clock)
-    else:
-        found = timing.interleave(calls, repeats, setting.clock, warm_up=4)
+    clock = setting.clock or (timing.once if setting.rehearsal else timing.wall_clock)
+    found = timing.interleave(calls, repeats, clock, warm_up=4 if setting.clock else 0)
+    if setting.clock:
         whole = {(name, "wall"): call for (name, phase), call in calls.items() if phase != "forward"}
         found |= timing.interleave(whole, 7, timing.wall_clock_of_many)
     for (name, phase), seconds in found.items():
@@ -164,15 +158,16 @@ def add_times(rows: dict[str, Row], calls: Calls, setting: Setting, repeats: int
 
 def memory_and_launches(case: Case, name: str, call: timing.Call, setting: Setting) -> Row:
     """Peak memory above the inputs and what was launched; last, so that a failure costs no time."""
+    found: Row = {}
     if setting.rehearsal:
-        return {}
+        return found
     if setting.clock is None:
         return {"peak_extra_mib": timing.in_fresh_process(peak_here, case, name) / 2**20}
-    found: Row = {}
     if name not in GRAPH_POOLS:
         found["peak_extra_mib"] = timing.peak_extra_bytes(call, setting.device) / 2**20
-    kernels = timing.launches(call)
-    return found | ({"launches": sum(kernels.values()), "kernels": kernels} if kernels else {})
+    if kernels := timing.launches(call):
+        found |= {"launches": sum(kernels.values()), "kernels": kernels}
+    return found
 
 
 def peak_here(case: Case, name: str) -> int:
@@ -192,14 +187,9 @@ def floors(size: Size, itemsize: int, ceilings: timing.Ceilings) -> dict[str, fl
         (2 * samples * size.K, samples * (4 * (size.J - 1) + 8), x + A + sums),
         (4 * samples * size.K, samples * (4 * (size.J - 1) + 10), 2 * x + A + sums),
     ]
-    times = [
-        (flops / ceilings.matmul_flops, issued / ceilings.fp32_rate, moved / ceilings.copy_bytes)
-        for flops, issued, moved in passes
-    ]
+    rates = (ceilings.matmul_flops, ceilings.fp32_rate, ceilings.copy_bytes)
+    times = [[work / rate for work, rate in zip(each, rates, strict=True)] for each in passes]
     return {"floor_ms": 1e3 * sum(map(max, times)), "serial_floor_ms": 1e3 * sum(map(sum, times))}
-
-
-# --- Output ---------------------------------------------------------------------------------------
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -230,7 +220,7 @@ def plot(rows: Sequence[Row], base: Case, sweeps: dict[str, list[int]], path: Pa
         return
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
-    for column, (axis, values) in enumerate(sweeps.items()):
+    for (axis, values), (upper, lower) in zip(sweeps.items(), axes.T, strict=True):
         fixed = {k: v for k, v in base.size._asdict().items() if k != axis}
         here = [row for row in rows if row["correct"] and all(row[k] == v for k, v in fixed.items())]
         for variant in base.variants:
@@ -238,24 +228,20 @@ def plot(rows: Sequence[Row], base: Case, sweeps: dict[str, list[int]], path: Pa
             style = {"marker": "o", "linewidth": 2.5 if variant.startswith("our impl") else 1.2}
             along = sorted(picked)
             times = [picked[value]["forward_backward"]["median_ms"] for value in along]
-            peaks = [max(picked[value].get("peak_extra_mib", 0), 0.1) for value in along]
-            axes[0][column].plot(along, times, label=variant, **style)
-            axes[1][column].plot(along, peaks, **style)
-        axes[1][column].set_xlabel({"N": "samples N", "M": "directions M"}[axis])
-        axes[0][column].set_title(", ".join(f"{k} {v}" for k, v in fixed.items()), fontsize=10)
-    for ax in axes.flat:
-        ax.set_yscale("log")
-        ax.set_xscale("log", base=2)
-        ax.grid(True, which="major", alpha=0.3)
+            upper.plot(along, times, label=variant, **style)
+            lower.plot(along, [max(picked[value].get("peak_extra_mib", 0), 0.1) for value in along], **style)
+        lower.set_xlabel({"N": "samples N", "M": "directions M"}[axis])
+        upper.set_title(", ".join(f"{k} {v}" for k, v in fixed.items()), fontsize=10)
+        for ax in (upper, lower):
+            ax.set_yscale("log")
+            ax.set_xscale("log", base=2)
+            ax.grid(True, which="major", alpha=0.3)
     axes[0][0].set_ylabel("forward + backward, ms")
     axes[1][0].set_ylabel("peak memory above inputs, MiB")
     axes[0][0].legend(fontsize=9)
     figure.suptitle(f"SIGReg in {rows[0]['dtype']} on {rows[0]['device']}")
     figure.savefig(path, dpi=130)
     print(f"plot: {path}", flush=True)
-
-
-# --- Command line ---------------------------------------------------------------------------------
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -308,11 +294,11 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    device = options.device
-    where = f"the {'GPU' if device.type == 'cuda' else 'CPU'}: {machine(device)['device']}"
+    device, gpu = options.device, options.device.type == "cuda"
+    where = f"the {'GPU' if gpu else 'CPU'}: {machine(device)['device']}"
     print(f"SIGReg on {where}, {torch.get_num_threads()} threads", flush=True)
     setting = Setting(device, rehearsal=options.rehearse)
-    if device.type == "cuda":
+    if gpu:
         setting = Setting(device, timing.GpuClock(device), timing.measure_ceilings(device))
         print(f"ceilings, a second: {setting.ceilings}", flush=True)
     path = options.out / "sigreg.jsonl"
@@ -320,10 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     for case in choose_cases(options):
         print(f"\n{case.key}: {case.size}", flush=True)
-        writer = Rows(path, "sigreg", device, rehearsal=options.rehearse)
-        rows += measure(case, setting, repeats, writer)
+        rows += measure(case, setting, repeats, Rows(path, "sigreg", device, rehearsal=options.rehearse))
     if options.sweep:
-        gpu = device.type == "cuda"
         plot(rows, variants.sweep_base(gpu), variants.SWEEPS[gpu], options.out / "sigreg.png")
     print(f"rows: {path}", flush=True)
     failed = [row for row in rows if row["variant"].startswith("our") and not row["correct"]]

@@ -83,35 +83,33 @@ def interleave(
 
     A call that raises is left out from there on: its entry is the exception.
     """
-    found: dict[Key, list[float] | Exception] = {}
-    kept: dict[Key, list[float]] = {key: [] for key in calls}
+    found: dict[Key, list[float] | Exception] = {key: [] for key in calls}
     for number in range(-warm_up, rounds):
-        for key in [key for key in calls if key not in found]:
-            try:
-                seconds = clock(calls[key])
-            except Exception as failure:
-                found[key] = failure
-            else:
-                kept[key] += [seconds] if number >= 0 else []
-    return {key: found.get(key, kept[key]) for key in calls}
+        for key, seconds in found.items():
+            if isinstance(seconds, list):
+                try:
+                    taken = clock(calls[key])
+                except Exception as failure:
+                    found[key] = failure
+                else:
+                    seconds += [taken] if number >= 0 else []
+    return found
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
     """Median and 20th and 80th percentile, in milliseconds."""
     deciles = statistics.quantiles(seconds, n=10, method="inclusive")
-    return {
-        "median_ms": 1e3 * statistics.median(seconds),
-        "p20_ms": 1e3 * deciles[1],
-        "p80_ms": 1e3 * deciles[7],
-    }
+    return {f"{name}_ms": 1e3 * deciles[i] for name, i in (("median", 4), ("p20", 1), ("p80", 7))}
 
 
-# --- Memory ---------------------------------------------------------------------------------------
+def fresh_processes(count: int) -> ProcessPoolExecutor:
+    """Processes that are no copies of this one, which may hold a GPU already."""
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """The result of `function`, whose memory is then that of nothing else."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with fresh_processes(1) as pool:
         return pool.submit(function, *arguments).result()
 
 
@@ -129,27 +127,21 @@ def peak_extra_bytes(call: Call, device: torch.device) -> int:
         torch.cuda.synchronize()
         del kept
         return torch.cuda.max_memory_allocated() - before
+
+    def status(field: str) -> int:
+        return 1024 * int(re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the high-water mark
-    before = _status_bytes("VmRSS")
+    before = status("VmRSS")
     call()
-    return _status_bytes("VmHWM") - before
+    return status("VmHWM") - before
 
 
-def _status_bytes(field: str) -> int:
-    match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if match is None:
-        raise RuntimeError(f"/proc/self/status has no {field}: peak memory is measured on Linux only")
-    return 1024 * int(match.group(1))
-
-
-def free_gpu_memory() -> None:
-    """Give unused blocks of PyTorch's allocator back to the GPU."""
+def free_memory() -> None:
+    """Drop what nothing refers to, and give unused blocks of PyTorch's allocator back to the GPU."""
     gc.collect()
     torch.cuda.empty_cache()
-
-
-# --- Launches and CUDA graphs ---------------------------------------------------------------------
 
 
 def launches(call: Call) -> dict[str, int]:
@@ -192,9 +184,6 @@ def graphed(step: Callable[[Tensor], Any], device: torch.device) -> Callable[[Te
         return results[0]
 
     return run
-
-
-# --- What this GPU reaches ------------------------------------------------------------------------
 
 
 class Ceilings(NamedTuple):

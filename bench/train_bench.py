@@ -17,9 +17,9 @@ the medians of the run's metrics after the warm-up. A case that does not fit int
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import loader_files
 import targets
 import timing
 import torch
 from benchlib import Row, Rows, command_line, first_line, machine, read_rows
+from loader_bench import make_folder
 from torch import Tensor
 
 import lejepa_fast.train.config as train_config
@@ -60,9 +60,6 @@ class Case:
     strategy: str = "none"
     activation_checkpointing: str = "none"
     compile: str = "auto"
-    global_size: int = 224
-    local_size: int = 98
-    local_crops: int = 8
     steps: int = 20
     """After the first window; a multiple of `WINDOW`."""
     checkpoint: bool = False
@@ -71,31 +68,24 @@ class Case:
     """Also plan the memory of this case, to compare."""
     loader: bool = False
     """JPEG files of a usual size through the loader, for what it costs the training."""
+    tiny: bool = False
+    """Small crops, for a CPU."""
 
     def config(self, out: Path) -> train_config.Config:
-        total = WINDOW + self.steps
-        crops = MultiCropRecipe(
-            global_size=self.global_size,
-            local_size=self.local_size,
-            local_crops=self.local_crops,
-            blur_kernel=7 if self.local_size > 32 else 3,
-            min_image_size=1,
-        )
+        parallel: Any = {"strategy": self.strategy, "activation_checkpointing": self.activation_checkpointing}
+        small: Any = {"local_crops": 2, "global_size": 32, "local_size": 16, "blur_kernel": 3}
         return train_config.Config(
             data=train_config.DataConfig(batch_size=self.images),
-            crops=crops,
+            crops=MultiCropRecipe(**small) if self.tiny else MultiCropRecipe(local_crops=8),
             model=train_config.ModelConfig(name=self.model),
-            parallel=train_config.ParallelConfig(
-                strategy=self.strategy,  # type: ignore[arg-type]
-                activation_checkpointing=self.activation_checkpointing,  # type: ignore[arg-type]
-            ),
+            parallel=train_config.ParallelConfig(**parallel),
             eval=train_config.EvalConfig(every=0),
             out=out,
-            max_steps=total,
+            max_steps=WINDOW + self.steps,
             compile=self.compile,  # type: ignore[arg-type]
             log_every=WINDOW,
             # The second save is measured: the first one allocates its buffers.
-            checkpoint_every=(total - WINDOW) // 2 if self.checkpoint else 100_000,
+            checkpoint_every=self.steps // 2 if self.checkpoint else 100_000,
             keep_checkpoints=1,
             tensorboard=False,
         )
@@ -114,21 +104,9 @@ GPU_CASES = (
     Case("vit_small_patch16_224", 512, loader=True, steps=45),
 )
 SMOKE = Case("vit_small_patch16_224", 256, steps=45)
-TINY = Case("test_vit", 16, global_size=32, local_size=16, local_crops=2)
+TINY = Case("test_vit", 16, tiny=True)
 # What makes a case another kind of case; on a CPU each kind is run once.
 KINDS = ("strategy", "activation_checkpointing", "checkpoint", "plan", "loader")
-FIGURES = (
-    "images_per_second",
-    "mfu",
-    "peak_memory_gib",
-    "sigreg_share",
-    "data_wait",
-    "checkpoint_stall_steps",
-    "planned_memory_gib",
-)
-
-
-# --- One case -------------------------------------------------------------------------------------
 
 
 class SyntheticViews:
@@ -139,10 +117,8 @@ class SyntheticViews:
     position = (0, 0)
 
     def __init__(self, cfg: train_config.Config, device: torch.device):
-        sizes = [cfg.crops.global_size] * cfg.crops.global_crops
-        sizes += [cfg.crops.local_size] * cfg.crops.local_crops
-        shape = (cfg.data.batch_size, 3)
-        self._batches = [[torch.randn(*shape, s, s, device=device) for s in sizes] for _ in range(2)]
+        shapes = [(cfg.data.batch_size, 3, size, size) for size in cfg.crops.view_sizes()]
+        self._batches = [[torch.randn(shape, device=device) for shape in shapes] for _ in range(2)]
 
     def __len__(self) -> int:
         return 10_000
@@ -154,9 +130,7 @@ class SyntheticViews:
         pass
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], None]]:
-        while True:
-            for views in self._batches:
-                yield views, None
+        return ((views, None) for views in itertools.cycle(self._batches))
 
 
 class SyntheticTrainer(Trainer):
@@ -172,7 +146,7 @@ class SyntheticTrainer(Trainer):
 def measure(case: Case) -> Row:
     """The figures of a case, or `error` where it does not fit into memory."""
     process = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    process |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    process |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any free port
     with mock.patch.dict(os.environ, process if case.strategy != "none" else {}):
         world = setup_world("auto")
     try:
@@ -203,16 +177,15 @@ def run(case: Case, world: World, folder: Path) -> Row:
     facts = next(row for row in rows if row["kind"] == "run")
     logged = [row for row in rows if row["kind"] == "train"]
     later = [row for row in logged if row["step"] > WINDOW]
-    speeds = [row["images_per_second"] for row in later]
-    speed = statistics.median(speeds)
+    speed, wait = (statistics.median(row[k] for row in later) for k in ("images_per_second", "data_wait"))
     names = ("parameters", "gflops_per_image", "precision", "sigreg_impl", "loader_backend", "loader_workers")
     result: Row = {name: facts[name] for name in names}
     result |= {
         "step_ms": 1e3 * case.images / speed,
         "images_per_second": speed,
-        "windows": speeds,
+        "windows": [row["images_per_second"] for row in later],
         "mfu": statistics.median(row["mfu"] for row in later) if "mfu" in later[-1] else None,
-        "data_wait": statistics.median(row["data_wait"] for row in later),
+        "data_wait": wait,
         "peak_memory_gib": later[-1]["memory_gib"],
         "losses": [row["loss"] for row in logged],
         "sigreg_share": sigreg_seconds(trainer, cfg, world.device) * speed / case.images,
@@ -233,27 +206,15 @@ def sigreg_seconds(trainer: Trainer, cfg: train_config.Config, device: torch.dev
     z = torch.randn(*shape, device=device, requires_grad=True)
     clock = timing.GpuClock(device) if device.type == "cuda" else timing.wall_clock
     step = lambda: torch.autograd.grad(trainer.loss_fn.sigreg(z), z)  # noqa: E731
-    (seconds,) = timing.interleave({"sigreg": step}, 5, clock, warm_up=3).values()
-    if isinstance(seconds, Exception):
-        raise seconds
-    return statistics.median(seconds)
+    return statistics.median([clock(step) for _ in range(8)][3:])
 
 
 def photographs(folder: Path, count: int) -> Path:
     """A folder of so many JPEG files of 500 x 375 px, of which `DISTINCT` differ."""
-    loader_files.make_folder(folder / "all", min(count, DISTINCT))
+    make_folder(folder / "all", min(count, DISTINCT))
     for number in range(DISTINCT, count):
         os.link(folder / "all" / f"{number % DISTINCT:05d}.jpg", folder / "all" / f"{number:05d}.jpg")
     return folder
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-# --- All cases ------------------------------------------------------------------------------------
 
 
 def run_case(case: Case) -> Row:
@@ -279,18 +240,13 @@ def measure_all(
             break
         figures = measure(case) if rehearse else run_case(case)
         rows += writer.write({**dataclasses.asdict(case), **figures})
-        print(line_of(rows[-1]), flush=True)
+        kinds = ", ".join(f"{name} {getattr(case, name)}" for name in KINDS)
+        found = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float)]
+        said = figures.get("error") or ", ".join(found)
+        print(f"{case.model} x {case.images}: {said} ({kinds})", flush=True)
         if figures.get("error") == "out of memory" and case.images >= 2 * SMALLEST_BATCH:
             waiting.insert(0, dataclasses.replace(case, images=case.images // 2))
     return rows
-
-
-def line_of(row: Row) -> str:
-    """What was measured, and its figures."""
-    kinds = [f"{name} {row[name]}" for name in KINDS if row[name] not in ("none", False)]
-    what = ", ".join([f"{row['model']} x {row['images']}", *kinds])
-    figures = [f"{name} {row[name]:.4g}" for name in FIGURES if row.get(name) is not None]
-    return f"{what}: {row.get('error') or ', '.join(figures)}"
 
 
 def shrunk(case: Case) -> Case:
@@ -304,8 +260,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget-minutes", type=float, default=60.0, help="start no case after this long")
     parser.add_argument("--smoke", action="store_true", help="measure one short case; exit 1 if it fails")
     options = parser.parse_args(arguments)
-    if not options.budget_minutes > 0:
-        parser.error(f"--budget-minutes: expected a number above 0, got {options.budget_minutes}")
     gpu = torch.cuda.is_available() and not options.rehearse
     cases: tuple[Case, ...] = (SMOKE,) if options.smoke else GPU_CASES
     if not gpu:

@@ -61,7 +61,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/ and val/ with two class folders: smooth noise of two colours, 40 x 40 px."""
+    """train/ and val/ with two class folders: smooth noise of two colors, 40 x 40 px."""
     root = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for split, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):

@@ -12,8 +12,7 @@ from accuracy_bench import Variant, errors
 
 
 def test_the_streaming_implementation_keeps_the_rule_of_plain_float32():
-    plain = errors(Variant("plain", torch.float32, "reference"), 65, 1.0, "cpu")
-    streaming = errors(Variant("streaming", torch.float32, "torch"), 65, 1.0, "cpu")
+    plain, streaming = (errors(Variant(i, torch.float32, i), 65, 1.0, "cpu") for i in ("reference", "torch"))
     assert plain[:2] == plain[2:] == streaming[2:]
     for part in range(2):  # value, gradient
         assert 0 < streaming[part] <= 2 * plain[part] + 1e-6
@@ -21,35 +20,34 @@ def test_the_streaming_implementation_keeps_the_rule_of_plain_float32():
 
 def test_half_precision_is_measured_on_the_path_of_training_and_on_its_own_inputs(monkeypatch):
     """dT/dp is rounded: a gradient for each direction would leave it in float32."""
-    taken, gradients, sigreg = {}, [], accuracy_bench.sigreg
+    taken, sigreg = {}, accuracy_bench.sigreg
 
     def recorded(x, A, *knots, reduction, scale, **options):
         value = sigreg(x, A, *knots, reduction=reduction, scale=scale, **options)
-        gradients.extend([reduction] if value.requires_grad else [])
-        taken[x.dtype] = x.double(), A.double(), scale
+        if value.requires_grad:
+            taken[x.dtype, reduction] = x.double(), A.double(), scale
         return value
 
     monkeypatch.setattr(accuracy_bench, "sigreg", recorded)
     value, grad, *_ = errors(Variant("bf16", torch.bfloat16, "torch"), 17, 1.0, "cpu")
-    assert gradients == ["sum"] * 3  # float64, plain float32, and the variant
     assert value < 1e-5
     assert grad < 2**-8
-    for dtype in (torch.float32, torch.float64):
-        assert all(torch.equal(a, b) for a, b in zip(taken[dtype], taken[torch.bfloat16], strict=True))
+    assert taken.keys() == {(dtype, "sum") for dtype in (torch.float64, torch.float32, torch.bfloat16)}
+    for inputs in taken.values():
+        assert all(map(torch.equal, inputs, taken[torch.bfloat16, "sum"]))
 
 
 def test_rows_beyond_the_rule_are_an_error(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(accuracy_bench, "interpreting", lambda: True)
-    monkeypatch.setattr(accuracy_bench, "KNOTS", (65,))
-    monkeypatch.setattr(accuracy_bench, "SCALES", (1.0,))
-    monkeypatch.setattr(sys, "argv", ["accuracy_bench.py", "--out", str(tmp_path)])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     measured = [
         Variant("plain float32", torch.float32, "reference", judged=False),
         Variant("streaming", torch.float32, "torch"),
         Variant("streaming, bf16", torch.bfloat16, "torch"),
     ]
-    monkeypatch.setattr(accuracy_bench, "variants", lambda device: measured)
+    changes = {"interpreting": lambda: True, "variants": lambda device: measured}
+    for name, value in {**changes, "KNOTS": (65,), "SCALES": (1.0,)}.items():
+        monkeypatch.setattr(accuracy_bench, name, value)
+    monkeypatch.setattr(sys, "argv", ["accuracy_bench.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert accuracy_bench.main() == 0
     evaluate = accuracy_bench.evaluate
 
@@ -62,18 +60,19 @@ def test_rows_beyond_the_rule_are_an_error(tmp_path, monkeypatch, capsys):
     assert "error: streaming, J 65: " in capsys.readouterr().err
     rows = benchlib.read_rows(tmp_path / "sigreg_accuracy.jsonl")
     assert [row["share_of_allowed"] is not None for row in rows] == 2 * [False, True, True]
-    nan = {**rows[1], "value_errors": [float("nan")]}
-    assert accuracy_bench.share_of_allowed(nan) == float("inf")
 
 
 def test_only_the_value_of_half_precision_on_tensor_cores_may_be_off_by_more():
     good = {part: [0.0] for part in accuracy_bench.PARTS} | {"dtype": "bfloat16", "kernels": "compiled"}
-    share = accuracy_bench.share_of_allowed
-    assert share({**good, "value_errors": [4e-5]}) == pytest.approx(0.8)
-    assert share({**good, "value_errors": [4e-5], "kernels": "interpreted"}) == pytest.approx(40)
-    assert share({**good, "value_errors": [4e-5], "dtype": "float32"}) == pytest.approx(40)
-    assert share({**good, "gradient_errors": [2**-8]}) == pytest.approx(1, rel=1e-3)
-    assert share({**good, "value_errors": [9e-5], "plain_value_errors": [2e-5]}) == pytest.approx(1)
+    for changes, share in (
+        ({"value_errors": [4e-5]}, 0.8),
+        ({"value_errors": [4e-5], "kernels": "interpreted"}, 40),
+        ({"value_errors": [4e-5], "dtype": "float32"}, 40),
+        ({"gradient_errors": [2**-8]}, 1),
+        ({"value_errors": [9e-5], "plain_value_errors": [2e-5]}, 1),
+        ({"value_errors": [float("nan")]}, float("inf")),
+    ):
+        assert accuracy_bench.share_of_allowed(good | changes) == pytest.approx(share, rel=1e-3), changes
 
 
 def test_every_precision_is_measured_on_a_gpu():

@@ -9,7 +9,7 @@ import pytest
 import render_readme
 import torch
 from benchlib import RESULTS, ROOT, read_rows
-from loader_contenders import OURS, STABLE
+from loader_bench import OURS, STABLE
 from sigreg_variants import BASELINE, COMPILED, LIGHTLY, STREAMING, TRITON
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,9 +20,6 @@ def test_tables_are_what_the_rows_say(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     tables = render_readme.DOCUMENTS[document]
     assert render_readme.render(text, tables) == text, "run python bench/render_readme.py"
-    empty = re.sub(r"(<!-- (\S+) -->\n).*?(<!-- /\2 -->)", r"\1\3", text, flags=re.DOTALL)
-    assert empty != text
-    assert render_readme.render(empty, tables) == text
     with pytest.raises(ValueError, match=f"expected one <!-- {next(iter(tables))} -->"):
         render_readme.render("no place", tables)
 
@@ -58,10 +55,12 @@ def test_the_first_table_compares_with_packages(tmp_path, monkeypatch):
         {"contender": OURS, "images_per_s": 900.0, **about},
     ]
     cells, origin = compared(tmp_path, monkeypatch, rows, loader)
-    loss, loading = "loss of 8 x 2048 embeddings of size 512, 1024 directions, float32", "loading JPEGs"
-    assert [loss, "lightly 1.6.0: 350 ms", "**70 ms**", "5.0x", "350 against 70 MiB"] in cells
+    loss = "loss of 8 x 2048 embeddings of size 512, 1024 directions, float32"
     speeds = ["stable-pretraining 0.1.8: 60 images/s", "**900 images/s**", "15.0x", ""]
-    assert [f"{loading}, 2 x 224 crops, one worker", *speeds] in cells
+    assert cells == [
+        [loss, "lightly 1.6.0: 350 ms", "**70 ms**", "5.0x", "350 against 70 MiB"],
+        ["loading JPEGs, 2 x 224 crops, one worker", *speeds],
+    ]
     assert origin == "AMD EPYC, 16 threads, torch 2.11, triton 3.6, 2030-01-02: `python bench/x.py`"
 
 

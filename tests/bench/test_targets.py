@@ -1,4 +1,4 @@
-"""The targets of a GPU: met, missed, or without a figure and why."""
+"""The targets: met, missed, or without a figure and why."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ import math
 import accuracy_bench
 import pytest
 import targets
+from loader_bench import DECODED, FALLBACK, OURS, PLAIN, PLAIN_TENSORS, STABLE
 from sigreg_variants import BASELINE, COMPILED, GRAPH, REDUCED, TRITON
 from train_bench import Case
 
-ALL = dict.fromkeys(target.case for target in targets.TARGETS)
+
+def verdicts(rows, case):
+    """Figure and verdict of each target of a case."""
+    found = targets.judge(rows, case)
+    return {row["target"].removeprefix(f"{case}: "): (row["figure"], row["met"]) for row in found}
 
 
-def judged(rows):
-    return {row["target"]: row for row in targets.judge(rows, *ALL)}
-
-
-def verdicts(rows, case="training"):
-    found = judged(rows).items()
-    return {
-        n.removeprefix(f"{case}: "): (row["figure"], row["met"]) for n, row in found if n.startswith(case)
-    }
+def notes(rows, case):
+    return {row["target"].removeprefix(f"{case}: "): row["note"] for row in targets.judge(rows, case)}
 
 
 def row(variant, case="reference", dtype="bfloat16", ms=1.0, mib=100.0, **changes):
@@ -45,28 +43,25 @@ def test_targets_are_met_or_not_by_their_bounds(capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     name = "reference-bfloat16: speed against torch.compile"
     assert [*name.split(), ">=", "8x", "5x", "NOT", "MET"] in lines
+    # The minimal size is judged by wall clock and launches.
+    rows = [row(v, "minimal", "float32", ms) for v, ms in ((BASELINE, 3.0), (REDUCED, 3.0), (GRAPH, 1.0))]
+    rows.append(row(TRITON, "minimal", "float32", 2.0, launches=7, kernels={"_fwd": 7}))
+    assert verdicts(rows, "minimal-float32") == {
+        "speed against eager, wall clock": (pytest.approx(1.5), True),
+        "CUDA graph against eager": (pytest.approx(3), False),
+        "CUDA graph against reduce-overhead": (pytest.approx(3), True),
+        "launches, with directions": (7, False),
+    }
 
 
 def test_ratios_are_of_figures_that_took_turns():
     """The clock of the device fell between the groups; each ratio stays in one."""
     rows = [row(BASELINE, ms=8.0), row(TRITON, ms=0.2, mib=200.0)]
     rows += [row(COMPILED, ms=3.2, group=1), row(TRITON, ms=0.4, group=1)]
-    found = judged(rows)
-    assert found["reference-bfloat16: speed against eager"]["figure"] == pytest.approx(40)
-    assert found["reference-bfloat16: speed against torch.compile"]["figure"] == pytest.approx(8)
-    stopped = judged(rows[:2])
-    assert stopped["reference-bfloat16: speed against eager"]["met"]
-    assert stopped["reference-bfloat16: speed against torch.compile"]["note"] == f"no row of {COMPILED}"
-
-
-def test_the_minimal_size_is_judged_by_wall_clock_and_launches():
-    rows = [row(v, "minimal", "float32", ms) for v, ms in ((BASELINE, 3.0), (REDUCED, 3.0), (GRAPH, 1.0))]
-    rows.append(row(TRITON, "minimal", "float32", 2.0, launches=7, kernels={"_fwd": 7}))
-    found = verdicts(rows, "minimal-float32")
-    assert found["speed against eager, wall clock"] == (pytest.approx(1.5), True)
-    assert found["CUDA graph against eager"] == (pytest.approx(3), False)
-    assert found["CUDA graph against reduce-overhead"] == (pytest.approx(3), True)
-    assert found["launches, with directions"] == (7, False)
+    found, stopped = (verdicts(part, "reference-bfloat16") for part in (rows, rows[:2]))
+    assert found["speed against eager"] == stopped["speed against eager"] == (pytest.approx(40), True)
+    assert found["speed against torch.compile"] == (pytest.approx(8), True)
+    assert notes(rows[:2], "reference-bfloat16")["speed against torch.compile"] == f"no row of {COMPILED}"
 
 
 @pytest.mark.parametrize("worst", [0.75, 2.0])
@@ -77,31 +72,30 @@ def test_accuracy_is_judged_by_the_worst_row_that_the_rule_holds_for(worst):
         for v, J in accuracy_bench.cases("cuda")
     ]
     next(row for row in reversed(rows) if row["judged"])["share_of_allowed"] = worst
-
-    def found(rows):
-        (row,) = targets.judge(rows, "accuracy")
-        return row["figure"], row["met"]
-
-    assert found([row(TRITON), *rows]) == (worst, worst <= 1)
-    assert found(rows[1:]) == ((None, None) if worst <= 1 else (worst, False))
-    assert found([]) == (None, None)
+    for part, verdict in (
+        ([row(TRITON), *rows], (worst, worst <= 1)),
+        (rows[1:], (None, None) if worst <= 1 else (worst, False)),
+        ([], (None, None)),
+    ):
+        assert [*verdicts(part, "accuracy").values()] == [verdict]
 
 
 def test_what_has_no_figure_says_why():
     lost = row(BASELINE, "giant", correct=False, problem="does not fit: needs about 80 GiB")
     rows = [lost, row(TRITON, "giant", ms=4.0, mib=1024.0)]
-    found = judged(rows)
-    assert found["giant-bfloat16: time (it runs)"]["met"]
-    assert found["giant-bfloat16: extra memory"]["figure"] == 1
-    assert found["giant-bfloat16: share of the floor"]["note"] == f"{TRITON}: share_of_floor was not measured"
+    found = {"time (it runs)": (4, True), "extra memory": (1, True), "share of the floor": (None, None)}
+    assert verdicts(rows, "giant-bfloat16") == found
+    assert notes(rows, "giant-bfloat16")["share of the floor"] == f"{TRITON}: share_of_floor was not measured"
     wrong = row(TRITON, "giant", correct=False, problem="WRONG (error 1)")
-    assert judged([wrong])["giant-bfloat16: time (it runs)"]["note"] == f"{TRITON}: WRONG (error 1)"
-    assert judged([r | {"rehearsal": True} for r in rows])["giant-bfloat16: time (it runs)"]["met"] is None
+    assert {*notes([wrong], "giant-bfloat16").values()} == {f"{TRITON}: WRONG (error 1)"}
+    rehearsed = verdicts([r | {"rehearsal": True} for r in rows], "giant-bfloat16")
+    assert {*rehearsed.values()} == {(None, None)}
 
 
 LARGE, GIGANTIC = Case("vit_large", 128), Case("vit_gigantic", 64)
 SMALL = Case("vit_small_patch16_224", 512)
 RECOMPUTED = dataclasses.replace(GIGANTIC, activation_checkpointing="full", strategy="fsdp")
+TRAINS = "ViT-gigantic on one GPU, loss after / before"
 
 
 def trained(case, changes=None, **figures):
@@ -119,7 +113,7 @@ def test_training_targets():
         trained(SMALL, images_per_second=5000.0),
         trained(SMALL, {"loader": True}, images_per_second=4800.0, data_wait=0.03),
     ]
-    assert verdicts(rows) == {
+    assert verdicts(rows, "training") == {
         "ViT-L/14 MFU": (pytest.approx(47), True),
         "ViT-L/14 MFU, goal": (pytest.approx(47), False),
         "ViT-giant MFU": (None, None),
@@ -127,20 +121,29 @@ def test_training_targets():
         "checkpoint stall": (pytest.approx(1.2), False),
         "FSDP2 against DDP, one GPU": (pytest.approx(98), False),
         "ViT-S/16 from files": (pytest.approx(96), False),
-        "ViT-gigantic on one GPU, loss after / before": (pytest.approx(0.625), True),
+        TRAINS: (pytest.approx(0.625), True),
         "SIGReg's share of the step": (pytest.approx(0.4), True),
         "planned memory, off by": (pytest.approx(100 * 9.1 / 90), False),
     }
-
-
-@pytest.mark.parametrize(
-    ("case", "figures", "note"),
-    [
+    for case, figures, note in (
         (RECOMPUTED, {"error": "out of memory"}, "out of memory"),
         (RECOMPUTED, {"losses": [0.4, math.nan, 0.2]}, "the loss is not finite"),
         (GIGANTIC, {"losses": [0.4, 0.3, 0.2]}, "no row with losses"),  # the claim is about recomputation
-    ],
-)
-def test_what_did_not_train_is_no_figure(case, figures, note):
-    said = judged([trained(case, **figures)])["training: ViT-gigantic on one GPU, loss after / before"]
-    assert (said["met"], said["note"]) == (None, note)
+    ):
+        rows = [trained(case, **figures)]
+        assert verdicts(rows, "training")[TRAINS][1] is None
+        assert notes(rows, "training")[TRAINS] == note
+
+
+@pytest.mark.parametrize(("case", "least"), [("loader on a CPU", 5), ("loader on a GPU", 8)])
+@pytest.mark.parametrize("met", [True, False])
+def test_loader_targets(case, least, met):
+    plain = {"kind": "speed", "images_per_s": 100.0 if met else 100.5}
+    rows = [{**plain, "contender": name} for name in (PLAIN, PLAIN_TENSORS)]
+    ours = {OURS: 100.0 * least, DECODED: (166 if met else 167) * least}
+    rows += [{**plain, "contender": name, "images_per_s": speed} for name, speed in ours.items()]
+    rows += [{"kind": "memory", "contender": k, "growth": 1.04 if met else 1.06} for k in (OURS, FALLBACK)]
+    assert {verdict for _, verdict in verdicts(rows, case).values()} == {met}
+    speeds = {OURS: 500.0, STABLE: 50.0 if met else 50.1}
+    peers = [{"kind": "peers", "contender": name, "images_per_s": speed} for name, speed in speeds.items()]
+    assert [verdict for _, verdict in verdicts(peers, "loader, peers").values()] == [met]

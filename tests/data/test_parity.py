@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from loader_contenders import multicrop_transform
+from loader_bench import multicrop_transform
 from PIL import Image
 from torch import Tensor
 from view_parity import (
@@ -133,7 +133,7 @@ def plain_statistics(spread_source) -> list[np.ndarray]:
     """Of torchvision's own random transforms with the same recipe, and with one that is a little wrong."""
     found = []
     for recipe in (STATISTICS, dataclasses.replace(STATISTICS, solarize_prob=0.3)):
-        transform = multicrop_transform(recipe, tensors=False, normalised=False)
+        transform = multicrop_transform(recipe, tensors=False, normalized=False)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             views = [transform(spread_source[index][0]) for index in range(len(spread_source))]

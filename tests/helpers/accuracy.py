@@ -20,10 +20,19 @@ class Result(NamedTuple):
     grad: Tensor
 
 
+def arbitrary_knots(J: int = 7) -> Knots:
+    t = torch.rand(J, dtype=torch.float64).cumsum(0)
+    return Knots(t, torch.exp(-t.square() / 2), torch.rand(J, dtype=torch.float64), None)
+
+
+def functional(x: Tensor, A: Tensor, knots: Knots, **options) -> Tensor:
+    return sigreg(x, A, knots.t, knots.phi, knots.weights, spacing=knots.spacing, **options)
+
+
 def evaluate(x: Tensor, A: Tensor, knots: Knots, **options) -> Result:
     """Value and gradient of `sigreg` at x; the loss that is differentiated is the sum of the value."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    value = sigreg(x, A, knots.t, knots.phi, knots.weights, spacing=knots.spacing, **options)
+    value = functional(x, A, knots, **options)
     value.sum().backward()
     assert x.grad is not None
     return Result(value.detach(), x.grad)

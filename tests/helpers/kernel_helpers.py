@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lejepa_fast import Knots, sample_directions
+from lejepa_fast import sample_directions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Dimensions whose backward is one kernel, and two, with an odd number of directions: on every GPU, in every
@@ -27,11 +27,6 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def directions(K: int, M: int) -> torch.Tensor:
     return sample_directions(K, M, step=1, device=DEVICE)
-
-
-def arbitrary_knots(J: int) -> Knots:
-    t = torch.rand(J, dtype=torch.float64).cumsum(0)
-    return Knots(t, torch.exp(-t.square() / 2), torch.rand(J, dtype=torch.float64), None)
 
 
 def sanitized() -> AbstractContextManager[Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import assert_within_rule, check_accuracy
-from kernel_helpers import DEVICE, ONE_KERNEL, TWO_KERNELS, arbitrary_knots, directions, normal
+from accuracy import arbitrary_knots, assert_within_rule, check_accuracy, functional
+from kernel_helpers import DEVICE, ONE_KERNEL, TWO_KERNELS, directions, normal
 
-from lejepa_fast import SIGReg, sample_unit_directions, sigreg, standard_normal_knots
+from lejepa_fast import SIGReg, sample_unit_directions, standard_normal_knots
 from lejepa_fast.kernels.configs import get_config
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -92,9 +92,8 @@ def test_float16_gradient_of_any_size(K, size):
 
     def gradient(x, A, impl):
         x = x.detach().clone().requires_grad_()
-        options = {"spacing": knots.spacing, "scale": scale, "scale_by_n": False, "impl": impl}
-        (sigreg(x, A, *knots[:3], **options) * (2.0**16 / size)).backward()
-        return x.grad
+        loss = functional(x, A, knots, scale=scale, scale_by_n=False, impl=impl)
+        return torch.autograd.grad(loss * (2.0**16 / size), x)[0]
 
     got = gradient(x, A, "triton")
     exact, plain = gradient(x.double(), A.double(), "reference"), gradient(x.float(), A, "reference")
@@ -115,9 +114,8 @@ def test_gradient_per_direction(K):
     runs = [("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)]
     for impl, dtype in runs:
         v = x.detach().clone().to(dtype).requires_grad_()
-        value = sigreg(v, A.to(dtype), *knots[:3], spacing=knots.spacing, reduction=None, impl=impl)
-        value.backward(upstream.to(dtype))
-        grads[impl, dtype] = v.grad
+        value = functional(v, A.to(dtype), knots, reduction=None, impl=impl)
+        (grads[impl, dtype],) = torch.autograd.grad(value, v, upstream.to(dtype))
     exact = grads["reference", torch.float64]
     got, reference = grads["triton", torch.float32], grads["reference", torch.float32]
     size = exact[..., :M].norm(dim=1, keepdim=True)  # as if all directions had gradients of one size
@@ -153,6 +151,6 @@ def test_non_finite_input_gives_nan(bad, J):
 def test_projections_without_a_phase_stay_bounded():
     """Beyond 2**22 half turns float32 has no phase: |C|, |S| <= 1 must still hold."""
     knots = standard_normal_knots()
-    value = sigreg(1e12 * normal(20, 4), directions(4, 6), *knots[:3], spacing=knots.spacing, impl="triton")
+    value = functional(1e12 * normal(20, 4), directions(4, 6), knots, impl="triton")
     bound = 20 * (knots.weights * (1 + knots.phi).square() + knots.weights).sum()
     assert 0 <= value <= bound

@@ -83,7 +83,7 @@ PAIRS = [
 
 
 def pictures(count: int, size: int) -> torch.Tensor:
-    """(count, size, size, 3) uint8: colours of all hues with soft and hard edges."""
+    """(count, size, size, 3) uint8: colors of all hues with soft and hard edges."""
     y, x = np.mgrid[0:size, 0:size] / size
     noise = np.random.default_rng(0).random((count, size, size, 3))
     waves = 0.5 + 0.5 * np.sin(
@@ -96,11 +96,7 @@ def changed(views: torch.Tensor, drawn: list[Drawn], kernel_size: int = KERNEL_S
     """By the kernels: (3, size, size) for each picture."""
     rows = torch.tensor([each.row() for each in drawn], device=views.device)
     made = color_jitter.change_colors(
-        views,
-        rows,
-        kernel_size=kernel_size,
-        threshold=THRESHOLD,
-        blurred=any(each.sigma for each in drawn),
+        views, rows, kernel_size=kernel_size, threshold=THRESHOLD, blurred=any(each.sigma for each in drawn)
     )
     return list(made.permute(0, 3, 1, 2).cpu())
 

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from accuracy import Result, evaluate, plain_float32, truth, value_error
+from accuracy import Result, arbitrary_knots, evaluate, functional, plain_float32, truth, value_error
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from kernel_helpers import DEVICE, arbitrary_knots, directions, normal, sanitized
+from kernel_helpers import DEVICE, directions, normal, sanitized
 
-from lejepa_fast import Knots, sample_unit_directions, sigreg, standard_normal_knots
+from lejepa_fast import Knots, sample_unit_directions, standard_normal_knots
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
@@ -98,7 +98,7 @@ def loss_scaled(
 ) -> Result:
     """`evaluate`, the loss times a power of two that brings gradients near 1, as loss scaling does."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    value = sigreg(x, A, *knots[:3], spacing=knots.spacing, impl="triton", **options)
+    value = functional(x, A, knots, impl="triton", **options)
     if options["reduction"] == "mean":
         largest /= x[..., 0, 0].numel() * A.shape[1]
     scale = 2.0 ** -math.floor(math.log2(largest)) if largest else 1.0

@@ -135,10 +135,9 @@ FAR = (1 << 31) + 64
 V, N, M = 2, 9, 5
 
 
+# Fused, and in two kernels; forward with resident directions, and without.
 @no_gpu
-@pytest.mark.parametrize(
-    "K", [16, 35]
-)  # fused, and in two kernels; forward with resident directions, and without
+@pytest.mark.parametrize("K", [16, 35])
 @pytest.mark.parametrize(
     ("name", "strides"),
     [

@@ -22,9 +22,6 @@ from lejepa_fast.kernels import philox
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-# --- Directions -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("K", "M"), [(1, 1), (3, 5), (130, 33)])
 def test_directions_are_those_of_the_torch_implementation(K, M, dtype):
@@ -38,13 +35,8 @@ def test_directions_are_those_of_the_torch_implementation(K, M, dtype):
         torch.testing.assert_close(got, expected.double(), rtol=ulp, atol=4e-7)
         if dtype != torch.float32:
             assert (got != expected).sum() <= max(1, 0.01 * got.numel())
-        torch.testing.assert_close((got * scale).norm(dim=0), torch.ones(M).double(), rtol=0, atol=4e-7)
-        torch.testing.assert_close(
-            (expected.double() * expected_scale).norm(dim=0), torch.ones(M).double(), rtol=0, atol=4e-7
-        )
-
-
-# --- As operators and as a module -----------------------------------------------------------------
+        for unit in (got * scale, expected.double() * expected_scale):
+            torch.testing.assert_close(unit.norm(dim=0), torch.ones(M).double(), rtol=0, atol=4e-7)
 
 
 def test_operators_contract():
@@ -58,9 +50,8 @@ def test_operators_contract():
         torch.library.opcheck(registered.triton_finish, arguments)
         _, coef = registered.triton_finish(*arguments)
     grad = torch.ones((), device=DEVICE)
-    torch.library.opcheck(
-        registered.triton_gradient, (grad, 0.5, coef, x.detach(), A, None, t, 0.1875, "ieee")
-    )
+    arguments = (grad, 0.5, coef, x.detach(), A, None, t, 0.1875, "ieee")
+    torch.library.opcheck(registered.triton_gradient, arguments)
 
 
 @pytest.mark.parametrize("reduction", ["mean", None])
@@ -137,17 +128,9 @@ def test_double_backward_is_refused_clearly():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        (
-            {"x": torch.randn(9, 3, device=DEVICE).double()},
-            TypeError,
-            "^x: expected float32, bfloat16 or float16.*float64",
-        ),
+        ({"x": torch.randn(9, 3, device=DEVICE).double()}, TypeError, "^x: expected float32, .*float64"),
         ({"precision": "fp32"}, ValueError, "^precision: expected one of .* got 'fp32'"),
-        (
-            {"scale": torch.ones(5)},
-            ValueError,
-            r"^scale: expected float32 or float64 of shape \(4,\), got .*\(5,\)",
-        ),
+        ({"scale": torch.ones(5)}, ValueError, r"^scale: expected .* of shape \(4,\), got .*\(5,\)"),
         ({"scale": torch.ones(4, device="meta")}, ValueError, "^scale: expected on the device of x"),
         ({"scale": torch.ones(4, device=DEVICE).requires_grad_()}, ValueError, "^scale: .*impl='reference'"),
         ({"phi": torch.ones(17, requires_grad=True)}, ValueError, "^phi: .*without gradient.*impl='torch'"),

@@ -16,14 +16,8 @@ PHI = torch.exp(-t.square() / 2)
 PLAN = make_plan(17, 0.1875)
 
 
-@pytest.mark.parametrize(
-    ("K", "dtype", "kernels"),
-    [
-        (13, torch.bfloat16, ("forward", "fused")),
-        (TWO_KERNELS, torch.float32, ("forward", "gradient", "product")),
-    ],
-)
-def test_every_candidate_gives_the_same_result(K, dtype, kernels):
+@pytest.mark.parametrize(("K", "dtype"), [(13, torch.bfloat16), (TWO_KERNELS, torch.float32)])
+def test_every_candidate_gives_the_same_result(K, dtype):
     x = torch.randn(1, 35, K).to(DEVICE, dtype)
     A, scale = sample_unit_directions(K, 9, step=1, device=DEVICE, dtype=dtype)
     shipped = get_config(x.device, dtype.itemsize)
@@ -38,7 +32,7 @@ def test_every_candidate_gives_the_same_result(K, dtype, kernels):
 
     value, grad = forward_backward(shipped)
     ran = 0
-    for kernel in kernels:
+    for kernel in ("forward", "fused") if K == 13 else ("forward", "gradient", "product"):
         for tile in shipped.candidates(kernel, K)[1:]:
             try:
                 got = forward_backward(shipped._replace(**{kernel: (Choice(ANY, tile),)}))

@@ -11,25 +11,17 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import timing
 import torch
 from accuracy import Result, assert_within_rule, evaluate, value_error
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lejepa_fast import (
-    Knots,
-    SIGReg,
-    reference,
-    sample_unit_directions,
-    sigreg,
-    standard_normal_knots,
-)
+from lejepa_fast import Knots, SIGReg, reference, sample_unit_directions, sigreg, standard_normal_knots
 from lejepa_fast.kernels.configs import get_config
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+GPU = torch.device("cuda")
 KNOTS = standard_normal_knots()
 REFERENCE = (8, 2048, 512), 1024  # shape of x and number of directions
 OURS = ("_directions_kernel", "_sigreg_", "_sum_kernel")
@@ -106,16 +98,6 @@ def check_rows(x: Tensor, A: Tensor, unit: Tensor | None, view: int, rows: slice
     assert_within_rule(got.grad[view, rows], plain_grad, exact_grad, "gradient", ulp=ulp)
 
 
-def extra_bytes(call) -> int:
-    """Peak of allocated memory during `call`, above what is allocated before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 @pytest.mark.parametrize(
     ("dtype", "scale"),
     [(torch.float32, 1.0), (torch.float32, 100.0), (torch.bfloat16, 1.0), (torch.float16, 1.0)],
@@ -152,19 +134,14 @@ def test_more_elements_than_32_bits_can_count():
 
 
 def test_extra_memory_is_a_fortieth_of_the_eager_reference():
+    def extra(impl, x, A, unit):
+        return timing.peak_extra_bytes(lambda: evaluate(x, A, KNOTS, impl=impl, scale=unit), GPU)
+
+    assert extra("triton", *inputs((10, 4096, 1536), 4096, torch.bfloat16)) < 2e9
     if free_gib() < 24:
-        pytest.skip("needs 24 GiB")
-    x, A, unit = inputs(*REFERENCE, torch.bfloat16)
-    eager, ours = (
-        extra_bytes(lambda impl=impl: evaluate(x, A, KNOTS, impl=impl, scale=unit))
-        for impl in ("reference", "triton")
-    )
-    assert ours <= eager / 40
-
-
-def test_extra_memory_at_the_giant_size():
-    x, A, unit = inputs((10, 4096, 1536), 4096, torch.bfloat16)
-    assert extra_bytes(lambda: evaluate(x, A, KNOTS, impl="triton", scale=unit)) < 2e9
+        pytest.skip("the eager reference needs 24 GiB")
+    usual = inputs(*REFERENCE, torch.bfloat16)
+    assert extra("triton", *usual) <= extra("reference", *usual) / 40
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -192,29 +169,16 @@ def test_nothing_waits_for_the_gpu():
 @pytest.mark.parametrize("size", [REFERENCE, ((4, 256, 16), 256)])
 def test_at_most_six_launches(size):
     """Directions, forward and backward; PyTorch adds the addition for the step, and the ones."""
-    from torch.profiler import ProfilerActivity, profile
-
     shape, M = size
     reg = SIGReg(num_slices=M, impl="triton").cuda()
     x = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-
-    def step():
-        torch.autograd.grad(reg(x), x)
-        torch.cuda.synchronize()
-
-    step()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-        step()
-    launched = [
-        event.name
-        for event in recorded.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-        and not event.name.startswith(("Mem", "ProfilerStep"))
-    ]
-    ours = [name for name in launched if name.startswith(OURS)]
+    for _ in range(2):  # the first compiles
+        launched = timing.launches(lambda: torch.autograd.grad(reg(x), x))
+    ours = sum(count for name, count in launched.items() if name.startswith(OURS))
+    others = sum(count for name, count in launched.items() if not name.startswith((*OURS, "Mem")))
     fused = get_config(x.device, 2).fuses(shape[-1], M)
-    assert len(ours) == 5 + (not fused), launched  # directions, sums, finish, its sum, dx or dT/dp and dx
-    assert len(launched) - len(ours) <= 2, launched
+    assert ours == 5 + (not fused), launched  # directions, sums, finish, its sum, dx or dT/dp and dx
+    assert others <= 2, launched
 
 
 # dx in registers, and through chunks
@@ -222,23 +186,18 @@ def test_at_most_six_launches(size):
 def test_cuda_graph_replays_steps(dtype, K):
     """Forward, backward and the counter in one graph: each replay is the next step of an eager module."""
     captured, eager = (SIGReg(num_slices=100, impl="triton").cuda() for _ in range(2))
-    x = torch.randn(2, 300, K, device="cuda", dtype=dtype, requires_grad=True)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            torch.autograd.grad(captured(x), x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def step(x):
         loss = captured(x)
-        (grad,) = torch.autograd.grad(loss, x)
+        return loss, torch.autograd.grad(loss, x)[0]
+
+    replay = timing.graphed(step, GPU)
+    replay(torch.randn(2, 300, K, device="cuda", dtype=dtype))  # captures
     captured.step.zero_()
     values = []
     for _ in range(4):
-        with torch.no_grad():
-            x.copy_(torch.randn_like(x))
-        graph.replay()
+        x = torch.randn(2, 300, K, device="cuda", dtype=dtype, requires_grad=True)
+        loss, grad = replay(x)
         expected = eager(x)
         assert torch.equal(loss, expected)
         assert torch.equal(grad, torch.autograd.grad(expected, x)[0])
@@ -296,14 +255,8 @@ torch.cuda.synchronize()
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer on PATH")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool, tmp_path):
-    run = subprocess.run(
-        ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9",
-         sys.executable, "-c", SMALL_RUN],
-        cwd=tmp_path,  # where `python -c` finds the package that the tests find, not a folder of its name
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # each tensor an allocation of its own
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )  # fmt: skip
+    command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", sys.executable, "-c", SMALL_RUN]
+    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation of its own
+    # In tmp_path `python -c` finds the package that the tests find, not a folder of its name.
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]

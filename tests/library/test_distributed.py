@@ -8,6 +8,7 @@ import torch
 import torch.multiprocessing as mp
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+two_ranks_only = "two ranks only, to save time"
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda w: f"{w}-ranks")
@@ -24,10 +25,10 @@ def single_process(loss_fn, dtype):
     return worker.value_and_gradient(worker.encoder(dtype), worker.batch(dtype), loss_fn)
 
 
-def assert_same(got, expected, dtype):
+def assert_same(got, expected, tolerance):
     for part in ("value", "grad"):
         scale = expected[part].abs().max().item()
-        torch.testing.assert_close(got[part], expected[part], rtol=0, atol=TOLERANCE[dtype] * scale)
+        torch.testing.assert_close(got[part], expected[part], rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("sizes", ["equal", "unequal"])
@@ -37,7 +38,7 @@ def test_value_and_averaged_gradient_are_those_of_the_whole_batch(ranks, sizes, 
         lambda z: worker.functional_loss(z, "reference" if impl == "triton" else impl, unbiased), dtype
     )
     for results in ranks:
-        assert_same(results[sizes, impl, dtype, unbiased], expected, dtype)
+        assert_same(results[sizes, impl, dtype, unbiased], expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("sizes", ["equal", "unequal"])
@@ -91,30 +92,22 @@ def test_no_sample_on_any_rank_is_nan_not_a_number(ranks, impl):
         assert results["nothing", impl]["grad"].shape == (worker.VIEWS, 0, worker.DIM)
 
 
-TWO_RANKS = {
-    "compiled": (lambda: worker.lejepa_loss(), torch.float64),
-    "compiled kernels": (lambda: worker.lejepa_loss(impl="reference"), torch.float32),
-    "fsdp torch": (lambda: lambda z: worker.functional_loss(z, "reference", False), torch.float32),
-    "fsdp triton": (lambda: lambda z: worker.functional_loss(z, "reference", False), torch.float32),
-}
-
-
-@pytest.mark.parametrize("case", TWO_RANKS)
+@pytest.mark.parametrize("case", ["compiled", "compiled kernels", "fsdp torch", "fsdp triton"])
 def test_compiled_and_sharded_models_get_the_gradient_of_the_whole_batch(ranks, case):
-    """Compiled to one graph, collectives between the operators included; two ranks only, to save time."""
+    """Compiled to one graph, collectives between the operators included."""
     if len(ranks) != 2:
-        pytest.skip("two ranks only")
-    make, dtype = TWO_RANKS[case]
-    expected = single_process(make(), dtype)
+        pytest.skip(two_ranks_only)
+    dtype = torch.float64 if case == "compiled" else torch.float32
+    compiled = worker.lejepa_loss(impl="torch" if case == "compiled" else "reference")
+    sharded = lambda z: worker.functional_loss(z, "reference", False)  # noqa: E731
+    expected = single_process(compiled if case.startswith("compiled") else sharded, dtype)
     for results in ranks:
-        for part in ("value", "grad"):
-            scale = expected[part].abs().max().item()
-            torch.testing.assert_close(results[case][part], expected[part], rtol=0, atol=1e-5 * scale)
+        assert_same(results[case], expected, 1e-5)
 
 
 def test_counts_that_neither_bf16_nor_16_bits_can_hold(ranks):
     if len(ranks) != 2:
-        pytest.skip("two ranks only")
+        pytest.skip(two_ranks_only)
     x = worker.many_samples().requires_grad_()
     expected = worker.functional_loss(x, "torch", True)
     expected.backward()
@@ -136,6 +129,4 @@ def test_process_group_of_some_ranks(ranks):
         # The gradient of the sum of the two ranks' losses: what averaging over the pair turns into the mean.
         own = pair.grad.chunk(2, dim=1)[rank % 2]
         torch.testing.assert_close(results["subgroup"]["grad"], 2 * own)
-        assert results["foreign group"].startswith(
-            "process_group: expected a group that this rank belongs to"
-        )
+        assert results["foreign group"].startswith("process_group: expected a group that this rank belongs")

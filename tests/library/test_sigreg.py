@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import assert_within_rule, check_accuracy, evaluate, plain_float32, truth
-
-from lejepa_fast import (
-    Knots,
-    SIGReg,
-    sample_directions,
-    sigreg,
-    standard_normal_knots,
-    symmetric_knots,
+from accuracy import (
+    arbitrary_knots,
+    assert_within_rule,
+    check_accuracy,
+    evaluate,
+    functional,
+    plain_float32,
+    truth,
 )
+
+from lejepa_fast import SIGReg, sample_directions, sigreg, standard_normal_knots, symmetric_knots
 from lejepa_fast.functional import find_spacing
 
-IMPLEMENTATIONS = ("reference", "torch")
-both = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+both = pytest.mark.parametrize("impl", ["reference", "torch"])
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def arbitrary_knots(J: int = 7) -> Knots:
-    t = torch.rand(J, dtype=torch.float64).cumsum(0)
-    return Knots(t, torch.exp(-t.square() / 2), torch.rand(J, dtype=torch.float64), None)
-
-
-def functional(x, A, knots, **options):
-    return sigreg(x, A, knots.t, knots.phi, knots.weights, spacing=knots.spacing, **options)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +80,6 @@ def test_unbiased_formula():
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
 
 
-# --- Conventions ----------------------------------------------------------------------------------
-
-
 def test_paper_and_code_conventions():
     """Algorithm 1's linspace(-5, 5, 17) is the half line t_max=5, n_points=9."""
     x, A = torch.randn(64, 8).double(), sample_directions(8, 12, step=0, dtype=torch.float64)
@@ -121,6 +109,7 @@ def test_reductions(impl):
     regs = {r: SIGReg(num_slices=5, impl=impl, reduction=r).eval() for r in ("mean", "sum", None)}
     each = regs[None](x)
     assert each.shape == (2, 3, 5)
+    assert not each.requires_grad, "x needs no gradient"
     torch.testing.assert_close(each[1, 2], regs[None](x[1, 2]), rtol=1e-6, atol=0)
     torch.testing.assert_close(regs["mean"](x), each.mean(), rtol=1e-6, atol=0)
     torch.testing.assert_close(regs["sum"](x), each.sum(), rtol=1e-6, atol=0)
@@ -136,8 +125,6 @@ def test_target_and_weights_per_direction(impl):
         one = sigreg(x, A[:, m : m + 1], knots.t, phi[:, m], weights[:, m], reduction=None, impl=impl)
         torch.testing.assert_close(got[m : m + 1], one, rtol=1e-5, atol=1e-6)
 
-
-# --- Accuracy -------------------------------------------------------------------------------------
 
 SHAPES = [
     ((2, 64, 16), 32),  # plain
@@ -203,7 +190,7 @@ def test_autocast_changes_nothing(impl):
     assert torch.equal(under_autocast.grad, plain.grad)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@both
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize(
     "knots", [standard_normal_knots(3.0, 17), standard_normal_knots(2.0, 1), arbitrary_knots()]
@@ -239,9 +226,6 @@ def test_spacing_is_found_in_given_knots():
     assert find_spacing(torch.tensor([0.0, 1.0, 2.001])) is None
 
 
-# --- Inputs as users have them --------------------------------------------------------------------
-
-
 @both
 def test_strided_inputs(impl):
     """Transposed, expanded and sliced inputs: values and the gradient's layout."""
@@ -267,20 +251,10 @@ def test_non_finite_input_gives_nan(impl, bad, J):
     assert each[0].isfinite().all(), "the other view is not touched"
 
 
-@both
-def test_input_that_needs_no_gradient(impl):
-    loss = SIGReg(num_slices=4, impl=impl)(torch.randn(10, 3))
-    assert not loss.requires_grad
-
-
 def test_streaming_never_forms_a_large_tensor():
     """No tensor of N x M (x J) elements is made, forward or backward, nor kept for the backward."""
     N, K, M, J = 8192, 8, 1024, 17
-    x, A, knots = (
-        torch.randn(N, K, requires_grad=True),
-        sample_directions(K, M, step=0),
-        standard_normal_knots(),
-    )
+    x, A, knots = torch.randn(N, K).requires_grad_(), sample_directions(K, M, step=0), standard_normal_knots()
     kept: list[int] = []
 
     class LargestOutput(torch.utils._python_dispatch.TorchDispatchMode):
@@ -316,18 +290,16 @@ def test_operators_contract():
     torch.library.opcheck(torch.ops.lejepa_fast.ecf_sums_backward, (grad, x.detach(), A, t, None))
 
 
-# --- Refusals -------------------------------------------------------------------------------------
-
-
-def test_double_backward_is_refused_clearly():
-    x = torch.randn(10, 3, requires_grad=True)
-    (grad,) = torch.autograd.grad(SIGReg(num_slices=4)(x), x, create_graph=True)
+def test_gradients_that_only_the_reference_gives_are_refused_clearly():
+    """Of the gradient, of directions and of knots."""
+    x, A, knots = (
+        torch.randn(10, 3).requires_grad_(),
+        sample_directions(3, 4, step=0),
+        standard_normal_knots(),
+    )
+    (grad,) = torch.autograd.grad(functional(x, A, knots, impl="torch"), x, create_graph=True)
     with pytest.raises(RuntimeError, match="impl='reference'"):
         grad.sum().backward()
-
-
-def test_directions_and_knots_that_require_grad_are_refused_clearly():
-    x, A, knots = torch.randn(10, 3), sample_directions(3, 4, step=0), standard_normal_knots()
     with pytest.raises(ValueError, match=r"^A: expected .*impl='reference'"):
         functional(x, A.requires_grad_(), knots, impl="torch")
     with pytest.raises(ValueError, match=r"^t: expected .*impl='reference'"):
@@ -350,11 +322,7 @@ def _bad(**changes):
         (_bad(x=torch.randn(0, 3)), ValueError, "^x: expected at least 1 sample.* got N = 0"),
         (_bad(x=torch.randn(1, 3), unbiased=True), ValueError, "^x: expected at least 2 .* got N = 1"),
         (_bad(x=torch.randn(0, 5, 3)), ValueError, "^x: expected non-empty"),
-        (
-            _bad(x=torch.ones(10, 3, dtype=torch.int64)),
-            TypeError,
-            "^x: expected a floating dtype, got torch.int64",
-        ),
+        (_bad(x=torch.ones(10, 3).long()), TypeError, "^x: expected a floating dtype, got torch.int64"),
         (_bad(A="A"), TypeError, "^A: expected a tensor, got str"),
         (_bad(t=[0.0, 1.0]), TypeError, "^t: expected a tensor, got list"),
         (_bad(weights=None), TypeError, "^weights: expected a tensor, got NoneType"),
@@ -363,11 +331,7 @@ def _bad(**changes):
         (_bad(sync=None), TypeError, "^sync: expected True or False, got None"),
         (_bad(A=torch.randn(4, 4)), ValueError, r"^A: expected shape \(3, M\).*got \(4, 4\)"),
         (_bad(A=torch.randn(3, 0)), ValueError, r"^A: expected shape \(3, M\)"),
-        (
-            _bad(A=torch.randn(3, 4, device="meta")),
-            ValueError,
-            "^A: expected on the device of x, cpu, got meta",
-        ),
+        (_bad(A=torch.randn(3, 4, device="meta")), ValueError, "^A: .* device of x, cpu, got meta"),
         (_bad(t=torch.zeros(0)), ValueError, r"^t: expected shape \(J,\)"),
         (_bad(phi=torch.ones(16)), ValueError, r"^phi: expected shape \(17,\) or \(17, 4\).*got \(16,\)"),
         (_bad(weights=torch.ones(17, 3)), ValueError, r"^weights: expected shape .*got \(17, 3\)"),

@@ -31,9 +31,11 @@ def test_step_counts_training_calls_only():
     first, second = reg(x), reg(x)
     assert first != second, "directions are fresh at every step"
     assert reg.step.item() == 2
+    assert reg(x, step=5) == reg(x, step=torch.tensor(5))
+    assert reg(x, step=5) != reg(x, step=6)
     reg.eval()
     assert reg(x) == reg(x)
-    assert reg.step.item() == 2
+    assert reg.step.item() == 2, "explicit steps and evaluation leave the counter"
 
 
 def test_step_is_restored_from_a_checkpoint():
@@ -45,13 +47,6 @@ def test_step_is_restored_from_a_checkpoint():
     fresh = SIGReg(num_slices=8)
     fresh.load_state_dict(state)
     assert [fresh(x) for _ in range(3)] == expected
-
-
-def test_explicit_step_leaves_the_counter():
-    reg, x = SIGReg(num_slices=8), torch.randn(20, 4)
-    assert reg(x, step=5) == reg(x, step=torch.tensor(5))
-    assert reg(x, step=5) != reg(x, step=6)
-    assert reg.step.item() == 0
 
 
 # Directions of a recomputed call must be those of the call itself (trap 8).
@@ -94,6 +89,10 @@ def test_checkpointing_several_calls_needs_explicit_steps(use_reentrant):
         gradient(SIGReg(num_slices=8), [None, None], wrap)
     expected = gradient(SIGReg(num_slices=8), [3, 4], lambda function, weight: function(weight))
     assert torch.equal(gradient(SIGReg(num_slices=8), [3, 4], wrap), expected)
+    reg, y = SIGReg(num_slices=8), 2 * x[0].requires_grad_()
+    y.register_hook(lambda grad: reg(grad))  # a call inside a backward pass
+    with pytest.raises(RuntimeError, match="0 calls"):
+        y.sum().backward()
 
 
 def test_checkpointing_in_compiled_code_with_explicit_step():
@@ -112,14 +111,6 @@ def test_checkpointing_in_compiled_code_with_explicit_step():
         (expected,) = torch.autograd.grad(loss(weight, step), weight)
         (got,) = torch.autograd.grad(compiled(weight, step), weight)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
-
-
-def test_call_inside_a_backward_pass_is_not_guessed():
-    reg, x = SIGReg(num_slices=8), torch.randn(20, 4, requires_grad=True)
-    y = x * 2
-    y.register_hook(lambda grad: reg(grad))
-    with pytest.raises(RuntimeError, match="0 calls"):
-        y.sum().backward()
 
 
 @both
@@ -150,11 +141,10 @@ def test_knots_survive_dtype_and_meta_conversions():
     assert torch.equal(lazy.weights, SIGReg().weights)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_module_returns_a_float32_scalar(dtype):
-    loss = SIGReg(num_slices=4)(torch.randn(2, 10, 3).to(dtype))
-    assert loss.dtype == torch.float32
-    assert loss.shape == ()
+def test_module_returns_a_float32_scalar():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        loss = SIGReg(num_slices=4)(torch.randn(2, 10, 3).to(dtype))
+        assert (loss.dtype, loss.shape) == (torch.float32, ())
 
 
 def test_auto_is_readable_and_logged_once(caplog):
