@@ -14,6 +14,7 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).parent
+TRITON_FOLDER = ROOT / ".venv" / "tritons"
 TRITONS = ["3.6.0", "3.7.0", "3.7.1", "3.8.0", "3.9.0"]
 # Each Python runs one end of the range of PyTorch. Each torchvision belongs to one PyTorch.
 OLDEST = ["torch==2.11.*", "torchvision==0.26.*"]
@@ -42,13 +43,18 @@ def find_tests(*patterns: str) -> list[str]:
     return found
 
 
+def environment(triton: str) -> dict[str, str]:
+    """Variables that put a version of Triton first on the import path."""
+    return {"PYTHONPATH": str(TRITON_FOLDER / triton), "OMP_NUM_THREADS": "1"}
+
+
 def run_kernel_tests(session: nox.Session, triton: str, interpreted: list[str], compiled: list[str]) -> None:
     """Run kernel tests in Triton's interpreter, then those that compile without a GPU."""
-    target = ROOT / ".venv" / "tritons" / triton
+    target = TRITON_FOLDER / triton
     if not (target / f"triton-{triton}.dist-info").is_dir():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
         session.run(*pip, f"triton=={triton}", external=True)
-    env = {"PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
+    env = environment(triton)
     check = f"import triton; assert triton.__version__ == {triton!r}, triton.__version__"
     session.run(sys.executable, "-c", check, env=env, external=True)
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "load"]
@@ -61,8 +67,10 @@ def run_kernel_tests(session: nox.Session, triton: str, interpreted: list[str], 
 @nox.session(venv_backend="none")
 @nox.parametrize("triton", TRITONS, ids=TRITONS)
 def kernels(session: nox.Session, triton: str) -> None:
-    """All kernel tests with one version of Triton."""
+    """All kernel tests with one version of Triton, and the budgets of every kernel that is compiled."""
     run_kernel_tests(session, triton, find_tests("kernels/kernel_*"), find_tests("test_kernel_compile"))
+    check = ["bench/kernel_report.py", "--target", "all", "--dtype", "bf16", "fp16", "fp32", "--check"]
+    session.run(sys.executable, *check, env=environment(triton), external=True)
 
 
 @nox.session(venv_backend="none")

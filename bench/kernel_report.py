@@ -201,16 +201,17 @@ Case = tuple[str, Plan, Size, Kernel]
 """What is uneven about it, and a kernel for this size."""
 
 
-def cases(target: str, dtype: str) -> list[Case]:
-    """Every kernel with its sizes; the giant size where it takes another tile than the reference."""
+def cases(target: str, dtype: str, *, uneven: bool = True) -> list[Case]:
+    """Every kernel with its sizes; the giant size where it takes another tile than the reference.
+
+    `uneven`: on sm_90 also sizes, knots and gradients that the shipped tiles were not chosen for.
+    """
     config = shipped_config(target, 4 if dtype == "fp32" else 2)
     found: list[Case] = []
 
-    def add(
-        uneven: str, size: Size, *names: str, plan: Plan = USUAL, inputs: str = dtype, **more: Any
-    ) -> None:
+    def add(what: str, size: Size, *names: str, plan: Plan = USUAL, inputs: str = dtype, **more: Any) -> None:
         kernels = step_kernels(target, inputs, size, plan, fused="fused" in names, **more)
-        found.extend((uneven.format(*size), plan, size, kernels[name]) for name in names)
+        found.extend((what.format(*size), plan, size, kernels[name]) for name in names)
 
     add("", REFERENCE, *PLAIN.values())
     for name in ("forward", "gradient", "product"):
@@ -219,9 +220,8 @@ def cases(target: str, dtype: str) -> list[Case]:
             add("", GIANT, name)
     for choice in config.fused:
         add("", REFERENCE._replace(K=choice.max_dim), "fused")
-    if target != "sm_90" or dtype == "fp16":
+    if target != "sm_90" or dtype == "fp16" or not uneven:
         return found
-    # What the shipped tiles were not chosen for.
     add("minimal", MINIMAL, "forward", "fused")
     small, large = ("forward", "fused"), ("forward", "gradient", "product")
     if dtype == "fp32":  # embeddings in bf16 with directions in float32, read element by element
@@ -335,8 +335,8 @@ def _row(target: str, dtype: str, uneven: str, plan: Plan, size: Size, kernel: K
     return row
 
 
-def report(target: str, dtypes: list[str]) -> list[Row]:
-    return [_row(target, dtype, *case) for dtype in dtypes for case in cases(target, dtype)]
+def report(target: str, dtypes: list[str], *, uneven: bool = True) -> list[Row]:
+    return [_row(target, dtype, *case) for dtype in dtypes for case in cases(target, dtype, uneven=uneven)]
 
 
 def budget_key(row: Row) -> str:
