@@ -50,7 +50,7 @@ def test_accuracy_of_arbitrary_knots(J, K):
 @pytest.mark.parametrize("J", [17, 65])
 def test_accuracy_over_sizes_of_projections(scale, J):
     x, A = scale * normal(60, 16), directions(16, 12)
-    check_accuracy(x, A, standard_normal_knots(3.0, J), impl="triton")
+    check_accuracy(x, A, standard_normal_knots(3.0, J), impl="triton", reduction=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
