@@ -86,10 +86,9 @@ def start_trainer(tmp_path: Path, task: str, method: str) -> subprocess.Popen[st
 
 def is_running(pid: int) -> bool:
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return state not in "ZX"
 
 
 def gone(pids: list[int], patience: float = 60.0) -> bool:

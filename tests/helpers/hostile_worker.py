@@ -1,4 +1,4 @@
-"""Opens hostile shards for test_hostile.py, and prints what came of them as one line of JSON.
+"""Opens hostile shards for test_shards.py, and prints what came of them as one line of JSON.
 
 Arguments: backend, names of shards in this folder. It loads an epoch of each shard, verifies it and writes
 its index. It also prints by how much its memory has grown over all of them.

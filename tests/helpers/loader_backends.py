@@ -11,16 +11,19 @@ import torch
 from odd_files import saved
 from PIL import Image
 
+from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.data.backends.choose_backend import choose_backend
 from lejepa_fast.data.sources import FolderSource, ImageSource
 from lejepa_fast.errors import UsageError
 
 BACKENDS = ("torchvision", "cpu", "dali", "gpu")
+CROPS_ONLY = MultiCropRecipe(
+    global_size=24, local_crops=0, jitter_prob=0, grayscale_prob=0, blur_prob=0, solarize_prob=0
+)
 
 
 def skip_without(name: str) -> None:
     """Skip the test, with the reason, where this backend cannot run. "gpu" is DALI on a GPU."""
-
     device = torch.device("cuda") if name == "gpu" else None
     try:
         choose_backend("dali" if name == "gpu" else name, device)

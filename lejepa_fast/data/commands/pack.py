@@ -1,13 +1,7 @@
-"""Pack a folder of images into WebDataset tar shards.
-
-Image files are copied byte for byte as `key.jpg` beside `key.cls`, the class index as text. They are shuffled
-across classes by `seed`, so that every shard is a mixture. Headers carry no owner, rights or time: the same
-images give the same bytes. The result appears under its name when it is complete.
-"""
+"""Pack a folder of images into WebDataset tar shards."""
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import re
@@ -23,7 +17,7 @@ from lejepa_fast.data.sources import FolderSource, UnreadableImageError, find_sp
 from lejepa_fast.data.sources.decoding import naming_file
 from lejepa_fast.errors import RunError, UsageError
 
-_DEFAULT_SHARD_BYTES = 256 * 2**20
+DEFAULT_SHARD_BYTES = 256 * 2**20
 SKIPPED = "skipped.txt"
 _STEM_LENGTH = 48  # with the number and the suffix, well within the 100 bytes of a plain tar header
 
@@ -32,7 +26,7 @@ def pack_folder(
     source: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
     *,
-    shard_bytes: int = _DEFAULT_SHARD_BYTES,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
     seed: int = 0,
     verify: bool = True,
     skip_bad: bool = False,
@@ -130,41 +124,6 @@ def _write_split(
 
 
 def _add(shard: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)  # uid, gid and mtime are 0 and the names empty
+    info = tarfile.TarInfo(name)  # mode 0o644, uid, gid and mtime 0, and empty names
     info.size = len(data)
-    info.mode = 0o644
     shard.addfile(info, io.BytesIO(data))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command."""
-    parser.add_argument("source", help="folder of class folders, flat folder, or folder with train/ and val/")
-    parser.add_argument("out", help="new folder for the shards")
-    parser.add_argument(
-        "--shard-mb", type=float, default=_DEFAULT_SHARD_BYTES / 2**20, help="size of a shard in MiB"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the images")
-    checks = parser.add_mutually_exclusive_group()
-    checks.add_argument("--no-verify", action="store_true", help="do not decode the images first")
-    checks.add_argument(
-        "--skip-bad", action="store_true", help=f"leave bad images out, list them in {SKIPPED}"
-    )
-
-
-def run(options: argparse.Namespace) -> int:
-    """Run the command; returns the exit code."""
-    counts = pack_folder(
-        options.source,
-        options.out,
-        shard_bytes=int(options.shard_mb * 2**20),
-        seed=options.seed,
-        verify=not options.no_verify,
-        skip_bad=options.skip_bad,
-    )
-    for name, count in counts.items():
-        print(f"{os.path.join(options.out, name)}: {count} images")
-    listing = Path(options.out) / SKIPPED
-    if listing.exists():
-        count = len(listing.read_text(encoding="utf-8").splitlines())
-        print(f"{count} bad image{'s' * (count > 1)} left out, listed in {listing}")
-    return 0
