@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from loader_backends import NumberedFolder, on
-from odd_files import BAD, png_bomb, spoil
+from odd_files import BAD, BOMBS, png_bomb, spoil
 from PIL import Image
 from torch import Tensor
 from view_parity import sample_views
@@ -93,7 +93,7 @@ def test_an_epoch_over_damaged_and_odd_files(corpus, backend, tmp_path):
 
 def views_of(picture: Image.Image, index: int, seed: int) -> list[Tensor]:
     """The views of image `index` in epoch 0, if it shows this picture."""
-    draws = sample_views(RECIPE, seed=seed, epoch=0, index=index, width=picture.width, height=picture.height)
+    draws = sample_views(RECIPE, index, picture.size, seed=seed)
     pixels = to_tensor(picture)
     return [
         apply_view(pixels, params, size, RECIPE)
@@ -101,49 +101,55 @@ def views_of(picture: Image.Image, index: int, seed: int) -> list[Tensor]:
     ]
 
 
-# Largest resident memory in KiB before and after images that must not be decoded as a whole. Not from
-# `getrusage`: its figure starts from that of the process that started this one.
+# Largest resident memory in KiB before and after images that must not be decoded as a whole. Ends after 120 s
+# of work.
 MEMORY = r"""
-import json, re, sys
-from pathlib import Path
+import json, resource, sys
 sys.path[:0] = json.loads(sys.argv[1])
-from loader_backends import on
+from loader_backends import on, peak_memory
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader
 from lejepa_fast.data.sources import FolderSource
 
 RECIPE = MultiCropRecipe(
     global_crops=1, global_size=24, local_crops=1, local_size=16, blur_kernel=3, min_image_size=1
 )
+resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
 for root in sys.argv[3:]:
     loader = multicrop_loader(
         FolderSource(root), RECIPE, batch_size=4, **on(sys.argv[2]), max_bad_fraction=0.3
     )
     for epoch in range(3):
         seen = sum(len(views[0]) for views, _ in loader)
-    status = Path("/proc/self/status").read_text()
-    print(re.search(r"VmHWM:\s+(\d+)", status)[1], seen, len(loader.bad_images))
+    print(peak_memory(), seen, len(loader.bad_images))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("backend", ["torchvision", "cpu", "dali"], indirect=True)  # memory of the host
 def test_bombs_and_huge_images_take_little_memory(backend, tmp_path):
-    folders = ["few", "sixteen", "alpha", "large"]  # by what may be needed: the figure never falls
-    for name in folders:
-        write_photographs(tmp_path / name, 7)
+    for name in ("few", "bombs", "sixteen", "alpha", "large"):
+        write_photographs(tmp_path / name, 15 if name == "bombs" else 7)
     picture = Image.open(tmp_path / "few" / "00000.jpg").convert("RGB")
+    for name, (make, _) in BOMBS.items():
+        (tmp_path / "bombs" / f"{name}.jpg").write_bytes(make(picture))
     picture.resize((8000, 6000)).save(tmp_path / "large" / "huge.jpg")
     (tmp_path / "large" / "bomb.png").write_bytes(png_bomb(picture))
     side = 4100
     Image.new("I;16", (side, side), 9000).save(tmp_path / "sixteen" / "huge.png", compress_level=1)
     Image.new("RGBA", (side, side), (1, 2, 3, 99)).save(tmp_path / "alpha" / "huge.png", compress_level=1)
-    arguments = [json.dumps(sys.path), backend, *(str(tmp_path / name) for name in folders)]
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, check=True
-    )
-    peaks, *seen = zip(*(map(int, line.split()) for line in done.stdout.splitlines()), strict=True)
+
+    def measured(*folders: str) -> list[tuple[int, ...]]:
+        """By what may be needed: the peak never falls."""
+        arguments = [json.dumps(sys.path), backend, *(str(tmp_path / name) for name in folders)]
+        script = [sys.executable, "-c", MEMORY, *arguments]
+        done = subprocess.run(script, capture_output=True, text=True, check=True)
+        return list(zip(*(map(int, line.split()) for line in done.stdout.splitlines()), strict=True))
+
+    (before, bombs), *seen = measured("few", "bombs")
+    assert seen == [(4, 20), (0, len(BOMBS))]
+    assert bombs - before < 100 << 10
+    (before, sixteen, alpha, large), *seen = measured("few", "sixteen", "alpha", "large")
     assert seen == [(4, 8, 8, 8), (0, 0, 0, 1)]
-    before, sixteen, alpha, large = peaks
     pixels = side * side / 1024
     # As Pillow holds them, they have 2 and 4 bytes a pixel.
     assert sixteen - before < 7 * pixels

@@ -21,7 +21,7 @@ RECIPE = MultiCropRecipe()
 def draws(
     count: int, recipe: MultiCropRecipe = RECIPE, width: int = 400, height: int = 300
 ) -> list[list[ViewParams]]:
-    return [sample_views(recipe, seed=1, epoch=0, index=i, width=width, height=height) for i in range(count)]
+    return [sample_views(recipe, index, (width, height), seed=1) for index in range(count)]
 
 
 # --- random numbers -----------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def test_permutation():
 
 
 def test_draws_repeat_and_depend_on_seed_epoch_and_index():
-    base = {"seed": 0, "epoch": 0, "index": 3, "width": 96, "height": 96}
+    base = {"seed": 0, "epoch": 0, "index": 3, "size": (96, 96)}
     first = sample_views(RECIPE, **base)
     assert first == sample_views(RECIPE, **base)
     assert len(set(first)) == RECIPE.num_views

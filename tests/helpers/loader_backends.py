@@ -75,6 +75,12 @@ def numbered_folder(root: Path, count: int, **replaced: bytes) -> NumberedFolder
     return NumberedFolder(root)
 
 
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in KiB."""
+    # Not from `getrusage`: its figure starts from that of the process that started this one.
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+
 def picture(number: int = 0, size: tuple[int, int] = (48, 32)) -> Image.Image:
     """Smooth random colors."""
     small = np.random.default_rng(number).integers(0, 256, (4, 6, 3), dtype=np.uint8)

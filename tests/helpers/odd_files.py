@@ -75,17 +75,6 @@ def webp_bomb(picture: Image.Image) -> bytes:
     return b"RIFF" + struct.pack("<I4s4sI", 20, b"WEBP", b"VP8L", 8) + bits.to_bytes(8, "little")
 
 
-def jpeg_of_segments(picture: Image.Image) -> bytes:
-    """EXIF data in 4,000 segments, which Pillow would join one after the other."""
-    return with_segment(saved(picture, "JPEG"), b"Exif\0\0" + bytes(9_000), 4_000)
-
-
-def jpeg_of_junk(picture: Image.Image) -> bytes:
-    """Ten million bytes between two segments, which Pillow would skip one by one."""
-    data = saved(picture, "JPEG")
-    return data[:20] + bytes(10_000_000) + data[20:]
-
-
 def png_of_exif(picture: Image.Image) -> bytes:
     """EXIF data of 0.4 MB, whose 16,000 entries are all of its other half: Pillow would make 3 GB of it."""
     size = 200_000
@@ -97,12 +86,17 @@ def png_of_exif(picture: Image.Image) -> bytes:
 # Name to (how it is made, part of the reason for which it must be refused).
 BOMBS: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
     "webp": (webp_bomb, "10000 x 10000 px, more than the 44,739,242 pixels"),
-    "segments": (jpeg_of_segments, "more than 128 KiB of EXIF data"),
-    "empty segments": (
-        lambda picture: with_segment(saved(picture, "JPEG"), b"", 100_000),
+    # EXIF data in 4,000 segments, which Pillow would join one after the other.
+    "segments": (
+        lambda p: with_segment(saved(p, "JPEG"), b"Exif\0\0" + bytes(9_000), 4_000),
+        "more than 128 KiB of EXIF data",
+    ),
+    "empty segments": (lambda p: with_segment(saved(p, "JPEG"), b"", 100_000), "too many segments before"),
+    # Ten million bytes between two segments, which Pillow would skip one by one.
+    "junk": (
+        lambda p: saved(p, "JPEG")[:20] + bytes(10_000_000) + saved(p, "JPEG")[20:],
         "too many segments before the pixels",
     ),
-    "junk": (jpeg_of_junk, "too many segments before the pixels"),
     "exif": (png_of_exif, "more than 128 KiB of EXIF data"),
 }
 
@@ -172,7 +166,7 @@ def clear_palette(picture: Image.Image) -> tuple[bytes, np.ndarray]:
 def animation(picture: Image.Image) -> tuple[bytes, np.ndarray]:
     """Of which the first frame counts."""
     reduced, pixels = from_palette(picture)
-    other = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM).quantize(32)
+    other = picture.rotate(180).quantize(32)
     return saved(reduced, "GIF", save_all=True, append_images=[other], duration=100), pixels
 
 

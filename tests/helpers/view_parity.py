@@ -90,10 +90,10 @@ def reference(image: Image.Image, params: ViewParams, size: int, recipe: MultiCr
 
 
 def sample_views(
-    recipe: MultiCropRecipe, *, seed: int, epoch: int, index: int, width: int, height: int
+    recipe: MultiCropRecipe, index: int, size: tuple[int, int], *, seed: int = 0, epoch: int = 0
 ) -> list[ViewParams]:
     """What is drawn for all views of an image, globals first."""
-    table = view_table(recipe, seed=seed, epoch=epoch, indices=[index], sizes=[(width, height)])
+    table = view_table(recipe, seed=seed, epoch=epoch, indices=[index], sizes=[size])
     return [as_params(row) for row in table[0].tolist()]
 
 

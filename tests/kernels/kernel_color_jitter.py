@@ -171,7 +171,7 @@ def test_from_files_through_the_backend(monkeypatch):
     views_of = TrainViews(MemorySource(images), CHAIN, seed=3)
     views = rendered(engine, views_of, 2)
     for index, image in enumerate(images):
-        draws = sample_views(CHAIN, seed=3, epoch=0, index=index, width=image.width, height=image.height)
+        draws = sample_views(CHAIN, index, image.size, seed=3)
         for v, size in enumerate(CHAIN.view_sizes()):
             assert distance(views[v][index], reference(image, draws[v], size, CHAIN)) < OP_TOLERANCE
             assert distance(views[v][index], reference(image, draws[v - 1], size, CHAIN)) > OP_TOLERANCE

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import shutil
 import tarfile
 import tempfile
 from contextlib import ExitStack
@@ -63,26 +62,24 @@ def pack_folder(
     parts = {"train" if val_root else "": train}
     if val_root:
         parts["val"] = FolderSource(val_root, classes=train.classes)
-    work = None
+    packed = {}
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-        packed = {}
-        for name, part in parts.items():
-            skipped = BadImages(part, work / SKIPPED, max_bad_fraction=1.0) if skip_bad else None
-            packed[name] = _write_split(part, work / name, shard_bytes, seed, verify, skipped)
-        if train.classes is not None:
-            names = "".join(f"{name}\n" for name in train.classes)
-            (work / "classes.txt").write_text(names, encoding="utf-8")
-        work.chmod(0o755)  # mkdtemp makes it private
-        os.replace(work, out_dir)
+        place = {"prefix": f".{out_dir.name}.", "dir": str(out_dir.parent)}
+        with tempfile.TemporaryDirectory(**place, ignore_cleanup_errors=True) as made:
+            work = Path(made)
+            for name, part in parts.items():
+                skipped = BadImages(part, work / SKIPPED, max_bad_fraction=1.0) if skip_bad else None
+                packed[name] = _write_split(part, work / name, shard_bytes, seed, verify, skipped)
+            if train.classes is not None:
+                names = "".join(f"{name}\n" for name in train.classes)
+                (work / "classes.txt").write_text(names, encoding="utf-8")
+            work.chmod(0o755)  # it is made private
+            os.replace(work, out_dir)
     except OSError as error:
         raise RunError(
             f"cannot write {out_dir}: {error.strerror}; free some space or choose another disk"
         ) from error
-    finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
     return packed
 
 
