@@ -72,11 +72,7 @@ class BadImages:
             return sorted(self._reasons.items())
 
     def add(self, index: int, reason: str) -> None:
-        """List image `index`.
-
-        Raises:
-            RunError: There are too many bad images now, or the file cannot be written.
-        """
+        """List image `index`. Raises `RunError` for too many bad images, or a file that cannot be written."""
         reason = printable(reason)
         with self._lock:
             if index not in self._reasons:
@@ -108,18 +104,10 @@ class BadImages:
     def first_usable(
         self, index: int, substitute: Callable[[int], int | None], make: Callable[[int], T]
     ) -> T | None:
-        """`make(index)`, or where that image is bad `make` of its first usable substitute.
+        """`make(index)`, or where that image is bad `make` of its first usable substitute; None without one.
 
-        Args:
-            index: Number of the image.
-            substitute: The next image to try after a bad one, None for none.
-            make: Makes anything of an image. Raises `UnreadableImageError` for a bad one.
-
-        Returns:
-            What `make` returned; None when a bad image has no substitute.
-
-        Raises:
-            RunError: All images are bad, or more than allowed.
+        `substitute` names the next image to try after a bad one. `make` raises `UnreadableImageError` for a
+        bad one. Raises `RunError` when all images are bad, or more than allowed.
         """
         tried: int | None = index
         while tried is not None:
@@ -166,10 +154,8 @@ class BadImages:
     def _append(self, found: Mapping[int, str]) -> None:
         if self._file is None or not found:
             return
-        lines = "".join(
-            f"{printable(self._source.describe(index))}\t{index}\t{reason}\n"
-            for index, reason in found.items()
-        )
+        names = {index: printable(self._source.describe(index)) for index in found}
+        lines = "".join(f"{names[index]}\t{index}\t{reason}\n" for index, reason in found.items())
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             # One unbuffered write in append mode keeps the lines of several ranks apart.

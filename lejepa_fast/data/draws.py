@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import permutations
 from typing import Any, NamedTuple
 
@@ -70,15 +69,6 @@ def _rows_of_words(
     return rows
 
 
-def uniforms(seed: int, stream: int, epoch: int, index: int, count: int) -> np.ndarray:
-    """`count` float64 values in [0, 1) with 53 random bits."""
-    return _as_uniforms(raw_words(seed, stream, epoch, index, count))
-
-
-def _as_uniforms(words: np.ndarray) -> np.ndarray:
-    return (words >> np.uint64(11)) * 2.0**-53
-
-
 def permutation(seed: int, stream: int, epoch: int, index: int, count: int) -> np.ndarray:
     """A random order of 0 .. count-1 (int64): the ranks of random 64-bit keys."""
     return np.argsort(raw_words(seed, stream, epoch, index, count), kind="stable")
@@ -101,21 +91,13 @@ def view_table(
     indices: Sequence[int],
     sizes: Sequence[tuple[int, int]],
 ) -> np.ndarray:
-    """Draw the parameters of all views of several images.
+    """Draw the parameters of all views of images of these (width, height): (B, V, COLUMNS) float64.
 
-    Args:
-        recipe: The distributions.
-        seed: Seed of the run.
-        epoch: Number of the epoch.
-        indices: Numbers of the images.
-        sizes: Their (width, height) in pixels.
-
-    Returns:
-        (B, V, COLUMNS) float64, globals first.
+    The globals come first.
     """
     shape = (len(indices), recipe.num_views)
     words = _rows_of_words(seed, AUGMENT, epoch, indices, recipe.num_views * _WORDS_PER_VIEW)
-    u = _as_uniforms(np.stack(words)).reshape(*shape, _WORDS_PER_VIEW)
+    u = (np.stack(words) >> np.uint64(11)).reshape(*shape, _WORDS_PER_VIEW) * 2.0**-53  # in [0, 1)
     table = np.zeros((*shape, COLUMNS))
     _draw_windows(recipe, u, np.asarray(sizes, dtype=np.float64), table)
     table[..., COLUMN_FLIP] = u[..., _FLIP] < recipe.flip_prob
@@ -127,18 +109,11 @@ def view_table(
     return table
 
 
-@lru_cache(maxsize=16)
-def _crop_bounds(recipe: MultiCropRecipe) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Area bounds per view, each (V, 1), and the bounds of the log aspect ratio."""
-    scales = [recipe.global_scale] * recipe.global_crops + [recipe.local_scale] * recipe.local_crops
-    table = np.array(scales, dtype=np.float64)
-    low, high = recipe.aspect_ratio
-    return table[:, :1], table[:, 1:], math.log(low), math.log(high)
-
-
 def _draw_windows(recipe: MultiCropRecipe, u: np.ndarray, sizes: np.ndarray, table: np.ndarray) -> None:
     """Take the first of ten windows per view that fits, else a central one, as torchvision does."""
-    scale_low, scale_high, ratio_low, ratio_high = _crop_bounds(recipe)
+    scales = [recipe.global_scale] * recipe.global_crops + [recipe.local_scale] * recipe.local_crops
+    scale_low, scale_high = np.array(scales).T[..., None]  # (V, 1)
+    ratio_low, ratio_high = map(math.log, recipe.aspect_ratio)
     width, height = sizes[:, None, 0], sizes[:, None, 1]  # (B, 1), against (B, V) below
     area = scale_low + (scale_high - scale_low) * u[..., :_CROP_TRIES]
     area *= (width * height)[..., None]
@@ -146,18 +121,15 @@ def _draw_windows(recipe: MultiCropRecipe, u: np.ndarray, sizes: np.ndarray, tab
     widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (widths > 0) & (widths <= width[..., None]) & (heights > 0) & (heights <= height[..., None])
     first = fits.argmax(axis=-1)[..., None]
-    w = np.take_along_axis(widths, first, -1)[..., 0]
-    h = np.take_along_axis(heights, first, -1)[..., 0]
+    w, h = (np.take_along_axis(sides, first, -1)[..., 0] for sides in (widths, heights))
     top, left = np.floor(u[..., _TOP] * (height - h + 1)), np.floor(u[..., _LEFT] * (width - w + 1))
     # Very long or very small images: the largest central region with a legal aspect ratio.
     low, high = recipe.aspect_ratio
     middle_w = np.maximum(1, np.minimum(width, np.rint(height * high)))
     middle_h = np.maximum(1, np.minimum(height, np.rint(width / low)))
-    fitted = fits.any(axis=-1)
-    table[..., COLUMN_TOP] = np.where(fitted, top, (height - middle_h) // 2)
-    table[..., COLUMN_LEFT] = np.where(fitted, left, (width - middle_w) // 2)
-    table[..., COLUMN_HEIGHT] = np.where(fitted, h, middle_h)
-    table[..., COLUMN_WIDTH] = np.where(fitted, w, middle_w)
+    middle = (height - middle_h) // 2, (width - middle_w) // 2, middle_h, middle_w
+    for column, (drawn, central) in enumerate(zip((top, left, h, w), middle, strict=True), COLUMN_TOP):
+        table[..., column] = np.where(fits.any(axis=-1), drawn, central)
 
 
 def _draw_jitter(recipe: MultiCropRecipe, u: np.ndarray, table: np.ndarray) -> None:

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from lejepa_fast.data.backends.base import Backend, Loading, RawBatch
+from lejepa_fast.data.backends.base import Backend, Loading, RawBatch, give_memory_back
 from lejepa_fast.data.backends.choose_backend import make_backend
-from lejepa_fast.data.backends.memory import give_memory_back
 from lejepa_fast.data.bad_images import DEFAULT_MAX_BAD_FRACTION, BadImages
-from lejepa_fast.data.identity import names_digest
 from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe, checked
 from lejepa_fast.data.sampler import BatchKey, EpochSchedule
-from lejepa_fast.data.sources.base import ImageSource, check_sizes
+from lejepa_fast.data.sources.base import ImageSource, check_sizes, names_digest
 from lejepa_fast.data.views import EvalViews, TrainViews
-from lejepa_fast.errors import UsageError
+from lejepa_fast.errors import RunError, UsageError
 
 log = logging.getLogger("lejepa_fast.data")
 
@@ -33,12 +32,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 class Normalise:
     """Moves a batch to its device and computes (x / 255 - mean) / std per channel in float32.
 
-    Args:
-        mean: Per channel, on the scale 0-1.
-        std: As `mean`.
-        device: Where batches go; None: they stay in the CPU's memory.
-        dtype: Of the views; torch.uint8 leaves the pixels as they are.
-        channels_last: Memory format of the views.
+    `mean` and `std` are on the scale 0-1. The dtype torch.uint8 leaves the pixels as they are. compiled: on a
+    CPU by a Numba kernel in one pass over memory, which torch needs three for.
     """
 
     def __init__(
@@ -49,8 +44,10 @@ class Normalise:
         *,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        compiled: bool = False,
     ) -> None:
         self._device, self._dtype = device or torch.device("cpu"), dtype
+        self._compiled = compiled and self._device.type == "cpu" and dtype is not torch.uint8
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         # Once: on a GPU, making them from Python numbers waits for the GPU.
         scaled = [[255 * value for value in values] for values in (mean, std)]
@@ -62,10 +59,17 @@ class Normalise:
         return [self._view(view) for view in raw.views], raw.targets.to(self._device, non_blocking=True)
 
     def _view(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.to(self._device, non_blocking=True)
-        if self._dtype is not torch.uint8:
-            pixels = pixels.to(torch.float32).sub_(self._mean).div_(self._std).to(self._dtype)
-        return pixels.contiguous(memory_format=self._layout)
+        if self._compiled:
+            from lejepa_fast.data.backends.cpu_kernels import normalise
+
+            out = np.empty(pixels.shape, np.float32)  # NumPy asks for large pages, which torch does not
+            normalise(pixels.numpy(), self._mean.numpy().ravel(), self._std.numpy().ravel(), out)
+            pixels = torch.from_numpy(out)
+        else:
+            pixels = pixels.to(self._device, non_blocking=True)
+            if self._dtype is not torch.uint8:
+                pixels = pixels.to(torch.float32).sub_(self._mean).div_(self._std)
+        return pixels.to(self._dtype).contiguous(memory_format=self._layout)
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,33 @@ class _State:
     bad: tuple[tuple[Count, str], ...] = ()
 
 
-class MultiCropLoader:
+class _Loader:
+    """What both loaders share: passes over a backend's batches."""
+
+    def __init__(self, backend: Backend, bad: BadImages, normalise: Normalise) -> None:
+        self._backend, self._bad, self._normalise = backend, bad, normalise
+        self._batches: Generator[RawBatch] | None = None
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use."""
+        return self._backend.name
+
+    def _pass(self, keys: Iterable[BatchKey]) -> Iterator[tuple[list[Tensor], Tensor]]:
+        if self._batches is not None:
+            self._batches.close()
+        self._bad.begin_epoch()
+        current = self._batches = self._backend.batches(keys, self._bad)
+        try:
+            for raw in current:
+                yield self._normalise(raw)
+                if self._batches is not current:
+                    raise RunError("another pass over the same loader has begun; make a loader for each")
+        finally:
+            current.close()
+
+
+class MultiCropLoader(_Loader):
     """Iterable over (views, targets), one epoch per pass. Made by `multicrop_loader`.
 
     After a complete pass the loader stands at the next epoch, so a trainer that never calls `set_epoch` still
@@ -95,16 +125,12 @@ class MultiCropLoader:
         normalise: Normalise,
         source: ImageSource,
     ) -> None:
-        self._backend, self._schedule, self._bad, self._normalise = backend, schedule, bad, normalise
+        super().__init__(backend, bad, normalise)
+        self._schedule = schedule
         self._labelled = source.labelled
         self._names = names_digest({"images": source})
         self._epoch = self._batch = 0  # _batch: batches of this epoch that the trainer has taken
         self._resuming = False
-
-    @property
-    def backend(self) -> str:
-        """Name of the backend in use."""
-        return self._backend.name
 
     @property
     def epoch(self) -> int:
@@ -137,9 +163,7 @@ class MultiCropLoader:
             self._batch = 0
         self._resuming = False
         epoch = self._epoch
-        self._bad.begin_epoch()
-        for raw in self._backend.batches(self._schedule.keys(epoch, self._batch), self._bad):
-            views, targets = self._normalise(raw)
+        for views, targets in self._pass(self._schedule.keys(epoch, self._batch)):
             self._batch += 1
             yield views, targets if self._labelled else None
         self._epoch, self._batch = epoch + 1, 0
@@ -199,19 +223,14 @@ class MultiCropLoader:
         self._resuming = True
 
 
-class EvalLoader:
+class EvalLoader(_Loader):
     """Iterable over (images, targets) in the order of the source. Made by `eval_loader`."""
 
     def __init__(
         self, backend: Backend, num_images: int, batch_size: int, bad: BadImages, normalise: Normalise
     ) -> None:
-        self._backend, self._num_images, self._batch_size = backend, num_images, batch_size
-        self._bad, self._normalise = bad, normalise
-
-    @property
-    def backend(self) -> str:
-        """Name of the backend in use."""
-        return self._backend.name
+        super().__init__(backend, bad, normalise)
+        self._num_images, self._batch_size = num_images, batch_size
 
     def __len__(self) -> int:
         """Batches, the last one possibly shorter."""
@@ -220,10 +239,8 @@ class EvalLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         starts = range(0, self._num_images, self._batch_size)
         keys = (BatchKey(0, tuple(range(s, min(s + self._batch_size, self._num_images)))) for s in starts)
-        self._bad.begin_epoch()
-        for raw in self._backend.batches(keys, self._bad):
-            if len(raw.targets):
-                (images,), targets = self._normalise(raw)
+        for (images,), targets in self._pass(keys):
+            if len(targets):
                 yield images, targets
 
 
@@ -299,7 +316,8 @@ def multicrop_loader(
         log.info(
             "multi-crop loader: %s backend (%s), %d workers, %s", made.name, reason, num_workers, source.name
         )
-    normalise = Normalise(recipe.mean, recipe.std, device, dtype=dtype, channels_last=channels_last)
+    options: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last}
+    normalise = Normalise(recipe.mean, recipe.std, device, **options, compiled=made.name == "cpu")
     return MultiCropLoader(made, schedule, bad, normalise, source)
 
 
@@ -346,7 +364,9 @@ def eval_loader(
     loading = Loading(batch_size, num_workers, device, start_method, prefetch, hw_decoder_load)
     made, _ = make_backend(backend, EvalViews(source, image_size), loading)
     bad = BadImages(source, bad_images, max_bad_fraction=max_bad_fraction)
-    return EvalLoader(made, len(source), batch_size, bad, Normalise(mean, std, device))
+    return EvalLoader(
+        made, len(source), batch_size, bad, Normalise(mean, std, device, compiled=made.name == "cpu")
+    )
 
 
 def _usable(device: torch.device | str | None) -> torch.device | None:

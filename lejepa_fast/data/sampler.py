@@ -43,8 +43,6 @@ class EpochSchedule:
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UsageError(f"batch_size must be at least 1; got {self.batch_size}")
         if self.world_size < 1 or not 0 <= self.rank < self.world_size:
             raise UsageError(
                 f"rank must be in 0 .. world_size - 1; got rank {self.rank}, world_size {self.world_size}"
@@ -67,15 +65,11 @@ class EpochSchedule:
         """Batches per epoch, the same on every rank."""
         return self.num_images // self.global_batch
 
-    def order(self, epoch: int) -> np.ndarray:
-        """All images in the order of `epoch`; those after the last whole batch are dropped in it."""
-        if self.shuffle:
-            return permutation(self.seed, ORDER, epoch, 0, self.num_images)
-        return np.arange(self.num_images)
-
     def keys(self, epoch: int, start: int = 0) -> Iterator[BatchKey]:
         """This rank's batches of `epoch` from batch number `start` on."""
-        order = self.order(epoch)
+        order = np.arange(self.num_images)
+        if self.shuffle:
+            order = permutation(self.seed, ORDER, epoch, 0, self.num_images)
         for batch in range(start, len(self)):
             first = batch * self.global_batch + self.rank * self.batch_size
             yield BatchKey(epoch, tuple(order[first : first + self.batch_size].tolist()))

@@ -1,4 +1,11 @@
-"""What to make of an image: multi-crop views in training, one centred view in evaluation."""
+"""What to make of an image: multi-crop views in training, one centred view in evaluation.
+
+Very large images are read at 1/2, 1/4 or 1/8 of their size. One of 48 megapixels takes many times as long as
+one of a usual size to decode and to cut views from (docs/loader.md has the figures), and a whole batch waits
+for it. A JPEG decoder makes a reduced image in a fraction of the time; pixels of other formats are averaged.
+The factor depends on the image's size and the settings alone, so it is the same in every epoch, on every
+backend and after a resume. Crops are drawn on the reduced image.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +30,14 @@ from lejepa_fast.data.draws import (
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.data.sources.base import ImageSource, size_fault
 from lejepa_fast.data.sources.decoding import UnreadableImageError
-from lejepa_fast.data.sources.large import reduction_for_centre, reduction_for_crops
 
 # In evaluation only the middle of a longer image is resized: all of 1 x 10,000 px would need gigabytes.
 LONGEST_RATIO = 4
+
+LARGE_IMAGE = 1 << 24  # images of more pixels are reduced
+# The reduced image keeps at least so many pixels per pixel of a view, as Pillow's `thumbnail` does. They are
+# for the antialiasing filter of the resizing that follows.
+_SPARE = 2
 
 
 @dataclass(frozen=True)
@@ -36,33 +47,27 @@ class Views:
     source: ImageSource
 
     @property
-    def sizes(self) -> list[int]:
-        """Side of each view in pixels."""
-        raise NotImplementedError
-
-    @property
     def smallest_image(self) -> int:
         """Short side in pixels below which an image is bad."""
         return 1
 
-    def reduction(self, width: int, height: int) -> int:
-        """The factor by which an image of this size is reduced when it is read: 1, 2, 4 or 8."""
+    def spare(self, width: int, height: int) -> float:
+        """By how much an image of this size may be reduced at most."""
         raise NotImplementedError
 
-    def table(self, epoch: int, indices: Sequence[int], sizes: Sequence[tuple[int, int]]) -> np.ndarray:
-        """Parameters of all views of images of these (width, height): (B, V, COLUMNS), see `draws`."""
-        raise NotImplementedError
+    def reduction(self, width: int, height: int) -> int:
+        """The factor by which an image of this size is reduced when it is read: 1, 2, 4 or 8."""
+        if width * height <= LARGE_IMAGE:
+            return 1
+        limit = self.spare(width, height)
+        return next((factor for factor in (8, 4, 2) if factor <= limit), 1)
 
     def substitute(self, epoch: int, index: int) -> int | None:
         """The image to try in the place of bad image `index`; None: the image is left out."""
         return None
 
     def load(self, index: int) -> Image.Image:
-        """Image `index`, upright RGB, reduced where it is very large.
-
-        Raises:
-            UnreadableImageError: The image cannot be decoded or is too small.
-        """
+        """Image `index`, upright RGB, reduced where it is very large. May raise `UnreadableImageError`."""
         image = self.source.load(index, self.reduction)
         self.check_size(index, *image.size)
         return image
@@ -82,16 +87,30 @@ class TrainViews(Views):
 
     @property
     def sizes(self) -> list[int]:
+        """Side of each view in pixels."""
         return self.recipe.view_sizes()
 
     @property
     def smallest_image(self) -> int:
         return self.recipe.smallest_image
 
-    def reduction(self, width: int, height: int) -> int:
-        return reduction_for_crops(self.recipe, width, height)
+    def spare(self, width: int, height: int) -> float:
+        """The smallest crop that may be drawn keeps two pixels for each of its view."""
+        recipe, short = self.recipe, min(width, height)
+        ratio_low, ratio_high = recipe.aspect_ratio
+        narrow = min(ratio_low, 1 / ratio_high)
+        views = [(recipe.global_scale[0], recipe.global_size)]
+        if recipe.local_crops:
+            views.append((recipe.local_scale[0], recipe.local_size))
+        # The second bound: the crop of a very long image is its largest central region of a legal ratio.
+        spare = min(
+            min((area * width * height * narrow) ** 0.5, short * min(1.0, narrow)) / size
+            for area, size in views
+        )
+        return min(spare / _SPARE, short / recipe.smallest_image)
 
     def table(self, epoch: int, indices: Sequence[int], sizes: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Parameters of all views of images of these (width, height): (B, V, COLUMNS), see `draws`."""
         return view_table(self.recipe, seed=self.seed, epoch=epoch, indices=indices, sizes=sizes)
 
     def substitute(self, epoch: int, index: int) -> int:
@@ -121,8 +140,8 @@ class EvalViews(Views):
     def sizes(self) -> list[int]:
         return [self.image_size]
 
-    def reduction(self, width: int, height: int) -> int:
-        return reduction_for_centre(self.image_size, width, height)
+    def spare(self, width: int, height: int) -> float:
+        return min(width, height) / (_SPARE * self.image_size)
 
     def table(self, epoch: int, indices: Sequence[int], sizes: Sequence[tuple[int, int]]) -> np.ndarray:
         """The window of the source that becomes the centre, rounded as torchvision rounds."""

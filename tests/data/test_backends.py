@@ -9,14 +9,12 @@ import re
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from loader_backends import NumberedFolder, broken_png, numbered_folder, on, picture, skip_without
 from odd_files import bad_huffman, saved
-from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader
 from lejepa_fast.data.backends import choose_backend as choice
@@ -49,10 +47,9 @@ def test_auto_takes_what_is_there(monkeypatch):
         choice.choose_backend("cpu", cpu)
 
 
-@pytest.mark.parametrize(
-    "text", ["Numba needs NumPy 2.3 or less. Got 2.4", "cannot cache function 'x': no locator"]
-)
-def test_a_broken_numba_is_logged_once_and_done_without(text, monkeypatch, caplog):
+def test_a_broken_numba_is_logged_once_and_done_without(monkeypatch, caplog):
+    text = "Numba needs NumPy 2.3 or less. Got 2.4"
+
     def refuse(name):
         raise ImportError(text + "\nmore")
 
@@ -79,10 +76,8 @@ def test_dali_that_is_missing_or_broken_is_explained(monkeypatch):
         raise OSError("libcudart.so.11: cannot open shared object file\nmore")
 
     monkeypatch.setattr(choice.importlib, "import_module", refuse)
-    fault = choice.dali_fault(False)
-    assert fault.startswith(
-        "DALI cannot be loaded (libcudart.so.11: cannot open shared object file): pip inst"
-    )
+    reason = "DALI cannot be loaded (libcudart.so.11: cannot open shared object file): pip install"
+    assert choice.dali_fault(False).startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -161,26 +156,6 @@ def test_evaluation_views_equal_torchvisions(tmp_path, name, size):
     gap = (made - right).abs() * 255
     assert gap.max() <= (2 if name == "dali" else 0)
     assert gap.mean() <= 0.6
-
-
-@pytest.mark.parametrize("name", ["cpu", "dali", "gpu"])
-def test_every_orientation_is_seen_as_torchvision_sees_it(name, tmp_path, caplog):
-    skip_without(name)
-    root = tmp_path / "images"
-    root.mkdir()
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        picture().save(root / f"{orientation}.jpg", exif=exif)
-    recipe = replace(RECIPE, jitter_prob=0, grayscale_prob=0, blur_prob=0, solarize_prob=0)
-    options = {"batch_size": 8, "dtype": torch.uint8, "shuffle": False}
-    ours, right = (
-        next(iter(multicrop_loader(NumberedFolder(root), recipe, **on(backend), **options)))[0]
-        for backend in (name, "torchvision")
-    )
-    for one, other in zip(ours, right, strict=True):
-        assert (one.cpu().int() - other.int()).abs().float().mean((1, 2, 3)).max() < 3
-    assert "DALI failed" not in caplog.text
 
 
 # --- threads and processes ----------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_chain_equals_torchvision_image_by_image(backend, photographs):
     right, another = [], []
     for index in range(count):
         image = photographs[index % len(photographs)]
-        draws = sample_views(CHAIN, seed=3, epoch=0, index=index, width=image.width, height=image.height)
+        draws = sample_views(CHAIN, index, image.size, seed=3)
         for v, size in enumerate(CHAIN.view_sizes()):
             right.append(distance(views[v][index], reference(image, draws[v], size, CHAIN)))
             another.append(distance(views[v][index], reference(image, draws[v - 1], size, CHAIN)))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -71,25 +72,19 @@ if __name__ == "__main__":
 def start_trainer(tmp_path: Path, task: str, method: str) -> subprocess.Popen[str]:
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)
-    trainer = subprocess.Popen(
-        [sys.executable, str(script), task, method],
-        start_new_session=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, str(script), task, method]
+    trainer = subprocess.Popen(arguments, start_new_session=True, text=True, env=environment, **pipes)
     assert trainer.stdout.readline() == "ready\n"
     return trainer
 
 
 def is_running(pid: int) -> bool:
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return state not in "ZX"
 
 
 def gone(pids: list[int], patience: float = 60.0) -> bool:
@@ -109,13 +104,12 @@ def test_signals_to_the_group_leave_the_workers_alone(tmp_path, method):
             for number in (signal.SIGTERM, signal.SIGINT):
                 os.killpg(trainer.pid, number)
 
-    sender = threading.Thread(target=bombard)
-    sender.start()
-    try:
-        counted = trainer.stdout.readline()
-    finally:
-        stop.set()
-        sender.join()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(bombard)
+        try:
+            counted = trainer.stdout.readline()
+        finally:
+            stop.set()
     errors = trainer.communicate()[1]
     assert (counted, trainer.returncode, errors) == ("40\n", 0, "")
 
@@ -153,16 +147,13 @@ ONE_WORKER = {"num_workers": 1, "start_method": "fork", "backend": "torchvision"
 
 def test_workers_survive_the_thread_that_started_them():
     loader = multicrop_loader(NumberedSource(12), RECIPE, batch_size=4, **ONE_WORKER)
-    seen: list[list[int]] = []
 
-    def one_pass() -> None:
-        seen.append(sorted(label for _, targets in loader for label in targets.tolist()))
+    def one_pass() -> list[int]:
+        return sorted(label for _, targets in loader for label in targets.tolist())
 
-    thread = threading.Thread(target=one_pass)
-    thread.start()
-    thread.join()
-    one_pass()
-    assert seen == [list(range(12))] * 2
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(one_pass).result() == list(range(12))
+    assert one_pass() == list(range(12))
     # And the signals of this process are as before.
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGINT}
 

@@ -1,4 +1,4 @@
-"""Opens hostile shards for test_hostile.py, and prints what came of them as one line of JSON.
+"""Opens hostile shards for test_shards.py, and prints what came of them as one line of JSON.
 
 Arguments: backend, names of shards in this folder. It loads an epoch of each shard, verifies it and writes
 its index. It also prints by how much its memory has grown over all of them.
@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import re
 import resource
 import signal
 import sys
 from pathlib import Path
 
 import torch
+from loader_backends import peak_memory
 
 from lejepa_fast.data import MultiCropRecipe, commands, multicrop_loader, open_source
 from lejepa_fast.data.sources import HoldOutError
@@ -23,20 +23,6 @@ from lejepa_fast.errors import RunError, UsageError
 
 RECIPE = MultiCropRecipe(global_size=8, local_crops=0, blur_kernel=3, min_image_size=1)
 BATCH = 12
-
-
-def peak() -> int:
-    """Largest resident memory so far, in MiB."""
-    # Not from `getrusage`: its figure starts from that of the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) >> 10  # type: ignore[index]
-
-
-def forbid_more_than(mib: int) -> None:
-    """A limit on the address space, so that a leak ends this process and not the machine."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + (mib << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def epoch_of(name: str, backend: str) -> list[int] | str:
@@ -73,8 +59,11 @@ def main() -> None:
     backend, *names = sys.argv[1:]
     torch.set_num_threads(1)
     assert isinstance(epoch_of("clean.tar", backend), list)  # everything is loaded now
-    before = peak()
-    forbid_more_than(1024)
+    before = peak_memory()
+    # A limit on the address space, so that a leak ends this process and not the machine.
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (1 << 30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     found = {}
     for name in names:
         signal.alarm(60)  # ends this process
@@ -83,7 +72,7 @@ def main() -> None:
             "verify": command("verify", name, "--threads", "1"),
             "index": command("index", name),
         }
-    print(json.dumps({"found": found, "grown": peak() - before}))
+    print(json.dumps({"found": found, "grown": (peak_memory() - before) >> 10}))
 
 
 if __name__ == "__main__":

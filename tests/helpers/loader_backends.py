@@ -11,16 +11,19 @@ import torch
 from odd_files import saved
 from PIL import Image
 
+from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.data.backends.choose_backend import choose_backend
 from lejepa_fast.data.sources import FolderSource, ImageSource
 from lejepa_fast.errors import UsageError
 
 BACKENDS = ("torchvision", "cpu", "dali", "gpu")
+CROPS_ONLY = MultiCropRecipe(
+    global_size=24, local_crops=0, jitter_prob=0, grayscale_prob=0, blur_prob=0, solarize_prob=0
+)
 
 
 def skip_without(name: str) -> None:
     """Skip the test, with the reason, where this backend cannot run. "gpu" is DALI on a GPU."""
-
     device = torch.device("cuda") if name == "gpu" else None
     try:
         choose_backend("dali" if name == "gpu" else name, device)
@@ -70,6 +73,12 @@ def numbered_folder(root: Path, count: int, **replaced: bytes) -> NumberedFolder
     for number in range(count):
         (root / f"{number:03d}.png").write_bytes(replaced.get(f"n{number}") or saved(picture(number), "PNG"))
     return NumberedFolder(root)
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in KiB."""
+    # Not from `getrusage`: its figure starts from that of the process that started this one.
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
 def picture(number: int = 0, size: tuple[int, int] = (48, 32)) -> Image.Image:

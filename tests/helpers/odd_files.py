@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,17 +75,6 @@ def webp_bomb(picture: Image.Image) -> bytes:
     return b"RIFF" + struct.pack("<I4s4sI", 20, b"WEBP", b"VP8L", 8) + bits.to_bytes(8, "little")
 
 
-def jpeg_of_segments(picture: Image.Image) -> bytes:
-    """EXIF data in 4,000 segments, which Pillow would join one after the other."""
-    return with_segment(saved(picture, "JPEG"), b"Exif\0\0" + bytes(9_000), 4_000)
-
-
-def jpeg_of_junk(picture: Image.Image) -> bytes:
-    """Ten million bytes between two segments, which Pillow would skip one by one."""
-    data = saved(picture, "JPEG")
-    return data[:20] + bytes(10_000_000) + data[20:]
-
-
 def png_of_exif(picture: Image.Image) -> bytes:
     """EXIF data of 0.4 MB, whose 16,000 entries are all of its other half: Pillow would make 3 GB of it."""
     size = 200_000
@@ -96,12 +86,17 @@ def png_of_exif(picture: Image.Image) -> bytes:
 # Name to (how it is made, part of the reason for which it must be refused).
 BOMBS: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
     "webp": (webp_bomb, "10000 x 10000 px, more than the 44,739,242 pixels"),
-    "segments": (jpeg_of_segments, "more than 128 KiB of EXIF data"),
-    "empty segments": (
-        lambda picture: with_segment(saved(picture, "JPEG"), b"", 100_000),
+    # EXIF data in 4,000 segments, which Pillow would join one after the other.
+    "segments": (
+        lambda p: with_segment(saved(p, "JPEG"), b"Exif\0\0" + bytes(9_000), 4_000),
+        "more than 128 KiB of EXIF data",
+    ),
+    "empty segments": (lambda p: with_segment(saved(p, "JPEG"), b"", 100_000), "too many segments before"),
+    # Ten million bytes between two segments, which Pillow would skip one by one.
+    "junk": (
+        lambda p: saved(p, "JPEG")[:20] + bytes(10_000_000) + saved(p, "JPEG")[20:],
         "too many segments before the pixels",
     ),
-    "junk": (jpeg_of_junk, "too many segments before the pixels"),
     "exif": (png_of_exif, "more than 128 KiB of EXIF data"),
 }
 
@@ -118,14 +113,19 @@ def bad_huffman(jpeg: bytes) -> bytes:
     return bytes(data)
 
 
+def truncated(share: float, picture: Image.Image) -> bytes:
+    data = saved(picture, "JPEG", quality=90)
+    return data[: int(share * len(data))]
+
+
 def damaged_exif(picture: Image.Image) -> bytes:
     """EXIF data of 515 entries, of which there are three, before a bad code table.
 
     Asked to turn images upright, DALI's decoder spoils the memory of the process over such data.
     """
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010F], exif[0x0110] = 6, "Make", "Model"
-    data = bytearray(saved(picture, "JPEG", exif=exif))
+    block = exif(6)
+    block[0x0110] = "Model"
+    data = bytearray(saved(picture, "JPEG", exif=block))
     data[data.index(b"MM\0*") + 8] = 2
     return bad_huffman(bytes(data))
 
@@ -133,6 +133,12 @@ def damaged_exif(picture: Image.Image) -> bytes:
 # Name to (how it is made, part of the reason for which it must be refused).
 BAD: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
     "empty.jpg": (lambda picture: b"", "not an image"),
+    "text.jpg": (lambda picture: b"This is not an image.\n" * 9, "not an image"),
+    # From a few bytes to nearly all.
+    **{
+        f"truncated-{n}.jpg": (partial(truncated, (n + 0.5) / 10.5), "[Tt]runcated|not an image")
+        for n in range(10)
+    },
     "huffman.jpg": (lambda picture: bad_huffman(saved(picture, "JPEG")), "broken data stream"),
     "damaged-exif.jpg": (damaged_exif, "broken data stream"),
     "bomb.png": (png_bomb, "400000000 pixels"),
@@ -160,7 +166,7 @@ def clear_palette(picture: Image.Image) -> tuple[bytes, np.ndarray]:
 def animation(picture: Image.Image) -> tuple[bytes, np.ndarray]:
     """Of which the first frame counts."""
     reduced, pixels = from_palette(picture)
-    other = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM).quantize(32)
+    other = picture.rotate(180).quantize(32)
     return saved(reduced, "GIF", save_all=True, append_images=[other], duration=100), pixels
 
 
@@ -173,19 +179,31 @@ def alpha(picture: Image.Image) -> tuple[bytes, np.ndarray]:
     return saved(image, "PNG"), np.rint(pixels * share + 255 * (1 - share)).astype(np.uint8)
 
 
-def gray(picture: Image.Image) -> tuple[bytes, np.ndarray]:
-    luma = picture.convert("L")
-    return saved(luma, "JPEG", quality=95), np.repeat(np.asarray(luma)[..., None], 3, axis=2)
+def gray(picture: Image.Image) -> np.ndarray:
+    return np.repeat(np.asarray(picture.convert("L"))[..., None], 3, axis=2)
+
+
+def exif(orientation: int) -> Image.Exif:
+    made = Image.Exif()
+    made[0x010F], made[0x0112] = "maker", orientation
+    return made
 
 
 ODD: dict[str, Callable[[Image.Image], tuple[bytes, np.ndarray]]] = {
-    "palette.png": lambda picture: (saved(from_palette(picture)[0], "PNG"), from_palette(picture)[1]),
+    "palette.png": lambda p: (saved(from_palette(p)[0], "PNG"), from_palette(p)[1]),
     "clear.png": clear_palette,
     "animation.gif": animation,
     "alpha.png": alpha,
-    "gray.jpg": gray,
-    "png-inside.jpg": lambda picture: (saved(picture, "PNG"), np.asarray(picture)),
-    "jpeg-inside.png": lambda picture: (saved(picture, "JPEG", quality=95), np.asarray(picture)),
+    "gray.jpg": lambda p: (saved(p.convert("L"), "JPEG", quality=95), gray(p)),
+    "sixteen.png": lambda p: (
+        saved(Image.fromarray(gray(p)[..., 0].astype(np.uint16) * 257), "PNG"),
+        gray(p),
+    ),
+    "cmyk.jpg": lambda p: (saved(p.convert("CMYK"), "JPEG", quality=95), np.asarray(p)),
+    "exif.jpg": lambda p: (saved(p, "JPEG", quality=95, exif=exif(6)), np.rot90(np.asarray(p), -1)),
+    "pixel.png": lambda p: (saved(p.crop((0, 0, 1, 1)), "PNG"), np.asarray(p)[:1, :1]),
+    "png-inside.jpg": lambda p: (saved(p, "PNG"), np.asarray(p)),
+    "jpeg-inside.png": lambda p: (saved(p, "JPEG", quality=95), np.asarray(p)),
 }
 
 
@@ -193,9 +211,7 @@ def spoil(path: Path, picture: Image.Image) -> dict[str, Image.Image]:
     """Write all of them into a folder. The odd ones' names, with the pictures that they show."""
     for name, (make, _) in BAD.items():
         (path / name).write_bytes(make(picture))
-    shown = {}
-    for name, draw in ODD.items():
-        data, pixels = draw(picture)
+    made = {name: draw(picture) for name, draw in ODD.items()}
+    for name, (data, _) in made.items():
         (path / name).write_bytes(data)
-        shown[name] = Image.fromarray(pixels)
-    return shown
+    return {name: Image.fromarray(pixels.copy()) for name, (_, pixels) in made.items()}

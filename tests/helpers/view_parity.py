@@ -20,8 +20,6 @@ from lejepa_fast.data.draws import (
     COLUMN_CODES,
     COLUMN_FACTORS,
     COLUMN_GRAY,
-    COLUMN_SIGMA,
-    COLUMN_SOLARIZE,
     COLUMNS,
     JITTER_OPS,
     ViewParams,
@@ -43,19 +41,17 @@ class MemorySource(EncodedSource):
     """Images held as PNG files, which every decoder reads alike."""
 
     def __init__(self, images: Sequence[Image.Image], repeats: int = 1) -> None:
-        count = len(images) * repeats
-        super().__init__(name="memory", kind="folder", classes=None, targets=range(count))
-        self.files = [saved(image, "PNG") for image in images]
-        self.count = count
+        self.files = [saved(image, "PNG") for image in images] * repeats
+        super().__init__(name="memory", kind="folder", classes=None, targets=range(len(self.files)))
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.files)
 
     def describe(self, index: int) -> str:
         return f"image {index}"
 
     def encoded(self, index: int) -> bytes:
-        return self.files[index % len(self.files)]
+        return self.files[index]
 
 
 @dataclass(frozen=True)
@@ -71,9 +67,8 @@ class FixedViews(TrainViews):
 def rendered(engine: str, views: TrainViews, batch_size: int) -> list[Tensor]:
     """All views (N, 3, S, S) uint8 of the source, in its order, by one of `loader_backends.BACKENDS`."""
     count = len(views.source)
-    where = ("dali", torch.device("cuda")) if engine == "gpu" else (engine, None)
-    workers = 0 if engine == "torchvision" else 2
-    backend, _ = make_backend(where[0], views, Loading(batch_size, workers, where[1]))
+    name, device = ("dali", torch.device("cuda")) if engine == "gpu" else (engine, None)
+    backend, _ = make_backend(name, views, Loading(batch_size, 0 if name == "torchvision" else 2, device))
     keys = (BatchKey(0, tuple(range(i, i + batch_size))) for i in range(0, count, batch_size))
     batches = [[view.cpu() for view in raw.views] for raw in backend.batches(keys, BadImages(views.source))]
     return [torch.cat(made) for made in zip(*batches, strict=True)]
@@ -95,10 +90,10 @@ def reference(image: Image.Image, params: ViewParams, size: int, recipe: MultiCr
 
 
 def sample_views(
-    recipe: MultiCropRecipe, *, seed: int, epoch: int, index: int, width: int, height: int
+    recipe: MultiCropRecipe, index: int, size: tuple[int, int], *, seed: int = 0, epoch: int = 0
 ) -> list[ViewParams]:
-    """What is drawn for all views of an image in an epoch, globals first."""
-    table = view_table(recipe, seed=seed, epoch=epoch, indices=[index], sizes=[(width, height)])
+    """What is drawn for all views of an image, globals first."""
+    table = view_table(recipe, seed=seed, epoch=epoch, indices=[index], sizes=[size])
     return [as_params(row) for row in table[0].tolist()]
 
 
@@ -108,8 +103,7 @@ def as_row(params: ViewParams) -> np.ndarray:
     row[:5] = params.top, params.left, params.height, params.width, params.flip
     for step, (name, factor) in enumerate(params.jitter):
         row[COLUMN_CODES + step], row[COLUMN_FACTORS + step] = JITTER_OPS.index(name) + 1, factor
-    row[COLUMN_GRAY], row[COLUMN_SIGMA] = params.grayscale, params.blur_sigma or 0.0
-    row[COLUMN_SOLARIZE] = params.solarize
+    row[COLUMN_GRAY:] = params.grayscale, params.blur_sigma or 0.0, params.solarize
     return row
 
 
@@ -128,32 +122,24 @@ OPERATIONS = {
     "blur 1": (PLAIN._replace(blur_sigma=1.0), PLAIN._replace(blur_sigma=0.3)),
     "blur 2": (PLAIN._replace(blur_sigma=2.0), PLAIN._replace(blur_sigma=0.7)),
 }
-for name, right, wrong in (
-    ("brightness", 0.6, 0.65),
-    ("brightness", 1.4, 1.3),
-    ("contrast", 0.6, 0.7),
-    ("contrast", 1.4, 1.3),
-    ("saturation", 0.5, 0.8),
-    ("saturation", 1.5, 1.2),
-    ("hue", 0.1, 0.05),
-    ("hue", -0.1, 0.1),
-    ("hue", 0.4, -0.4),
-):
-    pair = [PLAIN._replace(jitter=((name, factor),)) for factor in (right, wrong)]
-    OPERATIONS[f"{name} {right}"] = (pair[0], pair[1])
+FACTORS = {
+    "brightness": [(0.6, 0.65), (1.4, 1.3)],
+    "contrast": [(0.6, 0.7), (1.4, 1.3)],
+    "saturation": [(0.5, 0.8), (1.5, 1.2)],
+    "hue": [(0.1, 0.05), (-0.1, 0.1), (0.4, -0.4)],
+}
+OPERATIONS |= {
+    f"{name} {right}": (PLAIN._replace(jitter=((name, right),)), PLAIN._replace(jitter=((name, wrong),)))
+    for name, pairs in FACTORS.items()
+    for right, wrong in pairs
+}
 ORDER = (("contrast", 1.4), ("hue", 0.1), ("saturation", 1.5), ("brightness", 1.4))
 OPERATIONS["jitter"] = (PLAIN._replace(jitter=ORDER), PLAIN._replace(jitter=ORDER[::-1]))
 OPERATIONS["jitter, reversed"] = (PLAIN._replace(jitter=ORDER[::-1]), PLAIN._replace(jitter=ORDER))
 # Windows as (top, left, height, width) of images of at least 96 x 96 px.
-CROPS = {
-    "shrunk": (0, 0, 96, 96),
-    "shrunk, odd": (3, 1, 91, 83),
-    "enlarged": (30, 40, 25, 21),
-    "wide": (11, 5, 30, 90),
-    "tall": (2, 50, 93, 17),
-    "small": (50, 50, 9, 8),
-    "corner": (64, 64, 32, 32),
-}
+CROPS = {"shrunk": (0, 0, 96, 96), "shrunk, odd": (3, 1, 91, 83), "enlarged": (30, 40, 25, 21)}
+CROPS |= {"wide": (11, 5, 30, 90), "tall": (2, 50, 93, 17)}
+CROPS |= {"small": (50, 50, 9, 8), "corner": (64, 64, 32, 32)}
 
 
 def fixed_views(engine: str, images: Sequence[Image.Image], used: Sequence[ViewParams]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lejepa_fast.data import ImageSource
-from lejepa_fast.data.identity import names_digest
+from lejepa_fast.data.sources.base import names_digest
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.checkpoint import storage
 from lejepa_fast.train.model.average import WeightAverage

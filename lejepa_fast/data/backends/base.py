@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+import ctypes
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import NamedTuple, Protocol
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.sampler import BatchKey
-from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.errors import UsageError
 
 
 class RawBatch(NamedTuple):
@@ -42,13 +43,12 @@ class Loading:
     hw_decoder_load: float = 0.65
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and not isinstance(value, Integral):
-                raise UsageError(f"{field.name} must be a whole number; got {value!r}")
         for name, smallest in (("batch_size", 1), ("num_workers", 0), ("prefetch", 1)):
-            if getattr(self, name) < smallest:
-                raise UsageError(f"{name} must be at least {smallest}; got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, Integral):
+                raise UsageError(f"{name} must be a whole number; got {value!r}")
+            if value < smallest:
+                raise UsageError(f"{name} must be at least {smallest}; got {value}")
         if not 0.0 <= self.hw_decoder_load <= 1.0:
             raise UsageError(f"hw_decoder_load must lie in [0, 1]; got {self.hw_decoder_load}")
         if self.start_method not in (None, "fork", "spawn", "forkserver"):
@@ -67,16 +67,19 @@ class Backend(Protocol):
 
     name: str
 
-    def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Iterator[RawBatch]:
+    def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Generator[RawBatch]:
         """Yield one batch per key, in order.
 
         A bad image is added to `bad`, and its first usable substitute takes its place (`Views.substitute`);
-        where there is none the batch is shorter. A new call ends the pass of the call before: that one
-        raises `another_pass()`.
+        where there is none the batch is shorter. Before the next call this pass has ended or is closed.
         """
-        ...
 
 
-def another_pass() -> RunError:
-    """The error of a pass that a newer one has ended."""
-    return RunError("another pass over the same loader has begun; make a loader for each")
+def give_memory_back() -> None:
+    """Return freed memory to the system, where the C library can (glibc). Takes a few milliseconds.
+
+    Batches of a few MB, made in one thread and freed in another, leave gaps in the heap. glibc does not reuse
+    all of them, so resident memory would grow over the epochs.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

@@ -12,7 +12,7 @@ import torch
 from lejepa_fast.data.backends.base import Backend, Loading
 from lejepa_fast.data.backends.torchvision_backend import TorchvisionBackend
 from lejepa_fast.data.views import EvalViews, TrainViews
-from lejepa_fast.errors import UsageError
+from lejepa_fast.errors import UsageError, first_line
 from lejepa_fast.triton_operators import why_not
 
 log = logging.getLogger("lejepa_fast.data")
@@ -21,15 +21,10 @@ BACKENDS = ("auto", "dali", "cpu", "torchvision")
 
 
 def choose_backend(name: str, device: torch.device | None) -> tuple[str, str]:
-    """Choose the backend of a loader whose batches go to `device` (None: the CPU).
+    """(name, reason) of the backend of a loader whose batches go to `device` (None: the CPU).
 
-    "auto" is "dali" on a GPU where DALI is installed, else "cpu" where Numba is, else "torchvision".
-
-    Returns:
-        The backend's name and the reason for it.
-
-    Raises:
-        UsageError: `name` is unknown, or that backend cannot run here.
+    "auto" is "dali" on a GPU where DALI is installed, else "cpu" where Numba is, else "torchvision". Raises
+    `UsageError` for a name that is unknown or a backend that cannot run here.
     """
     if name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}; expected one of {', '.join(map(repr, BACKENDS))}")
@@ -58,7 +53,7 @@ def dali_fault(on_gpu: bool) -> str | None:
         dali = importlib.import_module("nvidia.dali")
         importlib.import_module("nvidia.dali.fn")
     except Exception as error:  # a library that cannot be loaded: ImportError, OSError, RuntimeError
-        return f"DALI cannot be loaded ({_first_line(error)}): pip install {package}"
+        return f"DALI cannot be loaded ({first_line(error)}): pip install {package}"
     if not on_gpu:
         return None
     if not torch.cuda.is_available():
@@ -90,13 +85,9 @@ def numba_fault() -> str | None:
     try:
         importlib.import_module("lejepa_fast.data.backends.cpu_kernels")
     except Exception as error:  # another NumPy than Numba wants, a cache that cannot be written, ...
-        log.warning("the compiled CPU kernels cannot be used: Numba says %r", _first_line(error))
-        return f"Numba is broken ({_first_line(error)}): pip install --upgrade numba, or set NUMBA_CACHE_DIR"
+        log.warning("the compiled CPU kernels cannot be used: Numba says %r", first_line(error))
+        return f"Numba is broken ({first_line(error)}): pip install --upgrade numba, or set NUMBA_CACHE_DIR"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _is_installed() -> bool:
@@ -107,14 +98,7 @@ def _is_installed() -> bool:
 
 
 def make_backend(name: str, views: TrainViews | EvalViews, loading: Loading) -> tuple[Backend, str]:
-    """Make the backend. A further backend goes in here.
-
-    Returns:
-        The backend and the reason for the choice.
-
-    Raises:
-        UsageError: `name` is unknown, or that backend cannot run here.
-    """
+    """The backend and the reason for the choice. A further backend goes in here."""
     chosen, reason = choose_backend(name, loading.device)
     if chosen == "dali":
         from lejepa_fast.data.backends.dali_backend import DaliBackend

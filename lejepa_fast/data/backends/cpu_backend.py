@@ -7,7 +7,7 @@ Draws and crops are those of the torchvision backend, bit for bit; colors differ
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from lejepa_fast.data.backends.base import Loading, RawBatch, another_pass
+from lejepa_fast.data.backends.base import Loading, RawBatch
 from lejepa_fast.data.backends.cpu_kernels import render_view
 from lejepa_fast.data.backends.torchvision_backend import centre_view
 from lejepa_fast.data.bad_images import BadImages
@@ -25,12 +25,14 @@ from lejepa_fast.data.draws import COLUMN_TOP, COLUMN_WIDTH
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.data.views import EvalViews, TrainViews
 
+_IMAGES_PER_TASK = 4  # drawing the parameters of several images takes little longer than those of one
+
 
 class _Pending(NamedTuple):
-    """A batch in the making. usable: for each row, whether an image was found for it."""
+    """A batch in the making. parts: the rows for which an image was found."""
 
     batch: RawBatch
-    usable: list[Future[bool]]
+    parts: list[Future[list[int]]]
 
 
 class CpuBackend:
@@ -41,11 +43,9 @@ class CpuBackend:
     def __init__(self, views: TrainViews | EvalViews, loading: Loading) -> None:
         self._views, self._loading = views, loading
         self._pool = ThreadPoolExecutor(max(1, loading.num_workers), thread_name_prefix="lejepa-cpu")
-        self._pass: object | None = None  # the one that began last
 
-    def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Iterator[RawBatch]:
+    def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Generator[RawBatch]:
         keys, pending = iter(keys), deque[_Pending]()
-        current = self._pass = object()
 
         def fill() -> None:
             while len(pending) < self._loading.prefetch and (key := next(keys, None)) is not None:
@@ -54,16 +54,14 @@ class CpuBackend:
         try:
             fill()
             while pending:
-                batch, usable = pending.popleft()
-                kept = [row for row, found in enumerate(usable) if found.result()]
+                batch, parts = pending.popleft()
+                kept = [row for part in parts for row in part.result()]
                 fill()
                 yield batch.rows(kept)
-                if self._pass is not current:
-                    raise another_pass()
         finally:
-            for _, usable in pending:
-                for future in usable:
-                    future.cancel()
+            for _, parts in pending:
+                for part in parts:
+                    part.cancel()
 
     def _start(self, key: BatchKey, bad: BadImages) -> _Pending:
         count = len(key.indices)
@@ -74,25 +72,34 @@ class CpuBackend:
         batch = RawBatch(views, torch.empty(count, dtype=torch.int64))
         arrays, targets = [view.numpy() for view in views], batch.targets.numpy()
 
-        def fill(row: int, index: int) -> bool:
-            def make(index: int) -> bool:
-                self._render(self._views.load(index), key.epoch, index, [view[row] for view in arrays])
+        def read(index: int) -> tuple[int, Image.Image]:
+            return index, self._views.load(index)
+
+        def fill(rows: Sequence[int]) -> list[int]:
+            next_try = partial(self._views.substitute, key.epoch)
+            tried = [(row, bad.first_usable(key.indices[row], next_try, read)) for row in rows]
+            found = [(row, *image) for row, image in tried if image is not None]
+            if not found:
+                return []
+            kept, indices, images = zip(*found, strict=True)
+            table = self._views.table(key.epoch, indices, [image.size for image in images])
+            for row, index, image, drawn in zip(kept, indices, images, table.astype(np.float32), strict=True):
+                self._render(image, drawn, [view[row] for view in arrays])
                 targets[row] = self._views.source.target(index)
-                return True
+            return list(kept)
 
-            return bad.first_usable(index, partial(self._views.substitute, key.epoch), make) or False
+        parts = [
+            range(count)[first : first + _IMAGES_PER_TASK] for first in range(0, count, _IMAGES_PER_TASK)
+        ]
+        return _Pending(batch, [self._pool.submit(fill, rows) for rows in parts])
 
-        return _Pending(batch, [self._pool.submit(fill, *place) for place in enumerate(key.indices)])
-
-    def _render(self, image: Image.Image, epoch: int, index: int, out: list[np.ndarray]) -> None:
-        """Write all views of an image, each (3, S, S) uint8, to `out`."""
+    def _render(self, image: Image.Image, drawn: np.ndarray, out: list[np.ndarray]) -> None:
+        """Write all views of an image, each (3, S, S) uint8, to `out`. drawn: their rows of `view_table`."""
         if isinstance(self._views, EvalViews):
             out[0][:] = centre_view(image, self._views.image_size).numpy()
             return
-        pixels = np.asarray(image)
-        recipe = self._views.recipe
-        (rows,) = self._views.table(epoch, [index], [image.size])
-        for parameters, view in zip(rows.astype(np.float32), out, strict=True):
+        pixels, recipe = np.asarray(image), self._views.recipe
+        for parameters, view in zip(drawn, out, strict=True):
             crop = resized_crop(pixels, parameters, view.shape[-1])
             render_view(crop, parameters, recipe.blur_kernel, recipe.solarize_threshold, view)
 
@@ -101,7 +108,8 @@ def resized_crop(pixels: np.ndarray, parameters: np.ndarray, size: int) -> np.nd
     """The window of `parameters`, a row of `draws.view_table`, of pixels (H, W, 3) uint8: (size, size, 3)."""
     top, left, height, width = map(int, parameters[COLUMN_TOP : COLUMN_WIDTH + 1])
     window = pixels[top : top + height, left : left + width].copy()
-    # One image in channels-last order, for which torch has a vectorised uint8 kernel of one thread.
-    tensor = torch.from_numpy(window).permute(2, 0, 1)[None]
+    # torch resizes uint8 fastest in channels-last order, by one thread. It takes a batch for one only if the
+    # batch dimension comes before `permute`.
+    tensor = torch.from_numpy(window)[None].permute(0, 3, 1, 2)
     resized = functional.interpolate(tensor, (size, size), mode="bilinear", antialias=True)
-    return resized[0].permute(1, 2, 0).contiguous().numpy()
+    return resized[0].permute(1, 2, 0).numpy()

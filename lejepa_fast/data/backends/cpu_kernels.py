@@ -70,12 +70,10 @@ def render_view(view, p, kernel_size, threshold, out):
 @njit(**_FAST)
 def load(view, planes):
     """Read `view` (S, S, 3) uint8 into `planes` (3, S, S)."""
-    size = planes.shape[1]
-    for i in range(size):
-        row = view[i].reshape(3 * size)
-        red, green, blue = planes[0, i], planes[1, i], planes[2, i]
-        for j in range(size):
-            red[j], green[j], blue[j] = row[3 * j], row[3 * j + 1], row[3 * j + 2]
+    red, green, blue = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
+    flat = view.reshape(planes.size)
+    for i in range(red.size):
+        red[i], green[i], blue[i] = flat[3 * i], flat[3 * i + 1], flat[3 * i + 2]
 
 
 @njit(**_FAST)
@@ -133,43 +131,46 @@ def shift_hue(red, green, blue, turns):
 
 @njit(**_FAST)
 def blur(planes, kernel_size, sigma):
-    """Gaussian blur with mirrored borders, in place."""
+    """Gaussian blur with mirrored borders, in place. Both sides of the kernel have the same weights."""
     size, half = planes.shape[1], kernel_size // 2
-    between = np.empty((size, size), np.float32)
-    weights = np.empty(kernel_size, np.float32)
-    for k in range(kernel_size):
-        weights[k] = math.exp(-0.5 * ((k - half) / sigma) ** 2)
-    weights /= weights.sum()
-    row = np.empty(size + 2 * half, np.float32)
+    between = np.empty((size, size + 2 * half), np.float32)  # with the borders left and right
+    weights = np.empty(half + 1, np.float32)
+    for k in range(half + 1):
+        weights[k] = math.exp(-0.5 * (k / sigma) ** 2)
+    weights /= 2 * weights.sum() - weights[0]
     for c in range(3):
         source = planes[c]
         for i in range(size):
-            target = between[i]
-            target[:] = _ZERO
-            for k in range(kernel_size):
-                line, weight = source[_mirrored(i + k - half, size)], weights[k]
-                for j in range(size):
-                    target[j] += weight * line[j]
-        for i in range(size):
-            row[half : half + size] = between[i]
-            for k in range(half):
-                row[k] = between[i, half - k]
-                row[half + size + k] = between[i, size - 2 - k]
-            target = source[i]
-            target[:] = _ZERO
-            for k in range(kernel_size):
-                line, weight = row[k : k + size], weights[k]
-                for j in range(size):
-                    target[j] += weight * line[j]
+            row, line = between[i, half : half + size], source[i]
             for j in range(size):
-                target[j] = np.rint(target[j])
+                row[j] = weights[0] * line[j]
+            for k in range(1, half + 1):
+                above, below = source[abs(i - k)], source[size - 1 - abs(size - 1 - i - k)]
+                for j in range(size):
+                    row[j] += weights[k] * (above[j] + below[j])
+            for k in range(half):
+                between[i, k], between[i, half + size + k] = row[half - k], row[size - 2 - k]
+        for i in range(size):
+            row, line = between[i], source[i]
+            middle = row[half : half + size]
+            for j in range(size):
+                line[j] = weights[0] * middle[j]
+            for k in range(1, half + 1):
+                left, right = row[half - k : half - k + size], row[half + k : half + k + size]
+                for j in range(size):
+                    line[j] += weights[k] * (left[j] + right[j])
+            for j in range(size):
+                line[j] = np.rint(line[j])
 
 
 @njit(**_JIT)
-def _mirrored(i, size):
-    if i < 0:
-        return -i
-    return i if i < size else 2 * (size - 1) - i
+def normalise(pixels, mean, std, out):
+    """Write (pixels - mean) / std per channel to `out` (B, 3, S, S) float32, in one pass over memory."""
+    for b in range(out.shape[0]):
+        for c in range(3):
+            source, target = pixels[b, c].reshape(-1), out[b, c].reshape(-1)
+            for i in range(target.size):
+                target[i] = (np.float32(source[i]) - mean[c]) / std[c]
 
 
 @njit(**_FAST)
@@ -180,8 +181,6 @@ def store(planes, flip, threshold, out):
     for c in range(3):
         for i in range(size):
             values, row = planes[c, i], out[c, i]
-            if flip:
-                values = values[::-1]
             for j in range(size):
-                value = values[j]
+                value = values[size - 1 - j] if flip else values[j]
                 row[j] = np.uint8(_FULL - value if value >= limit else value)

@@ -1,8 +1,16 @@
 """The DALI backend: decodes and crops on a GPU, a few batches ahead of the trainer.
 
-Threads read the files and check their headers (`reading`). A DALI pipeline decodes each image once and cuts
-all its views (`dali_graph`), and Triton kernels change their colors (`gpu_color`). The same pipeline runs on
-a CPU, slowly, for tests.
+Threads read the files and check their headers. Files that all decoders read alike are passed on as stored;
+Pillow decodes all others, and they are passed on as PPM. A DALI pipeline decodes each image once and cuts all
+its views. The same pipeline runs on a CPU, slowly, for tests.
+
+Nothing in the pipeline is random. The host draws every parameter (`draws.view_table`) and feeds the windows
+with the encoded bytes, so all backends make the same choices, and a resumed run needs no state of DALI.
+
+Colors are changed behind the pipeline: on a GPU by four Triton kernels for one view of the whole batch, on a
+CPU image by image as by the backend "torchvision". DALI runs its operators one after the other, each for a
+whole batch and even where there is nothing to do, and color jitter as torchvision defines it, in a random
+order and with the hue shifted in HSV, takes about 200 of them for each view.
 
 An error inside DALI breaks its pipeline. A new one is made then, and the batch runs again from pixels that
 Pillow has decoded; what Pillow refuses is a bad image.
@@ -14,23 +22,37 @@ import logging
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from nvidia.dali import fn, pipeline_def, types
+from PIL import Image
 from torch import Tensor
 
-from lejepa_fast.data.backends.base import Loading, RawBatch, another_pass
-from lejepa_fast.data.backends.dali_graph import view_pipeline, window_table
-from lejepa_fast.data.backends.gpu_color import change_colors
-from lejepa_fast.data.backends.reading import TURNS, Encoded, read_encoded
+from lejepa_fast.data.backends.base import Loading, RawBatch
+from lejepa_fast.data.backends.torchvision_backend import change_color, one_thread
 from lejepa_fast.data.bad_images import BadImages
-from lejepa_fast.data.draws import COLUMNS
+from lejepa_fast.data.draws import (
+    COLUMN_CODES,
+    COLUMN_FLIP,
+    COLUMN_HEIGHT,
+    COLUMN_LEFT,
+    COLUMN_SIGMA,
+    COLUMN_SOLARIZE,
+    COLUMN_TOP,
+    COLUMN_WIDTH,
+    COLUMNS,
+    as_params,
+)
+from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey
+from lejepa_fast.data.sources.base import EncodedSource
+from lejepa_fast.data.sources.decoding import naming_file, open_encoded, plain_header, to_rgb
 from lejepa_fast.data.views import EvalViews, TrainViews
 from lejepa_fast.errors import RunError, UsageError
 
@@ -50,6 +72,132 @@ os.register_at_fork(
     after_in_parent=_held.clear,
     after_in_child=lambda: _immortal.extend(_held),
 )
+
+
+class Turn(NamedTuple):
+    """How stored pixels become upright: rows and columns exchanged, then mirrored, then upside down."""
+
+    transposed: bool
+    mirrored: bool
+    inverted: bool
+
+
+# By EXIF orientation.
+TURNS = {n: Turn(n >= 5, n in (2, 3, 6, 7), n in (3, 4, 7, 8)) for n in range(1, 9)}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An image file that any decoder reads."""
+
+    index: int
+    data: bytes
+    width: int
+    """In pixels, of the upright image; so is the height."""
+    height: int
+    orientation: int = 1
+    """Of the stored pixels, 1-8 as in EXIF. The decoder must not apply it."""
+
+
+def read_encoded(views: TrainViews | EvalViews, index: int, *, careful: bool = False) -> Encoded:
+    """Read image `index`. careful: Pillow decodes it in any case, which proves that it can be decoded.
+
+    Raises `UnreadableImageError` when the image cannot be decoded or is too small.
+    """
+    source = views.source
+    if careful or not isinstance(source, EncodedSource):
+        return _as_ppm(index, views.load(index))
+    with naming_file(source.describe(index)):
+        data = source.encoded(index)
+        header = plain_header(data)
+        if header is not None and views.reduction(header.width, header.height) == 1:
+            found = Encoded(index, data, *header)
+        else:
+            found = _as_ppm(index, to_rgb(open_encoded(data), views.reduction))
+    views.check_size(index, found.width, found.height)
+    return found
+
+
+def _as_ppm(index: int, image: Image.Image) -> Encoded:
+    header = f"P6\n{image.width} {image.height}\n255\n".encode()
+    return Encoded(index, header + image.tobytes(), image.width, image.height)
+
+
+def window_table(table: np.ndarray, sizes: Sequence[tuple[int, int]], turns: Sequence[Turn]) -> np.ndarray:
+    """Start and end of each window of `table` in stored pixels, (B, V, 2, 2) float32 with (y, x) last.
+
+    A mirrored view ends before it starts. Of a transposed image the view comes out transposed. `sizes` are
+    (width, height) of the upright images, `turns` tells how the stored pixels become upright.
+    """
+    width, height = np.asarray(sizes, dtype=np.float64).T[..., None]
+    transposed, mirrored, inverted = np.asarray(turns).T[..., None]
+    top, left = table[..., COLUMN_TOP], table[..., COLUMN_LEFT]
+    bottom, right = top + table[..., COLUMN_HEIGHT], left + table[..., COLUMN_WIDTH]
+    top, bottom = (np.where(inverted, height - y, y) for y in (top, bottom))
+    left, right = (np.where(mirrored, width - x, x) for x in (left, right))
+    flip = table[..., COLUMN_FLIP] > 0
+    start = np.stack([top, np.where(flip, right, left)], axis=-1)
+    end = np.stack([bottom, np.where(flip, left, right)], axis=-1)
+    window = np.stack([start, end], axis=-2)
+    return np.where(transposed[..., None, None], window[..., ::-1], window).astype(np.float32)
+
+
+@pipeline_def
+def view_pipeline(*, device: str, hw_decoder_load: float, sizes: list[int]) -> Any:
+    """Encoded bytes and windows (see `window_table`) to V outputs (S, S, 3) uint8, of these sizes."""
+    options: dict[str, Any] = {"hw_decoder_load": hw_decoder_load} if device == "gpu" else {}
+    images = fn.decoders.image(
+        fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
+        device="mixed" if device == "gpu" else "cpu",
+        output_type=types.RGB,
+        jpeg_fancy_upsampling=True,  # as Pillow
+        adjust_orientation=False,  # DALI takes other EXIF entries for valid than Pillow; `window_table` turns
+        **options,
+    )
+    windows = fn.external_source(name="windows", dtype=types.FLOAT, ndim=3)
+    return tuple(
+        fn.resize(
+            images,
+            size=[size, size],
+            roi_start=windows[v, 0],
+            roi_end=windows[v, 1],
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+        )
+        for v, size in enumerate(sizes)
+    )
+
+
+def change_colors(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
+    """V contiguous views (B, S, S, 3) uint8, their colors changed as `table` of `draws.view_table` says.
+
+    They come in new memory. On a GPU all work is queued on the current stream.
+    """
+    if views[0].is_cuda:
+        return by_kernels(views, table, recipe)
+    made = [torch.empty_like(view) for view in views]
+    with one_thread():
+        for row, parameters in enumerate(table.tolist()):
+            for v, view in enumerate(views):
+                changed = change_color(view[row].permute(2, 0, 1), as_params(parameters[v]), recipe)
+                made[v][row] = changed.permute(1, 2, 0)
+    return made
+
+
+def by_kernels(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
+    """`change_colors` on a GPU, or in Triton's interpreter."""
+    from lejepa_fast.kernels import color_jitter
+
+    blurred = np.any(table[..., COLUMN_SIGMA] > 0, axis=0)
+    drawn = table[..., COLUMN_CODES : COLUMN_SOLARIZE + 1]  # the columns that the kernels read
+    rows = torch.from_numpy(drawn.astype(np.float32).transpose(1, 0, 2).copy())
+    if views[0].is_cuda:  # a copy from pinned memory need not wait
+        rows = rows.pin_memory().to(views[0].device, non_blocking=True)
+    options = {"kernel_size": recipe.blur_kernel, "threshold": recipe.solarize_threshold}
+    return [
+        color_jitter.change_colors(view, rows[v], blurred=bool(blurred[v]), **options)
+        for v, view in enumerate(views)
+    ]
 
 
 @dataclass
@@ -79,12 +227,9 @@ class DaliBackend:
         self._pool = ThreadPoolExecutor(max(2, min(self._threads, 16)), thread_name_prefix="lejepa-read")
         self._pipe: Any = None
         self._running: deque[_Batch] = deque()  # inside DALI
-        self._pass: object | None = None  # the one that began last
 
-    def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Iterator[RawBatch]:
-        self._drain()  # what an earlier pass left
+    def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Generator[RawBatch]:
         keys, reads = iter(keys), deque[tuple[BatchKey, list[Future[list[Encoded]]]]]()
-        current = self._pass = object()
 
         def fill() -> None:
             while len(reads) < self._loading.prefetch + _READ_AHEAD and (key := next(keys, None)) is not None:
@@ -102,15 +247,12 @@ class DaliBackend:
                 made = self._collect_or_repeat(bad)
                 fill()
                 yield made
-                if self._pass is not current:
-                    raise another_pass()
                 fill()
         finally:
             for _, parts in reads:
                 for part in parts:
                     part.cancel()
-            if self._pass is current:
-                self._drain()
+            self._drain()
 
     def _read(self, key: BatchKey, bad: BadImages, *, careful: bool = False) -> list[Future[list[Encoded]]]:
         """Start reading the images of a batch, with good ones in the places of bad ones."""

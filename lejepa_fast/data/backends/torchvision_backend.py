@@ -9,10 +9,10 @@ bytes of float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
-from lejepa_fast.data.backends.base import Loading, RawBatch, another_pass
-from lejepa_fast.data.backends.memory import give_memory_back
+from lejepa_fast.data.backends.base import Loading, RawBatch, give_memory_back
 from lejepa_fast.data.backends.workers import is_death, start_worker, starting, without_sigchld_handler
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.draws import ViewParams, as_params
@@ -77,13 +76,6 @@ _Fault = tuple[int, int, int, str]
 """A bad image: (epoch, row of the batch, number of the image, reason)."""
 
 
-class _Failure(NamedTuple):
-    """An error on its way from a worker: DataLoader would turn it into a page of traceback."""
-
-    usage: bool
-    message: str
-
-
 class Batches(Dataset):
     """Maps a `BatchKey` to a batch and its faults, so that a worker returns few large tensors."""
 
@@ -91,7 +83,7 @@ class Batches(Dataset):
         self.views = views
         self._epoch: int | None = None
 
-    def __getitem__(self, key: BatchKey) -> tuple[RawBatch, list[_Fault]] | _Failure:
+    def __getitem__(self, key: BatchKey) -> tuple[RawBatch, list[_Fault]] | Exception:
         if key.epoch != self._epoch:  # nothing else tells a worker that an epoch ended
             self._epoch = key.epoch
             give_memory_back()
@@ -105,10 +97,8 @@ class Batches(Dataset):
                     self.fill(batch, row, key.epoch, index)
                 except UnreadableImageError as error:
                     faults.append((key.epoch, row, index, error.reason))
-        except UsageError as error:
-            return _Failure(True, str(error))
-        except RunError as error:
-            return _Failure(False, str(error))
+        except (UsageError, RunError) as error:  # raised here, DataLoader would add a page of traceback
+            return (UsageError if isinstance(error, UsageError) else RunError)(str(error))
         return batch, faults
 
     def fill(self, batch: RawBatch, row: int, epoch: int, index: int) -> bool:
@@ -117,18 +107,14 @@ class Batches(Dataset):
         with one_thread(), torch.inference_mode():
             image = self.views.load(index)
             batch.targets[row] = self.views.source.target(index)
-            for view, made in zip(batch.views, self._made(image, epoch, index), strict=True):
-                view[row].copy_(made)
+            if isinstance(self.views, EvalViews):
+                batch.views[0][row] = centre_view(image, self.views.image_size)
+                return True
+            pixels = to_tensor(image)
+            (table,) = self.views.table(epoch, [index], [image.size]).tolist()
+            for view, drawn in zip(batch.views, table, strict=True):
+                view[row] = apply_view(pixels, as_params(drawn), view.shape[-1], self.views.recipe)
         return True
-
-    def _made(self, image: Image.Image, epoch: int, index: int) -> list[Tensor]:
-        if isinstance(self.views, EvalViews):
-            return [centre_view(image, self.views.image_size)]
-        (rows,) = self.views.table(epoch, [index], [image.size]).tolist()
-        pixels, sizes, recipe = to_tensor(image), self.views.sizes, self.views.recipe
-        return [
-            apply_view(pixels, as_params(row), size, recipe) for row, size in zip(rows, sizes, strict=True)
-        ]
 
 
 class _Feed(Sampler):
@@ -153,7 +139,6 @@ class TorchvisionBackend:
         self._dataset, self._loading = Batches(views), loading
         self._feed = _Feed()
         self._loader: DataLoader | None = None
-        self._pass: object | None = None  # the one that began last
 
     def _make_loader(self) -> DataLoader:
         workers: dict[str, Any] = {}
@@ -174,7 +159,7 @@ class TorchvisionBackend:
             **workers,
         )
 
-    def _start_pass(self) -> Iterator[tuple[RawBatch, list[_Fault]] | _Failure]:
+    def _start_pass(self) -> Iterator[tuple[RawBatch, list[_Fault]] | Exception]:
         with without_sigchld_handler():
             if self._loader is not None:
                 return iter(self._loader)
@@ -184,17 +169,14 @@ class TorchvisionBackend:
             self._loader = loader
             return iterator
 
-    def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Iterator[RawBatch]:
+    def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Generator[RawBatch]:
         # What is known to be bad is replaced before workers see it.
         self._feed.keys = (self._without_known(key, bad) for key in keys)
-        current = self._pass = object()
         try:
             for made in self._start_pass():
-                if isinstance(made, _Failure):
-                    raise (UsageError if made.usage else RunError)(made.message)
+                if isinstance(made, Exception):
+                    raise made
                 yield self._mended(*made, bad)
-                if self._pass is not current:
-                    raise another_pass()
         except (RuntimeError, EOFError, ConnectionError) as error:
             if not self._loading.num_workers or not is_death(error):
                 raise

@@ -3,24 +3,151 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from lejepa_fast.data.commands import index, pack, verify
+from tqdm import tqdm
+
+from lejepa_fast.data.bad_images import BadImages
+from lejepa_fast.data.commands.pack import DEFAULT_SHARD_BYTES, SKIPPED, pack_folder
+from lejepa_fast.data.sources import HoldOutError, ImageSource, Split, UnreadableImageError, open_source
+from lejepa_fast.data.sources.base import size_fault
+from lejepa_fast.data.sources.decoding import printable
+from lejepa_fast.data.sources.shards import index_shard, write_index
 from lejepa_fast.errors import RunError, UsageError
+
+_AT_ONCE = 512  # images handed to the threads at a time, so that memory stays bounded
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for a failed run, 2 for wrong usage."""
     parser = argparse.ArgumentParser(prog="lejepa-data", description="Prepare image data for training.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (verify, pack, index):
-        name, about = module.__name__.rpartition(".")[2], module.__doc__
-        command = commands.add_parser(name, description=about, help=(about or "").partition("\n")[0])
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+    made = {}
+    for name, run in (("verify", _verify), ("pack", _pack), ("index", _index)):
+        about = run.__doc__ or ""
+        made[name] = commands.add_parser(name, description=about, help=about.partition("\n")[0])
+        made[name].set_defaults(run=run)
+    add = made["verify"].add_argument
+    add("path", help="any data that training takes")
+    add("--split", choices=("train", "val", "both"), default="both")
+    add("--min-size", type=int, default=1, help="short side in px below which an image is bad")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add("--quarantine", type=Path, help="add the bad images to this file, RUN/quarantine.txt")
+    add = made["pack"].add_argument
+    add("source", help="folder of class folders, flat folder, or folder with train/ and val/")
+    add("out", help="new folder for the shards")
+    add("--shard-mb", type=float, default=DEFAULT_SHARD_BYTES / 2**20, help="size of a shard in MiB")
+    add("--seed", type=int, default=0, help="seed of the order of the images")
+    checks = made["pack"].add_mutually_exclusive_group()
+    checks.add_argument("--no-verify", action="store_true", help="do not decode the images first")
+    skip_bad = f"leave bad images out, list them in {SKIPPED}"
+    checks.add_argument("--skip-bad", action="store_true", help=skip_bad)
+    made["index"].add_argument("path", type=Path, help="a .tar shard, or a folder with shards at any depth")
     options = parser.parse_args(argv)
     try:
         return options.run(options)
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _verify(options: argparse.Namespace) -> int:
+    """Decode every image of a data set and list the bad ones.
+
+    With --quarantine RUN/quarantine.txt the run leaves them out from the start.
+    Exit code 0: all are good; 1: some are bad; 2: wrong usage.
+    """
+    if options.threads < 1 or options.min_size < 1:
+        raise UsageError("--threads and --min-size must be at least 1")
+    splits: list[Split] = ["train", "val"] if options.split == "both" else [options.split]
+    table = [f"{'split':8}{'images':>10}{'good':>10}{'bad':>8}{'smallest':>13}{'largest':>13}"]
+    reasons: Counter[str] = Counter()
+    for split, source in _open(options.path, splits):
+        quarantine = BadImages(source, options.quarantine, max_bad_fraction=1.0, log_each=False)
+        smallest = largest = None
+        bad = 0
+        for number, found in enumerate(_scan(source, options.threads, options.min_size)):
+            if isinstance(found, str):
+                bad += 1
+                reasons[found] += 1
+                tqdm.write(f"{printable(source.describe(number))}\t{found}")
+                quarantine.add(number, found)
+                continue
+            smallest = min(smallest or found, found, key=min)
+            largest = max(largest or found, found, key=lambda size: size[0] * size[1])
+        sizes = "".join(f"{f'{size[0]} x {size[1]}' if size else '-':>13}" for size in (smallest, largest))
+        table.append(f"{split:8}{len(source):>10}{len(source) - bad:>10}{bad:>8}{sizes}")
+    print("\n".join(table + [f"{count:>8} x {reason}" for reason, count in reasons.most_common()]))
+    return 1 if reasons else 0
+
+
+def _open(path: str, splits: list[Split]) -> Iterator[tuple[str, ImageSource]]:
+    """The splits with their names; all images as "all" when there are too few to hold some out."""
+    for split in splits:
+        try:
+            source = open_source(path, split)
+        except HoldOutError as error:
+            yield "all", error.source
+            return
+        yield split, source
+
+
+def _scan(source: ImageSource, threads: int, smallest: int) -> Iterator[tuple[int, int] | str]:
+    """(width, height) of each good image, the reason of each bad one; decoded in `threads` threads."""
+
+    def look(number: int) -> tuple[int, int] | str:
+        try:
+            size = source[number][0].size
+        except UnreadableImageError as error:
+            return error.reason
+        return size_fault(*size, smallest) or size
+
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(source), disable=None) as bar:
+        for start in range(0, len(source), _AT_ONCE):
+            for found in pool.map(look, range(start, min(start + _AT_ONCE, len(source)))):
+                bar.update()
+                yield found
+
+
+def _pack(options: argparse.Namespace) -> int:
+    """Pack a folder of images into WebDataset tar shards.
+
+    Image files are copied byte for byte as `key.jpg` beside `key.cls`, the class index as text. They are
+    shuffled across classes by `seed`, so that every shard is a mixture. Headers carry no owner, rights or
+    time: the same images give the same bytes. The result appears under its name when it is complete.
+    """
+    counts = pack_folder(
+        options.source,
+        options.out,
+        shard_bytes=int(options.shard_mb * 2**20),
+        seed=options.seed,
+        verify=not options.no_verify,
+        skip_bad=options.skip_bad,
+    )
+    for name, count in counts.items():
+        print(f"{os.path.join(options.out, name)}: {count} images")
+    listing = Path(options.out) / SKIPPED
+    if listing.exists():
+        count = len(listing.read_text(encoding="utf-8").splitlines())
+        print(f"{count} bad image{'s' * (count > 1)} left out, listed in {listing}")
+    return 0
+
+
+def _index(options: argparse.Namespace) -> int:
+    """Write index files beside WebDataset shards, so that opening them takes no time."""
+    path = options.path
+    shards = [path] if path.is_file() else sorted(path.rglob("*.tar"))
+    if not shards:
+        raise UsageError(f"no .tar shards in {path}; give a shard, or a folder with shards")
+    images = 0
+    for shard in tqdm(shards, desc="shards", disable=None):
+        members = index_shard(shard)
+        write_index(shard, members)
+        images += len(members)
+    print(f"{len(shards)} index files written for {images} images")
+    return 0

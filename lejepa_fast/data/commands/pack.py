@@ -1,17 +1,10 @@
-"""Pack a folder of images into WebDataset tar shards.
-
-Image files are copied byte for byte as `key.jpg` beside `key.cls`, the class index as text. They are shuffled
-across classes by `seed`, so that every shard is a mixture. Headers carry no owner, rights or time: the same
-images give the same bytes. The result appears under its name when it is complete.
-"""
+"""Pack a folder of images into WebDataset tar shards."""
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import re
-import shutil
 import tarfile
 import tempfile
 from contextlib import ExitStack
@@ -23,7 +16,7 @@ from lejepa_fast.data.sources import FolderSource, UnreadableImageError, find_sp
 from lejepa_fast.data.sources.decoding import naming_file
 from lejepa_fast.errors import RunError, UsageError
 
-_DEFAULT_SHARD_BYTES = 256 * 2**20
+DEFAULT_SHARD_BYTES = 256 * 2**20
 SKIPPED = "skipped.txt"
 _STEM_LENGTH = 48  # with the number and the suffix, well within the 100 bytes of a plain tar header
 
@@ -32,7 +25,7 @@ def pack_folder(
     source: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
     *,
-    shard_bytes: int = _DEFAULT_SHARD_BYTES,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
     seed: int = 0,
     verify: bool = True,
     skip_bad: bool = False,
@@ -69,26 +62,24 @@ def pack_folder(
     parts = {"train" if val_root else "": train}
     if val_root:
         parts["val"] = FolderSource(val_root, classes=train.classes)
-    work = None
+    packed = {}
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-        packed = {}
-        for name, part in parts.items():
-            skipped = BadImages(part, work / SKIPPED, max_bad_fraction=1.0) if skip_bad else None
-            packed[name] = _write_split(part, work / name, shard_bytes, seed, verify, skipped)
-        if train.classes is not None:
-            names = "".join(f"{name}\n" for name in train.classes)
-            (work / "classes.txt").write_text(names, encoding="utf-8")
-        work.chmod(0o755)  # mkdtemp makes it private
-        os.replace(work, out_dir)
+        place = {"prefix": f".{out_dir.name}.", "dir": str(out_dir.parent)}
+        with tempfile.TemporaryDirectory(**place, ignore_cleanup_errors=True) as made:
+            work = Path(made)
+            for name, part in parts.items():
+                skipped = BadImages(part, work / SKIPPED, max_bad_fraction=1.0) if skip_bad else None
+                packed[name] = _write_split(part, work / name, shard_bytes, seed, verify, skipped)
+            if train.classes is not None:
+                names = "".join(f"{name}\n" for name in train.classes)
+                (work / "classes.txt").write_text(names, encoding="utf-8")
+            work.chmod(0o755)  # it is made private
+            os.replace(work, out_dir)
     except OSError as error:
         raise RunError(
             f"cannot write {out_dir}: {error.strerror}; free some space or choose another disk"
         ) from error
-    finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
     return packed
 
 
@@ -130,41 +121,6 @@ def _write_split(
 
 
 def _add(shard: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)  # uid, gid and mtime are 0 and the names empty
+    info = tarfile.TarInfo(name)  # mode 0o644, uid, gid and mtime 0, and empty names
     info.size = len(data)
-    info.mode = 0o644
     shard.addfile(info, io.BytesIO(data))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command."""
-    parser.add_argument("source", help="folder of class folders, flat folder, or folder with train/ and val/")
-    parser.add_argument("out", help="new folder for the shards")
-    parser.add_argument(
-        "--shard-mb", type=float, default=_DEFAULT_SHARD_BYTES / 2**20, help="size of a shard in MiB"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the images")
-    checks = parser.add_mutually_exclusive_group()
-    checks.add_argument("--no-verify", action="store_true", help="do not decode the images first")
-    checks.add_argument(
-        "--skip-bad", action="store_true", help=f"leave bad images out, list them in {SKIPPED}"
-    )
-
-
-def run(options: argparse.Namespace) -> int:
-    """Run the command; returns the exit code."""
-    counts = pack_folder(
-        options.source,
-        options.out,
-        shard_bytes=int(options.shard_mb * 2**20),
-        seed=options.seed,
-        verify=not options.no_verify,
-        skip_bad=options.skip_bad,
-    )
-    for name, count in counts.items():
-        print(f"{os.path.join(options.out, name)}: {count} images")
-    listing = Path(options.out) / SKIPPED
-    if listing.exists():
-        count = len(listing.read_text(encoding="utf-8").splitlines())
-        print(f"{count} bad image{'s' * (count > 1)} left out, listed in {listing}")
-    return 0

@@ -14,28 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from lejepa_fast.data.draws import HOLDOUT, permutation
-from lejepa_fast.data.sources.base import EncodedSource, ImageSource, Split, check_sizes, size_fault
+from lejepa_fast.data.sources.base import EncodedSource, ImageSource, Split
 from lejepa_fast.data.sources.decoding import UnreadableImageError, printable
 from lejepa_fast.data.sources.folder import FolderSource, list_folder, walk_images
 from lejepa_fast.data.sources.shards import SHARD_SUFFIXES, ShardSource
 from lejepa_fast.data.sources.torchvision_sets import open_torchvision_set
 from lejepa_fast.errors import UsageError
 
-__all__ = [
-    "EMBEDDED",
-    "EncodedSource",
-    "FolderSource",
-    "HoldOutError",
-    "ImageSource",
-    "ShardSource",
-    "Split",
-    "UnreadableImageError",
-    "check_sizes",
-    "find_splits",
-    "open_source",
-    "printable",
-    "size_fault",
-]
+__all__ = ["EncodedSource", "FolderSource", "ImageSource", "ShardSource", "Split", "UnreadableImageError"]
 
 EMBEDDED = {"trashnet96": Path(__file__).parents[1] / "trashnet96"}
 _MAX_CLASSES_BYTES = 64 << 20
@@ -111,11 +97,8 @@ def _open_plain(
 ) -> ImageSource:
     """Open a folder without splits, or one .tar.
 
-    Args:
-        root: The folder or file.
-        classes: Binding class names: those of the training split.
-        shard_classes: Class names for shards, which hold numbers only: those of a classes.txt beside the
-            splits. The shards' own classes.txt comes after it.
+    `classes` are binding: those of the training split. `shard_classes` name the numbers in shards: they are
+    those of a classes.txt beside the splits, and the shards' own classes.txt comes after it.
     """
     if root.is_dir():
         shards = [root / name for name in list_folder(root)[1] if name.endswith(SHARD_SUFFIXES)]

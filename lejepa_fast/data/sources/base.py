@@ -6,28 +6,30 @@ spawned workers can share it.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from lejepa_fast.data.sources.decoding import (
+    Reduction,
     UnreadableImageError,
     naming_file,
     open_encoded,
     printable,
     to_rgb,
 )
-from lejepa_fast.data.sources.large import Reduction
 from lejepa_fast.errors import UsageError
 
 Split = Literal["train", "val"]
 
 _PROBED_IMAGES = 64
+_NAMED_IMAGES = 10_000  # of each source: enough to tell data sets apart
 
 
 class ImageSource(ABC):
@@ -158,7 +160,24 @@ class Names:
         return os.fsdecode(self._joined[start : int(self._ends[index])])
 
 
-# --- image sizes --------------------------------------------------------------------------------
+def names_digest(sources: Mapping[str, ImageSource]) -> str:
+    """SHA-256 of the names of the images of some sources: tells data sets apart without reading them.
+
+    The prefix that all names share is left out, so a folder that was moved stays the same.
+    """
+    strides = {key: -(-len(source) // _NAMED_IMAGES) or 1 for key, source in sources.items()}
+    names = {
+        key: [source.describe(index) for index in range(0, len(source), strides[key])]
+        for key, source in sources.items()
+    }
+    every = [name for group in names.values() for name in group]
+    shared = len(os.path.commonprefix(every))  # noqa: RUF071 - in characters, not in folders
+    digest = hashlib.sha256()
+    for key, group in names.items():
+        digest.update(f"{key}\0".encode())
+        for name in group:
+            digest.update(name[shared:].encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
 
 
 def size_fault(width: int, height: int, smallest: int) -> str | None:
@@ -173,35 +192,22 @@ def check_sizes(
 ) -> None:
     """Look at 64 images spread over the source, to find data that is too small or broken as a whole.
 
-    A few bad images pass: they are replaced when they are met.
-
-    Args:
-        source: The data.
-        smallest: Smallest short side in pixels.
-        max_bad_fraction: Share of bad images that is allowed.
-        known: Bad images that are not looked at.
-
-    Raises:
-        UsageError: Too many images are too small; names the first one.
-        UnreadableImageError: Too many images are unreadable; names the first one.
+    A few bad images pass: they are replaced when they are met. Those in `known` are not looked at. Raises the
+    first one's `UsageError` for too small images or `UnreadableImageError`.
     """
     probed = range(0, len(source), max(1, math.ceil(len(source) / _PROBED_IMAGES)))
     faults: list[Exception] = []
-    for index in probed:
-        if index in known:
-            continue
+    for index in (index for index in probed if index not in known):
         try:
             width, height = source.image_size(index)
-        except UnreadableImageError as error:
+            if size_fault(width, height, smallest):
+                raise UsageError(
+                    f"image smaller than the crop: {printable(source.describe(index))} is {width} x {height} "
+                    f"px, the crops need a short side of {smallest}; use a smaller --crops.global-size (now "
+                    f"at most {min(width, height)}), or allow enlarging with --crops.min-image-size 1"
+                )
+        except (UnreadableImageError, UsageError) as error:
             faults.append(error)
-            continue
-        if size_fault(width, height, smallest):
-            fault = UsageError(
-                f"image smaller than the crop: {printable(source.describe(index))} is {width} x {height} px, "
-                f"the crops need a short side of {smallest}; use a smaller --crops.global-size (now at most "
-                f"{min(width, height)}), or allow enlarging with --crops.min-image-size 1"
-            )
-            faults.append(fault)
     allowed = max_bad_fraction * len(probed)
     if len(probed) < len(source):  # a sample: three standard deviations more
         allowed += 3 * math.sqrt(allowed * (1 - max_bad_fraction))

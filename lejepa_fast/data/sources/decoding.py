@@ -11,14 +11,13 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
-from lejepa_fast.data.sources.large import Reduction, ask_decoder
 from lejepa_fast.errors import RunError, UsageError
 
 
@@ -53,7 +52,9 @@ _MAX_EXIF_BYTES = 128 << 10
 # Keys of `Image.info`: transparency, and what may hold an orientation, which Pillow reads with the pixels.
 _UNUSUAL_IN_PNG = {"interlace", "transparency", "exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 
-_TILE = 1024  # px, a multiple of any factor of `Reduction`
+# (width, height) in pixels, in either order, to the factor by which the image is to be reduced: 1, 2, 4 or 8.
+Reduction = Callable[[int, int], int]
+_TILE = 1024  # px, a multiple of any factor
 
 # The process or the machine lacks something, so the image may be good: error number to the way out.
 _SHORTAGES = {
@@ -67,12 +68,7 @@ _SHORTAGES = {
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of an image file.
-
-    Raises:
-        UnreadableImageError: The file is too large, or a pipe or device.
-        OSError: It cannot be read.
-    """
+    """The bytes of an image file. Raises `UnreadableImageError` for a large file, a pipe or a device."""
     # Without blocking: opening a pipe would wait for a writer.
     flags = getattr(os, "O_NONBLOCK", 0)
     with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
@@ -86,9 +82,8 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 def refuse_large(where: str, size: int) -> None:
     """Raise `UnreadableImageError` for an image file of more than `MAX_IMAGE_BYTES` bytes."""
     if size > MAX_IMAGE_BYTES:
-        raise UnreadableImageError(
-            where, f"{size >> 20:,} MiB, more than the {MAX_IMAGE_BYTES >> 20} that an image file may have"
-        )
+        limit = f"more than the {MAX_IMAGE_BYTES >> 20} that an image file may have"
+        raise UnreadableImageError(where, f"{size >> 20:,} MiB, {limit}")
 
 
 class _Header(io.BytesIO):
@@ -121,9 +116,8 @@ def open_encoded(data: bytes) -> ImageFile.ImageFile:
     file.reads = -(1 << 62)  # decoding may read as often as it likes
     limit = MAX_IMAGE_PIXELS // 4 if image.format in _HUNGRY_FORMATS else MAX_IMAGE_PIXELS
     if image.width * image.height > limit:
-        raise Image.DecompressionBombError(
-            f"{image.width} x {image.height} px, more than the {limit:,} pixels an image may have"
-        )
+        size = f"{image.width} x {image.height} px"
+        raise Image.DecompressionBombError(f"{size}, more than the {limit:,} pixels an image may have")
     _check_exif(len(image.info.get("exif", b"")))
     _check_exif(len(image.info.get("Raw profile type exif", "")) // 2)  # in hexadecimal digits
     return image
@@ -172,14 +166,13 @@ def to_rgb(image: Image.Image, reduction: Reduction | None = None) -> Image.Imag
 
     Transparent images are composed over white. 16-bit grayscale is scaled to 8 bits. Floating-point images
     are taken as 0-1 when no value exceeds 1, else as 0-255. CMYK, palette and grayscale images are converted.
-
-    Args:
-        image: As Pillow opens it.
-        reduction: How much very large images are reduced. None: not at all.
+    `reduction` tells how much very large images are reduced.
     """
     factor = reduction(*image.size) if reduction else 1
-    if factor > 1:
-        factor = ask_decoder(image, factor)
+    if factor > 1:  # the decoder reduces it if it can
+        width = image.width
+        image.draft(None, (width // factor, image.height // factor))
+        factor //= round(width / image.width)
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -202,8 +195,8 @@ def _convert(image: Image.Image, scale: float | None) -> Image.Image:
         return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         # The premultiplied modes convert to their plain counterparts only.
-        plain = {"RGBa": "RGBA", "La": "LA"}.get(image.mode)
-        image = (image.convert(plain) if plain else image).convert("RGBA")
+        plain = {"RGBa": "RGBA", "La": "LA"}.get(image.mode, image.mode)
+        image = image.convert(plain).convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
@@ -237,14 +230,10 @@ def shortage(error: OSError) -> str | None:
 
 
 def unreadable(where: str, error: Exception) -> RunError:
-    """One line for a file that cannot be decoded, with its name and the way out.
-
-    An `UnreadableImageError`, unless the process or the machine is to blame and not the file.
-    """
+    """An `UnreadableImageError`, unless the process or the machine is to blame and not the file."""
     if isinstance(error, OSError) and (way_out := shortage(error)):
-        return RunError(
-            f"cannot read image {printable(where)}: {error.strerror}; {way_out} (the image may be good)"
-        )
+        reason = f"{error.strerror}; {way_out} (the image may be good)"
+        return RunError(f"cannot read image {printable(where)}: {reason}")
     # Pillow's own text ends in "<_io.BytesIO object at 0x...>".
     text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
     reason = "not an image" if "cannot identify image file" in text else text

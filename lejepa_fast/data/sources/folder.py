@@ -51,13 +51,13 @@ class FolderSource(EncodedSource):
                 "give both splits the same class folders"
             )
         self._names = Names(flat or (os.path.join(name, f) for name in by_class for f in by_class[name]))
+        counts = [len(images) for images in by_class.values()]
+        targets = None if flat else np.repeat([names.index(name) for name in by_class], counts)
         super().__init__(
             name=self.root.name or str(self.root),
             kind="folder",
             classes=None if flat else names,
-            targets=None
-            if flat
-            else np.repeat([names.index(n) for n in by_class], [*map(len, by_class.values())]),
+            targets=targets,
         )
 
     def __len__(self) -> int:
@@ -75,7 +75,6 @@ class FolderSource(EncodedSource):
 
 
 def _is_image(name: str) -> bool:
-    """Whether a file's suffix is that of an image."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 

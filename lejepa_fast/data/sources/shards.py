@@ -47,14 +47,9 @@ class Member(NamedTuple):
 
 
 class ShardSource(EncodedSource):
-    """All images of some shards, in the order of the shards and of their members.
+    """All images of some .tar shards, in the order of the shards and of their members.
 
-    Args:
-        shards: The .tar files.
-        classes: Class names by index. None: unknown.
-
-    Raises:
-        UsageError: A shard is missing, truncated, compressed, unsafe or half labelled; names it.
+    Raises `UsageError` naming a shard that is missing, truncated, compressed, unsafe or half labelled.
     """
 
     def __init__(self, shards: Sequence[Path], *, classes: Sequence[str] | None = None) -> None:
@@ -108,23 +103,19 @@ class ShardSource(EncodedSource):
     def _check_labels(self, labels: Sequence[int | None], classes: Sequence[str] | None) -> list[int] | None:
         """Class indices of all images, or None when none has one."""
         targets = [label for label in labels if label is not None]
+        # Without names, a high number is most likely a slip, and probes allocate memory for each class.
         limit = _MAX_UNNAMED_CLASSES if classes is None else len(classes)
         for index, label in enumerate(labels) if targets else ():
-            if label is not None and label < limit:
-                continue
-            where = printable(self.describe(index))
             if label is None:
-                raise UsageError(
-                    f"{where} has no .cls label while other images do; label all of them or none"
-                )
-            if classes is None:  # most likely a slip, and probes allocate memory for each class
-                raise UsageError(
-                    f"{where} has class {label}; without a classes.txt indices are below {limit}: "
-                    "correct the label, or name the classes"
-                )
-            raise UsageError(
-                f"{where} has class {label}, but classes.txt names {limit} classes (0 to {limit - 1})"
-            )
+                fault = "no .cls label while other images do; label all of them or none"
+            elif label < limit:
+                continue
+            elif classes is None:
+                fault = f"class {label}; without a classes.txt indices are below {limit}: correct the label, "
+                fault += "or name the classes"
+            else:
+                fault = f"class {label}, but classes.txt names {limit} classes (0 to {limit - 1})"
+            raise UsageError(f"{printable(self.describe(index))} has {fault}")
         return targets or None
 
 
@@ -139,9 +130,7 @@ def _cannot(what: str, shard: Path, error: OSError) -> str:
 def index_shard(path: Path) -> list[Member]:
     """Byte ranges and labels of the images of one shard, in the order of the tar.
 
-    Raises:
-        UsageError: The shard holds anything but plain image data; names shard and member.
-        RunError: It cannot be read for now, because files or memory are short.
+    Raises `UsageError` for anything but plain image data, and `RunError` when files or memory are short.
     """
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
@@ -186,9 +175,7 @@ def _walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             tar.members = []  # type: ignore[attr-defined]
             tar.pax_headers = {}
             if info.size < 0:  # the next member would be an earlier one, for ever
-                raise UsageError(
-                    f"{path}: member {info.name!r} claims {info.size} bytes; pack the shard again"
-                )
+                raise UsageError(f"{path}: {info.name!r} claims {info.size} bytes; pack the shard again")
             if not info.isdir():
                 yield info
         # A tar ends in a block of zeros. Without one, the file was cut between two members.
@@ -217,21 +204,19 @@ class _Headers:
 def _check_member(path: Path, info: tarfile.TarInfo) -> tuple[str, str]:
     """(key, lower-case suffix) of a member that is safe to use."""
     name = PurePosixPath(info.name)
-    if not info.isreg() or info.issparse():
-        raise UsageError(
-            f"{path}: member {info.name!r} is not a plain file (a link or device); pack plain files"
-        )
-    if name.is_absolute() or ".." in name.parts:
-        raise UsageError(f"{path}: member {info.name!r} points outside the archive; pack relative names")
     # WebDataset's rule: the key ends at the first dot of the file name.
     stem, dot, suffix = name.name.partition(".")
     suffix = dot + suffix.lower()
-    if suffix != ".cls" and suffix not in IMAGE_SUFFIXES | _IGNORED_SUFFIXES:
-        raise UsageError(
-            f"{path}: member {info.name!r} is neither an image nor a .cls label, and nothing else is read; "
-            "pack the images again with 'lejepa-data pack SOURCE OUT'"
-        )
-    return str(name.parent / stem), suffix
+    if not info.isreg() or info.issparse():
+        fault = "is not a plain file (a link or device); pack plain files"
+    elif name.is_absolute() or ".." in name.parts:
+        fault = "points outside the archive; pack relative names"
+    elif suffix != ".cls" and suffix not in IMAGE_SUFFIXES | _IGNORED_SUFFIXES:
+        fault = "is neither an image nor a .cls label, and nothing else is read; pack the images again with "
+        fault += "'lejepa-data pack SOURCE OUT'"
+    else:
+        return str(name.parent / stem), suffix
+    raise UsageError(f"{path}: member {info.name!r} {fault}")
 
 
 def _read_label(path: Path, info: tarfile.TarInfo, file: int) -> int:
@@ -245,19 +230,15 @@ def _read_label(path: Path, info: tarfile.TarInfo, file: int) -> int:
 # --- index files --------------------------------------------------------------------------------
 
 
-def index_path(shard: Path) -> Path:
-    """Where the index file of a shard lies."""
-    return shard.with_name(shard.name + ".idx")
-
-
 def read_index(shard: Path) -> list[Member] | None:
     """The members of a shard from its index file; None when there is none that fits the shard."""
+    index = shard.with_name(shard.name + ".idx")
     try:
         size = shard.stat().st_size
-        if not index_path(shard).is_file():  # a pipe would wait for a writer
+        if not index.is_file():  # a pipe would wait for a writer
             return None
         members: list[Member] = []
-        with open(index_path(shard), encoding="utf-8") as file:
+        with open(index, encoding="utf-8") as file:
             lines = iter(lambda: file.readline(_MAX_INDEX_LINE), "")
             if json.loads(next(lines, "")) != _index_header(shard):
                 return None
@@ -272,7 +253,7 @@ def read_index(shard: Path) -> list[Member] | None:
 
 def write_index(shard: Path, members: Sequence[Member]) -> None:
     """Write the index file of a shard, complete or not at all. Raises `RunError` when that fails."""
-    target = index_path(shard)
+    target = shard.with_name(shard.name + ".idx")
     work = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         rows = [_index_header(shard), *members]

@@ -75,24 +75,18 @@ def split_options(name: str, split: Split) -> dict[str, Any] | None:
         return None
     if name in _BY_FLAG:
         return {"train": split == "train"}
-    if split == "val":
-        return {"split": _VAL_SPLITS[name]}
-    return {"split": "trainval" if name == "OxfordIIITPet" else "train"}
+    train = "trainval" if name == "OxfordIIITPet" else "train"
+    return {"split": train if split == "train" else _VAL_SPLITS[name]}
 
 
 def open_torchvision_set(path: str, split: Split) -> tuple[ImageSource, bool]:
-    """Open "torchvision:NAME:/dir". The files must be there; nothing is downloaded.
+    """Open "torchvision:NAME:/dir": the source, and whether it is only this split. Nothing is downloaded.
 
-    Returns:
-        The source, and whether it is only this split. Sets without splits come whole.
-
-    Raises:
-        UsageError: The path is malformed, or torchvision cannot open the set; says why.
+    Sets without splits come whole. Raises `UsageError` for a malformed path, or what torchvision cannot open.
     """
-    parts = path.split(":", 2)
-    if len(parts) != 3 or not parts[1] or not parts[2]:
+    _, name, root = [*path.split(":", 2), "", ""][:3]
+    if not name or not root:
         raise UsageError(f"expected torchvision:NAME:/dir, such as torchvision:CIFAR10:/data; got {path!r}")
-    _, name, root = parts
     if name not in NAMES:
         raise UsageError(f"torchvision data set {name!r} is not known here; known: {', '.join(NAMES)}")
     root = os.path.expanduser(root)
@@ -114,9 +108,14 @@ def open_torchvision_set(path: str, split: Split) -> tuple[ImageSource, bool]:
 
 
 def _attribute(dataset: Any, *names: str) -> Any:
-    """The first of these attributes that holds something for every item; None when there is none."""
-    values = (getattr(dataset, name, None) for name in names)
-    return next((found for found in values if found is not None and len(found) == len(dataset)), None)
+    """The first of these attributes that holds something for every item."""
+    for found in (getattr(dataset, name, None) for name in names):
+        if found is not None and len(found) == len(dataset):
+            return found
+    raise UsageError(
+        f"this version of torchvision keeps the files or labels of {type(dataset).__name__} where they are "
+        "not looked for; give the path of the folder that holds its images instead"
+    )
 
 
 def _files(dataset: Any) -> list[str]:
@@ -130,8 +129,6 @@ def _files(dataset: Any) -> list[str]:
             for label, number in zip(dataset.y, dataset.index, strict=True)
         ]
     items = _attribute(dataset, "_samples", "samples", "_images", "_image_files")
-    if items is None:
-        raise _unknown_layout(dataset)
     return [os.fspath(item[0] if isinstance(item, tuple) else item) for item in items]
 
 
@@ -142,18 +139,10 @@ def _classes(dataset: Any) -> Sequence[str] | None:
 
 def _labels(dataset: Any) -> np.ndarray:
     """Class index of every item, from whichever attribute this data set keeps them in."""
-    labels = _attribute(dataset, "targets", "labels", "_labels", "y")
-    if labels is None and (samples := _attribute(dataset, "_samples")) is not None:
-        labels = [label for _, label in samples]
-    if labels is None and type(dataset).__name__ in _ARRAYS:
+    if type(dataset).__name__ == "PCAM":  # which keeps them in its file
         labels = [dataset[index][1] for index in range(len(dataset))]
-    if labels is None:
-        raise _unknown_layout(dataset)  # torchvision would have to open the images
+    else:
+        labels = _attribute(dataset, "targets", "labels", "_labels", "y", "_samples")
+    if len(labels) and isinstance(labels[0], tuple):
+        labels = [label for _, label in labels]
     return np.asarray(labels, dtype=np.int64)
-
-
-def _unknown_layout(dataset: Any) -> UsageError:
-    return UsageError(
-        f"this version of torchvision keeps the files or labels of {type(dataset).__name__} where they are "
-        "not looked for; give the path of the folder that holds its images instead"
-    )
