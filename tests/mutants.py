@@ -64,7 +64,7 @@ TARGETS = (
         "checkpoint",
         8,
         r"train/(checkpoint/(?!__init__)\w+|checkpoint|saving|resume)\.py",
-        "test_checkpoint test_saving test_resume",
+        "test_checkpoint test_resume",
     ),
     Target("probes", 8, r"train/(\w+/)?probes\.py", "test_probes"),
 )
