@@ -1,18 +1,14 @@
-"""What the processes run that test_saving.py kills: few imports here, since it starts forty of them."""
+"""What the processes run that test_checkpoint.py kills: few imports here, since it starts forty of them."""
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from lejepa_fast.train.checkpoint import saving
 from lejepa_fast.train.checkpoint.saving import Saver
 from lejepa_fast.train.runtime.world import World
 
@@ -30,29 +26,3 @@ def save_without_end(rank: int, folder: str, attempt: int, step: int) -> None:
         saver.start(step, {"model.weight": DTensor.from_local(half, mesh, [Shard(0)])}, {"config": {}})
         saver.wait()
         step += 1
-
-
-def train_and_never_finish_a_save(arguments: list[str], threads: int, step: int, stage: str) -> None:
-    """The trainer's command, whose save of this step stops for good: with "half a shard" on the disk, or with
-    all but the "name"."""
-    from lejepa_fast.train import pretrain
-
-    torch.set_num_threads(threads)
-    write_shard, sync_folder, folder = saving.write_shard, saving.sync_folder, f".step-{step:08d}."
-
-    def save_half(path: Path, *args: Any) -> None:
-        write_shard(path, *args)
-        if path.parent.name.startswith(folder):
-            os.truncate(path, path.stat().st_size // 2)
-            time.sleep(600)
-
-    def stop_before_the_name(path: Path) -> None:
-        sync_folder(path)
-        if path.name.startswith(folder):
-            time.sleep(600)
-
-    if stage == "half a shard":
-        saving.write_shard = save_half
-    else:
-        saving.sync_folder = stop_before_the_name
-    pretrain.main(arguments)

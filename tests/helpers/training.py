@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -59,6 +63,28 @@ def torchrun(script: Path, *arguments: str, ranks: int = 2) -> subprocess.Comple
         timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def wait_until(
+    condition: Callable[[], bool], *, alive: Callable[[], bool], log: Callable[[], str] = str
+) -> None:
+    """Wait for a condition as long as a process is alive, 10 minutes at most; `log` says why it is not."""
+    deadline = time.monotonic() + 600
+    while not condition():
+        if not alive() or time.monotonic() > deadline:
+            pytest.fail(f"it did not get there: {log()}")
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """The kernel refuses to write larger files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def rows_of(cfg: Config, kind: str = "train") -> list[dict[str, Any]]:

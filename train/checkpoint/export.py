@@ -22,28 +22,19 @@ from lejepa_fast.train.runtime.files import write_atomically
 
 
 class TrainedModel(NamedTuple):
-    """A model from a checkpoint, on the CPU."""
+    """A model from the checkpoint `path`, on the CPU, and the configuration of its run."""
 
     model: LeJEPAModel
     cfg: Config
-    """Configuration of its run."""
     step: int
     path: Path
-    """Folder of the checkpoint."""
     averaged: bool
     """Whether the weights are the averaged ones."""
 
 
 def load_trained(where: Path, *, averaged: bool = True) -> TrainedModel:
-    """Load the model of a checkpoint.
-
-    Args:
-        where: a run folder (its newest checkpoint is used) or a folder checkpoints/step-*.
-        averaged: take the averaged weights if the run keeps them.
-
-    Raises:
-        UsageError: there is no checkpoint, or it holds another model than its configuration describes.
-    """
+    """Load the model of a checkpoint, see `find_checkpoint`; with averaged weights if the run keeps them and
+    `averaged`. UsageError if there is none, or it holds another model than its configuration describes."""
     path, state = find_checkpoint(where)
     cfg = from_dict(state["config"], where=f"checkpoint {path}")
     averaged = averaged and has_average(state)
@@ -71,20 +62,15 @@ def export_encoder(
     """Write `run_dir/name` and, beside it, its settings as .json; return the path of the weights.
 
     The settings are "model" (arguments of `timm.create_model`), "input" (size, mean and std of the evaluated
-    images, RGB in 0-1 before normalisation), "trained_with" and "step".
-
-    Raises:
-        RunError: the disk refuses; the message ends with the advice `way_out`.
+    images, RGB in 0-1 before normalisation), "trained_with" and "step". RunError, which ends with the advice
+    `way_out`, if the disk refuses.
     """
-    path = run_dir / name
+    path, crops = run_dir / name, cfg.crops
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    size = cfg.eval.image_size or crops.global_size
     settings = {
         "model": encoder.encoder_args,
-        "input": {
-            "size": cfg.eval.image_size or cfg.crops.global_size,
-            "mean": list(cfg.crops.mean),
-            "std": list(cfg.crops.std),
-        },
+        "input": {"size": size, "mean": list(crops.mean), "std": list(crops.std)},
         "trained_with": "lejepa_fast",
         "step": step,
     }

@@ -30,9 +30,8 @@ def is_own(path: Path, run_dir: Path) -> bool:
 def choose_checkpoint(run_dir: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
     """Return the checkpoint that `--resume` asks for and its state; None: the run starts anew.
 
-    Raises:
-        UsageError: the run folder already holds other checkpoints. Those of the new run would be mixed with
-            them, and the ones with more steps would be kept as the newest.
+    UsageError if the run folder already holds other checkpoints. Those of the new run would be mixed with
+    them, and the ones with more steps would be kept as the newest.
     """
     own = run_dir / "checkpoints"
     if resume == "auto":
@@ -57,10 +56,7 @@ def check_same_run(
     state: Mapping[str, Any], current: Mapping[str, Any], data: Mapping[str, Any], path: Path, run_dir: Path
 ) -> None:
     """Raise UsageError if the checkpoint `path` is of this run folder and of another seed or of other images.
-
-    A checkpoint of another run folder may be of other images; a warning says what that means. `state` is its
-    state.json, `current` the run's configuration (`config.to_dict`), `data` the run's `data_identity`.
-    """
+    A checkpoint of another run folder may be of other images; a warning says what that means."""
     own, before = is_own(path, run_dir), state["data"]
     if own and state["config"]["seed"] != current["seed"]:
         raise UsageError(
@@ -75,10 +71,8 @@ def check_same_run(
     )
     difference = f"the checkpoint {path} was trained on other images {theirs} than this run has {ours}"
     if own:
-        raise UsageError(
-            f"data: {difference}; choose another --out, or continue with the same --data and "
-            "--data.val-fraction"
-        )
+        way_out = "choose another --out, or continue with the same --data and --data.val-fraction"
+        raise UsageError(f"data: {difference}; {way_out}")
     log.warning(
         f"{difference}: some that are held out now may have been trained on; the epoch starts over, without "
         "the list of bad images"
@@ -122,13 +116,10 @@ class TrainingState:
         return self.average.tensors() if self.average is not None else {}
 
     def load(self, path: Path, state: Mapping[str, Any], world: World) -> None:
-        """Load a checkpoint of any number of ranks. All ranks call it.
+        """Load a checkpoint of any number of ranks. All ranks call it. If it is of other images, the loader
+        takes over the epoch only. An averaged model that this run does not continue is left out.
 
-        If it is of other images, the loader takes over the epoch only. An averaged model that this run does
-        not continue is left out.
-
-        Raises:
-            UsageError: a tensor is missing in the run or in the checkpoint, or has another shape.
+        UsageError if a tensor is missing in the run or in the checkpoint, or has another shape.
         """
         if self.average is not None:
             self.average.restore(state.get("average"))
@@ -137,7 +128,14 @@ class TrainingState:
             storage.load_tensors(path, tensors)
         if self.average is not None:
             self.average.follow()
-        self._load_schedule(state["scheduler"])
+        # The position in the schedule only: rate, decay and betas stay those of this run's settings, and the
+        # rate of the next step follows this run's schedule, which may be longer than the checkpoint's.
+        scheduler = self.scheduler
+        scheduler.load_state_dict({**state["scheduler"], "base_lrs": scheduler.base_lrs})
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        scheduler._last_lr = [base * f for base, f in zip(scheduler.base_lrs, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
         same_images = state["data"] == self.data
         position = {"epoch": state["loader"]["epoch"], "images_seen": 0}
         self.loader.load_state_dict(state["loader"] if same_images else position)
@@ -165,17 +163,6 @@ class TrainingState:
                 wanted[name] = torch.empty_like(like, device=owner.device)
             self.optimizer.state[owner][slot] = wanted[name]
         return wanted
-
-    def _load_schedule(self, saved: Mapping[str, Any]) -> None:
-        """Load the position in the schedule. Rate, decay and betas stay those of this run's settings, and the
-        rate of the next step follows this run's schedule, which may be longer than the checkpoint's."""
-        scheduler, base_lrs = self.scheduler, self.scheduler.base_lrs
-        scheduler.load_state_dict(dict(saved))
-        scheduler.base_lrs = base_lrs
-        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-        scheduler._last_lr = [base * factor for base, factor in zip(base_lrs, factors, strict=True)]
-        for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
-            group["lr"] = rate
 
 
 def log_changes(saved: dict[str, Any], current: dict[str, Any], where: str = "") -> None:

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import stat
+from collections import ChainMap
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -33,15 +34,7 @@ from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OF
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lejepa_fast.train.checkpoint.storage import (
-    FORMAT,
-    MANIFEST,
-    STATE,
-    VERSION,
-    checkpoint_path,
-    list_checkpoints,
-    sha256_of,
-)
+from lejepa_fast.train.checkpoint import storage
 from lejepa_fast.train.runtime.files import UNFINISHED, disk_errors_named, sync_folder
 from lejepa_fast.train.runtime.world import World, gather_to_main, on_all, on_main
 
@@ -49,17 +42,10 @@ log = logging.getLogger("lejepa_fast.train")
 
 _WAY_OUT = "earlier checkpoints are untouched; free some space and run the same command again"
 
-Offsets = dict[str, tuple[int, ...]]
-
 
 class Saver:
-    """Saves checkpoints of one run in the background, one at a time. All ranks call every method.
-
-    Args:
-        folder: the `checkpoints` folder of the run.
-        world: this rank's place.
-        keep: number of newest checkpoints to keep.
-    """
+    """Saves checkpoints in `folder`, in the background, and keeps the newest `keep`. All ranks call every
+    method."""
 
     def __init__(self, folder: Path, world: World, *, keep: int):
         # A group of its own: the thread's collectives must not meet those of the training.
@@ -71,16 +57,11 @@ class Saver:
         self._memory: dict[str, Tensor] = {}
 
     def start(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Begin to save; returns as soon as the training may change the tensors again.
+        """Begin to save; returns as soon as the training may change the tensors again. RunError if the
+        previous save failed.
 
-        Args:
-            step: number of finished steps.
-            tensors: the same names on all ranks. Of DTensors each rank writes its shards; plain tensors, of
-                which each rank has a copy, are written by rank 0.
-            state: everything else, as JSON; rank 0's is written.
-
-        Raises:
-            RunError: the previous save failed.
+        The names of the tensors are the same on all ranks. Of DTensors each rank writes its shards; plain
+        tensors, of which each rank has a copy, and `state`, as JSON, are written by rank 0.
         """
         self.wait()
         copies, offsets = {}, {}
@@ -91,8 +72,8 @@ class Saver:
                 offsets[name] = offset
         if self._world.device.type == "cuda":
             torch.cuda.synchronize()
-        whole = {"format": FORMAT, "version": VERSION, "step": step, **state}
-        path = checkpoint_path(self._folder, step)
+        whole = {"format": storage.FORMAT, "version": storage.VERSION, "step": step, **state}
+        path = storage.checkpoint_path(self._folder, step)
         self._saving = self._thread.submit(self._write, path, copies, offsets, whole)
 
     @property
@@ -126,7 +107,9 @@ class Saver:
 
     # ---- in the thread -------------------------------------------------------------------------------
 
-    def _write(self, path: Path, tensors: dict[str, Tensor], offsets: Offsets, state: dict[str, Any]) -> None:
+    def _write(
+        self, path: Path, tensors: dict[str, Tensor], offsets: dict[str, Any], state: dict[str, Any]
+    ) -> None:
         world, folder = self._world, unfinished(path)
         file = folder / f"shard-{world.rank + 1:05d}.safetensors"
         named = disk_errors_named(path, _WAY_OUT)
@@ -139,13 +122,12 @@ class Saver:
             if not tensors:
                 return {}
             write_shard(file, tensors, offsets)
-            return {file.name: sha256_of(file)}
+            return {file.name: storage.sha256_of(file)}
 
         try:
             on_main(world, named(prepare))
-            parts = gather_to_main(world, on_all(world, named(write))) or []
-            sums = {name: digest for part in parts for name, digest in part.items()}
-            on_main(world, named(lambda: self._publish(path, sums, state)))
+            sums = gather_to_main(world, on_all(world, named(write))) or []
+            on_main(world, named(lambda: self._publish(path, dict(ChainMap(*sums)), state)))
         except BaseException:
             if world.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -155,16 +137,16 @@ class Saver:
         """Complete the checkpoint, rename its folder and delete old checkpoints."""
         folder = unfinished(path)
         text = (json.dumps(state, allow_nan=False) + "\n").encode()
-        write_synced(folder / STATE, text)
-        sums[STATE] = hashlib.sha256(text).hexdigest()
+        write_synced(folder / storage.STATE, text)
+        sums[storage.STATE] = hashlib.sha256(text).hexdigest()
         manifest = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-        write_synced(folder / MANIFEST, manifest.encode())
+        write_synced(folder / storage.MANIFEST, manifest.encode())
         sync_folder(folder)
         if path.exists():
             _discard(path)
         os.rename(folder, path)
         sync_folder(path.parent)
-        for old in list_checkpoints(path.parent)[: -self._keep]:
+        for old in storage.list_checkpoints(path.parent)[: -self._keep]:
             _discard(old)
 
 
@@ -174,7 +156,7 @@ def unfinished(path: Path) -> Path:
 
 
 def _offset_to_write(tensor: Tensor, world: World) -> tuple[int, ...] | None:
-    """Where this rank's part lies in the whole tensor, or None if this rank does not write a part of it."""
+    """Where this rank's part lies in the whole tensor; None if this rank does not write a part of it."""
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.ndim if world.is_main else None
     mesh, placements = tensor.device_mesh, tensor.placements
@@ -192,7 +174,7 @@ def _discard(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor], offsets: Offsets) -> None:
+def write_shard(path: Path, tensors: dict[str, Tensor], offsets: dict[str, Any]) -> None:
     """Write and sync a safetensors file; its metadata tells DCP's reader the place of each part."""
     places = {name: {SAVED_OFFSETS_KEY: offset} for name, offset in offsets.items()}
     path.touch()

@@ -73,10 +73,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Check every file of a checkpoint against its SHA-256 and return the content of state.json.
 
-    Raises:
-        UnreadableCheckpointError: the checkpoint is damaged or something else.
-        RunError: the file system refuses to read it; the checkpoint may be good.
-        UsageError: a newer version of this package wrote it.
+    UnreadableCheckpointError if it is damaged, RunError if the file system refuses to read it, UsageError if
+    a newer version of this package wrote it.
     """
     try:
         return _read_checked(path)
@@ -91,7 +89,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _read_checked(path: Path) -> dict[str, Any]:
-    expected = _read_manifest(path / MANIFEST)
+    lines = (path / MANIFEST).read_bytes().decode("ascii", errors="replace").removesuffix("\n").split("\n")
+    expected = {match[2]: match[1] for line in lines if (match := _MANIFEST_LINE.fullmatch(line))}
+    if len(expected) != len(lines):
+        raise UnreadableCheckpointError(f"{MANIFEST} is not a list of SHA-256 sums")
     present = {file.name for file in path.iterdir()} - {MANIFEST}
     if odd := sorted(present ^ set(expected)):
         problem = "is not in" if odd[0] in present else "is missing, but in"
@@ -103,10 +104,12 @@ def _read_checked(path: Path) -> dict[str, Any]:
                 raise UnreadableCheckpointError(f"{name} does not match its SHA-256 sum")
     try:
         state = json.loads((path / STATE).read_bytes())
+        known = state["format"] == FORMAT and isinstance(state["version"], int)
     except ValueError as error:
         raise UnreadableCheckpointError(f"{STATE} is not JSON: {error}") from error
-    known = isinstance(state, dict) and state.get("format") == FORMAT
-    if not known or not isinstance(state.get("version"), int):
+    except (KeyError, TypeError):
+        known = False
+    if not known:
         raise UnreadableCheckpointError(f"{STATE} is not that of a checkpoint of lejepa_fast's trainer")
     if state["version"] > VERSION:
         raise UsageError(
@@ -114,15 +117,6 @@ def _read_checked(path: Path) -> dict[str, Any]:
             "update lejepa_fast, or choose another --out"
         )
     return state
-
-
-def _read_manifest(path: Path) -> dict[str, str]:
-    lines = path.read_bytes().decode("ascii", errors="replace").removesuffix("\n").split("\n")
-    matches = [_MANIFEST_LINE.fullmatch(line) for line in lines]
-    found = {match.group(2): match.group(1) for match in matches if match}
-    if len(found) != len(lines):
-        raise UnreadableCheckpointError(f"{path.name} is not a list of SHA-256 sums")
-    return found
 
 
 def sha256_of(path: Path) -> str:
@@ -135,10 +129,8 @@ def sha256_of(path: Path) -> str:
 
 
 def saved_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name, on the meta device: shapes and dtypes.
-
-    UsageError if a file is not in the safetensors format, although its SHA-256 matches.
-    """
+    """Return the tensors of a checkpoint by name, on the meta device: shapes and dtypes. UsageError if a file
+    is not in the safetensors format, although its SHA-256 matches."""
     try:
         found = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except SafetensorError as error:
@@ -150,16 +142,11 @@ def saved_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_tensors(path: Path, into: dict[str, Tensor]) -> None:
-    """Fill tensors, sharded or not, from a checkpoint of any number of ranks. All ranks call it.
-
-    UsageError if the checkpoint lacks a name or has it in another shape.
-    """
+    """Fill tensors, sharded or not, from a checkpoint of any number of ranks. All ranks call it. UsageError
+    if the checkpoint lacks a name or has it in another shape."""
+    reader, alone = HuggingFaceStorageReader(str(path)), not dist.is_initialized()
     try:
-        dcp.load(
-            into,  # type: ignore[arg-type]
-            storage_reader=HuggingFaceStorageReader(str(path)),
-            no_dist=not dist.is_initialized(),
-        )
+        dcp.load(into, storage_reader=reader, no_dist=alone)  # type: ignore[arg-type]
     except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
         failures = error.failures.values() if isinstance(error, CheckpointException) else ()
         cause = next((failure[0] for failure in failures), error)
@@ -215,10 +202,8 @@ def newest_checkpoint(folder: Path, *, own: bool = False) -> tuple[Path, dict[st
 
 
 def find_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
-    """Return the checkpoint that a user named, and its state; UsageError if there is none or it is damaged.
-
-    `where`: a checkpoint, a run folder (its newest one is taken) or the `checkpoints` of a run folder.
-    """
+    """Return the checkpoint that a user named, and its state: `where` is one, a run folder (its newest is
+    taken) or the `checkpoints` of a run folder. UsageError if there is none or it is damaged."""
     path = Path(where)
     if not path.is_dir():
         problem = "is a file" if path.exists() else "does not exist"
@@ -235,10 +220,8 @@ def find_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def check_same_model(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """Raise UsageError, naming both models, if the checkpoint `path` is of another model than the run.
-
-    `saved` and `current` are configurations as `config.to_dict` returns them.
-    """
+    """Raise UsageError, naming both models, if the checkpoint `path` is of another model than the run. The
+    configurations are those of `config.to_dict`."""
 
     def weights(config: dict[str, Any]) -> dict[str, Any]:
         """The model's settings that its weights depend on."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -33,31 +33,11 @@ MAX_BAD_STEPS = 3
 _GOOD, _BAD, _SOURCE = 0.0, 1.0, 2.0
 
 
-class _Flags(NamedTuple):
-    """The reduced flags of one step, on the host once `ready` has passed."""
-
-    step: int
-    position: tuple[int, int]
-    values: Tensor
-    ready: torch.cuda.Event | None
-
-
 class StepGuard:
     """At each step: `before_forward`, forward and backward, `check`, the optimiser's step, `settle`.
 
-    Args:
-        model: its running statistics are protected.
-        optimizer: a fused one, which reads `found_inf`.
-        world: this rank's place.
-        record: called on every rank for each bad step with (step, position, losses): the arguments of
-            `settle`, and the loss of each rank that the bad values came from.
-        max_norm: a gradient with a larger norm makes a step bad; 0: any finite norm is good.
-
-    Attributes:
-        skipped: number of skipped steps so far.
-        stop: whether a rank was told to stop.
-        bad: 0-dim tensor on the device, 1 if the step just checked is skipped.
-        lag: whether the host looks at the flags one step late: on GPUs.
+    `record` is called on every rank for each bad step, with the arguments of `settle` and the loss of each
+    rank that the bad values came from. A gradient norm above `max_norm` makes a step bad; 0: no limit.
     """
 
     def __init__(
@@ -65,16 +45,16 @@ class StepGuard:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         world: World,
-        record: Callable[[int, tuple[int, int], dict[int, float]], None] = lambda *bad: None,
-        max_norm: float = 0.0,
+        record: Callable[[int, tuple[int, int], dict[int, float]], None],
+        max_norm: float,
     ):
-        self.skipped = 0
-        self.stop = False
-        self.bad = torch.zeros((), device=world.device)
+        self.skipped = 0  # steps so far
+        self.stop = False  # whether a rank was told to stop
+        self.bad = torch.zeros((), device=world.device)  # 1 if the step just checked is skipped
+        self.lag = world.device.type == "cuda"  # whether the host looks at the flags one step late
         self._world, self._optimizer, self._record = world, optimizer, record
         self._max_norm = max_norm or torch.inf
-        self.lag = world.device.type == "cuda"
-        self._waiting: _Flags | None = None
+        self._waiting: Callable[[], None] = lambda: None
         self._bad_in_a_row = 0
         # W flags, W losses, and the number of ranks that were told to stop.
         self._flags = torch.zeros(2 * world.size + 1, device=world.device)
@@ -83,7 +63,6 @@ class StepGuard:
         self._buffers = [b for b in model.buffers() if b.is_floating_point() and b.numel()]
         self._backups = [[b.clone() for b in self._buffers] for _ in range(2)]
 
-    @torch.no_grad()
     def before_forward(self, step: int) -> None:
         """Back up the running statistics; `step` is the number that `settle` gets for this step."""
         if self._buffers:
@@ -93,11 +72,8 @@ class StepGuard:
     def check(self, loss: Tensor, own_part: Tensor, grad_norm: Tensor, *, stop: bool) -> None:
         """Reduce this step's flags over the ranks; the optimiser skips the step if one is bad.
 
-        Args:
-            loss: 0-dim tensor.
-            own_part: 0-dim tensor that depends on this rank's batch alone.
-            grad_norm: 0-dim tensor, over all ranks.
-            stop: whether this process was told to stop.
+        0-dim tensors: the loss, a value that depends on this rank's batch alone, and the gradient's norm over
+        all ranks. `stop`: whether this process was told to stop.
         """
         size, rank = self._world.size, self._world.rank
         good = torch.isfinite(loss) & torch.isfinite(grad_norm) & (grad_norm <= self._max_norm)
@@ -111,34 +87,31 @@ class StepGuard:
         self.bad = (self._flags[:size] > 0).any().float()
         self._optimizer.found_inf = self.bad  # type: ignore[attr-defined]
 
-    def settle(self, step: int, position: tuple[int, int] = (0, 0)) -> None:
+    def settle(self, step: int, position: tuple[int, int]) -> None:
         """Copy this step's flags to the host and act on them; with a lag, on those of the step before.
 
-        Args:
-            step: number of finished steps.
-            position: epoch and number of the batch in it, for `record`.
+        `step` counts finished steps, `position` is the epoch and the number of the batch in it.
         """
         on_gpu = self._flags.is_cuda
         host = torch.empty(self._flags.shape, pin_memory=on_gpu).copy_(self._flags, non_blocking=on_gpu)
-        ready = torch.cuda.Event() if on_gpu else None
-        if ready is not None:
-            ready.record()
+        ready = torch.cuda.current_stream().record_event() if on_gpu else None
         if self.lag:
             self.flush()
-        self._waiting = _Flags(step, position, host, ready)
+        self._waiting = partial(self._act_on, step, position, host, ready)
         if not self.lag:
             self.flush()
 
     def flush(self) -> None:
         """Act on flags that are still waiting: before a checkpoint is taken."""
-        if self._waiting is not None:
-            flags, self._waiting = self._waiting, None
-            self._act_on(flags)
+        act, self._waiting = self._waiting, lambda: None
+        act()
 
-    def _act_on(self, flags: _Flags) -> None:
-        if flags.ready is not None:
-            flags.ready.synchronize()
-        values, size = flags.values.tolist(), self._world.size
+    def _act_on(
+        self, step: int, position: tuple[int, int], flags: Tensor, ready: torch.cuda.Event | None
+    ) -> None:
+        if ready is not None:
+            ready.synchronize()
+        values, size = flags.tolist(), self._world.size
         self.stop = self.stop or values[-1] > 0
         worst = max(values[:size])
         if worst == _GOOD:
@@ -146,10 +119,13 @@ class StepGuard:
             return
         self._bad_in_a_row += 1
         self.skipped += 1
-        self._restore_buffers(flags.step)
+        if self._buffers:
+            good, other = self._backups[step % 2], self._backups[(step + 1) % 2]
+            torch._foreach_copy_(self._buffers, good)
+            torch._foreach_copy_(other, good)  # with a lag, it already backs up the spoiled values
         ranks = [rank for rank in range(size) if values[rank] == worst]
-        self._record(flags.step, flags.position, {rank: values[size + rank] for rank in ranks})
-        where = f"rank {', '.join(map(str, ranks))}, step {flags.step}, loss {values[size + ranks[0]]}"
+        self._record(step, position, {rank: values[size + rank] for rank in ranks})
+        where = f"rank {', '.join(map(str, ranks))}, step {step}, loss {values[size + ranks[0]]}"
         problem, advice = "loss or gradient not finite", "lower --lr or set --optim.clip-grad-norm 1"
         if self._max_norm < torch.inf:
             problem += f" or gradient norm above --optim.skip-grad-norm {self._max_norm:g}"
@@ -162,10 +138,3 @@ class StepGuard:
                 f"{problem} in {MAX_BAD_STEPS} steps in a row (last: {where}); they changed no parameter; "
                 f"metrics.jsonl names their images; {advice}, and resume from a checkpoint"
             )
-
-    @torch.no_grad()
-    def _restore_buffers(self, step: int) -> None:
-        if self._buffers:
-            good, other = self._backups[step % 2], self._backups[(step + 1) % 2]
-            torch._foreach_copy_(self._buffers, good)
-            torch._foreach_copy_(other, good)  # with a lag, it already backs up the spoiled values

@@ -49,17 +49,10 @@ _WAY_OUT = "free some space or choose another --out"
 
 
 class Metrics:
-    """Context that writes the rows of a run; RunError if the disk refuses.
+    """Context that writes the rows of a run, if `enabled`: on rank 0. RunError if the disk refuses.
 
-    The run at Weights & Biases is marked as failed after any exception but Interrupted.
-
-    Args:
-        run_dir: the run folder. Rows of its metrics.jsonl beyond `step` are dropped: their steps run again.
-        enabled: False on ranks other than 0; then nothing is written.
-        tensorboard: write events to RUN/tensorboard as well.
-        step: number of finished steps at the start.
-        total_steps: number of steps of the run.
-        wandb: opens the run at Weights & Biases, if one is asked for.
+    `step` counts the finished steps; rows of metrics.jsonl beyond it are dropped, because their steps run
+    again. `wandb` opens the run at Weights & Biases, which any exception but Interrupted marks as failed.
     """
 
     def __init__(
@@ -75,34 +68,34 @@ class Metrics:
         self.path = run_dir / "metrics.jsonl"
         self._enabled = enabled
         self._board: Any = None
-        self._bar: tqdm | None = None
         self._wandb: WandbRun | None = None
         self._first_step, self._logged_step, self._total_steps = step, -total_steps, total_steps
         self._started = time.perf_counter()
-        if not enabled:
-            return
-        with disk_errors_named(self.path, _WAY_OUT):
-            _drop_rows_after(self.path, step)
-            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         self._board_folder = run_dir / "tensorboard"
-        if tensorboard:
-            with disk_errors_named(self._board_folder, _WAY_OUT):
-                self._board = _open_board(self._board_folder, purge_step=step + 1)
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
-        self._wandb = wandb()  # last, so that no later failure leaves a run open there
+        hidden: bool | None = True
+        if enabled:
+            hidden = None  # if there is no terminal
+            with disk_errors_named(self.path, _WAY_OUT):
+                _drop_rows_after(self.path, step)
+                self._file = self.path.open("ab", buffering=0)
+            if tensorboard:
+                with disk_errors_named(self._board_folder, _WAY_OUT):
+                    self._board = _open_board(self._board_folder, purge_step=step + 1)
+            self._wandb = wandb()  # last, so that no later failure leaves a run open there
+        self._bar = tqdm(
+            total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1, disable=hidden
+        )
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Close everything; raises nothing, since the rows are written already."""
+        self._bar.close()
         if not self._enabled:
             return
-        if self._bar is not None:
-            self._bar.close()
         with contextlib.suppress(OSError):
-            os.close(self._file)
+            self._file.close()
         if self._board is not None:
             with contextlib.suppress(OSError):
                 self._board.close()
@@ -118,8 +111,12 @@ class Metrics:
             values["eta_seconds"] = pace * max(0, self._total_steps - step)
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         row = {"kind": kind, "step": step, **finite}
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
         with disk_errors_named(self.path, _WAY_OUT):
-            _append(self._file, (json.dumps(row, allow_nan=False) + "\n").encode())
+            end = os.fstat(self._file.fileno()).st_size
+            if self._file.write(line) < len(line):  # part of a row would spoil the next one
+                self._file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         numbers = {k: v for k, v in values.items() if type(v) in (int, float) and k != "epoch"}
         if self._board is not None:
             with disk_errors_named(self._board_folder, _WAY_OUT):
@@ -132,19 +129,17 @@ class Metrics:
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
         """Show a row on the progress bar or, without a terminal, as one of at most LOG_LINES lines."""
         text = (
             f"loss {values['loss']:.4f} (prediction {values['prediction']:.4f}, "
-            f"sigreg {values['sigreg']:.3f}) | {values['images_per_second']:.0f} images/s"
+            f"sigreg {values['sigreg']:.3f}) | {values['images_per_second']:.0f} images/s | "
+            f"{'MFU {mfu:.1%} | '.format_map(values) if 'mfu' in values else ''}"
+            f"data wait {values['data_wait']:.0%} | {values['memory_gib']:.1f} GiB"
         )
-        if "mfu" in values:
-            text += f" | MFU {values['mfu']:.1%}"
-        text += f" | data wait {values['data_wait']:.0%} | {values['memory_gib']:.1f} GiB"
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.set_postfix_str(text)
         elif step - self._logged_step >= self._total_steps / LOG_LINES or step == self._total_steps:
             self._logged_step = step
@@ -155,13 +150,11 @@ class Metrics:
 class Meter:
     """Wall time, waiting time and images since the last reading.
 
-    Args:
-        flops_per_image: operations of the model for an image, forward and backward; None: there is no MFU.
-        peak_flops: operations a second of all devices together; None: there is no MFU.
+    `peak_rate`: images a second at the peak of all devices together; None: there is no MFU.
     """
 
-    def __init__(self, *, flops_per_image: float | None = None, peak_flops: float | None = None) -> None:
-        self._mfu_per_image = flops_per_image / peak_flops if flops_per_image and peak_flops else None
+    def __init__(self, peak_rate: float | None = None) -> None:
+        self._peak_rate = peak_rate
         self.restart()
 
     def restart(self) -> None:
@@ -188,8 +181,8 @@ class Meter:
         seconds = max(time.perf_counter() - self._since, 1e-9)
         rate, waited = self._images / seconds, self._waited / seconds
         values = {"images_per_second": rate, "data_wait": waited, "save_seconds": self._saving}
-        if self._mfu_per_image is not None:
-            values["mfu"] = rate * self._mfu_per_image
+        if self._peak_rate is not None:
+            values["mfu"] = rate / self._peak_rate
         self.restart()
         return values
 
@@ -209,14 +202,6 @@ def _drop_rows_after(path: Path, step: int) -> None:
     text = "".join(json.dumps(row) + "\n" for row in kept)
     if text != path.read_text(encoding="utf-8"):
         write_atomically(path, lambda file: file.write(text.encode()), way_out=_WAY_OUT)
-
-
-def _append(descriptor: int, row: bytes) -> None:
-    """Append the whole row, or nothing of it and raise OSError: part of a row would spoil the next one."""
-    end = os.fstat(descriptor).st_size
-    if os.write(descriptor, row) < len(row):
-        os.ftruncate(descriptor, end)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _open_board(folder: Path, *, purge_step: int) -> Any:

@@ -30,9 +30,9 @@ def restore_rng(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(_tensor(state["torch"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_tensor(state["cuda"]))
+    for name, restore in (("torch", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
+        if name in state and (name == "torch" or torch.cuda.is_available()):
+            restore(torch.frombuffer(bytearray.fromhex(state[name]), dtype=torch.uint8))
 
 
 @contextlib.contextmanager
@@ -50,7 +50,3 @@ def seed_rng(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
-
-
-def _tensor(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

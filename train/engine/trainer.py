@@ -7,7 +7,6 @@ exported encoder and the report. The position in the training is the number of f
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import signal
@@ -35,15 +34,10 @@ from lejepa_fast.train.engine import random_state
 from lejepa_fast.train.engine.guard import StepGuard
 from lejepa_fast.train.engine.metrics import Meter, Metrics, peak_memory_gib
 from lejepa_fast.train.engine.optimization import build_optimizer, build_scheduler
-from lejepa_fast.train.engine.profiling import StepProfiler
+from lejepa_fast.train.engine.profiling import step_profiler
 from lejepa_fast.train.engine.weights_and_biases import WandbRun
-from lejepa_fast.train.evaluation.evaluate import (
-    EvalResult,
-    check_validation_images,
-    evaluate_model,
-    loading_options,
-    open_splits,
-)
+from lejepa_fast.train.evaluation import evaluate
+from lejepa_fast.train.evaluation.evaluate import EvalResult
 from lejepa_fast.train.model.average import WeightAverage
 from lejepa_fast.train.model.flops import count_flops, peak_flops
 from lejepa_fast.train.model.initialize import memory_format, whole_model
@@ -107,18 +101,15 @@ class Trainer:
         self.run_dir: Path = cfg.out
         on_all(world, self._open_data)
         on_all(world, self._build_model)
-        self.memory_advice = functools.partial(
-            memory_advice, cfg, world, self.strategy, len(self.train_source)
-        )
+        self.memory_advice = lambda: memory_advice(cfg, world, self.strategy, len(self.train_source))
         with self.memory_advice():
             mesh = make_mesh(cfg.parallel, world.device.type)
             self.parallel = parallelize(self.model, cfg, mesh, world.device)
             # Random numbers of the training (drop path) differ between ranks, and not between runs.
             random_state.seed_rng(cfg.seed + 7919 * world.rank)
             self.optimizer = build_optimizer(self.model, cfg.optim, world.device)
-            self.guard = StepGuard(
-                self.model, self.optimizer, world, self._record_skipped, cfg.optim.skip_grad_norm
-            )
+            max_norm, record = cfg.optim.skip_grad_norm, self._record_skipped
+            self.guard = StepGuard(self.model, self.optimizer, world, record, max_norm)
             self.total_steps = config.total_steps(cfg, len(self.loader))
             averages = cfg.average.kind != "none"
             self.average = WeightAverage(self.model, cfg.average, self.total_steps) if averages else None
@@ -133,13 +124,13 @@ class Trainer:
         self.signals = SignalWatch()
         self.flops_per_image = count_flops(cfg).per_image
         peak = peak_flops(world.device)
-        self.meter = Meter(flops_per_image=self.flops_per_image, peak_flops=peak and peak * world.size)
+        self.meter = Meter(peak and peak * world.size / self.flops_per_image)
         self._saved_step = -1
 
     def _open_data(self) -> None:
         cfg, world = self.cfg, self.world
-        self.train_source, self.val_source = open_splits(cfg.data)
-        check_validation_images(self.val_source)  # now, not after the training
+        self.train_source, self.val_source = evaluate.open_splits(cfg.data)
+        evaluate.check_validation_images(self.val_source)  # now, not after the training
         self.data = resume.data_identity(self.train_source, self.val_source)
         self.bad_images = self.run_dir / "quarantine.txt"
         processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -153,7 +144,7 @@ class Trainer:
             world_size=world.size,
             num_workers=self.workers,
             channels_last=memory_format(cfg) is torch.channels_last,
-            **loading_options(cfg.data, world.device, self.bad_images),
+            **evaluate.loading_options(cfg.data, world.device, self.bad_images),
         )
 
     def _build_model(self) -> None:
@@ -181,8 +172,10 @@ class Trainer:
             stack.callback(self._release)
             self._open_run_folder()
             stack.enter_context(self.metrics)
-            profiler = StepProfiler(self.run_dir, self.world, enabled=self.cfg.profile)
-            self.profiler = stack.enter_context(contextlib.closing(profiler))
+            self.profiler = None
+            if self.cfg.profile and self.world.is_main:
+                profiler = step_profiler(self.run_dir / "profile", self.world.device, done=self.step)
+                self.profiler = stack.enter_context(profiler)
             self._log_start()
             self._stack = stack.pop_all()
         return self
@@ -203,23 +196,15 @@ class Trainer:
         self._resume()
         on_main(world, lambda: config.write(cfg, self.run_dir))
         on_main(world, self.lock.take)
-
-        def open_metrics() -> Metrics:
-            return Metrics(
-                self.run_dir,
-                enabled=world.is_main,
-                tensorboard=cfg.tensorboard,
-                step=self.step,
-                total_steps=self.total_steps,
-                wandb=lambda: WandbRun(self.run_dir, cfg.wandb, config.to_dict(cfg)) if cfg.wandb else None,
-            )
-
+        options: dict[str, Any] = {"enabled": world.is_main, "tensorboard": cfg.tensorboard}
+        options |= {"step": self.step, "total_steps": self.total_steps}
+        if cfg.wandb:
+            options["wandb"] = lambda: WandbRun(self.run_dir, cfg.wandb, config.to_dict(cfg))
         with random_state.preserved_rng():  # wandb may draw random numbers
-            self.metrics = on_all(world, open_metrics)
+            self.metrics = on_all(world, lambda: Metrics(self.run_dir, **options))
         rows = read_rows(self.metrics.path) if world.is_main else []
         steps = [[row["step"] for row in rows if row["kind"] == kind] for kind in ("eval", "evaluating")]
-        done, begun = from_main(world, steps)
-        self._evaluated, self._evaluations_begun = set(done), Counter(begun)
+        self._evaluated, self._evaluations_begun = map(Counter, from_main(world, steps))
 
     def _resume(self) -> None:
         run_dir, current, world = self.run_dir, config.to_dict(self.cfg), self.world
@@ -261,10 +246,10 @@ class Trainer:
         }
         self.metrics.write("run", self.step, **facts)
         log.info("%s", " | ".join(f"{key} {value}" for key, value in facts.items()))
-        images, batch = len(self.train_source), cfg.data.batch_size
+        batch, source = cfg.data.batch_size, self.train_source
         log.info(
-            f"training {cfg.model.name} on {self.train_source.name}: {images} images, {self.total_steps} "
-            f"steps of {batch} images, run folder {self.run_dir}"
+            f"training {cfg.model.name} on {source.name}: {len(source)} images, {self.total_steps} steps of "
+            f"{batch} images, run folder {self.run_dir}"
         )
         # The preset of the embedded images is made for small batches.
         if cfg.data.path != config.EMBEDDED_DATA and (warning := config.small_batch_warning(batch)):
@@ -288,7 +273,8 @@ class Trainer:
                 self.meter.add(self.cfg.data.batch_size, waited)
                 if self.step == 1 or self.step % self.cfg.log_every == 0 or self.step == self.total_steps:
                     self.log_metrics()
-                self.profiler.step(self.step)
+                if self.profiler is not None:
+                    self.profiler.step()
                 if self.guard.stop:
                     self._stop()
                 if self.step % self.cfg.checkpoint_every == 0:
@@ -301,9 +287,7 @@ class Trainer:
     def train_step(self, views: list[Tensor], epoch: int) -> None:
         """One step: forward, loss, backward, agreement of all ranks, clipping, optimiser.
 
-        Args:
-            views: one tensor (B, 3, H, W) for each view, global views first; B images of this rank.
-            epoch: for the metrics.
+        `views`: tensors (B, 3, H, W) of B images of this rank, global views first.
         """
         device = self.world.device
         self.guard.before_forward(self.step + 1)
@@ -356,42 +340,28 @@ class Trainer:
         last = self.last
         spread = last["z"].float().std(dim=1).mean()  # over samples, within each view and dimension
         values = mean_over_ranks(self.world, torch.stack([*last["parts"], spread, last["grad_norm"]]))
-        loss, prediction, sigreg, embedding_std, grad_norm = values.tolist()  # waits for the device
-        self.metrics.write(
-            "train",
-            self.step,
-            epoch=last["epoch"],
-            loss=loss,
-            prediction=prediction,
-            sigreg=sigreg,
-            lr=last["lr"],
-            grad_norm=grad_norm,
-            embedding_std=embedding_std,
-            memory_gib=peak_memory_gib(self.world.device),
-            **self.meter.read(),
-        )
+        names = ("loss", "prediction", "sigreg", "embedding_std", "grad_norm")
+        row = dict(zip(names, values.tolist(), strict=True))  # waits for the device
+        row |= {"lr": last["lr"], "memory_gib": peak_memory_gib(self.world.device), **self.meter.read()}
+        self.metrics.write("train", self.step, epoch=last["epoch"], **row)
 
     def _record_skipped(self, step: int, position: tuple[int, int], losses: dict[int, float]) -> None:
-        """Write a row of kind "skipped" for each rank in `losses`, with the images of its batch.
-
-        The images of every rank are a function of seed and position. A bad image is listed although another
-        one took its place.
-        """
+        """Write a row of kind "skipped" for each rank in `losses`, with the images of its batch: a function
+        of seed and position. A bad image is listed although another one took its place."""
         epoch, batch = position
+        images, ranks = len(self.train_source), self.world.size
         for rank, loss in losses.items():
-            share, ranks = self.cfg.data.batch_size // self.world.size, self.world.size
-            schedule = EpochSchedule(len(self.train_source), share, self.cfg.seed, rank, ranks)
+            share = self.cfg.data.batch_size // ranks
+            schedule = EpochSchedule(images, share, self.cfg.seed, rank, ranks)
             ids = list(next(schedule.keys(epoch, batch)).indices)
-            images = [self.train_source.describe(index) for index in ids]
-            self.metrics.write("skipped", step, epoch=epoch, rank=rank, loss=loss, ids=ids, images=images)
+            names = [self.train_source.describe(index) for index in ids]
+            self.metrics.write("skipped", step, epoch=epoch, rank=rank, loss=loss, ids=ids, images=names)
 
     # ---- saving ----------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Begin to save the present step, unless it is saved; the training goes on meanwhile.
-
-        RunError on every rank if the previous save failed; `self.saver.wait` reports the result of this one.
-        """
+        """Begin to save the present step, unless it is saved; the training goes on meanwhile. RunError on
+        every rank if the previous save failed; `self.saver.wait` reports the result of this one."""
         if self._saved_step == self.step:
             return
         self.guard.flush()  # waits for the steps that a GPU has queued; the time from here on is the save's
@@ -411,18 +381,20 @@ class Trainer:
         self.saver.wait()
         signum = from_main(self.world, self.signals.signum) or signal.SIGTERM
         with same_error_on_all_ranks():
-            raise Interrupted(
-                f"stopped by {signal.Signals(signum).name} after step {self.step} of {self.total_steps}; "
-                f"checkpoint saved in {self.run_dir}; run the same command again to continue",
-                signum,
-            )
+            raise Interrupted(self._stopped_by(signal.Signals(signum).name), signum)
+
+    def _stopped_by(self, what: str) -> str:
+        return (
+            f"stopped by {what} after step {self.step} of {self.total_steps}; checkpoint saved in "
+            f"{self.run_dir}; run the same command again to continue"
+        )
 
     # ---- evaluation ------------------------------------------------------------------------------
 
     def _evaluate_if_due(self, epoch: int) -> None:
         """Evaluate between epochs, without any effect on the training."""
         every = self.cfg.eval.every
-        if not every or not epoch or epoch % every or self.step in self._evaluated:
+        if not every or not epoch or epoch % every or self._evaluated[self.step]:
             return
         if self._evaluations_begun[self.step] >= EVALUATION_ATTEMPTS:
             log.warning(
@@ -436,44 +408,30 @@ class Trainer:
         self.metrics.write("evaluating", self.step, epoch=epoch)
         model = self.whole_model()
         on_main(self.world, lambda: self.evaluate(model, during_training=True))
-        self._evaluated.add(self.step)
+        self._evaluated[self.step] += 1
         self.meter.pause(time.perf_counter() - began)
 
     def whole_model(self) -> LeJEPAModel | None:
         """Return the model to evaluate and export, unsharded, on rank 0: the averaged one if there is one.
-
-        All ranks call it.
-        """
+        All ranks call it."""
         averaged = self.state.averaged()
         if self.strategy == "fsdp" or averaged:
             return whole_model(self.model, self.cfg, self.world, averaged)
         return self.model
 
     def evaluate(self, model: LeJEPAModel | None, *, during_training: bool) -> EvalResult:
-        """Evaluate on rank 0 and write a row of kind "eval", unless this step has one.
+        """Evaluate the `whole_model` on rank 0 and write a row of kind "eval", unless this step has one.
 
-        Args:
-            model: from `whole_model`.
-            during_training: on fewer images and with fewer steps of the linear probe, as configured.
+        `during_training`: on fewer images and with fewer steps of the linear probe, as configured.
         """
         assert model is not None  # on rank 0
-        cfg = self.cfg.eval
-        linear_steps = cfg.linear_steps if during_training else None  # None: the full length
+        cfg, options = self.cfg, self.evaluation_options
+        options |= {"recipe": cfg.crops, "seed": cfg.seed, "data": cfg.data}
+        if during_training:
+            options |= {"linear_steps": cfg.eval.linear_steps, "train_images": cfg.eval.train_images}
         with self.outside_training():
-            result = evaluate_model(
-                model,
-                self.train_source,
-                self.val_source,
-                cfg,
-                recipe=self.cfg.crops,
-                linear=linear_steps != 0,
-                linear_steps=linear_steps,
-                train_images=cfg.train_images if during_training else 0,
-                seed=self.cfg.seed,
-                data=self.cfg.data,
-                **self.evaluation_options,
-            )
-        if self.step not in self._evaluated:
+            result = evaluate.evaluate_model(model, self.train_source, self.val_source, cfg.eval, **options)
+        if not self._evaluated[self.step]:
             epoch, batch = self.loader.position
             epoch += batch > 0
             figures = {name: getattr(result, name) for name in EVALUATION_FIGURES}
@@ -485,21 +443,14 @@ class Trainer:
     @property
     def evaluation_options(self) -> dict[str, Any]:
         """Arguments that the evaluations of the trained and of the untrained encoder share."""
-        return {
-            "device": self.world.device,
-            "num_workers": self.workers,
-            "amp_dtype": self.amp_dtype,
-            "bad_images": self.bad_images,
-        }
+        options = {"device": self.world.device, "amp_dtype": self.amp_dtype}
+        return {**options, "num_workers": self.workers, "bad_images": self.bad_images}
 
     @contextlib.contextmanager
     def outside_training(self) -> Iterator[None]:
         """For work beside the training, whose state is saved: a signal exits at once, compiled blocks run
         eagerly, and random states are restored."""
         uncompiled = eagerly() if compiles(self.cfg, self.world.device) else contextlib.nullcontext()
-        message = (
-            f"stopped by a signal during the evaluation after step {self.step} of {self.total_steps}; "
-            f"checkpoint saved in {self.run_dir}; run the same command again to continue"
-        )
+        message = self._stopped_by("a signal during the evaluation")
         with self.signals.exit_at_once(message), random_state.preserved_rng(), uncompiled:
             yield

@@ -29,9 +29,8 @@ class WandbRun:
         try:
             import wandb
         except ImportError as error:
-            raise UsageError(
-                f"wandb: {error}; pip install 'lejepa_fast[wandb]', or leave out --wandb"
-            ) from error
+            way_out = "pip install 'lejepa_fast[wandb]', or leave out --wandb"
+            raise UsageError(f"wandb: {error}; {way_out}") from error
         identity = run_dir / "wandb-id.txt"
         if not identity.exists():
             name = secrets.token_hex(4).encode()

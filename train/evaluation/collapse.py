@@ -64,8 +64,7 @@ def effective_rank(z: Tensor) -> float:
     """
     values = covariance_eigenvalues(z)
     total = values.sum()
-    magnitude = z.double().square().sum(dim=1).mean()
-    if total <= _NUMERICALLY_CONSTANT**2 * magnitude:
+    if total <= _NUMERICALLY_CONSTANT**2 * z.double().square().sum(dim=1).mean():
         return 0.0
     return torch.special.entr(values / total).sum().exp().item()
 
@@ -96,11 +95,12 @@ def verdict(std: float, rank: float, n: int, dim: int) -> Verdict:
     least_rank = min(max(COLLAPSE_RANK, COLLAPSE_RANK_SHARE * attainable), 0.5 * attainable)
     rule = f"rule: embedding std at least {COLLAPSE_STD:g} and effective rank at least {least_rank:.3g}"
     figures = f"embedding std {std:.3g}, effective rank {rank:.3g} of at most {attainable}"
-    if not std >= COLLAPSE_STD:
-        return Verdict(True, f"Collapsed: all images share nearly the same embedding ({figures}; {rule}).")
+    found = "Healthy, no collapse"
     if not rank >= least_rank:
-        return Verdict(True, f"Collapsed: the embeddings vary in too few directions ({figures}; {rule}).")
-    return Verdict(False, f"Healthy, no collapse ({figures}; {rule}).")
+        found = "Collapsed: the embeddings vary in too few directions"
+    if not std >= COLLAPSE_STD:
+        found = "Collapsed: all images share nearly the same embedding"
+    return Verdict(found.startswith("Collapsed"), f"{found} ({figures}; {rule}).")
 
 
 def _check(z: Tensor) -> None:

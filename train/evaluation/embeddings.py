@@ -32,11 +32,11 @@ class Embeddings(NamedTuple):
 def frozen(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode without gradients and autocast; afterwards modes and random states are as before."""
     modes = {module: module.training for module in model.modules()}
-    cuda = [device] if device.type == "cuda" else []
+    # A DataLoader draws a seed from the random state on every pass.
+    rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     try:
         model.eval()
-        # A DataLoader draws a seed from the random state on every pass.
-        with torch.random.fork_rng(devices=cuda), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with rng, torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
         for module, training in modes.items():
@@ -64,81 +64,54 @@ def embed_source(
         RunError: an embedding is NaN or infinite.
     """
     device = torch.device(device)
-    batches: list[Embeddings] = []
+    batches: list[tuple[Tensor, ...]] = []
     with frozen(model, device):
         for images, targets in loader:
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                features, probe, z = _forward(model, images.to(device, non_blocking=True))
-            on_cpu = features.float().cpu()
-            probe = on_cpu if probe is features else probe.float().cpu()
-            batches.append(Embeddings(on_cpu, probe, z.float().cpu(), targets.cpu().long()))
+                features, z, *probe = _forward(model, images.to(device, non_blocking=True))
+            batches.append((targets.cpu().long(), *(x.float().cpu() for x in (features, z, *probe))))
     if not batches:
         raise UsageError(
             "there is no image to embed: the data source is empty; choose another split or folder"
         )
-    shared = batches[0].probe is batches[0].features
-    features, z, targets = (
-        torch.cat([getattr(b, name) for b in batches]) for name in ("features", "z", "targets")
-    )
+    targets, features, z, *probe = map(torch.cat, zip(*batches, strict=True))
     for name, values in (("encoder", features), ("projector", z)):
         if not values.isfinite().all():
             raise RunError(f"the {name} gives NaN or infinite embeddings: the training has diverged")
-    return Embeddings(features, features if shared else torch.cat([b.probe for b in batches]), z, targets)
+    return Embeddings(features, probe[0] if probe else features, z, targets)
 
 
-def _forward(model: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (B, D), input of the linear probe (B, D') and embeddings (B, K)."""
+def _forward(model: Any, images: Tensor) -> tuple[Tensor, ...]:
+    """Features (B, D), embeddings (B, K) and, of a vision transformer, input of the linear probe (B, D')."""
     encoder = model.encoder
-    if not _has_token_blocks(encoder):
-        features, z = model.embed(images)
-        return features, features, z
+    method = getattr(encoder, "forward_intermediates", model.embed)
+    # Only timm's plain vision transformers return the tokens of any block.
+    if not hasattr(encoder, "blocks") or "return_prefix_tokens" not in inspect.signature(method).parameters:
+        return model.embed(images)
     final, blocks = encoder.forward_intermediates(
         images, indices=min(2, len(encoder.blocks)), norm=True, output_fmt="NLC", return_prefix_tokens=True
     )
     features = encoder.forward_head(final)
-    probe = torch.cat([_summary(encoder, block) for block in blocks], dim=1)
-    return features, probe, model.projector(features)
-
-
-def _has_token_blocks(encoder: nn.Module) -> bool:
-    """Whether this is one of timm's plain vision transformers, which return the tokens of any block."""
-    method = getattr(encoder, "forward_intermediates", None)
-    if method is None or not hasattr(encoder, "blocks"):
-        return False
-    return "return_prefix_tokens" in inspect.signature(method).parameters
-
-
-def _summary(encoder: nn.Module, block: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """One vector (B, D) for the tokens of a block: CLS, or the mean of the patches if there is no CLS."""
-    patches, prefix = block if isinstance(block, tuple) else (block, None)
-    if prefix is not None and getattr(encoder, "cls_token", None) is not None:
-        return prefix[:, 0]
-    return patches.mean(dim=1)
+    has_cls = getattr(encoder, "cls_token", None) is not None
+    pairs = [block if isinstance(block, tuple) else (block, None) for block in blocks]
+    probe = [prefix[:, 0] if has_cls else patches.mean(dim=1) for patches, prefix in pairs]
+    return features, model.projector(features), torch.cat(probe, dim=1)
 
 
 def calibrate_batchnorm(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device | str
+    model: Any, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device | str
 ) -> int:
     """Set the running statistics of all BatchNorm layers from images; return the number of images used.
 
     At initialisation they are mean 0 and variance 1, not those of the activations, which would make the
     untrained encoder look weaker than it is. Afterwards they are averages over the batches; a batch smaller
     than the first is skipped. Only BatchNorm runs in training mode. Parameters, modes and random states stay
-    as they were.
-
-    Args:
-        model: its method `embed` is called, or the model itself if it has none.
-        loader: yields (images (B, 3, S, S), anything).
-        device: of the model; the images go there.
-
-    Raises:
-        UsageError: there are BatchNorm layers, but no batch of two images or more.
+    as they were. UsageError if there are BatchNorm layers, but no batch of two images or more.
     """
     device = torch.device(device)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
-    forward = getattr(model, "embed", model)
     momenta = [norm.momentum for norm in norms]
     used = first = 0
     with frozen(model, device):
@@ -146,15 +119,13 @@ def calibrate_batchnorm(
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative average instead of an exponential one
             norm.training = True
-        try:
-            for images, *_ in loader:
-                if len(images) >= max(2, first):
-                    forward(images.to(device, non_blocking=True))
-                    first = first or len(images)
-                    used += len(images)
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
+        for images, *_ in loader:
+            if len(images) >= max(2, first):
+                model.embed(images.to(device, non_blocking=True))
+                first = first or len(images)
+                used += len(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
     if used == 0:
         raise UsageError(
             "BatchNorm statistics need a batch of at least 2 training images; got none: "

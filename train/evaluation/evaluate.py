@@ -6,6 +6,8 @@ the trained encoder, and `evaluate_untrained` for the baseline.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,8 @@ from torch import Tensor, nn
 from lejepa_fast.data import ImageSource, MultiCropRecipe, eval_loader, open_source
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config import Config, DataConfig, EvalConfig
-from lejepa_fast.train.evaluation.collapse import (
-    Verdict,
-    effective_rank,
-    embedding_std,
-    sigreg_statistic,
-    verdict,
-)
-from lejepa_fast.train.evaluation.embeddings import Embeddings, calibrate_batchnorm, embed_source
+from lejepa_fast.train.evaluation import collapse
+from lejepa_fast.train.evaluation.embeddings import calibrate_batchnorm, embed_source
 from lejepa_fast.train.evaluation.probes import MAX_STEPS, knn_accuracy, linear_probe
 from lejepa_fast.train.model.initialize import memory_format
 from lejepa_fast.train.model.model import build_model
@@ -35,12 +31,6 @@ CALIBRATION_IMAGES = 4096
 class EvalResult:
     """Result of `evaluate_model`. Figures that need labels are None without them."""
 
-    knn: float | None
-    """Top-1 accuracy of kNN on the validation images, in percent."""
-    linear: float | None
-    """Top-1 accuracy of the linear probe in percent; None also if it was not asked for."""
-    linear_rate: float | None
-    """Learning rate that the linear probe chose."""
     embedding_std: float
     effective_rank: float
     sigreg: float
@@ -51,21 +41,27 @@ class EvalResult:
     """Pooled encoder features of the validation images, (n, D) float32 on the CPU."""
     n_train: int
     n_val: int
-    num_classes: int | None
-    """Classes of the training source."""
-    majority: float | None
-    """Share of the largest class among the validation images, in percent."""
-    no_labels_because: str | None
-    """Why there is no kNN and no linear probe; None with labels."""
     image_size: int
     """Side of the evaluated images, in pixels."""
     k: int
     """Neighbours of kNN."""
+    no_labels_because: str | None = None
+    """Why there is no kNN and no linear probe; None with labels."""
+    knn: float | None = None
+    """Top-1 accuracy of kNN on the validation images, in percent."""
+    linear: float | None = None
+    """Top-1 accuracy of the linear probe in percent; None also if it was not asked for."""
+    linear_rate: float | None = None
+    """Learning rate that the linear probe chose."""
+    num_classes: int | None = None
+    """Classes of the training source."""
+    majority: float | None = None
+    """Share of the largest class among the validation images, in percent."""
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> collapse.Verdict:
         """Collapsed or healthy, by the rule of `collapse.verdict`."""
-        return verdict(self.embedding_std, self.effective_rank, self.n_val, self.z_val.shape[1])
+        return collapse.verdict(self.embedding_std, self.effective_rank, self.n_val, self.z_val.shape[1])
 
     @property
     def rank_limit(self) -> int:
@@ -87,7 +83,7 @@ def evaluate_model(
     recipe: MultiCropRecipe,
     device: torch.device | str,
     linear: bool = True,
-    linear_steps: int | None = None,
+    linear_steps: int = MAX_STEPS,
     train_images: int = 0,
     seed: int = 0,
     num_workers: int = 0,
@@ -108,7 +104,7 @@ def evaluate_model(
         recipe: its `mean`, `std` and `global_size` are used.
         device: of the model; the probes run there, too.
         linear: fit the linear probe as well.
-        linear_steps: upper limit of its steps; None: `probes.MAX_STEPS`.
+        linear_steps: upper limit of its steps; 0: no linear probe.
         train_images: use a random subset of so many training images if there are more; 0: use all.
         seed: of the linear probe.
         num_workers: loader processes or threads.
@@ -124,60 +120,60 @@ def evaluate_model(
     """
     check_validation_images(val_source)
     device = torch.device(device)
+    image_size = cfg.image_size or recipe.global_size
     options = {
-        "image_size": cfg.image_size or recipe.global_size,
+        "image_size": image_size,
         "batch_size": cfg.batch_size,
         "num_workers": num_workers,
         "mean": recipe.mean,
         "std": recipe.std,
-        **loading_options(data, device, bad_images),
+        **loading_options(data or DataConfig(), device, bad_images),
     }
-    # The list of bad images has the numbers of the whole source, so it does not apply to a subset of it.
-    subset_options = {**options, "bad_images": None, "max_bad_fraction": 1.0}
 
-    def embedded(source: ImageSource, options: dict[str, Any]) -> Embeddings:
-        return embed_source(model, eval_loader(source, **options), device, amp_dtype=amp_dtype)
+    def loader(source: ImageSource, **changes: Any) -> Iterable[tuple[Tensor, Tensor]]:
+        return eval_loader(source, **{**options, **changes})
+
+    def part(count: int, **changes: Any) -> Iterable[tuple[Tensor, Tensor]]:
+        """At most `count` training images, in random order from a fixed seed."""
+        order = torch.randperm(len(train_source), generator=torch.Generator().manual_seed(0))[:count]
+        # The list of bad images has the numbers of the whole source, so it does not apply here.
+        return loader(train_source.subset(order.numpy()), bad_images=None, max_bad_fraction=1.0, **changes)
 
     if calibrate:
-        images = _subset(train_source, CALIBRATION_IMAGES)
-        batch_size = min(max(cfg.batch_size, 2), len(images))  # one image has no variance
-        loader = eval_loader(images, **{**subset_options, "batch_size": batch_size})
-        calibrate_batchnorm(model, loader, device)
-    val = embedded(val_source, options)
-    n_train = len(train_source)
-    knn = linear_accuracy = linear_rate = num_classes = majority = None
+        # One image has no variance.
+        batch_size = min(max(cfg.batch_size, 2), CALIBRATION_IMAGES, len(train_source))
+        calibrate_batchnorm(model, part(CALIBRATION_IMAGES, batch_size=batch_size), device)
+    embed = functools.partial(embed_source, model, device=device, amp_dtype=amp_dtype)
+    val, n_train = embed(loader(val_source)), len(train_source)
+    labelled: dict[str, Any] = {}
     no_labels_because = _no_labels(train_source, val_source)
     if no_labels_because is None:
-        if 0 < train_images < n_train:
-            train = embedded(_subset(train_source, train_images), subset_options)
-        else:
-            train = embedded(train_source, options)
+        train = embed(part(train_images) if 0 < train_images < n_train else loader(train_source))
         n_train = len(train.targets)
         num_classes = len(train_source.classes or ()) or int(max(train.targets.max(), val.targets.max())) + 1
-        majority = 100.0 * val.targets.bincount().max().item() / len(val.targets)
         shared: dict[str, Any] = {"num_classes": num_classes, "device": device}
         samples = train.features, train.targets, val.features, val.targets
-        knn = knn_accuracy(*samples, k=cfg.k, temperature=cfg.temperature, **shared)
-        if linear:
+        labelled = {
+            "num_classes": num_classes,
+            "majority": 100.0 * val.targets.bincount().max().item() / len(val.targets),
+            "knn": knn_accuracy(*samples, k=cfg.k, temperature=cfg.temperature, **shared),
+        }
+        if linear and linear_steps:
             samples = train.probe, train.targets, val.probe, val.targets
-            max_steps = MAX_STEPS if linear_steps is None else linear_steps
-            linear_accuracy, linear_rate = linear_probe(*samples, seed=seed, max_steps=max_steps, **shared)
+            probe = linear_probe(*samples, seed=seed, max_steps=linear_steps, **shared)
+            labelled |= {"linear": probe.accuracy, "linear_rate": probe.learning_rate}
     return EvalResult(
-        knn=knn,
-        linear=linear_accuracy,
-        linear_rate=linear_rate,
-        embedding_std=embedding_std(val.z),
-        effective_rank=effective_rank(val.z),
-        sigreg=sigreg_statistic(val.z),
+        embedding_std=collapse.embedding_std(val.z),
+        effective_rank=collapse.effective_rank(val.z),
+        sigreg=collapse.sigreg_statistic(val.z),
         z_val=val.z,
         features_val=val.features,
         n_train=n_train,
         n_val=len(val.targets),
-        num_classes=num_classes,
-        majority=majority,
-        no_labels_because=no_labels_because,
-        image_size=cfg.image_size or recipe.global_size,
+        image_size=image_size,
         k=cfg.k,
+        no_labels_because=no_labels_because,
+        **labelled,
     )
 
 
@@ -207,9 +203,8 @@ def check_validation_images(source: ImageSource) -> None:
         )
 
 
-def loading_options(data: DataConfig | None, device: torch.device, bad_images: Path | None) -> dict[str, Any]:
+def loading_options(data: DataConfig, device: torch.device, bad_images: Path | None) -> dict[str, Any]:
     """Arguments that a run passes to both of its loaders, `multicrop_loader` and `eval_loader`."""
-    data = data or DataConfig()
     return {
         "backend": data.backend,
         "device": device,
@@ -228,12 +223,6 @@ def open_splits(data: DataConfig) -> tuple[ImageSource, ImageSource]:
     """
     train, val = (open_source(data.path, split, val_fraction=data.val_fraction) for split in ("train", "val"))
     return train, val
-
-
-def _subset(source: ImageSource, count: int) -> ImageSource:
-    """At most `count` images of the source, in random order from a fixed seed."""
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
-    return source.subset(order[:count].numpy())
 
 
 def _no_labels(train_source: ImageSource, val_source: ImageSource) -> str | None:

@@ -9,10 +9,8 @@ docs/evaluation.md states the protocols.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,8 +23,6 @@ HOLDOUT_FRACTION = 0.2
 MAX_STEPS = 12_500
 SMALL_STEP = 2**28  # multiply-adds
 WEIGHT_DECAY = 1e-6
-
-Head = tuple[Tensor, Tensor]  # weight (C, D) and bias (C,)
 
 
 class LinearProbe(NamedTuple):
@@ -77,16 +73,20 @@ def knn_accuracy(
         raise ValueError(f"k must be at least 1, got {k}")
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature must be positive, or None for equal votes, got {temperature}")
-    device = torch.device(device) if device is not None else train_x.device
+    device = torch.device(device or train_x.device)
+
+    def unit_rows(x: Tensor) -> Tensor:
+        return F.normalize(x.to(device, torch.float32), dim=1)
+
     k = min(k, len(train_x))
     similarity = torch.full((len(test_x), k), -math.inf, device=device)
     labels = torch.zeros(len(test_x), k, dtype=torch.int64, device=device)
     with torch.autocast(device.type, enabled=False):
         for x, y in zip(train_x.split(train_chunk), train_y.split(train_chunk), strict=True):
-            x, y = _unit_rows(x, device), y.to(device)
+            x, y = unit_rows(x), y.to(device)
             parts = (tensor.split(test_chunk) for tensor in (test_x, similarity, labels))
             for queries, best, best_labels in zip(*parts, strict=True):
-                found, index = (_unit_rows(queries, device) @ x.T).topk(min(k, len(x)))
+                found, index = (unit_rows(queries) @ x.T).topk(min(k, len(x)))
                 best[:], kept = torch.cat([best, found], dim=1).topk(k)
                 best_labels[:] = torch.cat([best_labels, y[index]], dim=1).gather(1, kept)
     if temperature is None:
@@ -95,10 +95,6 @@ def knn_accuracy(
         votes = ((similarity - similarity.amax(dim=1, keepdim=True)) / temperature).exp()
     tally = votes.new_zeros(len(votes), num_classes).scatter_add_(1, labels, votes)
     return _percent(tally.argmax(dim=1), test_y)
-
-
-def _unit_rows(x: Tensor, device: torch.device) -> Tensor:
-    return F.normalize(x.to(device, torch.float32), dim=1)
 
 
 # ---- linear probe ----------------------------------------------------------------------------------------
@@ -144,64 +140,66 @@ def linear_probe(
     _check_inputs(train_x, train_y, test_x, test_y, num_classes)
     if not learning_rates or not all(rate > 0 for rate in learning_rates):
         raise ValueError(f"learning_rates must be positive numbers, at least one, got {learning_rates!r}")
-    device = torch.device(device) if device is not None else train_x.device
+    device = torch.device(device or train_x.device)
     if len(train_x) > max_steps * batch_size:
         order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed))
         rows = order[: max_steps * batch_size]
         train_x, train_y = train_x[rows.to(train_x.device)], train_y[rows.to(train_y.device)]
-    fit = functools.partial(_fit, num_classes, epochs, batch_size, max_steps, seed)
+
+    def fit(x: Tensor, y: Tensor, rates: Sequence[float]) -> Callable[[Tensor], list[Tensor]]:
+        """Fit a head for each rate on x (n, D) and y (n,); returns what predicts classes, by rate."""
+        standardise = _standardiser(x)
+        batch = min(batch_size, len(x))
+        steps = min(epochs * (len(x) // batch), max_steps)
+        heads = _fit(standardise(x), y, rates, num_classes, batch, steps, seed)
+
+        def predict(x: Tensor) -> list[Tensor]:
+            parts = (standardise(part.to(device, torch.float32)) for part in x.split(8192))
+            found = [[F.linear(part, *head).argmax(dim=1) for head in heads] for part in parts]
+            return [torch.cat(classes) for classes in zip(*found, strict=True)]
+
+        return predict
+
     # The caller may be inside no_grad, inference_mode or autocast.
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         # A copy, because a tensor made in inference mode cannot take part in a backward pass.
         x, y = train_x.detach().to(device, torch.float32, copy=True), train_y.to(device, copy=True)
-        rate = _choose_rate(x, y, sorted(learning_rates), fit, seed)
-        standardise = _standardiser(x)
-        head = fit(standardise(x), y, [rate])[0]
-        with torch.no_grad():
-            parts = (standardise(part.to(device, torch.float32)) for part in test_x.split(8192))
-            predicted = torch.cat([F.linear(part, *head).argmax(dim=1) for part in parts])
+        rates = sorted(learning_rates)
+        held_out = _stratified_holdout(y.cpu(), seed).to(device)
+        if len(rates) > 1 and held_out.any():
+            predictions = fit(x[~held_out], y[~held_out], rates)(x[held_out])
+            correct = [int((predicted == y[held_out]).sum()) for predicted in predictions]
+            rate = rates[correct.index(max(correct))]  # of equal ones the smallest
+        else:  # there is no choice, or every class has a single sample
+            rate = min(rates, key=lambda rate: abs(math.log(rate / 1e-3)))
+        (predicted,) = fit(x, y, [rate])(test_x)
     return LinearProbe(_percent(predicted, test_y), rate)
 
 
-def _choose_rate(
-    x: Tensor, y: Tensor, rates: list[float], fit: Callable[..., list[Head]], seed: int
-) -> float:
-    """The rate with the best accuracy on the held-out samples; of equal ones the smallest."""
-    if len(rates) == 1:
-        return rates[0]
-    held_out = _stratified_holdout(y.cpu(), seed).to(x.device)
-    if not held_out.any():  # every class has a single sample
-        return min(rates, key=lambda rate: abs(math.log(rate / 1e-3)))
-    standardise = _standardiser(x[~held_out])
-    heads = fit(standardise(x[~held_out]), y[~held_out], rates)
-    with torch.no_grad():
-        held_x = standardise(x[held_out])
-        correct = [int((F.linear(held_x, *head).argmax(dim=1) == y[held_out]).sum()) for head in heads]
-    return rates[correct.index(max(correct))]
-
-
+@torch.enable_grad()
 def _fit(
-    num_classes: int,
-    epochs: int,
-    batch_size: int,
-    max_steps: int,
-    seed: int,
-    x: Tensor,
-    y: Tensor,
-    rates: Sequence[float],
-) -> list[Head]:
+    x: Tensor, y: Tensor, rates: Sequence[float], num_classes: int, batch: int, steps: int, seed: int
+) -> list[tuple[Tensor, Tensor]]:
     """Fit one linear head for each learning rate, all on the same batches of x (n, D) and y (n,)."""
-    batch = min(batch_size, len(x))
-    per_epoch = len(x) // batch  # an incomplete batch is dropped; the next shuffle drops another
-    steps = min(epochs * per_epoch, max_steps)
+    warmup = max(1, steps // 10)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
     weights = [x.new_zeros(num_classes, x.shape[1]).requires_grad_() for _ in rates]
     biases = [x.new_zeros(num_classes).requires_grad_() for _ in rates]
     heads = list(zip(weights, biases, strict=True))
     groups = [{"params": head, "lr": rate} for head, rate in zip(heads, rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     generator = torch.Generator().manual_seed(seed)
-    with _threads(one=batch * x.shape[1] * num_classes * len(rates) < SMALL_STEP):
+    per_epoch = len(x) // batch  # an incomplete batch is dropped; the next shuffle drops another
+    threads = torch.get_num_threads()
+    if batch * x.shape[1] * num_classes * len(rates) < SMALL_STEP:
+        torch.set_num_threads(1)  # on a busy machine, waiting for other threads takes 10 times longer
+    try:
         for step in range(steps):
             if step % per_epoch == 0:
                 order = torch.randperm(len(x), generator=generator).to(x.device)
@@ -213,26 +211,9 @@ def _fit(
             loss.backward()
             optimizer.step()
             schedule.step()
-    return [(weight.detach(), bias.detach()) for weight, bias in heads]
-
-
-@contextmanager
-def _threads(*, one: bool) -> Iterator[None]:
-    """Use a single CPU thread if `one`: on a busy machine, waiting for others takes 10 times longer."""
-    before = torch.get_num_threads()
-    if one:
-        torch.set_num_threads(1)
-    try:
-        yield
     finally:
-        torch.set_num_threads(before)
-
-
-def _warmup_cosine(step: int, steps: int) -> float:
-    warmup = max(1, steps // 10)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        torch.set_num_threads(threads)
+    return [(weight.detach(), bias.detach()) for weight, bias in heads]
 
 
 def _standardiser(x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -256,30 +237,21 @@ def _stratified_holdout(y: Tensor, seed: int) -> Tensor:
     return mask
 
 
-# ---- both ------------------------------------------------------------------------------------------------
-
-
 def _percent(predicted: Tensor, truth: Tensor) -> float:
     return 100.0 * (predicted.cpu() == truth.cpu()).double().mean().item()
 
 
 def _check_inputs(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, num_classes: int) -> None:
     for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
+        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
         if x.ndim != 2 or y.ndim != 1 or len(x) != len(y):
-            raise ValueError(
-                f"{name}_x and {name}_y must be of shape (n, D) and (n,), "
-                f"got {tuple(x.shape)} and {tuple(y.shape)}"
-            )
+            raise ValueError(f"{name}_x and {name}_y must be of shape (n, D) and (n,), got {shapes}")
         if len(x) == 0:
             raise ValueError(f"{name}_x holds no samples; expected at least one")
         if not x.isfinite().all():
             raise ValueError(f"{name}_x holds NaN or infinite values; the encoder has diverged")
         if y.is_floating_point() or int(y.min()) < 0 or int(y.max()) >= num_classes:
-            raise ValueError(
-                f"{name}_y must hold integer classes in 0 .. {num_classes - 1}, "
-                f"got {y.dtype} from {y.min().item()} to {y.max().item()}"
-            )
-    if train_x.shape[1] != test_x.shape[1]:
-        raise ValueError(
-            f"test_x must have the {train_x.shape[1]} features of train_x, got {test_x.shape[1]}"
-        )
+            found = f"{y.dtype} from {y.min().item()} to {y.max().item()}"
+            raise ValueError(f"{name}_y must hold integer classes in 0 .. {num_classes - 1}, got {found}")
+    if (width := train_x.shape[1]) != test_x.shape[1]:
+        raise ValueError(f"test_x must have the {width} features of train_x, got {test_x.shape[1]}")

@@ -1,7 +1,7 @@
 """Figures of the report. Every function writes one PNG.
 
-They use matplotlib's object interface on the Agg canvas: `pyplot` is never imported, and the caller's
-figures, backend and rcParams stay as they are.
+They use matplotlib's object interface: `pyplot` is never imported, and the caller's figures, backend and
+rcParams stay as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
@@ -55,7 +54,6 @@ def report_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     """A figure of width x height inches in the report's style, saved to `path` at the end."""
     with matplotlib.style.context(["default", _STYLE]):
         figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
         yield figure
         figure.savefig(path, format="png")
 
@@ -144,11 +142,7 @@ def plot_views(
 ) -> None:
     """A grid of augmented views at their relative sizes: a row per image, at most 6, a column per view.
 
-    Args:
-        path: the PNG to write.
-        views: tensors (B, 3, S, S), normalised by `mean` and `std`, global views first.
-        num_global: number of global views.
-        mean, std: three numbers each, the normalisation that is undone here.
+    The `views` (B, 3, S, S), the global ones first, are normalised by `mean` and `std`, which is undone here.
     """
     rows = min(6, len(views[0]))
     sizes = [view.shape[-1] for view in views]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
+import re
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,10 @@ import jinja2
 import torch
 from torch import Tensor
 
-from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD
-from lejepa_fast.errors import RunError
 from lejepa_fast.train.evaluation.collapse import sigreg_levels
 from lejepa_fast.train.evaluation.evaluate import EvalResult
 from lejepa_fast.train.report import plots
+from lejepa_fast.train.runtime.files import disk_errors_named
 
 
 def write_report(
@@ -41,90 +41,69 @@ def write_report(
 
     Args:
         run_dir: an existing folder.
-        config: resolved configuration as nested dicts (`config.to_dict`), copied into the report. Missing
-            sections are allowed.
+        config: resolved configuration (`config.to_dict`), copied into the report.
         trained, untrained: results for both encoders, on the same data at the same image size.
         history: rows of `metrics.jsonl`; missing values leave gaps in the figures.
-        views: views of one batch, tensors (B, 3, S, S), global ones first; if empty, there is no such figure.
+        views: views of one batch, tensors (B, 3, S, S), global ones first.
         images_per_second: of the training; None: not recorded.
         steps: optimiser steps of the trained encoder.
 
     Raises:
         RunError: the folder cannot be written (no space, no permission). An earlier report stays as it is.
     """
-    summary = _summary(config, trained, untrained, images_per_second, steps)
-    target = run_dir / "report"
-    loss, crops = config.get("loss") or {}, config.get("crops") or {}
+    target, earlier = run_dir / "report", run_dir / ".report-old"
     temporary = run_dir / ".report-new"  # a fixed name: the next report removes what a killed run left
+    way_out = "free some space or choose another folder, then evaluate the checkpoint again"
+    summary = _summary(config, trained, untrained, images_per_second, steps)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        level = sigreg_levels(2, t_max=loss.get("t_max", 3.0), n_points=loss.get("n_points", 17)).gaussian
-        plots.plot_losses(
-            temporary / "loss.png", history, sigreg_floor=0.0 if loss.get("unbiased") else level
-        )
-        if trained.knn is not None and untrained.knn is not None and trained.majority is not None:
-            plots.plot_knn(
-                temporary / "knn.png",
-                history,
-                steps=steps,
-                trained=trained.knn,
-                untrained=untrained.knn,
-                majority=trained.majority,
-            )
-        if views:
-            plots.plot_views(
-                temporary / "views.png",
-                views,
-                num_global=crops.get("global_crops", sum(view.shape == views[0].shape for view in views)),
-                mean=crops.get("mean", IMAGENET_MEAN),
-                std=crops.get("std", IMAGENET_STD),
-            )
-        plots.plot_projections(temporary / "projections.png", trained.z_val, untrained.z_val)
-        plots.plot_spectrum(temporary / "spectrum.png", trained.z_val, untrained.z_val)
-        text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-        (temporary / "summary.json").write_text(text, encoding="utf-8")
-        (temporary / "report.html").write_text(_render(summary, temporary), encoding="utf-8")
-        earlier = run_dir / ".report-old"
-        shutil.rmtree(earlier, ignore_errors=True)
-        if target.exists():
-            target.rename(earlier)
-        try:
+        with disk_errors_named(target, way_out):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            _draw(temporary, config, trained, untrained, history, views, steps)
+            text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+            (temporary / "summary.json").write_text(text, encoding="utf-8")
+            (temporary / "report.html").write_text(_render(summary, temporary), encoding="utf-8")
+            shutil.rmtree(earlier, ignore_errors=True)
+            if target.exists():
+                target.rename(earlier)
             temporary.rename(target)
-        except OSError:
-            if earlier.exists():
-                earlier.rename(target)
-            raise
-        shutil.rmtree(earlier, ignore_errors=True)
-    except OSError as error:
-        raise RunError(
-            f"cannot write the report to {target}: {error.strerror or error}; "
-            "free some space or choose another folder, then evaluate the checkpoint again"
-        ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if earlier.exists() and not target.exists():
+            earlier.rename(target)
+        for folder in (temporary, earlier):
+            shutil.rmtree(folder, ignore_errors=True)
     return target / "report.html"
+
+
+def _draw(
+    folder: Path,
+    config: Mapping[str, Any],
+    trained: EvalResult,
+    untrained: EvalResult,
+    history: Sequence[Mapping[str, Any]],
+    views: Sequence[Tensor],
+    steps: int,
+) -> None:
+    """Draw all figures; the arguments are those of `write_report`."""
+    loss, crops = config["loss"], config["crops"]
+    level = sigreg_levels(2, t_max=loss["t_max"], n_points=loss["n_points"]).gaussian
+    plots.plot_losses(folder / "loss.png", history, sigreg_floor=0.0 if loss["unbiased"] else level)
+    if trained.knn is not None and untrained.knn is not None and trained.majority is not None:
+        ends = {"trained": trained.knn, "untrained": untrained.knn}
+        plots.plot_knn(folder / "knn.png", history, steps=steps, majority=trained.majority, **ends)
+    normalised = {"mean": crops["mean"], "std": crops["std"]}
+    plots.plot_views(folder / "views.png", views, num_global=crops["global_crops"], **normalised)
+    plots.plot_projections(folder / "projections.png", trained.z_val, untrained.z_val)
+    plots.plot_spectrum(folder / "spectrum.png", trained.z_val, untrained.z_val)
 
 
 def _render(summary: Mapping[str, Any], folder: Path) -> str:
     """The page, with the figures in `folder` embedded."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    config = summary["config"]
-    return environment.get_template("report.html.j2").render(
-        s=summary,
-        figures={path.name: base64.b64encode(path.read_bytes()).decode() for path in folder.glob("*.png")},
-        model=(config.get("model") or {}).get("name") or "encoder",
-        loss=config.get("loss") or {},
-        config=json.dumps(config, indent=2),
-    )
-
-
-# ---- summary.json ----------------------------------------------------------------------------------------
+    loader, strict = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.StrictUndefined
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=strict)
+    figures = {path.name: base64.b64encode(path.read_bytes()).decode() for path in folder.glob("*.png")}
+    config = json.dumps(summary["config"], indent=2)
+    return environment.get_template("report.html.j2").render(s=summary, figures=figures, config=config)
 
 
 def _summary(
@@ -136,71 +115,55 @@ def _summary(
 ) -> dict[str, Any]:
     """Contents of `summary.json`; accuracies in percent, None without labels."""
     levels = sigreg_levels(trained.n_val)
-    verdict = trained.verdict
-    accuracies: dict[str, float | None] = {}
+    summary: dict[str, Any] = {}
     for name in ("knn", "linear"):
         before, after = getattr(untrained, name), getattr(trained, name)
         gain = None if before is None or after is None else after - before
-        accuracies |= {f"{name}_untrained": before, f"{name}_trained": after, f"{name}_gain": gain}
-    return _json_value(
-        {
-            **accuracies,
-            "knn_k": trained.k,
-            "chance": trained.chance,
-            "majority_class": trained.majority,
-            "no_labels_because": trained.no_labels_because,
-            "embedding_std": trained.embedding_std,
-            "embedding_std_untrained": untrained.embedding_std,
-            "effective_rank": trained.effective_rank,
-            "effective_rank_untrained": untrained.effective_rank,
-            "effective_rank_limit": trained.rank_limit,
-            "sigreg_val": trained.sigreg,
-            "sigreg_val_untrained": untrained.sigreg,
-            "sigreg_val_gaussian": levels.gaussian,
-            "sigreg_val_all_zero": levels.collapsed,
-            "collapsed": verdict.collapsed,
-            "verdict": verdict.sentence,
-            "images_per_second": images_per_second,
-            "steps": steps,
-            "seed": config.get("seed"),
-            "train_images": trained.n_train,
-            "val_images": trained.n_val,
-            "num_classes": trained.num_classes,
-            "image_size": trained.image_size,
-            "feature_dim": trained.features_val.shape[1],
-            "embedding_dim": trained.z_val.shape[1],
-            "linear_learning_rate_untrained": untrained.linear_rate,
-            "linear_learning_rate_trained": trained.linear_rate,
-            "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-            "machine": _machine(),
-            "versions": _versions(),
-            "config": config,
-        }
-    )
-
-
-def _json_value(value: Any) -> Any:
-    """Convert to types of strict JSON: non-finite numbers become None, unknown objects text."""
-    if isinstance(value, Mapping):
-        return {str(key): _json_value(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_value(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, bool, int)) else str(value)
+        summary |= {f"{name}_untrained": before, f"{name}_trained": after, f"{name}_gain": gain}
+    summary |= {
+        "knn_k": trained.k,
+        "chance": trained.chance,
+        "majority_class": trained.majority,
+        "no_labels_because": trained.no_labels_because,
+        "embedding_std": trained.embedding_std,
+        "embedding_std_untrained": untrained.embedding_std,
+        "effective_rank": trained.effective_rank,
+        "effective_rank_untrained": untrained.effective_rank,
+        "effective_rank_limit": trained.rank_limit,
+        "sigreg_val": trained.sigreg,
+        "sigreg_val_untrained": untrained.sigreg,
+        "sigreg_val_gaussian": levels.gaussian,
+        "sigreg_val_all_zero": levels.collapsed,
+        "collapsed": trained.verdict.collapsed,
+        "verdict": trained.verdict.sentence,
+        "images_per_second": images_per_second,
+        "steps": steps,
+        "seed": config["seed"],
+        "train_images": trained.n_train,
+        "val_images": trained.n_val,
+        "num_classes": trained.num_classes,
+        "image_size": trained.image_size,
+        "feature_dim": trained.features_val.shape[1],
+        "embedding_dim": trained.z_val.shape[1],
+        "linear_learning_rate_untrained": untrained.linear_rate,
+        "linear_learning_rate_trained": trained.linear_rate,
+        "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": _machine(),
+        "versions": _versions(),
+        "config": config,
+    }
+    # Strict JSON: a number that is not finite becomes None, a path text.
+    return json.loads(json.dumps(summary, default=str), parse_constant=lambda name: None)
 
 
 def _machine() -> dict[str, Any]:
     """Processor, cores, memory and GPUs of this machine; nothing that identifies its user."""
-    processor = platform.processor() or "unknown"
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
+    name = re.search(r"^model name\s*: *(.*)", text, re.MULTILINE)
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor,
+        "processor": name[1] if name else platform.processor() or "unknown",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -212,14 +175,9 @@ def _versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on, if they are installed."""
     found = {"python": platform.python_version()}
     for package in ("lejepa_fast", "torch", "torchvision", "timm", "triton", "numpy", "matplotlib"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
-
-
-# ---- on the terminal -------------------------------------------------------------------------------------
 
 
 def format_table(trained: EvalResult, untrained: EvalResult) -> str:
@@ -246,6 +204,6 @@ def format_table(trained: EvalResult, untrained: EvalResult) -> str:
 
 def training_speed(history: Sequence[Mapping[str, Any]]) -> float | None:
     """Images per second of a run: the median over its train rows; None without such rows."""
-    rates = [row.get("images_per_second") for row in history if row.get("kind") == "train"]
+    rates = [row["images_per_second"] for row in history if row["kind"] == "train"]
     known = [rate for rate in rates if rate is not None]
     return statistics.median(known) if known else None

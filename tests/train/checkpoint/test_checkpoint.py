@@ -1,27 +1,30 @@
-"""Checkpoints: whole or not at all, checked before use, no code runs from them, full disks."""
+"""Checkpoints: whole or not at all, checked before use, no code runs from them, full disks, kills."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
+import multiprocessing
 import os
 import pickle
 import random
-import resource
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import saving_worker
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from training import CPU
+from training import CPU, Make, file_size_limit, rows_of, train_only, wait_until
 
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.train.checkpoint import saving
@@ -29,6 +32,7 @@ from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.checkpoint.saving import Saver, unfinished
 from lejepa_fast.train.checkpoint.storage import UnreadableCheckpointError
 from lejepa_fast.train.engine import random_state
+from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.runtime import files
 from lejepa_fast.train.runtime.world import World
 
@@ -88,19 +92,14 @@ def test_round_trip(tmp_path: Path) -> None:
     subprocess.run(["sha256sum", "-c", "--strict", checkpoint.MANIFEST], cwd=path, check=True)
 
 
-def test_a_save_of_the_same_step_replaces_and_keeps_no_file_of_a_killed_one(tmp_path: Path) -> None:
-    path = save(tmp_path, 1)
-    left = unfinished(path)
-    left.mkdir()
-    (left / "shard-00002.safetensors").write_bytes(b"half, by a second rank")
-    save(tmp_path, 1, **{"model.weight": torch.zeros(3)})
-    assert torch.equal(checkpoint.load_model(path)["weight"], torch.zeros(3))
-    assert names(tmp_path) == ["step-00000001"]
-
-
-def test_the_last_k_are_kept_in_the_order_of_steps(tmp_path: Path) -> None:
+def test_the_last_k_are_kept_and_a_save_of_the_same_step_replaces(tmp_path: Path) -> None:
     for step in (5, 20, 100, 1000):
-        save(tmp_path, step, keep=2)
+        path = save(tmp_path, step, keep=2)
+    unfinished(path).mkdir()
+    (unfinished(path) / "shard-00002.safetensors").write_bytes(b"half, by a second rank")
+    save(tmp_path, 1000, keep=2, **{"model.weight": torch.zeros(3)})
+    assert torch.equal(checkpoint.load_model(path)["weight"], torch.zeros(3))
+    assert names(path) == sorted(FILES)
     assert names(tmp_path) == ["step-00000100", "step-00001000"]
 
 
@@ -110,36 +109,31 @@ def test_each_shard_is_written_once(rank: int, tmp_path: Path, monkeypatch: pyte
     process groups, each of which would be a communicator between GPUs."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    written: list[tuple[dict[str, torch.Tensor], dict[str, Any]]] = []
+    written: dict[str, Any] = {}
 
-    def write_shard(path: Path, *what: Any) -> None:
-        written.append(what)  # type: ignore[arg-type]
+    def write_shard(path: Path, tensors: dict[str, torch.Tensor], offsets: dict[str, Any]) -> None:
+        written.update({name: (tensor.tolist(), offsets[name]) for name, tensor in tensors.items()})
         path.parent.mkdir(exist_ok=True)  # rank 0 has made it
         path.touch()
 
     monkeypatch.setattr(saving, "write_shard", write_shard)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
     try:
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh("cpu", (2, 2))
         values = torch.arange(6.0) + 6 * (rank % 2)
-        tensors = {
-            "sharded": DTensor.from_local(values, mesh, [Replicate(), Shard(0)], run_check=False),
-            "plain": torch.ones(2),
-        }
+        sharded = DTensor.from_local(values, mesh, [Replicate(), Shard(0)], run_check=False)
         monkeypatch.setattr(dist, "new_group", lambda **options: None)
         monkeypatch.setattr(dist, "is_initialized", lambda: False)  # the thread does not communicate
         saver = Saver(tmp_path, World(CPU.device, rank, 4), keep=1)
         groups = len(dist.distributed_c10d._world.pg_map)
-        saver.start(1, tensors, {})
+        saver.start(1, {"sharded": sharded, "plain": torch.ones(2)}, {})
         assert len(dist.distributed_c10d._world.pg_map) == groups
         saver.wait()
     finally:
         monkeypatch.undo()
         dist.destroy_process_group()
-    found = [{name: (t.tolist(), offsets[name]) for name, t in parts.items()} for parts, offsets in written]
-    sharded = {"sharded": (values.tolist(), (6 * rank,))}
-    plain = {"plain": ([1.0, 1.0], (0,))}
-    assert found == {0: [sharded | plain], 1: [sharded]}.get(rank, [])
+    mine = {"sharded": (values.tolist(), (6 * rank,))} if rank < 2 else {}
+    assert written == (mine | {"plain": ([1.0, 1.0], (0,))} if rank == 0 else mine)
 
 
 def test_random_states_survive_the_file(tmp_path: Path) -> None:
@@ -209,13 +203,6 @@ def test_every_bit_of_the_manifest_and_an_extra_file_are_noticed(tmp_path: Path)
         checkpoint.read_checkpoint(path)
 
 
-def test_nothing_readable_is_an_error_and_no_fresh_start(tmp_path: Path) -> None:
-    assert checkpoint.newest_checkpoint(tmp_path) is None
-    (save(tmp_path, 1) / SHARD).write_bytes(b"")
-    with pytest.raises(RunError, match=r"no checkpoint in .* can be read"):
-        checkpoint.newest_checkpoint(tmp_path)
-
-
 def test_reading_changes_nothing_and_the_trainer_cleans_up(tmp_path: Path) -> None:
     """With an unfinished save and a damaged checkpoint."""
     folder = tmp_path / "checkpoints"
@@ -231,6 +218,10 @@ def test_reading_changes_nothing_and_the_trainer_cleans_up(tmp_path: Path) -> No
     assert contents(tmp_path) == before
     assert newest_step(folder, own=True) == 1
     assert names(folder) == ["step-00000001", "step-00000002.damaged"]
+    # Where nothing can be read, the run does not start anew.
+    (folder / "step-00000001" / SHARD).write_bytes(b"")
+    with pytest.raises(RunError, match=r"no checkpoint in .* can be read"):
+        checkpoint.newest_checkpoint(folder)
 
 
 def test_a_disk_that_does_not_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,16 +229,13 @@ def test_a_disk_that_does_not_read_is_no_damage(tmp_path: Path, monkeypatch: pyt
     save(tmp_path, 1)
     save(tmp_path, 2)
     before = contents(tmp_path)
-    opened = Path.open
 
-    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
-        if self.name == SHARD:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
-        return opened(self, *args, **kwargs)
+    def refuse(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", refuse)
-        with pytest.raises(RunError, match=rf"cannot read .*step-00000002/{SHARD}: Input/output error"):
+        patch.setattr(checkpoint, "sha256_of", refuse)
+        with pytest.raises(RunError, match=r"cannot read .*step-00000002/.*: Input/output error"):
             checkpoint.newest_checkpoint(tmp_path, own=True)
     assert contents(tmp_path) == before
     assert newest_step(tmp_path) == 2
@@ -290,19 +278,18 @@ def test_code_in_a_checkpoint_never_runs(tmp_path: Path) -> None:
     """In place of any file, with sums that fit, and as the index that DCP would unpickle."""
     sentinel = tmp_path / "it-ran"
     armed = pickle.dumps(_Intruder(sentinel))
-    path = save(tmp_path / "run", 1)
-    (path / checkpoint.STATE).write_bytes(armed)
-    sign(path)
+
+    def checkpoint_with(name: str) -> Path:
+        path = save(tmp_path / "run", 1)
+        (path / name).write_bytes(armed)
+        sign(path)
+        return path
+
     with pytest.raises(UnreadableCheckpointError, match="not JSON"):
-        checkpoint.read_checkpoint(path)
-    path = save(tmp_path / "run", 1)
-    (path / SHARD).write_bytes(armed)
-    sign(path)
+        checkpoint.read_checkpoint(checkpoint_with(checkpoint.STATE))
     with pytest.raises(UsageError, match="not safetensors"):
-        checkpoint.load_model(path)
-    path = save(tmp_path / "run", 1)
-    (path / ".metadata").write_bytes(armed)
-    sign(path)
+        checkpoint.load_model(checkpoint_with(SHARD))
+    path = checkpoint_with(".metadata")
     checkpoint.read_checkpoint(path)
     assert len(checkpoint.load_model(path)["weight"]) == 50_000
     assert not sentinel.exists()
@@ -311,7 +298,6 @@ def test_code_in_a_checkpoint_never_runs(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_or_a_checkpoint_can_be_named(tmp_path: Path) -> None:
-    save(tmp_path / "checkpoints", 1)
     newest = save(tmp_path / "checkpoints", 2)
     for where in (tmp_path, tmp_path / "checkpoints", newest, str(newest)):
         assert checkpoint.find_checkpoint(where)[0] == newest
@@ -321,32 +307,18 @@ def test_a_run_folder_or_a_checkpoint_can_be_named(tmp_path: Path) -> None:
             checkpoint.find_checkpoint(tmp_path / name)
 
 
-def test_another_model_is_named() -> None:
-    def configured(**model: Any) -> dict[str, Any]:
-        options = {"name": "resnet18", "img_size": None, "drop_path": 0.0, "projector_dim": 64, **model}
-        return {"model": options, "crops": {"global_size": 48}}
+def test_another_projector_is_named() -> None:
+    def check(**changes: Any) -> None:
+        model = {"name": "resnet18", "img_size": None, "drop_path": 0.0, "projector_dim": 64}
+        saved, current = ({"model": m, "crops": {"global_size": 48}} for m in (model, model | changes))
+        checkpoint.check_same_model(saved, current, Path("step-00000001"))
 
-    path = Path("step-00000001")
-    same_weights = configured(img_size=48, drop_path=0.2)
-    checkpoint.check_same_model(configured(), same_weights, path)
-    with pytest.raises(UsageError, match="is of model resnet18, and this run is of resnet50"):
-        checkpoint.check_same_model(configured(), configured(name="resnet50"), path)
+    check(img_size=48, drop_path=0.2)  # the same weights
     with pytest.raises(UsageError, match=r"resnet18 \(projector_dim 64\).*resnet18 \(projector_dim 32\)"):
-        checkpoint.check_same_model(configured(), configured(projector_dim=32), path)
+        check(projector_dim=32)
 
 
 # ---- full disks --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """The kernel refuses to write larger files."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("fails_at", ["the kernel", "fsync", "state.json", "rename"])
@@ -372,3 +344,106 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert newest_step(tmp_path) == 1
     save(tmp_path, 2)  # with space again, it goes through
     assert newest_step(tmp_path) == 2
+
+
+# ---- under fire --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
+    """One in each twentieth of a save, from its start to its publication; every start finds the newest step,
+    whole. In every second round one rank is killed before the other, rank 0 and rank 1 in turn."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lejepa_fast.train.checkpoint.saving"])
+    folder = tmp_path / "checkpoints"
+    moments = random.Random(0)
+    newest = 0
+    killed: list[int] = []  # files of each save that did not get its name
+    for attempt in range(20):
+        arguments = (str(tmp_path), attempt, newest + 1)
+        processes = [
+            context.Process(target=saving_worker.save_without_end, args=(rank, *arguments), daemon=True)
+            for rank in range(2)
+        ]
+        for process in processes:
+            process.start()
+        try:
+
+            def saved(least: str = f"step-{newest + 1:08d}") -> list[Path]:
+                return [path for path in checkpoint.list_checkpoints(folder) if path.name >= least]
+
+            wait_until(lambda: len(saved()) > 1, alive=lambda both=processes: all(p.is_alive() for p in both))
+            first, second = (path.stat().st_mtime for path in saved()[-2:])
+            seconds = second - first
+            time.sleep(seconds * moments.uniform(attempt, attempt + 1) / 20)
+            for process in processes if attempt % 4 == 3 else reversed(processes):
+                process.kill()
+                time.sleep(0.2 * (attempt % 2))
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        killed += [len(list(left.iterdir())) for left in folder.glob(f".step-????????{files.UNFINISHED}")]
+        there = checkpoint.list_checkpoints(folder)[-1]
+        found = checkpoint.newest_checkpoint(folder, own=True)
+        assert found is not None
+        path, state = found
+        assert path == there  # none was passed over
+        assert state["step"] > newest
+        newest = state["step"]
+        weight = checkpoint.load_model(path)["weight"]
+        assert torch.equal(weight, torch.full(saving_worker.SHAPE, float(newest)))
+        assert not list(folder.glob(".*"))
+    assert not list(folder.glob("*.damaged"))
+    # Some before anything was written, some with tensors written or being written.
+    assert killed.count(0) >= 1, killed
+    assert sum(files > 0 for files in killed) >= 3, killed
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not when the next checkpoint is due, 100 steps later."""
+    write = saving.write_synced
+
+    def full(path: Path, data: bytes) -> None:
+        if "step-00000002" in str(path):
+            raise OSError(28, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(saving, "write_synced", full)
+    cfg = tiny(max_steps=200, checkpoint_every=2)
+    trainer = Trainer(cfg, CPU)
+    start = trainer.saver.start
+
+    def start_and_let_it_fail(*args: Any) -> None:
+        start(*args)
+        object.__setattr__(trainer, "cfg", tiny(max_steps=200, checkpoint_every=100))
+        wait_until(lambda: trainer.saver.failed, alive=lambda: True)
+
+    monkeypatch.setattr(trainer.saver, "start", start_and_let_it_fail)
+    with pytest.raises(RunError, match=r"cannot write .*step-00000002: No space left"):
+        trainer.run()
+    assert rows_of(cfg)[-1]["step"] == 3
+    assert list((trainer.run_dir / "checkpoints").iterdir()) == []
+
+
+def test_a_second_trainer_in_the_folder_is_refused(tiny: Make) -> None:
+    cfg = tiny(max_steps=2)
+    assert cfg.out is not None
+    cfg.out.mkdir()
+    code = (
+        "import sys, time; from pathlib import Path; from lejepa_fast.train.runtime.files import RunLock\n"
+        "lock = RunLock(Path(sys.argv[1])); lock.take(); print('taken', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(cfg.out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "taken\n"
+        with pytest.raises(UsageError, match=rf"another trainer \(process {other.pid} on .*another --out"):
+            train_only(cfg)
+        assert not (cfg.out / "metrics.jsonl").exists()
+    finally:
+        other.kill()
+        other.wait()
+    train_only(cfg)  # the lock died with its holder

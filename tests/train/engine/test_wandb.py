@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-from training import Make, rows_of, train_only
+from training import SCRIPT, Make, arguments_of, rows_of, torchrun, train_only
 
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.train.engine import random_state
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.runtime.signals import Interrupted
+
+Calls = Callable[[], list[dict[str, Any]]]
 
 STAND_IN = """
 import json, os, random
@@ -47,7 +51,7 @@ def init(**options):
 
 
 @pytest.fixture
-def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[dict[str, Any]]]:
+def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Put the stand-in where the package would be; calling the fixture returns the calls so far."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "wandb.py").write_text(STAND_IN)
@@ -60,9 +64,7 @@ def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[
     sys.modules.pop("wandb", None)
 
 
-def test_it_gets_the_numbers_of_all_rows_and_costs_no_random_number(
-    wandb: Callable[[], list[dict[str, Any]]], tiny: Make
-) -> None:
+def test_it_gets_the_numbers_of_all_rows_and_costs_no_random_number(wandb: Calls, tiny: Make) -> None:
     cfg = tiny(wandb="birds", max_steps=5, eval={"every": 1, "linear_steps": 5})
     train_only(cfg)
     states = random_state.capture_rng()
@@ -88,12 +90,13 @@ def test_it_gets_the_numbers_of_all_rows_and_costs_no_random_number(
 
 
 def test_a_refusal_at_the_start_is_an_error_and_later_a_warning(
-    wandb: Callable[[], list[dict[str, Any]]],
-    tiny: Make,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    wandb: Calls, tiny: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cfg = tiny(wandb="birds", max_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", None)  # as if there were none
+        with pytest.raises(UsageError, match=r"^wandb: .*pip install 'lejepa_fast\[wandb\]', or leave out"):
+            train_only(cfg)
     monkeypatch.setenv("WANDB_REFUSES", "init")
     with pytest.raises(RunError, match=r"^wandb: api_key not configured \(no-tty\); .*WANDB_MODE=offline"):
         train_only(cfg)
@@ -107,22 +110,22 @@ def test_a_refusal_at_the_start_is_an_error_and_later_a_warning(
     ("error", "exit_code"), [(RunError("no space"), 1), (Interrupted("stopped", signal.SIGTERM), 0)]
 )
 def test_a_run_that_fails_is_marked_there_and_an_interrupted_one_is_not(
-    error: BaseException,
-    exit_code: int,
-    wandb: Callable[[], list[dict[str, Any]]],
-    tiny: Make,
-    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException, exit_code: int, wandb: Calls, tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ends(self: Trainer) -> None:
-        raise error
-
-    monkeypatch.setattr(Trainer, "train", ends)
+    monkeypatch.setattr(Trainer, "train", Mock(side_effect=error))
     with pytest.raises(type(error)):
         train_only(tiny(wandb="birds", max_steps=1))
     assert (wandb()[-1]["call"], wandb()[-1]["exit_code"]) == ("finish", exit_code)
 
 
-def test_a_missing_package_is_named(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if there were none
-    with pytest.raises(UsageError, match=r"^wandb: .*pip install 'lejepa_fast\[wandb\]', or leave out"):
-        train_only(tiny(wandb="birds", max_steps=1))
+@pytest.mark.slow
+def test_of_two_ranks_one_opens_a_run(
+    wandb: Calls, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ["PYTHONPATH"]]))
+    cfg = tiny(wandb="birds", max_steps=2)
+    result = torchrun(SCRIPT, *arguments_of(cfg, tmp_path / "configs"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("report: ") == 1
+    calls = [call["call"] for call in wandb()]
+    assert calls == ["init", "define_metric", "log", "log", "log", "log", "finish"]

@@ -14,10 +14,6 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def judge(z: Tensor) -> collapse.Verdict:
-    return collapse.verdict(collapse.embedding_std(z), collapse.effective_rank(z), *z.shape)
-
-
 @pytest.mark.parametrize(
     ("name", "z", "collapsed"),
     [
@@ -33,13 +29,10 @@ def judge(z: Tensor) -> collapse.Verdict:
     ],
 )
 def test_verdict_on_planted_embeddings(name: str, z: Tensor, collapsed: bool) -> None:
-    verdict = judge(z)
+    verdict = collapse.verdict(collapse.embedding_std(z), collapse.effective_rank(z), *z.shape)
     assert verdict.collapsed is collapsed, f"{name}: {verdict.sentence}"
     assert verdict.sentence.startswith("Collapsed" if collapsed else "Healthy")
     assert "rule:" in verdict.sentence
-
-
-def test_verdict_is_collapsed_on_nan() -> None:
     assert collapse.verdict(float("nan"), 5.0, 100, 64).collapsed
     assert collapse.verdict(1.0, float("nan"), 100, 64).collapsed
 
@@ -57,9 +50,7 @@ def test_eigenvalues_equal_numpys(n: int) -> None:
     z = randn(n, 10) * torch.linspace(0.1, 2, 10) + 5
     expected = np.linalg.eigvalsh(np.cov(z.double().numpy(), rowvar=False, bias=True))[::-1]
     np.testing.assert_allclose(collapse.covariance_eigenvalues(z).numpy(), expected, rtol=1e-8, atol=1e-12)
-    assert collapse.embedding_std(z) == pytest.approx(
-        z.numpy().astype(np.float64).std(axis=0).mean(), rel=1e-12
-    )
+    assert collapse.embedding_std(z) == pytest.approx(z.double().numpy().std(axis=0).mean(), rel=1e-12)
 
 
 def test_sigreg_statistic_between_its_levels() -> None:
