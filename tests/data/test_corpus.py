@@ -147,7 +147,7 @@ def test_bombs_and_huge_images_take_little_memory(backend, tmp_path):
 
     (before, bombs), *seen = measured("few", "bombs")
     assert seen == [(4, 20), (0, len(BOMBS))]
-    assert bombs - before < 100 << 10
+    assert bombs - before < 200 << 10  # decoded, the WebP alone takes 286 MiB
     (before, sixteen, alpha, large), *seen = measured("few", "sixteen", "alpha", "large")
     assert seen == [(4, 8, 8, 8), (0, 0, 0, 1)]
     pixels = side * side / 1024

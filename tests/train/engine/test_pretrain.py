@@ -19,6 +19,7 @@ from PIL import Image
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from training import CPU, SCRIPT, Make, arguments_of, rows_of, torchrun, train_only, wait_until
 
+import lejepa_fast.train.runtime.world as ranks
 from lejepa_fast.data.backends import choose_backend as choice
 from lejepa_fast.train import pretrain
 from lejepa_fast.train.checkpoint.storage import read_checkpoint
@@ -234,9 +235,13 @@ def test_a_defect_among_ranks_is_printed_before_the_process_ends(
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    monkeypatch.setattr(pretrain, "setup_world", lambda device: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        pretrain.main(["--device", "cpu"])
+    monkeypatch.setattr(ranks, "setup_world", lambda device: 1 / 0)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            pretrain.main(["--device", "cpu"])
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     assert ended == [1]
     assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
-    assert not dist.is_initialized()
