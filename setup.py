@@ -9,7 +9,6 @@ from setuptools import find_packages, setup
 setup(
     packages=find_packages(include=["lejepa_fast", "lejepa_fast.*"]),
     package_data={
-        "": ["*.jinja", "*.j2", "*.html", "*.css"],
         "lejepa_fast": ["py.typed"],
         "lejepa_fast.data": ["trashnet96/*", "trashnet96/*/*"],
         "lejepa_fast.train.report": ["*.j2"],

@@ -53,7 +53,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # The names that end in 2 are Blackwell's packed instructions: two operations, issued once.
 FP32 = ("FADD", "FMUL", "FFMA", "FSEL", "FSETP", "FMNMX", "FCHK", "FADD2", "FMUL2", "FFMA2")
 TENSOR = ("HGMMA", "HMMA", "UTCHMMA", "UTCOMMA")
-# The constant of the range reduction as the disassembler prints it; see `series.py`.
+# The constant of the range reduction as the disassembler prints it; see `kernels/phases.py`.
 _ROUND = re.compile(r"FADD.*12582912")
 _LINE = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)")
 # One H200. FP32: 128 lanes x 132 multiprocessors x boost clock. Matrix products: bf16 as measured on random

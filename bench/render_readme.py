@@ -27,8 +27,9 @@ def markdown(header: Sequence[str], table: Sequence[Sequence[str]], row: Row) ->
     """A table, and below it where, with what and when `row` was measured."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *table]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    origin = "{device}, {threads} threads, torch {torch}, triton {triton}, {date:.10}: `{command}`"
-    return f"{text}\n\n{origin.format(**row)}"
+    threads = f"{row['threads']} thread" + "s" * (row["threads"] != 1)
+    origin = "{device}, {0}, torch {torch}, triton {triton}, {date:.10}: `{command}`"
+    return f"{text}\n\n{origin.format(threads, **row)}"
 
 
 def comparison() -> str:
@@ -48,14 +49,18 @@ def comparison() -> str:
         times = [f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms" for ms in (theirs, its)]
         memory = "{:.0f} against {:.0f} MiB".format(*(r.get("peak_extra_mib", 0) for r in (row, mine)))
         table.append([what, f"{name}: {times[0]}", f"**{times[1]}**", f"{theirs / its:.1f}x", memory])
-    loaders = {row["contender"]: row for row in rows_of("loader", kind="peers")}
+    loaders, command = (
+        {row["contender"]: row for row in rows_of("loader", kind="peers")},
+        right[-1]["command"],
+    )
     if {OURS, STABLE} <= loaders.keys():
         theirs, its = (loaders[name]["images_per_s"] for name in (STABLE, OURS))
         what = "loading JPEGs, {views} crops, one worker".format(**loaders[OURS])
         name = f"{STABLE} {loaders[STABLE]['version']}: {theirs:.0f} images/s"
         table.append([what, name, f"**{its:.0f} images/s**", f"{its / theirs:.1f}x", ""])
+        command += f"`, `{loaders[OURS]['command']}"
     header = ["forward + backward of the loss; the loader", "other", "lejepa_fast", "faster", "memory"]
-    return markdown(header, table, right[-1])
+    return markdown(header, table, {**right[-1], "command": command})
 
 
 def simple(name: str, columns: dict[str, str], **wanted: object) -> str:

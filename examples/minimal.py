@@ -31,7 +31,7 @@ TO_TENSOR = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize((
 
 
 def random_view(size: int, scale: tuple[float, float]) -> v2.Compose:
-    """A crop of `scale` (share of the image's area) at `size` pixels, with random flip and colours."""
+    """A crop of `scale` (share of the image's area) at `size` pixels, with random flip and colors."""
     crop = v2.RandomResizedCrop(size, scale)
     return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.2, 0.1), *TO_TENSOR])
 

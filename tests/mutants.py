@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +52,7 @@ TARGETS = (
     Target("kernels", 8, r"kernels/(?!__init__|color)\w+\.py", "kernel_operators kernel_memory kernel_tiles"),
     Target("sampler", 6, r".*/data/sampler\.py", "test_loader test_workers"),
     Target("draws", 6, r".*/data/draws\.py", "test_ops test_parity"),
-    Target("guard", 6, r"train/engine/guard\.py", "test_guard test_average test_train test_trainer"),
+    Target("guard", 6, r"train/engine/guard\.py", "test_step test_average test_train"),
     Target("checkpoint", 8, r"train/checkpoint/[a-z]\w+\.py", "test_checkpoint test_resume"),
     Target("probes", 8, r"train/evaluation/probes\.py", "test_probes"),
 )
@@ -106,8 +105,14 @@ def mutate(source: str, operator: str, occurrence: int) -> str | None:
 
 
 def test_files(root: Path, target: Target) -> list[Path]:
-    paths = sorted((root / "tests").rglob("*.py"))
-    return [path for name in target.tests.split() for path in paths if fnmatch(path.stem, name)]
+    """The test files of a target; SystemExit if one of its names has none."""
+    paths, found = sorted((root / "tests").rglob("*.py")), []
+    for name in target.tests.split():
+        named = [path for path in paths if path.stem == name]
+        if not named:
+            raise SystemExit(f"error: no test file {name}.py of {target.name!r}; correct TARGETS")
+        found += named
+    return found
 
 
 def sample(seed: int, only: str) -> list[tuple[Target, dict, str]]:
@@ -116,8 +121,9 @@ def sample(seed: int, only: str) -> list[tuple[Target, dict, str]]:
     for target in TARGETS:
         mine = [file for file in files if re.fullmatch(target.sources, file)]
         files = [file for file in files if file not in mine]
-        if not (mine and test_files(ROOT, target)):
-            raise SystemExit(f"error: {target.name!r} has no source or no test file; correct TARGETS")
+        test_files(ROOT, target)  # all of them exist
+        if not mine:
+            raise SystemExit(f"error: {target.name!r} has no source; correct TARGETS")
         if not re.search(only, target.name):
             continue
         sources = {file: (ROOT / file).read_text() for file in mine}

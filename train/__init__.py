@@ -8,4 +8,8 @@ if __name__ == "train":
 
 from lejepa_fast.errors import require_extra
 
-require_extra("train", "torchvision", "timm", "tyro", "safetensors", "matplotlib", "tqdm", "numpy", "PIL")
+require_extra(
+    "train",
+    *("torchvision", "timm", "tyro", "pydantic", "annotated_types", "safetensors", "tensorboard"),
+    *("matplotlib", "jinja2", "tqdm", "numpy", "PIL"),
+)

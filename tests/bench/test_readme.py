@@ -49,7 +49,7 @@ def test_the_first_table_compares_with_packages(tmp_path, monkeypatch):
         row(LIGHTLY, "peers", "float32", 350.0, version="1.6.0", **cpu),
         row(BASELINE, "cpu", "float32", 1.0, **cpu),
     ]
-    about = {**cpu, "kind": "peers", "views": "2 x 224"}
+    about = {**cpu, "kind": "peers", "views": "2 x 224", "command": "python bench/y.py"}
     loader = [
         {"contender": STABLE, "images_per_s": 60.0, "version": "0.1.8", **about},
         {"contender": OURS, "images_per_s": 900.0, **about},
@@ -61,7 +61,8 @@ def test_the_first_table_compares_with_packages(tmp_path, monkeypatch):
         [loss, "lightly 1.6.0: 350 ms", "**70 ms**", "5.0x", "350 against 70 MiB"],
         ["loading JPEGs, 2 x 224 crops, one worker", *speeds],
     ]
-    assert origin == "AMD EPYC, 16 threads, torch 2.11, triton 3.6, 2030-01-02: `python bench/x.py`"
+    where = "AMD EPYC, 16 threads, torch 2.11, triton 3.6, 2030-01-02"
+    assert origin == where + ": `python bench/x.py`, `python bench/y.py`"
 
 
 def test_rows_of_a_gpu_take_the_place_of_those_of_a_cpu(tmp_path, monkeypatch):
@@ -91,10 +92,27 @@ def test_the_text_does_not_deny_figures_that_there_are():
     assert measured != ("none has been measured on a GPU" in " ".join(README.split()))
 
 
-def test_linked_files_exist():
-    for text in [README, *(p.read_text(encoding="utf-8") for p in (ROOT / "docs").glob("*.md"))]:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text):
-            assert (ROOT / target).exists() or (ROOT / "docs" / target).exists(), target
+def heading_anchors(text: str) -> set[str]:
+    """Anchors of the headings of a page, as Markdown viewers make them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name
+)
+def test_named_files_and_linked_headings_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not anchor or anchor in heading_anchors(linked.read_text(encoding="utf-8")), (
+            f"{target}#{anchor}"
+        )
+    if page.name != "CHANGELOG.md":  # which also names what is gone
+        rooms = "lejepa_fast|kernels|train|bench|tests|docs|examples"
+        for path in re.findall(rf"[`( ]((?:{rooms})/[\w/.-]+\.(?:py|md|jsonl?|png|svg|yaml))\b", text):
+            assert (ROOT / path).exists(), path
 
 
 def test_six_lines_of_use():
