@@ -104,7 +104,7 @@ def mutate(source: str, operator: str, occurrence: int) -> str | None:
     return None if mutated == source or ("Binary" in operator and before == after) else mutated
 
 
-def test_files(root: Path, target: Target) -> list[Path]:
+def find_tests(root: Path, target: Target) -> list[Path]:
     """The test files of a target; SystemExit if one of its names has none."""
     paths, found = sorted((root / "tests").rglob("*.py")), []
     for name in target.tests.split():
@@ -121,7 +121,7 @@ def sample(seed: int, only: str) -> list[tuple[Target, dict, str]]:
     for target in TARGETS:
         mine = [file for file in files if re.fullmatch(target.sources, file)]
         files = [file for file in files if file not in mine]
-        test_files(ROOT, target)  # all of them exist
+        find_tests(ROOT, target)  # all of them exist
         if not mine:
             raise SystemExit(f"error: {target.name!r} has no source; correct TARGETS")
         if not re.search(only, target.name):
@@ -154,7 +154,7 @@ def run_tests(copy: Path, target: Target, limit: int) -> str:
     """
     for interpret in ("0", "1"):
         kernel = interpret == "1"
-        files = [path for path in test_files(copy, target) if path.stem.startswith("kernel_") == kernel]
+        files = [path for path in find_tests(copy, target) if path.stem.startswith("kernel_") == kernel]
         if not files:
             continue
         env = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
