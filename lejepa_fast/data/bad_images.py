@@ -29,12 +29,12 @@ class BadImages:
     """The images of a source that are known to be bad, with their reasons. Threads may share it.
 
     Args:
-        source: Where the images come from.
-        file: List of bad images, one line each: name, number and reason, separated by tabs. Images in it that
+        source: where the images come from.
+        file: list of bad images, one line each: name, number and reason, separated by tabs. Images in it that
             fit the source are not tried again. Every rank appends what it meets, and reads what the others
             have met when an epoch begins. None: bad images are only logged.
-        max_bad_fraction: More than this share of the source's images stops the run.
-        log_each: Log each bad image as a warning.
+        max_bad_fraction: more than this share of the source's images stops the run.
+        log_each: log each bad image as a warning.
 
     Raises:
         UsageError: `max_bad_fraction` is not in [0, 1], or `file` cannot be written.

@@ -1,4 +1,4 @@
-"""What to make of an image: multi-crop views in training, one centred view in evaluation.
+"""What to make of an image: multi-crop views in training, one centered view in evaluation.
 
 Very large images are read at 1/2, 1/4 or 1/8 of their size. One of 48 megapixels takes many times as long as
 one of a usual size to decode and to cut views from (docs/loader.md has the figures), and a whole batch waits
@@ -132,7 +132,7 @@ def _stride(seed: int, epoch: int, count: int) -> int:
 
 @dataclass(frozen=True)
 class EvalViews(Views):
-    """One view without randomness: the short side is resized to `image_size`, then the centre is cut out."""
+    """One view without randomness: the short side is resized to `image_size`, then the center is cut out."""
 
     image_size: int
 
@@ -144,7 +144,7 @@ class EvalViews(Views):
         return min(width, height) / (_SPARE * self.image_size)
 
     def table(self, epoch: int, indices: Sequence[int], sizes: Sequence[tuple[int, int]]) -> np.ndarray:
-        """The window of the source that becomes the centre, rounded as torchvision rounds."""
+        """The window of the source that becomes the center, rounded as torchvision rounds."""
         table = np.zeros((len(indices), 1, COLUMNS))
         for row, (width, height) in zip(table[:, 0], sizes, strict=True):
             row[COLUMN_LEFT], row[COLUMN_WIDTH] = self._window(width, height)

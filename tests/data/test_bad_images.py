@@ -112,7 +112,7 @@ def test_substitutes_differ_and_reach_every_image(count):
 def test_unreadable_and_small_images_are_listed_and_replaced(tmp_path, backend, workers, caplog):
     source = numbered_folder(tmp_path / "images", 40, n3=b"no image at all", n11=broken_png())
     Image.new("RGB", (40, 23)).save(source.describe(9))
-    file = tmp_path / "run" / "quarantine.txt"
+    file = tmp_path / "run" / "bad_images.txt"
     options = {"num_workers": workers, **on(backend), "bad_images": file}
     loaders = loaders_of(source, 1, 8, **options)
     assert not file.parent.exists()  # a run that ends before its first bad image leaves nothing
@@ -202,7 +202,7 @@ def test_a_resumed_run_lists_what_it_knows_in_a_new_file(tmp_path):
     source = damaged_folder(tmp_path / "images")
     state = steps_of(loaders_of(source, 1, 79, backend="torchvision"))[1]
     assert [index for index, _ in state["bad"]] == list(BAD)
-    file = tmp_path / "other" / "quarantine.txt"
+    file = tmp_path / "other" / "bad_images.txt"
     ranks = loaders_of(source, 2, 8, backend="torchvision", bad_images=file)
     for rank in ranks[::-1]:
         assert not file.exists()
@@ -212,7 +212,7 @@ def test_a_resumed_run_lists_what_it_knows_in_a_new_file(tmp_path):
 
 def test_ranks_read_what_others_met_when_an_epoch_begins(tmp_path, backend):
     source = damaged_folder(tmp_path / "images")
-    file = tmp_path / "quarantine.txt"
+    file = tmp_path / "bad_images.txt"
     ranks = loaders_of(source, 2, 6, **on(backend), bad_images=file)
     steps_of(ranks)
     before = file.read_text()
@@ -249,7 +249,7 @@ def test_too_many_bad_images_stop_the_run(tmp_path, backend):
 @pytest.mark.parametrize("known_by", ["file", "state"])
 def test_too_many_bad_images_of_before_are_told_as_such(tmp_path, known_by):
     source = damaged_folder(tmp_path / "images")
-    file = tmp_path / "quarantine.txt"
+    file = tmp_path / "bad_images.txt"
     state = steps_of(loaders_of(source, 1, 79, backend="torchvision", bad_images=file))[1]
     options = {"bad_images": file if known_by == "file" else None, "max_bad_fraction": 0.05}
     (resumed,) = loaders_of(source, 1, 8, backend="torchvision", **options)
@@ -290,13 +290,13 @@ def test_huge_files_pipes_and_devices_are_not_read(tmp_path, backend, kind):
         source = FolderSource(root.parent)
     else:
         source = shard_of(source, tmp_path / "a.tar", size)
-    options = {**on(backend), "bad_images": tmp_path / "quarantine.txt", "max_bad_fraction": 0.3}
+    options = {**on(backend), "bad_images": tmp_path / "bad_images.txt", "max_bad_fraction": 0.3}
     assert [len(batch) for batch, _ in eval_loader(source, image_size=8, batch_size=12, **options)] == [9]
     reasons = (
         dict.fromkeys(("pipe.png", "zero.png"), "a pipe or device, not a file") if kind == "folder" else {}
     )
     reasons["huge.png"] = "204,800 MiB, more than the 256 that an image file may have"
-    assert {name.split()[-1]: why for name, why in listed(tmp_path / "quarantine.txt").items()} == reasons
+    assert {name.split()[-1]: why for name, why in listed(tmp_path / "bad_images.txt").items()} == reasons
 
 
 @pytest.mark.parametrize("kind", ["folder", "shard"])
@@ -336,7 +336,7 @@ def bad_of(count: int, file: Path) -> BadImages:
 
 
 def test_several_writers_keep_their_lines_apart(tmp_path):
-    file = tmp_path / "quarantine.txt"
+    file = tmp_path / "bad_images.txt"
     ranks = [bad_of(4000, file) for _ in range(4)]
 
     def work(rank: int) -> None:
@@ -355,13 +355,13 @@ def test_several_writers_keep_their_lines_apart(tmp_path):
 def test_a_file_that_cannot_be_written_shows_at_once(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "plain").touch()
-    for file in (tmp_path / "folder", tmp_path / "plain" / "quarantine.txt"):
+    for file in (tmp_path / "folder", tmp_path / "plain" / "bad_images.txt"):
         with pytest.raises(UsageError, match=rf"^bad_images: cannot write {file}; choose another file"):
             BadImages(NumberedSource(3), file)
 
 
 def test_a_full_disk_stops_the_run_and_spoils_no_line(tmp_path):
-    file = tmp_path / "quarantine.txt"
+    file = tmp_path / "bad_images.txt"
     one = bad_of(3, file)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -381,7 +381,7 @@ def test_a_full_disk_stops_the_run_and_spoils_no_line(tmp_path):
 
 
 def test_lines_that_fit_no_image_are_ignored(tmp_path):
-    file = tmp_path / "quarantine.txt"
+    file = tmp_path / "bad_images.txt"
     lines = ["image-7.png\t7\tbroken", f"image-1.png\t{'1' * 5000}\tbroken", "image-8.png\t9\tother data"]
     lines += ["image-20.png\t20\tbroken", "text", "image-3.png\t"]
     file.write_text("\n".join(lines))  # the last line is not complete
@@ -394,7 +394,7 @@ def test_lines_that_fit_no_image_are_ignored(tmp_path):
 
 
 def test_a_file_that_cannot_be_read_for_a_while_is_no_error(tmp_path, monkeypatch, caplog):
-    file = tmp_path / "quarantine.txt"
+    file = tmp_path / "bad_images.txt"
     one = bad_of(3, file)
     bad_of(3, file).add(1, "broken")
 

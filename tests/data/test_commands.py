@@ -44,8 +44,8 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_bad_files_are_listed_and_counted(data, tmp_path, capsys, monkeypatch):
-    listing = tmp_path / "run" / "quarantine.txt"
-    assert main(["verify", str(data), "--quarantine", str(listing)]) == 1
+    listing = tmp_path / "run" / "bad_images.txt"
+    assert main(["verify", str(data), "--bad-images", str(listing)]) == 1
     out, err = capsys.readouterr()
     assert err == ""  # no progress bar where there is no terminal
     rows = [line.split() for line in out.splitlines()]

@@ -67,7 +67,7 @@ def test_an_epoch_over_damaged_and_odd_files(corpus, backend, tmp_path):
     assert (len(bad), len(source)) == (len(BAD), GOOD + len(bad) + len(odd))
     batch_size = 40
     seed = next(seed for seed in range(10_000) if bad | odd <= taken(source, batch_size, seed))
-    file = tmp_path / "quarantine.txt"
+    file = tmp_path / "bad_images.txt"
     options = {**on(backend), "seed": seed, "bad_images": file, "dtype": torch.uint8}
     seen: dict[int, list[Tensor]] = {}
     for views, labels in multicrop_loader(source, RECIPE, batch_size=batch_size, num_workers=2, **options):

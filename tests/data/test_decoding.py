@@ -267,7 +267,7 @@ def test_every_crop_keeps_two_pixels_for_one(size, ratio):
 
 
 @pytest.mark.parametrize(("size", "factor"), [((8000, 6000), 8), ((30_000, 900), 2), ((30_000, 895), 1)])
-def test_reduction_for_the_centre(size, factor):
+def test_reduction_for_the_center(size, factor):
     views = EvalViews(NumberedSource(1), 224)
     assert views.reduction(*size) == views.reduction(*size[::-1]) == factor
 

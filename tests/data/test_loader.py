@@ -73,10 +73,10 @@ def test_dtype_layout_and_labels(make):
         torch.testing.assert_close(p, (r / 255 - mean) / std)
         assert torch.equal(h, p.bfloat16())
         assert h.is_contiguous(memory_format=torch.channels_last)
-    unlabelled = multicrop_loader(
-        NumberedSource(8, labelled=False), RECIPE, batch_size=4, backend=make.keywords["backend"]
+    unlabeled = multicrop_loader(
+        NumberedSource(8, labeled=False), RECIPE, batch_size=4, backend=make.keywords["backend"]
     )
-    assert next(iter(unlabelled))[1] is None
+    assert next(iter(unlabeled))[1] is None
     # The views can enter autograd: inference-mode tensors could not be saved for backward.
     weight = torch.ones(1, requires_grad=True, device=raw[0].device)
     (raw[0].float() * weight).sum().backward()
@@ -255,11 +255,11 @@ def test_eval_loader(workers):
         batches = list(made)
         assert [len(t) for _, t in batches] == [4, 4, 2]
         assert torch.cat([t for _, t in batches]).tolist() == list(range(10))
-    # 30 x 20 at 20 px: no resizing, the centre 20 columns.
+    # 30 x 20 at 20 px: no resizing, the center 20 columns.
     pixels = torch.from_numpy(np.array(source[9][0]))[:, 5:25].permute(2, 0, 1) / 255
     mean, std = torch.tensor(RECIPE.mean).view(3, 1, 1), torch.tensor(RECIPE.std).view(3, 1, 1)
     torch.testing.assert_close(batches[-1][0][-1], (pixels - mean) / std)
-    bigger, labels = next(iter(eval_loader(NumberedSource(2, labelled=False), image_size=64, batch_size=4)))
+    bigger, labels = next(iter(eval_loader(NumberedSource(2, labeled=False), image_size=64, batch_size=4)))
     assert bigger.shape == (2, 3, 64, 64)
     assert labels.tolist() == [-1, -1]
 
@@ -270,7 +270,7 @@ def test_very_long_images_are_cut_before_they_are_resized(monkeypatch):
     made = []
     resize = F.resize
     monkeypatch.setattr(backend.F, "resize", lambda *a, **o: made.append(resize(*a, **o)) or made[-1])
-    view = backend.centre_view(source[0][0], 16)
+    view = backend.center_view(source[0][0], 16)
     assert [tuple(image.shape) for image in made] == [(3, 16, 64)]
     assert torch.equal(view, F.center_crop(whole, [16, 16]))
 

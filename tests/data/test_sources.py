@@ -101,7 +101,7 @@ def test_hold_out_depends_on_the_images_of_a_class_alone(tmp_path):
 def test_flat_folder_has_no_labels(tmp_path):
     write_images(tmp_path / "flat", 10)
     source = open_source(str(tmp_path / "flat"), "train")
-    assert (len(source), source.targets, source.classes, source.labelled) == (9, None, None, False)
+    assert (len(source), source.targets, source.classes, source.labeled) == (9, None, None, False)
     assert source[0][1] == -1
 
 

@@ -112,7 +112,7 @@ def distance(one: Tensor, other: Tensor) -> float:
     return (one.int() - other.int()).abs().float().mean().item()
 
 
-# Each with a neighbour that is wrong enough to be caught.
+# Each with a neighbor that is wrong enough to be caught.
 OPERATIONS = {
     "plain": (PLAIN, PLAIN._replace(left=22)),
     "flip": (PLAIN._replace(flip=True), PLAIN),

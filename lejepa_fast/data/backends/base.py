@@ -17,12 +17,12 @@ from lejepa_fast.errors import UsageError
 
 
 class RawBatch(NamedTuple):
-    """Pixels and labels before normalisation."""
+    """Pixels and labels before normalization."""
 
     views: list[Tensor]
     """V tensors (B, 3, S, S) uint8 of any memory layout, on the CPU (possibly pinned) or the GPU."""
     targets: Tensor
-    """(B,) int64 on the CPU, -1 where unlabelled."""
+    """(B,) int64 on the CPU, -1 where unlabeled."""
 
     def rows(self, kept: Sequence[int]) -> RawBatch:
         """The batch with these rows only."""
@@ -63,7 +63,7 @@ class Loading:
 
 
 class Backend(Protocol):
-    """Makes the pixels. The loader decides which images make up which batch, and normalises."""
+    """Makes the pixels. The loader decides which images make up which batch, and normalizes."""
 
     name: str
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from lejepa_fast.data.backends.base import Loading, RawBatch
 from lejepa_fast.data.backends.cpu_kernels import render_view
-from lejepa_fast.data.backends.torchvision_backend import centre_view
+from lejepa_fast.data.backends.torchvision_backend import center_view
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.draws import COLUMN_TOP, COLUMN_WIDTH
 from lejepa_fast.data.sampler import BatchKey
@@ -96,7 +96,7 @@ class CpuBackend:
     def _render(self, image: Image.Image, drawn: np.ndarray, out: list[np.ndarray]) -> None:
         """Write all views of an image, each (3, S, S) uint8, to `out`. drawn: their rows of `view_table`."""
         if isinstance(self._views, EvalViews):
-            out[0][:] = centre_view(image, self._views.image_size).numpy()
+            out[0][:] = center_view(image, self._views.image_size).numpy()
             return
         pixels, recipe = np.asarray(image), self._views.recipe
         for parameters, view in zip(drawn, out, strict=True):

@@ -59,8 +59,8 @@ def change_color(view: Tensor, params: ViewParams, recipe: MultiCropRecipe) -> T
     return F.solarize(view, recipe.solarize_threshold) if params.solarize else view
 
 
-def centre_view(image: Image.Image, size: int) -> Tensor:
-    """The view of an evaluation: the short side resized to `size` px, the centre (3, size, size) cut out.
+def center_view(image: Image.Image, size: int) -> Tensor:
+    """The view of an evaluation: the short side resized to `size` px, the center (3, size, size) cut out.
 
     Of an image longer than 4:1 the middle alone is resized: as a whole, 1 x 10,000 px would need gigabytes.
     The resizing filter reaches no further.
@@ -108,7 +108,7 @@ class Batches(Dataset):
             image = self.views.load(index)
             batch.targets[row] = self.views.source.target(index)
             if isinstance(self.views, EvalViews):
-                batch.views[0][row] = centre_view(image, self.views.image_size)
+                batch.views[0][row] = center_view(image, self.views.image_size)
                 return True
             pixels = to_tensor(image)
             (table,) = self.views.table(epoch, [index], [image.size]).tolist()

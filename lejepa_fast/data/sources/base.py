@@ -36,10 +36,10 @@ class ImageSource(ABC):
     """A sequence of (RGB image, class index or -1).
 
     Args:
-        name: What logs call the data set.
+        name: what logs call the data set.
         kind: "folder", "webdataset" or "torchvision".
-        classes: Class names by index. None: unknown.
-        targets: Class index of every image. None: the images have no labels.
+        classes: class names by index. None: unknown.
+        targets: class index of every image. None: the images have no labels.
     """
 
     def __init__(
@@ -58,16 +58,16 @@ class ImageSource(ABC):
 
     @property
     def targets(self) -> list[int] | None:
-        """Class index of every image; None when unlabelled."""
+        """Class index of every image; None when unlabeled."""
         return None if self._targets is None else self._targets.tolist()
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         """Whether the images have class indices."""
         return self._targets is not None
 
     def target(self, index: int) -> int:
-        """Class index of one image, -1 when unlabelled; reads no pixels."""
+        """Class index of one image, -1 when unlabeled; reads no pixels."""
         return -1 if self._targets is None else int(self._targets[index])
 
     @abstractmethod

@@ -21,11 +21,11 @@ class FolderSource(EncodedSource):
     order. Other files, hidden ones and `__MACOSX` folders are ignored.
 
     Args:
-        root: The folder.
-        classes: Names and order of the classes, such as those of the training split. None: as found.
+        root: the folder.
+        classes: names and order of the classes, such as those of the training split. None: as found.
 
     Raises:
-        UsageError: There are no images, images beside folders of images, a class that `classes` lacks, or a
+        UsageError: there are no images, images beside folders of images, a class that `classes` lacks, or a
             folder that cannot be listed.
     """
 

@@ -37,7 +37,7 @@ _INDEX_VERSION = 1
 
 
 class Member(NamedTuple):
-    """One image of a shard: its byte range in the tar, and its class index (None when unlabelled)."""
+    """One image of a shard: its byte range in the tar, and its class index (None when unlabeled)."""
 
     key: str
     suffix: str
@@ -49,7 +49,7 @@ class Member(NamedTuple):
 class ShardSource(EncodedSource):
     """All images of some .tar shards, in the order of the shards and of their members.
 
-    Raises `UsageError` naming a shard that is missing, truncated, compressed, unsafe or half labelled.
+    Raises `UsageError` naming a shard that is missing, truncated, compressed, unsafe or half labeled.
     """
 
     def __init__(self, shards: Sequence[Path], *, classes: Sequence[str] | None = None) -> None:
