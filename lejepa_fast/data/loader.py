@@ -258,7 +258,6 @@ def multicrop_loader(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
     shuffle: bool = True,
-    start_method: str | None = None,
     prefetch: int = 2,
     hw_decoder_load: float = 0.65,
     bad_images: str | os.PathLike[str] | None = None,
@@ -285,7 +284,6 @@ def multicrop_loader(
         dtype: float32, bfloat16 or float16 of normalized views; uint8 for raw pixels.
         channels_last: memory format of the views.
         shuffle: False takes the images in the order of the source.
-        start_method: how worker processes start: "fork", "spawn", "forkserver"; None: Python's default.
         prefetch: batches that are made ahead of the trainer (with torchvision, by each worker).
         hw_decoder_load: share of JPEGs for a GPU's hardware decoder (dali).
         bad_images: file that lists bad images, one for all ranks; see `BadImages`. A bad image is replaced by
@@ -307,7 +305,7 @@ def multicrop_loader(
     if dtype not in _DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {dtype}")
     device = _usable(device)
-    loading = Loading(batch_size, num_workers, device, start_method, prefetch, hw_decoder_load)
+    loading = Loading(batch_size, num_workers, device, prefetch, hw_decoder_load)
     schedule = EpochSchedule(len(source), batch_size, int(seed), rank, world_size, shuffle)
     bad = BadImages(source, bad_images, max_bad_fraction=max_bad_fraction)
     check_sizes(source, recipe.smallest_image, max_bad_fraction, set(dict(bad.items())))
@@ -331,7 +329,6 @@ def eval_loader(
     std: tuple[float, float, float] = IMAGENET_STD,
     backend: str = "auto",
     device: torch.device | str | None = None,
-    start_method: str | None = None,
     prefetch: int = 2,
     hw_decoder_load: float = 0.65,
     bad_images: str | os.PathLike[str] | None = None,
@@ -347,8 +344,8 @@ def eval_loader(
             left out.
         mean: subtracted from each channel (scale 0-1).
         std: divides each channel (scale 0-1).
-        num_workers, backend, device, start_method, prefetch, hw_decoder_load, bad_images, max_bad_fraction:
-            As for `multicrop_loader`.
+        num_workers, backend, device, prefetch, hw_decoder_load, bad_images, max_bad_fraction: as for
+            `multicrop_loader`.
 
     Returns:
         An iterable over (images (B, 3, image_size, image_size) float32 normalized, targets (B,) int64, -1
@@ -361,7 +358,7 @@ def eval_loader(
     if not isinstance(image_size, Integral) or image_size < 1:
         raise UsageError(f"image_size must be a whole number of pixels, at least 1; got {image_size!r}")
     device = _usable(device)
-    loading = Loading(batch_size, num_workers, device, start_method, prefetch, hw_decoder_load)
+    loading = Loading(batch_size, num_workers, device, prefetch, hw_decoder_load)
     made, _ = make_backend(backend, EvalViews(source, image_size), loading)
     bad = BadImages(source, bad_images, max_bad_fraction=max_bad_fraction)
     return EvalLoader(

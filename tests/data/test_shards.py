@@ -57,7 +57,7 @@ def test_shards_are_read_at_random(tmp_path):
     first = write_tar(tmp_path / "a.tar", samples(4))
     second = write_tar(tmp_path / "b.tar", samples(3, start=4))
     source = ShardSource([first, second])
-    assert (len(source), source.kind, source.targets) == (7, "webdataset", [0, 1, 2, 0, 1, 2, 0])
+    assert (len(source), source.targets) == (7, [0, 1, 2, 0, 1, 2, 0])
     for index in (6, 0, 3, 4, 0):
         image, target = source[index]
         assert image.getpixel((0, 0)) == (index, 0, 0)
@@ -252,7 +252,7 @@ def test_index_command_names_what_is_wrong(tmp_path, capsys):
 def test_embedded_set():
     root = EMBEDDED["trashnet96"]
     train, val = open_source("trashnet96", "train"), open_source("trashnet96", "val")
-    assert (len(train), len(val), train.name, train.kind) == (2022, 505, "trashnet96", "webdataset")
+    assert (len(train), len(val), train.name) == (2022, 505, "trashnet96")
     assert train.classes == val.classes == ["cardboard", "glass", "metal", "paper", "plastic", "trash"]
     assert np.bincount(train.targets).tolist() == [322, 401, 328, 475, 386, 110]
     assert np.bincount(val.targets).tolist() == [81, 100, 82, 119, 96, 27]

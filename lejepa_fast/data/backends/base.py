@@ -38,7 +38,6 @@ class Loading:
     batch_size: int
     num_workers: int = 0
     device: torch.device | None = None
-    start_method: str | None = None
     prefetch: int = 2
     hw_decoder_load: float = 0.65
 
@@ -51,10 +50,6 @@ class Loading:
                 raise UsageError(f"{name} must be at least {smallest}; got {value}")
         if not 0.0 <= self.hw_decoder_load <= 1.0:
             raise UsageError(f"hw_decoder_load must lie in [0, 1]; got {self.hw_decoder_load}")
-        if self.start_method not in (None, "fork", "spawn", "forkserver"):
-            raise UsageError(
-                f"start_method must be 'fork', 'spawn', 'forkserver' or None; got {self.start_method!r}"
-            )
 
     @property
     def on_gpu(self) -> bool:

@@ -13,18 +13,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from lejepa_fast.data.draws import (
-    BRIGHTNESS,
-    COLUMN_CODES,
-    COLUMN_FACTORS,
-    COLUMN_FLIP,
-    COLUMN_GRAY,
-    COLUMN_SIGMA,
-    COLUMN_SOLARIZE,
-    CONTRAST,
-    HUE,
-    SATURATION,
-)
+from lejepa_fast.data import draws
 
 _JIT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 # Sums may be reordered so that they vectorize. NaN and infinities cannot occur: pixels are integers.
@@ -51,20 +40,20 @@ def render_view(view, p, kernel_size, threshold, out):
     planes = np.empty((3, size, size), np.float32)
     load(view, planes)
     for step in range(4):
-        code, factor = int(p[COLUMN_CODES + step]), p[COLUMN_FACTORS + step]
-        if code == BRIGHTNESS:
+        code, factor = int(p[draws.CODES + step]), p[draws.FACTORS + step]
+        if code == draws.BRIGHTNESS:
             scale_and_shift(planes, factor, _ZERO)
-        elif code == CONTRAST:
+        elif code == draws.CONTRAST:
             scale_and_shift(planes, factor, (_ONE - factor) * gray_mean(planes))
-        elif code == SATURATION:
+        elif code == draws.SATURATION:
             saturate(planes, factor)
-        elif code == HUE:
+        elif code == draws.HUE:
             shift_hue(planes[0], planes[1], planes[2], factor)
-    if p[COLUMN_GRAY] > 0:
+    if p[draws.GRAY] > 0:
         saturate(planes, _ZERO)
-    if p[COLUMN_SIGMA] > 0:
-        blur(planes, kernel_size, p[COLUMN_SIGMA])
-    store(planes, p[COLUMN_FLIP] > 0, threshold if p[COLUMN_SOLARIZE] > 0 else 256, out)
+    if p[draws.SIGMA] > 0:
+        blur(planes, kernel_size, p[draws.SIGMA])
+    store(planes, p[draws.FLIP] > 0, threshold if p[draws.SOLARIZE] > 0 else 256, out)
 
 
 @njit(**_FAST)

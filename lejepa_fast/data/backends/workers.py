@@ -24,12 +24,12 @@ _SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
 @contextmanager
-def starting(start_method: str | None) -> Iterator[None]:
+def starting() -> Iterator[None]:
     """Block SIGTERM and SIGINT while workers start, so that they start with both blocked.
 
     A signal for the trainer itself arrives at the end of the context.
     """
-    if (start_method or multiprocessing.get_start_method()) != "fork":
+    if multiprocessing.get_start_method() != "fork":
         resource_tracker.ensure_running()  # starting it later would unblock both
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:

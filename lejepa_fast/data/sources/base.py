@@ -37,7 +37,6 @@ class ImageSource(ABC):
 
     Args:
         name: what logs call the data set.
-        kind: "folder", "webdataset" or "torchvision".
         classes: class names by index. None: unknown.
         targets: class index of every image. None: the images have no labels.
     """
@@ -46,12 +45,10 @@ class ImageSource(ABC):
         self,
         *,
         name: str,
-        kind: str,
         classes: Sequence[str] | None,
         targets: Sequence[int] | np.ndarray | None,
     ) -> None:
         self.name = name
-        self.kind = kind
         self.classes = None if classes is None else list(classes)
         # An array: forked workers would copy the pages of a list by counting references.
         self._targets = None if targets is None else np.asarray(targets, dtype=np.int64)
@@ -123,7 +120,7 @@ class SubsetSource(ImageSource):
         self.base = base
         self._indices = np.asarray(indices, dtype=np.int64)
         targets = None if base._targets is None else base._targets[self._indices]
-        super().__init__(name=base.name, kind=base.kind, classes=base.classes, targets=targets)
+        super().__init__(name=base.name, classes=base.classes, targets=targets)
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -14,7 +14,28 @@ from lejepa_fast.data.sources.decoding import IMAGE_SUFFIXES, printable, read_fi
 from lejepa_fast.errors import UsageError
 
 
-class FolderSource(EncodedSource):
+class FileSource(EncodedSource):
+    """Image files below a folder, given by their paths relative to it. `about`: as of `ImageSource`."""
+
+    def __init__(self, root: Path, names: Iterable[str], **about: Any) -> None:
+        super().__init__(**about)
+        self.root, self._names = root, Names(names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def relative_path(self, index: int) -> str:
+        """Path of the image file below the root."""
+        return self._names[index]
+
+    def describe(self, index: int) -> str:
+        return str(self.root / self._names[index])
+
+    def encoded(self, index: int) -> bytes:
+        return read_file(self.describe(index))
+
+
+class FolderSource(FileSource):
     """Image files below a folder: one sub-folder per class, or a flat folder without labels.
 
     Classes are the sub-folders that hold an image at any depth, in sorted order. Files are taken in sorted
@@ -30,48 +51,34 @@ class FolderSource(EncodedSource):
     """
 
     def __init__(self, root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) -> None:
-        self.root = Path(root)
-        folders, files = list_folder(self.root)
+        root = Path(root)
+        folders, files = list_folder(root)
         flat = [name for name in files if _is_image(name)]
-        by_class = {name: images for name in folders if (images := walk_images(self.root / name))}
+        by_class = {name: images for name in folders if (images := walk_images(root / name))}
         if flat and by_class:
             raise UsageError(
-                f"{self.root} holds both images ({flat[0]}) and folders of images ({next(iter(by_class))}/); "
+                f"{root} holds both images ({flat[0]}) and folders of images ({next(iter(by_class))}/); "
                 "move the images into class folders, or all of them into one flat folder"
             )
         if not flat and not by_class:
             raise UsageError(
-                f"no images in {self.root}; expected class folders of images, image files, or .tar shards "
+                f"no images in {root}; expected class folders of images, image files, or .tar shards "
                 f"({', '.join(sorted(IMAGE_SUFFIXES))})"
             )
         names = list(by_class if classes is None else classes)
         if unknown := sorted(set(by_class) - set(names)):
             raise UsageError(
-                f"{self.root} has the class {unknown[0]!r}, which the training split does not have; "
+                f"{root} has the class {unknown[0]!r}, which the training split does not have; "
                 "give both splits the same class folders"
             )
-        self._names = Names(flat or (os.path.join(name, f) for name in by_class for f in by_class[name]))
         counts = [len(images) for images in by_class.values()]
-        targets = None if flat else np.repeat([names.index(name) for name in by_class], counts)
         super().__init__(
-            name=self.root.name or str(self.root),
-            kind="folder",
+            root,
+            flat or (os.path.join(name, file) for name in by_class for file in by_class[name]),
+            name=root.name or str(root),
             classes=None if flat else names,
-            targets=targets,
+            targets=None if flat else np.repeat([names.index(name) for name in by_class], counts),
         )
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def relative_path(self, index: int) -> str:
-        """Path of the image file below the root."""
-        return self._names[index]
-
-    def describe(self, index: int) -> str:
-        return str(self.root / self._names[index])
-
-    def encoded(self, index: int) -> bytes:
-        return read_file(self.describe(index))
 
 
 def _is_image(name: str) -> bool:

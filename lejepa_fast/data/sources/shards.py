@@ -69,7 +69,6 @@ class ShardSource(EncodedSource):
         targets = self._check_labels([member.target for member in members], classes)
         super().__init__(
             name=folder.name if len(self._shards) > 1 else self._shards[0].stem,
-            kind="webdataset",
             classes=None if targets is None else classes,
             targets=targets,
         )
@@ -86,13 +85,11 @@ class ShardSource(EncodedSource):
         refuse_large(self.describe(index), size)
         # Opened for each image: with thousands of shards, descriptors that stay open would run out.
         try:
-            descriptor = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+            with open(shard, "rb", buffering=0) as file:
+                file.seek(offset)
+                data = file.read(size)
         except OSError as error:
-            raise RunError(_cannot("open", shard, error)) from error
-        try:
-            data = os.pread(descriptor, size, offset)
-        finally:
-            os.close(descriptor)
+            raise RunError(_cannot(shard, error)) from error
         if len(data) != size:
             raise RunError(
                 f"{self.describe(index)}: the file ends early ({len(data)} of {size} bytes); "
@@ -119,9 +116,9 @@ class ShardSource(EncodedSource):
         return targets or None
 
 
-def _cannot(what: str, shard: Path, error: OSError) -> str:
+def _cannot(shard: Path, error: OSError) -> str:
     way_out = shortage(error) or "check that it is there, and its rights"
-    return f"cannot {what} the shard {shard}: {error.strerror}; {way_out}"
+    return f"cannot read the shard {shard}: {error.strerror}; {way_out}"
 
 
 # --- walking through a shard --------------------------------------------------------------------
@@ -157,7 +154,7 @@ def index_shard(path: Path) -> list[Member]:
             f"{path} is not a complete tar file ({reason}); copy or pack the shard again"
         ) from error
     except OSError as error:
-        raise (RunError if shortage(error) else UsageError)(_cannot("read", path, error)) from error
+        raise (RunError if shortage(error) else UsageError)(_cannot(path, error)) from error
     orphan = next((key for key in labels if key not in images), None)
     if orphan is not None:
         raise UsageError(f"{path}: {printable(orphan)}.cls has no image beside it; pack the shard again")

@@ -53,7 +53,7 @@ def test_usage_errors_are_one_line_and_exit_with_2(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(choice, "_is_installed", lambda: False)  # DALI
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # it is not installed
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     cfg = tiny()
