@@ -36,6 +36,7 @@ from view_parity import (
 )
 
 from lejepa_fast.data import MultiCropRecipe, draws, open_source
+from lejepa_fast.data.backends.torchvision_backend import one_thread
 from lejepa_fast.data.sources.base import EncodedSource
 from lejepa_fast.data.views import TrainViews
 
@@ -133,7 +134,7 @@ def plain_statistics(spread_source) -> list[np.ndarray]:
     found = []
     for recipe in (STATISTICS, dataclasses.replace(STATISTICS, solarize_prob=0.3)):
         transform = multicrop_transform(recipe, tensors=False, normalized=False)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), one_thread():
             torch.manual_seed(0)
             views = [transform(spread_source[index][0]) for index in range(len(spread_source))]
         found.append(channel_statistics([torch.stack(view) for view in zip(*views, strict=True)]))
