@@ -1,9 +1,8 @@
 """Random numbers as a pure function of (seed, stream, epoch, index).
 
-Augmentation must not depend on the worker, rank or batch of an image, and must not touch the caller's global
-generators. So the generator is counter-based: Philox-4x64 with the seed and the purpose as its key and
-(index, epoch) as the high words of its counter. It has no state to save. Only its raw 64-bit words are used:
-NumPy guarantees that they are the same in all versions, which it does not for its distributions.
+The generator is counter-based, so the worker, rank and batch of an image change nothing and there is no state
+to save: Philox-4x64 with (seed, purpose) as its key and (index, epoch) as the high words of its counter. Only
+its raw 64-bit words are used, which NumPy guarantees to be the same in all versions.
 """
 
 from __future__ import annotations
@@ -74,10 +73,7 @@ def view_table(
     indices: Sequence[int],
     sizes: Sequence[tuple[int, int]],
 ) -> np.ndarray:
-    """Draw the parameters of all views of images of these (width, height): (B, V, COLUMNS) float64.
-
-    The globals come first.
-    """
+    """Draw all views, globals first, of images of these (width, height): (B, V, COLUMNS) float64."""
     shape = (len(indices), recipe.num_views)
     words = _rows_of_words(seed, AUGMENT, epoch, indices, recipe.num_views * _WORDS_PER_VIEW)
     u = (np.stack(words) >> np.uint64(11)).reshape(*shape, _WORDS_PER_VIEW) * 2.0**-53  # in [0, 1)

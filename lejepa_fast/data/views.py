@@ -1,10 +1,8 @@
 """What to make of an image: multi-crop views in training, one centered view in evaluation.
 
-Very large images are read at 1/2, 1/4 or 1/8 of their size. One of 48 megapixels takes many times as long as
-one of a usual size to decode and to cut views from (docs/loader.md has the figures), and a whole batch waits
-for it. A JPEG decoder makes a reduced image in a fraction of the time; pixels of other formats are averaged.
-The factor depends on the image's size and the settings alone, so it is the same in every epoch, on every
-backend and after a resume. Crops are drawn on the reduced image.
+Very large images are read at 1/2, 1/4 or 1/8 of their size, because a whole batch would wait for one. A JPEG
+decoder makes a reduced image in a fraction of the time; pixels of other formats are averaged. The factor
+depends on the image's size and the settings alone. Crops are drawn on the reduced image.
 """
 
 from __future__ import annotations

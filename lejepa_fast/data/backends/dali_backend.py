@@ -8,9 +8,8 @@ Nothing in the pipeline is random. The host draws every parameter (`draws.view_t
 with the encoded bytes, so all backends make the same choices, and a resumed run needs no state of DALI.
 
 Colors are changed behind the pipeline: on a GPU by four Triton kernels for one view of the whole batch, on a
-CPU image by image as by the backend "torchvision". DALI runs its operators one after the other, each for a
-whole batch and even where there is nothing to do, and color jitter as torchvision defines it, in a random
-order and with the hue shifted in HSV, takes about 200 of them for each view.
+CPU image by image as by the backend "torchvision". In DALI, torchvision's color jitter takes about 200
+operators for each view.
 
 An error inside DALI breaks its pipeline. A new one is made then, and the batch runs again from pixels that
 Pillow has decoded; what Pillow refuses is a bad image.
@@ -26,7 +25,7 @@ from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,17 +63,14 @@ os.register_at_fork(
 )
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """An image file that any decoder reads."""
+class Encoded(NamedTuple):
+    """An image file that any decoder reads. See `decoding.Header`; the decoder must not turn the pixels."""
 
     index: int
     data: bytes
     width: int
-    """In pixels, of the upright image; so is the height."""
     height: int
     orientation: int = 1
-    """Of the stored pixels, 1-8 as in EXIF. The decoder must not apply it."""
 
 
 def read_encoded(views: TrainViews | EvalViews, index: int, *, careful: bool = False) -> Encoded:
@@ -149,10 +145,7 @@ def view_pipeline(*, device: str, hw_decoder_load: float, sizes: list[int]) -> A
 
 
 def change_colors(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
-    """V contiguous views (B, S, S, 3) uint8, their colors changed as `table` of `draws.view_table` says.
-
-    They come in new memory. On a GPU all work is queued on the current stream.
-    """
+    """V new views (B, S, S, 3) uint8 with the colors of `table`. A GPU works on the current stream."""
     if views[0].is_cuda:
         return by_kernels(views, table, recipe)
     made = [torch.empty_like(view) for view in views]

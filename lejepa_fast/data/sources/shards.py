@@ -1,10 +1,9 @@
 """WebDataset tar shards with random access.
 
 A shard is an uncompressed tar whose members come in pairs `key.jpg` + `key.cls`, the class index as text.
-Opening reads headers and labels once, or an index file; images are then read by offset. No file stays open,
-so workers and threads cannot disturb each other. A shard is data, never code: nothing is extracted, unpickled
-or executed. Members must have a suffix from a list of allowed ones. Everything else is refused by name, as
-are links, devices, absolute names and `..`.
+Opening reads headers and labels once, or an index file; images are then read by offset. No file stays open.
+Nothing is extracted, unpickled or executed. Members of other suffixes, links, devices, absolute names and
+`..` are refused by name.
 
 `name.tar.idx` beside a shard is its index file: lines of JSON that say what is where, with which label. It
 counts as long as the shard has the size and modification time that it was written for.
@@ -181,10 +180,7 @@ def _walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 class _Headers:
-    """An open tar file that lets tarfile read at most `_MAX_HEADER_BYTES` of headers for a member.
-
-    A header may claim to be a name of any length, which tarfile would read whole.
-    """
+    """An open tar file that lets tarfile read at most `_MAX_HEADER_BYTES` of headers for a member."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.seek, self.tell = file.seek, file.tell
