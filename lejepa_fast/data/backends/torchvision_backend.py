@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as F
 
 from lejepa_fast.data import draws
 from lejepa_fast.data.backends.base import Loading, RawBatch, give_memory_back
-from lejepa_fast.data.backends.workers import is_death, start_worker, starting, without_sigchld_handler
+from lejepa_fast.data.backends.workers import is_death, start_worker, starting
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey
@@ -148,25 +148,24 @@ class TorchvisionBackend:
 
     def _start_pass(self) -> Iterator[tuple[RawBatch, list[_Fault]] | Exception]:
         """The batches of the keys in the feed. The first pass starts the workers."""
-        with without_sigchld_handler():
-            if self._loader is not None:
-                return iter(self._loader)
-            workers = self._loading.num_workers
-            loader = DataLoader(
-                self._dataset,
-                batch_size=None,  # a key already is a whole batch
-                sampler=self._feed,
-                num_workers=workers,
-                pin_memory=self._loading.on_gpu,
-                persistent_workers=workers > 0,
-                prefetch_factor=self._loading.prefetch if workers else None,
-                worker_init_fn=start_worker,
-                generator=torch.Generator(),  # else every pass would draw from the global generator
-            )
-            with starting() if workers else nullcontext():
-                iterator = iter(loader)
-            self._loader = loader
-            return iterator
+        if self._loader is not None:
+            return iter(self._loader)
+        workers = self._loading.num_workers
+        loader = DataLoader(
+            self._dataset,
+            batch_size=None,  # a key already is a whole batch
+            sampler=self._feed,
+            num_workers=workers,
+            pin_memory=self._loading.on_gpu,
+            persistent_workers=workers > 0,
+            prefetch_factor=self._loading.prefetch if workers else None,
+            worker_init_fn=start_worker,
+            generator=torch.Generator(),  # else every pass would draw from the global generator
+        )
+        with starting() if workers else nullcontext():
+            iterator = iter(loader)
+        self._loader = loader
+        return iterator
 
     def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Generator[RawBatch]:
         # The generator must not refer to this backend: such a circle would keep the workers of a dropped one.
