@@ -25,7 +25,7 @@ from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +63,8 @@ os.register_at_fork(
 )
 
 
-class Encoded(NamedTuple):
+@dataclass(frozen=True)
+class Encoded:
     """An image file that any decoder reads. See `decoding.Header`; the decoder must not turn the pixels."""
 
     index: int
