@@ -24,6 +24,7 @@ RECIPE = MultiCropRecipe(global_size=16, local_crops=0)
 # A small trainer. Image 40 and the following ones keep a worker busy for ever.
 TRAINER = """
 import multiprocessing, signal, sys, time
+from torch.utils.data import _utils
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader
 from loader_backends import NumberedSource
 
@@ -46,6 +47,7 @@ def begin():
 
 if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[1])
+    _utils.MP_STATUS_CHECK_INTERVAL = 0.5  # so long torch waits for a busy worker, and then it ends it
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     print("ready", flush=True)
