@@ -113,7 +113,7 @@ class SyntheticViews:
     """Stands for source and loader: the same two batches of noise, on the device."""
 
     backend = name = "synthetic"
-    labelled = False
+    labeled = False
     position = (0, 0)
 
     def __init__(self, cfg: train_config.Config, device: torch.device):

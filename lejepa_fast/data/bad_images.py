@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from lejepa_fast.data.sources.base import ImageSource
 from lejepa_fast.data.sources.decoding import UnreadableImageError, printable
+from lejepa_fast.data.views import Views
 from lejepa_fast.errors import RunError, UsageError
 
 log = logging.getLogger("lejepa_fast.data")
@@ -29,12 +30,12 @@ class BadImages:
     """The images of a source that are known to be bad, with their reasons. Threads may share it.
 
     Args:
-        source: Where the images come from.
-        file: List of bad images, one line each: name, number and reason, separated by tabs. Images in it that
+        source: where the images come from.
+        file: list of bad images, one line each: name, number and reason, separated by tabs. Images in it that
             fit the source are not tried again. Every rank appends what it meets, and reads what the others
             have met when an epoch begins. None: bad images are only logged.
-        max_bad_fraction: More than this share of the source's images stops the run.
-        log_each: Log each bad image as a warning.
+        max_bad_fraction: more than this share of the source's images stops the run.
+        log_each: log each bad image as a warning.
 
     Raises:
         UsageError: `max_bad_fraction` is not in [0, 1], or `file` cannot be written.
@@ -101,13 +102,11 @@ class BadImages:
                 log.warning("cannot read %s: %s; going on without it", self._file, error.strerror)
             self._check()
 
-    def first_usable(
-        self, index: int, substitute: Callable[[int], int | None], make: Callable[[int], T]
-    ) -> T | None:
+    def first_usable(self, views: Views, epoch: int, index: int, make: Callable[[int], T]) -> T | None:
         """`make(index)`, or where that image is bad `make` of its first usable substitute; None without one.
 
-        `substitute` names the next image to try after a bad one. `make` raises `UnreadableImageError` for a
-        bad one. Raises `RunError` when all images are bad, or more than allowed.
+        `make` raises `UnreadableImageError` for a bad image. Raises `RunError` when all images are bad, or
+        more than allowed.
         """
         tried: int | None = index
         while tried is not None:
@@ -116,7 +115,7 @@ class BadImages:
                     return make(tried)
                 except UnreadableImageError as error:
                     self.add(tried, error.reason)
-            tried = substitute(tried)
+            tried = views.substitute(epoch, tried)
             if tried == index:
                 raise RunError("no readable image is left in the data set; see the warnings above")
         return None

@@ -1,9 +1,8 @@
 """Random numbers as a pure function of (seed, stream, epoch, index).
 
-Augmentation must not depend on the worker, rank or batch of an image, and must not touch the caller's global
-generators. So the generator is counter-based: Philox-4x64 with the seed and the purpose as its key and
-(index, epoch) as the high words of its counter. It has no state to save. Only its raw 64-bit words are used:
-NumPy guarantees that they are the same in all versions, which it does not for its distributions.
+The generator is counter-based, so the worker, rank and batch of an image change nothing and there is no state
+to save: Philox-4x64 with (seed, purpose) as its key and (index, epoch) as the high words of its counter. Only
+its raw 64-bit words are used, which NumPy guarantees to be the same in all versions.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import permutations
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -29,23 +28,6 @@ _WORDS_PER_VIEW = 36  # a few spare words, so that a new operation need not shif
 
 JITTER_OPS = ("brightness", "contrast", "saturation", "hue")
 _SEQUENCE_TABLE = np.array(list(permutations(range(len(JITTER_OPS)))))
-
-
-class ViewParams(NamedTuple):
-    """Everything that is random about one view, in the order in which it is applied."""
-
-    top: int
-    """The crop, in pixels of the decoded image."""
-    left: int
-    height: int
-    width: int
-    flip: bool
-    jitter: tuple[tuple[str, float], ...]
-    """(operation, factor) pairs in their random order; none when the jitter is skipped."""
-    grayscale: bool
-    blur_sigma: float | None
-    """In pixels; None when the blur is skipped."""
-    solarize: bool
 
 
 def raw_words(seed: int, stream: int, epoch: int, index: int, count: int) -> np.ndarray:
@@ -76,9 +58,9 @@ def permutation(seed: int, stream: int, epoch: int, index: int, count: int) -> n
 
 # Columns of `view_table`. The window is in pixels of the upright image and need not be whole. The four codes
 # say which color operation comes first, second, ... Sigma 0 means no blur.
-COLUMN_TOP, COLUMN_LEFT, COLUMN_HEIGHT, COLUMN_WIDTH, COLUMN_FLIP = range(5)
-COLUMN_CODES, COLUMN_FACTORS = 5, 9
-COLUMN_GRAY, COLUMN_SIGMA, COLUMN_SOLARIZE = 13, 14, 15
+TOP, LEFT, HEIGHT, WIDTH, FLIP = range(5)
+CODES, FACTORS = 5, 9
+GRAY, SIGMA, SOLARIZE = 13, 14, 15
 COLUMNS = 16
 SKIP, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(5)
 
@@ -91,21 +73,18 @@ def view_table(
     indices: Sequence[int],
     sizes: Sequence[tuple[int, int]],
 ) -> np.ndarray:
-    """Draw the parameters of all views of images of these (width, height): (B, V, COLUMNS) float64.
-
-    The globals come first.
-    """
+    """Draw all views, globals first, of images of these (width, height): (B, V, COLUMNS) float64."""
     shape = (len(indices), recipe.num_views)
     words = _rows_of_words(seed, AUGMENT, epoch, indices, recipe.num_views * _WORDS_PER_VIEW)
     u = (np.stack(words) >> np.uint64(11)).reshape(*shape, _WORDS_PER_VIEW) * 2.0**-53  # in [0, 1)
     table = np.zeros((*shape, COLUMNS))
     _draw_windows(recipe, u, np.asarray(sizes, dtype=np.float64), table)
-    table[..., COLUMN_FLIP] = u[..., _FLIP] < recipe.flip_prob
+    table[..., FLIP] = u[..., _FLIP] < recipe.flip_prob
     _draw_jitter(recipe, u, table)
-    table[..., COLUMN_GRAY] = u[..., _GRAY] < recipe.grayscale_prob
+    table[..., GRAY] = u[..., _GRAY] < recipe.grayscale_prob
     low, high = recipe.blur_sigma
-    table[..., COLUMN_SIGMA] = (u[..., _BLUR] < recipe.blur_prob) * (low + (high - low) * u[..., _SIGMA])
-    table[..., COLUMN_SOLARIZE] = u[..., _SOLARIZE] < recipe.solarize_prob
+    table[..., SIGMA] = (u[..., _BLUR] < recipe.blur_prob) * (low + (high - low) * u[..., _SIGMA])
+    table[..., SOLARIZE] = u[..., _SOLARIZE] < recipe.solarize_prob
     return table
 
 
@@ -128,7 +107,7 @@ def _draw_windows(recipe: MultiCropRecipe, u: np.ndarray, sizes: np.ndarray, tab
     middle_w = np.maximum(1, np.minimum(width, np.rint(height * high)))
     middle_h = np.maximum(1, np.minimum(height, np.rint(width / low)))
     middle = (height - middle_h) // 2, (width - middle_w) // 2, middle_h, middle_w
-    for column, (drawn, central) in enumerate(zip((top, left, h, w), middle, strict=True), COLUMN_TOP):
+    for column, (drawn, central) in enumerate(zip((top, left, h, w), middle, strict=True), TOP):
         table[..., column] = np.where(fits.any(axis=-1), drawn, central)
 
 
@@ -141,22 +120,5 @@ def _draw_jitter(recipe: MultiCropRecipe, u: np.ndarray, table: np.ndarray) -> N
     order = _SEQUENCE_TABLE[(u[..., _SEQUENCE] * len(_SEQUENCE_TABLE)).astype(np.int64)]  # (B, V, 4)
     jittered = u[..., _JITTER, None] < recipe.jitter_prob
     chosen = jittered & (spreads[order] > 0)
-    table[..., COLUMN_CODES : COLUMN_CODES + 4] = chosen * (order + 1)
-    table[..., COLUMN_FACTORS : COLUMN_FACTORS + 4] = chosen * np.take_along_axis(factors, order, -1)
-
-
-def as_params(row: list[float]) -> ViewParams:
-    """A row of `view_table` by name."""
-    codes = row[COLUMN_CODES : COLUMN_CODES + 4]
-    factors = row[COLUMN_FACTORS : COLUMN_FACTORS + 4]
-    return ViewParams(
-        int(row[COLUMN_TOP]),
-        int(row[COLUMN_LEFT]),
-        int(row[COLUMN_HEIGHT]),
-        int(row[COLUMN_WIDTH]),
-        flip=bool(row[COLUMN_FLIP]),
-        jitter=tuple((JITTER_OPS[int(c) - 1], f) for c, f in zip(codes, factors, strict=True) if c != SKIP),
-        grayscale=bool(row[COLUMN_GRAY]),
-        blur_sigma=row[COLUMN_SIGMA] or None,
-        solarize=bool(row[COLUMN_SOLARIZE]),
-    )
+    table[..., CODES : CODES + 4] = chosen * (order + 1)
+    table[..., FACTORS : FACTORS + 4] = chosen * np.take_along_axis(factors, order, -1)

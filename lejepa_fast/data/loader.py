@@ -29,7 +29,7 @@ Count = Annotated[int, Ge(0)]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
-class Normalise:
+class Normalize:
     """Moves a batch to its device and computes (x / 255 - mean) / std per channel in float32.
 
     `mean` and `std` are on the scale 0-1. The dtype torch.uint8 leaves the pixels as they are. compiled: on a
@@ -60,10 +60,10 @@ class Normalise:
 
     def _view(self, pixels: Tensor) -> Tensor:
         if self._compiled:
-            from lejepa_fast.data.backends.cpu_kernels import normalise
+            from lejepa_fast.data.backends.cpu_kernels import normalize
 
             out = np.empty(pixels.shape, np.float32)  # NumPy asks for large pages, which torch does not
-            normalise(pixels.numpy(), self._mean.numpy().ravel(), self._std.numpy().ravel(), out)
+            normalize(pixels.numpy(), self._mean.numpy().ravel(), self._std.numpy().ravel(), out)
             pixels = torch.from_numpy(out)
         else:
             pixels = pixels.to(self._device, non_blocking=True)
@@ -87,8 +87,8 @@ class _State:
 class _Loader:
     """What both loaders share: passes over a backend's batches."""
 
-    def __init__(self, backend: Backend, bad: BadImages, normalise: Normalise) -> None:
-        self._backend, self._bad, self._normalise = backend, bad, normalise
+    def __init__(self, backend: Backend, bad: BadImages, normalize: Normalize) -> None:
+        self._backend, self._bad, self._normalize = backend, bad, normalize
         self._batches: Generator[RawBatch] | None = None
 
     @property
@@ -103,7 +103,7 @@ class _Loader:
         current = self._batches = self._backend.batches(keys, self._bad)
         try:
             for raw in current:
-                yield self._normalise(raw)
+                yield self._normalize(raw)
                 if self._batches is not current:
                     raise RunError("another pass over the same loader has begun; make a loader for each")
         finally:
@@ -122,12 +122,12 @@ class MultiCropLoader(_Loader):
         backend: Backend,
         schedule: EpochSchedule,
         bad: BadImages,
-        normalise: Normalise,
+        normalize: Normalize,
         source: ImageSource,
     ) -> None:
-        super().__init__(backend, bad, normalise)
+        super().__init__(backend, bad, normalize)
         self._schedule = schedule
-        self._labelled = source.labelled
+        self._labeled = source.labeled
         self._names = names_digest({"images": source})
         self._epoch = self._batch = 0  # _batch: batches of this epoch that the trainer has taken
         self._resuming = False
@@ -165,7 +165,7 @@ class MultiCropLoader(_Loader):
         epoch = self._epoch
         for views, targets in self._pass(self._schedule.keys(epoch, self._batch)):
             self._batch += 1
-            yield views, targets if self._labelled else None
+            yield views, targets if self._labeled else None
         self._epoch, self._batch = epoch + 1, 0
         give_memory_back()
 
@@ -192,10 +192,10 @@ class MultiCropLoader(_Loader):
         state of other images (their number or names tell) only the epoch is taken over, with a warning.
 
         Args:
-            state: What `state_dict` returned.
+            state: what `state_dict` returned.
 
         Raises:
-            UsageError: A field is wrong, or the state was taken in mid-epoch with another seed or other
+            UsageError: a field is wrong, or the state was taken in mid-epoch with another seed or other
                 images: some images would be repeated and others left out. The loader stays as it was.
         """
         saved = checked(_State, state, "loader state")
@@ -227,9 +227,9 @@ class EvalLoader(_Loader):
     """Iterable over (images, targets) in the order of the source. Made by `eval_loader`."""
 
     def __init__(
-        self, backend: Backend, num_images: int, batch_size: int, bad: BadImages, normalise: Normalise
+        self, backend: Backend, num_images: int, batch_size: int, bad: BadImages, normalize: Normalize
     ) -> None:
-        super().__init__(backend, bad, normalise)
+        super().__init__(backend, bad, normalize)
         self._num_images, self._batch_size = num_images, batch_size
 
     def __len__(self) -> int:
@@ -258,7 +258,6 @@ def multicrop_loader(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
     shuffle: bool = True,
-    start_method: str | None = None,
     prefetch: int = 2,
     hw_decoder_load: float = 0.65,
     bad_images: str | os.PathLike[str] | None = None,
@@ -271,35 +270,34 @@ def multicrop_loader(
     `world_size` with the same `batch_size * world_size`. Global random generators are not touched.
 
     Args:
-        source: The images, from `open_source`.
-        recipe: Number, sizes and augmentation of the views.
-        batch_size: Images per rank and step. The last incomplete batch of an epoch is dropped.
-        seed: Seed of order, crops and colors.
-        rank: This rank, in 0 .. world_size - 1.
-        world_size: Number of ranks.
-        num_workers: Processes ("torchvision"; 0: none, in this process) or threads ("cpu", "dali"; at least
+        source: the images, from `open_source`.
+        recipe: number, sizes and augmentation of the views.
+        batch_size: images per rank and step. The last incomplete batch of an epoch is dropped.
+        seed: seed of order, crops and colors.
+        rank: this rank, in 0 .. world_size - 1.
+        world_size: number of ranks.
+        num_workers: processes ("torchvision"; 0: none, in this process) or threads ("cpu", "dali"; at least
             1) that read, decode and augment.
         backend: "dali", "cpu", "torchvision", or "auto": dali on a GPU where it is installed, else cpu where
             Numba is installed, else torchvision.
-        device: Where the batches go; None: they stay in the CPU's memory.
-        dtype: float32, bfloat16 or float16 of normalised views; uint8 for raw pixels.
-        channels_last: Memory format of the views.
+        device: where the batches go; None: they stay in the CPU's memory.
+        dtype: float32, bfloat16 or float16 of normalized views; uint8 for raw pixels.
+        channels_last: memory format of the views.
         shuffle: False takes the images in the order of the source.
-        start_method: How worker processes start: "fork", "spawn", "forkserver"; None: Python's default.
-        prefetch: Batches that are made ahead of the trainer (with torchvision, by each worker).
-        hw_decoder_load: Share of JPEGs for a GPU's hardware decoder (dali).
-        bad_images: File that lists bad images, one for all ranks; see `BadImages`. A bad image is replaced by
+        prefetch: batches that are made ahead of the trainer (with torchvision, by each worker).
+        hw_decoder_load: share of JPEGs for a GPU's hardware decoder (dali).
+        bad_images: file that lists bad images, one for all ranks; see `BadImages`. A bad image is replaced by
             another one.
-        max_bad_fraction: Share of bad images that stops the run.
+        max_bad_fraction: share of bad images that stops the run.
 
     Returns:
         An iterable over (views, targets). `views` is a list of V_g + V_l tensors (batch_size, 3, S, S),
-        globals first, normalised by the recipe's mean and std. `targets` is (batch_size,) int64, or None when
+        globals first, normalized by the recipe's mean and std. `targets` is (batch_size,) int64, or None when
         the source has no labels.
 
     Raises:
-        UsageError: Settings or data cannot work.
-        RunError: While iterating, when too many images are bad.
+        UsageError: settings or data cannot work.
+        RunError: while iterating, when too many images are bad.
     """
     recipe.validate()
     if not isinstance(seed, Integral):
@@ -307,7 +305,7 @@ def multicrop_loader(
     if dtype not in _DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {dtype}")
     device = _usable(device)
-    loading = Loading(batch_size, num_workers, device, start_method, prefetch, hw_decoder_load)
+    loading = Loading(batch_size, num_workers, device, prefetch, hw_decoder_load)
     schedule = EpochSchedule(len(source), batch_size, int(seed), rank, world_size, shuffle)
     bad = BadImages(source, bad_images, max_bad_fraction=max_bad_fraction)
     check_sizes(source, recipe.smallest_image, max_bad_fraction, set(dict(bad.items())))
@@ -317,8 +315,8 @@ def multicrop_loader(
             "multi-crop loader: %s backend (%s), %d workers, %s", made.name, reason, num_workers, source.name
         )
     options: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last}
-    normalise = Normalise(recipe.mean, recipe.std, device, **options, compiled=made.name == "cpu")
-    return MultiCropLoader(made, schedule, bad, normalise, source)
+    normalize = Normalize(recipe.mean, recipe.std, device, **options, compiled=made.name == "cpu")
+    return MultiCropLoader(made, schedule, bad, normalize, source)
 
 
 def eval_loader(
@@ -331,7 +329,6 @@ def eval_loader(
     std: tuple[float, float, float] = IMAGENET_STD,
     backend: str = "auto",
     device: torch.device | str | None = None,
-    start_method: str | None = None,
     prefetch: int = 2,
     hw_decoder_load: float = 0.65,
     bad_images: str | os.PathLike[str] | None = None,
@@ -340,32 +337,32 @@ def eval_loader(
     """Make a loader of every image once, in order, without randomness.
 
     Args:
-        source: The images.
-        image_size: Each image's short side is resized to so many pixels (bilinear, antialiased; small images
-            are enlarged), and the centre is cut out.
-        batch_size: Images per batch. The last batch may be shorter, and so is one with bad images, which are
+        source: the images.
+        image_size: each image's short side is resized to so many pixels (bilinear, antialiased; small images
+            are enlarged), and the center is cut out.
+        batch_size: images per batch. The last batch may be shorter, and so is one with bad images, which are
             left out.
-        mean: Subtracted from each channel (scale 0-1).
-        std: Divides each channel (scale 0-1).
-        num_workers, backend, device, start_method, prefetch, hw_decoder_load, bad_images, max_bad_fraction:
-            As for `multicrop_loader`.
+        mean: subtracted from each channel (scale 0-1).
+        std: divides each channel (scale 0-1).
+        num_workers, backend, device, prefetch, hw_decoder_load, bad_images, max_bad_fraction: as for
+            `multicrop_loader`.
 
     Returns:
-        An iterable over (images (B, 3, image_size, image_size) float32 normalised, targets (B,) int64, -1
-        where unlabelled).
+        An iterable over (images (B, 3, image_size, image_size) float32 normalized, targets (B,) int64, -1
+        where unlabeled).
 
     Raises:
-        UsageError: A setting cannot work.
-        RunError: While iterating, when too many images are bad.
+        UsageError: a setting cannot work.
+        RunError: while iterating, when too many images are bad.
     """
     if not isinstance(image_size, Integral) or image_size < 1:
         raise UsageError(f"image_size must be a whole number of pixels, at least 1; got {image_size!r}")
     device = _usable(device)
-    loading = Loading(batch_size, num_workers, device, start_method, prefetch, hw_decoder_load)
+    loading = Loading(batch_size, num_workers, device, prefetch, hw_decoder_load)
     made, _ = make_backend(backend, EvalViews(source, image_size), loading)
     bad = BadImages(source, bad_images, max_bad_fraction=max_bad_fraction)
     return EvalLoader(
-        made, len(source), batch_size, bad, Normalise(mean, std, device, compiled=made.name == "cpu")
+        made, len(source), batch_size, bad, Normalize(mean, std, device, compiled=made.name == "cpu")
     )
 
 

@@ -33,7 +33,7 @@ class MultiCropRecipe:
     """How one image becomes `global_crops + local_crops` views.
 
     Each view goes through, in this order: random resized crop, horizontal flip, color jitter (its
-    four operations in random order), grayscale, Gaussian blur, solarize, normalise. Global and local
+    four operations in random order), grayscale, Gaussian blur, solarize, normalize. Global and local
     views differ in crop area and output size only. Sizes are in pixels, `*_scale` are shares of the
     image's area, `*_prob` are probabilities per view.
     """
@@ -77,9 +77,9 @@ class MultiCropRecipe:
     solarize_threshold: Annotated[int, Ge(0), Le(255)] = 128
     """Solarize threshold on the scale 0-255."""
     mean: tuple[Finite, Finite, Finite] = IMAGENET_MEAN
-    """Mean per channel that normalisation subtracts (scale 0-1)."""
+    """Mean per channel that normalization subtracts (scale 0-1)."""
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
-    """Standard deviation per channel that normalisation divides by (scale 0-1)."""
+    """Standard deviation per channel that normalization divides by (scale 0-1)."""
     min_image_size: AtLeast1 | None = None
     """Images whose short side is below this are an error. None: the larger of the crop sizes in use.
     A random resized crop can enlarge any image; set 1 to allow that."""
@@ -126,7 +126,7 @@ def checked(kind: type[T], values: Any, what: str) -> T:
     """Make a dataclass of values that fit JSON, after checking their types and bounds.
 
     Raises:
-        UsageError: Names the first field that is wrong, what was expected and what came.
+        UsageError: names the first field that is wrong, what was expected and what came.
     """
     import pydantic
 

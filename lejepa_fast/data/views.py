@@ -1,10 +1,8 @@
-"""What to make of an image: multi-crop views in training, one centred view in evaluation.
+"""What to make of an image: multi-crop views in training, one centered view in evaluation.
 
-Very large images are read at 1/2, 1/4 or 1/8 of their size. One of 48 megapixels takes many times as long as
-one of a usual size to decode and to cut views from (docs/loader.md has the figures), and a whole batch waits
-for it. A JPEG decoder makes a reduced image in a fraction of the time; pixels of other formats are averaged.
-The factor depends on the image's size and the settings alone, so it is the same in every epoch, on every
-backend and after a resume. Crops are drawn on the reduced image.
+Very large images are read at 1/2, 1/4 or 1/8 of their size, because a whole batch would wait for one. A JPEG
+decoder makes a reduced image in a fraction of the time; pixels of other formats are averaged. The factor
+depends on the image's size and the settings alone. Crops are drawn on the reduced image.
 """
 
 from __future__ import annotations
@@ -17,16 +15,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from lejepa_fast.data.draws import (
-    COLUMN_HEIGHT,
-    COLUMN_LEFT,
-    COLUMN_TOP,
-    COLUMN_WIDTH,
-    COLUMNS,
-    SUBSTITUTE,
-    raw_words,
-    view_table,
-)
+from lejepa_fast.data import draws
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.data.sources.base import ImageSource, size_fault
 from lejepa_fast.data.sources.decoding import UnreadableImageError
@@ -111,7 +100,7 @@ class TrainViews(Views):
 
     def table(self, epoch: int, indices: Sequence[int], sizes: Sequence[tuple[int, int]]) -> np.ndarray:
         """Parameters of all views of images of these (width, height): (B, V, COLUMNS), see `draws`."""
-        return view_table(self.recipe, seed=self.seed, epoch=epoch, indices=indices, sizes=sizes)
+        return draws.view_table(self.recipe, seed=self.seed, epoch=epoch, indices=indices, sizes=sizes)
 
     def substitute(self, epoch: int, index: int) -> int:
         """The image `stride(seed, epoch)` places after `index`, cyclically.
@@ -126,13 +115,14 @@ class TrainViews(Views):
 @lru_cache(maxsize=16)
 def _stride(seed: int, epoch: int, count: int) -> int:
     """A random stride below `count` that has no common divisor with it."""
-    draws = (int(word) % count for word in raw_words(seed, SUBSTITUTE, epoch, 0, 64))
-    return next((draw for draw in draws if math.gcd(draw, count) == 1), 1)
+    words = draws.raw_words(seed, draws.SUBSTITUTE, epoch, 0, 64)
+    strides = (int(word) % count for word in words)
+    return next((stride for stride in strides if math.gcd(stride, count) == 1), 1)
 
 
 @dataclass(frozen=True)
 class EvalViews(Views):
-    """One view without randomness: the short side is resized to `image_size`, then the centre is cut out."""
+    """One view without randomness: the short side is resized to `image_size`, then the center is cut out."""
 
     image_size: int
 
@@ -144,11 +134,11 @@ class EvalViews(Views):
         return min(width, height) / (_SPARE * self.image_size)
 
     def table(self, epoch: int, indices: Sequence[int], sizes: Sequence[tuple[int, int]]) -> np.ndarray:
-        """The window of the source that becomes the centre, rounded as torchvision rounds."""
-        table = np.zeros((len(indices), 1, COLUMNS))
+        """The window of the source that becomes the center, rounded as torchvision rounds."""
+        table = np.zeros((len(indices), 1, draws.COLUMNS))
         for row, (width, height) in zip(table[:, 0], sizes, strict=True):
-            row[COLUMN_LEFT], row[COLUMN_WIDTH] = self._window(width, height)
-            row[COLUMN_TOP], row[COLUMN_HEIGHT] = self._window(height, width)
+            row[draws.LEFT], row[draws.WIDTH] = self._window(width, height)
+            row[draws.TOP], row[draws.HEIGHT] = self._window(height, width)
         return table
 
     def _window(self, length: int, other: int) -> tuple[float, float]:

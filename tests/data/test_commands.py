@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
+import io
 import re
 import runpy
-import select
-import struct
 import sys
 import tarfile
-import termios
 from pathlib import Path
 
 import numpy as np
@@ -27,61 +23,63 @@ from lejepa_fast.errors import RunError, UsageError
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """train/ and val/ with one class each; three bad files and a CMYK one among them."""
-    for split, count in (("train", 30), ("val", 4)):
-        folder = tmp_path / "set" / split / "ant"
-        folder.mkdir(parents=True)
-        for number in range(count):
-            pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{number:02d}.jpg")
-    train = tmp_path / "set" / "train" / "ant"
-    (train / "03.jpg").write_bytes((train / "03.jpg").read_bytes()[:300])
-    (train / "07.jpg").write_bytes(b"text")
-    (tmp_path / "set" / "val" / "ant" / "01.jpg").write_bytes(b"")
-    Image.new("CMYK", (30, 9)).save(train / "09.jpg")
+def folder(tmp_path: Path) -> Path:
+    """train/ and val/ with two classes each."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(["ant", "bee"]):
+        for split, count in (("train", 30), ("val", 6)):
+            path = tmp_path / "set" / split / name
+            path.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(path / f"img {number}.v{label}.JPG", quality=80)
     return tmp_path / "set"
 
 
-def test_bad_files_are_listed_and_counted(data, tmp_path, capsys, monkeypatch):
-    listing = tmp_path / "run" / "quarantine.txt"
-    assert main(["verify", str(data), "--quarantine", str(listing)]) == 1
+@pytest.fixture
+def damaged(folder: Path) -> Path:
+    """Three bad files and a CMYK one among the others."""
+    train, val = folder / "train" / "ant", folder / "val" / "ant"
+    (train / "img 3.v0.JPG").write_bytes((train / "img 3.v0.JPG").read_bytes()[:300])
+    (train / "img 7.v0.JPG").write_bytes(b"text")
+    (val / "img 1.v0.JPG").write_bytes(b"")
+    Image.new("CMYK", (20, 9)).save(train / "img 9.v0.JPG")
+    return folder
+
+
+def test_bad_files_are_listed_and_counted(damaged, tmp_path, capsys, monkeypatch):
+    listing = tmp_path / "run" / "bad_images.txt"
+    assert main(["verify", str(damaged), "--bad-images", str(listing)]) == 1
     out, err = capsys.readouterr()
     assert err == ""  # no progress bar where there is no terminal
     rows = [line.split() for line in out.splitlines()]
-    assert ["train", "30", "28", "2", "30", "x", "9", "24", "x", "20"] in rows
-    assert ["val", "4", "3", "1", "24", "x", "20", "24", "x", "20"] in rows
+    assert ["train", "60", "58", "2", "20", "x", "9", "16", "x", "16"] in rows
+    assert ["val", "12", "11", "1", "16", "x", "16", "16", "x", "16"] in rows
     assert ["2", "x", "not", "an", "image"] in rows
-    assert out.count("03.jpg") == out.count("07.jpg") == out.count("01.jpg") == 1
+    assert all(out.count(f"ant/img {number}.v0.JPG") == 1 for number in (1, 3, 7))
     assert len(listing.read_text().splitlines()) == 3
     # A run that is given the list never touches those files.
     recipe = MultiCropRecipe(global_size=8, local_crops=0, min_image_size=1)
     read: list[int] = []
     encoded = FolderSource.encoded
     monkeypatch.setattr(FolderSource, "encoded", lambda self, i: read.append(i) or encoded(self, i))
-    source = open_source(str(data), "train")
-    loader = multicrop_loader(
-        source, recipe, batch_size=30, bad_images=listing, backend="torchvision", max_bad_fraction=0.1
-    )
-    assert loader.bad_images == [3, 7]
+    source = open_source(str(damaged), "train")
+    bad = {i for i in range(60) if Path(source.describe(i)).name in ("img 3.v0.JPG", "img 7.v0.JPG")}
+    options = {"backend": "torchvision", "max_bad_fraction": 0.1}
+    loader = multicrop_loader(source, recipe, batch_size=60, bad_images=listing, **options)
+    assert set(loader.bad_images) == bad
     list(loader)
-    assert set(read) == set(range(30)) - {3, 7}
+    assert set(read) == set(range(60)) - bad
 
 
-def test_progress_is_shown_on_a_terminal(data, monkeypatch, capsys):
-    terminal, end = os.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # 24 lines of 100 columns
-    with os.fdopen(end, "w") as stream:
-        monkeypatch.setattr(sys, "stderr", stream)
-        assert main(["verify", str(data)]) == 1
-        stream.flush()
-        shown = ""
-        while not shown.endswith("\r\n") or select.select([terminal], [], [], 0.1)[0]:
-            shown += os.read(terminal, 4096).decode()
-    os.close(terminal)
-    for count in (30, 4):  # of each split, from nothing to everything
-        assert f"| 0/{count} " in shown
-        assert f"| {count}/{count} " in shown
+def test_progress_is_shown_on_a_terminal(damaged, monkeypatch, capsys):
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert main(["verify", str(damaged)]) == 1
+    for count in (60, 12):  # of each split, from nothing to everything
+        assert f"| 0/{count} " in stream.getvalue()
+        assert f"| {count}/{count} " in stream.getvalue()
     assert "%|" not in capsys.readouterr().out
 
 
@@ -98,31 +96,18 @@ def test_one_image_per_class_leaves_none_out(tmp_path, capsys):
     assert err == ""
 
 
-def test_the_package_is_the_command_and_judges_sizes(data, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["lejepa_fast.data", "verify", str(data), "--split", "val"])
+def test_the_package_is_the_command_and_judges_sizes(damaged, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lejepa_fast.data", "verify", str(damaged), "--split", "val"])
     with pytest.raises(SystemExit, match="1"):
         runpy.run_module("lejepa_fast.data", run_name="__main__")
-    assert "01.jpg\tnot an image" in capsys.readouterr().out
-    assert main(["verify", str(data), "--split", "val", "--min-size", "21"]) == 1
-    assert "24 x 20 px, the crops need a short side of 21 px" in capsys.readouterr().out
-    (data / "val" / "ant" / "01.jpg").unlink()
-    assert main(["verify", str(data), "--split", "val"]) == 0
+    assert "img 1.v0.JPG\tnot an image" in capsys.readouterr().out
+    assert main(["verify", str(damaged), "--split", "val", "--min-size", "17"]) == 1
+    assert "16 x 16 px, the crops need a short side of 17 px" in capsys.readouterr().out
+    (damaged / "val" / "ant" / "img 1.v0.JPG").unlink()
+    assert main(["verify", str(damaged), "--split", "val"]) == 0
 
 
 # --- pack ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    for label, name in enumerate(["ant", "bee"]):
-        for split, count in (("train", 30), ("val", 6)):
-            path = tmp_path / "set" / split / name
-            path.mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(path / f"img {number}.v{label}.JPG", quality=80)
-    return tmp_path / "set"
 
 
 def pack(*arguments: str | Path) -> int:
@@ -148,7 +133,6 @@ def test_pack_keeps_every_byte_and_label(folder, tmp_path):
     assert len(shards) > 2
     for split in ("train", "val"):
         packed = open_source(str(out), split)
-        assert packed.kind == "webdataset"
         assert packed.classes == ["ant", "bee"]
         assert digests(packed) == digests(open_source(str(folder), split))
     for shard in shards[:-1]:

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from loader_backends import CROPS_ONLY, NumberedSource, on, picture
-from odd_files import BOMBS, DANGLING, ODD, ORIENTATION_6, exif, exif_block, exif_entry, saved, with_segment
+from odd_files import BOMBS, DANGLING, ORIENTATION_6, exif, exif_block, exif_entry, saved, with_segment
 from PIL import EpsImagePlugin, Image, ImageFilter
 from view_parity import sample_views
 
-from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader, open_source
+from lejepa_fast.data import MultiCropRecipe, draws, eval_loader, multicrop_loader, open_source
 from lejepa_fast.data import views as views_module
 from lejepa_fast.data.backends.torchvision_backend import apply_view, to_tensor
-from lejepa_fast.data.draws import COLUMN_HEIGHT, COLUMN_WIDTH, view_table
 from lejepa_fast.data.sources import FolderSource, UnreadableImageError
 from lejepa_fast.data.sources.decoding import open_encoded, plain_header, to_rgb
 from lejepa_fast.data.views import EvalViews, TrainViews
@@ -32,29 +31,19 @@ def decoded(image: Image.Image, kind: str, **options) -> list:
 # --- to RGB -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ODD)
-def test_odd_files_show_the_right_pixels(kind):
-    data, right = ODD[kind](picture())
-    limit = 0 if data[:4] == b"\x89PNG" or data[:3] == b"GIF" else 4
-    if kind == "alpha.png":  # Pillow rounds while it composes
-        limit = 1
-    gap = np.abs(np.asarray(to_rgb(open_encoded(data))).astype(int) - right)
-    assert gap.mean() <= limit
-
-
-def test_16_bit_and_floating_point_are_scaled_not_clipped():
-    sixteen = np.array([[0, 257, 25_700, 65_535]], dtype=np.uint16)
-    assert decoded(Image.fromarray(sixteen), "PNG") == [[[v] * 3 for v in (0, 1, 100, 255)]]
-    unit = np.array([[0.0, 0.5, 1.0]], dtype=np.float32)
-    assert decoded(Image.fromarray(unit), "TIFF") == [[[v] * 3 for v in (0, 128, 255)]]
-    wide = np.array([[0, 7, 300]], dtype=np.int32)
-    assert decoded(Image.fromarray(wide), "TIFF") == [[[v] * 3 for v in (0, 0, 1)]]
-
-
-def test_black_and_white_and_gray_transparency_over_white():
-    assert decoded(Image.new("1", (1, 1), 1), "PNG") == [[[255] * 3]]
-    gray = np.array([[(80, 255), (80, 0)]], dtype=np.uint8)
-    assert decoded(Image.fromarray(gray, "LA"), "PNG") == [[[80] * 3, [255] * 3]]
+@pytest.mark.parametrize(
+    ("pixels", "kind", "right"),
+    [
+        (np.array([[0, 257, 25_700, 65_535]], np.uint16), "PNG", [0, 1, 100, 255]),
+        (np.array([[0.0, 0.5, 1.0]], np.float32), "TIFF", [0, 128, 255]),
+        (np.array([[0, 7, 300]], np.int32), "TIFF", [0, 0, 1]),
+        (np.array([[True, False]]), "PNG", [255, 0]),
+        (np.array([[(80, 255), (80, 0)]], np.uint8), "PNG", [80, 255]),  # gray, over white
+    ],
+    ids=["16 bit", "floats", "32 bit", "black and white", "transparent"],
+)
+def test_values_are_scaled_and_not_clipped(pixels, kind, right):
+    assert decoded(Image.fromarray(pixels), kind) == [[[value] * 3 for value in right]]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
@@ -203,7 +192,7 @@ def test_every_orientation_is_seen_as_torchvision_sees_it(backend, tmp_path, cap
     assert "DALI failed" not in caplog.text
 
 
-# --- very large images: by how much they are reduced --------------------------------------------
+# --- very large images --------------------------------------------------------------------------
 
 
 RECIPE = replace(CROPS_ONLY, global_size=48, local_size=24, local_crops=2)
@@ -224,9 +213,6 @@ def photograph(size: tuple[int, int] = SIZE) -> Image.Image:
     pixels = np.asarray(mosaic.resize(size, Image.Resampling.BICUBIC)).astype(np.float32)
     pixels += np.random.default_rng(0).normal(0, 8, pixels.shape)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).filter(ImageFilter.SHARPEN)
-
-
-# --- by how much --------------------------------------------------------------------------------
 
 
 def reduction(recipe: MultiCropRecipe, width: int, height: int) -> int:
@@ -261,18 +247,15 @@ def test_every_crop_keeps_two_pixels_for_one(size, ratio):
     recipe = replace(MultiCropRecipe(), aspect_ratio=(1 / ratio, ratio))
     factor = reduction(recipe, *size)
     width, height = size[0] // factor, size[1] // factor
-    drawn = view_table(recipe, seed=0, epoch=0, indices=range(300), sizes=[(width, height)] * 300)
-    smallest = (drawn[..., [COLUMN_HEIGHT, COLUMN_WIDTH]].min(-1) / recipe.view_sizes()).min()
+    drawn = draws.view_table(recipe, seed=0, epoch=0, indices=range(300), sizes=[(width, height)] * 300)
+    smallest = (drawn[..., [draws.HEIGHT, draws.WIDTH]].min(-1) / recipe.view_sizes()).min()
     assert factor == 1 or smallest >= 2 - 1 / 49  # windows are rounded to whole pixels
 
 
 @pytest.mark.parametrize(("size", "factor"), [((8000, 6000), 8), ((30_000, 900), 2), ((30_000, 895), 1)])
-def test_reduction_for_the_centre(size, factor):
+def test_reduction_for_the_center(size, factor):
     views = EvalViews(NumberedSource(1), 224)
     assert views.reduction(*size) == views.reduction(*size[::-1]) == factor
-
-
-# --- the same pixels ----------------------------------------------------------------------------
 
 
 def test_reduced_images_stay_upright_and_keep_their_colors():
@@ -317,11 +300,11 @@ def test_views_are_those_of_the_whole_image(tmp_path, backend):
         scale = factor if index < 2 else 1
         drawn = sample_views(RECIPE, index, (image.width // scale, image.height // scale))
         at_full_size = sample_views(RECIPE, index, image.size)
-        for view, params, full, size in zip(views, drawn, at_full_size, RECIPE.view_sizes(), strict=True):
-            window = {key: scale * getattr(params, key) for key in ("top", "left", "height", "width")}
-            # The same crop, up to the rounding of its place and sides to pixels.
-            assert all(abs(window[key] - getattr(full, key)) <= scale for key in window)
-            right = apply_view(to_tensor(image), params._replace(**window), size, RECIPE)
+        drawn[:, : draws.FLIP] *= scale
+        # The same crops, up to the rounding of place and sides to pixels.
+        assert np.abs(drawn - at_full_size)[:, : draws.FLIP].max() <= scale
+        for view, row, size in zip(views, drawn, RECIPE.view_sizes(), strict=True):
+            right = apply_view(to_tensor(image), row, size, RECIPE)
             gap = (view[index].cpu().int() - right.int()).abs().float().mean()
             assert gap <= (2 if index < 2 or backend != "torchvision" else 0), (index, gap)
 

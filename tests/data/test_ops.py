@@ -11,17 +11,17 @@ import torch
 from torchvision.transforms import v2
 from view_parity import sample_views
 
-from lejepa_fast.data.draws import ViewParams, permutation, raw_words
-from lejepa_fast.data.recipe import MultiCropRecipe
+from lejepa_fast.data import MultiCropRecipe, draws
+from lejepa_fast.data.draws import COLUMNS, permutation, raw_words
 from lejepa_fast.errors import UsageError
 
 RECIPE = MultiCropRecipe()
 
 
-def draws(
-    count: int, recipe: MultiCropRecipe = RECIPE, width: int = 400, height: int = 300
-) -> list[list[ViewParams]]:
-    return [sample_views(recipe, index, (width, height), seed=1) for index in range(count)]
+def views_of(count: int, recipe: MultiCropRecipe = RECIPE, width: int = 400, height: int = 300) -> np.ndarray:
+    """What is drawn for all views of so many images: (count, V, COLUMNS)."""
+    sizes = [(width, height)] * count
+    return draws.view_table(recipe, seed=1, epoch=0, indices=range(count), sizes=sizes)
 
 
 # --- random numbers -----------------------------------------------------------------------------
@@ -52,10 +52,10 @@ def test_permutation():
 def test_draws_repeat_and_depend_on_seed_epoch_and_index():
     base = {"seed": 0, "epoch": 0, "index": 3, "size": (96, 96)}
     first = sample_views(RECIPE, **base)
-    assert first == sample_views(RECIPE, **base)
-    assert len(set(first)) == RECIPE.num_views
+    assert np.array_equal(first, sample_views(RECIPE, **base))
+    assert len(np.unique(first, axis=0)) == RECIPE.num_views
     for other in ({"seed": 1}, {"epoch": 1}, {"index": 4}):
-        assert first != sample_views(RECIPE, **{**base, **other})
+        assert not np.array_equal(first, sample_views(RECIPE, **{**base, **other}))
 
 
 # --- distributions ------------------------------------------------------------------------------
@@ -66,51 +66,53 @@ def within_4_sigma(count: int, n: int, p: float) -> bool:
 
 
 def test_operation_frequencies():
-    views = [view for sample in draws(1250) for view in sample]
+    views = views_of(1250).reshape(-1, COLUMNS)
     n = len(views)
     assert n == 10_000
-    drawn = [(v.flip, bool(v.jitter), v.grayscale, v.blur_sigma is not None, v.solarize) for v in views]
-    for happens, probability in zip(zip(*drawn, strict=True), (0.5, 0.8, 0.2, 0.5, 0.2), strict=True):
-        assert within_4_sigma(sum(happens), n, probability)
+    happens = views[:, [draws.FLIP, draws.CODES, draws.GRAY, draws.SIGMA, draws.SOLARIZE]] > 0
+    for count, probability in zip(happens.sum(axis=0), (0.5, 0.8, 0.2, 0.5, 0.2), strict=True):
+        assert within_4_sigma(count, n, probability)
     # Independent of each other: the pair occurs with the product of the probabilities.
-    assert within_4_sigma(sum(v.flip and v.solarize for v in views), n, 0.1)
-    orders = [tuple(name for name, _ in v.jitter) for v in views if v.jitter]
-    for order in itertools.permutations(("brightness", "contrast", "saturation", "hue")):
-        assert within_4_sigma(orders.count(order), len(orders), 1 / 24)
+    assert within_4_sigma((happens[:, 0] & happens[:, 4]).sum(), n, 0.1)
+    orders = views[happens[:, 1], draws.CODES : draws.FACTORS].tolist()
+    for order in itertools.permutations([1, 2, 3, 4]):
+        assert within_4_sigma(orders.count(list(order)), len(orders), 1 / 24)
 
 
 def test_factors_are_uniform_in_their_ranges():
-    views = [view for sample in draws(500) for view in sample]
-    ranges = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.8, 1.2), "hue": (-0.1, 0.1)}
-    values = {name: [f for v in views for n, f in v.jitter if n == name] for name in ranges}
-    values["sigma"] = [v.blur_sigma for v in views if v.blur_sigma is not None]
-    ranges["sigma"] = (0.1, 2.0)
-    for name, (low, high) in ranges.items():
-        scaled = (np.sort(values[name]) - low) / (high - low)
+    views = views_of(500).reshape(-1, COLUMNS)
+    codes, factors = views[:, draws.CODES : draws.FACTORS], views[:, draws.FACTORS : draws.GRAY]
+    ranges = {
+        draws.BRIGHTNESS: (0.6, 1.4),
+        draws.CONTRAST: (0.6, 1.4),
+        draws.SATURATION: (0.8, 1.2),
+        draws.HUE: (-0.1, 0.1),
+    }
+    samples = [(factors[codes == code], bounds) for code, bounds in ranges.items()]
+    samples.append((views[views[:, draws.SIGMA] > 0, draws.SIGMA], (0.1, 2.0)))
+    for values, (low, high) in samples:
+        scaled = (np.sort(values) - low) / (high - low)
         assert 0 <= scaled[0] < scaled[-1] <= 1
         distance = np.abs(scaled - (np.arange(len(scaled)) + 0.5) / len(scaled)).max()
-        assert distance < 1.95 / math.sqrt(len(scaled)), name  # 0.1 % point
+        assert distance < 1.95 / math.sqrt(len(scaled)), (low, high)  # 0.1 % point
 
 
 def test_crops_have_torchvisions_distribution():
     width, height, n = 400, 300, 2000
-    recipe = MultiCropRecipe(global_crops=1, local_crops=1)
-    ours = np.array(
-        [[(v.height, v.width, v.top, v.left) for v in sample] for sample in draws(n, recipe)], float
-    )
+    ours = views_of(n, MultiCropRecipe(global_crops=1, local_crops=1))
     for which, scale in enumerate([(0.3, 1.0), (0.05, 0.3)]):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             crop = v2.RandomResizedCrop(8, scale=scale)
             theirs = [crop.make_params([torch.empty(3, height, width)]) for _ in range(n)]
-        theirs_table = np.array([(p["height"], p["width"], p["top"], p["left"]) for p in theirs], float)
+        table = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in theirs], float)
         for feature in (
-            lambda t: t[:, 0] * t[:, 1],  # area
-            lambda t: t[:, 1] / t[:, 0],  # aspect ratio
-            lambda t: t[:, 2] / (height - t[:, 0] + 1),  # position
-            lambda t: t[:, 3] / (width - t[:, 1] + 1),
+            lambda t: t[:, draws.HEIGHT] * t[:, draws.WIDTH],
+            lambda t: t[:, draws.WIDTH] / t[:, draws.HEIGHT],
+            lambda t: t[:, draws.TOP] / (height - t[:, draws.HEIGHT] + 1),
+            lambda t: t[:, draws.LEFT] / (width - t[:, draws.WIDTH] + 1),
         ):
-            one, other = np.sort(feature(ours[:, which])), np.sort(feature(theirs_table))
+            one, other = np.sort(feature(ours[:, which])), np.sort(feature(table))
             points = np.concatenate([one, other])
             gap = np.searchsorted(one, points, "right") - np.searchsorted(other, points, "right")
             assert np.abs(gap).max() / n < 1.95 * math.sqrt(2 / n)  # two-sample KS, 0.1 % point
@@ -121,18 +123,16 @@ def test_crops_have_torchvisions_distribution():
     [(1, 1), (1, 500), (500, 1), (2, 3), (3000, 20)],  # pixels and strips: no try fits
 )
 def test_crops_of_odd_images_stay_inside(width: int, height: int):
-    for v in itertools.chain(*draws(40, width=width, height=height)):
-        assert 0 < v.width <= width
-        assert 0 < v.height <= height
-        assert 0 <= v.top <= height - v.height
-        assert 0 <= v.left <= width - v.width
+    top, left, h, w = np.moveaxis(views_of(40, RECIPE, width, height)[..., : draws.FLIP], -1, 0)
+    assert ((w > 0) & (h > 0) & (top >= 0) & (left >= 0)).all()
+    assert ((top + h <= height) & (left + w <= width)).all()
 
 
 def test_operations_with_range_0_are_left_out():
     recipe = MultiCropRecipe(hue=0.0, jitter_prob=1.0, brightness=3.0)
-    views = [view for sample in draws(50, recipe) for view in sample]
-    assert all(len(v.jitter) == 3 for v in views)
-    assert all(factor >= 0 for v in views for _, factor in v.jitter)
+    views = views_of(50, recipe)
+    assert ((views[..., draws.CODES : draws.FACTORS] > 0).sum(axis=-1) == 3).all()
+    assert (views[..., draws.FACTORS : draws.GRAY] >= 0).all()
 
 
 # --- recipe -------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from view_parity import (
     SIZE,
     FixedViews,
     MemorySource,
-    as_row,
+    changed,
     distance,
     fixed_views,
     reference,
@@ -35,8 +35,8 @@ from view_parity import (
     sample_views,
 )
 
-from lejepa_fast.data import MultiCropRecipe, open_source
-from lejepa_fast.data.draws import ViewParams
+from lejepa_fast.data import MultiCropRecipe, draws, open_source
+from lejepa_fast.data.backends.torchvision_backend import one_thread
 from lejepa_fast.data.sources.base import EncodedSource
 from lejepa_fast.data.views import TrainViews
 
@@ -48,9 +48,9 @@ def photographs() -> list[Image.Image]:
     return [source[index][0] for index in PHOTOGRAPHS]
 
 
-def error(view: Tensor, images: Sequence[Image.Image], params: ViewParams) -> float:
+def error(view: Tensor, images: Sequence[Image.Image], drawn: np.ndarray) -> float:
     """Mean absolute difference from torchvision's view, of the worst image."""
-    expected = [reference(image, params, SIZE, MultiCropRecipe()) for image in images]
+    expected = [reference(image, drawn, SIZE, MultiCropRecipe()) for image in images]
     return max(distance(made, right) for made, right in zip(view, expected, strict=True))
 
 
@@ -68,10 +68,10 @@ def limit(backend: str, name: str) -> float:
 
 
 def test_operations_and_crops_equal_torchvision(backend, photographs):
-    crops = {name: PLAIN._replace(top=t, left=x, height=h, width=w) for name, (t, x, h, w) in CROPS.items()}
-    crops |= {f"{name}, flipped": crop._replace(flip=True) for name, crop in crops.items()}
+    crops = {name: changed(PLAIN, top=t, left=x, height=h, width=w) for name, (t, x, h, w) in CROPS.items()}
+    crops |= {f"{name}, flipped": changed(crop, flip=1) for name, crop in crops.items()}
     pairs = OPERATIONS | {
-        name: (crop, crop._replace(top=max(0, crop.top - 4), height=crop.height + 4))
+        name: (crop, changed(crop, top=max(0, crop[draws.TOP] - 4), height=crop[draws.HEIGHT] + 4))
         for name, crop in crops.items()
     }
     views = fixed_views(backend, photographs, [right for right, _ in pairs.values()])
@@ -87,10 +87,10 @@ def test_chain_equals_torchvision_image_by_image(backend, photographs):
     right, another = [], []
     for index in range(count):
         image = photographs[index % len(photographs)]
-        draws = sample_views(CHAIN, index, image.size, seed=3)
+        drawn = sample_views(CHAIN, index, image.size, seed=3)
         for v, size in enumerate(CHAIN.view_sizes()):
-            right.append(distance(views[v][index], reference(image, draws[v], size, CHAIN)))
-            another.append(distance(views[v][index], reference(image, draws[v - 1], size, CHAIN)))
+            right.append(distance(views[v][index], reference(image, drawn[v], size, CHAIN)))
+            another.append(distance(views[v][index], reference(image, drawn[v - 1], size, CHAIN)))
     assert max(right) < (CROP_TOLERANCE if backend in PILLOW else OP_TOLERANCE)
     assert np.mean(right) < 1
     assert min(another) > CROP_TOLERANCE
@@ -99,7 +99,7 @@ def test_chain_equals_torchvision_image_by_image(backend, photographs):
 def test_jpeg_files_decode_alike(backend):
     source = open_source("trashnet96", "train").subset(PHOTOGRAPHS)
     recipe = MultiCropRecipe(global_crops=1, global_size=SIZE, local_crops=0)
-    (views,) = rendered(backend, FixedViews(source, recipe, 0, as_row(PLAIN)[None]), len(source))
+    (views,) = rendered(backend, FixedViews(source, recipe, 0, PLAIN[None]), len(source))
     # The same library on a CPU; nvJPEG rounds in its own way.
     allowed = OP_TOLERANCE if backend == "gpu" else 0
     for view, (image, _) in zip(views, (source[i] for i in range(len(source))), strict=True):
@@ -134,7 +134,7 @@ def plain_statistics(spread_source) -> list[np.ndarray]:
     found = []
     for recipe in (STATISTICS, dataclasses.replace(STATISTICS, solarize_prob=0.3)):
         transform = multicrop_transform(recipe, tensors=False, normalized=False)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), one_thread():
             torch.manual_seed(0)
             views = [transform(spread_source[index][0]) for index in range(len(spread_source))]
         found.append(channel_statistics([torch.stack(view) for view in zip(*views, strict=True)]))

@@ -57,7 +57,7 @@ def test_shards_are_read_at_random(tmp_path):
     first = write_tar(tmp_path / "a.tar", samples(4))
     second = write_tar(tmp_path / "b.tar", samples(3, start=4))
     source = ShardSource([first, second])
-    assert (len(source), source.kind, source.targets) == (7, "webdataset", [0, 1, 2, 0, 1, 2, 0])
+    assert (len(source), source.targets) == (7, [0, 1, 2, 0, 1, 2, 0])
     for index in (6, 0, 3, 4, 0):
         image, target = source[index]
         assert image.getpixel((0, 0)) == (index, 0, 0)
@@ -66,7 +66,7 @@ def test_shards_are_read_at_random(tmp_path):
     assert source.describe(5) == f"{second}: 0005.png"
 
 
-def test_long_names_captions_and_unlabelled_shards(tmp_path):
+def test_long_names_captions_and_unlabeled_shards(tmp_path):
     deep = "d" * 120 + "/" + "n" * 150
     write_tar(tmp_path / "a.tar", {f"{deep}.PNG": picture(1), f"{deep}.json": b"{}", f"{deep}.txt": b"a cat"})
     source = ShardSource([tmp_path / "a.tar"])
@@ -252,7 +252,7 @@ def test_index_command_names_what_is_wrong(tmp_path, capsys):
 def test_embedded_set():
     root = EMBEDDED["trashnet96"]
     train, val = open_source("trashnet96", "train"), open_source("trashnet96", "val")
-    assert (len(train), len(val), train.name, train.kind) == (2022, 505, "trashnet96", "webdataset")
+    assert (len(train), len(val), train.name) == (2022, 505, "trashnet96")
     assert train.classes == val.classes == ["cardboard", "glass", "metal", "paper", "plastic", "trash"]
     assert np.bincount(train.targets).tolist() == [322, 401, 328, 475, 386, 110]
     assert np.bincount(val.targets).tolist() == [81, 100, 82, 119, 96, 27]
@@ -397,7 +397,7 @@ def listing(folder: Path) -> set[str]:
 @pytest.mark.parametrize("backend", ["torchvision", "cpu", "dali"])
 def test_hostile_shards_do_no_harm(hostile, backend):
     skip_without(backend)
-    for left in [*hostile.glob("quarantine-*"), *hostile.glob("*.idx")]:
+    for left in [*hostile.glob("bad-*"), *hostile.glob("*.idx")]:
         left.unlink()
     (hostile / "index-of-gigabytes.tar.idx").touch()
     os.truncate(hostile / "index-of-gigabytes.tar.idx", HUGE)
@@ -428,8 +428,8 @@ def test_hostile_shards_do_no_harm(hostile, backend):
         assert found[shard]["verify"] == [int(reason is not None), ""]
         written |= {f"shards/{shard}.idx"}
         if reason is not None:  # without a bad image there is no list of them
-            written |= {f"shards/quarantine-{shard}.txt"}
-            [line] = (hostile / f"quarantine-{shard}.txt").read_text().splitlines()
+            written |= {f"shards/bad-{shard}.txt"}
+            [line] = (hostile / f"bad-{shard}.txt").read_text().splitlines()
             assert re.search(reason, line.split("\t")[2])
     assert listing(hostile.parent) - before == written - before
 

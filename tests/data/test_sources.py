@@ -52,7 +52,7 @@ def test_class_folders(class_folders):
     (class_folders / "bee" / "notes.txt").write_text("not an image")
     (class_folders / "empty").mkdir()
     source = FolderSource(class_folders)
-    assert (source.kind, source.name, source.classes) == ("folder", "set", ["ant", "bee", "cat"])
+    assert (source.name, source.classes) == ("set", ["ant", "bee", "cat"])
     assert source.targets == [0] * 20 + [1] * 21 + [2] * 20
     assert len(source) == 61
     for index in (0, 19, 20, 60):
@@ -101,7 +101,7 @@ def test_hold_out_depends_on_the_images_of_a_class_alone(tmp_path):
 def test_flat_folder_has_no_labels(tmp_path):
     write_images(tmp_path / "flat", 10)
     source = open_source(str(tmp_path / "flat"), "train")
-    assert (len(source), source.targets, source.classes, source.labelled) == (9, None, None, False)
+    assert (len(source), source.targets, source.classes, source.labeled) == (9, None, None, False)
     assert source[0][1] == -1
 
 
@@ -281,7 +281,6 @@ def test_items_are_those_of_torchvision(tmp_path, name, monkeypatch):
     theirs = getattr(datasets, name)(tmp_path, **(split_options(name, "train") or {}))
     ours, _ = open_torchvision_set(f"torchvision:{name}:{tmp_path}", "train")
     assert isinstance(ours, EncodedSource)
-    assert ours.kind == "torchvision"
 
     def items(source) -> list[tuple[bytes, int]]:
         return sorted((source[i][0].convert("RGB").tobytes(), int(source[i][1])) for i in range(len(source)))
@@ -340,7 +339,7 @@ def test_torchvision_set_with_its_own_splits(tmp_path):
     write_fashion_mnist(tmp_path)
     train = open_source(f"torchvision:FashionMNIST:{tmp_path}", "train")
     val = open_source(f"torchvision:FashionMNIST:{tmp_path}", "val")
-    assert (len(train), len(val), train.kind, train.name) == (12, 5, "torchvision", "FashionMNIST")
+    assert (len(train), len(val), train.name) == (12, 5, "FashionMNIST")
     assert train.targets == [*range(10), 0, 1]
     assert train.classes[9] == "Ankle boot"
     image, target = train[11]

@@ -39,7 +39,7 @@ def epoch_of(name: str, backend: str) -> list[int] | str:
             num_workers=0 if backend == "torchvision" else 1,  # in this process, whose memory is measured
             backend=backend,
             max_bad_fraction=0.5,
-            bad_images=f"quarantine-{name}.txt",
+            bad_images=f"bad-{name}.txt",
             dtype=torch.uint8,
         )
         return [label for _, labels in loader for label in labels.tolist()]

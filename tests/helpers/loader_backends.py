@@ -39,10 +39,8 @@ def on(name: str) -> dict[str, Any]:
 class NumberedSource(ImageSource):
     """Image i is noise that depends on i, and its label is i."""
 
-    def __init__(self, count: int, *, labelled: bool = True, size: tuple[int, int] = (40, 32)) -> None:
-        super().__init__(
-            name="numbered", kind="folder", classes=None, targets=range(count) if labelled else None
-        )
+    def __init__(self, count: int, *, labeled: bool = True, size: tuple[int, int] = (40, 32)) -> None:
+        super().__init__(name="numbered", classes=None, targets=range(count) if labeled else None)
         self.count, self.size = count, size
 
     def __len__(self) -> int:

@@ -12,20 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from lejepa_fast.data import MultiCropRecipe
+from lejepa_fast.data import MultiCropRecipe, draws
 from lejepa_fast.data.backends.base import Loading
 from lejepa_fast.data.backends.choose_backend import make_backend
 from lejepa_fast.data.bad_images import BadImages
-from lejepa_fast.data.draws import (
-    COLUMN_CODES,
-    COLUMN_FACTORS,
-    COLUMN_GRAY,
-    COLUMNS,
-    JITTER_OPS,
-    ViewParams,
-    as_params,
-    view_table,
-)
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.data.sources.base import EncodedSource
 from lejepa_fast.data.views import TrainViews
@@ -34,7 +24,6 @@ OP_TOLERANCE, CROP_TOLERANCE = 2.0, 4.0  # levels of 255, mean absolute differen
 SIZE = 64
 # Saturated photographs, where a wrong hue shows, and one of ordinary colors.
 PHOTOGRAPHS = (280, 623, 42, 1162, 994, 616)
-PLAIN = ViewParams(10, 20, SIZE, SIZE, False, (), False, None, False)
 
 
 class MemorySource(EncodedSource):
@@ -42,7 +31,7 @@ class MemorySource(EncodedSource):
 
     def __init__(self, images: Sequence[Image.Image], repeats: int = 1) -> None:
         self.files = [saved(image, "PNG") for image in images] * repeats
-        super().__init__(name="memory", kind="folder", classes=None, targets=range(len(self.files)))
+        super().__init__(name="memory", classes=None, targets=range(len(self.files)))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -74,37 +63,39 @@ def rendered(engine: str, views: TrainViews, batch_size: int) -> list[Tensor]:
     return [torch.cat(made) for made in zip(*batches, strict=True)]
 
 
-def reference(image: Image.Image, params: ViewParams, size: int, recipe: MultiCropRecipe) -> Tensor:
-    """The view by torchvision's uint8 tensor kernels alone."""
-    box = (params.top, params.left, params.height, params.width)
+def reference(image: Image.Image, drawn: np.ndarray, size: int, recipe: MultiCropRecipe) -> Tensor:
+    """The view of a row of `draws.view_table`, by torchvision's uint8 tensor kernels alone."""
+    box = drawn[: draws.FLIP].astype(int).tolist()
     view = F.resized_crop(F.pil_to_tensor(image), *box, [size, size], antialias=True)
-    if params.flip:
+    if drawn[draws.FLIP]:
         view = F.horizontal_flip(view)
-    for name, factor in params.jitter:
-        view = getattr(F, f"adjust_{name}")(view, factor)
-    if params.grayscale:
+    for code, factor in zip(
+        drawn[draws.CODES : draws.FACTORS], drawn[draws.FACTORS : draws.GRAY], strict=True
+    ):
+        if code:
+            view = getattr(F, f"adjust_{draws.JITTER_OPS[int(code) - 1]}")(view, factor)
+    if drawn[draws.GRAY]:
         view = F.rgb_to_grayscale(view, num_output_channels=3)
-    if params.blur_sigma is not None:
-        view = F.gaussian_blur(view, [recipe.blur_kernel] * 2, [params.blur_sigma] * 2)
-    return F.solarize(view, recipe.solarize_threshold) if params.solarize else view
+    if drawn[draws.SIGMA]:
+        view = F.gaussian_blur(view, [recipe.blur_kernel] * 2, [drawn[draws.SIGMA]] * 2)
+    return F.solarize(view, recipe.solarize_threshold) if drawn[draws.SOLARIZE] else view
 
 
 def sample_views(
     recipe: MultiCropRecipe, index: int, size: tuple[int, int], *, seed: int = 0, epoch: int = 0
-) -> list[ViewParams]:
-    """What is drawn for all views of an image, globals first."""
-    table = view_table(recipe, seed=seed, epoch=epoch, indices=[index], sizes=[size])
-    return [as_params(row) for row in table[0].tolist()]
+) -> np.ndarray:
+    """What is drawn for all views of an image, globals first: (V, COLUMNS)."""
+    return draws.view_table(recipe, seed=seed, epoch=epoch, indices=[index], sizes=[size])[0]
 
 
-def as_row(params: ViewParams) -> np.ndarray:
-    """The parameters as a row of `draws.view_table`."""
-    row = np.zeros(COLUMNS)
-    row[:5] = params.top, params.left, params.height, params.width, params.flip
-    for step, (name, factor) in enumerate(params.jitter):
-        row[COLUMN_CODES + step], row[COLUMN_FACTORS + step] = JITTER_OPS.index(name) + 1, factor
-    row[COLUMN_GRAY:] = params.grayscale, params.blur_sigma or 0.0, params.solarize
-    return row
+def changed(row: np.ndarray, *jitter: tuple[str, float], **columns: float) -> np.ndarray:
+    """The row of `draws.view_table` with these color operations and these columns, such as flip=1."""
+    made = row.copy()
+    for step, (name, factor) in enumerate(jitter):
+        made[draws.CODES + step], made[draws.FACTORS + step] = draws.JITTER_OPS.index(name) + 1, factor
+    for name, value in columns.items():
+        made[getattr(draws, name.upper())] = value
+    return made
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -112,15 +103,16 @@ def distance(one: Tensor, other: Tensor) -> float:
     return (one.int() - other.int()).abs().float().mean().item()
 
 
-# Each with a neighbour that is wrong enough to be caught.
+PLAIN = changed(np.zeros(draws.COLUMNS), top=10, left=20, height=SIZE, width=SIZE)
+# Each with a neighbor that is wrong enough to be caught.
 OPERATIONS = {
-    "plain": (PLAIN, PLAIN._replace(left=22)),
-    "flip": (PLAIN._replace(flip=True), PLAIN),
-    "grayscale": (PLAIN._replace(grayscale=True), PLAIN),
-    "solarize": (PLAIN._replace(solarize=True), PLAIN),
-    "blur 0.3": (PLAIN._replace(blur_sigma=0.3), PLAIN._replace(blur_sigma=1.0)),
-    "blur 1": (PLAIN._replace(blur_sigma=1.0), PLAIN._replace(blur_sigma=0.3)),
-    "blur 2": (PLAIN._replace(blur_sigma=2.0), PLAIN._replace(blur_sigma=0.7)),
+    "plain": (PLAIN, changed(PLAIN, left=22)),
+    "flip": (changed(PLAIN, flip=1), PLAIN),
+    "grayscale": (changed(PLAIN, gray=1), PLAIN),
+    "solarize": (changed(PLAIN, solarize=1), PLAIN),
+    "blur 0.3": (changed(PLAIN, sigma=0.3), changed(PLAIN, sigma=1)),
+    "blur 1": (changed(PLAIN, sigma=1), changed(PLAIN, sigma=0.3)),
+    "blur 2": (changed(PLAIN, sigma=2), changed(PLAIN, sigma=0.7)),
 }
 FACTORS = {
     "brightness": [(0.6, 0.65), (1.4, 1.3)],
@@ -129,24 +121,23 @@ FACTORS = {
     "hue": [(0.1, 0.05), (-0.1, 0.1), (0.4, -0.4)],
 }
 OPERATIONS |= {
-    f"{name} {right}": (PLAIN._replace(jitter=((name, right),)), PLAIN._replace(jitter=((name, wrong),)))
+    f"{name} {right}": (changed(PLAIN, (name, right)), changed(PLAIN, (name, wrong)))
     for name, pairs in FACTORS.items()
     for right, wrong in pairs
 }
 ORDER = (("contrast", 1.4), ("hue", 0.1), ("saturation", 1.5), ("brightness", 1.4))
-OPERATIONS["jitter"] = (PLAIN._replace(jitter=ORDER), PLAIN._replace(jitter=ORDER[::-1]))
-OPERATIONS["jitter, reversed"] = (PLAIN._replace(jitter=ORDER[::-1]), PLAIN._replace(jitter=ORDER))
+OPERATIONS["jitter"] = (changed(PLAIN, *ORDER), changed(PLAIN, *ORDER[::-1]))
+OPERATIONS["jitter, reversed"] = OPERATIONS["jitter"][::-1]
 # Windows as (top, left, height, width) of images of at least 96 x 96 px.
 CROPS = {"shrunk": (0, 0, 96, 96), "shrunk, odd": (3, 1, 91, 83), "enlarged": (30, 40, 25, 21)}
 CROPS |= {"wide": (11, 5, 30, 90), "tall": (2, 50, 93, 17)}
 CROPS |= {"small": (50, 50, 9, 8), "corner": (64, 64, 32, 32)}
 
 
-def fixed_views(engine: str, images: Sequence[Image.Image], used: Sequence[ViewParams]) -> list[Tensor]:
-    """The engine's views (images, 3, SIZE, SIZE) for each of the parameters."""
-    recipe = MultiCropRecipe(global_crops=len(used), global_size=SIZE, local_crops=0)
-    fixed = FixedViews(MemorySource(images), recipe, 0, np.stack([as_row(params) for params in used]))
-    return rendered(engine, fixed, len(images))
+def fixed_views(engine: str, images: Sequence[Image.Image], rows: Sequence[np.ndarray]) -> list[Tensor]:
+    """The engine's views (images, 3, SIZE, SIZE) for each of these rows of `draws.view_table`."""
+    recipe = MultiCropRecipe(global_crops=len(rows), global_size=SIZE, local_crops=0)
+    return rendered(engine, FixedViews(MemorySource(images), recipe, 0, np.stack(rows)), len(images))
 
 
 CHAIN = MultiCropRecipe(

@@ -59,7 +59,7 @@ class DataConfig:
     hw_decoder_load: Share = 0.65
     """Share of JPEGs for the hardware decoder of a GPU, where DALI decodes there; 0: all go to CUDA."""
     max_bad_fraction: Share = 0.05
-    """Unreadable images are listed in RUN/quarantine.txt and replaced; more than this share stops the run."""
+    """Unreadable images are listed in RUN/bad_images.txt and replaced; more than this share stops the run."""
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class Trainer:
         self.train_source, self.val_source = evaluate.open_splits(cfg.data)
         evaluate.check_validation_images(self.val_source)  # now, not after the training
         self.data = resume.data_identity(self.train_source, self.val_source)
-        self.bad_images = self.run_dir / "quarantine.txt"
+        self.bad_images = self.run_dir / "bad_images.txt"
         processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.workers = config.loader_workers(cfg, processes_here, world.device.type == "cuda")
         self.loader = multicrop_loader(

@@ -17,12 +17,12 @@ from lejepa_fast.errors import UsageError
 
 
 class RawBatch(NamedTuple):
-    """Pixels and labels before normalisation."""
+    """Pixels and labels before normalization."""
 
     views: list[Tensor]
     """V tensors (B, 3, S, S) uint8 of any memory layout, on the CPU (possibly pinned) or the GPU."""
     targets: Tensor
-    """(B,) int64 on the CPU, -1 where unlabelled."""
+    """(B,) int64 on the CPU, -1 where unlabeled."""
 
     def rows(self, kept: Sequence[int]) -> RawBatch:
         """The batch with these rows only."""
@@ -38,7 +38,6 @@ class Loading:
     batch_size: int
     num_workers: int = 0
     device: torch.device | None = None
-    start_method: str | None = None
     prefetch: int = 2
     hw_decoder_load: float = 0.65
 
@@ -51,10 +50,6 @@ class Loading:
                 raise UsageError(f"{name} must be at least {smallest}; got {value}")
         if not 0.0 <= self.hw_decoder_load <= 1.0:
             raise UsageError(f"hw_decoder_load must lie in [0, 1]; got {self.hw_decoder_load}")
-        if self.start_method not in (None, "fork", "spawn", "forkserver"):
-            raise UsageError(
-                f"start_method must be 'fork', 'spawn', 'forkserver' or None; got {self.start_method!r}"
-            )
 
     @property
     def on_gpu(self) -> bool:
@@ -63,7 +58,7 @@ class Loading:
 
 
 class Backend(Protocol):
-    """Makes the pixels. The loader decides which images make up which batch, and normalises."""
+    """Makes the pixels. The loader decides which images make up which batch, and normalizes."""
 
     name: str
 

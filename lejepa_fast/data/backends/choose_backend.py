@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import logging
 
 import torch
@@ -47,11 +46,11 @@ def choose_backend(name: str, device: torch.device | None) -> tuple[str, str]:
 def dali_fault(on_gpu: bool) -> str | None:
     """Why DALI cannot be used, with the package to install; None if it can."""
     package = wanted_package(torch.version.cuda)
-    if not _is_installed():
-        return f"DALI is not installed: pip install {package}"
     try:
         dali = importlib.import_module("nvidia.dali")
         importlib.import_module("nvidia.dali.fn")
+    except ModuleNotFoundError:
+        return f"DALI is not installed: pip install {package}"
     except Exception as error:  # a library that cannot be loaded: ImportError, OSError, RuntimeError
         return f"DALI cannot be loaded ({first_line(error)}): pip install {package}"
     if not on_gpu:
@@ -80,21 +79,14 @@ def wanted_package(cuda: str | None) -> str:
 @functools.cache
 def numba_fault() -> str | None:
     """Why the compiled CPU kernels cannot be used; None if they can. A broken Numba is logged once."""
-    if importlib.util.find_spec("numba") is None:
-        return "Numba is not installed: pip install numba"
     try:
         importlib.import_module("lejepa_fast.data.backends.cpu_kernels")
+    except ModuleNotFoundError:
+        return "Numba is not installed: pip install numba"
     except Exception as error:  # another NumPy than Numba wants, a cache that cannot be written, ...
         log.warning("the compiled CPU kernels cannot be used: Numba says %r", first_line(error))
         return f"Numba is broken ({first_line(error)}): pip install --upgrade numba, or set NUMBA_CACHE_DIR"
     return None
-
-
-def _is_installed() -> bool:
-    try:
-        return importlib.util.find_spec("nvidia.dali") is not None
-    except (ImportError, ValueError):  # no package `nvidia` at all
-        return False
 
 
 def make_backend(name: str, views: TrainViews | EvalViews, loading: Loading) -> tuple[Backend, str]:

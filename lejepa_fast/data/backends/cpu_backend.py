@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,20 +17,17 @@ from torch.nn import functional
 
 from lejepa_fast.data.backends.base import Loading, RawBatch
 from lejepa_fast.data.backends.cpu_kernels import render_view
-from lejepa_fast.data.backends.torchvision_backend import centre_view
+from lejepa_fast.data.backends.torchvision_backend import center_view
 from lejepa_fast.data.bad_images import BadImages
-from lejepa_fast.data.draws import COLUMN_TOP, COLUMN_WIDTH
+from lejepa_fast.data.draws import TOP, WIDTH
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.data.views import EvalViews, TrainViews
 
 _IMAGES_PER_TASK = 4  # drawing the parameters of several images takes little longer than those of one
 
 
-class _Pending(NamedTuple):
-    """A batch in the making. parts: the rows for which an image was found."""
-
-    batch: RawBatch
-    parts: list[Future[list[int]]]
+_Pending = tuple[RawBatch, list[Future[list[int]]]]
+"""A batch in the making, and the rows for which an image was found, in parts."""
 
 
 class CpuBackend:
@@ -76,9 +71,8 @@ class CpuBackend:
             return index, self._views.load(index)
 
         def fill(rows: Sequence[int]) -> list[int]:
-            next_try = partial(self._views.substitute, key.epoch)
-            tried = [(row, bad.first_usable(key.indices[row], next_try, read)) for row in rows]
-            found = [(row, *image) for row, image in tried if image is not None]
+            made = [bad.first_usable(self._views, key.epoch, key.indices[row], read) for row in rows]
+            found = [(row, *image) for row, image in zip(rows, made, strict=True) if image is not None]
             if not found:
                 return []
             kept, indices, images = zip(*found, strict=True)
@@ -91,12 +85,12 @@ class CpuBackend:
         parts = [
             range(count)[first : first + _IMAGES_PER_TASK] for first in range(0, count, _IMAGES_PER_TASK)
         ]
-        return _Pending(batch, [self._pool.submit(fill, rows) for rows in parts])
+        return batch, [self._pool.submit(fill, rows) for rows in parts]
 
     def _render(self, image: Image.Image, drawn: np.ndarray, out: list[np.ndarray]) -> None:
         """Write all views of an image, each (3, S, S) uint8, to `out`. drawn: their rows of `view_table`."""
         if isinstance(self._views, EvalViews):
-            out[0][:] = centre_view(image, self._views.image_size).numpy()
+            out[0][:] = center_view(image, self._views.image_size).numpy()
             return
         pixels, recipe = np.asarray(image), self._views.recipe
         for parameters, view in zip(drawn, out, strict=True):
@@ -106,7 +100,7 @@ class CpuBackend:
 
 def resized_crop(pixels: np.ndarray, parameters: np.ndarray, size: int) -> np.ndarray:
     """The window of `parameters`, a row of `draws.view_table`, of pixels (H, W, 3) uint8: (size, size, 3)."""
-    top, left, height, width = map(int, parameters[COLUMN_TOP : COLUMN_WIDTH + 1])
+    top, left, height, width = map(int, parameters[TOP : WIDTH + 1])
     window = pixels[top : top + height, left : left + width].copy()
     # torch resizes uint8 fastest in channels-last order, by one thread. It takes a batch for one only if the
     # batch dimension comes before `permute`.

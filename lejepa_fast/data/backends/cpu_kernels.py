@@ -1,6 +1,6 @@
 """Colors of one crop in one compiled pass: the CPU's counterpart of the Triton kernels.
 
-A view is made start to finish while it lies in the cache, in planes of float32 that Numba vectorises. The
+A view is made start to finish while it lies in the cache, in planes of float32 that Numba vectorizes. The
 arithmetic is that of torchvision's tensor kernels, including where they truncate: values are whole numbers
 from 0 to 255 between any two operations.
 """
@@ -13,21 +13,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from lejepa_fast.data.draws import (
-    BRIGHTNESS,
-    COLUMN_CODES,
-    COLUMN_FACTORS,
-    COLUMN_FLIP,
-    COLUMN_GRAY,
-    COLUMN_SIGMA,
-    COLUMN_SOLARIZE,
-    CONTRAST,
-    HUE,
-    SATURATION,
-)
+from lejepa_fast.data import draws
 
 _JIT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
-# Sums may be reordered so that they vectorise. NaN and infinities cannot occur: pixels are integers.
+# Sums may be reordered so that they vectorize. NaN and infinities cannot occur: pixels are integers.
 _FAST: dict[str, Any] = {**_JIT, "fastmath": True}
 
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
@@ -41,30 +30,30 @@ def render_view(view, p, kernel_size, threshold, out):
     """Change the colors of a crop and mirror it, as drawn.
 
     Args:
-        view: The crop, (S, S, 3) uint8, contiguous.
-        p: Its row of `draws.view_table`, float32.
-        kernel_size: Side of the blur's kernel in pixels, odd.
-        threshold: Solarize inverts values from here on.
+        view: the crop, (S, S, 3) uint8, contiguous.
+        p: its row of `draws.view_table`, float32.
+        kernel_size: side of the blur's kernel in pixels, odd.
+        threshold: solarize inverts values from here on.
         out: (3, S, S) uint8, written.
     """
     size = out.shape[1]
     planes = np.empty((3, size, size), np.float32)
     load(view, planes)
     for step in range(4):
-        code, factor = int(p[COLUMN_CODES + step]), p[COLUMN_FACTORS + step]
-        if code == BRIGHTNESS:
+        code, factor = int(p[draws.CODES + step]), p[draws.FACTORS + step]
+        if code == draws.BRIGHTNESS:
             scale_and_shift(planes, factor, _ZERO)
-        elif code == CONTRAST:
+        elif code == draws.CONTRAST:
             scale_and_shift(planes, factor, (_ONE - factor) * gray_mean(planes))
-        elif code == SATURATION:
+        elif code == draws.SATURATION:
             saturate(planes, factor)
-        elif code == HUE:
+        elif code == draws.HUE:
             shift_hue(planes[0], planes[1], planes[2], factor)
-    if p[COLUMN_GRAY] > 0:
+    if p[draws.GRAY] > 0:
         saturate(planes, _ZERO)
-    if p[COLUMN_SIGMA] > 0:
-        blur(planes, kernel_size, p[COLUMN_SIGMA])
-    store(planes, p[COLUMN_FLIP] > 0, threshold if p[COLUMN_SOLARIZE] > 0 else 256, out)
+    if p[draws.SIGMA] > 0:
+        blur(planes, kernel_size, p[draws.SIGMA])
+    store(planes, p[draws.FLIP] > 0, threshold if p[draws.SOLARIZE] > 0 else 256, out)
 
 
 @njit(**_FAST)
@@ -164,7 +153,7 @@ def blur(planes, kernel_size, sigma):
 
 
 @njit(**_JIT)
-def normalise(pixels, mean, std, out):
+def normalize(pixels, mean, std, out):
     """Write (pixels - mean) / std per channel to `out` (B, 3, S, S) float32, in one pass over memory."""
     for b in range(out.shape[0]):
         for c in range(3):

@@ -8,9 +8,8 @@ Nothing in the pipeline is random. The host draws every parameter (`draws.view_t
 with the encoded bytes, so all backends make the same choices, and a resumed run needs no state of DALI.
 
 Colors are changed behind the pipeline: on a GPU by four Triton kernels for one view of the whole batch, on a
-CPU image by image as by the backend "torchvision". DALI runs its operators one after the other, each for a
-whole batch and even where there is nothing to do, and color jitter as torchvision defines it, in a random
-order and with the hue shifted in HSV, takes about 200 of them for each view.
+CPU image by image as by the backend "torchvision". In DALI, torchvision's color jitter takes about 200
+operators for each view.
 
 An error inside DALI breaks its pipeline. A new one is made then, and the batch runs again from pixels that
 Pillow has decoded; what Pillow refuses is a bad image.
@@ -26,7 +25,7 @@ from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,21 +33,10 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 from torch import Tensor
 
+from lejepa_fast.data import draws
 from lejepa_fast.data.backends.base import Loading, RawBatch
 from lejepa_fast.data.backends.torchvision_backend import change_color, one_thread
 from lejepa_fast.data.bad_images import BadImages
-from lejepa_fast.data.draws import (
-    COLUMN_CODES,
-    COLUMN_FLIP,
-    COLUMN_HEIGHT,
-    COLUMN_LEFT,
-    COLUMN_SIGMA,
-    COLUMN_SOLARIZE,
-    COLUMN_TOP,
-    COLUMN_WIDTH,
-    COLUMNS,
-    as_params,
-)
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.data.sources.base import EncodedSource
@@ -60,6 +48,7 @@ log = logging.getLogger("lejepa_fast.data")
 
 _READ_AHEAD = 2  # batches of encoded bytes beyond those inside DALI
 _FILES_PER_TASK = 8
+_TRANSPOSED = 5  # the EXIF orientations from here on exchange rows and columns
 
 # A forked process has none of a pipeline's threads: destroying the pipeline there would hang.
 # So the child keeps references, taken before the fork, even to pipelines that are already garbage: the child
@@ -74,29 +63,15 @@ os.register_at_fork(
 )
 
 
-class Turn(NamedTuple):
-    """How stored pixels become upright: rows and columns exchanged, then mirrored, then upside down."""
-
-    transposed: bool
-    mirrored: bool
-    inverted: bool
-
-
-# By EXIF orientation.
-TURNS = {n: Turn(n >= 5, n in (2, 3, 6, 7), n in (3, 4, 7, 8)) for n in range(1, 9)}
-
-
 @dataclass(frozen=True)
 class Encoded:
-    """An image file that any decoder reads."""
+    """An image file that any decoder reads. See `decoding.Header`; the decoder must not turn the pixels."""
 
     index: int
     data: bytes
     width: int
-    """In pixels, of the upright image; so is the height."""
     height: int
     orientation: int = 1
-    """Of the stored pixels, 1-8 as in EXIF. The decoder must not apply it."""
 
 
 def read_encoded(views: TrainViews | EvalViews, index: int, *, careful: bool = False) -> Encoded:
@@ -123,19 +98,21 @@ def _as_ppm(index: int, image: Image.Image) -> Encoded:
     return Encoded(index, header + image.tobytes(), image.width, image.height)
 
 
-def window_table(table: np.ndarray, sizes: Sequence[tuple[int, int]], turns: Sequence[Turn]) -> np.ndarray:
+def window_table(table: np.ndarray, rows: Sequence[Encoded]) -> np.ndarray:
     """Start and end of each window of `table` in stored pixels, (B, V, 2, 2) float32 with (y, x) last.
 
-    A mirrored view ends before it starts. Of a transposed image the view comes out transposed. `sizes` are
-    (width, height) of the upright images, `turns` tells how the stored pixels become upright.
+    A mirrored view ends before it starts. Of a transposed image the view comes out transposed.
     """
-    width, height = np.asarray(sizes, dtype=np.float64).T[..., None]
-    transposed, mirrored, inverted = np.asarray(turns).T[..., None]
-    top, left = table[..., COLUMN_TOP], table[..., COLUMN_LEFT]
-    bottom, right = top + table[..., COLUMN_HEIGHT], left + table[..., COLUMN_WIDTH]
+    width, height = np.array([(row.width, row.height) for row in rows], dtype=np.float64).T[..., None]
+    # How stored pixels become upright: rows and columns exchanged, then mirrored, then upside down.
+    orientation = np.array([[row.orientation] for row in rows])
+    transposed, mirrored = orientation >= _TRANSPOSED, np.isin(orientation, (2, 3, 6, 7))
+    inverted = np.isin(orientation, (3, 4, 7, 8))
+    top, left = table[..., draws.TOP], table[..., draws.LEFT]
+    bottom, right = top + table[..., draws.HEIGHT], left + table[..., draws.WIDTH]
     top, bottom = (np.where(inverted, height - y, y) for y in (top, bottom))
     left, right = (np.where(mirrored, width - x, x) for x in (left, right))
-    flip = table[..., COLUMN_FLIP] > 0
+    flip = table[..., draws.FLIP] > 0
     start = np.stack([top, np.where(flip, right, left)], axis=-1)
     end = np.stack([bottom, np.where(flip, left, right)], axis=-1)
     window = np.stack([start, end], axis=-2)
@@ -169,17 +146,14 @@ def view_pipeline(*, device: str, hw_decoder_load: float, sizes: list[int]) -> A
 
 
 def change_colors(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropRecipe) -> list[Tensor]:
-    """V contiguous views (B, S, S, 3) uint8, their colors changed as `table` of `draws.view_table` says.
-
-    They come in new memory. On a GPU all work is queued on the current stream.
-    """
+    """V new views (B, S, S, 3) uint8 with the colors of `table`. A GPU works on the current stream."""
     if views[0].is_cuda:
         return by_kernels(views, table, recipe)
     made = [torch.empty_like(view) for view in views]
     with one_thread():
         for row, parameters in enumerate(table.tolist()):
             for v, view in enumerate(views):
-                changed = change_color(view[row].permute(2, 0, 1), as_params(parameters[v]), recipe)
+                changed = change_color(view[row].permute(2, 0, 1), parameters[v], recipe)
                 made[v][row] = changed.permute(1, 2, 0)
     return made
 
@@ -188,8 +162,8 @@ def by_kernels(views: Sequence[Tensor], table: np.ndarray, recipe: MultiCropReci
     """`change_colors` on a GPU, or in Triton's interpreter."""
     from lejepa_fast.kernels import color_jitter
 
-    blurred = np.any(table[..., COLUMN_SIGMA] > 0, axis=0)
-    drawn = table[..., COLUMN_CODES : COLUMN_SOLARIZE + 1]  # the columns that the kernels read
+    blurred = np.any(table[..., draws.SIGMA] > 0, axis=0)
+    drawn = table[..., draws.CODES : draws.SOLARIZE + 1]  # the columns that the kernels read
     rows = torch.from_numpy(drawn.astype(np.float32).transpose(1, 0, 2).copy())
     if views[0].is_cuda:  # a copy from pinned memory need not wait
         rows = rows.pin_memory().to(views[0].device, non_blocking=True)
@@ -206,7 +180,7 @@ class _Batch:
 
     key: BatchKey
     rows: list[Encoded]
-    table: np.ndarray = field(default_factory=lambda: np.empty((0, 0, COLUMNS)))
+    table: np.ndarray = field(default_factory=lambda: np.empty((0, 0, draws.COLUMNS)))
     """Parameters of its views."""
     refusal: Exception | None = None
     """Why DALI did not take it."""
@@ -256,11 +230,10 @@ class DaliBackend:
 
     def _read(self, key: BatchKey, bad: BadImages, *, careful: bool = False) -> list[Future[list[Encoded]]]:
         """Start reading the images of a batch, with good ones in the places of bad ones."""
-        next_try = partial(self._views.substitute, key.epoch)
         read = partial(read_encoded, self._views, careful=careful)
 
         def read_part(indices: Sequence[int]) -> list[Encoded]:
-            found = [bad.first_usable(index, next_try, read) for index in indices]
+            found = [bad.first_usable(self._views, key.epoch, index, read) for index in indices]
             return [row for row in found if row is not None]
 
         size = _FILES_PER_TASK
@@ -276,7 +249,7 @@ class DaliBackend:
         batch.table = self._views.table(batch.key.epoch, [row.index for row in batch.rows], sizes)
         if self._pipe is None:
             self._pipe = self._build()
-        windows = window_table(batch.table, sizes, [TURNS[row.orientation] for row in batch.rows])
+        windows = window_table(batch.table, batch.rows)
         try:
             self._pipe.feed_input("encoded", [np.frombuffer(row.data, dtype=np.uint8) for row in batch.rows])
             self._pipe.feed_input("windows", windows)
@@ -333,7 +306,7 @@ class DaliBackend:
         """Views with their colors changed, upright (B, 3, S, S). Always copies: DALI reuses its buffers."""
         recipe = self._views.recipe if isinstance(self._views, TrainViews) else None
         changed = change_colors(views, batch.table, recipe) if recipe else [view.clone() for view in views]
-        turned = [row for row, image in enumerate(batch.rows) if TURNS[image.orientation].transposed]
+        turned = [row for row, image in enumerate(batch.rows) if image.orientation >= _TRANSPOSED]
         for pixels in changed if turned else []:
             pixels[turned] = pixels[turned].transpose(1, 2)
         return [pixels.permute(0, 3, 1, 2) for pixels in changed]

@@ -9,10 +9,9 @@ bytes of float32.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from PIL import Image
@@ -20,14 +19,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
+from lejepa_fast.data import draws
 from lejepa_fast.data.backends.base import Loading, RawBatch, give_memory_back
-from lejepa_fast.data.backends.workers import is_death, start_worker, starting, without_sigchld_handler
+from lejepa_fast.data.backends.workers import is_death, start_worker, starting
 from lejepa_fast.data.bad_images import BadImages
-from lejepa_fast.data.draws import ViewParams, as_params
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.data.sources.decoding import UnreadableImageError
-from lejepa_fast.data.views import LONGEST_RATIO, EvalViews, TrainViews
+from lejepa_fast.data.views import LONGEST_RATIO, EvalViews, TrainViews, Views
 from lejepa_fast.errors import RunError, UsageError
 
 
@@ -37,30 +36,31 @@ def to_tensor(image: Image.Image) -> Tensor:
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
-def apply_view(image: Tensor, params: ViewParams, size: int, recipe: MultiCropRecipe) -> Tensor:
-    """One view (3, size, size) uint8 of a decoded image (3, H, W) uint8."""
-    box = (params.top, params.left, params.height, params.width)
+def apply_view(image: Tensor, drawn: Sequence[float], size: int, recipe: MultiCropRecipe) -> Tensor:
+    """One view (3, size, size) uint8 of a decoded image (3, H, W) uint8. drawn: a row of `view_table`."""
+    box = [int(side) for side in drawn[draws.TOP : draws.WIDTH + 1]]
     view = F.resized_crop(image, *box, [size, size], antialias=True)
-    if params.flip:
+    if drawn[draws.FLIP]:
         view = F.horizontal_flip(view)
-    return change_color(view, params, recipe)
+    return change_color(view, drawn, recipe)
 
 
-def change_color(view: Tensor, params: ViewParams, recipe: MultiCropRecipe) -> Tensor:
+def change_color(view: Tensor, drawn: Sequence[float], recipe: MultiCropRecipe) -> Tensor:
     """Color jitter and grayscale by the Pillow kernels, blur and solarize, of a view (3, S, S) uint8."""
-    if params.jitter or params.grayscale:
+    codes, factors = drawn[draws.CODES : draws.FACTORS], drawn[draws.FACTORS : draws.GRAY]
+    if any(codes) or drawn[draws.GRAY]:
         image = Image.fromarray(view.permute(1, 2, 0).numpy())
-        for name, factor in params.jitter:
-            image = getattr(F, f"adjust_{name}")(image, factor)
-        view = to_tensor(F.rgb_to_grayscale(image, num_output_channels=3) if params.grayscale else image)
-    if params.blur_sigma is not None:
-        kernel, sigma = recipe.blur_kernel, params.blur_sigma
-        view = F.gaussian_blur(view, [kernel, kernel], [sigma, sigma])
-    return F.solarize(view, recipe.solarize_threshold) if params.solarize else view
+        for code, factor in zip(codes, factors, strict=True):
+            if code != draws.SKIP:
+                image = getattr(F, f"adjust_{draws.JITTER_OPS[int(code) - 1]}")(image, factor)
+        view = to_tensor(F.rgb_to_grayscale(image, num_output_channels=3) if drawn[draws.GRAY] else image)
+    if drawn[draws.SIGMA]:
+        view = F.gaussian_blur(view, [recipe.blur_kernel] * 2, [drawn[draws.SIGMA]] * 2)
+    return F.solarize(view, recipe.solarize_threshold) if drawn[draws.SOLARIZE] else view
 
 
-def centre_view(image: Image.Image, size: int) -> Tensor:
-    """The view of an evaluation: the short side resized to `size` px, the centre (3, size, size) cut out.
+def center_view(image: Image.Image, size: int) -> Tensor:
+    """The view of an evaluation: the short side resized to `size` px, the center (3, size, size) cut out.
 
     Of an image longer than 4:1 the middle alone is resized: as a whole, 1 x 10,000 px would need gigabytes.
     The resizing filter reaches no further.
@@ -108,13 +108,19 @@ class Batches(Dataset):
             image = self.views.load(index)
             batch.targets[row] = self.views.source.target(index)
             if isinstance(self.views, EvalViews):
-                batch.views[0][row] = centre_view(image, self.views.image_size)
+                batch.views[0][row] = center_view(image, self.views.image_size)
                 return True
             pixels = to_tensor(image)
             (table,) = self.views.table(epoch, [index], [image.size]).tolist()
             for view, drawn in zip(batch.views, table, strict=True):
-                view[row] = apply_view(pixels, as_params(drawn), view.shape[-1], self.views.recipe)
+                view[row] = apply_view(pixels, drawn, view.shape[-1], self.views.recipe)
         return True
+
+
+def _without_known(views: Views, key: BatchKey, bad: BadImages) -> BatchKey:
+    """The key with what is known to be bad replaced, before a worker sees it."""
+    found = [bad.first_usable(views, key.epoch, index, int) for index in key.indices]
+    return BatchKey(key.epoch, tuple(index for index in found if index is not None))
 
 
 class _Feed(Sampler):
@@ -140,38 +146,31 @@ class TorchvisionBackend:
         self._feed = _Feed()
         self._loader: DataLoader | None = None
 
-    def _make_loader(self) -> DataLoader:
-        workers: dict[str, Any] = {}
-        if self._loading.num_workers:
-            workers = {
-                "persistent_workers": True,
-                "prefetch_factor": self._loading.prefetch,
-                "worker_init_fn": start_worker,
-                "multiprocessing_context": self._loading.start_method,
-            }
-        return DataLoader(
+    def _start_pass(self) -> Iterator[tuple[RawBatch, list[_Fault]] | Exception]:
+        """The batches of the keys in the feed. The first pass starts the workers."""
+        if self._loader is not None:
+            return iter(self._loader)
+        workers = self._loading.num_workers
+        loader = DataLoader(
             self._dataset,
             batch_size=None,  # a key already is a whole batch
             sampler=self._feed,
-            num_workers=self._loading.num_workers,
+            num_workers=workers,
             pin_memory=self._loading.on_gpu,
+            persistent_workers=workers > 0,
+            prefetch_factor=self._loading.prefetch if workers else None,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # else every pass would draw from the global generator
-            **workers,
         )
-
-    def _start_pass(self) -> Iterator[tuple[RawBatch, list[_Fault]] | Exception]:
-        with without_sigchld_handler():
-            if self._loader is not None:
-                return iter(self._loader)
-            loader = self._make_loader()
-            with starting(self._loading.start_method) if self._loading.num_workers else nullcontext():
-                iterator = iter(loader)
-            self._loader = loader
-            return iterator
+        with starting() if workers else nullcontext():
+            iterator = iter(loader)
+        self._loader = loader
+        return iterator
 
     def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Generator[RawBatch]:
-        # What is known to be bad is replaced before workers see it.
-        self._feed.keys = (self._without_known(key, bad) for key in keys)
+        # The generator must not refer to this backend: such a circle would keep the workers of a dropped one.
+        views = self._dataset.views
+        self._feed.keys = (_without_known(views, key, bad) for key in keys)
         try:
             for made in self._start_pass():
                 if isinstance(made, Exception):
@@ -187,18 +186,13 @@ class TorchvisionBackend:
                 "memory or /dev/shm ran out: use fewer workers, or 0"
             ) from error
 
-    def _without_known(self, key: BatchKey, bad: BadImages) -> BatchKey:
-        next_try = partial(self._dataset.views.substitute, key.epoch)
-        found = [bad.first_usable(index, next_try, int) for index in key.indices]
-        return BatchKey(key.epoch, tuple(index for index in found if index is not None))
-
     def _mended(self, batch: RawBatch, faults: list[_Fault], bad: BadImages) -> RawBatch:
         """Replace bad rows, or leave them out. They are few, so this process makes their substitutes."""
         kept = set(range(len(batch.targets)))
         for epoch, row, index, reason in faults:
             bad.add(index, reason)
-            next_try = partial(self._dataset.views.substitute, epoch)
-            if not bad.first_usable(index, next_try, partial(self._dataset.fill, batch, row, epoch)):
+            fill = partial(self._dataset.fill, batch, row, epoch)
+            if not bad.first_usable(self._dataset.views, epoch, index, fill):
                 kept.remove(row)
         return batch.rows(sorted(kept))
 

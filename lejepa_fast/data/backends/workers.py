@@ -24,17 +24,21 @@ _SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
 @contextmanager
-def starting(start_method: str | None) -> Iterator[None]:
-    """Block SIGTERM and SIGINT while workers start, so that they start with both blocked.
+def starting() -> Iterator[None]:
+    """Start workers with SIGTERM and SIGINT blocked, and keep torch from installing a handler for SIGCHLD.
 
-    A signal for the trainer itself arrives at the end of the context.
+    A signal for the trainer itself arrives at the end of the context. torch's handler would raise in the
+    middle of whatever the main thread does (a step, a checkpoint) when any child process ends. Without it,
+    fetching the next batch reports the death of a worker within 5 s.
     """
-    if (start_method or multiprocessing.get_start_method()) != "fork":
+    if multiprocessing.get_start_method() != "fork":
         resource_tracker.ensure_running()  # starting it later would unblock both
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before, handler = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS), signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
+        if threading.current_thread() is threading.main_thread():  # in others torch installs none
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -64,23 +68,6 @@ def _await_parents_sigterm() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in allowed:
         pass
     os._exit(0)  # as torch's own handler
-
-
-@contextmanager
-def without_sigchld_handler() -> Iterator[None]:
-    """Keep torch from installing its handler for the death of a worker.
-
-    The handler raises in the middle of whatever the main thread does (a step, a checkpoint) when any child
-    process ends. Without it, fetching the next batch reports the death within 5 s.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # torch installs no handler in other threads
-        return
-    previous = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if previous is None else previous)
 
 
 def is_death(error: Exception) -> bool:

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--split", choices=("train", "val", "both"), default="both")
     add("--min-size", type=int, default=1, help="short side in px below which an image is bad")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    add("--quarantine", type=Path, help="add the bad images to this file, RUN/quarantine.txt")
+    add("--bad-images", type=Path, help="add the bad images to this file, RUN/bad_images.txt")
     add = made["pack"].add_argument
     add("source", help="folder of class folders, flat folder, or folder with train/ and val/")
     add("out", help="new folder for the shards")
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 def _verify(options: argparse.Namespace) -> int:
     """Decode every image of a data set and list the bad ones.
 
-    With --quarantine RUN/quarantine.txt the run leaves them out from the start.
+    With --bad-images RUN/bad_images.txt the run leaves them out from the start.
     Exit code 0: all are good; 1: some are bad; 2: wrong usage.
     """
     if options.threads < 1 or options.min_size < 1:
@@ -68,7 +68,7 @@ def _verify(options: argparse.Namespace) -> int:
     table = [f"{'split':8}{'images':>10}{'good':>10}{'bad':>8}{'smallest':>13}{'largest':>13}"]
     reasons: Counter[str] = Counter()
     for split, source in _open(options.path, splits):
-        quarantine = BadImages(source, options.quarantine, max_bad_fraction=1.0, log_each=False)
+        listing = BadImages(source, options.bad_images, max_bad_fraction=1.0, log_each=False)
         smallest = largest = None
         bad = 0
         for number, found in enumerate(_scan(source, options.threads, options.min_size)):
@@ -76,7 +76,7 @@ def _verify(options: argparse.Namespace) -> int:
                 bad += 1
                 reasons[found] += 1
                 tqdm.write(f"{printable(source.describe(number))}\t{found}")
-                quarantine.add(number, found)
+                listing.add(number, found)
                 continue
             smallest = min(smallest or found, found, key=min)
             largest = max(largest or found, found, key=lambda size: size[0] * size[1])

@@ -33,20 +33,20 @@ def pack_folder(
     """Write the images below a folder as shards. When it fails, `out_dir` is left as it was.
 
     Args:
-        source: Folder that `open_source` takes as a folder of images. With train/ and val/ below it both are
+        source: folder that `open_source` takes as a folder of images. With train/ and val/ below it both are
             packed, into sub-folders of those names; else the folder is packed as it is.
-        out_dir: New or empty folder for the shards and `classes.txt`.
-        shard_bytes: A new shard begins before one grows past this.
-        seed: Chooses the order of the images.
-        verify: Decode every image first, so that no broken file ends up in a shard.
-        skip_bad: Leave broken files out, and list them in `out_dir/skipped.txt` with their reasons.
+        out_dir: new or empty folder for the shards and `classes.txt`.
+        shard_bytes: a new shard begins before one grows past this.
+        seed: chooses the order of the images.
+        verify: decode every image first, so that no broken file ends up in a shard.
+        skip_bad: leave broken files out, and list them in `out_dir/skipped.txt` with their reasons.
 
     Returns:
         Number of images by split: {"train": n, "val": m}, or {"": n} without splits.
 
     Raises:
         UsageError: `source` is missing or no folder of images, or `out_dir` holds something.
-        RunError: An image is unreadable (with `skip_bad`: all are), or writing fails.
+        RunError: an image is unreadable (with `skip_bad`: all are), or writing fails.
     """
     source, out_dir = Path(source), Path(out_dir)
     if shard_bytes < 1:
@@ -112,7 +112,7 @@ def _write_split(
             # A dot would end the key, and foreign letters need another header format.
             key = f"{position:08d}_{re.sub(r'[^A-Za-z0-9_-]+', '-', stem)[:_STEM_LENGTH]}"
             _add(shard, key + suffix.lower(), data)
-            if source.labelled:
+            if source.labeled:
                 _add(shard, key + ".cls", str(source.target(index)).encode())
             count, used = count + 1, used + len(data)
     if not count:

@@ -45,11 +45,11 @@ def open_source(path: str, split: Split, *, val_fraction: float = 0.1, seed: int
             whose files are in /dir (nothing is ever downloaded). A folder with train/ and val/ (or valid/,
             validation/, test/) below it has its own splits.
         split: "train" or "val".
-        val_fraction: Share of each class, at least one image, that "val" gets where there are no splits.
-        seed: Chooses the images of that share.
+        val_fraction: share of each class, at least one image, that "val" gets where there are no splits.
+        seed: chooses the images of that share.
 
     Raises:
-        UsageError: The data cannot be opened; names the path, what is wrong with it and the way out.
+        UsageError: the data cannot be opened; names the path, what is wrong with it and the way out.
     """
     if split not in ("train", "val"):
         raise UsageError(f"split must be 'train' or 'val'; got {split!r}")

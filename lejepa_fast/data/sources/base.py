@@ -36,38 +36,35 @@ class ImageSource(ABC):
     """A sequence of (RGB image, class index or -1).
 
     Args:
-        name: What logs call the data set.
-        kind: "folder", "webdataset" or "torchvision".
-        classes: Class names by index. None: unknown.
-        targets: Class index of every image. None: the images have no labels.
+        name: what logs call the data set.
+        classes: class names by index. None: unknown.
+        targets: class index of every image. None: the images have no labels.
     """
 
     def __init__(
         self,
         *,
         name: str,
-        kind: str,
         classes: Sequence[str] | None,
         targets: Sequence[int] | np.ndarray | None,
     ) -> None:
         self.name = name
-        self.kind = kind
         self.classes = None if classes is None else list(classes)
         # An array: forked workers would copy the pages of a list by counting references.
         self._targets = None if targets is None else np.asarray(targets, dtype=np.int64)
 
     @property
     def targets(self) -> list[int] | None:
-        """Class index of every image; None when unlabelled."""
+        """Class index of every image; None when unlabeled."""
         return None if self._targets is None else self._targets.tolist()
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         """Whether the images have class indices."""
         return self._targets is not None
 
     def target(self, index: int) -> int:
-        """Class index of one image, -1 when unlabelled; reads no pixels."""
+        """Class index of one image, -1 when unlabeled; reads no pixels."""
         return -1 if self._targets is None else int(self._targets[index])
 
     @abstractmethod
@@ -123,7 +120,7 @@ class SubsetSource(ImageSource):
         self.base = base
         self._indices = np.asarray(indices, dtype=np.int64)
         targets = None if base._targets is None else base._targets[self._indices]
-        super().__init__(name=base.name, kind=base.kind, classes=base.classes, targets=targets)
+        super().__init__(name=base.name, classes=base.classes, targets=targets)
 
     def __len__(self) -> int:
         return len(self._indices)

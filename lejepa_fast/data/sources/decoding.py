@@ -229,23 +229,24 @@ def shortage(error: OSError) -> str | None:
     return _SHORTAGES.get(error.errno or 0)
 
 
-def unreadable(where: str, error: Exception) -> RunError:
-    """An `UnreadableImageError`, unless the process or the machine is to blame and not the file."""
-    if isinstance(error, OSError) and (way_out := shortage(error)):
-        reason = f"{error.strerror}; {way_out} (the image may be good)"
-        return RunError(f"cannot read image {printable(where)}: {reason}")
-    # Pillow's own text ends in "<_io.BytesIO object at 0x...>".
-    text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-    reason = "not an image" if "cannot identify image file" in text else text
-    return UnreadableImageError(where, re.sub(r"\s+", " ", reason).strip() or type(error).__name__)
-
-
 @contextmanager
-def naming_file(describe: str) -> Iterator[None]:
-    """Raise the error of `unreadable` for anything that reading or decoding the file `describe` raises."""
+def naming_file(where: str) -> Iterator[None]:
+    """Raise `UnreadableImageError` for anything that reading or decoding the file `where` raises.
+
+    It is a `RunError` when the process or the machine is to blame and not the file.
+    """
     try:
         yield
     except (RunError, UsageError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
-        raise unreadable(describe, error) from error
+        text = str(error)
+        if isinstance(error, OSError):
+            text = error.strerror or text
+            if way_out := shortage(error):
+                reason = f"{text}; {way_out} (the image may be good)"
+                raise RunError(f"cannot read image {printable(where)}: {reason}") from error
+        # Pillow's own text ends in "<_io.BytesIO object at 0x...>".
+        reason = "not an image" if "cannot identify image file" in text else text
+        reason = re.sub(r"\s+", " ", reason).strip() or type(error).__name__
+        raise UnreadableImageError(where, reason) from error

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -14,51 +14,12 @@ from lejepa_fast.data.sources.decoding import IMAGE_SUFFIXES, printable, read_fi
 from lejepa_fast.errors import UsageError
 
 
-class FolderSource(EncodedSource):
-    """Image files below a folder: one sub-folder per class, or a flat folder without labels.
+class FileSource(EncodedSource):
+    """Image files below a folder, given by their paths relative to it. `about`: as of `ImageSource`."""
 
-    Classes are the sub-folders that hold an image at any depth, in sorted order. Files are taken in sorted
-    order. Other files, hidden ones and `__MACOSX` folders are ignored.
-
-    Args:
-        root: The folder.
-        classes: Names and order of the classes, such as those of the training split. None: as found.
-
-    Raises:
-        UsageError: There are no images, images beside folders of images, a class that `classes` lacks, or a
-            folder that cannot be listed.
-    """
-
-    def __init__(self, root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) -> None:
-        self.root = Path(root)
-        folders, files = list_folder(self.root)
-        flat = [name for name in files if _is_image(name)]
-        by_class = {name: images for name in folders if (images := walk_images(self.root / name))}
-        if flat and by_class:
-            raise UsageError(
-                f"{self.root} holds both images ({flat[0]}) and folders of images ({next(iter(by_class))}/); "
-                "move the images into class folders, or all of them into one flat folder"
-            )
-        if not flat and not by_class:
-            raise UsageError(
-                f"no images in {self.root}; expected class folders of images, image files, or .tar shards "
-                f"({', '.join(sorted(IMAGE_SUFFIXES))})"
-            )
-        names = list(by_class if classes is None else classes)
-        if unknown := sorted(set(by_class) - set(names)):
-            raise UsageError(
-                f"{self.root} has the class {unknown[0]!r}, which the training split does not have; "
-                "give both splits the same class folders"
-            )
-        self._names = Names(flat or (os.path.join(name, f) for name in by_class for f in by_class[name]))
-        counts = [len(images) for images in by_class.values()]
-        targets = None if flat else np.repeat([names.index(name) for name in by_class], counts)
-        super().__init__(
-            name=self.root.name or str(self.root),
-            kind="folder",
-            classes=None if flat else names,
-            targets=targets,
-        )
+    def __init__(self, root: Path, names: Iterable[str], **about: Any) -> None:
+        super().__init__(**about)
+        self.root, self._names = root, Names(names)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -72,6 +33,52 @@ class FolderSource(EncodedSource):
 
     def encoded(self, index: int) -> bytes:
         return read_file(self.describe(index))
+
+
+class FolderSource(FileSource):
+    """Image files below a folder: one sub-folder per class, or a flat folder without labels.
+
+    Classes are the sub-folders that hold an image at any depth, in sorted order. Files are taken in sorted
+    order. Other files, hidden ones and `__MACOSX` folders are ignored.
+
+    Args:
+        root: the folder.
+        classes: names and order of the classes, such as those of the training split. None: as found.
+
+    Raises:
+        UsageError: there are no images, images beside folders of images, a class that `classes` lacks, or a
+            folder that cannot be listed.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) -> None:
+        root = Path(root)
+        folders, files = list_folder(root)
+        flat = [name for name in files if _is_image(name)]
+        by_class = {name: images for name in folders if (images := walk_images(root / name))}
+        if flat and by_class:
+            raise UsageError(
+                f"{root} holds both images ({flat[0]}) and folders of images ({next(iter(by_class))}/); "
+                "move the images into class folders, or all of them into one flat folder"
+            )
+        if not flat and not by_class:
+            raise UsageError(
+                f"no images in {root}; expected class folders of images, image files, or .tar shards "
+                f"({', '.join(sorted(IMAGE_SUFFIXES))})"
+            )
+        names = list(by_class if classes is None else classes)
+        if unknown := sorted(set(by_class) - set(names)):
+            raise UsageError(
+                f"{root} has the class {unknown[0]!r}, which the training split does not have; "
+                "give both splits the same class folders"
+            )
+        counts = [len(images) for images in by_class.values()]
+        super().__init__(
+            root,
+            flat or (os.path.join(name, file) for name in by_class for file in by_class[name]),
+            name=root.name or str(root),
+            classes=None if flat else names,
+            targets=None if flat else np.repeat([names.index(name) for name in by_class], counts),
+        )
 
 
 def _is_image(name: str) -> bool:

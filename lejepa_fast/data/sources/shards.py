@@ -1,10 +1,9 @@
 """WebDataset tar shards with random access.
 
 A shard is an uncompressed tar whose members come in pairs `key.jpg` + `key.cls`, the class index as text.
-Opening reads headers and labels once, or an index file; images are then read by offset. No file stays open,
-so workers and threads cannot disturb each other. A shard is data, never code: nothing is extracted, unpickled
-or executed. Members must have a suffix from a list of allowed ones. Everything else is refused by name, as
-are links, devices, absolute names and `..`.
+Opening reads headers and labels once, or an index file; images are then read by offset. No file stays open.
+Nothing is extracted, unpickled or executed. Members of other suffixes, links, devices, absolute names and
+`..` are refused by name.
 
 `name.tar.idx` beside a shard is its index file: lines of JSON that say what is where, with which label. It
 counts as long as the shard has the size and modification time that it was written for.
@@ -37,7 +36,7 @@ _INDEX_VERSION = 1
 
 
 class Member(NamedTuple):
-    """One image of a shard: its byte range in the tar, and its class index (None when unlabelled)."""
+    """One image of a shard: its byte range in the tar, and its class index (None when unlabeled)."""
 
     key: str
     suffix: str
@@ -49,7 +48,7 @@ class Member(NamedTuple):
 class ShardSource(EncodedSource):
     """All images of some .tar shards, in the order of the shards and of their members.
 
-    Raises `UsageError` naming a shard that is missing, truncated, compressed, unsafe or half labelled.
+    Raises `UsageError` naming a shard that is missing, truncated, compressed, unsafe or half labeled.
     """
 
     def __init__(self, shards: Sequence[Path], *, classes: Sequence[str] | None = None) -> None:
@@ -69,7 +68,6 @@ class ShardSource(EncodedSource):
         targets = self._check_labels([member.target for member in members], classes)
         super().__init__(
             name=folder.name if len(self._shards) > 1 else self._shards[0].stem,
-            kind="webdataset",
             classes=None if targets is None else classes,
             targets=targets,
         )
@@ -86,13 +84,11 @@ class ShardSource(EncodedSource):
         refuse_large(self.describe(index), size)
         # Opened for each image: with thousands of shards, descriptors that stay open would run out.
         try:
-            descriptor = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+            with open(shard, "rb", buffering=0) as file:
+                file.seek(offset)
+                data = file.read(size)
         except OSError as error:
-            raise RunError(_cannot("open", shard, error)) from error
-        try:
-            data = os.pread(descriptor, size, offset)
-        finally:
-            os.close(descriptor)
+            raise RunError(_cannot(shard, error)) from error
         if len(data) != size:
             raise RunError(
                 f"{self.describe(index)}: the file ends early ({len(data)} of {size} bytes); "
@@ -119,9 +115,9 @@ class ShardSource(EncodedSource):
         return targets or None
 
 
-def _cannot(what: str, shard: Path, error: OSError) -> str:
+def _cannot(shard: Path, error: OSError) -> str:
     way_out = shortage(error) or "check that it is there, and its rights"
-    return f"cannot {what} the shard {shard}: {error.strerror}; {way_out}"
+    return f"cannot read the shard {shard}: {error.strerror}; {way_out}"
 
 
 # --- walking through a shard --------------------------------------------------------------------
@@ -157,7 +153,7 @@ def index_shard(path: Path) -> list[Member]:
             f"{path} is not a complete tar file ({reason}); copy or pack the shard again"
         ) from error
     except OSError as error:
-        raise (RunError if shortage(error) else UsageError)(_cannot("read", path, error)) from error
+        raise (RunError if shortage(error) else UsageError)(_cannot(path, error)) from error
     orphan = next((key for key in labels if key not in images), None)
     if orphan is not None:
         raise UsageError(f"{path}: {printable(orphan)}.cls has no image beside it; pack the shard again")
@@ -184,10 +180,7 @@ def _walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 class _Headers:
-    """An open tar file that lets tarfile read at most `_MAX_HEADER_BYTES` of headers for a member.
-
-    A header may claim to be a name of any length, which tarfile would read whole.
-    """
+    """An open tar file that lets tarfile read at most `_MAX_HEADER_BYTES` of headers for a member."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.seek, self.tell = file.seek, file.tell

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torchvision import datasets
 
-from lejepa_fast.data.sources.base import EncodedSource, ImageSource, Names, Split
-from lejepa_fast.data.sources.decoding import read_file
+from lejepa_fast.data.sources.base import ImageSource, Split
+from lejepa_fast.data.sources.folder import FileSource
 from lejepa_fast.errors import UsageError
 
 # Sets that are not image classification, or that unpack archives on opening (ImageNet), are left out.
@@ -34,7 +35,7 @@ class ArraySource(ImageSource):
 
     def __init__(self, dataset: Any, name: str) -> None:
         self._dataset = dataset
-        super().__init__(name=name, kind="torchvision", classes=_classes(dataset), targets=_labels(dataset))
+        super().__init__(name=name, classes=_classes(dataset), targets=_labels(dataset))
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -46,27 +47,16 @@ class ArraySource(ImageSource):
         return self._dataset[index][0]
 
 
-class FileSource(EncodedSource):
+def _file_source(dataset: Any, name: str) -> FileSource:
     """A torchvision data set of image files, which are read here and not by torchvision.
 
     So the limits, formats and conversions of all image files hold. torchvision lets Pillow try any format on
     files of any size, and for EPS Pillow runs Ghostscript.
     """
-
-    def __init__(self, dataset: Any, name: str) -> None:
-        files, labels = _files(dataset), _labels(dataset)
-        order = sorted(range(len(files)), key=lambda item: os.fsencode(files[item]))  # SUN397 has the disk's
-        self._files = Names(files[item] for item in order)
-        super().__init__(name=name, kind="torchvision", classes=_classes(dataset), targets=labels[order])
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def describe(self, index: int) -> str:
-        return self._files[index]
-
-    def encoded(self, index: int) -> bytes:
-        return read_file(self._files[index])
+    files, labels = _files(dataset), _labels(dataset)
+    order = sorted(range(len(files)), key=lambda item: os.fsencode(files[item]))  # SUN397 has the disk's
+    names = (os.path.abspath(files[item]) for item in order)
+    return FileSource(Path("/"), names, name=name, classes=_classes(dataset), targets=labels[order])
 
 
 def split_options(name: str, split: Split) -> dict[str, Any] | None:
@@ -101,7 +91,7 @@ def open_torchvision_set(path: str, split: Split) -> tuple[ImageSource, bool]:
             f"torchvision's {name} cannot be opened in {root}: {reason}; nothing is downloaded: if files "
             f"are missing, fetch them once with torchvision.datasets.{name}({root!r}, ..., download=True)"
         ) from error
-    source = ArraySource(dataset, name) if name in _ARRAYS else FileSource(dataset, name)
+    source = ArraySource(dataset, name) if name in _ARRAYS else _file_source(dataset, name)
     if len(source) == 0:
         raise UsageError(f"torchvision's {name} in {root} holds no images for the split {split!r}")
     return source, options is not None

@@ -53,7 +53,7 @@ def test_usage_errors_are_one_line_and_exit_with_2(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(choice, "_is_installed", lambda: False)  # DALI
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # it is not installed
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     cfg = tiny()
@@ -90,7 +90,7 @@ def test_unreadable_images_are_listed_and_too_many_exit_with_1(
     cfg = tiny(data=data, epochs=2, eval={"every": 1})
     train_only(cfg)
     assert cfg.out is not None
-    (line,) = (cfg.out / "quarantine.txt").read_text().splitlines()
+    (line,) = (cfg.out / "bad_images.txt").read_text().splitlines()
     assert line.split("\t")[0].endswith("30.jpg")
     assert [row["loader_backend"] for row in rows_of(cfg, "run")] == [backend]
     (row,) = rows_of(cfg, "eval")  # without labels
