@@ -6,7 +6,7 @@
 Random views of an image go through an encoder and a projector. The loss pulls the views of an image together
 (prediction) and keeps the embeddings of all images an isotropic Gaussian (SIGReg), which prevents a collapse.
 There is no teacher, no stop-gradient, no negative pair. Labels only measure what the encoder has learned, by
-nearest neighbours before and after. Paper: https://arxiv.org/abs/2511.08544
+nearest neighbors before and after. Paper: https://arxiv.org/abs/2511.08544
 """
 
 from __future__ import annotations
