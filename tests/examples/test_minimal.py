@@ -18,7 +18,9 @@ def test_the_loss_falls_and_features_become_better():
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    first, *_, last = (float(total) for total in re.findall(r"^step .*  total (\S+)", run.stdout, re.MULTILINE))
+    first, *_, last = (
+        float(total) for total in re.findall(r"^step .*  total (\S+)", run.stdout, re.MULTILINE)
+    )
     assert last < 0.9 * first
     before, after = map(float, re.findall(r"kNN accuracy \w+: (\S+)", run.stdout))
     assert before > LARGEST_CLASS

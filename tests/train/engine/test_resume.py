@@ -94,7 +94,7 @@ def test_another_batch_size_keeps_the_epochs(before, tiny):
     Of 24 of 32 images it goes on at the next whole batch: both batches of 16 have begun.
     """
     train_only(tiny(max_steps=before))
-    cfg = tiny(max_steps=before + 6, data={"batch_size": 16}, eval={"every": 1})
+    cfg = tiny(max_steps=before + 6, data={"batch_size": 16}, eval={"every": 1, "linear_steps": 0})
     train_only(cfg)
     assert [row["epoch"] for row in rows_of(cfg)] == [0] * before + [1, 1, 2, 2, 3, 3]
     evaluations = [(row["step"], row["epoch"]) for row in rows_of(cfg, "eval")]

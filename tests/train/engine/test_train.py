@@ -77,7 +77,8 @@ def test_resume_is_exact(model, stop, workers, backend, tiny, monkeypatch):
 def test_evaluation_leaves_no_trace(tiny, tmp_path):
     """With drop path and BatchNorm in play, probes after each epoch change no bit of the training."""
     options = {"model": {"name": "test_resnet", "projector_norm": "batch", "drop_path": 0.2}, "max_steps": 9}
-    quiet, watched = (tiny(out=tmp_path / str(n), eval={"every": n}, **options) for n in (0, 1))
+    evals = ({"every": n, "linear_steps": 5} for n in (0, 1))
+    quiet, watched = (tiny(out=tmp_path / str(e["every"]), eval=e, **options) for e in evals)
     trainers = [train_only(cfg) for cfg in (quiet, watched)]
     assert [row["step"] for row in rows_of(watched, "eval")] == [4, 8]
     assert all(row["linear"] is not None for row in rows_of(watched, "eval"))
@@ -170,7 +171,7 @@ def test_an_evaluation_that_ends_the_run_is_not_tried_for_ever(tiny, monkeypatch
 
 
 def test_a_signal_during_an_evaluation_leaves_at_once(tiny, monkeypatch):
-    cfg = tiny(eval={"every": 1})
+    cfg = tiny(eval={"every": 1, "linear_steps": 0})
 
     def signaled(*args, **kwargs):
         signal.raise_signal(signal.SIGTERM)
@@ -196,8 +197,8 @@ def test_without_sigreg_the_embeddings_collapse(tiny, tmp_path):
             out=tmp_path / str(lambd),
             loss={"lambd": lambd},
             model={"projector_norm": "none", "projector_layers": 1},
-            optim={"lr": 5e-3, "warmup_fraction": 0.0},
-            max_steps=100,
+            optim={"lr": 1e-2, "warmup_fraction": 0.0},
+            max_steps=40,
         )
         train_only(cfg)
         spread = [row["embedding_std"] for row in rows_of(cfg)]

@@ -303,7 +303,7 @@ def test_two_sizes_of_crops_compile_once(name, recompute, tiny, monkeypatch):
         parallel={"activation_checkpointing": recompute},
         compile="on",
         max_steps=6,
-        eval={"every": 1, "batch_size": 7},
+        eval={"every": 1, "batch_size": 7, "linear_steps": 0},
     )
     torch._dynamo.utils.counters.clear()
     graphs = worker.train(cfg, CPU)["graphs"]
