@@ -43,7 +43,6 @@ from lejepa_fast.errors import RunError
 from lejepa_fast.train.engine.metrics import peak_memory_gib
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.planning.memory import plan_memory
-from lejepa_fast.train.planning.out_of_memory import settings_that_help
 from lejepa_fast.train.runtime.world import World, close_world, setup_world
 
 WINDOW = 5  # steps of a row of metrics
@@ -139,7 +138,7 @@ class SyntheticTrainer(Trainer):
     def _open_data(self) -> None:
         self.loader = SyntheticViews(self.cfg, self.world.device)  # type: ignore[assignment]
         self.train_source = self.val_source = self.loader  # type: ignore[assignment]
-        self.data: dict[str, Any] = {}
+        self.data_identity: dict[str, Any] = {}
         self.workers = 0
 
 
@@ -171,7 +170,7 @@ def run(case: Case, world: World, folder: Path) -> Row:
     if case.loader:
         images = photographs(folder / "images", 20 * case.images)
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=str(images)))
-    with (Trainer if case.loader else SyntheticTrainer)(cfg, world, settings_that_help) as trainer:
+    with (Trainer if case.loader else SyntheticTrainer)(cfg, world) as trainer:
         trainer.train()
     rows = read_rows(folder / "run" / "metrics.jsonl")
     facts = next(row for row in rows if row["kind"] == "run")

@@ -3,8 +3,6 @@
 Exit codes: 0 done, 1 the run failed, 2 wrong usage, 130 Ctrl-C.
 """
 
-from __future__ import annotations
-
 import os
 
 if __name__ == "__main__":
@@ -21,10 +19,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lejepa_fast.data import ImageSource, multicrop_loader
-from lejepa_fast.train.checkpoint.export import load_trained
+from lejepa_fast.train.checkpoint.trained_model import load_trained
 from lejepa_fast.train.config import Config, loader_workers, to_dict, validate
-from lejepa_fast.train.evaluation.evaluate import evaluate_model, evaluate_untrained, open_splits
-from lejepa_fast.train.report.report import format_table, training_speed, write_report
+from lejepa_fast.train.evaluation.evaluate_model import evaluate_model, evaluate_untrained, open_splits
+from lejepa_fast.train.report.report import format_table, write_report
 from lejepa_fast.train.runtime.command import run_with_options
 from lejepa_fast.train.runtime.files import disk_errors_named, read_rows
 from lejepa_fast.train.runtime.world import choose_device
@@ -67,10 +65,11 @@ def _evaluate(options: Options) -> None:
     device = choose_device(options.device)
     train_source, val_source = open_splits(cfg.data)
     workers = loader_workers(cfg, processes_here=1, on_gpu=device.type == "cuda")
-    setting: dict[str, Any] = {"device": device, "linear": options.linear, "num_workers": workers}
+    setting: dict[str, Any] = {"device": device, "num_workers": workers}
+    if not options.linear:
+        setting["linear_steps"] = 0
     untrained = evaluate_untrained(cfg, train_source, val_source, **setting)
-    setting |= {"recipe": cfg.crops, "seed": cfg.seed, "data": cfg.data}
-    trained = evaluate_model(model.to(device), train_source, val_source, cfg.eval, **setting)
+    trained = evaluate_model(model.to(device), train_source, val_source, cfg, **setting)
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     out = options.out or run_dir / "evaluation" / path.name
     history = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("step", 0) <= step]
@@ -83,7 +82,6 @@ def _evaluate(options: Options) -> None:
         config=to_dict(cfg),
         history=history,
         views=_example_views(train_source, cfg),
-        images_per_second=training_speed(history),
         steps=step,
         trained=trained,
         untrained=untrained,

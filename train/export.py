@@ -1,10 +1,8 @@
 """Write the encoder of a checkpoint: `python train/export.py --checkpoint RUN --out encoder.safetensors`.
 
-A finished run has these files already; checkpoint/export.py says what is in them. Exit codes: 0 done, 1 the
-disk refuses, 2 wrong usage, 130 Ctrl-C.
+A finished run has these files already; checkpoint/trained_model.py says what is in them. Exit codes: 0 done,
+1 the disk refuses, 2 wrong usage, 130 Ctrl-C.
 """
-
-from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
@@ -12,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.checkpoint.export import export_encoder, load_trained
+from lejepa_fast.train.checkpoint.trained_model import export_encoder, load_trained
 from lejepa_fast.train.runtime.command import run_with_options
 
 

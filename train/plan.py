@@ -5,8 +5,6 @@ the same for other numbers of GPUs, and the smallest number that fits. Takes all
 Exit code 2 for options that cannot work.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -5,8 +5,6 @@ after SIGTERM, with the state saved), 1 the run failed, 2 wrong usage, 130 Ctrl-
 act on are one line on stderr, `error: ...`.
 """
 
-from __future__ import annotations
-
 import os
 
 # Before anything loads OpenMP: by default its threads spin at barriers and take the CPU from loader workers.
@@ -20,13 +18,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import lejepa_fast.train.runtime.world as ranks
 from lejepa_fast.train import config
-from lejepa_fast.train.checkpoint.export import export_encoder
+from lejepa_fast.train.checkpoint.trained_model import export_encoder
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.engine.trainer import Trainer
-from lejepa_fast.train.evaluation.evaluate import evaluate_untrained
+from lejepa_fast.train.evaluation.evaluate_model import evaluate_untrained
 from lejepa_fast.train.model.model import LeJEPAModel
-from lejepa_fast.train.planning.out_of_memory import settings_that_help
-from lejepa_fast.train.report.report import format_table, training_speed, write_report
+from lejepa_fast.train.report.report import format_table, write_report
 from lejepa_fast.train.runtime.command import log_to_stderr, run_command
 from lejepa_fast.train.runtime.files import read_rows
 
@@ -63,7 +60,7 @@ def pretrain(cfg: Config, world: ranks.World) -> Path:
 
     A finished run goes straight to the export. All ranks call it.
     """
-    with Trainer(cfg, world, settings_that_help) as trainer:
+    with Trainer(cfg, world) as trainer:
         trainer.train()
         model = trainer.whole_model()
         page = ranks.from_main(world, ranks.on_main(world, lambda: _export_and_report(trainer, model)))
@@ -75,14 +72,13 @@ def _export_and_report(trainer: Trainer, model: LeJEPAModel | None) -> Path:
     assert model is not None  # on rank 0
     cfg = trainer.cfg
     export_encoder(model.encoder, cfg, trainer.step, trainer.run_dir)
-    kind = f" (the {cfg.average.kind} of its weights)" if trainer.state.averaged() else ""
+    kind = f" (the {cfg.average.kind} of its weights)" if trainer.averaged() else ""
     print(f"evaluating the trained{kind} and the untrained encoder", file=sys.stderr)
     trained = trainer.evaluate(model, during_training=False)
     with trainer.outside_training():
         untrained = evaluate_untrained(
             cfg, trainer.train_source, trainer.val_source, **trainer.evaluation_options
         )
-    rows = read_rows(trainer.metrics.path)
     trainer.loader.set_epoch(0)
     views = next(iter(trainer.loader))[0]
     page = write_report(
@@ -90,9 +86,8 @@ def _export_and_report(trainer: Trainer, model: LeJEPAModel | None) -> Path:
         config=config.to_dict(cfg),
         trained=trained,
         untrained=untrained,
-        history=rows,
+        history=read_rows(trainer.metrics.path),
         views=[view[:6].cpu() for view in views],
-        images_per_second=training_speed(rows),
         steps=trainer.step,
     )
     print(format_table(trained=trained, untrained=untrained))

@@ -13,15 +13,18 @@ EXAMPLE = ROOT / "examples" / "minimal.py"
 LARGEST_CLASS = 0.24  # share of paper, the most frequent of the six classes
 
 
-def test_the_loss_falls_and_features_beat_the_largest_class():
-    command = [sys.executable, str(EXAMPLE), "--steps", "16", "--batch", "24"]
+def test_the_loss_falls_and_features_become_better():
+    command = [sys.executable, str(EXAMPLE), "--steps", "24", "--batch", "32"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    first, last = (float(total) for total in re.findall(r"^step .*  total (\S+)", run.stdout, re.MULTILINE))
+    first, *_, last = (
+        float(total) for total in re.findall(r"^step .*  total (\S+)", run.stdout, re.MULTILINE)
+    )
     assert last < 0.9 * first
     before, after = map(float, re.findall(r"kNN accuracy \w+: (\S+)", run.stdout))
-    assert min(before, after) > LARGEST_CLASS
+    assert before > LARGEST_CLASS
+    assert after > before + 0.02  # it gains 0.06 to 0.08 with three seeds; an untrained encoder gains nothing
 
 
 def test_it_is_short_and_takes_the_loss_from_us_alone():

@@ -27,7 +27,6 @@ from lejepa_fast.train.model.initialize import named_tensors
 from lejepa_fast.train.model.model import build_model
 from lejepa_fast.train.parallel.parallelize import make_mesh, parallelize
 from lejepa_fast.train.planning.memory import PlannedStep
-from lejepa_fast.train.planning.out_of_memory import settings_that_help
 from lejepa_fast.train.pretrain import pretrain
 from lejepa_fast.train.runtime.world import World, reported_elsewhere
 
@@ -121,7 +120,7 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
         # Rank 0 cannot hold the model that it would evaluate.
         fails = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
         try:
-            with Trainer(cfg("no room", parallel=fsdp, max_steps=1), world, settings_that_help) as small:
+            with Trainer(cfg("no room", parallel=fsdp, max_steps=1), world) as small:
                 small.train()
                 with mock.patch.object(initialize, "build_model", fails):
                     small.whole_model()
@@ -160,7 +159,7 @@ def train(cfg: Config, world: World, *, whole: bool = False) -> dict[str, Any]:
         step(views, epoch)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
-    trainer.train_step = counted  # type: ignore[method-assign]
+    trainer.train_step = counted
     trainer.run()
     sharded = sum(isinstance(p, DTensor) for p in trainer.model.parameters())
     return {"sigreg step": int(trainer.loss_fn.sigreg.step), "sharded": sharded, "graphs": graphs}
@@ -202,8 +201,8 @@ def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None
         return out._replace(total=out.total * factor) if factor and is_bad() else out
 
     trainer.loss_fn.register_forward_hook(larger)
-    trainer.train_step = spoiled  # type: ignore[method-assign]
-    trainer.loader._backend.batches = noted  # type: ignore[method-assign]
+    trainer.train_step = spoiled
+    trainer.loader._backend.batches = noted
     found: dict[str, Any] = {"changed": changed, "images": images, "error": ""}
     try:
         trainer.run()

@@ -5,11 +5,9 @@ writes them as safetensors into a temporary folder. When all ranks have written 
 adds state.json and the SHA-256 sums of all files and renames the folder. `storage.py` describes the format.
 
 This does the work of `torch.distributed.checkpoint.async_save` with its safetensors writer in less: that one
-copies the tensors which other ranks write as well, and serialises them to bytes under the interpreter's lock,
+copies the tensors which other ranks write as well, and serializes them to bytes under the interpreter's lock,
 where the training cannot queue its next operation. `torch.distributed.checkpoint` reads what is written here.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import hashlib

@@ -16,8 +16,6 @@ has none.) Reading changes nothing on the disk, because another process may stil
 trainer cleans up its own folder (`newest_checkpoint(..., own=True)`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -217,25 +215,3 @@ def find_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
         return path, read_checkpoint(path)
     except UnreadableCheckpointError as error:
         raise UsageError(f"checkpoint {path} cannot be read: {error}; give another one") from error
-
-
-def check_same_model(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """Raise UsageError, naming both models, if the checkpoint `path` is of another model than the run. The
-    configurations are those of `config.to_dict`."""
-
-    def weights(config: dict[str, Any]) -> dict[str, Any]:
-        """The model's settings that its weights depend on."""
-        size = config["model"]["img_size"] or config["crops"]["global_size"]
-        return {k: v for k, v in config["model"].items() if k != "drop_path"} | {"img_size": size}
-
-    theirs, ours = weights(saved), weights(current)
-    differ = [key for key in ours if theirs.get(key) != ours[key]]
-    if differ:
-        before, now = (
-            model["name"] + "".join(f" ({key} {model.get(key)})" for key in differ if key != "name")
-            for model in (theirs, ours)
-        )
-        raise UsageError(
-            f"checkpoint {path} is of model {before}, and this run is of {now}; choose another --out, or the "
-            "checkpoint's model"
-        )

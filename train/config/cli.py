@@ -1,7 +1,5 @@
 """Command line -> configuration."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from collections.abc import Sequence

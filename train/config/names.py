@@ -3,8 +3,6 @@
 timm is imported on first use, so that `--help` does not wait for it.
 """
 
-from __future__ import annotations
-
 import difflib
 from typing import Any
 

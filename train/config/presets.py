@@ -4,8 +4,6 @@
 a small convolutional network on the embedded images in a few minutes on two CPU cores.
 """
 
-from __future__ import annotations
-
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.train.config.settings import (
     Config,
@@ -17,7 +15,7 @@ from lejepa_fast.train.config.settings import (
 )
 
 # Photos of materials are told apart by texture and tint, so local crops stay large enough to show some, and
-# solarisation is off. Small batches give more steps an epoch, which counts for more than their noise.
+# solarization is off. Small batches give more steps an epoch, which counts for more than their noise.
 _LAPTOP = Config(
     data=DataConfig(batch_size=64, workers=1),
     crops=MultiCropRecipe(

@@ -3,8 +3,6 @@
 Types and bounds are declared at the fields (`Annotated[int, Ge(1)]`); pydantic checks them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json
@@ -42,6 +40,8 @@ Positive = Annotated[float, Gt(0), Lt(math.inf)]
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Images: where they are, how many per step, and how they are loaded."""
+
     path: Annotated[str, tyro.conf.arg(aliases=["--data"])] = EMBEDDED_DATA
     """Embedded set `trashnet96`, a folder of images or of class folders, a folder of .tar shards, or
     torchvision:NAME:FOLDER."""
@@ -64,6 +64,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """Encoder and projector."""
+
     name: Annotated[str, tyro.conf.arg(aliases=["--model"])] = "vit_small"
     """Any timm model, or vit_tiny|small|base|large|huge|giant|gigantic (patch 14)."""
     img_size: AtLeast1 | None = None
@@ -84,6 +86,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
+    """LeJEPA's loss: prediction and SIGReg."""
+
     lambd: Annotated[Nonnegative, tyro.conf.arg(aliases=["--lambda"])] = 0.05
     """Weight of SIGReg; 0 trains the prediction alone, which collapses."""
     num_slices: AtLeast1 = 1024
@@ -98,6 +102,8 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """AdamW, its schedule and its limits."""
+
     lr: Annotated[Nonnegative, tyro.conf.arg(aliases=["--lr"])] = 5e-4
     """Peak learning rate of AdamW; it is not scaled with the batch."""
     weight_decay: Nonnegative | Literal["auto"] = "auto"
@@ -115,6 +121,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
+    """How processes share a model, and what is computed twice to save memory."""
+
     strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """How processes share the model. auto: without torchrun none; with it, FSDP2 from half a billion
     parameters, or where --parallel.replicate asks for groups, and DDP below."""
@@ -130,6 +138,8 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class AverageConfig:
+    """Averaged weights."""
+
     kind: Annotated[Literal["none", "ema", "swa"], tyro.conf.arg(aliases=["--average"])] = "none"
     """Average of the weights over the steps, which is then what is evaluated and exported. ema: exponential
     moving average; swa: plain mean. 4 bytes a parameter, sharded as the weights are."""
@@ -141,6 +151,8 @@ class AverageConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
+    """Evaluations during and after the training."""
+
     every: AtLeast0 = 10
     """Epochs between evaluations during training (kNN, linear probe); 0: only at the end."""
     linear_steps: AtLeast0 = 200
@@ -156,6 +168,8 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """A training run; `resolve` fills in what depends on other fields, `validate` checks it."""
+
     __pydantic_config__: typing.ClassVar = {"extra": "forbid", "strict": True}
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -295,7 +309,7 @@ def _checked(cls: type, values: Any, prefix: str) -> Any:
         raise UsageError(prefix + _first_error(cls, error)) from error
 
 
-def _first_error(cls: type, error: pydantic.ValidationError) -> str:
+def _first_error(cls: type, error: "pydantic.ValidationError") -> str:
     """Return `section.field: expected ..., got ...` for the first field that pydantic refuses."""
     kinds = typing.get_type_hints(cls)
 

@@ -1,16 +1,14 @@
 """What all ranks must agree on at every step: is it finite, and has a signal asked to stop?
 
 If the loss or gradient is not finite on ANY rank, or the gradient's norm is above a limit that the user may
-set, the step is skipped on EVERY rank: parameters, optimiser state and running statistics stay as they were,
+set, the step is skipped on EVERY rank: parameters, optimizer state and running statistics stay as they were,
 bit for bit. (The learning-rate schedule and the SIGReg step go on.) Three in a row end the run.
 
 One all-reduce of 2 W + 1 floats a step carries the flags of W ranks. The skip happens on the device, where
-the fused optimiser reads `found_inf`, as it does for a gradient scaler. On a GPU the host reads the flags of
+the fused optimizer reads `found_inf`, as it does for a gradient scaler. On a GPU the host reads the flags of
 step t after it has queued step t + 1, so that the GPU never idles; it learns of a bad step or a stop one step
 late.
 """
-
-from __future__ import annotations
 
 import logging
 from collections.abc import Callable
@@ -34,7 +32,7 @@ _GOOD, _BAD, _SOURCE = 0.0, 1.0, 2.0
 
 
 class StepGuard:
-    """At each step: `before_forward`, forward and backward, `check`, the optimiser's step, `settle`.
+    """At each step: `before_forward`, forward and backward, `check`, the optimizer's step, `settle`.
 
     `record` is called on every rank for each bad step, with the arguments of `settle` and the loss of each
     rank that the bad values came from. A gradient norm above `max_norm` makes a step bad; 0: no limit.
@@ -70,7 +68,7 @@ class StepGuard:
 
     @torch.no_grad()
     def check(self, loss: Tensor, own_part: Tensor, grad_norm: Tensor, *, stop: bool) -> None:
-        """Reduce this step's flags over the ranks; the optimiser skips the step if one is bad.
+        """Reduce this step's flags over the ranks; the optimizer skips the step if one is bad.
 
         0-dim tensors: the loss, a value that depends on this rank's batch alone, and the gradient's norm over
         all ranks. `stop`: whether this process was told to stop.

@@ -13,12 +13,10 @@ Rows of metrics.jsonl, one JSON object a line (a value that is not finite is nul
 
 `step` counts finished steps, `images_per_second` images (not views) over all ranks; `data_wait` is the share
 of wall time spent waiting for the loader. Both are since the last row, without evaluations and without
-`save_seconds`, the time that checkpoints held up the training. `mfu` (model flops utilisation) is the share
+`save_seconds`, the time that checkpoints held up the training. `mfu` (model flops utilization) is the share
 of the devices' dense bf16 peak, if it is known (gpu_specs.py). `memory_gib` is `peak_memory_gib` of rank 0.
 `eta_seconds` is the time left at the pace since this start, saves and evaluations included.
 """
-
-from __future__ import annotations
 
 import contextlib
 import errno
@@ -27,7 +25,6 @@ import logging
 import math
 import os
 import resource
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -43,16 +40,17 @@ from lejepa_fast.train.runtime.signals import Interrupted
 
 log = logging.getLogger("lejepa_fast.train")
 
-LOG_LINES = 30
-"""Of a whole run without a terminal."""
+LOG_LINES = 20
+"""Of each kind, about, over a whole run without a terminal."""
 _WAY_OUT = "free some space or choose another --out"
 
 
 class Metrics:
-    """Context that writes the rows of a run, if `enabled`: on rank 0. RunError if the disk refuses.
+    """Context that measures a run and writes its rows, if `enabled`: on rank 0. RunError if the disk refuses.
 
     `step` counts the finished steps; rows of metrics.jsonl beyond it are dropped, because their steps run
-    again. `wandb` opens the run at Weights & Biases, which any exception but Interrupted marks as failed.
+    again. `peak_rate` is images a second at the peak of all devices together; None: there is no MFU. `wandb`
+    opens the run at Weights & Biases, which any exception but Interrupted marks as failed.
     """
 
     def __init__(
@@ -63,14 +61,17 @@ class Metrics:
         tensorboard: bool,
         step: int,
         total_steps: int,
+        peak_rate: float | None = None,
         wandb: Callable[[], WandbRun | None] = lambda: None,
     ):
         self.path = run_dir / "metrics.jsonl"
         self._enabled = enabled
         self._board: Any = None
         self._wandb: WandbRun | None = None
-        self._first_step, self._logged_step, self._total_steps = step, -total_steps, total_steps
+        self._first_step, self._total_steps, self._peak_rate = step, total_steps, peak_rate
+        self._logged: dict[str, int] = {}
         self._started = time.perf_counter()
+        self.restart()
         self._board_folder = run_dir / "tensorboard"
         hidden: bool | None = True
         if enabled:
@@ -86,7 +87,7 @@ class Metrics:
             total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1, disable=hidden
         )
 
-    def __enter__(self) -> Metrics:
+    def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -103,12 +104,11 @@ class Metrics:
             self._wandb.close(failed=kind is not None and not issubclass(kind, Interrupted))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Add a row, and its numbers to TensorBoard and W&B as `kind/name`."""
+        """Add a row, and its numbers to TensorBoard and W&B as `kind/name`; of kind "train" with `_times`."""
         if not self._enabled:
             return
         if kind == "train":
-            pace = (time.perf_counter() - self._started) / max(1, step - self._first_step)
-            values["eta_seconds"] = pace * max(0, self._total_steps - step)
+            values |= self._times(step)
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         row = {"kind": kind, "step": step, **finite}
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
@@ -127,12 +127,44 @@ class Metrics:
         if kind == "train":
             self._show(step, values)
 
-    def advance(self) -> None:
-        """Move the progress bar by one step."""
+    def restart(self) -> None:
+        """Begin to count images and times anew."""
+        self._images, self._waited, self._saving = 0, 0.0, 0.0
+        self._since = time.perf_counter()
+
+    def count_step(self, images: int, waited: float) -> None:
+        """Count a step: images over all ranks, and seconds that this rank waited for its batch."""
+        self._images += images
+        self._waited += waited
         self._bar.update()
 
+    def pause(self, seconds: float, *, saving: bool = False) -> None:
+        """Leave out time that was not training: an evaluation or, counted as `save_seconds`, a save."""
+        self._since += seconds
+        self._saving += seconds * saving
+
+    def _times(self, step: int) -> dict[str, float]:
+        """What a row of kind "train" says of the time since the last one."""
+        now = time.perf_counter()
+        seconds = max(now - self._since, 1e-9)
+        rate, waited = self._images / seconds, self._waited / seconds
+        times = {"images_per_second": rate, "data_wait": waited, "save_seconds": self._saving}
+        if self._peak_rate is not None:
+            times["mfu"] = rate / self._peak_rate
+        pace = (now - self._started) / max(1, step - self._first_step)
+        self.restart()
+        return times | {"eta_seconds": pace * max(0, self._total_steps - step)}
+
+    def log_is_due(self, kind: str, step: int) -> bool:
+        """Whether to log a line of this kind: about LOG_LINES of a run without a terminal."""
+        since = step - self._logged.get(kind, -self._total_steps)
+        due = since >= self._total_steps / LOG_LINES or step == self._total_steps or not self._bar.disable
+        if due:
+            self._logged[kind] = step
+        return due
+
     def _show(self, step: int, values: dict[str, Any]) -> None:
-        """Show a row on the progress bar or, without a terminal, as one of at most LOG_LINES lines."""
+        """Show a row on the progress bar or, without a terminal, as a line of the log."""
         text = (
             f"loss {values['loss']:.4f} (prediction {values['prediction']:.4f}, "
             f"sigreg {values['sigreg']:.3f}) | {values['images_per_second']:.0f} images/s | "
@@ -141,58 +173,16 @@ class Metrics:
         )
         if not self._bar.disable:
             self._bar.set_postfix_str(text)
-        elif step - self._logged_step >= self._total_steps / LOG_LINES or step == self._total_steps:
-            self._logged_step = step
+        elif self.log_is_due("train", step):
             left = tqdm.format_interval(int(values["eta_seconds"]))
             log.info("step %d/%d | %s | %s left", step, self._total_steps, text, left)
-
-
-class Meter:
-    """Wall time, waiting time and images since the last reading.
-
-    `peak_rate`: images a second at the peak of all devices together; None: there is no MFU.
-    """
-
-    def __init__(self, peak_rate: float | None = None) -> None:
-        self._peak_rate = peak_rate
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin to count anew."""
-        self._images, self._waited, self._saving = 0, 0.0, 0.0
-        self._since = time.perf_counter()
-
-    def add(self, images: int, waited: float) -> None:
-        """Count one step: images over all ranks, and seconds that this rank waited for its batch."""
-        self._images += images
-        self._waited += waited
-
-    def pause(self, seconds: float) -> None:
-        """Leave out time that was not training: an evaluation."""
-        self._since += seconds
-
-    def saved(self, seconds: float) -> None:
-        """Leave out the time that a save held up the training, and count it."""
-        self._saving += seconds
-        self.pause(seconds)
-
-    def read(self) -> dict[str, float]:
-        """Return `images_per_second`, `data_wait`, `save_seconds` and perhaps `mfu`; begin to count anew."""
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        rate, waited = self._images / seconds, self._waited / seconds
-        values = {"images_per_second": rate, "data_wait": waited, "save_seconds": self._saving}
-        if self._peak_rate is not None:
-            values["mfu"] = rate / self._peak_rate
-        self.restart()
-        return values
 
 
 def peak_memory_gib(device: torch.device) -> float:
     """The most memory in GiB that this process has held: the allocator's on a GPU, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

@@ -1,7 +1,5 @@
 """AdamW without decay on biases, norms and other 1-D parameters; linear warm-up, then cosine."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 
@@ -13,7 +11,7 @@ from lejepa_fast.train.config import OptimConfig
 from lejepa_fast.train.model.model import LeJEPAModel
 
 
-def build_optimizer(model: LeJEPAModel, cfg: OptimConfig, device: torch.device) -> torch.optim.AdamW:
+def build_optimizer(model: LeJEPAModel, cfg: OptimConfig) -> torch.optim.AdamW:
     """Build a fused AdamW, which skips a bad step on the device (`found_inf`, see guard.py).
 
     Not decayed: 1-D parameters, biases, and what the encoder names in timm's `no_weight_decay` (position
@@ -22,11 +20,11 @@ def build_optimizer(model: LeJEPAModel, cfg: OptimConfig, device: torch.device) 
     assert not isinstance(cfg.weight_decay, str)
     names = [f"encoder.{name}" for name in getattr(model.encoder, "no_weight_decay", set)()]
     groups = param_groups_weight_decay(model, cfg.weight_decay, no_weight_decay_list=names)
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=device.type in ("cpu", "cuda"))
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, cfg: OptimConfig, total_steps: int) -> LambdaLR:
-    """Build the schedule; step it after every optimiser step. Its state is one counter, so that a resumed run
+    """Build the schedule; step it after every optimizer step. Its state is one counter, so that a resumed run
     can be extended."""
     warmup = min(total_steps - 1, math.ceil(cfg.warmup_fraction * total_steps))
     factor = partial(lr_factor, warmup=warmup, total=total_steps, final=cfg.final_lr_fraction)

@@ -7,8 +7,6 @@ The first steps are left out (compilation, lazy allocation); the next ACTIVE one
     step-00000009.memory.pickle     open in docs.pytorch.org/memory_viz; on GPUs only
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

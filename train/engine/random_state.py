@@ -1,7 +1,5 @@
 """The random states of a process: Python's, NumPy's, PyTorch's and the GPU's."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 from collections.abc import Iterator
@@ -45,8 +43,9 @@ def preserved_rng() -> Iterator[None]:
         restore_rng(state)
 
 
-def seed_rng(seed: int) -> None:
-    """Seed all random states of this process."""
+def seed_rng(seed: int, rank: int, step: int = 0) -> None:
+    """Seed all random states of this process; ranks differ, and so do starts at different steps."""
+    seed += 7919 * rank + step
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)

@@ -4,15 +4,13 @@ A run folder holds config.json, metrics.jsonl, tensorboard/ and checkpoints/; `t
 exported encoder and the report. The position in the training is the number of finished steps.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,26 +23,26 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 import lejepa_fast
 from lejepa_fast.data import multicrop_loader
 from lejepa_fast.data.sampler import EpochSchedule
-from lejepa_fast.errors import RunError
+from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.train import config
 from lejepa_fast.train.checkpoint import resume, storage
 from lejepa_fast.train.checkpoint.saving import Saver
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.engine import random_state
 from lejepa_fast.train.engine.guard import StepGuard
-from lejepa_fast.train.engine.metrics import Meter, Metrics, peak_memory_gib
+from lejepa_fast.train.engine.metrics import Metrics, peak_memory_gib
 from lejepa_fast.train.engine.optimization import build_optimizer, build_scheduler
+from lejepa_fast.train.engine.out_of_memory import settings_that_help
 from lejepa_fast.train.engine.profiling import step_profiler
 from lejepa_fast.train.engine.weights_and_biases import WandbRun
-from lejepa_fast.train.evaluation import evaluate
-from lejepa_fast.train.evaluation.evaluate import EvalResult
+from lejepa_fast.train.evaluation import evaluate_model as evaluation
+from lejepa_fast.train.evaluation.evaluate_model import EvalResult
 from lejepa_fast.train.model.average import WeightAverage
 from lejepa_fast.train.model.flops import count_flops, peak_flops
 from lejepa_fast.train.model.initialize import memory_format, whole_model
 from lejepa_fast.train.model.model import LeJEPAModel, build_model
 from lejepa_fast.train.model.objective import build_loss
 from lejepa_fast.train.parallel.parallelize import (
-    Strategy,
     choose_strategy,
     compiled_blocks,
     compiles,
@@ -67,10 +65,6 @@ from lejepa_fast.train.runtime.world import (
 
 log = logging.getLogger("lejepa_fast.train")
 
-MemoryAdvice = Callable[[Config, World, Strategy, int], AbstractContextManager[None]]
-
-no_advice: MemoryAdvice = lambda cfg, world, strategy, images: contextlib.nullcontext()  # noqa: E731
-
 EVALUATION_ATTEMPTS = 2
 EVALUATION_FIGURES = ("knn", "linear", "embedding_std", "effective_rank", "sigreg")
 
@@ -84,16 +78,14 @@ class Trainer:
     Args:
         cfg: the configuration of the run.
         world: this rank's place.
-        memory_advice: context, built from (configuration, world, strategy, images of an epoch), that turns an
-            out-of-memory error into one that says which settings help.
 
     Raises:
         UsageError: bad configuration, data or checkpoint.
-        RunError: three non-finite steps in a row; the disk refuses a file.
+        RunError: three non-finite steps in a row, the disk refuses a file, or out of memory.
         Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
 
-    def __init__(self, cfg: Config, world: World, memory_advice: MemoryAdvice = no_advice):
+    def __init__(self, cfg: Config, world: World):
         on_all(world, lambda: config.validate(cfg, world.size))
         self.cfg = cfg = config.resolve(cfg)
         self.world = world
@@ -101,37 +93,31 @@ class Trainer:
         self.run_dir: Path = cfg.out
         on_all(world, self._open_data)
         on_all(world, self._build_model)
-        self.memory_advice = lambda: memory_advice(cfg, world, self.strategy, len(self.train_source))
-        with self.memory_advice():
+        with self._memory_advice():
             mesh = make_mesh(cfg.parallel, world.device.type)
-            self.parallel = parallelize(self.model, cfg, mesh, world.device)
+            self.wrapped = parallelize(self.model, cfg, mesh, world.device)
             # Random numbers of the training (drop path) differ between ranks, and not between runs.
-            random_state.seed_rng(cfg.seed + 7919 * world.rank)
-            self.optimizer = build_optimizer(self.model, cfg.optim, world.device)
+            random_state.seed_rng(cfg.seed, world.rank)
+            self.optimizer = build_optimizer(self.model, cfg.optim)
             max_norm, record = cfg.optim.skip_grad_norm, self._record_skipped
             self.guard = StepGuard(self.model, self.optimizer, world, record, max_norm)
             self.total_steps = config.total_steps(cfg, len(self.loader))
             averages = cfg.average.kind != "none"
             self.average = WeightAverage(self.model, cfg.average, self.total_steps) if averages else None
         self.scheduler = build_scheduler(self.optimizer, cfg.optim, self.total_steps)
-        self.state = resume.TrainingState(
-            self.model, self.optimizer, self.loss_fn, self.scheduler, self.loader, self.average, self.data
-        )
         self.step = 0  # finished steps
         self.position = (0, 0)  # epoch, and number of the batch in it, of the step in progress
         self.saver = Saver(self.run_dir / "checkpoints", world, keep=cfg.keep_checkpoints)
         self.lock = RunLock(self.run_dir)
         self.signals = SignalWatch()
         self.flops_per_image = count_flops(cfg).per_image
-        peak = peak_flops(world.device)
-        self.meter = Meter(peak and peak * world.size / self.flops_per_image)
         self._saved_step = -1
 
     def _open_data(self) -> None:
         cfg, world = self.cfg, self.world
-        self.train_source, self.val_source = evaluate.open_splits(cfg.data)
-        evaluate.check_validation_images(self.val_source)  # now, not after the training
-        self.data = resume.data_identity(self.train_source, self.val_source)
+        self.train_source, self.val_source = evaluation.open_splits(cfg.data)
+        evaluation.check_validation_images(self.val_source)  # now, not after the training
+        self.data_identity = resume.data_identity(self.train_source, self.val_source)
         self.bad_images = self.run_dir / "bad_images.txt"
         processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.workers = config.loader_workers(cfg, processes_here, world.device.type == "cuda")
@@ -144,7 +130,7 @@ class Trainer:
             world_size=world.size,
             num_workers=self.workers,
             channels_last=memory_format(cfg) is torch.channels_last,
-            **evaluate.loading_options(cfg.data, world.device, self.bad_images),
+            **evaluation.loading_options(cfg.data, world.device, self.bad_images),
         )
 
     def _build_model(self) -> None:
@@ -158,6 +144,9 @@ class Trainer:
         if self.strategy != "fsdp":  # every process holds the whole model
             self.model = build_model(cfg)
 
+    def _memory_advice(self) -> AbstractContextManager[None]:
+        return settings_that_help(self.cfg, self.world, self.strategy, len(self.train_source))
+
     # ---- start, resume, end ----------------------------------------------------------------------
 
     def run(self) -> None:
@@ -165,9 +154,9 @@ class Trainer:
         with self:
             self.train()
 
-    def __enter__(self) -> Trainer:
+    def __enter__(self) -> "Trainer":
         with ExitStack() as stack:
-            stack.enter_context(self.memory_advice())
+            stack.enter_context(self._memory_advice())
             stack.enter_context(self.signals)
             stack.callback(self._release)
             self._open_run_folder()
@@ -187,7 +176,7 @@ class Trainer:
         self.saver.close()
         self.lock.release()
         # The wrapper holds the process group. If it lives at the interpreter's exit, gloo's threads abort.
-        self.parallel = self.model
+        self.wrapped = self.model
 
     def _open_run_folder(self) -> None:
         """Resume from a checkpoint if there is one, then open the run folder for writing."""
@@ -198,6 +187,8 @@ class Trainer:
         on_main(world, self.lock.take)
         options: dict[str, Any] = {"enabled": world.is_main, "tensorboard": cfg.tensorboard}
         options |= {"step": self.step, "total_steps": self.total_steps}
+        if peak := peak_flops(world.device):
+            options["peak_rate"] = peak * world.size / self.flops_per_image
         if cfg.wandb:
             options["wandb"] = lambda: WandbRun(self.run_dir, cfg.wandb, config.to_dict(cfg))
         with random_state.preserved_rng():  # wandb may draw random numbers
@@ -212,14 +203,12 @@ class Trainer:
         if found is None:
             return
         path, state = found
-        with same_error_on_all_ranks():
-            storage.check_same_model(state["config"], current, path)
-        on_main(world, lambda: resume.check_same_run(state, current, self.data, path, run_dir))
-        self.state.load(path, state, world)
+        on_main(world, lambda: resume.check_same_run(state, current, self.data_identity, path, run_dir))
+        self._load(path, state)
         if world.rank < len(state["rng"]):
             random_state.restore_rng(state["rng"][world.rank])
         else:  # more ranks than before
-            random_state.seed_rng(self.cfg.seed + 7919 * world.rank + state["step"])
+            random_state.seed_rng(self.cfg.seed, world.rank, state["step"])
         self.step = state["step"]
         if resume.is_own(path, run_dir):
             self._saved_step = self.step
@@ -255,12 +244,61 @@ class Trainer:
         if cfg.data.path != config.EMBEDDED_DATA and (warning := config.small_batch_warning(batch)):
             log.warning("%s", warning)
 
+    def _load(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Load a checkpoint of any number of ranks. If it is of other images, the loader takes over the epoch
+        only. An averaged model that this run does not continue is left out.
+
+        UsageError if a tensor is missing in the run or in the checkpoint, or has another shape.
+        """
+        if self.average is not None:
+            self.average.restore(state.get("average"))
+        tensors = on_all(self.world, lambda: self._tensors_to_load(path))
+        with same_error_on_all_ranks():  # DCP raises an error of one rank on all
+            storage.load_tensors(path, tensors)
+        if self.average is not None:
+            self.average.follow()
+        # The position in the schedule only: rate, decay and betas stay those of this run's settings, and the
+        # rate of the next step follows this run's schedule, which may be longer than the checkpoint's.
+        scheduler = self.scheduler
+        scheduler.load_state_dict({**state["scheduler"], "base_lrs": scheduler.base_lrs})
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        scheduler._last_lr = [base * f for base, f in zip(scheduler.base_lrs, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
+        same_images = state["data"] == self.data_identity
+        position = {"epoch": state["loader"]["epoch"], "images_seen": 0}
+        self.loader.load_state_dict(state["loader"] if same_images else position)
+
+    def _tensors_to_load(self, path: Path) -> dict[str, Tensor]:
+        """As `_tensors`, with the optimizer's state allocated, which a new optimizer does not have."""
+        saved = storage.saved_tensors(path)
+        self.optimizer.state.clear()
+        wanted = self._tensors()
+        parameters = dict(self.model.named_parameters())
+        for name in sorted(saved.keys() - wanted.keys()):
+            section, _, rest = name.partition(".")
+            if section == "average" and not self.averaged():
+                continue
+            parameter, _, slot = rest.rpartition(".")
+            if section != "optimizer" or parameter not in parameters:
+                raise UsageError(
+                    f"checkpoint {path} does not fit this run: it holds {name}, which this model does not "
+                    "have; choose another --out"
+                )
+            owner, like = parameters[parameter], saved[name]
+            if like.ndim and like.shape == owner.shape:  # sharded as the parameter
+                wanted[name] = torch.empty_like(owner, dtype=like.dtype)
+            else:
+                wanted[name] = torch.empty_like(like, device=owner.device)
+            self.optimizer.state[owner][slot] = wanted[name]
+        return wanted
+
     # ---- training --------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Train up to `total_steps` and save the last checkpoint; nothing to do for a finished run."""
         self.model.train()
-        self.meter.restart()
+        self.metrics.restart()
         while self.step < self.total_steps:
             # After a resume with another batch size the number of steps does not tell the position.
             epoch, first_batch = self.loader.position
@@ -270,7 +308,7 @@ class Trainer:
             for batch, (views, waited) in enumerate(self._batches(), first_batch):
                 self.position = epoch, batch
                 self.train_step(views, epoch)
-                self.meter.add(self.cfg.data.batch_size, waited)
+                self.metrics.count_step(self.cfg.data.batch_size, waited)
                 if self.step == 1 or self.step % self.cfg.log_every == 0 or self.step == self.total_steps:
                     self.log_metrics()
                 if self.profiler is not None:
@@ -285,14 +323,14 @@ class Trainer:
         self.saver.wait()
 
     def train_step(self, views: list[Tensor], epoch: int) -> None:
-        """One step: forward, loss, backward, agreement of all ranks, clipping, optimiser.
+        """One step: forward, loss, backward, agreement of all ranks, clipping, optimizer.
 
         `views`: tensors (B, 3, H, W) of B images of this rank, global views first.
         """
         device = self.world.device
         self.guard.before_forward(self.step + 1)
         with torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            global_z, all_z = self.parallel(views)
+            global_z, all_z = self.wrapped(views)
         out = self.loss_fn(global_z, all_z)
         out.total.backward()
 
@@ -311,7 +349,6 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)  # no gradients are held during the next forward pass
         self.scheduler.step()
         self.step += 1
-        self.metrics.advance()
         parts = [part.detach() for part in out]
         self.last = {"parts": parts, "z": all_z.detach(), "grad_norm": grad_norm, "lr": lr, "epoch": epoch}
         self.guard.settle(self.step, self.position)
@@ -342,7 +379,7 @@ class Trainer:
         values = mean_over_ranks(self.world, torch.stack([*last["parts"], spread, last["grad_norm"]]))
         names = ("loss", "prediction", "sigreg", "embedding_std", "grad_norm")
         row = dict(zip(names, values.tolist(), strict=True))  # waits for the device
-        row |= {"lr": last["lr"], "memory_gib": peak_memory_gib(self.world.device), **self.meter.read()}
+        row |= {"lr": last["lr"], "memory_gib": peak_memory_gib(self.world.device)}
         self.metrics.write("train", self.step, epoch=last["epoch"], **row)
 
     def _record_skipped(self, step: int, position: tuple[int, int], losses: dict[int, float]) -> None:
@@ -368,12 +405,29 @@ class Trainer:
         began = time.perf_counter()
         state = {
             "config": config.to_dict(self.cfg),
-            **self.state.state(),
+            "data": self.data_identity,
+            "scheduler": self.scheduler.state_dict(),
+            "loader": self.loader.state_dict(),
+            "average": self.average and self.average.state(),
             "rng": gather_to_main(self.world, random_state.capture_rng()),
         }
-        self.saver.start(self.step, self.state.tensors(), state)
+        self.saver.start(self.step, self._tensors(), state)
         self._saved_step = self.step
-        self.meter.saved(time.perf_counter() - began)
+        self.metrics.pause(time.perf_counter() - began, saving=True)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint by their names there; they share memory with those of the run."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"loss.{name}": tensor for name, tensor in self.loss_fn.state_dict().items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in self.averaged().items()}
+        for name, parameter in self.model.named_parameters():
+            for slot, tensor in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{slot}"] = tensor
+        return tensors
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The tensors of the averaged model; {} if there is none yet."""
+        return self.average.tensors() if self.average is not None else {}
 
     def _stop(self) -> None:
         self.saver.wait()  # if this save failed, that is why the run stops
@@ -409,12 +463,12 @@ class Trainer:
         model = self.whole_model()
         on_main(self.world, lambda: self.evaluate(model, during_training=True))
         self._evaluated[self.step] += 1
-        self.meter.pause(time.perf_counter() - began)
+        self.metrics.pause(time.perf_counter() - began)
 
     def whole_model(self) -> LeJEPAModel | None:
         """Return the model to evaluate and export, unsharded, on rank 0: the averaged one if there is one.
         All ranks call it."""
-        averaged = self.state.averaged()
+        averaged = self.averaged()
         if self.strategy == "fsdp" or averaged:
             return whole_model(self.model, self.cfg, self.world, averaged)
         return self.model
@@ -426,18 +480,18 @@ class Trainer:
         """
         assert model is not None  # on rank 0
         cfg, options = self.cfg, self.evaluation_options
-        options |= {"recipe": cfg.crops, "seed": cfg.seed, "data": cfg.data}
         if during_training:
             options |= {"linear_steps": cfg.eval.linear_steps, "train_images": cfg.eval.train_images}
         with self.outside_training():
-            result = evaluate.evaluate_model(model, self.train_source, self.val_source, cfg.eval, **options)
+            result = evaluation.evaluate_model(model, self.train_source, self.val_source, cfg, **options)
         if not self._evaluated[self.step]:
             epoch, batch = self.loader.position
             epoch += batch > 0
             figures = {name: getattr(result, name) for name in EVALUATION_FIGURES}
             self.metrics.write("eval", self.step, epoch=epoch, **figures)
-            known = [f"{name} {value:.3g}" for name, value in figures.items() if value is not None]
-            log.info("evaluation after epoch %d: %s", epoch, ", ".join(known))
+            if self.metrics.log_is_due("eval", self.step):
+                known = [f"{name} {value:.3g}" for name, value in figures.items() if value is not None]
+                log.info("evaluation after epoch %d: %s", epoch, ", ".join(known))
         return result
 
     @property

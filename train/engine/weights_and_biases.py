@@ -4,8 +4,6 @@ wandb's own settings hold: `wandb login`, WANDB_ENTITY, WANDB_MODE=offline (writ
 `wandb sync` sends it later). https://docs.wandb.ai/ref/python/init
 """
 
-from __future__ import annotations
-
 import logging
 import secrets
 from collections.abc import Callable, Mapping

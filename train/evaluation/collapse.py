@@ -1,11 +1,9 @@
 """Label-free statistics of embeddings, and the verdict "collapsed" or "healthy".
 
-LeJEPA drives the embeddings z (n, K) towards the isotropic Gaussian N(0, I). A healthy run shows standard
+LeJEPA drives the embeddings z (n, K) toward the isotropic Gaussian N(0, I). A healthy run shows standard
 deviations near 1, a flat eigenvalue spectrum and a small SIGReg statistic; a collapsed one has (nearly) the
 same embedding for every image. All statistics are computed in float64, but SIGReg in float32.
 """
-
-from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -57,7 +55,7 @@ def covariance_eigenvalues(z: Tensor) -> Tensor:
 
 
 def effective_rank(z: Tensor) -> float:
-    """exp(entropy of the normalised covariance eigenvalues) of z (n, K), in 0 .. min(K, n - 1).
+    """exp(entropy of the normalized covariance eigenvalues) of z (n, K), in 0 .. min(K, n - 1).
 
     It is K if all directions vary alike, 1 if only one varies, and 0 if z is constant up to float32 rounding.
     Source: Roy & Vetterli, "The effective rank" (2007), applied to covariance eigenvalues.
@@ -69,12 +67,11 @@ def effective_rank(z: Tensor) -> float:
     return torch.special.entr(values / total).sum().exp().item()
 
 
-def sigreg_statistic(z: Tensor, *, num_slices: int = 1024, seed: int = 0) -> float:
-    """SIGReg of z (n, K) over `num_slices` directions drawn from `seed`; see `sigreg_levels` to read it."""
+def sigreg_statistic(z: Tensor) -> float:
+    """SIGReg of z (n, K) over 1,024 fixed random directions; see `sigreg_levels` to read it."""
     _check(z)
-    reg = SIGReg(num_slices=num_slices, t_max=3.0, n_points=17, sync=False, seed=seed)
     with torch.no_grad():
-        return reg.eval()(z.float()).item()
+        return SIGReg(num_slices=1024, sync=False).eval()(z.float()).item()
 
 
 def sigreg_levels(n: int, *, t_max: float = 3.0, n_points: int = 17) -> SIGRegLevels:

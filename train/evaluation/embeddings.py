@@ -1,7 +1,5 @@
 """Embed a data set with a frozen model. Model and random states stay as they were."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -103,7 +101,7 @@ def calibrate_batchnorm(
 ) -> int:
     """Set the running statistics of all BatchNorm layers from images; return the number of images used.
 
-    At initialisation they are mean 0 and variance 1, not those of the activations, which would make the
+    At initialization they are mean 0 and variance 1, not those of the activations, which would make the
     untrained encoder look weaker than it is. Afterwards they are averages over the batches; a batch smaller
     than the first is skipped. Only BatchNorm runs in training mode. Parameters, modes and random states stay
     as they were. UsageError if there are BatchNorm layers, but no batch of two images or more.

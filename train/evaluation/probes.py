@@ -1,4 +1,4 @@
-"""Probes of frozen features: k nearest neighbours and a linear classifier, for features of any encoder.
+"""Probes of frozen features: k nearest neighbors and a linear classifier, for features of any encoder.
 
 Both are deterministic and leave the global random state and the caller's autocast and gradient mode alone.
 
@@ -6,8 +6,6 @@ Sources: kNN weighting, k = 20 and temperature 0.07 from DINO (Caron et al., arX
 (arXiv 1805.01978); LayerNorm + linear layer + AdamW with weight decay 1e-6 from LeJEPA (arXiv 2511.08544).
 docs/evaluation.md states the protocols.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Steps of about 3 around AdamW's usual 1e-3. Features are standardised, so one grid fits all encoders.
+# Steps of about 3 around AdamW's usual 1e-3. Features are standardized, so one grid fits all encoders.
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 HOLDOUT_FRACTION = 0.2
 MAX_STEPS = 12_500
@@ -34,7 +32,7 @@ class LinearProbe(NamedTuple):
     """The rate that was chosen on the held-out training samples."""
 
 
-# ---- k nearest neighbours --------------------------------------------------------------------------------
+# ---- k nearest neighbors --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -51,17 +49,17 @@ def knn_accuracy(
     test_chunk: int = 1024,
     train_chunk: int = 65536,
 ) -> float:
-    """Top-1 accuracy in percent of the k-nearest-neighbour classifier under cosine similarity.
+    """Top-1 accuracy in percent of the k-nearest-neighbor classifier under cosine similarity.
 
     The device holds one chunk of training and of test features at a time and their similarities, so its
-    memory does not grow with the data set, except for the (m, k) neighbours.
+    memory does not grow with the data set, except for the (m, k) neighbors.
 
     Args:
         train_x, train_y: features (n, D) of any float dtype and classes (n,) that vote.
         test_x, test_y: features (m, D) and classes (m,) to predict.
         num_classes: classes are 0 .. num_classes - 1. If classes get equal votes, the lowest wins.
-        k: number of neighbours that vote; n if n < k.
-        temperature: a neighbour of similarity s votes with weight exp(s / temperature); None: equal votes.
+        k: number of neighbors that vote; n if n < k.
+        temperature: a neighbor of similarity s votes with weight exp(s / temperature); None: equal votes.
         device: where to compute; None: the device of `train_x`.
         test_chunk, train_chunk: sizes of the chunks; the result does not depend on them.
 
@@ -116,8 +114,8 @@ def linear_probe(
 ) -> LinearProbe:
     """Fit LayerNorm + linear layer on frozen features and score it on the test set.
 
-    AdamW minimises cross-entropy from zero weights; the rate warms up linearly over a tenth of the steps and
-    falls to 0 along a cosine. After the LayerNorm each feature is standardised by its mean and deviation over
+    AdamW minimizes cross-entropy from zero weights; the rate warms up linearly over a tenth of the steps and
+    falls to 0 along a cosine. After the LayerNorm each feature is standardized by its mean and deviation over
     the training set: the same family of classifiers, but well conditioned for features of any scale.
 
     The learning rate is chosen on a stratified fifth of the TRAINING set; then the probe is fitted again on
@@ -148,13 +146,13 @@ def linear_probe(
 
     def fit(x: Tensor, y: Tensor, rates: Sequence[float]) -> Callable[[Tensor], list[Tensor]]:
         """Fit a head for each rate on x (n, D) and y (n,); returns what predicts classes, by rate."""
-        standardise = _standardiser(x)
+        standardize = _standardizer(x)
         batch = min(batch_size, len(x))
         steps = min(epochs * (len(x) // batch), max_steps)
-        heads = _fit(standardise(x), y, rates, num_classes, batch, steps, seed)
+        heads = _fit(standardize(x), y, rates, num_classes, batch, steps, seed)
 
         def predict(x: Tensor) -> list[Tensor]:
-            parts = (standardise(part.to(device, torch.float32)) for part in x.split(8192))
+            parts = (standardize(part.to(device, torch.float32)) for part in x.split(8192))
             found = [[F.linear(part, *head).argmax(dim=1) for head in heads] for part in parts]
             return [torch.cat(classes) for classes in zip(*found, strict=True)]
 
@@ -216,8 +214,8 @@ def _fit(
     return [(weight.detach(), bias.detach()) for weight, bias in heads]
 
 
-def _standardiser(x: Tensor) -> Callable[[Tensor], Tensor]:
-    """LayerNorm, then standardisation by the mean and deviation of the layer-normalised x (n, D).
+def _standardizer(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """LayerNorm, then standardization by the mean and deviation of the layer-normalized x (n, D).
 
     A feature that never varies is set to 0: its rounding noise must not become input.
     """

@@ -8,8 +8,6 @@ Running statistics of BatchNorm are averaged like weights. A skipped step leaves
 its running statistics may be NaN and are left out.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,8 +4,6 @@ timm's `DropPath` keeps its rate as a number, which becomes a constant of a comp
 from block to block, a transformer of 40 blocks would compile 80 graphs for its two sizes of crops, not 4.
 """
 
-from __future__ import annotations
-
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ class TensorDropPath(nn.Module):
 
     def __init__(self, rate: float, device: torch.device):
         super().__init__()
-        # In a tuple, so that it is no part of sharding, initialisation and state dict.
+        # In a tuple, so that it is no part of sharding, initialization and state dict.
         self._keep = (torch.tensor(1 - rate, device=device),)
 
     def forward(self, x: Tensor) -> Tensor:

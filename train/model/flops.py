@@ -3,10 +3,8 @@
 PyTorch's flop counter runs over encoder, projector and loss: shapes only, no arithmetic and no memory. It
 counts matrix products and convolutions, forward and backward, as two operations per multiply-add. What an
 implementation repeats (activation checkpointing, the backward pass of fused attention and of SIGReg) does not
-count, so it does not raise the "model flops utilisation".
+count, so it does not raise the "model flops utilization".
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass

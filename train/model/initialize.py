@@ -1,11 +1,9 @@
 """Memory and weights for a model, from a CPU or from the meta device.
 
-Rank 0 builds the weights of a meta model in CPU memory, initialised by timm, and distributes them tensor by
+Rank 0 builds the weights of a meta model in CPU memory, initialized by timm, and distributes them tensor by
 tensor. They are the same for every number of ranks, and no other process holds more than its shards and one
 whole tensor.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 

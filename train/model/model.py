@@ -3,15 +3,14 @@
 The encoder returns pooled features, (B, D); the projector maps them to the embeddings, (B, K), that the
 loss sees. Downstream work uses the encoder alone.
 
-Crops of one resolution are concatenated into one forward call of the encoder, so 2 global and 6 local
-crops cost two calls and not eight. The projector runs once over all rows: its BatchNorm sees the same
-mixture of crops in training whatever the number of resolutions.
+Crops of one resolution go through the encoder in one call, so 2 global and 6 local crops cost two calls and
+not eight. The projector runs once over all rows: its BatchNorm sees the same mixture of crops in training
+whatever the number of resolutions.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lejepa_fast.errors import UsageError, first_line
-from lejepa_fast.train.config import Config
+from lejepa_fast.train.config import Config, ModelConfig
 from lejepa_fast.train.config.names import fixed_input_size, resolve_name
 
 # Arguments of timm.create_model that `model.kwargs` must not set, and what to do instead.
@@ -35,44 +34,37 @@ _REFUSED = {
 }
 
 
-def build_encoder(
-    name: str,
-    *,
-    img_size: int | None = None,
-    drop_path: float = 0.0,
-    register_tokens: int = 0,
-    extra: dict[str, Any] | None = None,
-) -> nn.Module:
+def build_encoder(options: ModelConfig) -> nn.Module:
     """Build a timm model without its classifier: (B, 3, S, S) -> pooled features (B, D).
 
-    `img_size` is that of the position embeddings, for models that have them; transformers that can,
-    interpolate them for other sizes. `extra` goes to `timm.create_model`. The encoder's attribute
-    `encoder_args` holds the keyword arguments with which `timm.create_model` builds it again. UsageError for
-    an unknown model, or one that does not take these options.
+    `options.img_size` is that of the position embeddings, for models that have them; transformers that can,
+    interpolate them for other sizes. The encoder's attribute `encoder_args` holds the keyword arguments with
+    which `timm.create_model` builds it again. UsageError for an unknown model, or one that does not take
+    these options.
     """
-    timm_name, usual = resolve_name(name)
-    kwargs: dict[str, Any] = {**usual, **(extra or {}), "num_classes": 0}
-    if drop_path:
-        kwargs["drop_path_rate"] = drop_path
-    if register_tokens:
-        kwargs["reg_tokens"] = register_tokens
+    name, usual = resolve_name(options.name)
+    kwargs: dict[str, Any] = {**usual, **parse_kwargs(options.kwargs), "num_classes": 0}
+    if options.drop_path:
+        kwargs["drop_path_rate"] = options.drop_path
+    if options.register_tokens:
+        kwargs["reg_tokens"] = options.register_tokens
     variants: list[dict[str, Any]] = [kwargs]
-    if img_size is not None and fixed_input_size(name):  # other models do not take img_size
-        sized = {**kwargs, "img_size": img_size}
+    if options.img_size is not None and fixed_input_size(name):  # other models do not take img_size
+        sized = {**kwargs, "img_size": options.img_size}
         variants = [{**sized, "dynamic_img_size": True}, sized]  # some interpolate, some do not
     refusal: TypeError | None = None
     for arguments in variants:
         try:
-            encoder = timm.create_model(timm_name, **arguments)
-            encoder.encoder_args = {"model_name": timm_name, **arguments}  # type: ignore[assignment]
+            encoder = timm.create_model(name, **arguments)
+            encoder.encoder_args = {"model_name": name, **arguments}  # type: ignore[assignment]
             return encoder
         except TypeError as error:  # "... got an unexpected keyword argument ..."
             refusal = error
         except (AssertionError, RuntimeError, ValueError) as error:
             problem = f"cannot be built with {arguments}: {first_line(error)}"
-            raise UsageError(f"model {name}: {problem}") from error
+            raise UsageError(f"model {options.name}: {problem}") from error
     raise UsageError(
-        f"model {name}: does not take these options ({first_line(refusal)}); "
+        f"model {options.name}: does not take these options ({first_line(refusal)}); "
         "leave out --model.drop-path, --model.register-tokens or --model.kwargs"
     ) from refusal
 
@@ -91,16 +83,16 @@ def parse_kwargs(text: str) -> dict[str, Any]:
     return values
 
 
-def build_projector(features: int, hidden: int, layers: int, out: int, norm: str) -> nn.Sequential:
-    """Build `layers` linear layers, with norm and ReLU after all but the last: (B, features) -> (B, out)."""
-    norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": nn.Identity}
+def build_projector(features: int, options: ModelConfig) -> nn.Sequential:
+    """Build linear layers, with norm and ReLU after all but the last: (B, features) -> (B, K)."""
+    norm = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": nn.Identity}[options.projector_norm]
+    bias = options.projector_norm != "batch"  # BatchNorm subtracts it
     stack: list[nn.Module] = []
-    width = features
-    for _ in range(layers - 1):
-        # BatchNorm subtracts a bias before it.
-        stack += [nn.Linear(width, hidden, bias=norm != "batch"), norms[norm](hidden), nn.ReLU()]
+    width, hidden = features, options.projector_hidden
+    for _ in range(options.projector_layers - 1):
+        stack += [nn.Linear(width, hidden, bias=bias), norm(hidden), nn.ReLU()]
         width = hidden
-    return nn.Sequential(*stack, nn.Linear(width, out))
+    return nn.Sequential(*stack, nn.Linear(width, options.projector_dim))
 
 
 class LeJEPAModel(nn.Module):
@@ -150,26 +142,11 @@ def build_model(cfg: Config, *, meta: bool = False) -> LeJEPAModel:
 
 
 def _build_model(cfg: Config) -> LeJEPAModel:
-    options = cfg.model
+    options = replace(cfg.model, img_size=cfg.model.img_size or cfg.crops.global_size)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            cfg.seed
-        )  # alone: torch.manual_seed would touch the GPUs' as well
-        encoder = build_encoder(
-            options.name,
-            img_size=options.img_size or cfg.crops.global_size,
-            drop_path=options.drop_path,
-            register_tokens=options.register_tokens,
-            extra=parse_kwargs(options.kwargs),
-        )
-        features = _check_sizes(encoder, cfg)
-        projector = build_projector(
-            features,
-            options.projector_hidden,
-            options.projector_layers,
-            options.projector_dim,
-            options.projector_norm,
-        )
+        torch.default_generator.manual_seed(cfg.seed)  # torch.manual_seed would touch the GPUs' as well
+        encoder = build_encoder(options)
+        projector = build_projector(_check_sizes(encoder, cfg), options)
     return LeJEPAModel(encoder, projector, num_global=cfg.crops.global_crops)
 
 

@@ -1,7 +1,5 @@
 """The loss of a run, from its configuration."""
 
-from __future__ import annotations
-
 import torch
 
 from lejepa_fast import LeJEPALoss, SIGReg

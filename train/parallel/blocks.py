@@ -5,8 +5,6 @@ by structure: the members of a list (`Sequential`, `ModuleList`) if every member
 none contains such a list. Families with another structure (RegNet, DenseNet) are cut by size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from torch import nn

@@ -9,10 +9,8 @@ names under every setting. The loss already accounts for the averaging of gradie
 here scales gradients.
 
 On several GPUs BatchNorm becomes SyncBatchNorm, and blocks that contain it are not compiled. PyTorch has no
-SyncBatchNorm for CPU tensors: under gloo every rank normalises its own share of the batch.
+SyncBatchNorm for CPU tensors: under gloo every rank normalizes its own share of the batch.
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools

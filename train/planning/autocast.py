@@ -6,8 +6,6 @@ module registers the GPU's rules for the CPU. The operators are those of ATen/au
 and AT_FORALL_FP32_SET_OPT_DTYPE) that encoders use.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterator

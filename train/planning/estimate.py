@@ -1,7 +1,5 @@
 """What a training run needs: memory, traffic and time for any number of GPUs."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,16 +1,14 @@
 """Peak memory and traffic of one rank, without a GPU and without the other ranks.
 
-The trainer's step (forward, loss, backward, norm of the gradient, optimiser, average of the weights) runs on
-fake tensors, which have shapes but no memory, in a fake process group, whose collectives return at once.
-After every operator the storages alive are counted. Model, sharding, recomputation, loss and optimiser are
-those of the trainer. DDP's reducer is C++ that fake tensors cannot enter; its buckets are imitated here.
+The trainer's step runs on fake tensors, which have shapes but no memory, in a fake process group, whose
+collectives return at once. After every operator the storages alive are counted. Model, sharding,
+recomputation, loss and optimizer are those of the trainer. DDP's reducer is C++ that fake tensors cannot
+enter; its buckets are imitated here.
 
 After each operator c + s / shards + a * images bytes are alive: s is sharded, a are activations. Three traces
 (two numbers of shards, two batches) give c, s and a of every operator, and so the peak for any number of GPUs
 and any batch; without FSDP2 s is 0 and two traces suffice.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -19,8 +17,8 @@ import logging
 import warnings
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -63,8 +61,7 @@ class Traffic:
         return within, 2 * self.summed / shards * (copies - 1) / copies
 
 
-@dataclass(frozen=True)
-class Trace:
+class Trace(NamedTuple):
     """One rank's step."""
 
     alive: np.ndarray
@@ -78,13 +75,12 @@ class Trace:
         return int(self.alive.max())
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
+class MemoryPlan(NamedTuple):
     """Peak bytes of a rank for any number of shards and any number of images per rank."""
 
     traced: Trace
-    coefficients: np.ndarray = field(repr=False)
-    """(3, operators): c, s and a of the module's docstring."""
+    coefficients: tuple[np.ndarray, np.ndarray, np.ndarray]
+    """c, s and a of the module's docstring, one value for each operator."""
 
     def peak(self, shards: int, images: int) -> int:
         c, s, a = self.coefficients
@@ -102,21 +98,18 @@ def plan_memory(cfg: Config, *, shards: int, images: int) -> MemoryPlan:
         other = 2 if shards > 2 else 8
         s = (trace_step(cfg, shards=other, images=images).alive - base.alive) / (1 / other - 1 / shards)
     c = base.alive - s / shards - a * images
-    return MemoryPlan(base, np.stack([c, s, a]))
+    return MemoryPlan(base, (c, s, a))
 
 
 def trace_step(cfg: Config, *, shards: int, images: int) -> Trace:
-    """Run one step of rank 0 on fake tensors.
-
-    `parallel.strategy` is not `auto` here. `shards` ranks share one copy of the model, 1 under `ddp` and
-    `none`; `images` are those of one rank.
-    """
+    """Run one step of rank 0, with `images` images, on fake tensors. `shards` ranks share a copy of the
+    model, 1 under ddp and none; `parallel.strategy` is not auto here."""
     loss = dataclasses.replace(cfg.loss, impl="torch")
     cfg = resolve(dataclasses.replace(cfg, compile="off", loss=loss))
     with _fake_processes(shards * cfg.parallel.replicate if cfg.parallel.strategy == "fsdp" else 0):
         step = PlannedStep(cfg, images, fake=True)
         with step.context:
-            step.run()  # creates the optimiser's state, and caches shapes that DTensor infers
+            step.run()  # creates the optimizer's state, and caches shapes that DTensor infers
             with _Counter(shards) as counter, _resizes_go_to(counter):
                 counter.add(*step.state(), *step.buckets, *step.views)
                 state = sum(map(_local_bytes, step.state()))
@@ -152,7 +145,7 @@ class PlannedStep:
                     hook = functools.partial(_into_bucket, self.buckets[-1])
                     parameter.register_post_accumulate_grad_hook(hook)
             self.views = [torch.zeros(images, 3, size, size) for size in cfg.crops.view_sizes()]
-            self.optimizer = build_optimizer(self.model, cfg.optim, CPU)
+            self.optimizer = build_optimizer(self.model, cfg.optim)
             self.skipped = torch.zeros(())
             averages = cfg.average.kind != "none"
             self.average = WeightAverage(self.model, cfg.average, total_steps=1) if averages else None
@@ -164,7 +157,7 @@ class PlannedStep:
         return [*(tensor for _, tensor in named_tensors(self.model)), *moments, *average]
 
     def run(self) -> None:
-        """Do what `Trainer._train_step` does on a GPU."""
+        """Do what `Trainer.train_step` does on a GPU."""
         with autocast_as_on_gpus():  # the backward pass may recompute activations
             with torch.autocast("cpu", dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
                 global_z, all_z = self.called(self.views)

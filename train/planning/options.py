@@ -1,7 +1,5 @@
 """Options of train/plan.py: those of a training run, and what it is planned for."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

@@ -4,8 +4,6 @@ They use matplotlib's object interface: `pyplot` is never imported, and the call
 rcParams stay as they are.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -90,7 +88,7 @@ def plot_losses(path: Path, rows: Rows, *, sigreg_floor: float) -> None:
                 ax.axhline(level, color=TARGET, linestyle="--", linewidth=1.3)
                 _note(ax, label, (0.995, level), ("axes fraction", "data"), color=TARGET, fontsize=9)
             if values.min() > 0 and values.max() > 8 * values.min():
-                ax.set_yscale("log")  # labelled 0.2, 0.5, 1, 2 ...
+                ax.set_yscale("log")  # labeled 0.2, 0.5, 1, 2 ...
                 ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 ax.yaxis.set_minor_formatter(NullFormatter())
@@ -142,7 +140,7 @@ def plot_views(
 ) -> None:
     """A grid of augmented views at their relative sizes: a row per image, at most 6, a column per view.
 
-    The `views` (B, 3, S, S), the global ones first, are normalised by `mean` and `std`, which is undone here.
+    The `views` (B, 3, S, S), the global ones first, are normalized by `mean` and `std`, which is undone here.
     """
     rows = min(6, len(views[0]))
     sizes = [view.shape[-1] for view in views]

@@ -1,7 +1,5 @@
 """The report of a run: `report.html`, `summary.json` and figures. They appear all together or not at all."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import importlib.metadata
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lejepa_fast.train.evaluation.collapse import sigreg_levels
-from lejepa_fast.train.evaluation.evaluate import EvalResult
+from lejepa_fast.train.evaluation.evaluate_model import EvalResult
 from lejepa_fast.train.report import plots
 from lejepa_fast.train.runtime.files import disk_errors_named
 
@@ -34,7 +32,6 @@ def write_report(
     untrained: EvalResult,
     history: Sequence[Mapping[str, Any]],
     views: Sequence[Tensor],
-    images_per_second: float | None,
     steps: int,
 ) -> Path:
     """Write `run_dir/report/`, in place of an earlier report, and return the path of its `report.html`.
@@ -45,8 +42,7 @@ def write_report(
         trained, untrained: results for both encoders, on the same data at the same image size.
         history: rows of `metrics.jsonl`; missing values leave gaps in the figures.
         views: views of one batch, tensors (B, 3, S, S), global ones first.
-        images_per_second: of the training; None: not recorded.
-        steps: optimiser steps of the trained encoder.
+        steps: optimizer steps of the trained encoder.
 
     Raises:
         RunError: the folder cannot be written (no space, no permission). An earlier report stays as it is.
@@ -54,7 +50,7 @@ def write_report(
     target, earlier = run_dir / "report", run_dir / ".report-old"
     temporary = run_dir / ".report-new"  # a fixed name: the next report removes what a killed run left
     way_out = "free some space or choose another folder, then evaluate the checkpoint again"
-    summary = _summary(config, trained, untrained, images_per_second, steps)
+    summary = _summary(config, trained, untrained, history, steps)
     try:
         with disk_errors_named(target, way_out):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -91,8 +87,8 @@ def _draw(
     if trained.knn is not None and untrained.knn is not None and trained.majority is not None:
         ends = {"trained": trained.knn, "untrained": untrained.knn}
         plots.plot_knn(folder / "knn.png", history, steps=steps, majority=trained.majority, **ends)
-    normalised = {"mean": crops["mean"], "std": crops["std"]}
-    plots.plot_views(folder / "views.png", views, num_global=crops["global_crops"], **normalised)
+    normalized = {"mean": crops["mean"], "std": crops["std"]}
+    plots.plot_views(folder / "views.png", views, num_global=crops["global_crops"], **normalized)
     plots.plot_projections(folder / "projections.png", trained.z_val, untrained.z_val)
     plots.plot_spectrum(folder / "spectrum.png", trained.z_val, untrained.z_val)
 
@@ -110,7 +106,7 @@ def _summary(
     config: Mapping[str, Any],
     trained: EvalResult,
     untrained: EvalResult,
-    images_per_second: float | None,
+    history: Sequence[Mapping[str, Any]],
     steps: int,
 ) -> dict[str, Any]:
     """Contents of `summary.json`; accuracies in percent, None without labels."""
@@ -136,7 +132,7 @@ def _summary(
         "sigreg_val_all_zero": levels.collapsed,
         "collapsed": trained.verdict.collapsed,
         "verdict": trained.verdict.sentence,
-        "images_per_second": images_per_second,
+        "images_per_second": training_speed(history),
         "steps": steps,
         "seed": config["seed"],
         "train_images": trained.n_train,
@@ -158,13 +154,12 @@ def _summary(
 
 def _machine() -> dict[str, Any]:
     """Processor, cores, memory and GPUs of this machine; nothing that identifies its user."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
-    name = re.search(r"^model name\s*: *(.*)", text, re.MULTILINE)
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    name = re.search(r"^model name\s*: *(.*)", cpuinfo, re.MULTILINE)
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": name[1] if name else platform.processor() or "unknown",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -204,6 +199,6 @@ def format_table(trained: EvalResult, untrained: EvalResult) -> str:
 
 def training_speed(history: Sequence[Mapping[str, Any]]) -> float | None:
     """Images per second of a run: the median over its train rows; None without such rows."""
-    rates = [row["images_per_second"] for row in history if row["kind"] == "train"]
+    rates = [row.get("images_per_second") for row in history if row["kind"] == "train"]
     known = [rate for rate in rates if rate is not None]
     return statistics.median(known) if known else None

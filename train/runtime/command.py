@@ -1,7 +1,5 @@
 """Shared by the commands: options from dataclasses, log lines, error lines and exit codes."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import functools

@@ -1,7 +1,5 @@
 """Files that are written whole or not at all, the rows of metrics.jsonl, and the lock on the run folder."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

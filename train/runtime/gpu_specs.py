@@ -4,8 +4,6 @@ MFU divides by the dense bfloat16 peak (float32 accumulation, no structured spar
 run uses. A device that is not listed has no peak, and then no MFU is reported.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """SIGTERM and Ctrl-C: finish the step, save a checkpoint, exit."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -4,8 +4,6 @@
 single process without a process group. NCCL connects GPUs, gloo connects CPUs.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import sys

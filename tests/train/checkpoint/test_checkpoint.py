@@ -1,7 +1,5 @@
 """Checkpoints: whole or not at all, checked before use, no code runs from them, full disks, kills."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json
@@ -13,7 +11,6 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +21,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from training import CPU, Make, file_size_limit, rows_of, train_only, wait_until
+from training import CPU, file_size_limit, rows_of, train_only, wait_until
 
 from lejepa_fast.errors import RunError, UsageError
-from lejepa_fast.train.checkpoint import saving
+from lejepa_fast.train.checkpoint import resume, saving
 from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.checkpoint.saving import Saver, unfinished
 from lejepa_fast.train.checkpoint.storage import UnreadableCheckpointError
@@ -40,7 +37,7 @@ SHARD = "shard-00001.safetensors"
 FILES = [SHARD, checkpoint.STATE, checkpoint.MANIFEST]
 
 
-def save(folder: Path, step: int, keep: int = 3, **tensors: torch.Tensor) -> Path:
+def save(folder, step, keep=3, **tensors):
     saver = Saver(folder, CPU, keep=keep)
     tensors = tensors or {"model.weight": torch.full((50_000,), float(step)), "loss.step": torch.tensor(step)}
     saver.start(step, tensors, {"rng": [random_state.capture_rng()], "config": {"out": None, "lr": 0.1}})
@@ -48,17 +45,17 @@ def save(folder: Path, step: int, keep: int = 3, **tensors: torch.Tensor) -> Pat
     return checkpoint.checkpoint_path(folder, step)
 
 
-def newest_step(folder: Path, *, own: bool = False) -> int:
+def newest_step(folder, *, own=False):
     found = checkpoint.newest_checkpoint(folder, own=own)
     assert found is not None
     return found[1]["step"]
 
 
-def names(folder: Path) -> list[str]:
+def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents(folder):
     paths = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
@@ -66,7 +63,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---- saving ------------------------------------------------------------------------------------------
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_round_trip(tmp_path):
     """Of the values at the start of a save, which the training may change at once."""
     weight = torch.arange(50_000.0)
     saver = Saver(tmp_path, CPU, keep=3)
@@ -92,7 +89,7 @@ def test_round_trip(tmp_path: Path) -> None:
     subprocess.run(["sha256sum", "-c", "--strict", checkpoint.MANIFEST], cwd=path, check=True)
 
 
-def test_the_last_k_are_kept_and_a_save_of_the_same_step_replaces(tmp_path: Path) -> None:
+def test_the_last_k_are_kept_and_a_save_of_the_same_step_replaces(tmp_path):
     for step in (5, 20, 100, 1000):
         path = save(tmp_path, step, keep=2)
     unfinished(path).mkdir()
@@ -104,14 +101,14 @@ def test_the_last_k_are_kept_and_a_save_of_the_same_step_replaces(tmp_path: Path
 
 
 @pytest.mark.parametrize("rank", range(4))
-def test_each_shard_is_written_once(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_shard_is_written_once(rank, tmp_path, monkeypatch):
     """Two replicas of two shards: the first replica writes, rank 0 also the plain tensors; the copy makes no
     process groups, each of which would be a communicator between GPUs."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     written: dict[str, Any] = {}
 
-    def write_shard(path: Path, tensors: dict[str, torch.Tensor], offsets: dict[str, Any]) -> None:
+    def write_shard(path, tensors, offsets):
         written.update({name: (tensor.tolist(), offsets[name]) for name, tensor in tensors.items()})
         path.parent.mkdir(exist_ok=True)  # rank 0 has made it
         path.touch()
@@ -136,8 +133,8 @@ def test_each_shard_is_written_once(rank: int, tmp_path: Path, monkeypatch: pyte
     assert written == (mine | {"plain": ([1.0, 1.0], (0,))} if rank == 0 else mine)
 
 
-def test_random_states_survive_the_file(tmp_path: Path) -> None:
-    def draws() -> tuple[float, ...]:
+def test_random_states_survive_the_file(tmp_path):
+    def draws():
         return random.random(), float(np.random.standard_normal()), float(torch.rand(()))  # noqa: NPY002
 
     np.random.standard_normal()  # noqa: NPY002 - leaves numpy with a spare Gaussian, which is state as well
@@ -154,7 +151,7 @@ def test_random_states_survive_the_file(tmp_path: Path) -> None:
 # ---- damage ------------------------------------------------------------------------------------------
 
 
-def flip_a_bit(data: bytes) -> bytes:
+def flip_a_bit(data):
     return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
 
 
@@ -164,9 +161,7 @@ def flip_a_bit(data: bytes) -> bytes:
     [flip_a_bit, lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no checkpoint", None],
     ids=["bit flipped", "truncated", "empty", "text", "deleted"],
 )
-def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(
-    damage: Callable[[bytes], bytes] | None, file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(damage, file, tmp_path, caplog):
     save(tmp_path, 1)
     bad = save(tmp_path, 2)
     if damage is None:
@@ -186,7 +181,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(
     assert names(tmp_path) == ["step-00000002.damaged", "step-00000003"]
 
 
-def test_every_bit_of_the_manifest_and_an_extra_file_are_noticed(tmp_path: Path) -> None:
+def test_every_bit_of_the_manifest_and_an_extra_file_are_noticed(tmp_path):
     """The manifest has no sum of its own: a change must show in what it says."""
     path = save(tmp_path, 1)
     manifest = path / checkpoint.MANIFEST
@@ -203,7 +198,7 @@ def test_every_bit_of_the_manifest_and_an_extra_file_are_noticed(tmp_path: Path)
         checkpoint.read_checkpoint(path)
 
 
-def test_reading_changes_nothing_and_the_trainer_cleans_up(tmp_path: Path) -> None:
+def test_reading_changes_nothing_and_the_trainer_cleans_up(tmp_path):
     """With an unfinished save and a damaged checkpoint."""
     folder = tmp_path / "checkpoints"
     save(folder, 1)
@@ -224,13 +219,13 @@ def test_reading_changes_nothing_and_the_trainer_cleans_up(tmp_path: Path) -> No
         checkpoint.newest_checkpoint(folder)
 
 
-def test_a_disk_that_does_not_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_does_not_read_is_no_damage(tmp_path, monkeypatch):
     """Nothing is renamed: the checkpoint may be good."""
     save(tmp_path, 1)
     save(tmp_path, 2)
     before = contents(tmp_path)
 
-    def refuse(path: Path) -> str:
+    def refuse(path):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     with monkeypatch.context() as patch:
@@ -241,7 +236,7 @@ def test_a_disk_that_does_not_read_is_no_damage(tmp_path: Path, monkeypatch: pyt
     assert newest_step(tmp_path) == 2
 
 
-def sign(path: Path) -> None:
+def sign(path):
     """Write a manifest that fits the files, whatever they hold."""
     sums = [(checkpoint.sha256_of(f), f.name) for f in path.iterdir() if f.name != checkpoint.MANIFEST]
     (path / checkpoint.MANIFEST).write_text("".join(f"{digest}  {name}\n" for digest, name in sums))
@@ -255,9 +250,7 @@ def sign(path: Path) -> None:
         ({"format": "other"}, UnreadableCheckpointError, "not that of a checkpoint of lejepa_fast"),
     ],
 )
-def test_foreign_states_are_named(
-    change: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
-) -> None:
+def test_foreign_states_are_named(change, error, message, tmp_path):
     path = save(tmp_path, 1)
     (path / checkpoint.STATE).write_text(json.dumps({**checkpoint.read_checkpoint(path), **change}))
     sign(path)
@@ -267,19 +260,19 @@ def test_foreign_states_are_named(
 
 
 class _Intruder:
-    def __init__(self, sentinel: Path):
+    def __init__(self, sentinel):
         self.sentinel = sentinel
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self):
         return (os.mkdir, (str(self.sentinel),))
 
 
-def test_code_in_a_checkpoint_never_runs(tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_never_runs(tmp_path):
     """In place of any file, with sums that fit, and as the index that DCP would unpickle."""
     sentinel = tmp_path / "it-ran"
     armed = pickle.dumps(_Intruder(sentinel))
 
-    def checkpoint_with(name: str) -> Path:
+    def checkpoint_with(name):
         path = save(tmp_path / "run", 1)
         (path / name).write_bytes(armed)
         sign(path)
@@ -297,7 +290,7 @@ def test_code_in_a_checkpoint_never_runs(tmp_path: Path) -> None:
     assert sentinel.exists()  # the trap itself works
 
 
-def test_a_run_folder_or_a_checkpoint_can_be_named(tmp_path: Path) -> None:
+def test_a_run_folder_or_a_checkpoint_can_be_named(tmp_path):
     newest = save(tmp_path / "checkpoints", 2)
     for where in (tmp_path, tmp_path / "checkpoints", newest, str(newest)):
         assert checkpoint.find_checkpoint(where)[0] == newest
@@ -307,11 +300,11 @@ def test_a_run_folder_or_a_checkpoint_can_be_named(tmp_path: Path) -> None:
             checkpoint.find_checkpoint(tmp_path / name)
 
 
-def test_another_projector_is_named() -> None:
-    def check(**changes: Any) -> None:
+def test_another_projector_is_named():
+    def check(**changes):
         model = {"name": "resnet18", "img_size": None, "drop_path": 0.0, "projector_dim": 64}
         saved, current = ({"model": m, "crops": {"global_size": 48}} for m in (model, model | changes))
-        checkpoint.check_same_model(saved, current, Path("step-00000001"))
+        resume.check_same_model(saved, current, Path("step-00000001"))
 
     check(img_size=48, drop_path=0.2)  # the same weights
     with pytest.raises(UsageError, match=r"resnet18 \(projector_dim 64\).*resnet18 \(projector_dim 32\)"):
@@ -322,12 +315,10 @@ def test_another_projector_is_named() -> None:
 
 
 @pytest.mark.parametrize("fails_at", ["the kernel", "fsync", "state.json", "rename"])
-def test_a_full_disk_leaves_the_checkpoint_before(
-    fails_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_checkpoint_before(fails_at, tmp_path, monkeypatch):
     save(tmp_path, 1)
 
-    def refuse(*args: Any) -> int:
+    def refuse(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
@@ -350,7 +341,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
+def test_killed_at_twenty_random_moments(tmp_path):
     """One in each twentieth of a save, from its start to its publication; every start finds the newest step,
     whole. In every second round one rank is killed before the other, rank 0 and rank 1 in turn."""
     context = multiprocessing.get_context("forkserver")
@@ -369,7 +360,7 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
             process.start()
         try:
 
-            def saved(least: str = f"step-{newest + 1:08d}") -> list[Path]:
+            def saved(least=f"step-{newest + 1:08d}"):
                 return [path for path in checkpoint.list_checkpoints(folder) if path.name >= least]
 
             wait_until(lambda: len(saved()) > 1, alive=lambda both=processes: all(p.is_alive() for p in both))
@@ -399,13 +390,11 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
     assert any(killed), killed
 
 
-def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(
-    tiny: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(tiny, monkeypatch):
     """And not when the next checkpoint is due, 100 steps later."""
     write = saving.write_synced
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path, data):
         if "step-00000002" in str(path):
             raise OSError(28, "No space left on device")
         write(path, data)
@@ -415,7 +404,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(
     trainer = Trainer(cfg, CPU)
     start = trainer.saver.start
 
-    def start_and_let_it_fail(*args: Any) -> None:
+    def start_and_let_it_fail(*args):
         start(*args)
         object.__setattr__(trainer, "cfg", tiny(max_steps=200, checkpoint_every=100))
         wait_until(lambda: trainer.saver.failed, alive=lambda: True)
@@ -427,9 +416,8 @@ def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(
     assert list((trainer.run_dir / "checkpoints").iterdir()) == []
 
 
-def test_a_second_trainer_in_the_folder_is_refused(tiny: Make) -> None:
+def test_a_second_trainer_in_the_folder_is_refused(tiny):
     cfg = tiny(max_steps=2)
-    assert cfg.out is not None
     cfg.out.mkdir()
     code = (
         "import sys, time; from pathlib import Path; from lejepa_fast.train.runtime.files import RunLock\n"

@@ -1,7 +1,5 @@
 """The configuration: command line, presets, JSON, validation."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
@@ -19,7 +17,7 @@ from lejepa_fast.train.config import Config
 from lejepa_fast.train.config.presets import PRESETS
 
 
-def test_the_base_goes_by_the_data() -> None:
+def test_the_base_goes_by_the_data():
     """The laptop preset for the embedded images, else the paper's recipe."""
     assert config.parse([]) == config.parse(["--data", "trashnet96"]) == PRESETS["laptop"]
     expected = Config(
@@ -34,7 +32,7 @@ def test_the_base_goes_by_the_data() -> None:
     assert (crops.global_crops, crops.global_size, crops.local_crops, crops.local_size) == (2, 224, 6, 98)
 
 
-def test_long_names_and_aliases_are_the_same() -> None:
+def test_long_names_and_aliases_are_the_same():
     short = "--data x --model resnet50 --batch-size 64 --lr 0.1 --lambda 0.2"
     long = "--data.path x --model.name resnet50 --data.batch-size 64 --optim.lr 0.1 --loss.lambd 0.2"
     assert config.parse(short.split()) == config.parse(long.split())
@@ -56,9 +54,7 @@ def test_long_names_and_aliases_are_the_same() -> None:
         (["--data.backend", "x"], "invalid choice 'x' for argument '--data.backend'"),
     ],
 )
-def test_unknown_keys_and_wrong_types_are_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_keys_and_wrong_types_are_one_line(arguments, message, capsys):
     with pytest.raises(UsageError) as refusal:
         config.parse(arguments)
     assert message in str(refusal.value)
@@ -67,7 +63,7 @@ def test_unknown_keys_and_wrong_types_are_one_line(
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_json_round_trip_is_the_identity(name: str, tmp_path: Path) -> None:
+def test_json_round_trip_is_the_identity(name, tmp_path):
     saved = dataclasses.replace(config.resolve(PRESETS[name]), out=tmp_path, resume="/another/run")
     config.write(saved, tmp_path)
     file = tmp_path / "config.json"
@@ -94,7 +90,7 @@ def test_json_round_trip_is_the_identity(name: str, tmp_path: Path) -> None:
         (None, "is not JSON"),
     ],
 )
-def test_bad_json_is_named(values: object, message: str, tmp_path: Path) -> None:
+def test_bad_json_is_named(values, message, tmp_path):
     file = tmp_path / "config.json"
     with pytest.raises(UsageError, match=rf"cannot read {file}: No such file"):
         config.parse(["--config", str(file)])
@@ -113,9 +109,7 @@ def test_bad_json_is_named(values: object, message: str, tmp_path: Path) -> None
         (["--data", "x", "--optim.weight-decay", "0.3"], 0.3, "x-vit_small"),
     ],
 )
-def test_decay_goes_by_family_and_the_folder_by_data_and_model(
-    arguments: list[str], decay: float, folder: str
-) -> None:
+def test_decay_goes_by_family_and_the_folder_by_data_and_model(arguments, decay, folder):
     cfg = config.resolve(config.parse(arguments))
     assert (cfg.optim.weight_decay, cfg.out) == (decay, Path("runs") / folder)
 
@@ -136,17 +130,17 @@ def test_decay_goes_by_family_and_the_folder_by_data_and_model(
         (["--batch-size", "1"], "at least 2; use --batch-size 2"),
     ],
 )
-def test_values_that_cannot_work_are_named(arguments: list[str], message: str) -> None:
+def test_values_that_cannot_work_are_named(arguments, message):
     with pytest.raises(UsageError, match=message):
         config.validate(config.parse(arguments))
 
 
-def bounded(kind: object) -> bool:
+def bounded(kind):
     parts = typing.get_args(kind)
     return any(type(part).__module__ == "annotated_types" or bounded(part) for part in parts)
 
 
-def test_every_number_has_a_declared_bound() -> None:
+def test_every_number_has_a_declared_bound():
     """But those that the loss checks by itself, and those of the recipe of crops."""
     free = []
     for section in (Config, *(type(value) for value in vars(Config()).values())):
@@ -158,7 +152,7 @@ def test_every_number_has_a_declared_bound() -> None:
     assert free == ["t_max", "n_points"]
 
 
-def test_batch_is_split_over_the_ranks() -> None:
+def test_batch_is_split_over_the_ranks():
     cfg = config.parse(["--batch-size", "10"])
     config.validate(cfg, world_size=5)
     with pytest.raises(UsageError, match=r"10 images cannot be split evenly over 4 .*--batch-size 12"):
@@ -167,7 +161,7 @@ def test_batch_is_split_over_the_ranks() -> None:
         config.validate(cfg, world_size=10)
 
 
-def test_workers_share_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_share_the_cpus(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
     cfg = PRESETS["default"]
     assert [config.loader_workers(cfg, share, on_gpu=True) for share in (1, 8, 32)] == [16, 2, 1]
@@ -175,12 +169,12 @@ def test_workers_share_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.loader_workers(config.parse(["--data.workers", "0"]), 1, on_gpu=True) == 0
 
 
-def test_a_small_batch_is_warned_of() -> None:
+def test_a_small_batch_is_warned_of():
     assert config.small_batch_warning(256) is None
     assert "use 256 or more" in str(config.small_batch_warning(255))
 
 
-def test_the_command_line_needs_no_pytorch() -> None:
+def test_the_command_line_needs_no_pytorch():
     """Of this room's own imports: `--help` must not wait for PyTorch and timm."""
     code = """
 import sys, types

@@ -1,14 +1,10 @@
 """Every option acts: code outside the configuration reads each field in a run of the trainer."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from training import Make
 
 import lejepa_fast
 from lejepa_fast.train import config, pretrain
@@ -28,11 +24,11 @@ class Planted(Config):
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
+def reads(monkeypatch):
     """(section, field) of every read by a module of the package, outside the configuration itself."""
     found: set[tuple[str, str]] = set()
 
-    def noting(self: Any, name: str) -> Any:
+    def noting(self, name):
         code = sys._getframe(1).f_code
         file = Path(code.co_filename)
         reads = code.co_name in ANSWERS or not {file.name, file.parent.name} & OWN
@@ -45,9 +41,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     return found
 
 
-def test_a_run_reads_every_option(
-    tiny: Make, monkeypatch: pytest.MonkeyPatch, reads: set[tuple[str, str]]
-) -> None:
+def test_a_run_reads_every_option(tiny, monkeypatch, reads):
     """Two epochs with an average and both probes. A planted option that nothing reads is found."""
     cfg = tiny(average={"kind": "ema"}, eval={"every": 1, "linear_steps": 2}, epochs=2)
     planted = Planted(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)})

@@ -1,7 +1,5 @@
 """Processes killed under torchrun, ranks that come and go, no network: each really done."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -9,17 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import faults_worker
 import pytest
 import torch
-from training import SCRIPT, Make, arguments_of, rows_of, train_only, wait_until
+from training import SCRIPT, arguments_of, rows_of, train_only, wait_until
 
 from lejepa_fast.train.checkpoint import storage as checkpoint
-from lejepa_fast.train.config import Config
 from lejepa_fast.train.engine.metrics import Metrics
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.runtime.signals import Interrupted
@@ -32,7 +27,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /
 class Job:
     """The command on two ranks under torchrun."""
 
-    def __init__(self, cfg: Config, seen: Path):
+    def __init__(self, cfg, seen):
         seen.mkdir(parents=True, exist_ok=True)
         self.cfg, self.log = cfg, seen / "log.txt"
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
@@ -43,20 +38,19 @@ class Job:
                 command, stdout=log, stderr=log, env=environment, start_new_session=True
             )
 
-    def wait_for(self, condition: Callable[[], bool]) -> None:
+    def wait_for(self, condition):
         wait_until(condition, alive=lambda: self.process.poll() is None, log=self.log.read_text)
 
-    def wait_for_save(self, step: int) -> None:
+    def wait_for_save(self, step):
         """Until the checkpoint of this step, or a later one, has its name."""
-        assert self.cfg.out is not None
         folder = self.cfg.out / "checkpoints"
         self.wait_for(lambda: any(p.name >= f"step-{step:08d}" for p in checkpoint.list_checkpoints(folder)))
 
-    def trainers(self) -> dict[int, int]:
+    def trainers(self):
         """Rank to process id, of the processes that torchrun started."""
         return {int(environment_of(pid)["RANK"]): pid for pid in children_of(self.process.pid)}
 
-    def clear(self) -> None:
+    def clear(self):
         """Leave no process behind, whatever happened."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)  # torchrun's workers are in sessions of their own
@@ -66,18 +60,18 @@ class Job:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def children_of(pid: int) -> list[int]:
+def children_of(pid):
     lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     children = [int(child) for found in lists for child in found]
     return [child for child in children if "tracker" not in Path(f"/proc/{child}/cmdline").read_text()]
 
 
-def environment_of(pid: int) -> dict[str, str]:
+def environment_of(pid):
     entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
-def images_seen(folder: Path) -> dict[int, list[list[str]]]:
+def images_seen(folder):
     """For each step the images of a rank, once for each rank and each time that the step was made."""
     steps: dict[int, list[list[str]]] = {}
     for path in folder.glob("*.jsonl"):
@@ -89,9 +83,7 @@ def images_seen(folder: Path) -> dict[int, list[list[str]]]:
 
 @linux
 @pytest.mark.slow
-def test_killed_and_signalled_and_on_other_numbers_of_ranks(
-    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_and_signaled_and_on_other_numbers_of_ranks(tiny, tmp_path, monkeypatch):
     """On 2 ranks until SIGTERM, on 1 until SIGTERM, on 2; there rank 1 is killed, then rank 0, which writes
     metrics and checkpoints and holds the lock, then a loader's worker.
 
@@ -117,7 +109,7 @@ def test_killed_and_signalled_and_on_other_numbers_of_ranks(
     monkeypatch.setenv("FAULTS_SEEN", str(seen))
     write = Metrics.write
 
-    def write_and_stop(self: Metrics, kind: str, step: int, **values: Any) -> None:
+    def write_and_stop(self, kind, step, **values):
         write(self, kind, step, **values)
         if step == 2 * EVERY + 2:
             signal.raise_signal(signal.SIGTERM)
@@ -147,7 +139,7 @@ def test_killed_and_signalled_and_on_other_numbers_of_ranks(
     check_same_images(images_seen(seen_straight), images_seen(seen))
 
 
-def kill_and_see_it_back(job: Job, step: int, victim: Callable[[], int]) -> None:
+def kill_and_see_it_back(job, step, victim):
     """SIGKILL once this step is saved: a step within 60 s, new steps, at most one interval lost."""
     job.wait_for_save(step)
     starts = len(rows_of(job.cfg, "run"))
@@ -167,7 +159,7 @@ def kill_and_see_it_back(job: Job, step: int, victim: Callable[[], int]) -> None
         assert (row["step"], row["loss"]) == (other["step"], other["loss"])  # bit for bit
 
 
-def check_same_images(expected: dict[int, list[list[str]]], found: dict[int, list[list[str]]]) -> None:
+def check_same_images(expected, found):
     """At each step the images of all ranks are those of one process, however often it was made."""
     assert sorted(found) == sorted(expected) == list(range(1, STEPS + 1))
     for step, (whole,) in expected.items():
@@ -178,7 +170,7 @@ def check_same_images(expected: dict[int, list[list[str]]], found: dict[int, lis
 # ---- no network --------------------------------------------------------------------------------------
 
 
-def attempts_of(tmp_path: Path, *command: str) -> list[str]:
+def attempts_of(tmp_path, *command):
     """Hosts that a Python program asks for, also where it hides the refusal; in a network of its own if the
     system permits that."""
     log = tmp_path / "attempts"
@@ -205,11 +197,10 @@ with contextlib.suppress(OSError):
 
 
 @pytest.mark.slow
-def test_a_whole_run_does_not_try_to_use_a_network(tiny: Make, tmp_path: Path) -> None:
+def test_a_whole_run_does_not_try_to_use_a_network(tiny, tmp_path):
     """Workers, TensorBoard, evaluation and report included: there is no telemetry."""
     assert set(attempts_of(tmp_path, "-c", HIDDEN_ATTEMPT)) == {"192.0.2.1"}
     (tmp_path / "attempts").unlink()
     cfg = tiny(max_steps=4, data={"workers": 1, "backend": "auto"}, tensorboard=True)
     assert attempts_of(tmp_path, str(SCRIPT), *arguments_of(cfg, tmp_path / "configs")) == []
-    assert cfg.out is not None
     assert (cfg.out / "report" / "report.html").exists()

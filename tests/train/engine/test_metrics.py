@@ -1,6 +1,4 @@
-"""Watching a run: its rows, its log, TensorBoard, profile and times, also on a disk that refuses."""
-
-from __future__ import annotations
+"""Watching a run: rows, log, TensorBoard, profile, times, Weights & Biases, also on a disk that refuses."""
 
 import errno
 import gzip
@@ -8,25 +6,31 @@ import io
 import json
 import logging
 import os
-from pathlib import Path
-from typing import Any
+import random
+import signal
+import sys
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
-from training import CPU, Make, file_size_limit, rows_of, train_only
+import torch
+from training import CPU, file_size_limit, rows_of, train_only
 
-from lejepa_fast.errors import RunError
+from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.train.engine import random_state
 from lejepa_fast.train.engine.metrics import LOG_LINES, Metrics, peak_memory_gib
 from lejepa_fast.train.engine.profiling import ACTIVE, SKIPPED, WARM_UP
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.model import flops
 from lejepa_fast.train.runtime.files import read_rows
+from lejepa_fast.train.runtime.signals import Interrupted
 
 
-def metrics_in(folder: Path, *, tensorboard: bool = False, step: int = 0, total: int = 9) -> Metrics:
-    return Metrics(folder, enabled=True, tensorboard=tensorboard, step=step, total_steps=total)
+def metrics_in(folder, *, tensorboard=False, step=0, total=9, **options):
+    return Metrics(folder, enabled=True, tensorboard=tensorboard, step=step, total_steps=total, **options)
 
 
-def test_a_refused_row_leaves_no_part_of_it(tmp_path: Path) -> None:
+def test_a_refused_row_leaves_no_part_of_it(tmp_path):
     metrics = metrics_in(tmp_path)
     metrics.write("eval", 1, knn=1.0)
     whole = metrics.path.read_bytes()
@@ -40,19 +44,17 @@ def test_a_refused_row_leaves_no_part_of_it(tmp_path: Path) -> None:
     assert [row["knn"] for row in read_rows(metrics.path)] == [1.0, 3.0]
 
 
-def test_refused_tensorboard_events_are_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refused_tensorboard_events_are_one_line(tmp_path, monkeypatch, capsys):
     metrics = metrics_in(tmp_path, tensorboard=True)
     writer = metrics._board._get_file_writer().event_writer._async_writer._writer
 
-    def refuse(*args: Any) -> None:
+    def refuse(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(writer, "write", refuse)
     monkeypatch.setattr(writer, "flush", refuse)
 
-    def write_rows() -> None:
+    def write_rows():
         for step in range(1000):
             metrics.write("eval", step, knn=step / 7)
 
@@ -62,22 +64,22 @@ def test_refused_tensorboard_events_are_one_line(
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_progress_is_a_bar_in_a_terminal_and_few_lines_without_one(
-    terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A run of 40 epochs of the embedded images: 1,400 steps of 3 s with a row each 5."""
+def test_progress_is_a_bar_in_a_terminal_and_few_lines_without_one(terminal, tmp_path, monkeypatch, caplog):
+    """A run of 40 epochs of the embedded images: 1,400 steps of 3 s, a row each 5, an evaluation each 35."""
     clock, screen = [100.0], io.StringIO()
-    screen.isatty = lambda: terminal  # type: ignore[method-assign]
+    screen.isatty = lambda: terminal
     monkeypatch.setattr("sys.stderr", screen)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     caplog.set_level(logging.INFO)
-    numbers = dict.fromkeys(("loss", "prediction", "sigreg", "images_per_second", "data_wait"), 0.5)
-    with metrics_in(tmp_path, total=1400) as metrics:
+    numbers = dict.fromkeys(("loss", "prediction", "sigreg"), 0.5)
+    evaluations = 0
+    with metrics_in(tmp_path, total=1400, peak_rate=64.0) as metrics:
         for step in range(1, 1401):
             clock[0] += 3.0
-            metrics.advance()
+            metrics.count_step(48, waited=1.5)
             if step == 1 or step % 5 == 0:
-                metrics.write("train", step, **numbers, memory_gib=1.0, mfu=0.25)
+                metrics.write("train", step, **numbers, memory_gib=1.0)
+            evaluations += step % 35 == 0 and metrics.log_is_due("eval", step)
     rows = read_rows(metrics.path)
     assert [(row["step"], row["eta_seconds"]) for row in rows] == [
         (step, 3.0 * (1400 - step)) for step in (1, *range(5, 1401, 5))
@@ -85,13 +87,16 @@ def test_progress_is_a_bar_in_a_terminal_and_few_lines_without_one(
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("lejepa_fast")]
     assert ("1400/1400" in screen.getvalue()) == terminal
     assert ("loss 0.5000" in screen.getvalue()) == terminal
-    assert len(lines) == 0 if terminal else LOG_LINES - 5 < len(lines) <= LOG_LINES
-    if not terminal:
-        start = "step 1400/1400 | loss 0.5000 (prediction 0.5000, sigreg 0.500) | 0 images/s | MFU 25.0%"
-        assert lines[-1].startswith(start)
+    if terminal:
+        assert (len(lines), evaluations) == (0, 40)
+    else:
+        assert LOG_LINES - 3 < len(lines) <= LOG_LINES + 1
+        assert LOG_LINES - 3 < evaluations <= LOG_LINES + 1
+        start = "step 1400/1400 | loss 0.5000 (prediction 0.5000, sigreg 0.500) | 16 images/s | MFU 25.0% | "
+        assert lines[-1].startswith(start + "data wait 50% | 1.0 GiB")
 
 
-def test_a_torn_last_row_is_left_out(tmp_path: Path) -> None:
+def test_a_torn_last_row_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "st')
     with metrics_in(tmp_path, step=1) as metrics:
@@ -100,7 +105,7 @@ def test_a_torn_last_row_is_left_out(tmp_path: Path) -> None:
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
 
 
-def test_a_run_reports_flops_memory_and_a_profile_of_the_steps_it_names(tiny: Make) -> None:
+def test_a_run_reports_flops_memory_and_a_profile_of_the_steps_it_names(tiny):
     cfg = tiny(profile=True, max_steps=SKIPPED + WARM_UP + ACTIVE)
     trainer = train_only(cfg)
     (start,) = rows_of(cfg, "run")
@@ -119,12 +124,12 @@ def test_a_run_reports_flops_memory_and_a_profile_of_the_steps_it_names(tiny: Ma
     assert "aten::" in files[f"{stem}.operators.txt"].read_text()
 
 
-def test_evaluations_and_saves_do_not_count_as_training(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluations_and_saves_do_not_count_as_training(tiny, monkeypatch):
     """Time passes only in a save (5 s), in the evaluation (7 s), in a step (1 s) and for a batch (0.25 s)."""
     clock = [0.0]
 
-    def takes(seconds: float, work: Any = lambda *args, **options: None) -> Any:
-        def timed(*args: Any, **options: Any) -> Any:
+    def takes(seconds, work=lambda *args, **options: None):
+        def timed(*args, **options):
             clock[0] += seconds
             return work(*args, **options)
 
@@ -142,3 +147,75 @@ def test_evaluations_and_saves_do_not_count_as_training(tiny: Make, monkeypatch:
     assert [row["save_seconds"] for row in rows_of(cfg)] == [0, 0, 0, 0, 5]
     assert [row["images_per_second"] for row in rows_of(cfg)] == [8 / 1.25] * 5
     assert [row["data_wait"] for row in rows_of(cfg)] == [0.25 / 1.25] * 5
+
+
+# ---- Weights & Biases --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """Stands for the package, and draws random numbers as that may; nothing goes over a network."""
+    module = Mock()
+
+    def init(**options):
+        random.random(), np.random.standard_normal(), torch.rand(())  # noqa: NPY002
+        return module.run
+
+    module.init.side_effect = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_wandb_gets_the_numbers_of_all_rows_and_costs_no_random_number(wandb, tiny, monkeypatch):
+    cfg = tiny(wandb="birds", max_steps=5, eval={"every": 1, "linear_steps": 5})
+    train_only(cfg)
+    states = random_state.capture_rng()
+    first = wandb.init.call_args.kwargs
+    assert (first["project"], first["dir"], first["resume"]) == ("birds", str(cfg.out), "allow")
+    assert first["config"]["optim"]["lr"] == 1e-3
+    wandb.run.define_metric.assert_called_once_with("*", step_metric="step")
+    logged = [call.args[0] for call in wandb.run.log.call_args_list]
+    losses = [(row["step"], row["train/loss"]) for row in logged if "train/loss" in row]
+    assert losses == [(row["step"], row["loss"]) for row in rows_of(cfg)]
+    probes = [(row["step"], row["eval/knn"], row["eval/linear"]) for row in logged if "eval/knn" in row]
+    assert probes == [(row["step"], row["knn"], row["linear"]) for row in rows_of(cfg, "eval")]
+    assert (len(losses), len(probes)) == (5, 1)
+    wandb.run.finish.assert_called_once_with(exit_code=0)
+
+    train_only(tiny(wandb="birds", max_steps=6))
+    assert wandb.init.call_args.kwargs["id"] == first["id"]  # the same run there
+    monkeypatch.delitem(sys.modules, "wandb")
+    train_only(tiny(max_steps=5, out=cfg.out.with_name("without")))
+    assert random_state.capture_rng() == states
+    assert "wandb" not in sys.modules
+
+
+def test_wandb_may_refuse_the_start_and_later_only_warn(wandb, tiny, tmp_path, monkeypatch, caplog):
+    cfg = tiny(wandb="birds", max_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", None)  # as if there were none
+        with pytest.raises(UsageError, match=r"^wandb: .*pip install 'lejepa_fast\[wandb\]', or leave out"):
+            train_only(cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr(wandb.init, "side_effect", RuntimeError("api_key not configured (no-tty)\nmore"))
+        with pytest.raises(RunError, match=r"^wandb: api_key not configured .*; .*WANDB_MODE=offline"):
+            train_only(cfg)
+    wandb.run.log.side_effect = ValueError("no room\nthere")
+    train_only(cfg)
+    assert "wandb: no room" in caplog.text
+    assert [row["step"] for row in rows_of(cfg)] == [1, 2]
+    opened = Mock()
+    with Metrics(tmp_path, enabled=False, tensorboard=False, step=0, total_steps=1, wandb=opened):
+        opened.assert_not_called()  # of several ranks only one opens a run
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"), [(RunError("no space"), 1), (Interrupted("stopped", signal.SIGTERM), 0)]
+)
+def test_a_run_that_fails_is_marked_at_wandb_and_an_interrupted_one_is_not(
+    error, exit_code, wandb, tiny, monkeypatch
+):
+    monkeypatch.setattr(Trainer, "train", Mock(side_effect=error))
+    with pytest.raises(type(error)):
+        train_only(tiny(wandb="birds", max_steps=1))
+    wandb.run.finish.assert_called_once_with(exit_code=exit_code)

@@ -1,24 +1,21 @@
 """The step: learning rate, weight decay, clipping, and no wait for the device."""
 
-from __future__ import annotations
-
 import contextlib
 import traceback
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import CPU, Make, rows_of
+from training import CPU, rows_of
 
 from lejepa_fast.train.engine import optimization
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.runtime.world import setup_world
 
 
-def test_learning_rate_rises_linearly_and_ends_at_a_thousandth() -> None:
+def test_learning_rate_rises_linearly_and_ends_at_a_thousandth():
     factors = [optimization.lr_factor(s, warmup=4, total=20, final=1e-3) for s in range(20)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == 1.0
@@ -28,7 +25,7 @@ def test_learning_rate_rises_linearly_and_ends_at_a_thousandth() -> None:
     assert middle == pytest.approx(0.5)
 
 
-def test_decay_spares_biases_norms_and_position_embeddings(tiny: Make) -> None:
+def test_decay_spares_biases_norms_and_position_embeddings(tiny):
     trainer = Trainer(tiny(optim={"weight_decay": 0.3}), CPU)
     decay = {p: g["weight_decay"] for g in trainer.optimizer.param_groups for p in g["params"]}
     tokens = ("encoder.pos_embed", "encoder.cls_token")
@@ -40,10 +37,10 @@ def test_decay_spares_biases_norms_and_position_embeddings(tiny: Make) -> None:
     }
 
 
-def test_clipping_and_skipping_by_the_norm_before_it_which_is_logged(tiny: Make) -> None:
+def test_clipping_and_skipping_by_the_norm_before_it_which_is_logged(tiny):
     norms = []
 
-    def note_norm(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def note_norm(optimizer, args, kwargs):
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms.append(float(sum(grad.square().sum() for grad in grads)) ** 0.5)
 
@@ -61,20 +58,18 @@ def test_clipping_and_skipping_by_the_norm_before_it_which_is_logged(tiny: Make)
 class Reads(TorchDispatchMode):
     """The functions on the stack at each read of a tensor's value on the host."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.stacks: list[set[str]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             self.stacks.append({frame.name for frame in traceback.extract_stack()})
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("planted", [False, True])
-def test_a_step_reads_no_value_on_the_host(
-    planted: bool, tiny: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_reads_no_value_on_the_host(planted, tiny, monkeypatch):
     """But for the guard's flags, which are on the host already, and SIGReg's knots on a CPU (`_fits`)."""
     with Trainer(tiny(log_every=10, average={"kind": "ema"}), CPU) as trainer:
         views = next(iter(trainer.loader))[0]
@@ -89,7 +84,7 @@ def test_a_step_reads_no_value_on_the_host(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch reports waits for a GPU only on one")
 @pytest.mark.parametrize("planted", [False, True])
-def test_a_step_never_waits_for_the_gpu(planted: bool, tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_never_waits_for_the_gpu(planted, tiny, monkeypatch):
     cfg = tiny(log_every=10, device="cuda", average={"kind": "ema"}, optim={"clip_grad_norm": 1.0})
     with Trainer(cfg, setup_world("cuda")) as trainer:
         views = next(iter(trainer.loader))[0]

@@ -1,23 +1,24 @@
 """The trainer on tiny configurations: exact resume, evaluation without a trace, collapse, bad steps."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
+import shlex
 import signal
-from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from training import CPU, Make, course_of, rows_of, train_only
+from training import CPU, course_of, rows_of, train_only
 
 from lejepa_fast.errors import RunError
+from lejepa_fast.train import config, export
 from lejepa_fast.train.checkpoint import storage as checkpoint
+from lejepa_fast.train.config.cli import parse_as
 from lejepa_fast.train.engine import random_state
 from lejepa_fast.train.engine.trainer import Trainer
-from lejepa_fast.train.evaluation.evaluate import EvalResult, evaluate_model, open_splits
+from lejepa_fast.train.evaluation.evaluate_model import evaluate_model, open_splits
+from lejepa_fast.train.model.average import WeightAverage
+from lejepa_fast.train.planning.options import PlanOptions
 from lejepa_fast.train.pretrain import pretrain
 from lejepa_fast.train.runtime import files
 from lejepa_fast.train.runtime.signals import Interrupted
@@ -36,9 +37,7 @@ from lejepa_fast.train.runtime.signals import Interrupted
         ({"name": "test_vit"}, 5, 2, "dali"),
     ],
 )
-def test_resume_is_exact(
-    model: dict, stop: int, workers: int, backend: str, tiny: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_is_exact(model, stop, workers, backend, tiny, monkeypatch):
     if backend == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     cfg = tiny(model=model, data={"workers": workers, "backend": backend})
@@ -47,13 +46,13 @@ def test_resume_is_exact(
     states = random_state.capture_rng()
     train_step = Trainer.train_step
 
-    def signalled(self: Trainer, views: list[torch.Tensor], epoch: int) -> None:
+    def signaled(self, views, epoch):
         if self.step + 1 == stop:
             signal.raise_signal(signal.SIGTERM)
         train_step(self, views, epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", signalled)
+        patch.setattr(Trainer, "train_step", signaled)
         with pytest.raises(Interrupted, match=f"SIGTERM after step {stop} of 12; checkpoint saved in"):
             train_only(cfg)
     assert [row[0] for row in course_of(cfg)] == list(range(1, stop + 1))
@@ -75,10 +74,11 @@ def test_resume_is_exact(
 # ---- evaluation, report, export ----------------------------------------------------------------------
 
 
-def test_evaluation_leaves_no_trace(tiny: Make, tmp_path: Path) -> None:
+def test_evaluation_leaves_no_trace(tiny, tmp_path):
     """With drop path and BatchNorm in play, probes after each epoch change no bit of the training."""
     options = {"model": {"name": "test_resnet", "projector_norm": "batch", "drop_path": 0.2}, "max_steps": 9}
-    quiet, watched = (tiny(out=tmp_path / str(n), eval={"every": n}, **options) for n in (0, 1))
+    evals = ({"every": n, "linear_steps": 5} for n in (0, 1))
+    quiet, watched = (tiny(out=tmp_path / str(e["every"]), eval=e, **options) for e in evals)
     trainers = [train_only(cfg) for cfg in (quiet, watched)]
     assert [row["step"] for row in rows_of(watched, "eval")] == [4, 8]
     assert all(row["linear"] is not None for row in rows_of(watched, "eval"))
@@ -88,12 +88,10 @@ def test_evaluation_leaves_no_trace(tiny: Make, tmp_path: Path) -> None:
         assert torch.equal(trainers[1].model.state_dict()[name], value), name
 
 
-def test_held_out_images_are_the_same_for_every_seed_and_for_the_command(
-    tiny: Make, image_folder: Path
-) -> None:
+def test_held_out_images_are_the_same_for_every_seed_and_for_the_command(tiny, image_folder):
     """Where the data has no val split of its own: no image is trained on by one and judged by the other."""
 
-    def images(*sources: Any) -> list[list[str]]:
+    def images(*sources):
         return [[source.describe(i) for i in range(len(source))] for source in sources]
 
     cfg = tiny(data={"path": str(image_folder / "train"), "val_fraction": 0.25})
@@ -104,7 +102,7 @@ def test_held_out_images_are_the_same_for_every_seed_and_for_the_command(
         assert images(trainer.train_source, trainer.val_source) == by_command
 
 
-def test_a_whole_run_and_a_second_start(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_run_and_a_second_start(tiny, monkeypatch):
     """All files of a run; a finished run only evaluates.
 
     During the training on some of the images, one at a time, although BatchNorm's statistics for the
@@ -112,11 +110,11 @@ def test_a_whole_run_and_a_second_start(tiny: Make, monkeypatch: pytest.MonkeyPa
     """
     seen = []
 
-    def noted(*args: Any, **kwargs: Any) -> EvalResult:
+    def noted(*args, **kwargs):
         seen.append(evaluate_model(*args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr("lejepa_fast.train.evaluation.evaluate.evaluate_model", noted)
+    monkeypatch.setattr("lejepa_fast.train.evaluation.evaluate_model.evaluate_model", noted)
     evaluation = {"every": 2, "train_images": 9, "batch_size": 1}
     model = {"projector_norm": "batch"}
     cfg = tiny(tensorboard=True, eval=evaluation, model=model, average={"kind": "ema"})
@@ -140,6 +138,10 @@ def test_a_whole_run_and_a_second_start(tiny: Make, monkeypatch: pytest.MonkeyPa
     assert not list(out.rglob(f"*{files.UNFINISHED}"))
 
     course, weights = course_of(cfg), (out / "encoder.safetensors").read_bytes()
+    converted = out / "converted" / "mine.safetensors"
+    assert export.main(["--checkpoint", str(out), "--out", str(converted)]) == 0
+    assert converted.read_bytes() == weights
+    assert converted.with_suffix(".json").read_text() == (out / "encoder.json").read_text()
     page.unlink()
     left = out / "checkpoints" / f".step-00000016{files.UNFINISHED}"  # by a killed trainer
     left.mkdir()
@@ -153,16 +155,14 @@ def test_a_whole_run_and_a_second_start(tiny: Make, monkeypatch: pytest.MonkeyPa
     assert again["knn_trained"] == summary["knn_trained"]
 
 
-def test_an_evaluation_that_ends_the_run_is_not_tried_for_ever(
-    tiny: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_evaluation_that_ends_the_run_is_not_tried_for_ever(tiny, monkeypatch, caplog):
     cfg = tiny(eval={"every": 1, "linear_steps": 0}, max_steps=9)
 
     with monkeypatch.context() as patch:
         failing = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
-        patch.setattr("lejepa_fast.train.evaluation.evaluate.evaluate_model", failing)
+        patch.setattr("lejepa_fast.train.evaluation.evaluate_model.evaluate_model", failing)
         for _ in range(2):
-            with pytest.raises(torch.OutOfMemoryError):
+            with pytest.raises(RunError, match="out of memory; what helps: "):
                 train_only(cfg)
     train_only(cfg)
     assert "skipping the evaluation after epoch 1: it ended the run 2 times" in caplog.text
@@ -170,15 +170,15 @@ def test_an_evaluation_that_ends_the_run_is_not_tried_for_ever(
     assert [row["step"] for row in rows_of(cfg)] == list(range(1, 10))
 
 
-def test_a_signal_during_an_evaluation_leaves_at_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = tiny(eval={"every": 1})
+def test_a_signal_during_an_evaluation_leaves_at_once(tiny, monkeypatch):
+    cfg = tiny(eval={"every": 1, "linear_steps": 0})
 
-    def signalled(*args: Any, **kwargs: Any) -> None:
+    def signaled(*args, **kwargs):
         signal.raise_signal(signal.SIGTERM)
         pytest.fail("the evaluation went on")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lejepa_fast.train.evaluation.evaluate.evaluate_model", signalled)
+        patch.setattr("lejepa_fast.train.evaluation.evaluate_model.evaluate_model", signaled)
         with pytest.raises(Interrupted, match="during the evaluation after step 4 of 12; checkpoint saved"):
             train_only(cfg)
     train_only(cfg)  # continues with the evaluation that was broken off
@@ -189,7 +189,7 @@ def test_a_signal_during_an_evaluation_leaves_at_once(tiny: Make, monkeypatch: p
 # ---- collapse ----------------------------------------------------------------------------------------
 
 
-def test_without_sigreg_the_embeddings_collapse(tiny: Make, tmp_path: Path) -> None:
+def test_without_sigreg_the_embeddings_collapse(tiny, tmp_path):
     """The embedding std falls by 100x with lambda = 0, and not with SIGReg."""
     fall = {}
     for lambd in (0.0, 0.05):
@@ -197,8 +197,8 @@ def test_without_sigreg_the_embeddings_collapse(tiny: Make, tmp_path: Path) -> N
             out=tmp_path / str(lambd),
             loss={"lambd": lambd},
             model={"projector_norm": "none", "projector_layers": 1},
-            optim={"lr": 5e-3, "warmup_fraction": 0.0},
-            max_steps=100,
+            optim={"lr": 1e-2, "warmup_fraction": 0.0},
+            max_steps=40,
         )
         train_only(cfg)
         spread = [row["embedding_std"] for row in rows_of(cfg)]
@@ -210,18 +210,18 @@ def test_without_sigreg_the_embeddings_collapse(tiny: Make, tmp_path: Path) -> N
 # ---- bad steps ---------------------------------------------------------------------------------------
 
 
-def poison(trainer: Trainer, steps: set[int], *, images: bool) -> list[dict[str, torch.Tensor]]:
+def poison(trainer, steps, *, images):
     """Images or the loss NaN in these steps; returns the state before and after each."""
     states: list[dict[str, torch.Tensor]] = []
     step, forward = trainer.train_step, trainer.loss_fn.forward
 
-    def snapshot() -> None:
+    def snapshot():
         state = {f"model.{k}": v.clone() for k, v in trainer.model.state_dict().items()}
         for index, slots in trainer.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{index}.{k}": v.clone() for k, v in slots.items()}
         states.append(state)
 
-    def poisoned_step(views: list[torch.Tensor], epoch: int) -> None:
+    def poisoned_step(views, epoch):
         bad = trainer.step + 1 in steps
         if bad and images:
             views[0][0] = torch.nan
@@ -234,15 +234,13 @@ def poison(trainer: Trainer, steps: set[int], *, images: bool) -> list[dict[str,
         step(views, epoch)
         snapshot()
 
-    trainer.train_step = poisoned_step  # type: ignore[method-assign]
+    trainer.train_step = poisoned_step
     return states
 
 
 @pytest.mark.parametrize("lags", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("images", [True, False], ids=["bad images", "bad loss"])
-def test_a_bad_step_is_skipped_and_three_in_a_row_end_the_run(
-    images: bool, lags: bool, tiny: Make, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_bad_step_is_skipped_and_three_in_a_row_end_the_run(images, lags, tiny, caplog):
     """Two in a row are borne, and a third later. With a lag, the host learns of it after the next step."""
     cfg = tiny(model={"name": "test_resnet", "projector_norm": "batch"}, checkpoint_every=4)
     trainer = Trainer(cfg, CPU)
@@ -264,3 +262,46 @@ def test_a_bad_step_is_skipped_and_three_in_a_row_end_the_run(
     found = checkpoint.newest_checkpoint(trainer.run_dir / "checkpoints")
     assert found is not None
     assert found[1]["step"] == 8
+
+
+# ---- out of memory -----------------------------------------------------------------------------------
+
+
+def test_out_of_memory_says_which_settings_help_and_plans_this_run(tiny, monkeypatch):
+    cfg = tiny(
+        parallel={"activation_checkpointing": "selective"},
+        average={"kind": "swa"},
+        model={"kwargs": '{"depth": 2}', "register_tokens": 3, "drop_path": 0.1},
+    )
+
+    def error_of(failure):
+        trainer = Trainer(cfg, CPU)
+        monkeypatch.setattr(trainer, "wrapped", Mock(side_effect=failure))
+        with pytest.raises(RuntimeError) as refusal:
+            trainer.run()
+        return refusal.value
+
+    other = RuntimeError("shapes do not fit")
+    assert error_of(other) is other
+    error = error_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."))
+    assert isinstance(error, RunError)
+    assert str(error).startswith(
+        "out of memory; what helps: --parallel.activation-checkpointing full (now selective), no "
+        "--average swa, a smaller --batch-size (now 8, 8 images per process), more processes with "
+        "--parallel.strategy fsdp; "
+    )
+    command, script, *arguments = shlex.split(str(error).partition("what fits: ")[2])
+    assert (command, script) == ("python", "train/plan.py")
+    planned = parse_as(PlanOptions, arguments, preset="default", what="")
+    assert (planned.gpus, planned.images, planned.precision) == (1, 32, "fp32")
+    for section in ("model", "crops", "parallel", "average", "data", "loss", "epochs"):
+        assert getattr(planned, section) == getattr(config.resolve(cfg), section), section
+
+
+def test_no_memory_for_the_average_is_told_too(tiny, monkeypatch):
+    """Here it is the machine's memory that ends: none has so much. Its settings are there to plan by."""
+    monkeypatch.setattr(WeightAverage, "__init__", lambda *args: torch.empty(2**60))
+    cfg = tiny(average={"kind": "ema"})
+    with pytest.raises(RunError, match=r"^out of memory; what helps: .*no --average ema"):
+        Trainer(cfg, CPU)
+    assert config.load_json(cfg.out / "config.json") == config.resolve(cfg)

@@ -1,16 +1,13 @@
 """Statistics of embeddings and the verdict: on planted embeddings, against numpy and the closed forms."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from lejepa_fast.train.evaluation import collapse
 
 
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
@@ -28,7 +25,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
         ("five directions of 512", randn(600, 5) @ randn(5, 512, seed=1), True),
     ],
 )
-def test_verdict_on_planted_embeddings(name: str, z: Tensor, collapsed: bool) -> None:
+def test_verdict_on_planted_embeddings(name, z, collapsed):
     verdict = collapse.verdict(collapse.embedding_std(z), collapse.effective_rank(z), *z.shape)
     assert verdict.collapsed is collapsed, f"{name}: {verdict.sentence}"
     assert verdict.sentence.startswith("Collapsed" if collapsed else "Healthy")
@@ -37,23 +34,23 @@ def test_verdict_on_planted_embeddings(name: str, z: Tensor, collapsed: bool) ->
     assert collapse.verdict(1.0, float("nan"), 100, 64).collapsed
 
 
-def test_effective_rank_counts_equal_directions() -> None:
+def test_effective_rank_counts_equal_directions():
     basis = torch.linalg.qr(randn(200, 5, dtype=torch.float64))[0]
-    basis = torch.linalg.qr(torch.cat([torch.ones(200, 1).double(), basis], dim=1))[0][:, 1:]  # centred
+    basis = torch.linalg.qr(torch.cat([torch.ones(200, 1).double(), basis], dim=1))[0][:, 1:]  # centered
     z = basis @ torch.linalg.qr(randn(32, 5, seed=1, dtype=torch.float64))[0].T
     assert collapse.effective_rank(z) == pytest.approx(5.0, rel=1e-9)
     assert collapse.effective_rank(torch.full((50, 8), 0.1)) == 0.0
 
 
 @pytest.mark.parametrize("n", [6, 50, 1000])  # below K, by singular values, by the covariance
-def test_eigenvalues_equal_numpys(n: int) -> None:
+def test_eigenvalues_equal_numpys(n):
     z = randn(n, 10) * torch.linspace(0.1, 2, 10) + 5
     expected = np.linalg.eigvalsh(np.cov(z.double().numpy(), rowvar=False, bias=True))[::-1]
     np.testing.assert_allclose(collapse.covariance_eigenvalues(z).numpy(), expected, rtol=1e-8, atol=1e-12)
     assert collapse.embedding_std(z) == pytest.approx(z.double().numpy().std(axis=0).mean(), rel=1e-12)
 
 
-def test_sigreg_statistic_between_its_levels() -> None:
+def test_sigreg_statistic_between_its_levels():
     levels = collapse.sigreg_levels(300)
     assert levels.gaussian == pytest.approx(1.0524641548, abs=1e-9)
     assert levels.collapsed == pytest.approx(0.4020475797 * 300, abs=1e-7)
@@ -64,7 +61,7 @@ def test_sigreg_statistic_between_its_levels() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 4), (3, 0)])
-def test_statistics_refuse_other_shapes(shape: tuple[int, ...]) -> None:
+def test_statistics_refuse_other_shapes(shape):
     for statistic in (collapse.embedding_std, collapse.effective_rank, collapse.sigreg_statistic):
         with pytest.raises(ValueError, match="z must be embeddings of shape"):
             statistic(torch.zeros(shape))

@@ -1,16 +1,12 @@
 """Embedding and evaluating a model without side effects, and the command on a checkpoint."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +14,15 @@ import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from training import CPU, Make, rows_of
+from training import CPU, rows_of
 
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.train import evaluate as command
+from lejepa_fast.train import export
 from lejepa_fast.train.checkpoint.saving import Saver
-from lejepa_fast.train.config import Config, to_dict
+from lejepa_fast.train.config import to_dict
 from lejepa_fast.train.engine import random_state
-from lejepa_fast.train.evaluation import evaluate
+from lejepa_fast.train.evaluation import evaluate_model as evaluation
 from lejepa_fast.train.evaluation.embeddings import calibrate_batchnorm, embed_source
 from lejepa_fast.train.model.model import LeJEPAModel, build_model
 from lejepa_fast.train.pretrain import pretrain
@@ -36,7 +33,7 @@ SCRIPT = Path(__file__).parents[3] / "train" / "evaluate.py"
 # ---- embeddings ----------------------------------------------------------------------------------
 
 
-def tiny_model(encoder_name: str, **kwargs: Any) -> LeJEPAModel:
+def tiny_model(encoder_name, **kwargs):
     torch.manual_seed(0)
     encoder = timm.create_model(encoder_name, num_classes=0, **kwargs)
     width = encoder.num_features
@@ -44,12 +41,12 @@ def tiny_model(encoder_name: str, **kwargs: Any) -> LeJEPAModel:
     return LeJEPAModel(encoder, projector, num_global=2)
 
 
-def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
+def batches(*sizes):
     generator = torch.Generator().manual_seed(0)
     return [(torch.randn(n, 3, 32, 32, generator=generator), torch.arange(n) % 2) for n in sizes]
 
 
-def test_embedding_leaves_no_trace_and_equals_evaluation_mode() -> None:
+def test_embedding_leaves_no_trace_and_equals_evaluation_mode():
     model = tiny_model("test_resnet")
     model.train()
     model.projector[1].eval()  # a part that the caller has frozen
@@ -57,7 +54,7 @@ def test_embedding_leaves_no_trace_and_equals_evaluation_mode() -> None:
     before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
     data, states = batches(5, 5, 3), random_state.capture_rng()
 
-    def loader() -> Iterator[tuple[Tensor, Tensor]]:
+    def loader():
         torch.rand(1)  # as a DataLoader does on every pass
         yield from data
 
@@ -81,7 +78,7 @@ def test_embedding_leaves_no_trace_and_equals_evaluation_mode() -> None:
     ("options", "cls"),
     [({}, True), ({"reg_tokens": 2}, True), ({"class_token": False, "global_pool": "avg"}, False)],
 )
-def test_vit_probe_takes_the_last_two_blocks(options: dict[str, Any], cls: bool) -> None:
+def test_vit_probe_takes_the_last_two_blocks(options, cls):
     model = tiny_model("test_vit", img_size=32, **options).eval()
     data = batches(4)
     found = embed_source(model, data, "cpu")
@@ -97,7 +94,7 @@ def test_vit_probe_takes_the_last_two_blocks(options: dict[str, Any], cls: bool)
     torch.testing.assert_close(found.probe, torch.cat(expected, dim=1))
 
 
-def test_embedding_refuses_nan_and_nothing_and_restores_modes_after_an_error() -> None:
+def test_embedding_refuses_nan_and_nothing_and_restores_modes_after_an_error():
     model = tiny_model("test_resnet").train()
     with pytest.raises(RuntimeError):
         embed_source(model, [(torch.zeros(2, 5, 32, 32), torch.zeros(2))], "cpu")
@@ -109,7 +106,7 @@ def test_embedding_refuses_nan_and_nothing_and_restores_modes_after_an_error() -
         embed_source(model, batches(2), "cpu")
 
 
-def test_calibration_measures_the_training_images() -> None:
+def test_calibration_measures_the_training_images():
     model = tiny_model("test_resnet").train()
     before, parameters = random_state.capture_rng(), [p.clone() for p in model.parameters()]
     data = batches(4, 4, 4, 3)  # the last one is smaller and must not count
@@ -135,21 +132,21 @@ def test_calibration_measures_the_training_images() -> None:
 # ---- evaluation of a model -----------------------------------------------------------------------
 
 
-def evaluate_run(cfg: Config, model: nn.Module | None = None, **options: Any) -> evaluate.EvalResult:
+def evaluate_run(cfg, model=None, **options):
     """`evaluate_model` with the settings of a run, without the linear probe unless asked for."""
-    options = {"recipe": cfg.crops, "device": "cpu", "data": cfg.data, "linear": False, **options}
+    options = {"device": "cpu", "linear_steps": 0, **options}
     model = model or build_model(cfg)
-    return evaluate.evaluate_model(model, *evaluate.open_splits(cfg.data), cfg.eval, **options)
+    return evaluation.evaluate_model(model, *evaluation.open_splits(cfg.data), cfg, **options)
 
 
 @pytest.fixture
-def cfg(tiny: Make) -> Config:
+def cfg(tiny):
     """Of 32 training and 12 validation images of two classes."""
     return tiny(model={"name": "test_resnet"}, seed=3)
 
 
 @pytest.fixture
-def unlabelled(tmp_path: Path) -> str:
+def unlabeled(tmp_path):
     """24 images without classes, smaller than the crops."""
     (tmp_path / "flat").mkdir()
     for i in range(24):
@@ -157,8 +154,8 @@ def unlabelled(tmp_path: Path) -> str:
     return str(tmp_path / "flat")
 
 
-def test_the_untrained_encoder_is_evaluated_on_labelled_images(cfg: Config) -> None:
-    result = evaluate.evaluate_untrained(cfg, *evaluate.open_splits(cfg.data), device="cpu")
+def test_the_untrained_encoder_is_evaluated_on_labeled_images(cfg):
+    result = evaluation.evaluate_untrained(cfg, *evaluation.open_splits(cfg.data), device="cpu")
     assert (result.knn or 0) >= 90.0  # colors: even random features tell them apart
     assert (result.linear or 0) >= 75.0
     assert (result.majority, result.chance) == (50.0, 50.0)
@@ -175,31 +172,29 @@ def test_the_untrained_encoder_is_evaluated_on_labelled_images(cfg: Config) -> N
         assert torch.equal(ours, theirs), name
 
 
-def test_image_size_is_the_setting_or_that_of_the_global_crops(cfg: Config) -> None:
+def test_image_size_is_the_setting_or_that_of_the_global_crops(cfg):
     larger = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, image_size=48))
     results = evaluate_run(cfg, train_images=9), evaluate_run(larger, train_images=99)
     assert [(result.image_size, result.n_train) for result in results] == [(32, 9), (48, 32)]
     assert not torch.allclose(results[0].features_val, results[1].features_val)
 
 
-def test_unlabelled_images_get_the_statistics_and_a_reason(tiny: Make, unlabelled: str) -> None:
-    result = evaluate_run(tiny(data={"path": unlabelled}), linear=True)
+def test_unlabeled_images_get_the_statistics_and_a_reason(tiny, unlabeled):
+    result = evaluate_run(tiny(data={"path": unlabeled}), linear_steps=5)
     assert (result.knn, result.linear, result.num_classes, result.chance) == (None, None, None, None)
     assert "have no class" in (result.no_labels_because or "")
     assert np.isfinite([result.embedding_std, result.effective_rank, result.sigreg]).all()
 
 
-def test_one_validation_image_is_refused(cfg: Config) -> None:
+def test_one_validation_image_is_refused(cfg):
     with pytest.raises(UsageError, match="at least 2 validation images"):
-        evaluate.check_validation_images(evaluate.open_splits(cfg.data)[0].subset([0]))
+        evaluation.check_validation_images(evaluation.open_splits(cfg.data)[0].subset([0]))
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def test_command_evaluates_a_run_and_an_earlier_checkpoint_on_other_data(
-    tiny: Make, unlabelled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_evaluates_a_run_and_an_earlier_checkpoint_on_other_data(tiny, unlabeled, tmp_path, capsys):
     """The newest checkpoint as the run itself did."""
     cfg = tiny(max_steps=3, checkpoint_every=2, seed=3)
     page = pretrain(cfg, CPU)
@@ -215,7 +210,7 @@ def test_command_evaluates_a_run_and_an_earlier_checkpoint_on_other_data(
     assert page.read_text() == "of the training"
 
     out = tmp_path / "out"
-    arguments = ["--checkpoint", str(run / "checkpoints" / "step-00000002"), "--data", unlabelled]
+    arguments = ["--checkpoint", str(run / "checkpoints" / "step-00000002"), "--data", unlabeled]
     assert command.main([*arguments, "--out", str(out), "--no-linear"]) == 0
     assert "have no class" in capsys.readouterr().out
     summary = json.loads((out / "report" / "summary.json").read_text(encoding="utf-8"))
@@ -225,9 +220,7 @@ def test_command_evaluates_a_run_and_an_earlier_checkpoint_on_other_data(
     assert not (out / "report" / "knn.png").exists()
 
 
-def test_command_refuses_what_is_no_checkpoint_and_missing_data(
-    cfg: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_refuses_what_is_no_checkpoint_and_missing_data(cfg, tmp_path, capsys):
     foreign, mixed, out = tmp_path / "other.pt", tmp_path / "mixed", tmp_path / "out"
     torch.save({"state_dict": {}}, foreign)
     tensors = {f"model.{name}": tensor for name, tensor in build_model(cfg).state_dict().items()}
@@ -249,9 +242,18 @@ def test_command_refuses_what_is_no_checkpoint_and_missing_data(
     assert command.main(arguments) == 2
     assert "does not exist" in capsys.readouterr().err
     assert not out.exists()
+    for arguments, message in (
+        (
+            ["--checkpoint", str(tmp_path), "--out", "x.pt"],
+            "out: expected a file name that ends in .safetensors",
+        ),
+        (["--checkpoint", str(tmp_path / "mixed" / "nothing")], "does not exist"),
+    ):
+        assert export.main(arguments) == 2
+        assert message in capsys.readouterr().err
 
 
-def test_script_runs_by_its_path_and_exits_with_2(tmp_path: Path) -> None:
+def test_script_runs_by_its_path_and_exits_with_2(tmp_path):
     arguments = [sys.executable, str(SCRIPT), "--checkpoint", str(tmp_path / "nowhere")]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2, done.stderr

@@ -1,7 +1,5 @@
 """kNN and linear probe: equal to independent formulations, and without side effects."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -14,11 +12,11 @@ from torch import Tensor
 from lejepa_fast.train.evaluation.probes import knn_accuracy, linear_probe
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
+def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def classes_of(n: int, *, seed: int) -> Tensor:
+def classes_of(n, *, seed):
     return torch.randint(0, 4, (n,), generator=torch.Generator().manual_seed(seed))
 
 
@@ -27,7 +25,7 @@ class Calls(torch.overrides.TorchFunctionMode):
 
     WATCHED = (F.linear, F.layer_norm, Tensor.matmul, Tensor.__matmul__)
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.seen: list[tuple[str, torch.dtype, int]] = []
 
@@ -41,9 +39,7 @@ class Calls(torch.overrides.TorchFunctionMode):
 # ---- kNN -----------------------------------------------------------------------------------------
 
 
-def brute_force_knn(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, k: int, temperature: float | None
-) -> Tensor:
+def brute_force_knn(train_x, train_y, test_x, k, temperature):
     """DINO's vote, sample by sample, in float64."""
     train = train_x.double().numpy()
     train = train / np.linalg.norm(train, axis=1, keepdims=True)
@@ -63,11 +59,11 @@ def brute_force_knn(
         (101, 37, 5, 20, 0.07),  # nothing divides the chunks
         (64, 16, 8, 7, 1.0),  # chunks divide everything
         (9, 11, 3, 20, 0.07),  # fewer training samples than k
-        (50, 20, 2, 1, 0.07),  # one neighbour
+        (50, 20, 2, 1, 0.07),  # one neighbor
         (40, 30, 6, 5, None),  # equal votes
     ],
 )
-def test_knn_equals_brute_force_float64(n: int, m: int, dim: int, k: int, temperature: float | None) -> None:
+def test_knn_equals_brute_force_float64(n, m, dim, k, temperature):
     train_x, test_x = randn(n, dim), randn(m, dim, seed=1)
     train_y = classes_of(n, seed=2)
     expected = brute_force_knn(train_x, train_y, test_x, k, temperature)
@@ -78,13 +74,13 @@ def test_knn_equals_brute_force_float64(n: int, m: int, dim: int, k: int, temper
     assert knn_accuracy(train_x, train_y, test_x, expected, **options) == pytest.approx(100 * (m - 1) / m)
 
 
-def test_knn_tie_goes_to_the_lowest_class_and_a_tiny_temperature_does_not_overflow() -> None:
+def test_knn_tie_goes_to_the_lowest_class_and_a_tiny_temperature_does_not_overflow():
     train_x = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     samples = train_x, torch.tensor([2, 1]), train_x[:1], torch.tensor([1])
     assert knn_accuracy(*samples, temperature=1e-4, num_classes=3) == 100.0
 
 
-def test_knn_takes_half_precision_and_ignores_length() -> None:
+def test_knn_takes_half_precision_and_ignores_length():
     x = randn(80, 6)
     y = (x[:, 0] > 0).long()
     scaled = (x * randn(80, 1, seed=3).abs().add(0.1)).bfloat16()
@@ -107,7 +103,7 @@ def test_knn_takes_half_precision_and_ignores_length() -> None:
         ({"train_x": torch.ones(0, 4), "train_y": torch.zeros(0)}, "train_x holds no samples"),
     ],
 )
-def test_probes_refuse_bad_input(change: dict[str, Any], message: str) -> None:
+def test_probes_refuse_bad_input(change, message):
     x, y = torch.eye(3, 4), torch.tensor([0, 1, 0])
     arguments = {"train_x": x, "train_y": y, "test_x": x, "test_y": y, "num_classes": 2, **change}
     if "learning_rates" not in change:
@@ -121,13 +117,13 @@ def test_probes_refuse_bad_input(change: dict[str, Any], message: str) -> None:
 # ---- linear probe --------------------------------------------------------------------------------
 
 
-def blobs(n: int, *, seed: int) -> tuple[Tensor, Tensor]:
+def blobs(n, *, seed):
     """Features (n, 16) around one center for each of 4 classes, linearly separable."""
     y = torch.arange(n) % 4
     return randn(4, 16, seed=99)[y] + 0.3 * randn(n, 16, seed=seed), y
 
 
-def correlated() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def correlated():
     """Two classes, told apart only by a small difference of two large features: needs many steps."""
     sides = []
     for n in (400, 200):
@@ -140,14 +136,14 @@ def correlated() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (1e-3, 0.0), (1.0, 300.0)])
-def test_linear_probe_separates_separable_features_of_any_scale(scale: float, shift: float) -> None:
+def test_linear_probe_separates_separable_features_of_any_scale(scale, shift):
     (train_x, train_y), (test_x, test_y) = blobs(400, seed=1), blobs(200, seed=2)
     offset = shift * randn(1, 16, seed=5)
     train_x, test_x = train_x * scale + offset, test_x * scale + offset
     assert linear_probe(train_x, train_y, test_x, test_y, num_classes=4, epochs=30).accuracy > 99.0
 
 
-def test_linear_probe_finds_nothing_in_random_labels_and_manages_single_samples() -> None:
+def test_linear_probe_finds_nothing_in_random_labels_and_manages_single_samples():
     train_x, test_x = randn(400, 16), randn(800, 16, seed=1)
     train_y, test_y = (classes_of(n, seed=n) for n in (400, 800))
     accuracy = linear_probe(train_x, train_y, test_x, test_y, num_classes=4, epochs=30).accuracy
@@ -156,8 +152,8 @@ def test_linear_probe_finds_nothing_in_random_labels_and_manages_single_samples(
     assert linear_probe(x, y, x, y, num_classes=3).accuracy == 100.0
 
 
-def test_linear_probe_equals_a_plain_training_loop_in_float64() -> None:
-    """LayerNorm, standardisation, linear layer, AdamW, warm-up and cosine, written down independently."""
+def test_linear_probe_equals_a_plain_training_loop_in_float64():
+    """LayerNorm, standardization, linear layer, AdamW, warm-up and cosine, written down independently."""
     train_x, train_y, test_x, test_y = correlated()
     epochs, batch, rate = 12, 64, 3e-2
     norm = torch.nn.LayerNorm(16, elementwise_affine=False, dtype=torch.float64)
@@ -186,10 +182,10 @@ def test_linear_probe_equals_a_plain_training_loop_in_float64() -> None:
     assert agreement >= 99.5  # at most 1 of the 200 samples lies within rounding of the boundary
 
 
-def test_linear_probe_chooses_the_rate_without_the_test_set() -> None:
+def test_linear_probe_chooses_the_rate_without_the_test_set():
     train_x, train_y, test_x, test_y = correlated()
 
-    def probe(test_y: Tensor, *rates: float) -> tuple[float, float]:
+    def probe(test_y, *rates):
         return linear_probe(train_x, train_y, test_x, test_y, num_classes=2, epochs=60, learning_rates=rates)
 
     low, high = probe(test_y, 1e-9)[0], probe(test_y, 3e-2)[0]
@@ -199,10 +195,10 @@ def test_linear_probe_chooses_the_rate_without_the_test_set() -> None:
     assert probe(1 - test_y, 1e-9, 3e-2) == (pytest.approx(100 - high), 3e-2)
 
 
-def test_linear_probe_is_deterministic_and_leaves_the_process_as_it_was() -> None:
+def test_linear_probe_is_deterministic_and_leaves_the_process_as_it_was():
     train_x, *others = correlated()
 
-    def fit(train_x: Tensor) -> float:
+    def fit(train_x):
         return linear_probe(train_x, *others, num_classes=2, epochs=10).accuracy
 
     torch.manual_seed(1)
@@ -222,7 +218,7 @@ def test_linear_probe_is_deterministic_and_leaves_the_process_as_it_was() -> Non
         assert fit(train_x.clone()) == first  # a tensor that no backward pass may keep
 
 
-def test_probes_compute_in_float32_under_the_callers_autocast() -> None:
+def test_probes_compute_in_float32_under_the_callers_autocast():
     samples = *blobs(80, seed=1), *blobs(40, seed=2)
     for probe, options in ((linear_probe, {"epochs": 1}), (knn_accuracy, {})):
         with torch.autocast("cpu", dtype=torch.bfloat16), Calls() as calls:
@@ -230,7 +226,7 @@ def test_probes_compute_in_float32_under_the_callers_autocast() -> None:
         assert {dtype for name, dtype, _ in calls.seen if name != "layer_norm"} == {torch.float32}
 
 
-def test_training_samples_that_the_steps_cannot_reach_are_not_used() -> None:
+def test_training_samples_that_the_steps_cannot_reach_are_not_used():
     """Of 1,000 samples, 10 steps of 16 see 160 at most, so no more of them go to the device."""
     samples = *blobs(1000, seed=0), *blobs(8, seed=1)
     for max_steps, used in ((10, 160), (100, 1000)):

@@ -1,7 +1,5 @@
 """The FLOP count against closed forms, and the table of GPUs."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
@@ -16,7 +14,7 @@ from lejepa_fast.train.runtime import gpu_specs
 CROPS = MultiCropRecipe(global_crops=2, global_size=56, local_crops=3, local_size=28)
 
 
-def vit(size: int, *, width: int, depth: int, patch: int) -> float:
+def vit(size, *, width, depth, patch):
     """Forward and backward of a plain vision transformer with a class token, one image.
 
     6 N T for weights that every token passes (12 width^2 a block), 12 T^2 width a block for attention.
@@ -28,7 +26,7 @@ def vit(size: int, *, width: int, depth: int, patch: int) -> float:
     return blocks + 4 * patches * 3 * patch**2 * width
 
 
-def test_vit_against_the_formula() -> None:
+def test_vit_against_the_formula():
     model = ModelConfig(name="vit_tiny", projector_hidden=64, projector_layers=3, projector_dim=16)
     counted = flops.count_flops(Config(model=model, crops=CROPS, loss=LossConfig(num_slices=32)))
     assert counted.global_view == pytest.approx(vit(56, width=192, depth=12, patch=14), rel=1e-9)
@@ -43,7 +41,7 @@ def test_vit_against_the_formula() -> None:
     ("name", "macs", "stem"),
     [("resnet50", 4.087e9, 0.118e9), ("efficientnet_b0", 0.386e9, 0.0108e9)],  # plain and depthwise
 )
-def test_convolutional_networks_against_their_published_count(name: str, macs: float, stem: float) -> None:
+def test_convolutional_networks_against_their_published_count(name, macs, stem):
     """Multiply-adds of one forward at 224 px; three times that with backward, less the stem's gradient of
     its input."""
     crops = dataclasses.replace(CROPS, global_size=224, local_crops=0)
@@ -52,7 +50,7 @@ def test_convolutional_networks_against_their_published_count(name: str, macs: f
     assert counted.local_view == 0
 
 
-def test_recomputation_is_not_counted() -> None:
+def test_recomputation_is_not_counted():
     """Activation checkpointing runs the blocks once more: the counter sees it, the model has not grown."""
     cfg = Config(model=ModelConfig(name="vit_tiny"), crops=CROPS)
     model = build_model(cfg, meta=True)
@@ -76,7 +74,7 @@ def test_recomputation_is_not_counted() -> None:
         ("NVIDIA T4", None),
     ],
 )
-def test_gpus_by_name(name: str, expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_by_name(name, expected, monkeypatch):
     """One that is unknown has no peak. By option: test_plan.py."""
     found = gpu_specs.by_device_name(name)
     assert (found.name if found else None) == expected

@@ -1,25 +1,22 @@
 """Encoder, projector and the forward over crops of two sizes; export for others."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from training import Make
 
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.checkpoint.export import export_encoder
+from lejepa_fast.train.checkpoint.trained_model import export_encoder
+from lejepa_fast.train.config import ModelConfig
 from lejepa_fast.train.config.names import SHORT_NAMES
 from lejepa_fast.train.model.drop_path import TensorDropPath
 from lejepa_fast.train.model.model import build_encoder, build_model, build_projector
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
-def test_forward_equals_one_view_at_a_time(name: str, tiny: Make) -> None:
+def test_forward_equals_one_view_at_a_time(name, tiny):
     """In one call of the encoder per resolution."""
     model = build_model(tiny(model={"name": name, "projector_norm": "batch"})).eval()
     rows: list[int] = []
@@ -37,7 +34,7 @@ def test_forward_equals_one_view_at_a_time(name: str, tiny: Make) -> None:
     assert not torch.allclose(all_z[0], all_z[2], atol=1e-3)  # else a wrong order would pass
 
 
-def test_weights_depend_on_the_seed_alone(tiny: Make) -> None:
+def test_weights_depend_on_the_seed_alone(tiny):
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = build_model(tiny(seed=3))
@@ -50,9 +47,9 @@ def test_weights_depend_on_the_seed_alone(tiny: Make) -> None:
 
 
 @pytest.mark.parametrize("name", SHORT_NAMES)
-def test_short_names_have_patch_14(name: str) -> None:
+def test_short_names_have_patch_14(name):
     with torch.device("meta"):
-        encoder = build_encoder(name, img_size=224)
+        encoder = build_encoder(ModelConfig(name, img_size=224))
     assert encoder.patch_embed.patch_size == (14, 14)
     parameters = sum(p.numel() for p in encoder.parameters())
     billions = {"vit_giant": 1.0, "vit_gigantic": 1.8}
@@ -79,12 +76,12 @@ def test_short_names_have_patch_14(name: str) -> None:
         ({"kwargs": '{"img_size": 64}'}, {}, "cannot be given here; use --model.img-size"),
     ],
 )
-def test_what_cannot_be_built_is_named(model: dict, crops: dict, message: str, tiny: Make) -> None:
+def test_what_cannot_be_built_is_named(model, crops, message, tiny):
     with pytest.raises(UsageError, match=message):
         build_model(tiny(model=model, crops=crops))
 
 
-def test_width_of_the_features_is_measured(tiny: Make) -> None:
+def test_width_of_the_features_is_measured(tiny):
     # Its head keeps a layer after pooling: 1024 features, where `num_features` says 576.
     model = build_model(tiny(model={"name": "mobilenetv3_small_100"})).eval()
     features, z = model.embed(torch.zeros(2, 3, 32, 32))
@@ -96,8 +93,9 @@ def test_width_of_the_features_is_measured(tiny: Make) -> None:
     ("norm", "kind"),
     [("batch", torch.nn.BatchNorm1d), ("layer", torch.nn.LayerNorm), ("none", torch.nn.Identity)],
 )
-def test_projector_layers(norm: str, kind: type) -> None:
-    projector = build_projector(5, hidden=7, layers=3, out=2, norm=norm)
+def test_projector_layers(norm, kind):
+    options = ModelConfig(projector_hidden=7, projector_layers=3, projector_dim=2, projector_norm=norm)
+    projector = build_projector(5, options)
     linear = torch.nn.Linear
     kinds = [linear, kind, torch.nn.ReLU, linear, kind, torch.nn.ReLU, linear]
     assert [type(layer) for layer in projector] == kinds
@@ -113,7 +111,7 @@ def test_projector_layers(norm: str, kind: type) -> None:
         ("resnet18", {"kwargs": '{"channels": [8, 16, 24, 32], "layers": [1, 1, 1, 1]}'}),
     ],
 )
-def test_exported_encoder_is_what_timm_loads(name: str, options: dict, tiny: Make, tmp_path: Path) -> None:
+def test_exported_encoder_is_what_timm_loads(name, options, tiny, tmp_path):
     crops = {"global_size": 28, "local_size": 14} if name == "vit_tiny" else {}
     cfg = tiny(model={"name": name, **options}, crops=crops)
     model = build_model(cfg).eval()
@@ -134,7 +132,7 @@ def test_exported_encoder_is_what_timm_loads(name: str, options: dict, tiny: Mak
     assert settings["step"] == 5
 
 
-def test_drop_path_with_a_tensor_drops_as_timms() -> None:
+def test_drop_path_with_a_tensor_drops_as_timms():
     x = torch.ones(20_000, 1, 2)
     torch.manual_seed(0)
     module = TensorDropPath(0.3, torch.device("cpu"))

@@ -1,22 +1,19 @@
 """Sharded, recomputed, compiled, resumed on other numbers of ranks: the same training each time."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import parallel_worker as worker
 import pytest
 import torch
-from torch import Tensor, nn
-from training import CPU, Make, rows_of, run_ranks
+from torch import nn
+from training import CPU, rows_of, run_ranks
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import export
 from lejepa_fast.train.checkpoint import storage as checkpoint
-from lejepa_fast.train.config import Config, ParallelConfig
-from lejepa_fast.train.evaluation.evaluate import open_splits
+from lejepa_fast.train.config import ModelConfig, ParallelConfig
+from lejepa_fast.train.evaluation.evaluate_model import open_splits
 from lejepa_fast.train.model import initialize
 from lejepa_fast.train.model.initialize import named_tensors
 from lejepa_fast.train.model.model import build_encoder, build_model
@@ -30,7 +27,7 @@ Ranks = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def one(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+def one(image_folder, tmp_path_factory):
     """A run of one process on the whole batch."""
     folder = tmp_path_factory.mktemp("parallel")
     cfg = worker.run_config(str(image_folder), folder / "one")
@@ -39,19 +36,18 @@ def one(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="module")
-def ranks(one: Config, image_folder: Path) -> Ranks:
+def ranks(one, image_folder):
     """Results of two ranks; one pair of processes serves all tests of this file."""
     folder = folder_of(one)
     run_ranks(worker.run, 2, str(folder), str(image_folder), ranks=2)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def folder_of(one: Config) -> Path:
-    assert one.out is not None
+def folder_of(one):
     return one.out.parent
 
 
-def check_same_course(one: Config, name: str, *, first: int = 1, rel: float = 1e-5) -> None:
+def check_same_course(one, name, *, first=1, rel=1e-05):
     """The run called `name` has the losses, probes and averaged weights of `one`, from step `first` on."""
     other = replace(one, out=folder_of(one) / name)
     expected = {row["step"]: row for row in rows_of(one) if row["step"] >= first}
@@ -86,7 +82,7 @@ def check_same_course(one: Config, name: str, *, first: int = 1, rel: float = 1e
 @pytest.mark.parametrize(
     ("name", "first"), [("ddp", 1), ("fsdp", 1), ("hsdp", 1), ("one to fsdp", 11), ("one to ddp", 11)]
 )
-def test_two_ranks_equal_one_process(name: str, first: int, one: Config, ranks: Ranks) -> None:
+def test_two_ranks_equal_one_process(name, first, one, ranks):
     """From the start, or from the middle of a run of one process."""
     check_same_course(one, name, first=first)
     for results in ranks:
@@ -95,7 +91,7 @@ def test_two_ranks_equal_one_process(name: str, first: int, one: Config, ranks: 
 
 
 @pytest.mark.slow
-def test_two_groups_of_two_ranks_equal_one_process(one: Config, image_folder: Path) -> None:
+def test_two_groups_of_two_ranks_equal_one_process(one, image_folder):
     """HSDP: each group holds the model once, half of it on each of its ranks."""
     folder = folder_of(one)
     run_ranks(worker.run_groups, 4, str(folder), str(image_folder), ranks=4)
@@ -108,7 +104,7 @@ def test_two_groups_of_two_ranks_equal_one_process(one: Config, image_folder: Pa
         assert torch.equal(held[3][name][1], second), name
 
 
-def test_recomputed_and_compiled_it_is_the_same(one: Config, ranks: Ranks) -> None:
+def test_recomputed_and_compiled_it_is_the_same(one, ranks):
     check_same_course(one, "compiled", rel=1e-4)
     for results in ranks:
         graphs = results["compiled"]["graphs"]
@@ -117,14 +113,14 @@ def test_recomputed_and_compiled_it_is_the_same(one: Config, ranks: Ranks) -> No
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_a_run_goes_on_on_fewer_ranks(name: str, one: Config, ranks: Ranks) -> None:
+def test_a_run_goes_on_on_fewer_ranks(name, one, ranks):
     out = folder_of(one) / f"{name} to one"
     cfg = replace(one, out=out, resume=str(folder_of(one) / name / "checkpoints" / "step-00000010"))
     worker.train(cfg, CPU)
     check_same_course(one, out.name, first=11)
 
 
-def test_a_sharded_run_is_evaluated_and_exported_whole(one: Config, ranks: Ranks) -> None:
+def test_a_sharded_run_is_evaluated_and_exported_whole(one, ranks):
     run = folder_of(one) / "fsdp"
     assert (run / "report" / "report.html").exists()
     assert [row["step"] for row in rows_of(replace(one, out=run), "eval")] == [12, 20]
@@ -133,13 +129,13 @@ def test_a_sharded_run_is_evaluated_and_exported_whole(one: Config, ranks: Ranks
     assert out.read_bytes() == (run / "encoder.safetensors").read_bytes()
 
 
-def test_copies_that_differ_are_saved_from_rank_0(one: Config, ranks: Ranks) -> None:
+def test_copies_that_differ_are_saved_from_rank_0(one, ranks):
     """As running statistics do on the CPU: a mixture would be of no rank."""
     saved = checkpoint.load_model(folder_of(one) / "copies" / "step-00000001")
     assert {name: tensor.tolist() for name, tensor in saved.items()} == {str(i): [0.0] * 3 for i in range(4)}
 
 
-def test_an_error_ends_all_ranks_and_rank_0_tells_it(ranks: Ranks) -> None:
+def test_an_error_ends_all_ranks_and_rank_0_tells_it(ranks):
     """Rank 0 alone cannot hold the whole model; all ranks refuse another model's checkpoint."""
     assert "out of memory; what helps: " in ranks[0]["no room"]
     assert ranks[1]["no room"] == "rank 0 failed with OutOfMemoryError; see its message"
@@ -149,9 +145,7 @@ def test_an_error_ends_all_ranks_and_rank_0_tells_it(ranks: Ranks) -> None:
         assert left_to_rank_0
 
 
-def test_nans_on_one_rank_change_no_shard_and_their_images_are_written_down(
-    one: Config, ranks: Ranks
-) -> None:
+def test_nans_on_one_rank_change_no_shard_and_their_images_are_written_down(one, ranks):
     for results in ranks:
         assert results["nan"]["changed"] == [1, 3, 4]
         assert results["nan"]["skipped"] == 4
@@ -166,7 +160,7 @@ def test_nans_on_one_rank_change_no_shard_and_their_images_are_written_down(
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_finite_spike_on_one_rank_changes_nothing_on_any(kind: str, one: Config, ranks: Ranks) -> None:
+def test_a_finite_spike_on_one_rank_changes_nothing_on_any(kind, one, ranks):
     """Bit for bit; the norm of the gradient is that of all ranks, so the images of all are written down."""
     name = f"spike {kind}"
     for results in ranks:
@@ -178,14 +172,14 @@ def test_a_finite_spike_on_one_rank_changes_nothing_on_any(kind: str, one: Confi
     assert [row["ids"] for row in rows] == [results[name]["images"][1] for results in ranks]
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize("name", worker.FAMILIES)
-def test_every_family_shards(name: str, ranks: Ranks) -> None:
+def test_every_family_shards(name, ranks):
     """Bit for bit timm's weights of the seed, buffers outside the state dict included, also on one device;
     the same loss and averaged gradient under FSDP2 as under DDP."""
     cfg = worker.family_config(name)
@@ -208,15 +202,13 @@ def test_every_family_shards(name: str, ranks: Ranks) -> None:
 # ---- one process -------------------------------------------------------------------------------------
 
 
-def tied(cfg: Config, *, meta: bool = False) -> Any:
+def tied(cfg, *, meta=False):
     model = build_model(cfg, meta=meta)
     model.encoder.norm.weight = model.encoder.norm.bias
     return model
 
 
-def test_shared_parameters_are_refused_or_copied_under_each_name(
-    tiny: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shared_parameters_are_refused_or_copied_under_each_name(tiny, monkeypatch):
     with pytest.raises(UsageError, match=r"share a parameter.*--parallel\.strategy ddp"):
         initialize.initialize(tied(tiny(), meta=True), tiny(), worker.CPU)
     model = tied(tiny())
@@ -228,8 +220,8 @@ def test_shared_parameters_are_refused_or_copied_under_each_name(
 
 
 @pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0"])
-def test_on_gpus_batchnorm_is_global_and_otherwise_the_same(name: str) -> None:
-    """As far as a CPU can tell: every BatchNorm synchronises, and in evaluation mode nothing has changed, the
+def test_on_gpus_batchnorm_is_global_and_otherwise_the_same(name):
+    """As far as a CPU can tell: every BatchNorm synchronizes, and in evaluation mode nothing has changed, the
     activations included that timm's hold."""
     model = build_model(worker.family_config(name)).eval()
     images = torch.randn(2, 3, 64, 64)
@@ -237,11 +229,11 @@ def test_on_gpus_batchnorm_is_global_and_otherwise_the_same(name: str) -> None:
         nn.init.normal_(norm.running_mean)
         nn.init.normal_(norm.bias)
     _, before = model([images, images])
-    synchronised = parallelize._with_global_batchnorm(model, torch.device("cuda"), 2)
-    norms = list(filter(parallelize._is_batchnorm, synchronised.modules()))
+    synchronized = parallelize._with_global_batchnorm(model, torch.device("cuda"), 2)
+    norms = list(filter(parallelize._is_batchnorm, synchronized.modules()))
     assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
-    assert any(norm in norms for norm in synchronised.projector.modules())
-    _, after = synchronised([images, images])
+    assert any(norm in norms for norm in synchronized.projector.modules())
+    _, after = synchronized([images, images])
     torch.testing.assert_close(after, before)
 
 
@@ -249,15 +241,13 @@ def test_on_gpus_batchnorm_is_global_and_otherwise_the_same(name: str) -> None:
     ("name", "ranks", "compiled"),
     [("resnet50", 1, 4), ("resnet50", 2, 0), ("vit_small_patch16_224", 2, 2)],
 )
-def test_what_synchronises_inside_is_not_compiled(
-    name: str, ranks: int, compiled: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_synchronizes_inside_is_not_compiled(name, ranks, compiled, monkeypatch):
     """The projector's BatchNorm is in no block. Here SyncBatchNorm cannot be traced, as between two GPUs."""
-    normalise = nn.SyncBatchNorm.forward
+    normalize = nn.SyncBatchNorm.forward
 
-    def untraceable(norm: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+    def untraceable(norm, x):
         torch._dynamo.graph_break()
-        return normalise(norm, x)
+        return normalize(norm, x)
 
     monkeypatch.setattr(nn.SyncBatchNorm, "forward", untraceable)
     monkeypatch.setattr(parallelize, "COMPILE_BACKEND", "eager")
@@ -285,9 +275,9 @@ def test_what_synchronises_inside_is_not_compiled(
         ("levit_128s", None, None, 0.8),
     ],
 )
-def test_blocks_are_found(name: str, count: int | None, kind: str | None, covered: float) -> None:
+def test_blocks_are_found(name, count, kind, covered):
     with torch.device("meta"):
-        encoder = build_encoder(name)
+        encoder = build_encoder(ModelConfig(name))
     blocks = find_blocks(encoder)
     modules = dict(encoder.named_modules())
     assert all(modules[block] is module for block, module in blocks.items())
@@ -304,9 +294,7 @@ def test_blocks_are_found(name: str, count: int | None, kind: str | None, covere
     ("name", "recompute"),
     [("test_vit", "none"), ("test_vit", "selective"), ("test_vit", "full"), ("test_resnet", "none")],
 )
-def test_two_sizes_of_crops_compile_once(
-    name: str, recompute: str, tiny: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_sizes_of_crops_compile_once(name, recompute, tiny, monkeypatch):
     """Drop path differs from block to block. Evaluation in between, on other sizes, compiles nothing."""
     monkeypatch.setattr(parallelize, "COMPILE_BACKEND", "aot_eager")
     torch._dynamo.reset()
@@ -315,7 +303,7 @@ def test_two_sizes_of_crops_compile_once(
         parallel={"activation_checkpointing": recompute},
         compile="on",
         max_steps=6,
-        eval={"every": 1, "batch_size": 7},
+        eval={"every": 1, "batch_size": 7, "linear_steps": 0},
     )
     torch._dynamo.utils.counters.clear()
     graphs = worker.train(cfg, CPU)["graphs"]
@@ -327,7 +315,7 @@ def test_two_sizes_of_crops_compile_once(
 
 
 @pytest.mark.parametrize("name", worker.FAMILIES)
-def test_recomputation_changes_no_gradient_or_statistic_and_keeps_less(name: str) -> None:
+def test_recomputation_changes_no_gradient_or_statistic_and_keeps_less(name):
     grads, buffers, kept = {}, {}, {}
     for mode in ("none", "selective", "full"):
         cfg = worker.family_config(name, activation_checkpointing=mode)
@@ -337,7 +325,7 @@ def test_recomputation_changes_no_gradient_or_statistic_and_keeps_less(name: str
         views = [torch.randn(2, 3, 64, 64)] * 2
         sizes: dict[int, int] = {}
 
-        def pack(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+        def pack(tensor, sizes=sizes):
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
@@ -355,7 +343,7 @@ def test_recomputation_changes_no_gradient_or_statistic_and_keeps_less(name: str
             assert torch.equal(buffers[mode][key], buffer), key
 
 
-def test_auto_takes_what_fits() -> None:
+def test_auto_takes_what_fits():
     auto = ParallelConfig()
     assert choose_strategy(auto, 2_000_000_000, ranks=None) == "none"
     assert choose_strategy(auto, 300_000_000, ranks=2) == "ddp"
@@ -372,6 +360,6 @@ def test_auto_takes_what_fits() -> None:
         ({"keep_gathered": True}, 2, r"parallel\.keep_gathered: True needs FSDP, and this run uses ddp"),
     ],
 )
-def test_what_cannot_be_had_is_named(options: dict, ranks: int | None, message: str) -> None:
+def test_what_cannot_be_had_is_named(options, ranks, message):
     with pytest.raises(UsageError, match=message):
         choose_strategy(ParallelConfig(**options), 1000, ranks=ranks)

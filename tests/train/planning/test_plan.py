@@ -1,36 +1,29 @@
 """The plan: memory against real processes, any number of GPUs from three traces, traffic, bad options."""
 
-from __future__ import annotations
-
 import json
-import shlex
-from pathlib import Path
 from typing import Any
 
 import parallel_worker as worker
 import pytest
 import torch
 import torch.nn.functional as F
-from training import Make, run_ranks
+from training import run_ranks
 
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.train import config, plan
 from lejepa_fast.train.config import Config, DataConfig, ModelConfig, ParallelConfig, from_dict
-from lejepa_fast.train.config.cli import parse_as
 from lejepa_fast.train.model.model import build_model
 from lejepa_fast.train.parallel.blocks import find_blocks
-from lejepa_fast.train.planning import out_of_memory
 from lejepa_fast.train.planning.autocast import autocast_as_on_gpus
 from lejepa_fast.train.planning.estimate import Plan
 from lejepa_fast.train.planning.memory import Traffic, plan_memory, trace_step
 from lejepa_fast.train.planning.options import PlanOptions
 from lejepa_fast.train.runtime.gpu_specs import GIB
-from lejepa_fast.train.runtime.world import World
 
 MODEL = {"name": "vit_tiny", "kwargs": '{"depth": 4}', "projector_hidden": 256, "projector_dim": 64}
 
 
-def small(*, precision: str = "fp32", average: str = "none", **parallel: Any) -> Config:
+def small(*, precision="fp32", average="none", **parallel):
     return from_dict(
         {
             "model": MODEL,
@@ -45,7 +38,7 @@ def small(*, precision: str = "fp32", average: str = "none", **parallel: Any) ->
     )
 
 
-def test_memory_of_real_processes(tmp_path: Path) -> None:
+def test_memory_of_real_processes(tmp_path):
     """Fake tensors on one fake rank of two against PyTorch's CPU allocator: two gloo processes, and one.
 
     Under FSDP2 what is measured holds gloo's own copies of a block too, which NCCL does not make. The others
@@ -64,10 +57,10 @@ def test_memory_of_real_processes(tmp_path: Path) -> None:
     assert planned_alone == pytest.approx(worker.allocator_peak(alone, 4), rel=0.1)
 
 
-def test_autocast_has_the_rules_of_gpus() -> None:
+def test_autocast_has_the_rules_of_gpus():
     values = torch.ones(2, 4, dtype=torch.bfloat16)
 
-    def dtypes() -> list[torch.dtype]:
+    def dtypes():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             results = [F.layer_norm(values, (4,)), values.softmax(-1), values.sum(1), values.norm(dim=1)]
             return [each.dtype for each in (*results, values**2, F.gelu(values), values @ values.T)]
@@ -81,7 +74,7 @@ def test_autocast_has_the_rules_of_gpus() -> None:
     assert dtypes() == usual
 
 
-def test_any_number_of_gpus_from_three_traces() -> None:
+def test_any_number_of_gpus_from_three_traces():
     """Also of one shard, which runs other operators: no gather, and a copy in place of the scatter."""
     cfg = small(precision="bf16")
     found = plan_memory(cfg, shards=4, images=4)
@@ -92,7 +85,7 @@ def test_any_number_of_gpus_from_three_traces() -> None:
 
 
 @pytest.mark.parametrize(("replicate", "shards"), [(1, 4), (4, 4), (4, 1)])
-def test_state_is_sharded_within_a_group_and_nothing_is_left(replicate: int, shards: int) -> None:
+def test_state_is_sharded_within_a_group_and_nothing_is_left(replicate, shards):
     cfg = small(replicate=replicate)
     resize = torch.UntypedStorage.resize_
     trace = trace_step(cfg, shards=shards, images=2)
@@ -104,26 +97,26 @@ def test_state_is_sharded_within_a_group_and_nothing_is_left(replicate: int, sha
     assert trace.traffic.summed == pytest.approx(4 * parameters if replicate > 1 else 0, rel=0.02)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_blocks_are_gathered_twice_for_each_size_of_crops_or_once(recompute: str) -> None:
-    cfg = small(precision="bf16", activation_checkpointing=recompute)
-    model = build_model(cfg, meta=True)
+def test_blocks_are_gathered_twice_for_each_size_of_crops_or_once():
+    model = build_model(small(), meta=True)
     blocks = sum(p.numel() for block in find_blocks(model.encoder).values() for p in block.parameters())
     rest = sum(p.numel() for p in model.parameters()) - blocks
-    gathered = trace_step(cfg, shards=2, images=2).traffic.gathered
-    assert 2 * 4 * blocks <= gathered <= 2 * 5 * blocks + 4 * rest
+    for recompute in ("none", "full"):
+        cfg = small(precision="bf16", activation_checkpointing=recompute)
+        gathered = trace_step(cfg, shards=2, images=2).traffic.gathered
+        assert 2 * 4 * blocks <= gathered <= 2 * 5 * blocks + 4 * rest
     kept = trace_step(small(precision="bf16", keep_gathered=True), shards=2, images=2).traffic.gathered
     assert 2 * blocks <= kept <= 2 * blocks + 4 * rest
 
 
-def test_what_a_rank_sends() -> None:
+def test_what_a_rank_sends():
     traffic = Traffic(gathered=800, scattered=400, summed=400)
     assert traffic.sent(shards=1, copies=1) == (0, 0)
     assert traffic.sent(shards=4, copies=1) == (900, 0)  # 3/4 of 1200
     assert traffic.sent(shards=4, copies=2) == (900, 2 * 100 * 0.5)  # a shard of 100, there and back
 
 
-def test_gigantic_over_64_ranks() -> None:
+def test_gigantic_over_64_ranks():
     parallel = ParallelConfig(strategy="fsdp", activation_checkpointing="full")
     crops, model = MultiCropRecipe(local_crops=0), ModelConfig("vit_gigantic")
     cfg = Config(model=model, crops=crops, parallel=parallel, precision="bf16", device="cpu")
@@ -134,7 +127,7 @@ def test_gigantic_over_64_ranks() -> None:
     assert trace.peak < 8 * GIB
 
 
-def plan_for(gpus: int, kwargs: str = "{}", **parallel: Any) -> Plan:
+def plan_for(gpus, kwargs="{}", **parallel):
     """ViT-tiny where only two hundredths of the memory may be used."""
     sections: dict[str, Any] = {
         "model": ModelConfig("vit_tiny", kwargs=kwargs),
@@ -144,9 +137,9 @@ def plan_for(gpus: int, kwargs: str = "{}", **parallel: Any) -> Plan:
     return Plan(PlanOptions(**sections, gpus=gpus, gpu="l4", reserve=0.98))
 
 
-def test_the_plan_of_sharded_gpus() -> None:
+def test_the_plan_of_sharded_gpus():
     """The smallest number that fits, times that follow from operations and bytes, and the text."""
-    tight = plan_for(8, strategy="fsdp")
+    tight = plan_for(8, kwargs='{"depth": 4}', strategy="fsdp")
     smallest = tight.smallest()
     assert smallest is not None
     assert smallest.peak <= 0.02 * 22 * GIB
@@ -163,13 +156,13 @@ def test_the_plan_of_sharded_gpus() -> None:
 
     text = tight.report()
     assert f"{100 * (1_281_167 // 256):,} steps" in text
-    assert "5.5 M encoder" in text
+    assert "1.9 M encoder" in text
     assert f"smallest number of GPUs that fits: {smallest.gpus}" in text
     lines = [line.split() for line in text.splitlines()]
     assert {"8*", "16", "32"} <= {line[0] for line in lines if line}
 
 
-def test_groups_inside_a_machine_gather_over_its_link() -> None:
+def test_groups_inside_a_machine_gather_over_its_link():
     found = plan_for(16, kwargs='{"depth": 2}', replicate=2)
     within, between = found.memory.traced.traffic.sent(8, 2)
     assert min(within, between) > 0
@@ -179,7 +172,7 @@ def test_groups_inside_a_machine_gather_over_its_link() -> None:
     assert found.bandwidths(32) == found.bandwidths(12) == (12.5, 12.5)
 
 
-def test_auto_plans_what_the_trainer_takes() -> None:
+def test_auto_plans_what_the_trainer_takes():
     """No wrapper on one GPU, DDP for a small model on several: each holds all, and sums its gradients."""
     one, several = (plan_for(gpus, kwargs='{"depth": 2}') for gpus in (1, 16))
     assert (one.strategy, several.strategy) == ("none", "ddp")
@@ -207,31 +200,9 @@ def test_auto_plans_what_the_trainer_takes() -> None:
         (["--strategy", "ddp"], "did you mean --parallel.strategy?"),
     ],
 )
-def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options(arguments, message, capsys):
     assert plan.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
-
-
-def test_the_plan_that_it_names_is_that_of_the_run(tiny: Make) -> None:
-    cfg = tiny(
-        parallel={"activation_checkpointing": "selective", "replicate": 2, "keep_gathered": True},
-        average={"kind": "swa"},
-        model={"kwargs": '{"depth": 2, "class_token": false}', "register_tokens": 3, "drop_path": 0.1},
-        data={"batch_size": 24},
-        max_steps=150,
-    )
-    text = out_of_memory.describe(cfg, World(torch.device("cpu"), size=4), "fsdp", images=500)
-    for part in ("no --parallel.keep-gathered", "no --average swa", "(now 24, 6 images per process)"):
-        assert part in text
-    assert "--parallel.strategy" not in text
-    words = shlex.split(text.partition("what fits: ")[2])
-    assert words[:2] == ["python", "train/plan.py"]
-    planned = parse_as(PlanOptions, words[2:], preset="default", what="")
-    assert (planned.gpus, planned.images, planned.max_steps, planned.precision) == (4, 500, 150, "fp32")
-    for section in ("model", "crops", "parallel", "average"):
-        assert getattr(planned, section) == getattr(cfg, section), section
-    assert planned.data.batch_size == cfg.data.batch_size
-    assert planned.loss.num_slices == cfg.loss.num_slices

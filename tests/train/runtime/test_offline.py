@@ -1,7 +1,5 @@
 """The tests run without a network (offline/sitecustomize.py): in this process and in those that it starts."""
 
-from __future__ import annotations
-
 import socket
 import subprocess
 import sys
@@ -22,12 +20,12 @@ OUTSIDE = ("192.0.2.1", 80)
     ],
     ids=["connect", "sendto", "connect_ex", "name"],
 )
-def test_a_test_that_asks_for_the_network_fails(ask) -> None:
+def test_a_test_that_asks_for_the_network_fails(ask):
     with pytest.raises(OSError, match="tests run without a network"):
         ask()
 
 
-def test_only_this_machine_is_reached_also_by_a_process_that_a_test_starts() -> None:
+def test_only_this_machine_is_reached_also_by_a_process_that_a_test_starts():
     code = f"import socket; socket.create_connection({OUTSIDE}, timeout=2)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "tests run without a network, and this one asks for 192.0.2.1" in run.stderr

@@ -1,7 +1,5 @@
 """Work on some ranks: longer than a collective may take, errors on all ranks, and no waiting for the dead."""
 
-from __future__ import annotations
-
 import os
 import socket
 import time
@@ -17,7 +15,6 @@ from training import run_ranks
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.train.runtime.signals import Interrupted
 from lejepa_fast.train.runtime.world import (
-    World,
     close_world,
     lost_rank_is_a_run_error,
     on_all,
@@ -30,7 +27,7 @@ from lejepa_fast.train.runtime.world import (
 TIMEOUT = timedelta(seconds=2)  # of a collective between devices
 
 
-def world_of(rank: int, port: int) -> World:
+def world_of(rank, port):
     """As one of two ranks that torchrun starts; from now on the collectives of a step may take 2 s."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     world = setup_world("cpu")
@@ -39,16 +36,16 @@ def world_of(rank: int, port: int) -> World:
     return world
 
 
-def free_port() -> int:
+def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
 
 
-def work_and_fail(rank: int, port: int) -> None:
+def work_and_fail(rank, port):
     world = world_of(rank, port)
 
-    def takes_long() -> int:
+    def takes_long():
         time.sleep(1.5 * TIMEOUT.total_seconds())
         return 7
 
@@ -70,7 +67,7 @@ def work_and_fail(rank: int, port: int) -> None:
     close_world()
 
 
-def wait_for_the_dead(rank: int, port: int, folder: str) -> None:
+def wait_for_the_dead(rank, port, folder):
     world = world_of(rank, port)
 
     # By the connection: the error of a timeout says something else.
@@ -80,13 +77,13 @@ def wait_for_the_dead(rank: int, port: int, folder: str) -> None:
     os._exit(0)
 
 
-def test_work_on_rank_0_may_take_long_and_errors_reach_all_ranks_but_the_dead(tmp_path: Path) -> None:
+def test_work_on_rank_0_may_take_long_and_errors_reach_all_ranks_but_the_dead(tmp_path):
     run_ranks(work_and_fail, free_port(), ranks=2)
     run_ranks(wait_for_the_dead, free_port(), str(tmp_path), ranks=2)
     assert (tmp_path / "noticed").exists()
 
 
-def test_ranks_that_start_again_do_not_read_what_dead_ranks_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_start_again_do_not_read_what_dead_ranks_left(monkeypatch):
     """torchrun's store outlives the ranks."""
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "localhost")

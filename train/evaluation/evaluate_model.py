@@ -4,8 +4,6 @@ The trainer calls `evaluate_model` every few epochs. `train/pretrain.py` and `tr
 the trained encoder, and `evaluate_untrained` for the baseline.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lejepa_fast.data import ImageSource, MultiCropRecipe, eval_loader, open_source
+from lejepa_fast.data import ImageSource, eval_loader, open_source
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.config import Config, DataConfig, EvalConfig
+from lejepa_fast.train.config import Config, DataConfig
 from lejepa_fast.train.evaluation import collapse
 from lejepa_fast.train.evaluation.embeddings import calibrate_batchnorm, embed_source
 from lejepa_fast.train.evaluation.probes import MAX_STEPS, knn_accuracy, linear_probe
@@ -44,7 +42,7 @@ class EvalResult:
     image_size: int
     """Side of the evaluated images, in pixels."""
     k: int
-    """Neighbours of kNN."""
+    """Neighbors of kNN."""
     no_labels_because: str | None = None
     """Why there is no kNN and no linear probe; None with labels."""
     knn: float | None = None
@@ -78,38 +76,30 @@ def evaluate_model(
     model: nn.Module,
     train_source: ImageSource,
     val_source: ImageSource,
-    cfg: EvalConfig,
+    cfg: Config,
     *,
-    recipe: MultiCropRecipe,
     device: torch.device | str,
-    linear: bool = True,
     linear_steps: int = MAX_STEPS,
     train_images: int = 0,
-    seed: int = 0,
     num_workers: int = 0,
     amp_dtype: torch.dtype | None = None,
-    data: DataConfig | None = None,
     bad_images: Path | None = None,
     calibrate: bool = False,
 ) -> EvalResult:
     """Evaluate the frozen model: fit the probes on the training images, score them on the validation images.
 
     It can run in the middle of a training: afterwards modes, gradients, buffers and random states are as
-    before. Ranks are not synchronised, so a single rank can call it.
+    before. Ranks are not synchronized, so a single rank can call it.
 
     Args:
         model: a `LeJEPAModel` on `device`; `embed_source` says what else works.
         train_source, val_source: images with classes. With an unknown class, `knn` and `linear` are None.
-        cfg: its `image_size` (None: that of the global crops), `batch_size`, `k` and `temperature` are used.
-        recipe: its `mean`, `std` and `global_size` are used.
+        cfg: its sections `eval` and `data`, `seed`, and `mean`, `std` and `global_size` of `crops` are used.
         device: of the model; the probes run there, too.
-        linear: fit the linear probe as well.
-        linear_steps: upper limit of its steps; 0: no linear probe.
+        linear_steps: upper limit of the linear probe's steps; 0: no linear probe.
         train_images: use a random subset of so many training images if there are more; 0: use all.
-        seed: of the linear probe.
         num_workers: loader processes or threads.
         amp_dtype: autocast dtype of the forward pass; None: the dtype of the weights.
-        data: how images are loaded, and how many may be bad; None: the defaults.
         bad_images: file that lists unreadable images, which are skipped.
         calibrate: for an untrained model: first set the running statistics of its BatchNorm layers from up to
             4,096 random training images (`calibrate_batchnorm`).
@@ -120,14 +110,15 @@ def evaluate_model(
     """
     check_validation_images(val_source)
     device = torch.device(device)
-    image_size = cfg.image_size or recipe.global_size
+    settings = cfg.eval
+    image_size = settings.image_size or cfg.crops.global_size
     options = {
         "image_size": image_size,
-        "batch_size": cfg.batch_size,
+        "batch_size": settings.batch_size,
         "num_workers": num_workers,
-        "mean": recipe.mean,
-        "std": recipe.std,
-        **loading_options(data or DataConfig(), device, bad_images),
+        "mean": cfg.crops.mean,
+        "std": cfg.crops.std,
+        **loading_options(cfg.data, device, bad_images),
     }
 
     def loader(source: ImageSource, **changes: Any) -> Iterable[tuple[Tensor, Tensor]]:
@@ -141,11 +132,11 @@ def evaluate_model(
 
     if calibrate:
         # One image has no variance.
-        batch_size = min(max(cfg.batch_size, 2), CALIBRATION_IMAGES, len(train_source))
+        batch_size = min(max(settings.batch_size, 2), CALIBRATION_IMAGES, len(train_source))
         calibrate_batchnorm(model, part(CALIBRATION_IMAGES, batch_size=batch_size), device)
     embed = functools.partial(embed_source, model, device=device, amp_dtype=amp_dtype)
     val, n_train = embed(loader(val_source)), len(train_source)
-    labelled: dict[str, Any] = {}
+    labeled: dict[str, Any] = {}
     no_labels_because = _no_labels(train_source, val_source)
     if no_labels_because is None:
         train = embed(part(train_images) if 0 < train_images < n_train else loader(train_source))
@@ -153,15 +144,15 @@ def evaluate_model(
         num_classes = len(train_source.classes or ()) or int(max(train.targets.max(), val.targets.max())) + 1
         shared: dict[str, Any] = {"num_classes": num_classes, "device": device}
         samples = train.features, train.targets, val.features, val.targets
-        labelled = {
+        labeled = {
             "num_classes": num_classes,
             "majority": 100.0 * val.targets.bincount().max().item() / len(val.targets),
-            "knn": knn_accuracy(*samples, k=cfg.k, temperature=cfg.temperature, **shared),
+            "knn": knn_accuracy(*samples, k=settings.k, temperature=settings.temperature, **shared),
         }
-        if linear and linear_steps:
+        if linear_steps:
             samples = train.probe, train.targets, val.probe, val.targets
-            probe = linear_probe(*samples, seed=seed, max_steps=linear_steps, **shared)
-            labelled |= {"linear": probe.accuracy, "linear_rate": probe.learning_rate}
+            probe = linear_probe(*samples, seed=cfg.seed, max_steps=linear_steps, **shared)
+            labeled |= {"linear": probe.accuracy, "linear_rate": probe.learning_rate}
     return EvalResult(
         embedding_std=collapse.embedding_std(val.z),
         effective_rank=collapse.effective_rank(val.z),
@@ -171,27 +162,21 @@ def evaluate_model(
         n_train=n_train,
         n_val=len(val.targets),
         image_size=image_size,
-        k=cfg.k,
+        k=settings.k,
         no_labels_because=no_labels_because,
-        **labelled,
+        **labeled,
     )
 
 
 def evaluate_untrained(
-    cfg: Config,
-    train_source: ImageSource,
-    val_source: ImageSource,
-    *,
-    device: torch.device | str,
-    **options: Any,
+    cfg: Config, train_source: ImageSource, val_source: ImageSource, *, device: torch.device, **options: Any
 ) -> EvalResult:
     """Evaluate the baseline of a run: its encoder at the starting weights, with calibrated BatchNorm.
 
     Further `options` are those of `evaluate_model`.
     """
     model = build_model(cfg).to(device).to(memory_format=memory_format(cfg))
-    options |= {"recipe": cfg.crops, "seed": cfg.seed, "data": cfg.data, "calibrate": True}
-    return evaluate_model(model, train_source, val_source, cfg.eval, device=device, **options)
+    return evaluate_model(model, train_source, val_source, cfg, device=device, calibrate=True, **options)
 
 
 def check_validation_images(source: ImageSource) -> None:
@@ -229,10 +214,10 @@ def _no_labels(train_source: ImageSource, val_source: ImageSource) -> str | None
     """Why there is no kNN and no linear probe, for the report; None if every image has a class."""
     for role, source in (("training", train_source), ("validation", val_source)):
         targets = source.targets
-        unlabelled = len(source) if targets is None else sum(target < 0 for target in targets)
-        if unlabelled:
+        unlabeled = len(source) if targets is None else sum(target < 0 for target in targets)
+        if unlabeled:
             return (
-                f"{unlabelled} of the {len(source)} {role} images in {source.name} have no class: kNN and "
-                "linear probe need one for every image. Give labelled images (a folder of class folders)."
+                f"{unlabeled} of the {len(source)} {role} images in {source.name} have no class: kNN and "
+                "linear probe need one for every image. Give labeled images (a folder of class folders)."
             )
     return None

@@ -5,8 +5,6 @@ encoder = timm.create_model(**settings["model"])
 encoder.load_state_dict(safetensors.torch.load_file("encoder.safetensors"))
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +60,7 @@ def export_encoder(
     """Write `run_dir/name` and, beside it, its settings as .json; return the path of the weights.
 
     The settings are "model" (arguments of `timm.create_model`), "input" (size, mean and std of the evaluated
-    images, RGB in 0-1 before normalisation), "trained_with" and "step". RunError, which ends with the advice
+    images, RGB in 0-1 before normalization), "trained_with" and "step". RunError, which ends with the advice
     `way_out`, if the disk refuses.
     """
     path, crops = run_dir / name, cfg.crops
