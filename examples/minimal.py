@@ -9,8 +9,6 @@ There is no teacher, no stop-gradient, no negative pair. Labels only measure wha
 nearest neighbors before and after. Paper: https://arxiv.org/abs/2511.08544
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import time

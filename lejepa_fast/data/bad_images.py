@@ -5,8 +5,6 @@ of batches. Which one is a function of (seed, epoch, number of the bad image), s
 backends and resumed runs therefore agree without asking each other. In evaluation bad images are left out.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import threading

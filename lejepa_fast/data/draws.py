@@ -5,8 +5,6 @@ to save: Philox-4x64 with (seed, purpose) as its key and (index, epoch) as the h
 its raw 64-bit words are used, which NumPy guarantees to be the same in all versions.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import permutations

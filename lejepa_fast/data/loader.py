@@ -1,7 +1,5 @@
 """`multicrop_loader` and `eval_loader`: what a trainer sees, whichever backend makes the pixels."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence

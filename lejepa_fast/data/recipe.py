@@ -4,8 +4,6 @@ The defaults are those of the LeJEPA authors' README (github.com/rbalestr-lab/le
 everything but the blur's kernel size; that comes from their minimal example (kernel 7 for 128-px crops).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import reprlib

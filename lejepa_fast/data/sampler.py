@@ -6,8 +6,6 @@ every rank has the same number of batches (a shorter last one is dropped), and t
 number, the images consumed, on any number of ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ decoder makes a reduced image in a fraction of the time; pixels of other formats
 depends on the image's size and the settings alone. Crops are drawn on the reduced image.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What the backends do of their own: the choice, agreement with torchvision, failures of DALI, threads."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import os

@@ -1,7 +1,5 @@
 """Bad images in the middle of a run: listed, replaced by others, the same ones on any number of ranks."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

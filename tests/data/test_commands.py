@@ -1,7 +1,5 @@
 """The command `lejepa-data`: verify decodes every image before a run, pack makes shards of a folder."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import re

@@ -1,7 +1,5 @@
 """What breaks loaders: a folder with damaged and odd files, and images that would take all memory."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

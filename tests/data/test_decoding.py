@@ -1,7 +1,5 @@
 """Image files: what is made of them, limits on what may be tried, DALI's share, and very large ones."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The loader's promises: what a batch holds, determinism, ranks, resume, workers, error messages."""
 
-from __future__ import annotations
-
 import multiprocessing
 import random
 from functools import partial

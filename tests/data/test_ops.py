@@ -1,7 +1,5 @@
 """Random numbers and draws: fixed values, and torchvision's distributions. And the recipe's checks."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

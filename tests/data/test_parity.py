@@ -5,8 +5,6 @@ bytes to uint8 views and is compared with torchvision's own tensor kernels. test
 have torchvision's distribution.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

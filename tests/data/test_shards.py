@@ -1,7 +1,5 @@
 """WebDataset shards: reading, labels, index files, the embedded set, and attacks on all backends."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

@@ -1,7 +1,5 @@
 """Opening data by its path: folders, splits, hold-outs, torchvision's data sets, and error messages."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -1,7 +1,5 @@
 """Worker processes: signals to the whole group, a trainer that is killed, threads, and the way out."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

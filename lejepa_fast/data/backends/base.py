@@ -1,7 +1,5 @@
 """The contract between the loader and a backend, which makes the pixels."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ class RawBatch(NamedTuple):
     targets: Tensor
     """(B,) int64 on the CPU, -1 where unlabeled."""
 
-    def rows(self, kept: Sequence[int]) -> RawBatch:
+    def rows(self, kept: Sequence[int]) -> "RawBatch":
         """The batch with these rows only."""
         if len(kept) == len(self.targets):
             return self

@@ -1,7 +1,5 @@
 """Which backend makes the batches, and why."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import logging

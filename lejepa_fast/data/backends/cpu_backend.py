@@ -4,8 +4,6 @@ All three release the interpreter's lock, so threads of one process use all core
 Draws and crops are those of the torchvision backend, bit for bit; colors differ by rounding.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -5,8 +5,6 @@ arithmetic is that of torchvision's tensor kernels, including where they truncat
 from 0 to 255 between any two operations.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -15,8 +15,6 @@ An error inside DALI breaks its pipeline. A new one is made then, and the batch 
 Pillow has decoded; what Pillow refuses is a bad image.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import weakref

@@ -7,8 +7,6 @@ for resizing, blur and solarize. v2 transforms accept both. Views leave the work
 bytes of float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial

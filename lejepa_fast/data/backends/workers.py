@@ -8,8 +8,6 @@ still needs batches to finish its step and save. So a worker ends only when
 - somebody kills it, which the trainer then reports.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,7 +1,5 @@
 """The command `lejepa-data`: verify, pack and index data sets. Also `python -m lejepa_fast.data`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

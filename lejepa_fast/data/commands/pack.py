@@ -1,7 +1,5 @@
 """Pack a folder of images into WebDataset tar shards."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

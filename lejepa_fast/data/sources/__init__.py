@@ -4,8 +4,6 @@
 image files. To add a kind, subclass `EncodedSource` or `ImageSource` and give it a form of path here.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A source is a sequence of (image, label) pairs. It holds no open files and pickl
 spawned workers can share it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os
@@ -94,7 +92,7 @@ class ImageSource(ABC):
         with naming_file(self.describe(index)):
             return self.open_image(index).size
 
-    def subset(self, indices: Sequence[int] | np.ndarray) -> ImageSource:
+    def subset(self, indices: Sequence[int] | np.ndarray) -> "ImageSource":
         """The same source with these images only, in this order."""
         return SubsetSource(self, indices)
 
@@ -109,7 +107,7 @@ class EncodedSource(ImageSource):
     def open_image(self, index: int) -> Image.Image:
         return open_encoded(self.encoded(index))
 
-    def subset(self, indices: Sequence[int] | np.ndarray) -> EncodedSource:
+    def subset(self, indices: Sequence[int] | np.ndarray) -> "EncodedSource":
         return EncodedSubset(self, indices)
 
 

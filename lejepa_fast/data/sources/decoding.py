@@ -4,8 +4,6 @@
 values to white, shows the garbage under transparent pixels and ignores the EXIF orientation.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import os

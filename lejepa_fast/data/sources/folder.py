@@ -1,7 +1,5 @@
 """Folders of image files."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path

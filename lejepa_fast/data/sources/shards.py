@@ -9,8 +9,6 @@ Nothing is extracted, unpickled or executed. Members of other suffixes, links, d
 counts as long as the shard has the size and modification time that it was written for.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tarfile

@@ -1,7 +1,5 @@
 """torchvision's image-classification data sets, by name, from files that are already on disk."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path
