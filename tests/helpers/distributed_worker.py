@@ -31,7 +31,7 @@ CASES = [
 
 
 def batch(dtype: torch.dtype) -> torch.Tensor:
-    """The concatenated batch (V, 24, K): off-centre, so that ranks disagree and gradients are large."""
+    """The concatenated batch (V, 24, K): off-center, so that ranks disagree and gradients are large."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(VIEWS, 24, DIM, generator=generator, dtype=torch.float64)
     return (x + torch.linspace(-1, 1, 24).double().view(1, 24, 1)).to(dtype)
@@ -61,7 +61,7 @@ def functional_loss(z: torch.Tensor, impl: str, unbiased: bool, **options: Any) 
 
 
 def value_and_gradient(model: nn.Module, x: torch.Tensor, loss_fn) -> dict[str, torch.Tensor]:
-    """Loss of a batch and the parameter gradient that an optimiser would see."""
+    """Loss of a batch and the parameter gradient that an optimizer would see."""
     model.zero_grad()
     value = loss_fn(model(x))
     value.backward()

@@ -66,7 +66,7 @@ FREE = st.builds(
     options=st.builds(_options, st.booleans(), st.booleans(), st.sampled_from(["mean", "sum", None])),
 )
 if DEVICE == "cuda":
-    # The compiler specialises on a 1, and on multiples of 16. 128 samples are whole tiles.
+    # The compiler specializes on a 1, and on multiples of 16. 128 samples are whole tiles.
     SAMPLES = st.integers(1, 200).map(lambda i: 2 * i + 1) | st.sampled_from([1, 128, 256])
     LEADING = st.sampled_from([(3,), (5,), (3, 3)])
 else:
