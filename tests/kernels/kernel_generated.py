@@ -114,7 +114,7 @@ def check_rule(x: torch.Tensor, A: torch.Tensor, knots: Knots, options: dict[str
     to the rule at several inputs near x together. A reduced statistic may have the errors of all directions
     added up.
     """
-    inputs = min(12, -(-96 // (x[..., 0].numel() * A.shape[1])))
+    inputs = min(6, -(-48 // (x[..., 0].numel() * A.shape[1])))
     errors, sizes = [], []
     for i in range(inputs):
         z = ((1 + i / 100) * x).to(x.dtype) if i else x  # x itself keeps its layout
