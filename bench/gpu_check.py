@@ -237,7 +237,7 @@ class Check:
         rows = read_rows(self.out / name) if name else []
         return [row for row in rows if row["date"] >= self.writer.about["date"]]
 
-    def summarise(self) -> int:
+    def summarize(self) -> int:
         """Write and print what the targets say, print the stages; the exit code."""
         rows = [row for name in targets.FILES for row in self.rows_of(name)]
         judged = targets.judge(rows, *(stage.case for stage in self.outcomes))
@@ -281,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check = Check(options.out.resolve(), minutes, Path(folder), rehearse=options.rehearse)
         for stage in stages:
             check.carry_out(stage)
-        return check.summarise()
+        return check.summarize()
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lejepa_fast.kernels import backward, color_jitter, epilogue, forward, philox
-from lejepa_fast.kernels.configs import ANY, TARGETS, Choice, Config, Tile, shipped_config
+from lejepa_fast.kernels.configs import ANY, TARGETS, Config, Tile, shipped_config
 from lejepa_fast.kernels.table import Plan, count_splits, make_plan
 from lejepa_fast.triton_operators import default_precision
 
@@ -146,7 +146,7 @@ def step_kernels(
     (V, N, K, M), mixed = size, directions is not None
     half = dtype != "fp32" and not mixed
     config = shipped_config(target, 2 if half else 4)
-    config = config._replace(fused=(Choice(ANY, config.tile("fused", K)),) if fused else ())
+    config = config._replace(fused={ANY: config.tile("fused", K)} if fused else {})
     # AMD's is that of the CPU.
     precision = default_precision(torch.device("cuda" if target.startswith("sm_") else "cpu"))
 
@@ -218,8 +218,8 @@ def cases(target: str, dtype: str, *, uneven: bool = True) -> list[Case]:
         add("", REFERENCE, name)
         if config.tile(name, GIANT.K) != config.tile(name, REFERENCE.K):
             add("", GIANT, name)
-    for choice in config.fused:
-        add("", REFERENCE._replace(K=choice.max_dim), "fused")
+    for K in config.fused:
+        add("", REFERENCE._replace(K=K), "fused")
     if target != "sm_90" or dtype == "fp16" or not uneven:
         return found
     add("minimal", MINIMAL, "forward", "fused")

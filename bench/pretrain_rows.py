@@ -24,7 +24,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.barh(places, means, 0.38, color=color, label=f"{which} encoder")
         axis.plot(values, [[place] * len(rows) for place in places], "k.", markersize=4)
     axis.axvline(rows[-1]["majority_class"], color="k", linestyle=":", label="always the largest class")
-    axis.set_yticks(range(2), ["nearest neighbours", "linear classifier"])
+    axis.set_yticks(range(2), ["nearest neighbors", "linear classifier"])
     axis.set(xlim=(0, 100), xlabel="accuracy on held-out images, %")
     figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=130)

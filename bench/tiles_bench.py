@@ -1,9 +1,9 @@
 """Times of the candidate tiles of each kernel: python bench/tiles_bench.py --out DIR
 
 On a GPU at the sizes of the targets, on the CPU (`--rehearse`, with TRITON_INTERPRET=1) at a tiny one.
-Appends the rows of `lejepa_fast.kernels.timing.time_candidates` to DIR/kernel_tiles.jsonl, kernel by
-kernel, and prints for each its fastest tile beside the shipped one. The backward is timed both ways: in one
-kernel (fused), and in two (gradient and product). Several processes compile the tiles before they are timed.
+Appends a row for each candidate to DIR/kernel_tiles.jsonl, and prints for each kernel its fastest tile beside
+the shipped one. The backward is timed both ways: in one kernel (fused), and in two (gradient and product).
+Several processes compile the tiles before they are timed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import itertools
 import os
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
 
 import sigreg_variants as variants
 import timing
@@ -19,28 +21,52 @@ import torch
 from benchlib import Row, Rows, command_line, print_table
 from sigreg_variants import Case, Size
 
-import lejepa_fast.kernels.timing
-import lejepa_fast.triton_operators
-from lejepa_fast import sample_unit_directions
+from lejepa_fast import sample_unit_directions, standard_normal_knots
+from lejepa_fast.kernels import autotune, backward, epilogue, forward
+from lejepa_fast.kernels.configs import ANY, get_config
+from lejepa_fast.kernels.table import make_plan
+from lejepa_fast.triton_operators import default_precision
 
 Timer = Callable[[Callable[[], None]], float]
 CASES = {case.key: case for case in variants.GPU_CASES}
-TINY = Case("tiny", Size(1, 20, 16, 16, 17), torch.float32, ())
+TINY = Case("tiny", Size(1, 9, 8, 8, 5), torch.float32, ())
 
 
 def time_candidates(case: Case, device: torch.device, fused: bool, timer: Timer) -> list[Row]:
-    (x,) = variants.make_inputs(case, 1, device)
-    A, scale = sample_unit_directions(case.size.K, case.size.M, step=0, device=device, dtype=case.dtype)
-    return lejepa_fast.kernels.timing.time_candidates(
-        x.detach(),
-        A,
-        scale if case.half else None,
-        J=case.size.J,
-        t_max=variants.T_MAX,
-        precision=lejepa_fast.triton_operators.default_precision(device),
-        fused=fused,
-        timer=timer,
-    )
+    """Time the candidate tiles of one forward and backward pass.
+
+    Args:
+        case: size and dtype.
+        device: where the kernels run.
+        fused: True times the fused backward, for any K and M; False gradient and product.
+        timer: seconds that its argument, a call, takes.
+
+    Returns:
+        Rows of size, "kernel", "tile", "shipped", "seconds" (None if the tile cannot run) and "error" (why).
+    """
+    (_, N, K, M, J), (x,) = case.size, variants.make_inputs(case, 1, device)
+    A, scale = sample_unit_directions(K, M, step=0, device=device, dtype=case.dtype)
+    config = get_config(device, case.dtype.itemsize)
+    config = config._replace(fused={ANY: config.tile("fused", min(K, max(config.fused)))} if fused else {})
+    knots = standard_normal_knots(variants.T_MAX, J)
+    t, phi, weights = (a.to(device, torch.float32) for a in knots[:3])
+    plan, unit = make_plan(J, knots.spacing), scale if case.half else None
+    shared = (x.detach(), A, unit, t, plan, config, default_precision(device))
+    tuner = autotune.Tuner(timer)
+    with (
+        mock.patch.dict(os.environ, LEJEPA_AUTOTUNE="1"),
+        mock.patch.object(autotune, "process_tuner", tuner),
+    ):
+        try:
+            table = forward.table_sums(*shared)
+            options: Any = {"unbiased": False, "scale_by_n": True, "factor": 1.0}
+            value, coef = epilogue.finish(table, N, unit, t, phi, weights, plan, **options)
+            backward.gradient(torch.ones_like(value), 1.0, coef, *shared)
+        except autotune.CANNOT_RUN:  # no tile of a kernel can run: the rows say why
+            if all(row["error"] is None for row in tuner.rows):
+                raise
+    size = {**case.size._asdict(), "dtype": case.dtype_name}
+    return [{"kernel": row.pop("kernel"), **size, **row} for row in tuner.rows]
 
 
 def compile_ahead(*job: object) -> None:

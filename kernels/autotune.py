@@ -3,7 +3,7 @@
 The first launch of a kernel for a (device, dtypes, K, M, knots, power of two of rows, variant) times the
 candidates of its configuration, and the process keeps the fastest. Candidates that cannot run are skipped.
 
-- Timing synchronises with the device, so nothing is timed while a CUDA graph is captured: an untimed launch
+- Timing synchronizes with the device, so nothing is timed while a CUDA graph is captured: an untimed launch
   takes the shipped tile there. Run once before capturing, as graphs require anyway.
 - A tile fixes the order in which numbers are added. Results are bitwise reproducible within a process once a
   choice is made; another process may choose another tile and differ in the last bits.
@@ -69,8 +69,6 @@ class Tuner:
 
 
 process_tuner = Tuner()
-forced_tuner: Tuner | None = None
-"""Chooses all tiles, whatever the environment says; set by `timing.time_candidates`."""
 
 
 def launch_best(
@@ -97,12 +95,11 @@ def launch_best(
     if value not in ("", "0", "1"):
         raise ValueError(f"LEJEPA_AUTOTUNE: expected 0 or 1 in the environment, got {value!r}")
     tile = config.tile(kernel, x.shape[2])
-    tuner = forced_tuner or (process_tuner if value == "1" else None)
-    if tuner is not None:
-        tiles = config.candidates(kernel, x.shape[2])
+    if value == "1":
+        tiles, chosen = config.candidates(kernel, x.shape[2]), process_tuner.chosen
         rows = (x.shape[0] * x.shape[1]).bit_length()
         key = (kernel, *tiles, x.device, x.dtype, A.dtype, A.shape, plan.J, plan.equidistant, rows, *variant)
-        if key not in tuner.chosen and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            tuner.chosen[key] = tuner.time(kernel, tiles, launch)
-        tile = tuner.chosen.get(key, tile)
+        if key not in chosen and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            chosen[key] = process_tuner.time(kernel, tiles, launch)
+        tile = chosen.get(key, tile)
     launch(tile)

@@ -16,7 +16,7 @@ The product takes dT/dp in the dtype of x and A. float16 has a small range, whil
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -26,17 +26,16 @@ from torch import Tensor
 from .autotune import launch_best
 from .configs import Config, Tile, get_config
 from .phases import (
+    LANES,
     baby_steps,
     complex_mul,
     complex_square,
     cos_sin,
     dot,
     join_columns,
-    load_directions,
-    load_samples,
+    load_tiles,
     multiply,
     project,
-    replace_front,
     scaled_factor,
     split_columns,
     stride_from_babies,
@@ -48,7 +47,7 @@ from .table import COEF_BLOCK, Plan, count_splits
 # A table of up to two giant steps fits into the registers of a program.
 _COEF_IN_REGISTERS = 35
 # Bytes of dT/dp at a time: enough to fill a GPU many times, small beside a batch.
-_CHUNK_BYTES, _CHUNK_STEP = 32 << 20, 128
+CHUNK_BYTES, CHUNK_STEP = 32 << 20, 128
 _COEF_BLOCK = tl.constexpr(COEF_BLOCK)
 
 
@@ -172,22 +171,20 @@ def _derivative(
     SUB_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LANES: tl.constexpr,
 ):
     """dT/dp of a tile of projections (BLOCK_M, BLOCK_N), one sub-tile at a time."""
     if EQUIDISTANT:
-        parts = split_columns(p, BLOCK_M, BLOCK_N, LANES)
+        parts = split_columns(p, BLOCK_M, BLOCK_N)
         COUNT: tl.constexpr = BLOCK_N // LANES // SUB_TILES
         for _ in range(sub_tiles):
             done = ()
             for i in tl.static_range(COUNT):
-                part = _series(parts[i], coef, coef_ptrs, factors, B, G, FAR)
-                done = done + (part,)
+                done = done + (_series(parts[i], coef, coef_ptrs, factors, B, G, FAR),)
             # Pointers that move are read for every sub-tile. Else the compiler would read all coefficients
             # before the first one and keep them in registers, which `coef` is for.
             coef_ptrs += sub_tile_stride
-            parts = replace_front(parts, done)
-        dp = join_columns(parts, BLOCK_M, BLOCK_N, LANES)
+            parts = parts[COUNT:] + done
+        dp = join_columns(parts, BLOCK_M, BLOCK_N)
     else:
         dp = _knot_series(p, coef_ptrs, t_ptr, factors[0], factors[1], J)
     return dp
@@ -240,7 +237,6 @@ def _sigreg_dp_kernel(
     EVEN_N: tl.constexpr,  # n_stop - n_first is a multiple of BLOCK_N
     MASK_M: tl.constexpr,  # M is not a multiple of BLOCK_M
     COEF_IN_REGISTERS: tl.constexpr,
-    LANES: tl.constexpr,
     SUB_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -271,9 +267,10 @@ def _sigreg_dp_kernel(
     a = ()
     p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if RESIDENT > 0:
-        a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, RESIDENT, EVEN_K, MASK_M)
+        a = load_tiles(a_ptr, m[:, None], M, K, stride_am, stride_ak, BLOCK_K, RESIDENT, EVEN_K, MASK_M)
         n = start + tl.arange(0, BLOCK_N)
-        x = load_samples(x_ptr, n, n_stop, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, not EVEN_N)
+        x = load_tiles(x_ptr, n[None, :], n_stop, K, stride_xn, stride_xk,
+            BLOCK_K, RESIDENT, EVEN_K, not EVEN_N)  # fmt: skip
         p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
     last = start + (stop - start - 1) // BLOCK_N * BLOCK_N
     for n0 in range(start, stop, BLOCK_N):
@@ -281,13 +278,13 @@ def _sigreg_dp_kernel(
         if RESIDENT > 0:
             # Prefetch the next tile while this one is processed; the one after the last is not used.
             ahead = tl.minimum(n0 + BLOCK_N, last) + tl.arange(0, BLOCK_N)
-            x = load_samples(x_ptr, ahead, n_stop, K, stride_xn, stride_xk,
+            x = load_tiles(x_ptr, ahead[None, :], n_stop, K, stride_xn, stride_xk,
                 BLOCK_K, RESIDENT, EVEN_K, not EVEN_N)  # fmt: skip
         else:
             p = project(x_ptr, a_ptr, m, n, n_stop, K, M, stride_xn, stride_xk, stride_ak, stride_am,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, not EVEN_N, PRECISION)  # fmt: skip
         dp = _derivative(p, coef, coef_ptrs, t_ptr, factors, J, sub_tiles, sub_tile_stride,
-            EQUIDISTANT, B, G, FAR, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
+            EQUIDISTANT, B, G, FAR, SUB_TILES, BLOCK_M, BLOCK_N)  # fmt: skip
         if SLICE_GRAD:
             dp *= grad
         if NORMALIZE:
@@ -339,7 +336,6 @@ def _sigreg_bwd_kernel(
     TILES: tl.constexpr,  # of BLOCK_K, that cover K
     EVEN_K: tl.constexpr,
     MASK_M: tl.constexpr,  # M is not a multiple of BLOCK_M
-    LANES: tl.constexpr,
     SUB_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -351,7 +347,7 @@ def _sigreg_bwd_kernel(
     if NORMALIZE:
         power = _normalizing_power(coef_ptr, view + tl.zeros((1,), tl.int64), M, ROWS, 1)
     coef_ptr += view * tl.cdiv(M, _COEF_BLOCK) * ((ROWS + 1) * _COEF_BLOCK)
-    x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, TILES, EVEN_K, True)
+    x = load_tiles(x_ptr, n[None, :], N, K, stride_xn, stride_xk, BLOCK_K, TILES, EVEN_K, True)
     dx = ()
     for _ in tl.static_range(TILES):
         dx = dx + (tl.zeros((BLOCK_K, BLOCK_N), tl.float32),)
@@ -363,10 +359,10 @@ def _sigreg_bwd_kernel(
         factors = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
         if FAR:
             factors = factors + scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
-        a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, TILES, EVEN_K, MASK_M)
+        a = load_tiles(a_ptr, m[:, None], M, K, stride_am, stride_ak, BLOCK_K, TILES, EVEN_K, MASK_M)
         p = multiply(a, x, BLOCK_M, BLOCK_N, TILES, PRECISION)
         dp = _derivative(p, (), coef_ptrs, t_ptr, factors, J, sub_tiles, sub_tile_stride,
-            EQUIDISTANT, B, G, FAR, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
+            EQUIDISTANT, B, G, FAR, SUB_TILES, BLOCK_M, BLOCK_N)  # fmt: skip
         if SLICE_GRAD:
             dp *= tl.load(grad_ptr + view * stride_gv + m[:, None] * stride_gm, mask=m_mask, other=0.0)
         if NORMALIZE:
@@ -461,144 +457,93 @@ def gradient(
     if N == 0:
         return dx
     slice_grad = grad.dim() == 2
-    common = _Launch(grad, factor, coef, x, A, scale, t, plan, config, precision, slice_grad)
-    with kernel_device(x):
-        if config.fuses(K, M, slice_grad=slice_grad):
-            common.fused(dx)
-            return dx
-        # Products of gradients per direction span any range: they stay in float32.
-        dtype = A.dtype if A.dtype == x.dtype and not slice_grad else torch.float32
-        # Samples of a chunk: several whole views, or a part of one.
-        most = max(1, _CHUNK_BYTES // (M * dtype.itemsize))
-        chunk_views = max(1, min(views, most // N))
-        chunk_samples = min(N, max(_CHUNK_STEP, most // _CHUNK_STEP * _CHUNK_STEP))
-        buffer = empty(x, (chunk_views * chunk_samples, M), dtype)
-        for v in range(0, views, chunk_views):
-            for n in range(0, N, chunk_samples):
-                chunk = range(v, min(views, v + chunk_views)), range(n, min(N, n + chunk_samples))
-                common.projections(buffer, *chunk)
-                common.product(buffer, dx, *chunk)
-    return dx
+    normalize = x.dtype == A.dtype == torch.float16 and not slice_grad
+    stride_gv, stride_gm = grad.stride() if slice_grad else (0, 0)
 
-
-def count_sub_tiles(tile: Tile, plan: Plan, lanes: int) -> int:
-    """Sub-tiles of a tile: twice as many where coefficients do not fit into registers."""
-    twice = 2 * tile.sub_tiles * lanes <= tile.block_n and not _in_registers(plan)
-    return tile.sub_tiles * (2 if twice else 1)
-
-
-def _in_registers(plan: Plan) -> bool:
-    return plan.equidistant and plan.rows <= _COEF_IN_REGISTERS
-
-
-class _Launch(NamedTuple):
-    """What the kernels of one backward pass share, and their launchers."""
-
-    grad: Tensor
-    grad_factor: float
-    coef: Tensor
-    x: Tensor
-    A: Tensor
-    scale: Tensor | None
-    t: Tensor
-    plan: Plan
-    config: Config
-    precision: str
-    slice_grad: bool
-
-    def fused(self, dx: Tensor) -> None:
-        """dx by one kernel."""
-        views, N, K = self.x.shape
-
-        def launch(tile: Tile) -> None:
-            _sigreg_bwd_kernel[(views * triton.cdiv(N, tile.block_n),)](
-                out_ptr=dx,
-                N=N,
-                out_factor=self.grad_factor,
-                TILES=triton.cdiv(K, tile.steps(K)[0]),
-                **self._arguments(tile),
-            )
-
-        self._launch_best(launch, "fused", self.config)
-
-    def projections(self, dp: Tensor, views: range, samples: range) -> None:
-        """dT/dp of a chunk."""
-        K, M = self.A.shape
-        splits, split_samples = count_splits(len(views), len(samples), M, 1, self.config.split)
-
-        def launch(tile: Tile) -> None:
-            _sigreg_dp_kernel[(len(views) * splits * triton.cdiv(M, tile.block_m),)](
-                out_ptr=dp,
-                first_view=views.start,
-                n_first=samples.start,
-                n_stop=samples.stop,
-                splits=splits,
-                split_samples=split_samples,
-                RESIDENT=tile.steps(K)[1],
-                EVEN_N=len(samples) % tile.block_n == 0,
-                COEF_IN_REGISTERS=_in_registers(self.plan),
-                **self._arguments(tile),
-            )
-
-        self._launch_best(launch, "gradient", self.config)
-
-    def product(self, dp: Tensor, dx: Tensor, views: range, samples: range) -> None:
-        """dx of a chunk from its dT/dp."""
-        K, M = self.A.shape
-        rows = len(views) * len(samples)
-        out = dx.view(-1, K)[views.start * dx.shape[1] + samples.start :]  # whole views, or a part of one
-
-        def launch(tile: Tile) -> None:
-            _sigreg_dx_kernel[(triton.cdiv(rows, tile.block_n) * triton.cdiv(K, tile.block_k),)](
-                dp,
-                self.A,
-                self.grad,
-                self.coef,
-                out,
-                views.start,
-                len(samples),
-                rows,
-                K,
-                M,
-                self.grad_factor,
-                *self.A.stride(),
-                SLICE_GRAD=self.slice_grad,
-                NORMALIZE=self._normalize(),
-                TABLE_ROWS=self.plan.rows,
-                **{**tile.options(K, self.precision), "BLOCK_K": tile.block_k},
-            )
-
-        # float32 gradients with half-precision directions need the shared memory of float32.
-        config = self.config if dp.dtype == self.A.dtype else get_config(dp.device, dp.itemsize)
-        self._launch_best(launch, "product", config)
-
-    def _launch_best(self, launch: Callable[[Tile], None], kernel: str, config: Config) -> None:
-        variant = self.precision, self.slice_grad
-        launch_best(launch, kernel, config, self.x, self.A, self.plan, *variant)
-
-    def _normalize(self) -> bool:
-        return self.x.dtype == self.A.dtype == torch.float16 and not self.slice_grad
-
-    def _arguments(self, tile: Tile) -> dict[str, Any]:
+    def arguments(tile: Tile) -> dict[str, Any]:
         """Those that `_sigreg_dp_kernel` and `_sigreg_bwd_kernel` have in common."""
-        plan = self.plan
-        sub_tiles = count_sub_tiles(tile, plan, self.config.lanes)
-        stride_gv, stride_gm = self.grad.stride() if self.slice_grad else (0, 0)
-        shared = (tile, self.x, self.A, self.scale, self.t, plan, self.precision)
+        sub_tiles = count_sub_tiles(tile, plan)
         return {
-            "coef_ptr": self.coef,
-            "grad_ptr": self.grad,
+            "coef_ptr": coef,
+            "grad_ptr": grad,
             "giant_hi": plan.giant_factor[0],
             "giant_lo": plan.giant_factor[1],
             "sub_tiles": sub_tiles,
             "sub_tile_stride": 0,
             "stride_gv": stride_gv,
             "stride_gm": stride_gm,
-            "SLICE_GRAD": self.slice_grad,
-            "NORMALIZE": self._normalize(),
+            "SLICE_GRAD": slice_grad,
+            "NORMALIZE": normalize,
             "G": plan.G,
             "FAR": plan.chunks > 1,
-            "MASK_M": self.A.shape[1] % tile.block_m != 0,
+            "MASK_M": M % tile.block_m != 0,
             "SUB_TILES": sub_tiles,
-            **self.config.arguments(*shared),
+            **config.arguments(tile, x, A, scale, t, plan, precision),
         }
+
+    def launch(run: Callable[[Tile], None], kernel: str, config: Config = config) -> None:
+        launch_best(run, kernel, config, x, A, plan, precision, slice_grad)
+
+    def fused(tile: Tile) -> None:
+        _sigreg_bwd_kernel[(views * triton.cdiv(N, tile.block_n),)](
+            out_ptr=dx,
+            N=N,
+            out_factor=factor,
+            TILES=triton.cdiv(K, tile.steps(K)[0]),
+            **arguments(tile),
+        )
+
+    def chunk(dp: Tensor, first_view: int, view_count: int, first: int, samples: int) -> None:
+        """dT/dp, and from it dx, of some samples of some views: of a part of one view or of whole views."""
+        splits, split_samples = count_splits(view_count, samples, M, 1, config.split)
+        rows, out = view_count * samples, dx.view(-1, K)[first_view * N + first :]
+
+        def projections(tile: Tile) -> None:
+            _sigreg_dp_kernel[(view_count * splits * triton.cdiv(M, tile.block_m),)](
+                out_ptr=dp,
+                first_view=first_view,
+                n_first=first,
+                n_stop=first + samples,
+                splits=splits,
+                split_samples=split_samples,
+                RESIDENT=tile.steps(K)[1],
+                EVEN_N=samples % tile.block_n == 0,
+                COEF_IN_REGISTERS=_in_registers(plan),
+                **arguments(tile),
+            )
+
+        def product(tile: Tile) -> None:
+            _sigreg_dx_kernel[(triton.cdiv(rows, tile.block_n) * triton.cdiv(K, tile.block_k),)](
+                dp, A, grad, coef, out, first_view, samples, rows, K, M, factor, *A.stride(),
+                SLICE_GRAD=slice_grad, NORMALIZE=normalize, TABLE_ROWS=plan.rows,
+                **{**tile.options(K, precision), "BLOCK_K": tile.block_k},
+            )  # fmt: skip
+
+        launch(projections, "gradient")
+        # float32 gradients with half-precision directions need the shared memory of float32.
+        launch(product, "product", config if dp.dtype == A.dtype else get_config(dp.device, dp.itemsize))
+
+    with kernel_device(x):
+        if config.fuses(K, M, slice_grad=slice_grad):
+            launch(fused, "fused")
+            return dx
+        # Products of gradients per direction span any range: they stay in float32.
+        dtype = A.dtype if A.dtype == x.dtype and not slice_grad else torch.float32
+        most = max(1, CHUNK_BYTES // (M * dtype.itemsize))
+        chunk_views = max(1, min(views, most // N))
+        chunk_samples = min(N, max(CHUNK_STEP, most // CHUNK_STEP * CHUNK_STEP))
+        dp = empty(x, (chunk_views * chunk_samples, M), dtype)
+        for v in range(0, views, chunk_views):
+            for n in range(0, N, chunk_samples):
+                chunk(dp, v, min(chunk_views, views - v), n, min(chunk_samples, N - n))
+    return dx
+
+
+def count_sub_tiles(tile: Tile, plan: Plan) -> int:
+    """Sub-tiles of a tile: twice as many where coefficients do not fit into registers."""
+    twice = 2 * tile.sub_tiles * LANES.value <= tile.block_n and not _in_registers(plan)
+    return tile.sub_tiles * (2 if twice else 1)
+
+
+def _in_registers(plan: Plan) -> bool:
+    return plan.equidistant and plan.rows <= _COEF_IN_REGISTERS

@@ -45,6 +45,11 @@ def _truncated(x):
 
 
 @triton.jit
+def _scaled(r, g, b, factor, shift):
+    return _truncated(r * factor + shift), _truncated(g * factor + shift), _truncated(b * factor + shift)
+
+
+@triton.jit
 def _gray(r, g, b):
     return tl.floor(0.2989 * r + 0.587 * g + 0.114 * b)
 
@@ -80,19 +85,10 @@ def _jitter(r, g, b, row_ptr, steps, mean):
         if code == _HUE:
             r, g, b = _shift_hue(r, g, b, factor)
         elif code == _SATURATION:
-            gray = (1.0 - factor) * _gray(r, g, b)
-            r, g, b = (
-                _truncated(r * factor + gray),
-                _truncated(g * factor + gray),
-                _truncated(b * factor + gray),
-            )
+            r, g, b = _scaled(r, g, b, factor, (1.0 - factor) * _gray(r, g, b))
         elif (code == _BRIGHTNESS) | (code == _CONTRAST):
             shift = tl.where(code == _CONTRAST, (1.0 - factor) * mean, 0.0)
-            r, g, b = (
-                _truncated(r * factor + shift),
-                _truncated(g * factor + shift),
-                _truncated(b * factor + shift),
-            )
+            r, g, b = _scaled(r, g, b, factor, shift)
     return r, g, b
 
 

@@ -51,30 +51,21 @@ class Tile(NamedTuple):
         return {**blocks, "PRECISION": precision, **warps, **OPTIONS}
 
 
-class Choice(NamedTuple):
-    """The tile for K up to `max_dim`."""
-
-    max_dim: int
-    tile: Tile
-
-
 class Config(NamedTuple):
-    """Tiles of one architecture and element size, each kernel's by ascending `max_dim`."""
+    """Tiles of one architecture and element size, by the largest K that each serves, ascending."""
 
-    forward: tuple[Choice, ...]
+    forward: dict[int, Tile]
     """Sums of the table."""
-    gradient: tuple[Choice, ...]
+    gradient: dict[int, Tile]
     """dT/dp of a chunk of samples."""
-    product: tuple[Choice, ...]
+    product: dict[int, Tile]
     """dx = dT/dp A^T of a chunk."""
-    fused: tuple[Choice, ...]
+    fused: dict[int, Tile]
     """Backward in one kernel, where `fuses` says so; else `gradient` and `product`."""
     split: Split
     """How samples are shared between programs."""
     others: dict[str, tuple[Tile, ...]]
     """Tiles of each kernel that autotuning times beside the shipped one."""
-    lanes: int = 4
-    """Threads that share a row of an accumulator, see `split_columns`."""
     stretch: float = 1.0
     """Multiplies projections in tf32x3. Tensor cores cut sums off where float32 rounds, which shrinks every
     projection by about 9e-8 (sm_80) or 7e-8 (sm_90) in tiles of 32 dimensions: predicted by the models
@@ -83,18 +74,19 @@ class Config(NamedTuple):
     def fuses(self, K: int, M: int, *, slice_grad: bool = False) -> bool:
         """Whether the backward for K dimensions and M directions is one kernel.
 
-        Only the first choice serves every case. The others have no registers left for sizes that do not fill
-        their tiles, nor for the float32 products of a gradient for each direction (`slice_grad`).
+        Only the first tile serves every case. The others have no registers left for sizes that do not fill
+        them, nor for the float32 products of a gradient for each direction (`slice_grad`).
         """
-        if not self.fused or K > self.fused[-1].max_dim:
+        if K <= min(self.fused, default=0):
+            return True
+        if slice_grad or K > max(self.fused, default=0):
             return False
         tile = self.tile("fused", K)
-        fills = K % tile.block_k == 0 and M % tile.block_m == 0
-        return K <= self.fused[0].max_dim or (fills and not slice_grad)
+        return K % tile.block_k == 0 and M % tile.block_m == 0
 
     def tile(self, kernel: str, K: int) -> Tile:
         """The shipped tile of "forward", "gradient", "product" or "fused" for K dimensions."""
-        return next(choice.tile for choice in getattr(self, kernel) if choice.max_dim >= K)
+        return next(tile for largest, tile in getattr(self, kernel).items() if largest >= K)
 
     def arguments(
         self, tile: Tile, x: Tensor, A: Tensor, scale: Tensor | None, t: Tensor, plan: Plan, precision: str
@@ -118,7 +110,6 @@ class Config(NamedTuple):
             "B": plan.B,
             "ROWS": plan.rows,
             "EVEN_K": A.shape[0] % options["BLOCK_K"] == 0,
-            "LANES": self.lanes,
             **options,
         }
 
@@ -134,10 +125,6 @@ ANY = 1 << 62
 RESIDENT_MAX_DIM = 512
 
 
-def _choices(tiles: dict[int, Tile]) -> tuple[Choice, ...]:
-    return tuple(Choice(max_dim, tile) for max_dim, tile in tiles.items())
-
-
 def _config(
     tiles: dict[int, Tile],
     product: Tile,
@@ -147,8 +134,8 @@ def _config(
     stretch: float = 1.0,
 ) -> Config:
     """A configuration whose forward and gradient share their `tiles`; two programs on a multiprocessor."""
-    forward, split = _choices(tiles), Split(64, 128, 2 * multiprocessors)
-    return Config(forward, forward, (Choice(ANY, product),), _choices(fused), split, others, stretch=stretch)
+    split = Split(64, 128, 2 * multiprocessors)
+    return Config(tiles, tiles, {ANY: product}, fused, split, others, stretch=stretch)
 
 
 _RESIDENT = Tile(64, 32, 64, 4, 1, sub_tiles=2, resident=True)
@@ -219,10 +206,10 @@ _STEP = Tile(16, 16, 16, 1, 1)
 _STEP_RESIDENT, _STEP_TWO = _STEP._replace(resident=True), _STEP._replace(sub_tiles=2)
 # Small enough for a few milliseconds a tile in Triton's interpreter, which runs NumPy.
 _INTERPRETER = Config(
-    forward=_choices({32: _STEP_RESIDENT, ANY: _STEP_TWO}),
-    gradient=_choices({48: _STEP_RESIDENT, ANY: _STEP_TWO}),
-    product=_choices({ANY: _STEP}),
-    fused=_choices({24: _STEP_TWO, 32: _STEP._replace(block_m=32)}),
+    forward={32: _STEP_RESIDENT, ANY: _STEP_TWO},
+    gradient={48: _STEP_RESIDENT, ANY: _STEP_TWO},
+    product={ANY: _STEP},
+    fused={24: _STEP_TWO, 32: _STEP._replace(block_m=32)},
     split=Split(16, 32, 6),
     others={
         "forward": (_STEP_RESIDENT, _STEP._replace(block_m=32, block_n=32)),

@@ -223,34 +223,13 @@ def finish(
     pairs = (plan.G + 1) * (plan.B + 1) if plan.equidistant else plan.J
     with kernel_device(table):
         _sigreg_finish_kernel[(blocks,)](
-            table,
-            count if on_device else table,
-            table if scale is None else scale,
-            t,
-            phi,
-            weights,
-            value,
-            coef,
-            0.0 if on_device else float(count),
-            splits,
-            table.stride(0),
-            M,
-            plan.J,
-            *strides,
-            COUNT_ON_DEVICE=on_device,
-            HAS_SCALE=scale is not None,
-            UNBIASED=unbiased,
-            SCALE_BY_N=scale_by_n,
-            REDUCE=factor is not None,
-            EQUIDISTANT=plan.equidistant,
-            B=plan.B,
-            G=plan.G,
-            ROWS=rows,
-            PAIRS=triton.next_power_of_2(pairs),
-            BLOCK_M=COEF_BLOCK,
-            **OPTIONS,
-            num_warps=4,
-        )
+            table, count if on_device else table, table if scale is None else scale, t, phi, weights,
+            value, coef, 0.0 if on_device else float(count), splits, table.stride(0), M, plan.J, *strides,
+            COUNT_ON_DEVICE=on_device, HAS_SCALE=scale is not None,
+            UNBIASED=unbiased, SCALE_BY_N=scale_by_n, REDUCE=factor is not None,
+            EQUIDISTANT=plan.equidistant, B=plan.B, G=plan.G, ROWS=rows,
+            PAIRS=triton.next_power_of_2(pairs), BLOCK_M=COEF_BLOCK, **OPTIONS, num_warps=4,
+        )  # fmt: skip
         if factor is None:
             return value, coef
         total = empty(table, (), torch.float32)

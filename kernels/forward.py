@@ -15,15 +15,14 @@ from torch import Tensor
 from .autotune import launch_best
 from .configs import Config, Tile
 from .phases import (
+    LANES,
     baby_steps,
     complex_mul,
     complex_square,
     cos_sin,
-    load_directions,
-    load_samples,
+    load_tiles,
     multiply,
     project,
-    rotate,
     scaled_factor,
     split_columns,
     stride_from_babies,
@@ -115,13 +114,12 @@ def _add_tile(
     SUB_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LANES: tl.constexpr,
 ):
     """`sums` plus a tile of projections p (BLOCK_M, BLOCK_N), one sub-tile at a time."""
-    parts = split_columns(p, BLOCK_M, BLOCK_N, LANES)
+    parts = split_columns(p, BLOCK_M, BLOCK_N)
     masks = parts
     if MASK:
-        masks = split_columns(valid, BLOCK_M, BLOCK_N, LANES)
+        masks = split_columns(valid, BLOCK_M, BLOCK_N)
     COUNT: tl.constexpr = BLOCK_N // LANES // SUB_TILES
     for _ in range(sub_tiles):
         for i in tl.static_range(COUNT):
@@ -131,9 +129,9 @@ def _add_tile(
             else:
                 sums = _add_knots(sums, parts[i], mask, factors_hi, factors_lo, MASK)
         if SUB_TILES > 1:
-            parts = rotate(parts, COUNT)
+            parts = parts[COUNT:] + parts[:COUNT]
             if MASK:
-                masks = rotate(masks, COUNT)
+                masks = masks[COUNT:] + masks[:COUNT]
     return sums
 
 
@@ -173,11 +171,10 @@ def _sigreg_fwd_kernel(
     RESIDENT: tl.constexpr,  # tiles that hold the directions during the whole program, or 0
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
     EVEN_N: tl.constexpr,  # N is a multiple of BLOCK_N
-    LANES: tl.constexpr,
     SUB_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Neighbouring programs share samples, so that their tile of x comes from the L2 cache.
+    # Neighboring programs share samples, so that their tile of x comes from the L2 cache.
     pid = tl.program_id(0)
     m_blocks = tl.cdiv(M, BLOCK_M)
     m = (pid % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -215,7 +212,7 @@ def _sigreg_fwd_kernel(
     x_ptr += view.to(tl.int64) * stride_xv
     a = ()
     if RESIDENT > 0:
-        a = load_directions(a_ptr, m, M, K, stride_ak, stride_am, BLOCK_K, RESIDENT, EVEN_K, True)
+        a = load_tiles(a_ptr, m[:, None], M, K, stride_am, stride_ak, BLOCK_K, RESIDENT, EVEN_K, True)
     start = split * split_samples
     stop = tl.minimum(N, start + split_samples)
     full_stop = stop if EVEN_N else start + (stop - start) // BLOCK_N * BLOCK_N
@@ -223,33 +220,33 @@ def _sigreg_fwd_kernel(
     p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if RESIDENT > 0:
         n = start + tl.arange(0, BLOCK_N)
-        x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, True)
+        x = load_tiles(x_ptr, n[None, :], N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, True)
         p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
     for n0 in range(start, full_stop, BLOCK_N):
         if RESIDENT > 0:
             # Prefetch the next tile while this one is summed; the one after the last is not used.
             n = tl.minimum(n0 + BLOCK_N, full_stop - BLOCK_N) + tl.arange(0, BLOCK_N)
-            x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, False)
+            x = load_tiles(x_ptr, n[None, :], N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, False)
         else:
             n = n0 + tl.arange(0, BLOCK_N)
             p = project(x_ptr, a_ptr, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, False, PRECISION)  # fmt: skip
         sums = _add_tile(sums, p, valid, factors_hi, factors_lo, sub_tiles, EQUIDISTANT, B, G,
-            CHUNKS > 1, False, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
+            CHUNKS > 1, False, SUB_TILES, BLOCK_M, BLOCK_N)  # fmt: skip
         if RESIDENT > 0:
             p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
     if not EVEN_N:
         for n0 in range(full_stop, stop, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
             if RESIDENT > 0:
-                x = load_samples(x_ptr, n, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, True)
+                x = load_tiles(x_ptr, n[None, :], N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, True)
                 p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
             else:
                 p = project(x_ptr, a_ptr, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
                     BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, True, PRECISION)  # fmt: skip
             valid = tl.broadcast_to((n < N)[None, :].to(tl.int32), (BLOCK_M, BLOCK_N))
             sums = _add_tile(sums, p, valid, factors_hi, factors_lo, sub_tiles, EQUIDISTANT, B, G,
-                CHUNKS > 1, True, SUB_TILES, BLOCK_M, BLOCK_N, LANES)  # fmt: skip
+                CHUNKS > 1, True, SUB_TILES, BLOCK_M, BLOCK_N)  # fmt: skip
 
     out_ptr += (split.to(tl.int64) * views + view) * ROWS * M + m
     if EQUIDISTANT:

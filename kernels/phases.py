@@ -28,6 +28,8 @@ import triton.language as tl
 from .runtime import interpreting
 
 _INTERPRETED = tl.constexpr(interpreting())
+# Threads that share a row of a tensor-core accumulator, see `split_columns`.
+LANES = tl.constexpr(4)
 # 1.5 * 2**23: adding it rounds to the nearest integer, whose parity is then the lowest bit.
 _ROUND = tl.constexpr(12582912.0)
 # sin(pi q) = q * P(q^2) and cos(pi q) = Q(q^2) on |q| <= 1/2, minimax.
@@ -100,11 +102,14 @@ def stride_from_babies(babies):
 
 
 @triton.jit
-def split_columns(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr):
+def split_columns(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Tuple of COLUMNS / LANES tensors (ROWS, LANES) that together hold `tile` (ROWS, COLUMNS).
 
     Part i takes column 8 g + 2 l + h, with h the lowest bit of i and g the rest, into lane l: the two
     columns and the groups of eight that one thread of a tensor-core accumulator holds.
+
+    A loop over the sub-tiles of a tile takes some parts from the front each time and adds as many at the end:
+    unrolled, the compiler would start all parts of a large tile at once and run out of registers.
     """
     even, odd = tl.split(tl.reshape(tile, (ROWS, COLUMNS // (2 * LANES), LANES, 2)))
     parts = (tl.permute(even, (0, 2, 1)), tl.permute(odd, (0, 2, 1)))  # (ROWS, LANES, groups)
@@ -123,29 +128,7 @@ def split_columns(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.con
 
 
 @triton.jit
-def rotate(parts, COUNT: tl.constexpr):
-    """The tuple with its first COUNT parts moved to the end.
-
-    A loop over the sub-tiles of a tile takes COUNT parts from the front each time. Unrolled, the compiler
-    would start all parts of a large tile at once and run out of registers.
-    """
-    out = ()
-    for i in tl.static_range(len(parts)):
-        out = out + (parts[(i + COUNT) % len(parts)],)
-    return out
-
-
-@triton.jit
-def replace_front(parts, new):
-    """`rotate`, with `new` instead of what was taken."""
-    out = ()
-    for i in tl.static_range(len(parts) - len(new)):
-        out = out + (parts[i + len(new)],)
-    return out + new
-
-
-@triton.jit
-def join_columns(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr):
+def join_columns(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The tile (ROWS, COLUMNS) whose `split_columns` is `columns`."""
     parts = ()
     for i in tl.static_range(len(columns)):
@@ -220,49 +203,27 @@ def multiply(
 
 
 @triton.jit
-def load_samples(
-    x_ptr,
-    n,
-    N,
+def load_tiles(
+    ptr,
+    index,  # of samples (1, BLOCK_N), or of directions (BLOCK_M, 1)
+    bound,
     K,
-    stride_xn,
-    stride_xk,
+    stride_index,
+    stride_k,
     BLOCK_K: tl.constexpr,
     COUNT: tl.constexpr,
     EVEN_K: tl.constexpr,
-    MASK_N: tl.constexpr,
+    MASK: tl.constexpr,
 ):
-    """Samples n, transposed: tuple of COUNT tiles (BLOCK_K, BLOCK_N) that cover K; 0 outside."""
+    """Samples or directions, transposed, as a tuple of COUNT tiles that cover K; 0 outside."""
     k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + n[None, :].to(tl.int64) * stride_xn + k[:, None].to(tl.int64) * stride_xk
-    x = ()
+    k = k[:, None] if index.shape[0] == 1 else k[None, :]
+    ptrs = ptr + index.to(tl.int64) * stride_index + k.to(tl.int64) * stride_k
+    tiles = ()
     for i in tl.static_range(COUNT):
-        x = x + (load_tile(x_ptrs, n[None, :] < N, k[:, None] < K - i * BLOCK_K, MASK_N, not EVEN_K),)
-        x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
-    return x
-
-
-@triton.jit
-def load_directions(
-    a_ptr,
-    m,
-    M,
-    K,
-    stride_ak,
-    stride_am,
-    BLOCK_K: tl.constexpr,
-    COUNT: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    MASK_M: tl.constexpr,
-):
-    """Directions m, transposed: tuple of COUNT tiles (BLOCK_M, BLOCK_K) that cover K; 0 outside."""
-    k = tl.arange(0, BLOCK_K)
-    a_ptrs = a_ptr + m[:, None].to(tl.int64) * stride_am + k[None, :].to(tl.int64) * stride_ak
-    a = ()
-    for i in tl.static_range(COUNT):
-        a = a + (load_tile(a_ptrs, m[:, None] < M, k[None, :] < K - i * BLOCK_K, MASK_M, not EVEN_K),)
-        a_ptrs += BLOCK_K * tl.cast(stride_ak, tl.int64)
-    return a
+        tiles = tiles + (load_tile(ptrs, index < bound, k < K - i * BLOCK_K, MASK, not EVEN_K),)
+        ptrs += BLOCK_K * tl.cast(stride_k, tl.int64)
+    return tiles
 
 
 @triton.jit

@@ -24,5 +24,5 @@ def kernel_device(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor for output. Launchers get all memory here, so that tests can guard it."""
+    """An uninitialized tensor for output. Launchers get all memory here, so that tests can guard it."""
     return torch.empty(shape, dtype=dtype, device=like.device)

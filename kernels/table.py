@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
-import struct
 from typing import NamedTuple
 
 _BABIES = 3
@@ -15,33 +15,19 @@ COEF_BLOCK = 32
 
 
 class Plan(NamedTuple):
-    """Table of a set of knots.
+    """Table of a set of knots."""
 
-    Attributes:
-        equidistant: knots `j * spacing` by baby and giant steps, else one sine and cosine a knot.
-        J: number of knots.
-        B: baby steps.
-        G: giant steps.
-        chunk_giants: giant steps of one program (equidistant knots).
-        chunk_knots: knots of one program (arbitrary knots).
-        chunks: programs that share the table.
-        rows: entries of the table for one view and direction.
-        factor_hi, factor_lo: half turns per unit of projection (equidistant) or per unit of t p, as the
-            sum of two float32 numbers.
-        giant_factor: the same for one giant step.
-    """
-
-    equidistant: bool
-    J: int
-    B: int
-    G: int
-    chunk_giants: int
-    chunk_knots: int
-    chunks: int
-    rows: int
-    factor_hi: float
-    factor_lo: float
-    giant_factor: tuple[float, float]
+    equidistant: bool  # knots `j * spacing` by baby and giant steps, else one sine and cosine a knot
+    J: int  # number of knots
+    B: int  # baby steps
+    G: int  # giant steps
+    chunk_giants: int  # giant steps of one program (equidistant knots)
+    chunk_knots: int  # knots of one program (arbitrary knots)
+    chunks: int  # programs that share the table
+    rows: int  # entries of the table for one view and direction
+    factor_hi: float  # half turns per unit of projection (equidistant) or per unit of t p ...
+    factor_lo: float  # ... as the sum of two float32 numbers
+    giant_factor: tuple[float, float]  # the same for one giant step
 
 
 def make_plan(J: int, spacing: float | None, stretch: float = 1.0) -> Plan:
@@ -80,17 +66,11 @@ def coefficient_shape(views: int, M: int, plan: Plan) -> tuple[int, int, int, in
 
 
 class Split(NamedTuple):
-    """How samples are shared between programs: the same for every tile, so that sizes do not depend on it.
+    """How samples are shared between programs: the same for every tile, so that sizes do not depend on it."""
 
-    Attributes:
-        block_m: directions of a program, about.
-        samples: least samples of a split, a multiple of the samples of every tile.
-        programs: programs that run at a time.
-    """
-
-    block_m: int
-    samples: int
-    programs: int
+    block_m: int  # directions of a program, about
+    samples: int  # least samples of a split, a multiple of the samples of every tile
+    programs: int  # programs that run at a time
 
 
 # Programs for each that runs at a time, at most: later ones fill the gaps of earlier ones, ...
@@ -123,9 +103,5 @@ def ceil_div(a: int, b: int) -> int:
 
 def _two_floats(value: float) -> tuple[float, float]:
     """Two float32 numbers whose sum is `value` to about 48 bits."""
-    high = _to_float32(value)
-    return high, _to_float32(value - high)
-
-
-def _to_float32(value: float) -> float:
-    return struct.unpack("f", struct.pack("f", value))[0]
+    high = ctypes.c_float(value).value
+    return high, ctypes.c_float(value - high).value

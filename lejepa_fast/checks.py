@@ -28,6 +28,12 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
+def check_choice(name: str, value: Any, *choices: str | None) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
 def check_tensor(name: str, value: Any) -> None:
     """Raise TypeError unless `value` is a floating tensor."""
     if not isinstance(value, Tensor):
@@ -45,13 +51,6 @@ def check_embeddings(name: str, value: Any) -> None:
         raise ValueError(
             f"{name}: expected non-empty view and feature dimensions, got shape {tuple(value.shape)}"
         )
-
-
-def check_count(name: str, count: int, *, unbiased: bool) -> None:
-    """Raise ValueError if a batch of `count` samples is too small for the statistic."""
-    if count < 1 + unbiased:
-        least = "2 samples for the unbiased statistic" if unbiased else "1 sample"
-        raise ValueError(f"{name}: expected at least {least}, got N = {count}")
 
 
 def refuse_double_backward(ctx: Any, grad: Tensor) -> None:

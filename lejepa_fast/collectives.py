@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import check_embeddings
+
 # The count travels as two float32 numbers in the buffer of the sums, so that it stays exact.
 _COUNT_WORD = 1 << 16
 
@@ -36,6 +38,32 @@ def resolve_group(process_group: dist.ProcessGroup | None, sync: bool) -> dist.P
     if size < 1:
         raise ValueError("process_group: expected a group that this rank belongs to")
     return group if size > 1 else None
+
+
+def check_batch(
+    name: str,
+    x: Any,
+    process_group: dist.ProcessGroup | None,
+    sync: bool,
+    *,
+    unbiased: bool,
+    pool: bool = False,
+) -> dist.ProcessGroup | None:
+    """Check embeddings x (..., N, K): type, shape and number of samples N, with `pool` of all views together.
+
+    Returns:
+        The group to reduce over, see `resolve_group`. A rank of a group may hold few samples, or none.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what was given.
+    """
+    check_embeddings(name, x)
+    group = resolve_group(process_group, sync)
+    count = x.shape[:-1].numel() if pool else x.shape[-2]
+    if group is None and count < 1 + unbiased:
+        least = "2 samples for the unbiased statistic" if unbiased else "1 sample"
+        raise ValueError(f"{name}: expected at least {least}, got N = {count}")
+    return group
 
 
 def all_reduce_sums(sums: Tensor, count: int, group: dist.ProcessGroup | None) -> tuple[Tensor, int | Tensor]:
@@ -88,8 +116,7 @@ class _IdentitySumGradient(torch.autograd.Function):
 
 
 def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    from torch.distributed import (
-        _functional_collectives as collectives,
-    )  # not in the start of `import lejepa_fast`
+    # Not when lejepa_fast is imported: it is slow to import.
+    from torch.distributed import _functional_collectives as collectives
 
     return collectives.wait_tensor(collectives.all_reduce(tensor.contiguous(), "sum", group))

@@ -46,7 +46,7 @@ def sample_directions(
             when it lives on `device`, so the call can be captured in a CUDA graph.
         seed: any integer; its low 64 bits are the Philox key.
         device: where the result lives; default: the device of `step`, or the CPU for an int.
-        dtype: floating dtype of the result. Normals are drawn in float32; float64 normalises in float64,
+        dtype: floating dtype of the result. Normals are drawn in float32; float64 normalizes in float64,
             bf16 and fp16 round the float32 unit vectors.
 
     Returns:
@@ -84,6 +84,9 @@ def sample_unit_directions(
 
     Returns:
         directions (dim, num_slices) in `dtype`; scale (num_slices,), float32 or float64.
+
+    Raises:
+        ValueError, TypeError: as `sample_directions`.
     """
     check_integer("dim", dim, at_least=1)
     check_integer("num_slices", num_slices, at_least=1)
@@ -99,12 +102,7 @@ def sample_unit_directions(
 
 # An operator of its own, so that torch.compile does not look inside: its CPU code generator (seen with
 # torch 2.15) evaluates products of an arange in too few bits, and the directions would differ.
-@torch.library.custom_op(
-    "lejepa_fast::sample_directions",
-    mutates_args=(),
-    schema="(Tensor step, int dim, int num_slices, int seed, ScalarType dtype, bool by_kernel) "
-    "-> (Tensor, Tensor)",
-)
+@torch.library.custom_op("lejepa_fast::sample_directions", mutates_args=())
 def _sample_directions(
     step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype, by_kernel: bool
 ) -> tuple[Tensor, Tensor]:
@@ -134,7 +132,7 @@ def _(
 
 
 def _step_tensor(step: int | Tensor, device: torch.device | str | None) -> Tensor:
-    """`step` as a 0-dim int64 tensor on the target device, without a host synchronisation."""
+    """`step` as a 0-dim int64 tensor on the target device, without a host synchronization."""
     if isinstance(step, Tensor):
         if step.dim() != 0 or step.dtype not in _STEP_DTYPES:
             got = f"{step.dtype} of shape {tuple(step.shape)}"

@@ -7,9 +7,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import triton_operators
+from .checks import check_choice
+from .reference import transforming
 
 Implementation = Literal["auto", "torch", "triton", "reference"]
 Chosen = Literal["torch", "triton", "reference"]
@@ -21,17 +22,10 @@ logged_choices: set[tuple[str, str]] = set()
 """(device type, reason) of the choices of "auto" that have been logged."""
 
 
-def check_implementation(impl: str) -> None:
-    """Raise ValueError unless `impl` is one of `IMPLEMENTATIONS`."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
-
-
-def check_precision(precision: str | None) -> None:
-    """Raise ValueError unless `precision` is None or one that the kernels have on some device."""
-    if precision not in (*triton_operators.PRECISIONS, None):
-        expected = ", ".join(map(repr, triton_operators.PRECISIONS))
-        raise ValueError(f"precision: expected one of {expected} or None, got {precision!r}")
+def check_names(impl: str, precision: str | None) -> None:
+    """Raise ValueError unless an implementation and a precision have these names."""
+    check_choice("impl", impl, *IMPLEMENTATIONS)
+    check_choice("precision", precision, *triton_operators.PRECISIONS, None)
 
 
 def resolve_implementation(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Chosen:
@@ -42,10 +36,8 @@ def resolve_implementation(impl: str, device: torch.device, dtype: torch.dtype =
     without the kernels.
 
     Raises:
-        ValueError, TypeError: unknown name, or an implementation that cannot run here; the message names one
-            that can.
+        ValueError, TypeError: an implementation that cannot run here; the message names one that can.
     """
-    check_implementation(impl)
     if impl == "triton":
         problem = triton_operators.why_not(device, dtype)
         if problem is not None:
@@ -72,11 +64,12 @@ def choose(impl: str, x: Tensor, precision: str | None, *, several_ranks: bool) 
     """The implementation for embeddings x, after checking what it cannot do.
 
     Raises:
-        ValueError, TypeError: as `resolve_implementation`, or the device lacks `precision`.
+        ValueError, TypeError: as `check_names` and `resolve_implementation`, or the device lacks `precision`.
         RuntimeError: inside a `torch.func` transform or forward-mode differentiation, except for "reference"
             without a process group. Registered operators take no part in transforms: some raise from deep
             inside, and forward mode would silently drop the tangent.
     """
+    check_names(impl, precision)
     chosen = resolve_implementation(impl, x.device, x.dtype)
     if transforming() and chosen != "reference":
         raise RuntimeError(
@@ -93,11 +86,6 @@ def choose(impl: str, x: Tensor, precision: str | None, *, several_ranks: bool) 
     if problem is not None:
         raise ValueError(problem)
     return chosen
-
-
-def transforming() -> bool:
-    """Whether a `torch.func` transform or forward-mode differentiation is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def refuse_gradients(chosen: str, other: str, **arguments: Tensor | None) -> None:

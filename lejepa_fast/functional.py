@@ -16,11 +16,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import reference, triton_operators
-from .checks import check_count, check_embeddings, check_flag, check_number, check_tensor
-from .collectives import all_reduce_sums, resolve_group, sum_gradient_over_ranks
-from .dispatch import Chosen, Implementation, Precision, check_precision, choose, refuse_gradients
+from .checks import check_choice, check_flag, check_number, check_tensor
+from .collectives import all_reduce_sums, check_batch, sum_gradient_over_ranks
+from .dispatch import Chosen, Implementation, Precision, choose, refuse_gradients
 from .reference import full_precision, statistic_from_sums
-from .streaming import ecf_sums_operator
+from .streaming import ecf_sums
 
 Reduction = Literal["mean", "sum"] | None
 
@@ -60,13 +60,13 @@ def sigreg(
         reduction: "mean" or "sum" over leading dimensions and directions, or None.
         scale_by_n: multiply by the number of samples of the whole batch, as the paper does.
         process_group: ranks that share the batch; None is the default group.
-        sync: True takes the statistic of the batch of all ranks of the group. Without an initialised
+        sync: True takes the statistic of the batch of all ranks of the group. Without an initialized
             process group, or with False, the statistic is local.
         impl: "triton" (fused kernels for GPUs), "torch" (streaming, any device), "reference"
-            (materialises N x M x J; allows double backward, forward mode, `torch.func` and directions
+            (materializes N x M x J; allows double backward, forward mode, `torch.func` and directions
             that require grad), or "auto": "triton" on a GPU that can run it, else "torch".
         spacing: the distance of the knots when t[j] = j * spacing (faster), None for arbitrary knots, "auto"
-            to detect it. Only knots on the CPU can be read without a synchronisation; "auto" takes knots on
+            to detect it. Only knots on the CPU can be read without a synchronization; "auto" takes knots on
             another device as arbitrary.
         scale: multiplies the columns of A, shape (M,), float32. It makes half-precision directions exact unit
             vectors: `sample_unit_directions`. With impl="triton", A in the half-precision dtype of x is
@@ -79,7 +79,7 @@ def sigreg(
     Returns:
         Scalar for "mean" and "sum", shape (..., M) for None; float64 for float64 x, else float32. A rank
         without samples adds nothing and gets the value of the others. NaN if no rank has any sample: raising
-        would need a synchronisation to read the count.
+        would need a synchronization to read the count.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what was given.
@@ -88,19 +88,16 @@ def sigreg(
 
     Source: LeJEPA, arXiv 2511.08544, Algorithm 1 and section 4.
     """
-    _check_inputs(x, A, t, phi, weights, reduction, scale)
-    check_precision(precision)
     for name, flag in (("unbiased", unbiased), ("scale_by_n", scale_by_n), ("sync", sync)):
         check_flag(name, flag)
-    group = resolve_group(process_group, sync)
-    if group is None:  # a rank of a group may hold few samples, or none
-        check_count("x", x.shape[-2], unbiased=unbiased)
+    group = check_batch("x", x, process_group, sync, unbiased=unbiased)
+    _check_inputs(x, A, t, phi, weights, reduction, scale)
     chosen = choose(impl, x, precision, several_ranks=group is not None)
     if chosen != "reference":
         refuse_gradients(chosen, "reference", A=A, t=t, scale=scale)
     if chosen == "triton":
         refuse_gradients(chosen, "torch", phi=phi, weights=weights)
-    return evaluate(
+    return sigreg_unchecked(
         x,
         A,
         t,
@@ -111,13 +108,13 @@ def sigreg(
         scale_by_n=scale_by_n,
         group=group,
         chosen=chosen,
-        spacing=check_spacing(spacing, t),
+        spacing=resolve_spacing(spacing, t),
         scale=scale,
         precision=precision,
     )
 
 
-def evaluate(
+def sigreg_unchecked(
     x: Tensor,
     A: Tensor,
     t: Tensor,
@@ -165,7 +162,7 @@ def evaluate(
         if chosen == "reference":
             sums = reference.ecf_sums(views.to(compute_dtype), A, t)
         else:
-            sums = ecf_sums_operator(views, A, t, spacing)
+            sums = ecf_sums(views, A, t, spacing)
         sums, total = all_reduce_sums(sums, count, group)
         statistic = statistic_from_sums(sums, total, phi, weights, unbiased=unbiased, scale_by_n=scale_by_n)
         value = statistic.reshape(*x.shape[:-2], M)
@@ -174,27 +171,21 @@ def evaluate(
         return sum_gradient_over_ranks(value, group)
 
 
-def find_spacing(t: Tensor) -> float | None:
-    """The distance of equidistant knots that start at 0, or None; knots on another device are not read."""
-    if t.shape[0] < 2 or not readable(t):
-        return None
-    spacing = t[-1].item() / (t.shape[0] - 1)
-    return spacing if spacing > 0 and _fits(t, spacing) else None
-
-
-def check_spacing(spacing: float | str | None, t: Tensor) -> float | None:
-    """The distance of the knots that `sigreg` was given or can detect, or None for arbitrary knots.
+def resolve_spacing(spacing: float | str | None, t: Tensor) -> float | None:
+    """The distance of knots j * spacing: as given, or detected for "auto"; None for arbitrary knots.
 
     Raises:
         ValueError, TypeError: `spacing` is not a positive number, or does not fit the knots.
     """
-    if spacing == "auto":
-        return find_spacing(t)
     if spacing is None:
         return None
+    readable = host_can_read(t)
+    if spacing == "auto":
+        found = t[-1].item() / (t.shape[0] - 1) if readable and t.shape[0] > 1 else 0.0
+        return found if found > 0 and _fits(t, found) else None
     check_number("spacing", spacing)
-    spacing = float(spacing)  # type: ignore[arg-type]
-    if not 0 < spacing < float("inf") or (readable(t) and not _fits(t, spacing)):
+    spacing = float(spacing)
+    if not 0 < spacing < float("inf") or (readable and not _fits(t, spacing)):
         raise ValueError(f"spacing: expected the distance of the knots t, t[j] = j * spacing, got {spacing}")
     return spacing
 
@@ -207,7 +198,7 @@ def _fits(t: Tensor, spacing: float) -> bool:
     return bool(((knots - exact).abs() <= tolerance).all())
 
 
-def readable(t: Tensor) -> bool:
+def host_can_read(t: Tensor) -> bool:
     """Whether values can be read without waiting for a device or breaking a trace."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(t, FakeTensor)
 
@@ -221,7 +212,6 @@ def _check_inputs(
     reduction: str | None,
     scale: Tensor | None,
 ) -> None:
-    check_embeddings("x", x)
     for name, tensor in (("A", A), ("t", t), ("phi", phi), ("weights", weights)):
         check_tensor(name, tensor)
     if A.dim() != 2 or A.shape[0] != x.shape[-1] or A.shape[1] < 1:
@@ -232,8 +222,7 @@ def _check_inputs(
         if tensor.shape not in (t.shape, (t.shape[0], A.shape[1])):
             expected = f"({t.shape[0]},) or ({t.shape[0]}, {A.shape[1]})"
             raise ValueError(f"{name}: expected shape {expected} to match t and A, got {tuple(tensor.shape)}")
-    if reduction not in ("mean", "sum", None):
-        raise ValueError(f"reduction: expected 'mean', 'sum' or None, got {reduction!r}")
+    check_choice("reduction", reduction, "mean", "sum", None)
     if scale is not None:
         check_tensor("scale", scale)
         if scale.shape != A.shape[1:] or scale.dtype not in (torch.float32, torch.float64):

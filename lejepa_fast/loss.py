@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checks import check_count, check_embeddings, check_number
-from .collectives import all_reduce_sums, resolve_group, sum_gradient_over_ranks
+from .checks import check_choice, check_embeddings, check_number
+from .collectives import all_reduce_sums, check_batch, sum_gradient_over_ranks
 from .reference import full_precision
 from .regularizer import SIGReg
 
@@ -19,7 +19,7 @@ class LeJEPAOutput(NamedTuple):
 
     Attributes:
         total: what to call `backward()` on.
-        prediction: mean squared distance of the views' embeddings to the centre, unweighted.
+        prediction: mean squared distance of the views' embeddings to the center, unweighted.
         sigreg: SIGReg averaged over views, unweighted.
     """
 
@@ -29,7 +29,7 @@ class LeJEPAOutput(NamedTuple):
 
 
 class LeJEPALoss(nn.Module):
-    """Views predict their common centre while SIGReg keeps every view isotropic Gaussian.
+    """Views predict their common center while SIGReg keeps every view isotropic Gaussian.
 
         prediction = mean over v, n, k of (mu[n, k] - z[v, n, k])^2
         total      = (1 - lambda) * prediction + lambda * sigreg        form="convex"
@@ -43,7 +43,7 @@ class LeJEPALoss(nn.Module):
 
     Args:
         lambd: weight lambda of SIGReg, >= 0 (at most 1 for the convex form). The paper's default is 0.05.
-        sigreg: the regulariser; default `SIGReg()`.
+        sigreg: the regularizer; default `SIGReg()`.
         center: "global" (paper) or "all" (authors' minimal example, timm).
         form: "convex" (paper) or "additive" (stable-pretraining, eb_jepa).
 
@@ -59,10 +59,8 @@ class LeJEPALoss(nn.Module):
         form: Literal["convex", "additive"] = "convex",
     ):
         super().__init__()
-        if center not in ("global", "all"):
-            raise ValueError(f"center: expected 'global' or 'all', got {center!r}")
-        if form not in ("convex", "additive"):
-            raise ValueError(f"form: expected 'convex' or 'additive', got {form!r}")
+        check_choice("center", center, "global", "all")
+        check_choice("form", form, "convex", "additive")
         check_number("lambd", lambd)
         if not (0 <= lambd < float("inf")) or (form == "convex" and lambd > 1):
             limits = "in [0, 1] for the convex form" if form == "convex" else "finite and >= 0"
@@ -88,19 +86,24 @@ class LeJEPALoss(nn.Module):
 
         Returns:
             `LeJEPAOutput(total, prediction, sigreg)`.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what was given.
+            RuntimeError: as `SIGReg.forward`.
         """
+        check_embeddings("global_views", global_views)
+        reg = self.sigreg
+        group = check_batch(
+            "all_views", all_views, reg.process_group, reg.sync, unbiased=reg.unbiased, pool=reg.pool_views
+        )
         for name, value in (("global_views", global_views), ("all_views", all_views)):
-            check_embeddings(name, value)
             if value.dim() != 3:
                 raise ValueError(f"{name}: expected shape (views, N, K), got {tuple(value.shape)}")
         if global_views.shape[1:] != all_views.shape[1:]:
             expected, got = tuple(all_views.shape[1:]), tuple(global_views.shape[1:])
             raise ValueError(f"global_views: expected (N, K) = {expected} as in all_views, got {got}")
-        group = resolve_group(self.sigreg.process_group, self.sigreg.sync)
-        if group is None:
-            check_count("all_views", all_views.shape[1], unbiased=self.sigreg.unbiased)
         prediction = self._prediction(global_views, all_views, group)
-        sigreg = self.sigreg(all_views, step)
+        sigreg = reg(all_views, step)
         weight = 1 - self.lambd if self.form == "convex" else 1.0
         return LeJEPAOutput(weight * prediction + self.lambd * sigreg, prediction, sigreg)
 

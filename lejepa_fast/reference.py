@@ -1,6 +1,6 @@
 r"""SIGReg in plain PyTorch: the definition that every other implementation is held against.
 
-Nothing here is fast. The N x M x J tensor of phases is materialised and autograd keeps it, so
+Nothing here is fast. The N x M x J tensor of phases is materialized and autograd keeps it, so
 float64 inputs give a truth for values and gradients, and double backward works.
 
 Notation (LeJEPA, arXiv 2511.08544, Algorithm 1). Embeddings `x` have shape (..., N, K), unit
@@ -125,7 +125,7 @@ def _check_quadrature(t_max: float, n_points: int) -> None:
 
 
 def ecf_sums(x: Tensor, A: Tensor, t: Tensor) -> Tensor:
-    """Sums over samples of cos(t_j p) and sin(t_j p), the unnormalised empirical characteristic function.
+    """Sums over samples of cos(t_j p) and sin(t_j p), the unnormalized empirical characteristic function.
 
     Args:
         x: embeddings, shape (V, N, K), float32 or float64.
@@ -136,11 +136,15 @@ def ecf_sums(x: Tensor, A: Tensor, t: Tensor) -> Tensor:
         shape (V, 2, J, M): cosine sums at index 0, sine sums at index 1 of the second dimension.
     """
     # Transforms know plain operations only; under autocast their gradient of the product is then lowered.
-    transforming = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    p = x @ A if transforming else _Projection.apply(x, A)
+    p = x @ A if transforming() else _Projection.apply(x, A)
     phase = p.unsqueeze(-1) * t  # (V, N, M, J)
     sums = torch.stack([phase.cos().sum(1), phase.sin().sum(1)], dim=1)  # (V, 2, M, J)
     return sums.transpose(-1, -2)
+
+
+def transforming() -> bool:
+    """Whether a `torch.func` transform or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _Projection(torch.autograd.Function):
@@ -199,25 +203,3 @@ def statistic_from_sums(
     # A product and a sum, not a matmul: autocast would run a matmul in bf16.
     statistic = (error * weights).sum(1)
     return statistic * count if scale_by_n else statistic
-
-
-RELATIVE_ERROR = 1e-6
-HALF_PRECISION_ERROR = 5e-5
-"""`relative` of `allowed_error` for the value of bf16 and fp16 inputs: tensor cores add products without
-rounding. The rounding of the inputs themselves changes a value by about 3e-4."""
-
-
-def allowed_error(
-    plain: float, size: float = 1.0, *, ulp: float = 0.0, relative: float = RELATIVE_ERROR
-) -> float:
-    """The accuracy rule: the largest allowed distance from the float64 result, in the Euclidean norm.
-
-    Twice the error of plain float32 PyTorch on the same problem, plus a relative error.
-
-    Args:
-        plain: error of this module in float32.
-        size: norm of the exact result; 1 for relative errors.
-        ulp: relative rounding to a coarser output dtype: half its eps for the gradient of a bf16 input.
-        relative: RELATIVE_ERROR, or HALF_PRECISION_ERROR for the value of half-precision inputs.
-    """
-    return 2 * plain + (relative + ulp) * size

@@ -8,24 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checks import check_count, check_embeddings, check_flag, check_integer
-from .collectives import resolve_group
+from .checks import check_choice, check_flag, check_integer
+from .collectives import check_batch
 from .directions import sample_unit_directions
-from .dispatch import (
-    Implementation,
-    Precision,
-    check_implementation,
-    check_precision,
-    choose,
-    resolve_implementation,
-    transforming,
-)
-from .functional import Reduction, check_spacing, evaluate
-from .reference import Knots, standard_normal_knots
+from .dispatch import Implementation, Precision, check_names, choose, resolve_implementation
+from .functional import Reduction, resolve_spacing, sigreg_unchecked
+from .reference import Knots, standard_normal_knots, transforming
 
 
 class SIGReg(nn.Module):
-    """Sketched isotropic Gaussian regularisation of embeddings (LeJEPA, arXiv 2511.08544, section 4).
+    """Sketched isotropic Gaussian regularization of embeddings (LeJEPA, arXiv 2511.08544, section 4).
 
     Projects embeddings on random directions and returns the mean Epps-Pulley statistic of the
     projections. Under N(0, I) its expectation is about 1.05 for the default knots (0 with
@@ -61,10 +53,6 @@ class SIGReg(nn.Module):
             weights may have shape (J, M).
         precision: of float32 products with the Triton kernels, see `lejepa_fast.sigreg`.
 
-    Shape:
-        z: (..., N, K), any floating dtype.
-        output: float32 scalar, or (..., M) for reduction=None ((M,) with `pool_views`).
-
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what was given.
     """
@@ -94,10 +82,8 @@ class SIGReg(nn.Module):
         super().__init__()
         check_integer("num_slices", num_slices, at_least=1)
         check_integer("seed", seed)
-        if reduction not in ("mean", "sum", None):
-            raise ValueError(f"reduction: expected 'mean', 'sum' or None, got {reduction!r}")
-        check_implementation(impl)
-        check_precision(precision)
+        check_choice("reduction", reduction, "mean", "sum", None)
+        check_names(impl, precision)
         flags = {"unbiased": unbiased, "sync": sync, "scale_by_n": scale_by_n, "pool_views": pool_views}
         for name, flag in flags.items():
             check_flag(name, flag)
@@ -129,13 +115,21 @@ class SIGReg(nn.Module):
         Args:
             z: embeddings, shape (..., N, K).
             step: directions to use instead of those of the module's counter, which then stays as it is.
+
+        Returns:
+            float32 scalar, or for `reduction=None` shape (..., M), (M,) with `pool_views`. NaN if z holds NaN
+            or infinity.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what was given.
+            RuntimeError: `step` is None where checkpointing recomputes several calls or `torch.func`
+                transforms the module; or the implementation cannot be transformed, see `lejepa_fast.sigreg`.
         """
-        check_embeddings("z", z)
+        group = check_batch(
+            "z", z, self.process_group, self.sync, unbiased=self.unbiased, pool=self.pool_views
+        )
         if self.pool_views:
             z = z.flatten(0, -2)
-        group = resolve_group(self.process_group, self.sync)
-        if group is None:  # a rank of a group may hold few samples, or none
-            check_count("z", z.shape[-2], unbiased=self.unbiased)
         chosen = choose(self.impl, z, self.precision, several_ranks=group is not None)
         if transforming() and self.training and step is None:
             raise RuntimeError(
@@ -163,7 +157,7 @@ class SIGReg(nn.Module):
             )
             if advances and not recomputed:
                 self.step.add_(1)  # after its use: a copy would be one more launch
-        loss = evaluate(
+        loss = sigreg_unchecked(
             z,
             A,
             knots.t,
@@ -208,8 +202,8 @@ class SIGReg(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SIGReg:
-        # `.bfloat16()` on a whole model must not round the knots, and materialising a meta-device
-        # module must leave nothing uninitialised: knots are made anew from the float64 values.
+        # `.bfloat16()` on a whole model must not round the knots, and materializing a meta-device
+        # module must leave nothing uninitialized: knots are made anew from the float64 values.
         had_no_value = self.step.is_meta
         super()._apply(fn, recurse)
         if had_no_value and not self.step.is_meta:
@@ -229,4 +223,4 @@ class SIGReg(nn.Module):
 def _checked(knots: Knots) -> Knots:
     """float64 knots on the CPU, with a spacing that fits them."""
     t, phi, weights = (a.detach().to("cpu", torch.float64) for a in knots[:3])
-    return Knots(t, phi, weights, check_spacing(knots.spacing, t))
+    return Knots(t, phi, weights, resolve_spacing(knots.spacing, t))

@@ -42,6 +42,7 @@ _TILE_SAMPLES = 2048
 _SLAB_SLICES = 512
 
 
+@torch.library.custom_op("lejepa_fast::ecf_sums", mutates_args=())
 def ecf_sums(x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
     """Sums over samples of cos(t_j p) and sin(t_j p) for p = x A.
 
@@ -56,12 +57,19 @@ def ecf_sums(x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
     """
     series = _make_series(t, spacing)
     raw = series.new_sums(x.shape[0], A.shape[1])
-    for v, _, slab, p in _projection_tiles(x, A):
-        for sub, p_tile in _split_slab(p):
-            series.accumulate(raw[v, slab.start + sub.start : slab.start + sub.stop], p_tile)
+    with full_precision(x.device):
+        for v, _, slab, p in _projection_tiles(x, A):
+            for sub, p_tile in _split_slab(p):
+                series.accumulate(raw[v, slab.start + sub.start : slab.start + sub.stop], p_tile)
     return series.finish_sums(raw, x.shape[1])
 
 
+@ecf_sums.register_fake
+def _(x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
+    return A.new_empty(x.shape[0], 2, t.shape[0], A.shape[1])
+
+
+@torch.library.custom_op("lejepa_fast::ecf_sums_backward", mutates_args=())
 def ecf_sums_backward(grad: Tensor, x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
     """Gradient of `ecf_sums` with respect to `x`; the projections are recomputed.
 
@@ -77,39 +85,15 @@ def ecf_sums_backward(grad: Tensor, x: Tensor, A: Tensor, t: Tensor, spacing: fl
     t_column = t.unsqueeze(-1)
     coefficients = series.prepare_gradient(alpha=grad[:, 1] * t_column, beta=-grad[:, 0] * t_column)
     dx = torch.zeros(x.shape, dtype=A.dtype, device=x.device)
-    for v, rows, slab, p in _projection_tiles(x, A):
-        for sub, p_tile in _split_slab(p):
-            series.gradient_(coefficients[v, slab.start + sub.start : slab.start + sub.stop], p_tile)
-        dx[v, rows].addmm_(p.t(), A[:, slab].t())
+    with full_precision(x.device):  # users do call backward() under autocast
+        for v, rows, slab, p in _projection_tiles(x, A):
+            for sub, p_tile in _split_slab(p):
+                series.gradient_(coefficients[v, slab.start + sub.start : slab.start + sub.stop], p_tile)
+            dx[v, rows].addmm_(p.t(), A[:, slab].t())
     return dx.to(x.dtype)
 
 
-@torch.library.custom_op(
-    "lejepa_fast::ecf_sums",
-    mutates_args=(),
-    schema="(Tensor x, Tensor A, Tensor t, float? spacing) -> Tensor",
-)
-def ecf_sums_operator(x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
-    with full_precision(x.device):
-        return ecf_sums(x, A, t, spacing)
-
-
-@ecf_sums_operator.register_fake
-def _(x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
-    return A.new_empty(x.shape[0], 2, t.shape[0], A.shape[1])
-
-
-@torch.library.custom_op(
-    "lejepa_fast::ecf_sums_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor A, Tensor t, float? spacing) -> Tensor",
-)
-def _ecf_sums_backward(grad: Tensor, x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
-    with full_precision(x.device):  # users do call backward() under autocast
-        return ecf_sums_backward(grad, x, A, t, spacing)
-
-
-@_ecf_sums_backward.register_fake
+@ecf_sums_backward.register_fake
 def _(grad: Tensor, x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -124,8 +108,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return torch.ops.lejepa_fast.ecf_sums_backward(grad, x, A, t, ctx.spacing), None, None, None
 
 
-ecf_sums_operator.register_autograd(_backward, setup_context=_setup_context)
-_ecf_sums_backward.register_autograd(refuse_double_backward)
+ecf_sums.register_autograd(_backward, setup_context=_setup_context)
+ecf_sums_backward.register_autograd(refuse_double_backward)
 
 
 def _projection_tiles(x: Tensor, A: Tensor) -> Iterator[tuple[int, slice, slice, Tensor]]:

@@ -89,13 +89,9 @@ def why_not_precision(device: torch.device, precision: str | None) -> str | None
     return f"precision: expected {expected} or None on ROCm's {name}, got {precision!r}; None takes 'ieee'"
 
 
-def tile_itemsize(x: Tensor, A: Tensor) -> int:
-    """Bytes of an element as it is multiplied: x and A of different dtypes are multiplied as float32."""
-    return x.element_size() if x.dtype == A.dtype else 4
-
-
 def _plan(x: Tensor, A: Tensor, t: Tensor, spacing: float | None, precision: str) -> tuple[Plan, Config]:
-    config = get_config(x.device, tile_itemsize(x, A))
+    # x and A of different dtypes are multiplied as float32.
+    config = get_config(x.device, x.element_size() if x.dtype == A.dtype else 4)
     stretch = config.stretch if precision == "tf32x3" else 1.0
     return make_plan(t.shape[0], spacing, stretch), config
 

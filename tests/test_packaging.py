@@ -30,7 +30,7 @@ def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
 
 def alone(path: list[Path], code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run code that sees the standard library and these folders only."""
-    return python("-I", "-S", "-c", f"import sys; sys.path += {list(map(str, path))}; {code}", *arguments)
+    return python("-I", "-S", "-c", f"import sys; sys.path += {list(map(str, path))}\n{code}", *arguments)
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
@@ -83,7 +83,7 @@ def contents(archive: Path) -> dict[str, int]:
 
 
 def test_wheel_and_sdist_hold_the_package_alone(archives):
-    """Sources, marker of types, templates, the embedded images with their licence: all that git tracks."""
+    """Sources, marker of types, templates, the embedded images with their license: all that git tracks."""
     wheel, sdist = map(contents, archives)
     info = {name for name in wheel if ".dist-info/" in name}
     beside = {"LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg", "setup.py"}
@@ -109,38 +109,38 @@ def test_the_sdist_builds_the_same_wheel(archives, tmp_path):
     assert {**again, record: 0} == {**contents(archives[0]), record: 0}
 
 
-def test_the_loss_needs_torch_and_triton_alone(installed):
-    code = (
-        "import torch, lejepa_fast as l, lejepa_fast.kernels, importlib.util as u; x = torch.randn(2, 8, 4); "
-        "x.requires_grad_(); l.LeJEPALoss()(x, x).total.backward(); print(l.__file__, x.grad.shape); "
-        "print([u.find_spec(m) for m in ('kernels', 'train', 'torchvision', 'timm', 'PIL')])"
-    )
-    run = alone(installed, code)
+USE = """
+import contextlib, importlib, importlib.util, io, runpy, torch, lejepa_fast, lejepa_fast.kernels
+x = torch.randn(2, 8, 4, requires_grad=True)
+lejepa_fast.LeJEPALoss()(x, x).total.backward()
+print(lejepa_fast.__file__, x.grad.shape)
+print([importlib.util.find_spec(name) for name in ("kernels", "train", "torchvision", "timm", "PIL")])
+for package in ("train", "data"):
+    try:
+        importlib.import_module("lejepa_fast." + package)
+    except ModuleNotFoundError as error:
+        print(error)
+for command in sys.argv[1:]:
+    sys.argv[:] = [command, "--help"]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            runpy.run_path(command, run_name="__main__")
+    except SystemExit as stop:
+        print(stop.code, said.getvalue().strip())
+"""
+COMMANDS = ("bin/lejepa-pretrain", "bin/lejepa-data", "bin/lejepa-plan", "lejepa_fast/train/pretrain.py")
+
+
+def test_the_loss_needs_torch_and_triton_alone_and_a_missing_extra_is_named(installed):
+    """By an import, and by each command in one line."""
+    run = alone(installed, USE, *(str(installed[0] / command) for command in COMMANDS))
     assert run.returncode == 0, run.stderr[-2000:]
-    first, second = run.stdout.splitlines()
+    first, second, *missing = run.stdout.splitlines()
     assert first == f"{installed[0]}/lejepa_fast/__init__.py torch.Size([2, 8, 4])"
     assert second == str([None] * 5)
-
-
-@pytest.mark.parametrize("package", ["train", "data"])
-def test_a_missing_extra_is_named(installed, package):
-    run = alone(installed, f"import lejepa_fast.{package}")
-    assert run.returncode == 1
-    last = run.stderr.splitlines()[-1]
-    assert last.startswith("ModuleNotFoundError: torchvision, ")
-    assert last.endswith(": not installed; run: pip install 'lejepa_fast[train]'")
-
-
-@pytest.mark.parametrize(
-    "command", ["bin/lejepa-pretrain", "bin/lejepa-data", "bin/lejepa-plan", "lejepa_fast/train/pretrain.py"]
-)
-def test_commands_name_a_missing_extra_in_one_line(installed, command):
-    code = "import runpy; sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    run = alone(installed, code, str(installed[0] / command), "--help")
-    assert run.returncode == 2, run.stderr
-    assert "Traceback" not in run.stderr
-    last = run.stderr.splitlines()[-1]  # before it PyTorch warns that NumPy is missing
-    assert re.fullmatch(r"error: torchvision, .* run: pip install 'lejepa_fast\[train\]'", last)
+    assert len(missing) == 2 + len(COMMANDS)
+    for line, begin in zip(missing, [""] * 2 + ["2 error: "] * len(COMMANDS), strict=True):
+        assert re.fullmatch(rf"{begin}torchvision, .*: not installed; .* 'lejepa_fast\[train\]'", line), line
 
 
 def imported(files: Iterable[Path]) -> set[str]:

@@ -109,12 +109,12 @@ def test_nothing_begins_when_the_time_is_up_and_an_optional_stage_may_lack_time_
     late, each = make(0.01), stage("late", "pass", case="giant-bfloat16")
     late.carry_out(each)
     assert late.outcomes[each].status == "skipped"
-    assert late.summarise() == 1
+    assert late.summarize() == 1
     judged = [row for row in benchlib.read_rows(late.writer.path) if "target" in row]
     assert {(row["met"], row["note"]) for row in judged} == {(None, f"no row of {TRITON}")}
     for part, status in itertools.product((1, 3), ("ok", "stopped", "skipped", "absent", "failed")):
         late.outcomes = {stage("it", "pass", part): Outcome(status, 1.0)}
-        assert late.summarise() == int(status == "failed" or (part == 1 and status != "ok"))
+        assert late.summarize() == int(status == "failed" or (part == 1 and status != "ok"))
 
 
 @pytest.mark.parametrize(("share", "code"), [(2.0, 1), (0.5, 0)])
@@ -124,7 +124,7 @@ def test_a_missed_target_is_exit_code_1(make, tmp_path, monkeypatch, share, code
     written = [{"variant": v.name, "J": J, "judged": True, "share_of_allowed": share} for v, J in measured]
     monkeypatch.setattr(gpu_check, "execute", lambda *_: rows.write(*written) and Outcome("ok", 1.0))
     check.carry_out(BY_NAME["accuracy"])
-    assert check.summarise() == code
+    assert check.summarize() == code
 
 
 def test_stages_fit_the_targets_the_files_and_the_time(make, monkeypatch):

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lejepa_fast import LeJEPALoss, SIGReg, sample_directions, sigreg, standard_normal_knots
 
-VIEWS, DIM, SLICES = 3, 6, 40
+VIEWS, DIM, SLICES = 3, 6, 20
 EQUAL = {1: [24], 2: [12, 12], 4: [6, 6, 6, 6]}
 UNEQUAL = {1: [24], 2: [17, 7], 4: [13, 0, 10, 1]}  # a rank without samples, and one with a single one
 MANY = [66_000, 257]  # 257 is no number of bf16, in which the samples are

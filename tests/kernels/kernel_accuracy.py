@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import arbitrary_knots, assert_within_rule, check_accuracy, functional
+from accuracy import arbitrary_knots, assert_within_rule, check_accuracy, check_non_finite, functional
 from kernel_helpers import DEVICE, ONE_KERNEL, TWO_KERNELS, directions, normal
 
 from lejepa_fast import SIGReg, sample_unit_directions, standard_normal_knots
@@ -15,41 +15,37 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SHAPES = [
     ((2, 32, 16), 32),  # whole tiles only
     ((1, 16), 8),  # one sample
-    ((3, 37, 5), 7),  # nothing a multiple of a tile, K below the least tile
+    ((2, 19, 5), 7),  # nothing a multiple of a tile, K below the least tile
     ((33, 1), 1),  # one dimension, one direction
-    ((2, 130, 20), 17),  # several splits, one direction more than a tile, K not a multiple of the tile
-    ((40, 33), 20),  # K above the limit of the fused backward, not a multiple of the tile
-    ((2, 1, 17, 48), 33),  # two leading dimensions, K of three whole tiles
+    ((70, 20), 17),  # three splits, one direction more than a tile, K not a multiple of the tile
+    ((20, 33), 20),  # K above the limit of the fused backward, not a multiple of the tile
+    ((2, 1, 17, 48), 17),  # two leading dimensions, K of three whole tiles
     ((3, 2100), 5),  # K > 2048
 ]
 
 
-@pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize(("shape", "M"), SHAPES)
-def test_accuracy_over_shapes(shape, M, unbiased):
-    if unbiased and shape[-2] < 2:
-        pytest.skip("the unbiased statistic needs two samples")
-    x, A = normal(*shape), directions(shape[-1], M)
-    check_accuracy(x, A, standard_normal_knots(), impl="triton", unbiased=unbiased)
+def test_accuracy_over_shapes(shape, M):
+    check_accuracy(normal(*shape), directions(shape[-1], M), standard_normal_knots(), impl="triton")
 
 
 # Around each change of the table: baby steps only, one giant step, two, several chunks, the last not full.
 @pytest.mark.parametrize("J", [1, 2, 3, 4, 5, 11, 12, 17, 18, 19, 25, 33, 65])
 def test_accuracy_over_numbers_of_knots(J):
     knots = standard_normal_knots(3.0, J)
-    check_accuracy(normal(50, 8), directions(8, 12), knots, impl="triton", reduction=None)
+    check_accuracy(normal(20, 8), directions(8, 12), knots, impl="triton", reduction=None)
 
 
 @pytest.mark.parametrize("J", [1, 7, 8, 9, 17])  # around the eight knots of a chunk
 @pytest.mark.parametrize("K", [ONE_KERNEL, TWO_KERNELS])
 def test_accuracy_of_arbitrary_knots(J, K):
-    check_accuracy(normal(2, 20, K), directions(K, 9), arbitrary_knots(J), impl="triton")
+    check_accuracy(normal(20, K), directions(K, 9), arbitrary_knots(J), impl="triton")
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 10.0, 1e3, 1e4])
 @pytest.mark.parametrize("J", [17, 65])
 def test_accuracy_over_sizes_of_projections(scale, J):
-    x, A = scale * normal(60, 16), directions(16, 12)
+    x, A = scale * normal(20, 16), directions(16, 12)
     check_accuracy(x, A, standard_normal_knots(3.0, J), impl="triton", reduction=None)
 
 
@@ -58,7 +54,7 @@ def test_accuracy_over_sizes_of_projections(scale, J):
 @pytest.mark.parametrize("exact_directions", [False, True])
 def test_accuracy_of_half_precision_inputs(dtype, K, exact_directions):
     """float32 directions multiply as float32; half-precision ones with their scale on the tensor cores."""
-    x, knots = normal(2, 50, K, dtype=dtype), standard_normal_knots()
+    x, knots = normal(2, 20, K, dtype=dtype), standard_normal_knots()
     if not exact_directions:
         check_accuracy(x, directions(K, 20), knots, impl="triton")
         return
@@ -71,7 +67,7 @@ def test_accuracy_of_half_precision_inputs(dtype, K, exact_directions):
 def test_accuracy_of_every_shipped_tile_of_the_fused_backward(dtype):
     """Each at the largest K that it holds, where registers and shared memory are fullest."""
     config = get_config(torch.device(DEVICE), dtype.itemsize)
-    for K, tile in config.fused:
+    for K, tile in config.fused.items():
         M = 2 * tile.block_m
         assert config.fuses(K, M)
         assert config.tile("fused", K) == tile
@@ -85,8 +81,8 @@ def test_accuracy_of_every_shipped_tile_of_the_fused_backward(dtype):
 @pytest.mark.parametrize("size", [1e-12, 1e-6, 1.0, 1e8])
 def test_float16_gradient_of_any_size(K, size):
     """dT/dp passes through float16 whose range it does not fit; views differ in size, too."""
-    x = torch.cat([normal(1, 128, K), 0.1 * normal(1, 128, K)]).half()
-    A, scale = sample_unit_directions(K, 20, step=1, device=DEVICE, dtype=torch.float16)
+    x = torch.cat([normal(1, 20, K), 0.1 * normal(1, 20, K)]).half()
+    A, scale = sample_unit_directions(K, 9, step=1, device=DEVICE, dtype=torch.float16)
     knots = standard_normal_knots()
     knots = knots._replace(weights=knots.weights * size)
 
@@ -124,28 +120,9 @@ def test_gradient_per_direction(K):
     assert (got[..., M:] == 0).all()
 
 
-@pytest.mark.parametrize(
-    "options", [{"scale_by_n": False}, {"scale_by_n": False, "unbiased": True}, {"reduction": "sum"}]
-)
-def test_options(options):
-    check_accuracy(normal(2, 20, 6), directions(6, 9), standard_normal_knots(), impl="triton", **options)
-
-
-def test_target_and_weights_per_direction():
-    knots = standard_normal_knots()
-    phi = torch.exp(-knots.t[:, None] * torch.linspace(0.5, 2, 9).double())
-    knots = knots._replace(phi=phi, weights=torch.rand(9, 17, dtype=torch.float64).t())  # also transposed
-    check_accuracy(normal(2, 20, 6), directions(6, 9), knots, impl="triton")
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("J", [1, 2, 17, 25])
-def test_non_finite_input_gives_nan(bad, J):
-    x = normal(2, 30, 4)
-    x[1, 7, 2] = bad
-    each = SIGReg(num_slices=6, n_points=J, impl="triton", reduction=None).to(DEVICE)(x)
-    assert each[1].isnan().all()
-    assert each[0].isfinite().all(), "the other view is not touched"
+def test_non_finite_input_gives_nan(J):
+    check_non_finite(normal(4, 20, 4), SIGReg(6, n_points=J, impl="triton", reduction=None).to(DEVICE))
 
 
 def test_projections_without_a_phase_stay_bounded():

@@ -55,7 +55,7 @@ class Drawn(NamedTuple):
 
 
 ORDER = (("brightness", 1.4), ("contrast", 1.4), ("saturation", 1.5), ("hue", 0.1))
-# Each with a neighbour that is wrong enough to be found.
+# Each with a neighbor that is wrong enough to be found.
 PAIRS = [
     (Drawn(gray=True), Drawn()),
     (Drawn(solarize=True), Drawn()),

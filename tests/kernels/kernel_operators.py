@@ -7,6 +7,7 @@ import torch
 from accuracy import evaluate
 from host_reads import host_reads
 from kernel_helpers import DEVICE, directions, normal
+from torch.utils.checkpoint import checkpoint
 
 from lejepa_fast import (
     Knots,
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("K", "M"), [(1, 1), (3, 5), (130, 33)])
+@pytest.mark.parametrize(("K", "M"), [(1, 1), (3, 5), (70, 17)])  # the last above every block
 def test_directions_are_those_of_the_torch_implementation(K, M, dtype):
     for step, seed in ((0, 0), (5 + (1 << 33), -7), (2, (1 << 40) + 1)):
         got, scale = philox.draw_directions(torch.tensor(step, device=DEVICE), K, M, seed, dtype)
@@ -40,13 +41,13 @@ def test_directions_are_those_of_the_torch_implementation(K, M, dtype):
 
 
 def test_operators_contract():
-    x, A, scale = normal(2, 20, 4).requires_grad_(), directions(4, 6), torch.ones(6, device=DEVICE)
-    t, phi, weights = (a.float().to(DEVICE) for a in standard_normal_knots()[:3])
+    x, A, scale = normal(2, 5, 4).requires_grad_(), directions(4, 6), torch.ones(6, device=DEVICE)
+    t, phi, weights = (a.float().to(DEVICE) for a in standard_normal_knots(0.5625, 4)[:3])
     registered = torch.ops.lejepa_fast
     torch.library.opcheck(registered.triton_table, (x.detach(), A, scale, t, 0.1875, "ieee"))
     table = registered.triton_table(x.detach(), A, None, t, 0.1875, "ieee")
     for factor in (None, 0.5):
-        arguments = (x, A, None, table, None, 20, t, phi, weights, 0.1875, False, True, factor, "ieee")
+        arguments = (x, A, None, table, None, 5, t, phi, weights, 0.1875, False, True, factor, "ieee")
         torch.library.opcheck(registered.triton_finish, arguments)
         _, coef = registered.triton_finish(*arguments)
     grad = torch.ones((), device=DEVICE)
@@ -54,10 +55,9 @@ def test_operators_contract():
     torch.library.opcheck(registered.triton_gradient, arguments)
 
 
-@pytest.mark.parametrize("reduction", ["mean", None])
-def test_compiles_to_one_graph(reduction):
-    x = normal(2, 20, 4).requires_grad_()
-    eager, module = (SIGReg(num_slices=8, impl="triton", reduction=reduction).to(DEVICE) for _ in range(2))
+def test_compiles_to_one_graph():
+    x = normal(2, 5, 4).requires_grad_()
+    eager, module = (SIGReg(8, n_points=4, impl="triton", reduction=None).to(DEVICE) for _ in range(2))
     compiled = torch.compile(module, fullgraph=True)
     for _ in range(2):
         expected, got = eager(x), compiled(x)
@@ -67,29 +67,27 @@ def test_compiles_to_one_graph(reduction):
     assert module.step.item() == 2
 
 
-def test_autocast_and_checkpointing_change_nothing():
-    from torch.utils.checkpoint import checkpoint
-
-    x, weight = normal(20, 4), torch.eye(4, device=DEVICE, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_and_checkpointing_change_nothing(dtype):
+    x, weight = normal(20, 4, dtype=dtype), torch.eye(4, dtype=dtype, device=DEVICE, requires_grad=True)
     plain, other = (SIGReg(num_slices=8, impl="triton").to(DEVICE) for _ in range(2))
     expected = plain(x @ weight)
     (grad,) = torch.autograd.grad(expected, weight)
     got = checkpoint(lambda w: other(x @ w), weight, use_reentrant=False)
     assert torch.equal(got, expected)
     assert torch.equal(torch.autograd.grad(got, weight)[0], grad)
+    z = (x @ weight).detach()
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert torch.equal(plain(x, step=0), expected.detach())
+        assert torch.equal(plain(z, step=0), expected.detach())
 
 
 def test_knots_and_scale_may_have_any_strides():
-    x, A = normal(30, 5), directions(5, 6)
-    t, phi, weights = (a.float().to(DEVICE) for a in standard_normal_knots()[:3])
+    x, A = normal(7, 5), directions(5, 6)
+    t, phi, weights = (a.float().to(DEVICE) for a in standard_normal_knots(1.5, 9)[:3])
     scale = torch.rand(6, device=DEVICE) + 0.5
     cases = [
         (t, torch.stack([scale, scale], dim=1)[:, 0]),  # every other number
-        (t, scale[:1].expand(6)),
-        (t, scale.double()),
-        (torch.stack([t, t], dim=1)[:, 0], scale),
+        (torch.stack([t, t], dim=1)[:, 0], scale[:1].double().expand(6)),
     ]
     for spacing in (0.1875, None):
         for knots, factors in cases:
@@ -111,7 +109,7 @@ def test_torch_func_is_refused_clearly():
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the GPU's own check is in test_kernels_gpu.py")
 def test_the_host_never_reads_from_the_device(monkeypatch):
-    monkeypatch.setattr(functional, "readable", lambda t: False)  # knots on a GPU are not looked at
+    monkeypatch.setattr(functional, "host_can_read", lambda t: False)  # knots on a GPU are not looked at
     reg, x = SIGReg(num_slices=9, impl="triton"), normal(2, 20, 4).requires_grad_()
     assert host_reads(lambda: reg(x).backward()) == set()
     assert host_reads(lambda: reg.step.item()), "reads are not seen"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_helpers import DEVICE, TWO_KERNELS
+from sigreg_variants import Case, Size
+from tiles_bench import time_candidates
 
-from lejepa_fast import sample_directions, sample_unit_directions
-from lejepa_fast.kernels import autotune, backward, epilogue, forward, timing
-from lejepa_fast.kernels.configs import ANY, Choice, get_config
+from lejepa_fast import sample_unit_directions
+from lejepa_fast.kernels import autotune, backward, epilogue, forward
+from lejepa_fast.kernels.configs import ANY, get_config
 from lejepa_fast.kernels.table import make_plan
 
 t = torch.arange(17, device=DEVICE) * 0.1875
@@ -35,7 +37,7 @@ def test_every_candidate_gives_the_same_result(K, dtype):
     for kernel in ("forward", "fused") if K == 13 else ("forward", "gradient", "product"):
         for tile in shipped.candidates(kernel, K)[1:]:
             try:
-                got = forward_backward(shipped._replace(**{kernel: (Choice(ANY, tile),)}))
+                got = forward_backward(shipped._replace(**{kernel: {ANY: tile}}))
             except autotune.CANNOT_RUN:  # too large for this GPU
                 continue
             ran += 1
@@ -46,7 +48,7 @@ def test_every_candidate_gives_the_same_result(K, dtype):
 
 
 def test_candidates_for_a_benchmark():
-    x, A = torch.randn(2, 20, 8, device=DEVICE), sample_directions(8, 9, step=0, device=DEVICE)
+    case, device = Case("tiny", Size(1, 5, 8, 9, 17), torch.float32, ()), torch.device(DEVICE)
     calls = []
 
     def timer(call):
@@ -55,14 +57,14 @@ def test_candidates_for_a_benchmark():
             raise RuntimeError("too large")
         return 0.5
 
-    rows = timing.time_candidates(x, A, fused=True, timer=timer)
+    rows = time_candidates(case, device, True, timer)
     assert len(rows) == len(calls)
     assert {row["kernel"] for row in rows} == {"forward", "fused"}
     assert (rows[0]["seconds"], rows[0]["error"]) == (None, "RuntimeError: too large")
     assert all(row["seconds"] == 0.5 and row["error"] is None for row in rows[1:])
     assert [row["shipped"] for row in rows[:2]] == [True, False]
-    assert all(row["N"] == 20 and row["dtype"] == "float32" for row in rows)
-    rows = timing.time_candidates(x, A, fused=False, timer=lambda call: call() or 0.5)
+    assert all(row["N"] == 5 and row["dtype"] == "float32" for row in rows)
+    rows = time_candidates(case, device, False, lambda call: call() or 0.5)
     assert {row["kernel"] for row in rows} == {"forward", "gradient", "product"}
 
 

@@ -84,7 +84,7 @@ def test_parts_of_the_loss(views):
     assert seen == [out.sigreg]
 
 
-def test_gradient_flows_through_the_centre(views):
+def test_gradient_flows_through_the_center(views):
     z, exact, detached = (views[1].clone().requires_grad_() for _ in range(3))
     LeJEPALoss(lambd=0.0, sigreg=SIGReg(num_slices=4))(z[:2], z).prediction.backward()
     (exact[:2].mean(0) - exact).square().mean().backward()
