@@ -10,8 +10,6 @@ On a GPU the kernels are compiled. Without one they run in Triton's interpreter,
 float32 is multiplied as such whatever the precision.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """What all benchmarks share: the command line, the row writer, tables."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import datetime

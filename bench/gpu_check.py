@@ -18,8 +18,6 @@ To add a stage, add an entry to `STAGES`. A benchmark follows one rule, `python 
 appends its rows to DIR as they come, and its exit code says whether it worked.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.util

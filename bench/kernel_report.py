@@ -22,8 +22,6 @@ overlap; where registers or shared memory leave room for one only, its product a
 whose key begins with "triton 3.8" replaces the common one for that version.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -8,8 +8,6 @@ float32, normalized, with the same number of workers or threads, and take turns 
 DALI, DALI decodes and augments there, and every loader's batches end on the GPU. Rows go to DIR/loader.jsonl.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import gc

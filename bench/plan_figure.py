@@ -5,8 +5,6 @@ activation checkpointing) for 1 to 256 GPUs; no GPU is used. Appends a row for e
 draws plan.png.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 from benchlib import Rows, command_line

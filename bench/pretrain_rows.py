@@ -4,8 +4,6 @@ A row holds the report's summary of a run, with this machine: call it where the 
 pretrain.png, the accuracies of these runs; without RUN, those of the rows that are there.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; what is between is replaced.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 

@@ -18,8 +18,6 @@ FP32 instructions at the rate of the chip, its bytes at the speed of a measured 
 plus backward; `serial_floor_ms` adds the three instead.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import itertools

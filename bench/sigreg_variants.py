@@ -7,8 +7,6 @@ In float32 everything is float32 (PyTorch's default: no TF32). In bf16 the autho
 users run it, under autocast: the projection is a bf16 matmul; phases, cosines and sines are float32.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence

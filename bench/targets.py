@@ -1,7 +1,5 @@
 """All targets, and what the rows of a run say about them."""
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Callable, Sequence

@@ -6,8 +6,6 @@ the shipped one. The backward is timed both ways: in one kernel (fused), and in 
 Several processes compile the tiles before they are timed.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import statistics

@@ -6,8 +6,6 @@
   the call, so that host time does not count.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import multiprocessing

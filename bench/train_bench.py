@@ -14,8 +14,6 @@ the medians of the run's metrics after the warm-up. A case that does not fit int
 `error`, and is tried again with half the images. On a GPU the targets of `targets.py` are printed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -3,8 +3,6 @@
 Where mypy cannot follow an import it takes the names for `Any`, and `assert_type` is an error.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:

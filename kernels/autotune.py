@@ -10,8 +10,6 @@ candidates of its configuration, and the process keeps the fastest. Candidates t
 - No tensor's size depends on a tile (`count_splits`), so fake implementations need not know the choice.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Hashable

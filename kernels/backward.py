@@ -13,8 +13,6 @@ The product takes dT/dp in the dtype of x and A. float16 has a small range, whil
 `scale_by_n`: with NORMALIZE it is multiplied by a power of two for each view, which is undone in float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -11,8 +11,6 @@ before and adds whole numbers, whose sum does not depend on the order. Between t
 or float32 between the two passes of the blur; pictures without blur go straight to `out`.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

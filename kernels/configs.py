@@ -12,8 +12,6 @@ tensor-core instructions, then on sm_90 the smallest predicted time, elsewhere t
   groups of four warps would compute the same projections.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -10,8 +10,6 @@ and receive the gradients of both, so a program processes pairs (a, b) of a bloc
 coefficients have the same rows: `backward.py` evaluates the same bilinear form.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

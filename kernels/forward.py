@@ -5,8 +5,6 @@ projects BLOCK_N samples at a time on the tensor cores and accumulates the produ
 its partial table once, so two runs agree bit for bit.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

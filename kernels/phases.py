@@ -20,8 +20,6 @@ without moving data between threads, so that everything that follows is elementw
 samples stay inside a thread until the end of the kernel.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

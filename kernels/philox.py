@@ -6,8 +6,6 @@ ROUNDED column gives a float32 scale that makes it a unit vector again. So tenso
 known unit directions.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

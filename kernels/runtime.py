@@ -1,7 +1,5 @@
 """What all launches share: options, the current device, memory for outputs."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from contextlib import AbstractContextManager

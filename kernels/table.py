@@ -1,7 +1,5 @@
 """The table of sums of J knots, and how programs share it and the samples (maths: `phases.py`)."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import math

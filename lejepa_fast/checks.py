@@ -1,7 +1,5 @@
 """Checks of arguments. Errors read `name: expected ..., got ...`."""
 
-from __future__ import annotations
-
 import numbers
 from typing import Any
 

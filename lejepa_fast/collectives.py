@@ -7,8 +7,6 @@ every rank, so it is enough to sum the gradient that arrives at the loss, one nu
 tensors are reduced in the forward pass only.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

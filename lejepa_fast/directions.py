@@ -7,8 +7,6 @@ directions without communication, a checkpoint needs only the step, and nothing 
 be a tensor on it. Column m does not depend on how many columns are asked for.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import starmap
 

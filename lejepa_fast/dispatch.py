@@ -1,7 +1,5 @@
 """Which implementation of SIGReg runs, and what each one refuses."""
 
-from __future__ import annotations
-
 import logging
 from typing import Literal
 

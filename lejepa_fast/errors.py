@@ -4,8 +4,6 @@ The library itself raises `ValueError` and `TypeError`; both classes here derive
 errors, so a caller who imports the library never needs to know them.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path

@@ -6,8 +6,6 @@ Only the first stage is large, so only it has several implementations (`dispatch
 2 * J * M numbers per view in plain PyTorch, or in one more kernel.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """The LeJEPA loss: prediction between views plus SIGReg (LeJEPA, arXiv 2511.08544, Algorithm 2)."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 import torch

@@ -26,8 +26,6 @@ Gradient, used by the implementations that write their own backward:
 The factor N of T and the 1/N of the means cancel. |dT/dp| <= sum_j 4 w_j t_j whatever x is.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 

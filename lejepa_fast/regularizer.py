@@ -1,7 +1,5 @@
 """SIGReg as a module: holds the knots and the step, draws directions and calls `functional.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -201,7 +199,7 @@ class SIGReg(nn.Module):
             value = getattr(self._knots, name).to(device=device, dtype=torch.float32, copy=True)
             self.register_buffer(name, value, persistent=False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SIGReg:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SIGReg":
         # `.bfloat16()` on a whole model must not round the knots, and materializing a meta-device
         # module must leave nothing uninitialized: knots are made anew from the float64 values.
         had_no_value = self.step.is_meta

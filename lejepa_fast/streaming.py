@@ -22,8 +22,6 @@ c_{k+1} = 2 c_1 c_k - c_{k-1}, which costs the same here, like j^2.
 Knots that are not equidistant take one sine and cosine each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -142,7 +140,7 @@ def _tile_elements(tensor: Tensor) -> int:
     return _TILE_ELEMENTS.get(tensor.device.type, _TILE_ELEMENTS_ACCELERATOR)
 
 
-def _make_series(t: Tensor, spacing: float | None) -> _DirectSeries | _EquidistantSeries:
+def _make_series(t: Tensor, spacing: float | None) -> "_DirectSeries | _EquidistantSeries":
     if spacing is None or t.shape[0] < 2:
         return _DirectSeries(t)
     return _EquidistantSeries(t, spacing)

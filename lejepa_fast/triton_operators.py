@@ -10,8 +10,6 @@ Without several ranks, `triton_finish` sums the splits itself.
 The kernels are imported when an operator runs: importing Triton takes longer than importing this library.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable

@@ -2,8 +2,6 @@
 poisoned memory for the kernels.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import os
@@ -76,7 +74,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny(image_folder: Path, tmp_path: Path) -> Callable[..., Config]:
+def tiny(image_folder: Path, tmp_path: Path) -> "Callable[..., Config]":
     """Makes a configuration of 12 steps in 3 epochs; keywords replace fields, dicts those of a section."""
     # Not above: the tests of the kernels run without the trainer's command line.
     from lejepa_fast.train.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig

@@ -9,8 +9,6 @@ Everything runs in a copy of the repository. Tests that fail without a mutant ar
 after every mutant; a second call with the same `--out` goes on where the first one stopped.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import json

@@ -3,8 +3,6 @@
 `make lint` holds the order of the rooms (import-linter). Its contract on circles looks at siblings alone.
 """
 
-from __future__ import annotations
-
 import graphlib
 
 import grimp

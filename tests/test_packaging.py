@@ -1,7 +1,5 @@
 """What is installed: one package with its data. The loss needs torch and triton alone, the rest an extra."""
 
-from __future__ import annotations
-
 import ast
 import importlib.metadata
 import re

@@ -1,7 +1,5 @@
 """The accuracy benchmark tells a good implementation from a bad one."""
 
-from __future__ import annotations
-
 import sys
 
 import accuracy_bench

@@ -1,7 +1,5 @@
 """The command for a GPU machine: its stages, their limits, and what counts as a failure."""
 
-from __future__ import annotations
-
 import itertools
 import subprocess
 import sys

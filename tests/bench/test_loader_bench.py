@@ -1,7 +1,5 @@
 """The loader's benchmark: a rehearsal of everything."""
 
-from __future__ import annotations
-
 import benchlib
 import loader_bench
 import torch

@@ -1,7 +1,5 @@
 """The documents show what was measured, and what the README shows works."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,7 +1,5 @@
 """The SIGReg benchmark: its gate, its timing, its rows and its output, at tiny sizes."""
 
-from __future__ import annotations
-
 import json
 import types
 

@@ -1,7 +1,5 @@
 """The targets: met, missed, or without a figure and why."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

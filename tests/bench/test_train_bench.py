@@ -1,7 +1,5 @@
 """The trainer's benchmark: a case on a tiny model, and what does not fit."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import benchlib

@@ -1,7 +1,5 @@
 """The example for newcomers runs as it is printed, and learns."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

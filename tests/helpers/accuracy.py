@@ -1,7 +1,5 @@
 """Holds SIGReg implementations to the accuracy rule (`accuracy_bench.allowed_error`); float64 truth."""
 
-from __future__ import annotations
-
 import shutil
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """What each rank runs for test_distributed.py; imported by spawned processes."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 from pathlib import Path

@@ -3,8 +3,6 @@
 For each step, each rank adds a line (step, digest of each image's views) to FAULTS_SEEN/RANK-PID.jsonl.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

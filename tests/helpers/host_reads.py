@@ -1,7 +1,5 @@
 """Which operations that make the host wait for a device a call runs, seen on the CPU by the profiler."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

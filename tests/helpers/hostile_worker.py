@@ -4,8 +4,6 @@ Arguments: backend, names of shards in this folder. It loads an epoch of each sh
 its index. It also prints by how much its memory has grown over all of them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

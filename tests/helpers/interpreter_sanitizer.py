@@ -10,8 +10,6 @@ the kernel's argument, addition keeps them, and they are taken off before memory
 triton-viz has a sanitizer too, but 3.0 fails at these kernels and does not look for races.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

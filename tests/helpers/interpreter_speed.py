@@ -6,8 +6,6 @@ they have been replaced when the kernel began. Once for each kernel launch is en
 Triton 3.6 converts the bounds of a loop, arrays of one element, by `int`. NumPy 2.4 refuses that.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import triton.language as tl

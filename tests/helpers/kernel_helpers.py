@@ -5,8 +5,6 @@ own with TRITON_INTERPRET=1: the interpreter decides at import which kernels it 
 small and odd: an interpreted tile has 16 x 16 x 16 elements.
 """
 
-from __future__ import annotations
-
 import contextlib
 from contextlib import AbstractContextManager
 from typing import Any

@@ -1,7 +1,5 @@
 """The backends on which the promises of the loader are tested, and data sets whose labels tell the images."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Image files that are damaged or odd, each with what must become of it."""
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib

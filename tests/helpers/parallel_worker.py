@@ -1,7 +1,5 @@
 """What each rank runs for test_parallel.py and test_plan.py; imported by spawned processes."""
 
-from __future__ import annotations
-
 import gc
 import json
 from collections.abc import Iterator

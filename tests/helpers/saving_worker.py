@@ -1,7 +1,5 @@
 """What the processes run that test_checkpoint.py kills: few imports here, since it starts forty of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

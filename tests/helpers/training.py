@@ -1,7 +1,5 @@
 """Shared by the tests of the trainer: run one, in this process or under torchrun, and read its rows."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import multiprocessing

@@ -1,7 +1,5 @@
 """Views by a backend against torchvision's tensor kernels: sources, fixed parameters, references."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

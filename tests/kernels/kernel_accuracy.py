@@ -1,7 +1,5 @@
 """Values and gradients of the Triton kernels against float64 truth (see `kernel_helpers.py`)."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from accuracy import arbitrary_knots, assert_within_rule, check_accuracy, check_non_finite, functional

@@ -4,8 +4,6 @@ Pictures are few and small, so that the interpreter can do it: odd sides, severa
 every order of the kinds of operation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import permutations
 from typing import NamedTuple

@@ -6,8 +6,6 @@ seconds: there they come from a short list, each a test of its own, and the numb
 them vary.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """What memory the Triton kernels touch and how much they ask for (see `kernel_helpers.py`)."""
 
-from __future__ import annotations
-
 import mmap
 
 import pytest

@@ -1,7 +1,5 @@
 """The Triton kernels as operators and in the module (see `kernel_helpers.py`)."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from accuracy import evaluate

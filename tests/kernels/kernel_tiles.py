@@ -1,7 +1,5 @@
 """Every candidate tile, its timing for a benchmark, and sums of many partial tables."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from kernel_helpers import DEVICE, TWO_KERNELS

@@ -1,7 +1,5 @@
 """Choosing tiles by a clock of our own, without a GPU and without running a kernel; splits and limits."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode

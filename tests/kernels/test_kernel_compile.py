@@ -3,8 +3,6 @@
 `make test-versions` does so with every size, dtype and version of Triton.
 """
 
-from __future__ import annotations
-
 import json
 
 import kernel_report

@@ -4,8 +4,6 @@ Triton decides at import whether it interprets, and other tests need it as it is
 `kernel_*.py` run in processes of their own, here. With one, pytest collects them itself.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -2,8 +2,6 @@
 again where compute-sanitizer is installed.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

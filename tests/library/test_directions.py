@@ -1,7 +1,5 @@
 """sample_directions: the generator, its distribution, and what makes it safe to use in training."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """SIGReg over real gloo processes: W ranks are one process on the concatenated batch."""
 
-from __future__ import annotations
-
 import distributed_worker as worker
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """What `import lejepa_fast` needs."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

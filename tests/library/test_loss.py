@@ -1,7 +1,5 @@
 """LeJEPALoss: the formula, its options, and every convention of other public implementations."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from accuracy import COMPILE_BACKEND

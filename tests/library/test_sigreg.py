@@ -1,7 +1,5 @@
 """SIGReg against closed forms and float64 truth, in every implementation."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from accuracy import (

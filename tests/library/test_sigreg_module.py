@@ -1,7 +1,5 @@
 """The SIGReg module: its step, activation checkpointing, compilation, conversions, errors."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from accuracy import COMPILE_BACKEND

@@ -1,7 +1,5 @@
 """`torch.func` and forward-mode differentiation: the reference supports them, operators refuse."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.autograd import forward_ad
