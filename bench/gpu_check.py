@@ -55,7 +55,7 @@ class Stage(NamedTuple):
     seconds: int
     """It is stopped after twice that, or after that if it is optional."""
     arguments: tuple[str, ...]
-    """Of Python. {out} is the folder of the rows; {minutes} is the time that there is."""
+    """Arguments for Python. {out} is the folder of the rows; {minutes} is the time that there is."""
     rows: str | None = None
     """File to which it must append a row."""
     case: str = ""

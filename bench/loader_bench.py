@@ -331,7 +331,7 @@ def memory_by_epoch(setting: Setting, backend: str) -> list[float]:
 
 
 def measure_memory(setting: Setting, deadline: float) -> list[Row]:
-    """Of both backends, each in a process of its own."""
+    """Measure the memory of both backends, each in a process of its own."""
     rows: list[Row] = []
     small = setting._replace(batch_size=min(MEMORY_BATCH, setting.batch_size))
     for name, backend in ((OURS, "auto"), (FALLBACK, "torchvision")):

@@ -13,17 +13,14 @@ from .regularizer import SIGReg
 
 
 class LeJEPAOutput(NamedTuple):
-    """Parts of the loss, float32 scalars on the device of the embeddings.
-
-    Attributes:
-        total: what to call `backward()` on.
-        prediction: mean squared distance of the views' embeddings to the center, unweighted.
-        sigreg: SIGReg averaged over views, unweighted.
-    """
+    """Parts of the loss, float32 scalars on the device of the embeddings."""
 
     total: Tensor
+    """Call `backward()` on it."""
     prediction: Tensor
+    """Mean squared distance of the views' embeddings to the center, unweighted."""
     sigreg: Tensor
+    """SIGReg averaged over views, unweighted."""
 
 
 class LeJEPALoss(nn.Module):

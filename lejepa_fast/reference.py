@@ -37,20 +37,17 @@ from .checks import check_integer, check_number
 
 
 class Knots(NamedTuple):
-    """Quadrature of the Epps-Pulley integral over t >= 0.
-
-    Attributes:
-        t: knots, shape (J,), non-negative.
-        phi: target characteristic function at the knots, shape (J,).
-        weights: quadrature weight times window, shape (J,), already doubled for the half line.
-        spacing: distance of the knots when `t[j] = j * spacing`, else None. Equidistant knots need
-            one sine and cosine per projection instead of J.
-    """
+    """Quadrature of the Epps-Pulley integral over t >= 0."""
 
     t: Tensor
+    """Knots, shape (J,), non-negative."""
     phi: Tensor
+    """Target characteristic function at the knots, shape (J,)."""
     weights: Tensor
+    """Quadrature weight times window, shape (J,), already doubled for the half line."""
     spacing: float | None
+    """Distance of the knots when `t[j] = j * spacing`, else None. Equidistant knots need one sine and cosine
+    per projection instead of J."""
 
 
 def standard_normal_knots(t_max: float = 3.0, n_points: int = 17) -> Knots:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lejepa_fast.data import ImageSource, multicrop_loader
 from lejepa_fast.train.checkpoint.trained_model import load_trained
 from lejepa_fast.train.config import Config, loader_workers, to_dict, validate
-from lejepa_fast.train.evaluation.evaluate_model import evaluate_model, evaluate_untrained, open_splits
+from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained, open_splits
 from lejepa_fast.train.report.report import format_table, write_report
 from lejepa_fast.train.runtime.command import run_with_options
 from lejepa_fast.train.runtime.files import disk_errors_named, read_rows

@@ -21,7 +21,7 @@ from lejepa_fast.train import config
 from lejepa_fast.train.checkpoint.trained_model import export_encoder
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.engine.trainer import Trainer
-from lejepa_fast.train.evaluation.evaluate_model import evaluate_untrained
+from lejepa_fast.train.evaluation.protocol import evaluate_untrained
 from lejepa_fast.train.model.model import LeJEPAModel
 from lejepa_fast.train.report.report import format_table, write_report
 from lejepa_fast.train.runtime.command import log_to_stderr, run_command

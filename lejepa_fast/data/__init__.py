@@ -7,7 +7,7 @@ for views, targets in loader: ...
 
 from lejepa_fast.errors import require_extra
 
-require_extra("train", "torchvision", "annotated_types", "numpy", "PIL")
+require_extra("train", "torchvision", "annotated_types", "numpy", "PIL", "pydantic", "tqdm")
 
 from lejepa_fast.data.loader import EvalLoader, MultiCropLoader, eval_loader, multicrop_loader
 from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe

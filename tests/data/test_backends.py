@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,11 +46,16 @@ def test_auto_takes_what_is_there(monkeypatch):
         choice.choose_backend("cpu", cpu)
 
 
-def test_a_broken_numba_is_logged_once_and_done_without(monkeypatch, caplog):
-    text = "Numba needs NumPy 2.3 or less. Got 2.4"
-
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ImportError, "Numba needs NumPy 2.3 or less. Got 2.4"),
+        (partial(ModuleNotFoundError, name="llvmlite"), "No module named 'llvmlite'"),
+    ],
+)
+def test_a_broken_numba_is_logged_once_and_done_without(error, text, monkeypatch, caplog):
     def refuse(name):
-        raise ImportError(text + "\nmore")
+        raise error(text + "\nmore")
 
     monkeypatch.setattr(choice.importlib, "import_module", refuse)
     choice.numba_fault.cache_clear()

@@ -22,9 +22,13 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize(("shape", "M"), SHAPES)
-def test_accuracy_over_shapes(shape, M):
-    check_accuracy(normal(*shape), directions(shape[-1], M), standard_normal_knots(), impl="triton")
+def test_accuracy_over_shapes(shape, M, unbiased):
+    if unbiased and shape[-2] < 2:
+        pytest.skip("the unbiased statistic needs two samples")
+    x, A = normal(*shape), directions(shape[-1], M)
+    check_accuracy(x, A, standard_normal_knots(), impl="triton", unbiased=unbiased)
 
 
 # Around each change of the table: baby steps only, one giant step, two, several chunks, the last not full.
@@ -116,6 +120,20 @@ def test_gradient_per_direction(K):
     got_each, reference_each, exact_each = (g[..., :M] / size for g in (got, reference, exact))
     assert_within_rule(got_each, reference_each, exact_each, "gradient")
     assert (got[..., M:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale_by_n": False}, {"scale_by_n": False, "unbiased": True}, {"reduction": "sum"}]
+)
+def test_options(options):
+    check_accuracy(normal(2, 20, 6), directions(6, 9), standard_normal_knots(), impl="triton", **options)
+
+
+def test_target_and_weights_per_direction():
+    knots = standard_normal_knots()
+    phi = torch.exp(-knots.t[:, None] * torch.linspace(0.5, 2, 9).double())
+    knots = knots._replace(phi=phi, weights=torch.rand(9, 17, dtype=torch.float64).t())  # also transposed
+    check_accuracy(normal(2, 20, 6), directions(6, 9), knots, impl="triton")
 
 
 @pytest.mark.parametrize("J", [1, 2, 17, 25])

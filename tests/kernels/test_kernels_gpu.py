@@ -13,6 +13,7 @@ import timing
 import torch
 from accuracy import Result, assert_within_rule, evaluate, value_error
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lejepa_fast import Knots, SIGReg, reference, sample_unit_directions, sigreg, standard_normal_knots
 from lejepa_fast.kernels.configs import get_config
@@ -203,13 +204,14 @@ def test_cuda_graph_replays_steps(dtype, K):
     assert len(set(values)) == 4
 
 
-def test_compiled_modules_in_cuda_graphs_agree_with_eager():
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_modules_agree_with_eager(mode):
     from torch._dynamo.utils import counters
 
     torch.compiler.reset()
     counters.clear()
     eager, module = (SIGReg(num_slices=100, impl="triton").cuda() for _ in range(2))
-    compiled = torch.compile(module, fullgraph=True, mode="reduce-overhead")
+    compiled = torch.compile(module, fullgraph=True, mode=mode)
     x = torch.randn(2, 300, 48, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     for _ in range(5):
         torch.compiler.cudagraph_mark_step_begin()
@@ -221,6 +223,21 @@ def test_compiled_modules_in_cuda_graphs_agree_with_eager():
         assert torch.equal(h, g)
     assert module.step.item() == 5
     assert counters["inductor"]["cudagraph_skips"] == 0, "the step's mutation kept it out of CUDA graphs"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_and_checkpointing_at_size(dtype):
+    x = torch.randn(4, 1024, 256, device="cuda", dtype=dtype)
+    plain, other = (SIGReg(num_slices=512, impl="triton").cuda() for _ in range(2))
+    weight = torch.eye(256, device="cuda", dtype=dtype, requires_grad=True)
+    expected = plain(x @ weight)
+    (grad,) = torch.autograd.grad(expected, weight)
+    got = checkpoint(lambda w: other(x @ w), weight, use_reentrant=False)
+    assert torch.equal(got, expected)
+    assert torch.equal(torch.autograd.grad(got, weight)[0], grad)
+    z = (x @ weight).detach()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(plain(z, step=0), expected.detach())
 
 
 SMALL_RUN = """

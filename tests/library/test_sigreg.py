@@ -136,11 +136,13 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize(("shape", "M"), SHAPES)
-def test_accuracy_over_shapes(shape, M):
+def test_accuracy_over_shapes(shape, M, unbiased):
+    if unbiased and shape[-2] < 2:
+        pytest.skip("the unbiased statistic needs two samples")
     A = sample_directions(shape[-1], M, step=1)
-    options = {"impl": "torch", "unbiased": shape[-2] > 1}
-    check_accuracy(torch.randn(shape), A, standard_normal_knots(), **options)
+    check_accuracy(torch.randn(shape), A, standard_normal_knots(), impl="torch", unbiased=unbiased)
 
 
 @pytest.mark.parametrize("J", [*range(1, 12), 16, 17, 18, 31, 33, 64, 65])

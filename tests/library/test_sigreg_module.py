@@ -125,6 +125,13 @@ def test_compiles_to_one_graph(impl):
     assert module.step.item() == 2
 
 
+def test_views_that_are_pooled_compile_to_one_graph():
+    z = torch.randn(3, 20, 4)
+    eager, module = (LeJEPALoss(sigreg=SIGReg(num_slices=8, pool_views=True)) for _ in range(2))
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(z[:2], z).total, eager(z[:2], z).total)
+
+
 def test_knots_survive_dtype_and_meta_conversions():
     reg = SIGReg(num_slices=8)
     t = reg.t.clone()

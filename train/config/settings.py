@@ -270,10 +270,10 @@ def loader_workers(cfg: Config, processes_here: int, on_gpu: bool) -> int:
     return max(1, min(16, cpus if on_gpu else cpus // 2))
 
 
-def write(cfg: Config, folder: Path) -> None:
-    """Write `folder/config.json`; RunError if it cannot be written."""
+def write(cfg: Config, folder: Path, name: str = "config.json") -> None:
+    """Write `folder/name`; RunError if it cannot be written."""
     text = json.dumps(to_dict(cfg), indent=2) + "\n"
-    path = folder / "config.json"
+    path = folder / name
     files.write_atomically(path, lambda file: file.write(text.encode()), way_out="choose another --out")
 
 

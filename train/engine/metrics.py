@@ -41,7 +41,7 @@ from lejepa_fast.train.runtime.signals import Interrupted
 log = logging.getLogger("lejepa_fast.train")
 
 LOG_LINES = 20
-"""Of each kind, about, over a whole run without a terminal."""
+"""A run without a terminal prints about so many lines of progress, and of evaluations, in all."""
 _WAY_OUT = "free some space or choose another --out"
 
 

@@ -15,7 +15,7 @@ from lejepa_fast.train.runtime.world import World
 
 @contextmanager
 def settings_that_help(cfg: Config, world: World, strategy: Strategy, images: int) -> Iterator[None]:
-    """Raise RunError with `describe`, which gets the arguments, if an allocation inside fails."""
+    """Turn an error of memory inside into a RunError that says which settings help: `describe`."""
     try:
         yield
     except RuntimeError as error:
@@ -27,7 +27,8 @@ def settings_that_help(cfg: Config, world: World, strategy: Strategy, images: in
 def describe(cfg: Config, world: World, strategy: Strategy, images: int) -> str:
     """Return what ran out, the settings that need less memory, the cheapest first, and how to plan this run.
 
-    `strategy` is how the run shares the model, `images` the number of images of an epoch.
+    Writes the run's settings to `out-of-memory.json` in its folder, for that plan. `strategy` is how the run
+    shares the model, `images` the number of images of an epoch.
     """
     assert cfg.out is not None  # see config.resolve
     parallel, batch, mode = cfg.parallel, cfg.data.batch_size, cfg.parallel.activation_checkpointing
@@ -41,10 +42,9 @@ def describe(cfg: Config, world: World, strategy: Strategy, images: int) -> str:
         f"a smaller --batch-size (now {batch}, {batch // world.size} images per process)": True,
         "more processes" + ("" if strategy == "fsdp" else " with --parallel.strategy fsdp"): True,
     }
-    settings = cfg.out / "config.json"
-    if not settings.exists():  # the model alone does not fit, so the run has not begun
-        write(cfg, cfg.out)
-    plan = f"python train/plan.py --config {shlex.quote(str(settings))} --gpus {world.size} --images {images}"
+    # Not config.json: this run may end before it writes its own, and another one's may be there.
+    settings = cfg.out / "out-of-memory.json"
+    plan = f"lejepa-plan --config {shlex.quote(str(settings))} --gpus {world.size} --images {images}"
     if compute_dtype(cfg, world.device) is None:
         plan += " --precision fp32"
     what = "out of memory"
@@ -54,6 +54,9 @@ def describe(cfg: Config, world: World, strategy: Strategy, images: int) -> str:
         what = f"out of GPU memory (up to {held:.1f} of {total:.1f} GiB in tensors)"
         if gpu := by_device_name(torch.cuda.get_device_name(world.device)):
             plan += f" --gpu {gpu.name}"
-    return (
-        f"{what}; what helps: {', '.join(way for way, useful in ways.items() if useful)}; what fits: {plan}"
-    )
+    advice = f"{what}; what helps: {', '.join(way for way, useful in ways.items() if useful)}"
+    try:
+        write(cfg, cfg.out, settings.name)
+    except RunError:  # a full disk must not hide what helps
+        return advice
+    return f"{advice}; what fits: {plan}"

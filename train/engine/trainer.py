@@ -35,8 +35,8 @@ from lejepa_fast.train.engine.optimization import build_optimizer, build_schedul
 from lejepa_fast.train.engine.out_of_memory import settings_that_help
 from lejepa_fast.train.engine.profiling import step_profiler
 from lejepa_fast.train.engine.weights_and_biases import WandbRun
-from lejepa_fast.train.evaluation import evaluate_model as evaluation
-from lejepa_fast.train.evaluation.evaluate_model import EvalResult
+from lejepa_fast.train.evaluation import protocol
+from lejepa_fast.train.evaluation.protocol import EvalResult
 from lejepa_fast.train.model.average import WeightAverage
 from lejepa_fast.train.model.flops import count_flops, peak_flops
 from lejepa_fast.train.model.initialize import memory_format, whole_model
@@ -115,8 +115,8 @@ class Trainer:
 
     def _open_data(self) -> None:
         cfg, world = self.cfg, self.world
-        self.train_source, self.val_source = evaluation.open_splits(cfg.data)
-        evaluation.check_validation_images(self.val_source)  # now, not after the training
+        self.train_source, self.val_source = protocol.open_splits(cfg.data)
+        protocol.check_validation_images(self.val_source)  # now, not after the training
         self.data_identity = resume.data_identity(self.train_source, self.val_source)
         self.bad_images = self.run_dir / "bad_images.txt"
         processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -130,7 +130,7 @@ class Trainer:
             world_size=world.size,
             num_workers=self.workers,
             channels_last=memory_format(cfg) is torch.channels_last,
-            **evaluation.loading_options(cfg.data, world.device, self.bad_images),
+            **protocol.loading_options(cfg.data, world.device, self.bad_images),
         )
 
     def _build_model(self) -> None:
@@ -483,7 +483,7 @@ class Trainer:
         if during_training:
             options |= {"linear_steps": cfg.eval.linear_steps, "train_images": cfg.eval.train_images}
         with self.outside_training():
-            result = evaluation.evaluate_model(model, self.train_source, self.val_source, cfg, **options)
+            result = protocol.evaluate_model(model, self.train_source, self.val_source, cfg, **options)
         if not self._evaluated[self.step]:
             epoch, batch = self.loader.position
             epoch += batch > 0

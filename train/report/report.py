@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lejepa_fast.train.evaluation.collapse import sigreg_levels
-from lejepa_fast.train.evaluation.evaluate_model import EvalResult
+from lejepa_fast.train.evaluation.protocol import EvalResult
 from lejepa_fast.train.report import plots
 from lejepa_fast.train.runtime.files import disk_errors_named
 

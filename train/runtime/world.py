@@ -25,10 +25,10 @@ from lejepa_fast.train.runtime.signals import Interrupted
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""Of collectives between devices in a training step."""
+"""Timeout of collectives between devices in a training step."""
 CONTROL_TIMEOUT = timedelta(days=7)
-"""Of the control group, in which ranks wait while rank 0 evaluates for hours. They do not wait for the dead:
-a rank that dies closes its connections."""
+"""Timeout of the control group, in which ranks wait while rank 0 evaluates for hours. A rank that dies closes
+its connections, so nobody waits for it."""
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,9 @@ def dali_fault(on_gpu: bool) -> str | None:
     try:
         dali = importlib.import_module("nvidia.dali")
         importlib.import_module("nvidia.dali.fn")
-    except ModuleNotFoundError:
-        return f"DALI is not installed: pip install {package}"
     except Exception as error:  # a library that cannot be loaded: ImportError, OSError, RuntimeError
+        if isinstance(error, ModuleNotFoundError) and error.name in ("nvidia", "nvidia.dali"):
+            return f"DALI is not installed: pip install {package}"
         return f"DALI cannot be loaded ({first_line(error)}): pip install {package}"
     if not on_gpu:
         return None
@@ -79,9 +79,9 @@ def numba_fault() -> str | None:
     """Why the compiled CPU kernels cannot be used; None if they can. A broken Numba is logged once."""
     try:
         importlib.import_module("lejepa_fast.data.backends.cpu_kernels")
-    except ModuleNotFoundError:
-        return "Numba is not installed: pip install numba"
     except Exception as error:  # another NumPy than Numba wants, a cache that cannot be written, ...
+        if isinstance(error, ModuleNotFoundError) and error.name == "numba":
+            return "Numba is not installed: pip install numba"
         log.warning("the compiled CPU kernels cannot be used: Numba says %r", first_line(error))
         return f"Numba is broken ({first_line(error)}): pip install --upgrade numba, or set NUMBA_CACHE_DIR"
     return None

@@ -386,8 +386,7 @@ def test_killed_at_twenty_random_moments(tmp_path):
         assert torch.equal(weight, torch.full(saving_worker.SHAPE, float(newest)))
         assert not list(folder.glob(".*"))
     assert not list(folder.glob("*.damaged"))
-    # Where a kill lands depends on the disk; most land after the first file of a save is written.
-    assert any(killed), killed
+    assert sum(files > 0 for files in killed) >= 3, killed  # tensors were written or being written
 
 
 def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(tiny, monkeypatch):

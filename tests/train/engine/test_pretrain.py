@@ -18,11 +18,9 @@ from training import CPU, SCRIPT, arguments_of, rows_of, torchrun, train_only, w
 
 import lejepa_fast.train.runtime.world as ranks
 from lejepa_fast.data.backends import choose_backend as choice
-from lejepa_fast.errors import UsageError
 from lejepa_fast.train import pretrain
 from lejepa_fast.train.checkpoint.storage import read_checkpoint
 from lejepa_fast.train.engine.trainer import Trainer
-from lejepa_fast.train.runtime.world import World
 
 # ---- usage errors ------------------------------------------------------------------------------------
 
@@ -144,19 +142,13 @@ def test_signals_end_the_command_with_the_state_saved(tiny, tmp_path):
 # ---- torchrun ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_of_all_ranks_is_told_by_rank_0(rank, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(ranks, "setup_world", lambda device: World(CPU.device, rank, 2))
-
-    def refuse(cfg, world):
-        with ranks.same_error_on_all_ranks():
-            raise UsageError("7 images cannot be split")
-
-    monkeypatch.setattr(pretrain, "pretrain", refuse)
-    assert pretrain.main([]) == 2
-    assert capsys.readouterr().err == ("" if rank else "error (rank 0): 7 images cannot be split\n")
+@pytest.mark.slow
+def test_usage_errors_under_torchrun(tiny, tmp_path):
+    result = torchrun(SCRIPT, *arguments_of(tiny(), tmp_path / "configs", "--batch-size", "7"))
+    assert result.returncode != 0
+    message = "error (rank 0): data.batch_size: 7 images cannot be split evenly over 2 processes"
+    assert message in result.stderr
+    assert result.stderr.count("error (rank ") == 1  # both ranks have the same one
 
 
 @pytest.mark.slow
@@ -179,10 +171,8 @@ import threading
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from lejepa_fast.errors import UsageError
 from lejepa_fast.train import pretrain
 from lejepa_fast.train.engine.trainer import Trainer
-from lejepa_fast.train.runtime.world import World
 
 whole_model, full_tensor = Trainer.whole_model, DTensor.full_tensor
 left = 3

@@ -15,13 +15,15 @@ from lejepa_fast.train import config, export
 from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.config.cli import parse_as
 from lejepa_fast.train.engine import random_state
+from lejepa_fast.train.engine.out_of_memory import describe
 from lejepa_fast.train.engine.trainer import Trainer
-from lejepa_fast.train.evaluation.evaluate_model import evaluate_model, open_splits
+from lejepa_fast.train.evaluation.protocol import evaluate_model, open_splits
 from lejepa_fast.train.model.average import WeightAverage
 from lejepa_fast.train.planning.options import PlanOptions
 from lejepa_fast.train.pretrain import pretrain
 from lejepa_fast.train.runtime import files
 from lejepa_fast.train.runtime.signals import Interrupted
+from lejepa_fast.train.runtime.world import World
 
 # ---- resume ------------------------------------------------------------------------------------------
 
@@ -114,7 +116,7 @@ def test_a_whole_run_and_a_second_start(tiny, monkeypatch):
         seen.append(evaluate_model(*args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr("lejepa_fast.train.evaluation.evaluate_model.evaluate_model", noted)
+    monkeypatch.setattr("lejepa_fast.train.evaluation.protocol.evaluate_model", noted)
     evaluation = {"every": 2, "train_images": 9, "batch_size": 1}
     model = {"projector_norm": "batch"}
     cfg = tiny(tensorboard=True, eval=evaluation, model=model, average={"kind": "ema"})
@@ -160,7 +162,7 @@ def test_an_evaluation_that_ends_the_run_is_not_tried_for_ever(tiny, monkeypatch
 
     with monkeypatch.context() as patch:
         failing = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
-        patch.setattr("lejepa_fast.train.evaluation.evaluate_model.evaluate_model", failing)
+        patch.setattr("lejepa_fast.train.evaluation.protocol.evaluate_model", failing)
         for _ in range(2):
             with pytest.raises(RunError, match="out of memory; what helps: "):
                 train_only(cfg)
@@ -178,7 +180,7 @@ def test_a_signal_during_an_evaluation_leaves_at_once(tiny, monkeypatch):
         pytest.fail("the evaluation went on")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lejepa_fast.train.evaluation.evaluate_model.evaluate_model", signaled)
+        patch.setattr("lejepa_fast.train.evaluation.protocol.evaluate_model", signaled)
         with pytest.raises(Interrupted, match="during the evaluation after step 4 of 12; checkpoint saved"):
             train_only(cfg)
     train_only(cfg)  # continues with the evaluation that was broken off
@@ -290,8 +292,8 @@ def test_out_of_memory_says_which_settings_help_and_plans_this_run(tiny, monkeyp
         "--average swa, a smaller --batch-size (now 8, 8 images per process), more processes with "
         "--parallel.strategy fsdp; "
     )
-    command, script, *arguments = shlex.split(str(error).partition("what fits: ")[2])
-    assert (command, script) == ("python", "train/plan.py")
+    command, *arguments = shlex.split(str(error).partition("what fits: ")[2])
+    assert command == "lejepa-plan"
     planned = parse_as(PlanOptions, arguments, preset="default", what="")
     assert (planned.gpus, planned.images, planned.precision) == (1, 32, "fp32")
     for section in ("model", "crops", "parallel", "average", "data", "loss", "epochs"):
@@ -299,9 +301,27 @@ def test_out_of_memory_says_which_settings_help_and_plans_this_run(tiny, monkeyp
 
 
 def test_no_memory_for_the_average_is_told_too(tiny, monkeypatch):
-    """Here it is the machine's memory that ends: none has so much. Its settings are there to plan by."""
+    """Here it is the machine's memory that ends: none has so much. Each attempt in a folder plans itself."""
     monkeypatch.setattr(WeightAverage, "__init__", lambda *args: torch.empty(2**60))
-    cfg = tiny(average={"kind": "ema"})
-    with pytest.raises(RunError, match=r"^out of memory; what helps: .*no --average ema"):
-        Trainer(cfg, CPU)
-    assert config.load_json(cfg.out / "config.json") == config.resolve(cfg)
+    for kind in ("ema", "swa"):
+        cfg = tiny(average={"kind": kind})
+        with pytest.raises(RunError, match=rf"^out of memory; what helps: .*no --average {kind}"):
+            Trainer(cfg, CPU)
+        assert config.load_json(cfg.out / "out-of-memory.json") == config.resolve(cfg)
+
+
+def test_what_helps_several_ranks_against_out_of_memory(tiny, tmp_path):
+    changes = {"parallel": {"strategy": "fsdp", "replicate": 2, "keep_gathered": True}, "max_steps": 7}
+    cfg, world = config.resolve(tiny(**changes)), World(CPU.device, size=4)
+    told = describe(cfg, world, "fsdp", 500)
+    assert "no --parallel.keep-gathered, fewer groups than --parallel.replicate 2, a smaller" in told
+    assert told.count("strategy fsdp") == 0  # it is on
+    arguments = shlex.split(told.partition("what fits: lejepa-plan ")[2])
+    planned = parse_as(PlanOptions, arguments, preset="default", what="")
+    assert (planned.gpus, planned.images, planned.max_steps) == (4, 500, 7)
+    assert planned.parallel == cfg.parallel
+    told = describe(dataclasses.replace(cfg, parallel=config.ParallelConfig()), world, "ddp", 500)
+    assert "--parallel.strategy fsdp (now ddp)" in told
+    (tmp_path / "file").write_text("")
+    told = describe(dataclasses.replace(cfg, out=tmp_path / "file" / "run"), world, "fsdp", 500)
+    assert told.endswith("more processes")  # its folder cannot be written

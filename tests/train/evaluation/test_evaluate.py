@@ -22,7 +22,7 @@ from lejepa_fast.train import export
 from lejepa_fast.train.checkpoint.saving import Saver
 from lejepa_fast.train.config import to_dict
 from lejepa_fast.train.engine import random_state
-from lejepa_fast.train.evaluation import evaluate_model as evaluation
+from lejepa_fast.train.evaluation import protocol
 from lejepa_fast.train.evaluation.embeddings import calibrate_batchnorm, embed_source
 from lejepa_fast.train.model.model import LeJEPAModel, build_model
 from lejepa_fast.train.pretrain import pretrain
@@ -136,7 +136,7 @@ def evaluate_run(cfg, model=None, **options):
     """`evaluate_model` with the settings of a run, without the linear probe unless asked for."""
     options = {"device": "cpu", "linear_steps": 0, **options}
     model = model or build_model(cfg)
-    return evaluation.evaluate_model(model, *evaluation.open_splits(cfg.data), cfg, **options)
+    return protocol.evaluate_model(model, *protocol.open_splits(cfg.data), cfg, **options)
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def unlabeled(tmp_path):
 
 
 def test_the_untrained_encoder_is_evaluated_on_labeled_images(cfg):
-    result = evaluation.evaluate_untrained(cfg, *evaluation.open_splits(cfg.data), device="cpu")
+    result = protocol.evaluate_untrained(cfg, *protocol.open_splits(cfg.data), device="cpu")
     assert (result.knn or 0) >= 90.0  # colors: even random features tell them apart
     assert (result.linear or 0) >= 75.0
     assert (result.majority, result.chance) == (50.0, 50.0)
@@ -188,7 +188,7 @@ def test_unlabeled_images_get_the_statistics_and_a_reason(tiny, unlabeled):
 
 def test_one_validation_image_is_refused(cfg):
     with pytest.raises(UsageError, match="at least 2 validation images"):
-        evaluation.check_validation_images(evaluation.open_splits(cfg.data)[0].subset([0]))
+        protocol.check_validation_images(protocol.open_splits(cfg.data)[0].subset([0]))
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from lejepa_fast.errors import UsageError
 from lejepa_fast.train import export
 from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.config import ModelConfig, ParallelConfig
-from lejepa_fast.train.evaluation.evaluate_model import open_splits
+from lejepa_fast.train.evaluation.protocol import open_splits
 from lejepa_fast.train.model import initialize
 from lejepa_fast.train.model.initialize import named_tensors
 from lejepa_fast.train.model.model import build_encoder, build_model

@@ -15,7 +15,7 @@ from PIL import Image
 
 from lejepa_fast.errors import RunError
 from lejepa_fast.train.evaluation import collapse
-from lejepa_fast.train.evaluation.evaluate_model import EvalResult
+from lejepa_fast.train.evaluation.protocol import EvalResult
 from lejepa_fast.train.report import plots, report
 
 FIGURES = {"loss.png", "knn.png", "views.png", "projections.png", "spectrum.png"}
