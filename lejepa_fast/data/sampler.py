@@ -63,7 +63,7 @@ class EpochSchedule:
         """Batches per epoch, the same on every rank."""
         return self.num_images // self.global_batch
 
-    def keys(self, epoch: int, start: int = 0) -> Iterator[BatchKey]:
+    def keys(self, epoch: int, start: int) -> Iterator[BatchKey]:
         """This rank's batches of `epoch` from batch number `start` on."""
         order = np.arange(self.num_images)
         if self.shuffle:

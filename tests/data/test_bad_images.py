@@ -75,7 +75,7 @@ def expected_steps(source: ImageSource, bad: Iterable[int], batch: int, epoch: i
             index = views.substitute(epoch, index)
         return index
 
-    return [[good(i) for i in key.indices] for key in EpochSchedule(len(source), batch, 3).keys(epoch)]
+    return [[good(i) for i in key.indices] for key in EpochSchedule(len(source), batch, 3).keys(epoch, 0)]
 
 
 def listed(file: Path) -> dict[str, str]:

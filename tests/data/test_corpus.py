@@ -55,7 +55,7 @@ def corpus(tmp_path_factory) -> Corpus:
 
 def taken(source: NumberedFolder, batch_size: int, seed: int) -> set[int]:
     """The images of the first epoch, without those that are dropped at its end."""
-    return {i for key in EpochSchedule(len(source), batch_size, seed).keys(0) for i in key.indices}
+    return {i for key in EpochSchedule(len(source), batch_size, seed).keys(0, 0) for i in key.indices}
 
 
 def test_an_epoch_over_damaged_and_odd_files(corpus, backend, tmp_path):

@@ -232,7 +232,7 @@ def test_a_wrong_state_is_refused_and_changes_nothing(change, text):
 
 def test_schedule_covers_all_images_over_epochs():
     schedule = EpochSchedule(10, batch_size=4)
-    epochs = [[i for key in schedule.keys(e) for i in key.indices] for e in range(12)]
+    epochs = [[i for key in schedule.keys(e, 0) for i in key.indices] for e in range(12)]
     assert all(len(set(e)) == 8 for e in epochs)
     assert set().union(*epochs) == set(range(10))  # the dropped remainder differs between epochs
     assert len({tuple(e) for e in epochs}) == 12
