@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import CPU, rows_of
 
+from lejepa_fast.errors import RunError
 from lejepa_fast.train.engine import optimization
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.runtime.world import setup_world
@@ -53,6 +54,9 @@ def test_clipping_and_skipping_by_the_norm_before_it_which_is_logged(tiny):
         assert trainer.guard.skipped == skipped
         assert rows_of(trainer.cfg)[0]["grad_norm"] > 1e-2
     assert norms == pytest.approx([1e-3] * 4, rel=1e-3)
+    worse = replace(cfg, out=cfg.out.with_name("worse"), max_steps=3, optim=optim)
+    with pytest.raises(RunError, match=r"--optim.skip-grad-norm 0.01 in 3 steps in a row .*step 3"):
+        Trainer(worse, CPU).run()
 
 
 class Reads(TorchDispatchMode):
