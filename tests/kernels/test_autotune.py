@@ -1,5 +1,7 @@
 """Choosing tiles by a clock of our own, without a GPU and without running a kernel; splits and limits."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -130,3 +132,9 @@ def test_more_than_the_kernels_can_count_is_refused(x, M, message):
     x, A = torch.zeros(1, 1, 1).expand(x), torch.zeros(1, 1).expand(1, M)
     with pytest.raises(ValueError, match=message):
         forward.table_sums(x, A, None, torch.zeros(17), make_plan(17, 0.2), CONFIG, "ieee")
+
+
+def test_a_measurement_is_the_mean_of_the_calls_after_the_first(monkeypatch):
+    clock, calls = iter([10.0, 16.0]), []
+    monkeypatch.setattr(autotune, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert autotune.measure(lambda: calls.append(None)) == 6.0 / (len(calls) - 1)
