@@ -27,9 +27,9 @@ def launched(monkeypatch):
     return tiles
 
 
-def launch_best(launch, N=2048, K=512, J=17, variant=(), config=CONFIG):
+def launch_best(launch, V=8, N=2048, K=512, J=17, variant=(), config=CONFIG):
     with FakeTensorMode():
-        x, A = torch.empty(8, N, K, device="cuda"), torch.empty(K, 1024, device="cuda")
+        x, A = torch.empty(V, N, K, device="cuda"), torch.empty(K, 1024, device="cuda")
     autotune.launch_best(launch, "forward", config, x, A, make_plan(J, 3 / (J - 1)), *variant)
 
 
@@ -40,7 +40,7 @@ def test_the_fastest_tile_is_kept(launched):
     assert launched == [*TILES, TILES[-1]]
     launch_best(launched.append, N=3000)  # the same power of two of rows
     assert launched[len(TILES) + 1 :] == [TILES[-1]]
-    changes = [{"N": 5000}, {"K": 256}, {"J": 9}, {"variant": ("tf32",)}]
+    changes = [{"N": 5000}, {"V": 64}, {"K": 256}, {"J": 9}, {"variant": ("tf32",)}]
     for change in [*changes, {"config": shipped_config("sm_90", 4)}]:
         launched.clear()
         launch_best(launched.append, **change)
