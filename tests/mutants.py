@@ -47,10 +47,15 @@ TARGETS = (
     Target("operators", 8, OPERATIONS, OPERATION_TESTS),
     Target("sums", 8, r"lejepa_fast/(?!__init__|errors)\w+\.py", "test_sigreg test_sigreg_module test_loss"),
     Target("tiles", 6, r"kernels/(autotune|configs)\.py", "test_autotune kernel_tiles test_kernel_compile"),
-    Target("kernels", 8, r"kernels/(?!__init__|color)\w+\.py", "kernel_operators kernel_memory kernel_tiles"),
+    Target(
+        "kernels",
+        8,
+        r"kernels/(?!__init__|color)\w+\.py",
+        "kernel_operators kernel_memory kernel_tiles kernel_accuracy",
+    ),
     Target("sampler", 6, r".*/data/sampler\.py", "test_loader test_workers"),
     Target("draws", 6, r".*/data/draws\.py", "test_ops test_parity"),
-    Target("guard", 6, r"train/engine/guard\.py", "test_step test_average test_train"),
+    Target("guard", 6, r"train/engine/guard\.py", "test_step test_average test_train test_parallel"),
     Target("checkpoint", 8, r"train/checkpoint/[a-z]\w+\.py", "test_checkpoint test_resume"),
     Target("probes", 8, r"train/evaluation/probes\.py", "test_probes"),
 )
