@@ -447,7 +447,7 @@ def gradient(
     Args:
         grad: gradient of the loss, a 0-dim tensor, or of T, shape (V, M); float32, any strides.
         factor: derivative of the loss by each T; 1 for a `grad` of shape (V, M).
-        coef: coefficients from `finish`.
+        coef: coefficients from `epilogue.statistic`.
         x, A, scale, t, plan, config, precision: as in `forward.table_sums`.
     """
     (views, N, K), M = x.shape, A.shape[1]

@@ -66,7 +66,7 @@ def _store(coef_ptr, row, value, mask, inside, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _sigreg_finish_kernel(
+def _sigreg_statistic_kernel(
     table_ptr,  # (splits, V, ROWS, M) float32
     count_ptr,  # () float32, with COUNT_ON_DEVICE
     scale_ptr,  # (M,) float32, multiplies the columns of A
@@ -185,7 +185,7 @@ def _sum_kernel(
     tl.store(out_ptr, tl.sum(total) * factor)
 
 
-def finish(
+def statistic(
     table: Tensor,
     count: float | Tensor,
     scale: Tensor | None,
@@ -220,7 +220,7 @@ def finish(
     strides = [s for p in (phi, weights) for s in (p.stride(0), p.stride(1) if p.dim() == 2 else 0)]
     pairs = (plan.G + 1) * (plan.B + 1) if plan.equidistant else plan.J
     with kernel_device(table):
-        _sigreg_finish_kernel[(blocks,)](
+        _sigreg_statistic_kernel[(blocks,)](
             table, count if on_device else table, table if scale is None else scale, t, phi, weights,
             value, coef, 0.0 if on_device else float(count), splits, table.stride(0), M, plan.J, *strides,
             COUNT_ON_DEVICE=on_device, HAS_SCALE=scale is not None,

@@ -147,7 +147,7 @@ def sigreg_unchecked(
                 sums = table.sum(0, keepdim=True, dtype=torch.float64).float()  # as exact as without ranks
                 table, total = all_reduce_sums(sums, count, group)
             factor = {"mean": 1 / (views.shape[0] * M), "sum": 1.0, None: None}[reduction]
-            value, _ = ops.triton_finish(
+            value, _ = ops.triton_statistic(
                 views, A, scale, table, total, count, t, phi, weights, spacing, unbiased, scale_by_n, factor,
                 precision,
             )  # fmt: skip

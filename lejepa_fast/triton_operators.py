@@ -1,11 +1,11 @@
 """Registered operators around the Triton kernels, and whether they can run.
 
-    x, A --[triton_table]--> partial sums --[sum over splits, all-reduce]--> --[triton_finish]--> loss
+    x, A --[triton_table]--> partial sums --[sum over splits, all-reduce]--> --[triton_statistic]--> loss
                                                                      grad --[triton_gradient]--> dx
 
-`triton_finish` carries the gradient: it returns the coefficients of dT/dp beside the value and passes them to
-`triton_gradient`. So nothing of the size of the sums is differentiated, and x enters `triton_table` detached.
-Without several ranks, `triton_finish` sums the splits itself.
+`triton_statistic` carries the gradient: it returns the coefficients of dT/dp beside the value and passes them
+to `triton_gradient`. So nothing of the size of the sums is differentiated, and x enters `triton_table`
+detached. Without several ranks, `triton_statistic` sums the splits itself.
 
 The kernels are imported when an operator runs: importing Triton takes longer than importing this library.
 """
@@ -113,8 +113,8 @@ def _(x, A, scale, t, spacing, precision):
     return x.new_empty(splits, views, plan.rows, M, dtype=torch.float32)
 
 
-@torch.library.custom_op("lejepa_fast::triton_finish", mutates_args=())
-def triton_finish(
+@torch.library.custom_op("lejepa_fast::triton_statistic", mutates_args=())
+def triton_statistic(
     x: Tensor,
     A: Tensor,
     scale: Tensor | None,
@@ -135,9 +135,9 @@ def triton_finish(
     x is not read; it is an argument because the gradient goes to it. `count` is the number of samples of all
     ranks, on the device; None without several ranks, where `local_count` is the number.
     """
-    from .kernels.epilogue import finish
+    from .kernels.epilogue import statistic
 
-    return finish(
+    return statistic(
         table,
         local_count if count is None else count,
         scale,
@@ -151,7 +151,7 @@ def triton_finish(
     )
 
 
-@triton_finish.register_fake
+@triton_statistic.register_fake
 def _(
     x, A, scale, table, count, local_count, t, phi, weights, spacing, unbiased, scale_by_n, factor, precision
 ):
@@ -202,5 +202,5 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...
     return (dx, *[None] * 13)
 
 
-triton_finish.register_autograd(_backward, setup_context=_setup_context)
+triton_statistic.register_autograd(_backward, setup_context=_setup_context)
 triton_gradient.register_autograd(refuse_double_backward)

@@ -173,6 +173,7 @@ class Trainer:
         self._stack.__exit__(*error)
 
     def _release(self) -> None:
+        self.loader.close()
         self.saver.close()
         self.lock.release()
         # The wrapper holds the process group. If it lives at the interpreter's exit, gloo's threads abort.

@@ -231,7 +231,7 @@ def test_command_refuses_what_is_no_checkpoint_and_missing_data(cfg, tmp_path, c
         saver.wait()
     for path, message in (
         (foreign, "is a file; give a run folder"),
-        (mixed / "checkpoints" / "step-00000001", "does not hold the model"),
+        (mixed / "checkpoints" / "step-00000001", "describes (size mismatch for projector."),
     ):
         assert command.main(["--checkpoint", str(path)]) == 2
         error = capsys.readouterr().err
