@@ -28,6 +28,36 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
 """Attributes that may be changed at any time, and the checks of their values."""
 
 
+class _Calls:
+    """Counts calls since a backward pass began or recomputed one, to find those that checkpointing repeats.
+
+    Not attributes of the module, which are slow to set.
+    """
+
+    count = 0
+    backward_began = False
+
+    def repeated(self) -> bool:
+        """Whether activation checkpointing repeats an earlier call; counts the other calls."""
+        if torch.compiler.is_compiling():
+            return False
+        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
+            self.count = 1 if self.backward_began else self.count + 1
+            self.backward_began = False
+            return False
+        if self.count != 1:
+            raise RuntimeError(
+                "step: expected an explicit step where activation checkpointing recomputes one of "
+                f"{self.count} calls of SIGReg, got None; give a step to each call, or keep the loss "
+                "outside the checkpointed region"
+            )
+        self.backward_began = True
+        return True
+
+    def note_backward(self, grad: Tensor) -> None:
+        self.backward_began = True
+
+
 class SIGReg(nn.Module):
     """Sketched isotropic Gaussian regularization of embeddings (LeJEPA, arXiv 2511.08544, section 4).
 
@@ -109,9 +139,7 @@ class SIGReg(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         for name in _KNOTS:
             self._make_knot(name, self.step.device)
-        # For activation checkpointing: calls since a backward pass began or recomputed one.
-        self._calls = 0
-        self._backward_began = False
+        self._calls = _Calls()
 
     @property
     def chosen_impl(self) -> str:
@@ -150,10 +178,11 @@ class SIGReg(nn.Module):
                 self.to(z.device)  # once, instead of copying the knots at every call
         # The buffers are float32; float64 embeddings get knots to match.
         knots = self._knots if z.dtype == torch.float64 else self
+        buffer = self.step
         advances = step is None and self.training
-        recomputed = advances and self._recomputed()
+        recomputed = advances and self._calls.repeated()
         if step is None:
-            step = self.step - 1 if recomputed else self.step
+            step = buffer - 1 if recomputed else buffer
         with torch.no_grad():
             # In the dtype of z, for its tensor cores; in half precision the scale undoes the rounding.
             A, scale = sample_unit_directions(
@@ -166,7 +195,7 @@ class SIGReg(nn.Module):
                 impl=chosen,
             )
             if advances and not recomputed:
-                self.step.add_(1)  # after its use: a copy would be one more launch
+                buffer.add_(1)  # after its use: a copy would be one more launch
         loss = sigreg_unchecked(
             z,
             A,
@@ -181,30 +210,11 @@ class SIGReg(nn.Module):
             spacing=self._knots.spacing,
             scale=scale if z.dtype.itemsize == 2 else None,
             precision=self.precision,
+            on_trial=self.impl == "auto",
         )
         if loss.requires_grad and not (transforming() or torch.compiler.is_compiling()):
-            loss.register_hook(self._note_backward)
+            loss.register_hook(self._calls.note_backward)
         return loss.float()
-
-    def _recomputed(self) -> bool:
-        """Whether activation checkpointing repeats an earlier call; counts the other calls."""
-        if torch.compiler.is_compiling():
-            return False
-        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
-            self._calls = 1 if self._backward_began else self._calls + 1
-            self._backward_began = False
-            return False
-        if self._calls != 1:
-            raise RuntimeError(
-                "step: expected an explicit step where activation checkpointing recomputes one of "
-                f"{self._calls} calls of SIGReg, got None; give a step to each call, or keep the loss "
-                "outside the checkpointed region"
-            )
-        self._backward_began = True
-        return True
-
-    def _note_backward(self, grad: Tensor) -> None:
-        self._backward_began = True
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _CHECKS:

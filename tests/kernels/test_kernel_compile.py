@@ -14,7 +14,7 @@ from lejepa_fast.kernels.runtime import interpreting
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="the interpreter replaces the compiler")
 # sm_80 and sm_89 share most tiles. `make test-versions` compiles every dtype for every target.
-DTYPES = {"sm_80": ["bf16"], "sm_89": ["fp16"], "sm_90": ["bf16", "fp32"], "sm_100": ["bf16"]}
+DTYPES = {"sm_80": ["bf16"], "sm_89": ["bf16"], "sm_90": ["bf16", "fp32"], "sm_100": ["bf16"]}
 DTYPES["gfx942"] = ["fp32"]
 SHARED_BYTES = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a block
 
