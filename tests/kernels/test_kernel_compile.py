@@ -42,7 +42,6 @@ def test_shipped_configurations_keep_their_budgets(report, budgets, target):
     assert kernel_report.violations(rows, budgets) == []
     for row in rows:
         assert row["shared_bytes"] <= 1024 * SHARED_BYTES[target], row
-        assert row["spills"] == 0, row
         if row["kernel"] not in PLAIN.values():
             assert row["tensor_kind"] is not None, row
 
