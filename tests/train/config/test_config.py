@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import lejepa_fast.data
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import config, evaluate, export, plan, pretrain
 from lejepa_fast.train.config import Config
@@ -177,17 +178,19 @@ def test_help_needs_no_pytorch():
     """Nor timm and others: they take seconds. The libraries still give their names at first use."""
     code = """
 import contextlib, sys
+from lejepa_fast.data import commands
 from lejepa_fast.train import evaluate, export, plan, pretrain
-for command in (evaluate, export, plan, pretrain):
+for command in (commands, evaluate, export, plan, pretrain):
     with contextlib.suppress(SystemExit):
         command.main(["--help"])
         raise AssertionError
-assert not {"torch", "timm", "torchvision", "pydantic", "numpy", "matplotlib"} & set(sys.modules)
-from lejepa_fast import *
-from lejepa_fast.data import *
-assert SIGReg.__module__ == "lejepa_fast.regularizer" and open_source.__module__ == "lejepa_fast.data.sources"
+assert not {"torch", "timm", "torchvision", "pydantic", "matplotlib"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    for package in (lejepa_fast, lejepa_fast.data):
+        assert all(getattr(package, name) for name in package.__all__)
+        with pytest.raises(AttributeError, match=f"'{package.__name__}' has no attribute 'no_such'"):
+            _ = package.no_such
 
 
 @pytest.mark.parametrize("arguments", [[], ["--data", "x"], ["--preset", "laptop", "--data", "x"]])
