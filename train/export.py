@@ -20,7 +20,7 @@ class Options:
     checkpoint: Path
     """A run folder (its newest checkpoint is used) or a folder checkpoints/step-*."""
     out: Path = Path("encoder.safetensors")
-    """File to write; the settings go beside it, to the same name with .json."""
+    """File to write; the settings go beside it, to the same name with .json, and for timm to config.json."""
     averaged: bool = True
     """Take the averaged weights if the run keeps them (--average)."""
 
