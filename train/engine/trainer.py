@@ -38,6 +38,7 @@ from lejepa_fast.train.engine.weights_and_biases import WandbRun
 from lejepa_fast.train.evaluation import protocol
 from lejepa_fast.train.evaluation.protocol import EvalResult
 from lejepa_fast.train.model.average import WeightAverage
+from lejepa_fast.train.model.crop_sizes import sizes_explained
 from lejepa_fast.train.model.flops import count_flops, peak_flops
 from lejepa_fast.train.model.initialize import memory_format, whole_model
 from lejepa_fast.train.model.model import LeJEPAModel, build_model
@@ -91,8 +92,9 @@ class Trainer:
         self.world = world
         assert cfg.out is not None  # resolve() fills it in
         self.run_dir: Path = cfg.out
-        on_all(world, self._open_data)
-        on_all(world, self._build_model)
+        with sizes_explained(cfg):
+            on_all(world, self._open_data)
+            on_all(world, self._build_model)
         with self._memory_advice():
             mesh = make_mesh(cfg.parallel, world.device.type)
             self.wrapped = parallelize(self.model, cfg, mesh, world.device)
