@@ -13,13 +13,15 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
 from lejepa_fast.data.sources.base import EncodedSource, Names
-from lejepa_fast.data.sources.decoding import IMAGE_SUFFIXES, printable, refuse_large, shortage
+from lejepa_fast.data.sources.decoding import IMAGE_SUFFIXES, printable, refuse_large
+from lejepa_fast.data.sources.outages import SharedFileError, patiently
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.regular_files import open_regular
 
@@ -87,7 +89,7 @@ class ShardSource(EncodedSource):
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
-            raise RunError(_cannot(shard, error)) from error
+            raise SharedFileError(error.errno, error.strerror, str(shard)) from error
         if len(data) != size:
             raise RunError(
                 f"{self.describe(index)}: the file ends early ({len(data)} of {size} bytes); "
@@ -114,19 +116,23 @@ class ShardSource(EncodedSource):
         return targets or None
 
 
-def _cannot(shard: Path, error: OSError) -> str:
-    way_out = shortage(error) or "check that it is there, and its rights"
-    return f"cannot read the shard {shard}: {error.strerror}; {way_out}"
-
-
 # --- walking through a shard --------------------------------------------------------------------
 
 
 def index_shard(path: Path) -> list[Member]:
     """Byte ranges and labels of the images of one shard, in the order of the tar.
 
-    Raises `UsageError` for anything but plain image data, and `RunError` when files or memory are short.
+    Raises `UsageError` for anything but plain image data, and `RunError` as `patiently`.
     """
+    try:
+        return patiently(partial(_index_shard, path), f"the shard {path}")
+    except OSError as error:
+        raise UsageError(
+            f"cannot read the shard {path}: {error.strerror}; check that it is there, and its rights"
+        ) from error
+
+
+def _index_shard(path: Path) -> list[Member]:
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     try:
@@ -149,8 +155,6 @@ def index_shard(path: Path) -> list[Member]:
         raise UsageError(
             f"{path} is not a complete tar file ({reason}); copy or pack the shard again"
         ) from error
-    except OSError as error:
-        raise (RunError if shortage(error) else UsageError)(_cannot(path, error)) from error
     orphan = next((key for key in labels if key not in images), None)
     if orphan is not None:
         raise UsageError(f"{path}: {printable(orphan)}.cls has no image beside it; pack the shard again")
