@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import tarfile
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +35,7 @@ from loader_backends import (
 from odd_files import bad_huffman, saved
 from PIL import Image
 
-from lejepa_fast.data import MultiCropLoader, bad_images, eval_loader, multicrop_loader
+from lejepa_fast.data import MultiCropLoader, bad_images, eval_loader, multicrop_loader, open_source
 from lejepa_fast.data.backends import choose_backend
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.sampler import EpochSchedule
@@ -432,7 +433,8 @@ def test_data_that_are_away_are_waited_for_and_no_bad_image(tmp_path, kind, how,
 
 
 def test_a_shard_is_waited_for_when_it_is_opened(tmp_path, monkeypatch, waits):
-    source = shard_of(numbered_folder(tmp_path / "images", 3), tmp_path / "1.tar")
+    images, tmp_path = tmp_path / "images", tmp_path / "shards"
+    source = shard_of(numbered_folder(images, 3), tmp_path / "1.tar")
     with monkeypatch.context() as patch:
         refuse(errno.ESTALE, tmp_path / "1.tar", patch)
         with pytest.raises(RunError, match=r"^cannot read the shard .*/1\.tar: Stale file handle, still"):
@@ -442,8 +444,9 @@ def test_a_shard_is_waited_for_when_it_is_opened(tmp_path, monkeypatch, waits):
     os.mkfifo(tmp_path / "1.tar")  # at once, and not for ever
     with pytest.raises(RunError, match=r"1\.png: a pipe or device, not a file; put the file back"):
         source.load(1)
-    with pytest.raises(UsageError, match=r"^cannot read the shard .*: a pipe or device, not a file"):
-        ShardSource([tmp_path / "1.tar"])
+    for start in (lambda: ShardSource([tmp_path / "1.tar"]), lambda: open_source(str(tmp_path), "train")):
+        with pytest.raises(UsageError, match=r"^cannot read the shard .*: a pipe or device, not a file"):
+            start()
     assert waits == list(outages.RETRY_DELAYS)
 
 
@@ -491,6 +494,28 @@ def test_a_folder_that_is_moved_away_in_mid_epoch_costs_no_image(tmp_path, where
         assert loader.state_dict()["bad"] == []
     assert (tmp_path / "gone").exists()
     assert not file.exists()
+
+
+class FailingSource(NumberedSource):
+    """Every image fails; all calls but the first wait for `go`."""
+
+    def open_image(self, index: int) -> NoReturn:
+        self.calls.append(index)
+        assert len(self.calls) == 1 or self.go.wait(60)
+        raise RunError("the data are away")
+
+
+@pytest.mark.parametrize("name", ["cpu", "dali"])
+def test_after_an_error_threads_do_not_go_on_to_wait_for_the_rest(tmp_path, name):
+    skip_without(name)
+    source = NumberedSource(128)
+    (loader,) = loaders_of(source, 1, 64, **on(name), num_workers=1)
+    source.__class__, source.calls, source.go = FailingSource, [], threading.Event()
+    with pytest.raises(RunError, match="the data are away"):
+        list(loader)
+    source.go.set()
+    loader._backend._pool.shutdown()
+    assert len(source.calls) <= 3  # one failed, and two threads may have been reading another
 
 
 # --- the file -----------------------------------------------------------------------------------
