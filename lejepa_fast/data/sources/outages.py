@@ -37,11 +37,7 @@ class SharedFileError(OSError):
 
 
 def patiently(work: Callable[[], T], what: str) -> T:
-    """`work()`, tried again after each of `RETRY_DELAYS` while what its files lie on is away.
-
-    Args:
-        work: reads something; it may run several times.
-        what: names it in messages.
+    """`work()`, which reads `what`; tried again after each of `RETRY_DELAYS` while the data are away.
 
     Raises:
         OSError: a file itself is to blame, or what it holds.
@@ -73,9 +69,8 @@ def _is_of_the_file(error: OSError) -> bool:
     A missing file is, when its folder is there and holds other files: an empty folder may be the place of a
     mount that is away. A file that may not be read is, when its folder may.
     """
-    if isinstance(error, SharedFileError | ConnectionError | TimeoutError):
-        return False
-    if error.errno not in (None, *_OF_THE_FILE):  # decoders give no number
+    away = isinstance(error, SharedFileError | ConnectionError | TimeoutError)
+    if away or error.errno not in (None, *_OF_THE_FILE):  # decoders give no number
         return False
     if error.errno not in _MISSING or not isinstance(error.filename, str | bytes):
         return True
