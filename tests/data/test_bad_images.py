@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from loader_backends import (
 from odd_files import bad_huffman, saved
 from PIL import Image
 
-from lejepa_fast.data import MultiCropLoader, eval_loader, multicrop_loader
+from lejepa_fast.data import MultiCropLoader, bad_images, eval_loader, multicrop_loader
 from lejepa_fast.data.backends import choose_backend
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.sampler import EpochSchedule
@@ -33,6 +34,7 @@ from lejepa_fast.data.sources import FolderSource, ImageSource
 from lejepa_fast.data.sources.shards import ShardSource
 from lejepa_fast.data.views import EvalViews, TrainViews
 from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.regular_files import open_regular
 
 RECIPE = CROPS_ONLY
 BAD = (1, 2, 5, 30, 31, 44, 60)  # of 79
@@ -299,6 +301,22 @@ def test_huge_files_pipes_and_devices_are_not_read(tmp_path, backend, kind):
     assert {name.split()[-1]: why for name, why in listed(tmp_path / "bad_images.txt").items()} == reasons
 
 
+def test_only_regular_files_are_opened(tmp_path):
+    """Also for writing: a pipe without a reader would wait for one, and a device would take everything."""
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(tmp_path / "socket"))
+        for path in (tmp_path / "pipe", tmp_path / "socket", "/dev/zero", "/dev/null"):
+            for mode in ("rb", "ab", "ab+", "r"):
+                with pytest.raises(OSError, match="a pipe or device, not a file") as caught:
+                    open_regular(path, mode)
+                assert caught.value.filename == path
+    with pytest.raises(IsADirectoryError):
+        open_regular(tmp_path)
+    with open_regular(tmp_path / "file", "ab+", buffering=0) as file:
+        assert (file.write(b"text"), file.seek(0), file.read()) == (4, 0, b"text")
+
+
 @pytest.mark.parametrize("kind", ["folder", "shard"])
 def test_a_shortage_of_open_files_is_not_blamed_on_an_image(tmp_path, kind):
     source: ImageSource = numbered_folder(tmp_path / "images", 3)
@@ -402,7 +420,7 @@ def test_a_file_that_cannot_be_read_for_a_while_is_no_error(tmp_path, monkeypatc
         raise OSError(116, "Stale file handle")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", stale)
+        patch.setattr(bad_images, "open_regular", stale)
         one.begin_epoch()
     assert one.items() == []
     assert f"cannot read {file}: Stale file handle; going on without it" in caplog.text

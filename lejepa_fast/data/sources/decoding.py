@@ -8,7 +8,6 @@ import errno
 import io
 import os
 import re
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.regular_files import open_regular
 
 
 class UnreadableImageError(RunError):
@@ -66,14 +66,9 @@ _SHORTAGES = {
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of an image file. Raises `UnreadableImageError` for a large file, a pipe or a device."""
-    # Without blocking: opening a pipe would wait for a writer.
-    flags = getattr(os, "O_NONBLOCK", 0)
-    with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableImageError(os.fspath(path), "a pipe or device, not a file")
-        refuse_large(os.fspath(path), status.st_size)
+    """The bytes of an image file. Raises `UnreadableImageError` for a large file, else as `open_regular`."""
+    with open_regular(path) as file:
+        refuse_large(os.fspath(path), os.fstat(file.fileno()).st_size)
         return file.read()
 
 

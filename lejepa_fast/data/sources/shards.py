@@ -14,13 +14,14 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
 from lejepa_fast.data.sources.base import EncodedSource, Names
 from lejepa_fast.data.sources.decoding import IMAGE_SUFFIXES, printable, refuse_large, shortage
 from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.regular_files import open_regular
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
@@ -82,7 +83,7 @@ class ShardSource(EncodedSource):
         refuse_large(self.describe(index), size)
         # Opened for each image: with thousands of shards, descriptors that stay open would run out.
         try:
-            with open(shard, "rb", buffering=0) as file:
+            with open_regular(shard, buffering=0) as file:
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
@@ -129,9 +130,7 @@ def index_shard(path: Path) -> list[Member]:
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     try:
-        if path.exists() and not path.is_file():  # a pipe would wait for a writer
-            raise UsageError(f"{path} is not a file; give a .tar file")
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if file.read(6).startswith(_COMPRESSED):
                 raise UsageError(f"{path} is compressed, so not randomly readable; decompress it once")
             for info in _walk(path, file):
@@ -158,11 +157,11 @@ def index_shard(path: Path) -> list[Member]:
     return [Member(key, *place, labels.get(key)) for key, place in images.items()]
 
 
-def _walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+def _walk(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     """All members but folders, in bounded memory and time whatever the headers say."""
     file.seek(0)
     headers = _Headers(file)
-    with tarfile.open(fileobj=cast(BinaryIO, headers), mode="r:") as tar:
+    with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:") as tar:
         while (info := tar.next()) is not None:
             headers.used = 0
             # tarfile collects these of all members.
@@ -180,7 +179,7 @@ def _walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 class _Headers:
     """An open tar file that lets tarfile read at most `_MAX_HEADER_BYTES` of headers for a member."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self.seek, self.tell = file.seek, file.tell
         self._read = file.read
         self.used = 0
@@ -226,10 +225,8 @@ def read_index(shard: Path) -> list[Member] | None:
     index = shard.with_name(shard.name + ".idx")
     try:
         size = shard.stat().st_size
-        if not index.is_file():  # a pipe would wait for a writer
-            return None
         members: list[Member] = []
-        with open(index, encoding="utf-8") as file:
+        with open_regular(index, "r", encoding="utf-8") as file:
             lines = iter(lambda: file.readline(_MAX_INDEX_LINE), "")
             if json.loads(next(lines, "")) != _index_header(shard):
                 return None
