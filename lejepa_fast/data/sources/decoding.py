@@ -43,13 +43,12 @@ MAX_IMAGE_BYTES = 256 << 20  # a file is held in memory as a whole
 MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own limit, which programs can raise or switch off
 # Decoders of these formats take 16 bytes of memory and more for a pixel, four times as much as all others.
 _HUNGRY_FORMATS = ("WEBP", "JPEG2000")
-_MAX_CHUNK_BYTES = 3 * MAX_IMAGE_PIXELS + 2  # 512 MiB
-_Tag = ExifTags.Base
 
 # Limits of what stands before the pixels. Pillow's time grows with the square of the EXIF segments of a JPEG,
 # and its memory with the square of the bytes of EXIF data, whose entries may overlap.
 _MAX_HEADER_READS = 1 << 14  # a JPEG takes 4 for a segment
 _MAX_EXIF_BYTES = 128 << 10
+_MAX_CHUNK_BYTES = 512 << 20  # of a TIFF: as much as the largest RGB image
 
 # Keys of `Image.info`: transparency, and what may hold an orientation, which Pillow reads with the pixels.
 _UNUSUAL_IN_PNG = {"interlace", "transparency", "exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
@@ -57,6 +56,7 @@ _UNUSUAL_IN_PNG = {"interlace", "transparency", "exif", "xmp", "XML:com.adobe.xm
 # (width, height) in pixels, in either order, to the factor by which the image is to be reduced: 1, 2, 4 or 8.
 Reduction = Callable[[int, int], int]
 _TILE = 1024  # px, a multiple of any factor
+_Tag = ExifTags.Base
 
 
 # --- reading and opening ------------------------------------------------------------------------
