@@ -16,6 +16,7 @@ from lejepa_fast.data.sources.base import ImageSource
 from lejepa_fast.data.sources.decoding import UnreadableImageError, printable
 from lejepa_fast.data.views import Views
 from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.regular_files import open_regular
 
 log = logging.getLogger("lejepa_fast.data")
 
@@ -137,8 +138,9 @@ class BadImages:
         """Add the images of the file that fit the source. The rest of the file is ignored."""
         if self._file is None or not self._file.exists():
             return
-        # Of a process that was killed while it wrote, the last line may be incomplete.
-        whole = self._file.read_bytes().rpartition(b"\n")[0]
+        with open_regular(self._file) as file:
+            # Of a process that was killed while it wrote, the last line may be incomplete.
+            whole = file.read().rpartition(b"\n")[0]
         for line in whole.decode("utf-8", errors="replace").splitlines():
             name, _, after = line.partition("\t")
             number, _, reason = after.partition("\t")
@@ -156,7 +158,7 @@ class BadImages:
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             # One unbuffered write in append mode keeps the lines of several ranks apart.
-            with open(self._file, "ab+", buffering=0) as file:
+            with open_regular(self._file, "ab+", buffering=0) as file:
                 torn = file.seek(0, os.SEEK_END) > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
                 data = b"\n" * torn + lines.encode()
                 while data:  # a disk that fills up takes a part, and the rest is an error

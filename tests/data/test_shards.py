@@ -368,7 +368,7 @@ OTHER = {
     "pipe:touch owned": "never commands or URLs",
     "pipe:touch owned|.tar": "never commands or URLs",
     "file:///etc/passwd": "never commands or URLs",
-    "waiting.tar": "is not a file",
+    "waiting.tar": "a pipe or device, not a file",
     "broken.tar.gz": "is compressed",
 }
 

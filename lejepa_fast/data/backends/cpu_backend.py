@@ -47,8 +47,9 @@ class CpuBackend:
         try:
             fill()
             while pending:
-                batch, parts = pending.popleft()
+                batch, parts = pending[0]
                 kept = [row for part in parts for row in part.result()]
+                pending.popleft()  # after an error, those of its parts that wait are given up
                 fill()
                 yield batch.rows(kept)
         finally:

@@ -6,6 +6,7 @@ import re
 import tarfile
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from lejepa_fast.data.bad_images import BadImages
@@ -94,8 +95,7 @@ def _write_split(
             try:
                 if verify:
                     source.load(index)
-                with naming_file(source.describe(index)):
-                    data = source.encoded(index)
+                data = naming_file(source.describe(index), partial(source.encoded, index))
             except UnreadableImageError as error:
                 if skipped is None:
                     raise

@@ -84,13 +84,11 @@ class ImageSource(ABC):
 
     def load(self, index: int, reduction: Reduction | None = None) -> Image.Image:
         """The upright RGB image, very large ones reduced by `reduction`. Raises as `[index]` does."""
-        with naming_file(self.describe(index)):
-            return to_rgb(self.open_image(index), reduction)
+        return naming_file(self.describe(index), lambda: to_rgb(self.open_image(index), reduction))
 
     def image_size(self, index: int) -> tuple[int, int]:
         """(width, height) in pixels before EXIF rotation, from the file's header where that is possible."""
-        with naming_file(self.describe(index)):
-            return self.open_image(index).size
+        return naming_file(self.describe(index), lambda: self.open_image(index).size)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "ImageSource":
         """The same source with these images only, in this order."""
@@ -102,7 +100,7 @@ class EncodedSource(ImageSource):
 
     @abstractmethod
     def encoded(self, index: int) -> bytes:
-        """The bytes of the image file, as stored."""
+        """The bytes of the image file, as stored. It raises any `OSError` as it is: see `outages`."""
 
     def open_image(self, index: int) -> Image.Image:
         return open_encoded(self.encoded(index))

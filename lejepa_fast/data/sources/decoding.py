@@ -4,19 +4,21 @@
 values to white, shows the garbage under transparent pixels and ignores the EXIF orientation.
 """
 
-import errno
 import io
+import math
 import os
 import re
-import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
+from lejepa_fast.data.sources.outages import patiently
 from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.regular_files import open_regular
+
+T = TypeVar("T")
 
 
 class UnreadableImageError(RunError):
@@ -46,6 +48,7 @@ _HUNGRY_FORMATS = ("WEBP", "JPEG2000")
 # and its memory with the square of the bytes of EXIF data, whose entries may overlap.
 _MAX_HEADER_READS = 1 << 14  # a JPEG takes 4 for a segment
 _MAX_EXIF_BYTES = 128 << 10
+_MAX_CHUNK_BYTES = 512 << 20  # of a TIFF: as much as the largest RGB image
 
 # Keys of `Image.info`: transparency, and what may hold an orientation, which Pillow reads with the pixels.
 _UNUSUAL_IN_PNG = {"interlace", "transparency", "exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
@@ -53,27 +56,16 @@ _UNUSUAL_IN_PNG = {"interlace", "transparency", "exif", "xmp", "XML:com.adobe.xm
 # (width, height) in pixels, in either order, to the factor by which the image is to be reduced: 1, 2, 4 or 8.
 Reduction = Callable[[int, int], int]
 _TILE = 1024  # px, a multiple of any factor
-
-# The process or the machine lacks something, so the image may be good: error number to the way out.
-_SHORTAGES = {
-    errno.EMFILE: "this process has too many files open: raise the limit, 'ulimit -n'",
-    errno.ENFILE: "the machine has too many files open: close other programs, or raise fs.file-max",
-    errno.ENOMEM: "memory is short: fewer workers, or a higher limit ('ulimit -v', or the container's)",
-}
+_Tag = ExifTags.Base
 
 
 # --- reading and opening ------------------------------------------------------------------------
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of an image file. Raises `UnreadableImageError` for a large file, a pipe or a device."""
-    # Without blocking: opening a pipe would wait for a writer.
-    flags = getattr(os, "O_NONBLOCK", 0)
-    with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableImageError(os.fspath(path), "a pipe or device, not a file")
-        refuse_large(os.fspath(path), status.st_size)
+    """The bytes of an image file. Raises `UnreadableImageError` for a large file, else as `open_regular`."""
+    with open_regular(path) as file:
+        refuse_large(os.fspath(path), os.fstat(file.fileno()).st_size)
         return file.read()
 
 
@@ -118,7 +110,36 @@ def open_encoded(data: bytes) -> ImageFile.ImageFile:
         raise Image.DecompressionBombError(f"{size}, more than the {limit:,} pixels an image may have")
     _check_exif(len(image.info.get("exif", b"")))
     _check_exif(len(image.info.get("Raw profile type exif", "")) // 2)  # in hexadecimal digits
+    if _chunk_bytes(image) > _MAX_CHUNK_BYTES:
+        raise ValueError(f"a tile or strip of more than {_MAX_CHUNK_BYTES >> 20} MiB")
+    if image.mode == "F":
+        _declared_range(image)
     return image
+
+
+def _tiff_tags(image: Image.Image) -> Mapping[int, Any]:
+    return getattr(image, "tag_v2", {})
+
+
+def _chunk_bytes(image: Image.Image) -> int:
+    """Bytes of a tile or strip of a TIFF, which is decoded as a whole and may be larger than the image."""
+    tags = _tiff_tags(image)
+    rows = min(tags.get(_Tag.RowsPerStrip, image.height), image.height)
+    area = tags.get(_Tag.TileWidth, image.width) * tags.get(_Tag.TileLength, rows)
+    bits = tags.get(_Tag.SamplesPerPixel, 1) * max(tags.get(_Tag.BitsPerSample, (1,)))
+    return area * bits // 8
+
+
+def _declared_range(image: Image.Image) -> tuple[float, float]:
+    """The values of black and white that a TIFF declares. Raises `ValueError` where it does not."""
+    tags = _tiff_tags(image)
+    ends = [np.ravel(tags.get(tag, ())).astype(float) for tag in (_Tag.SMinSampleValue, _Tag.SMaxSampleValue)]
+    if not all(map(len, ends)) or not -math.inf < ends[0].min() < ends[1].max() < math.inf:
+        raise ValueError(
+            "floating-point pixels without a range (the TIFF tags SMinSampleValue and SMaxSampleValue); "
+            "declare it, or save 8 or 16 bits"
+        )
+    return ends[0].min(), ends[1].max()
 
 
 class Header(NamedTuple):
@@ -162,8 +183,8 @@ def plain_header(data: bytes) -> Header | None:
 def to_rgb(image: Image.Image, reduction: Reduction | None = None) -> Image.Image:
     """Upright 8-bit RGB version of `image`, of its first frame.
 
-    Transparent images are composed over white. 16-bit grayscale is scaled to 8 bits. Floating-point images
-    are taken as 0-1 when no value exceeds 1, else as 0-255. CMYK, palette and grayscale images are converted.
+    Transparent images are composed over white. Grayscale of 12 or 16 bits is scaled to 8 bits, as are
+    floating-point images by their declared range. CMYK, palette and grayscale images are converted.
     `reduction` tells how much very large images are reduced.
     """
     factor = reduction(*image.size) if reduction else 1
@@ -175,21 +196,22 @@ def to_rgb(image: Image.Image, reduction: Reduction | None = None) -> Image.Imag
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.reduce(factor) if factor > 1 else image
-    scale = _scale(image)
+    ends = _range(image)
     width, height = image.size
     # A conversion takes up to 32 bytes a pixel on the way: convert and reduce one tile after the other.
     pixels = Image.new("RGB", (-(-width // factor), -(-height // factor)))
     for top in range(0, height, _TILE):
         for left in range(0, width, _TILE):
             box = (left, top, min(left + _TILE, width), min(top + _TILE, height))
-            tile = _convert(image.crop(box), scale)
+            tile = _convert(image.crop(box), ends)
             pixels.paste(tile.reduce(factor) if factor > 1 else tile, (left // factor, top // factor))
     return pixels
 
 
-def _convert(image: Image.Image, scale: float | None) -> Image.Image:
-    if scale is not None:
-        values = np.nan_to_num(np.asarray(image).astype(np.float64)) * scale
+def _convert(image: Image.Image, ends: tuple[float, float] | None) -> Image.Image:
+    if ends is not None:
+        values = (np.asarray(image).astype(np.float64) - ends[0]) * (255 / (ends[1] - ends[0]))
+        values = np.nan_to_num(values)  # NaN is black
         return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         # The premultiplied modes convert to their plain counterparts only.
@@ -200,18 +222,14 @@ def _convert(image: Image.Image, scale: float | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _scale(image: Image.Image) -> float | None:
-    """Factor from one channel of 16- or 32-bit values to 8 bits; None for all other images."""
-    if image.mode.startswith("I;16"):
-        return 1 / 257
-    if image.mode == "I":  # 32 bits in memory, 8 or 16 in most files
-        return 1.0 if image.getextrema()[1] <= 255 else 1 / 257  # type: ignore[operator]
-    if image.mode == "F":
-        # Row by row, because `asarray` makes a copy. NaN counts as 0.
-        rows = (image.crop((0, top, image.width, top + 1)) for top in range(image.height))
-        peak = max((float(np.nan_to_num(np.asarray(row)).max(initial=0.0)) for row in rows), default=0.0)
-        return 255.0 if peak <= 1.0 else 1.0
-    return None
+def _range(image: Image.Image) -> tuple[float, float] | None:
+    """The values of black and white in one channel of more than 8 bits; None for all other images."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        bits = max(_tiff_tags(image).get(_Tag.BitsPerSample, (16,)))  # some TIFF files have 12
+        return 0, 2**bits - 1
+    if image.mode == "I":  # 32 bits, of which most files use 8 or 16
+        return 0, 255 if image.getextrema()[1] <= 255 else 65535  # type: ignore[operator]
+    return _declared_range(image) if image.mode == "F" else None
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -222,28 +240,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def shortage(error: OSError) -> str | None:
-    """The way out when the process or the machine lacks something; None when the file is to blame."""
-    return _SHORTAGES.get(error.errno or 0)
+def naming_file(where: str, work: Callable[[], T]) -> T:
+    """`work()`, which reads or decodes the image `where`; tried again while the data are away.
 
-
-@contextmanager
-def naming_file(where: str) -> Iterator[None]:
-    """Raise `UnreadableImageError` for anything that reading or decoding the file `where` raises.
-
-    It is a `RunError` when the process or the machine is to blame and not the file.
+    Raises:
+        UnreadableImageError: the file is to blame.
+        RunError: what it lies on is away, or the process or the machine lacks something; see `patiently`.
     """
     try:
-        yield
+        return patiently(work, f"image {printable(where)}")
     except (RunError, UsageError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
-        text = str(error)
-        if isinstance(error, OSError):
-            text = error.strerror or text
-            if way_out := shortage(error):
-                reason = f"{text}; {way_out} (the image may be good)"
-                raise RunError(f"cannot read image {printable(where)}: {reason}") from error
+        text = (isinstance(error, OSError) and error.strerror) or str(error)
         # Pillow's own text ends in "<_io.BytesIO object at 0x...>".
         reason = "not an image" if "cannot identify image file" in text else text
         reason = re.sub(r"\s+", " ", reason).strip() or type(error).__name__

@@ -89,7 +89,8 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if not _is_hidden(entry.name)]
             folders = sorted(entry.name for entry in visible if entry.is_dir())
-            files = sorted(entry.name for entry in visible if entry.is_file())
+            # A pipe in the place of a shard must not silently go missing either.
+            files = sorted(e.name for e in visible if not e.is_dir() and os.path.exists(e.path))
     except OSError as error:
         _refuse_folder(error)
     return folders, files

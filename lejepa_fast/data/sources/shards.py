@@ -13,14 +13,17 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
 from lejepa_fast.data.sources.base import EncodedSource, Names
-from lejepa_fast.data.sources.decoding import IMAGE_SUFFIXES, printable, refuse_large, shortage
+from lejepa_fast.data.sources.decoding import IMAGE_SUFFIXES, printable, refuse_large
+from lejepa_fast.data.sources.outages import SharedFileError, patiently
 from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.regular_files import open_regular
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
@@ -82,11 +85,11 @@ class ShardSource(EncodedSource):
         refuse_large(self.describe(index), size)
         # Opened for each image: with thousands of shards, descriptors that stay open would run out.
         try:
-            with open(shard, "rb", buffering=0) as file:
+            with open_regular(shard, buffering=0) as file:
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
-            raise RunError(_cannot(shard, error)) from error
+            raise SharedFileError(error.errno, error.strerror, str(shard)) from error
         if len(data) != size:
             raise RunError(
                 f"{self.describe(index)}: the file ends early ({len(data)} of {size} bytes); "
@@ -113,25 +116,27 @@ class ShardSource(EncodedSource):
         return targets or None
 
 
-def _cannot(shard: Path, error: OSError) -> str:
-    way_out = shortage(error) or "check that it is there, and its rights"
-    return f"cannot read the shard {shard}: {error.strerror}; {way_out}"
-
-
 # --- walking through a shard --------------------------------------------------------------------
 
 
 def index_shard(path: Path) -> list[Member]:
     """Byte ranges and labels of the images of one shard, in the order of the tar.
 
-    Raises `UsageError` for anything but plain image data, and `RunError` when files or memory are short.
+    Raises `UsageError` for anything but plain image data, and `RunError` as `patiently`.
     """
+    try:
+        return patiently(partial(_index_shard, path), f"the shard {path}")
+    except OSError as error:
+        raise UsageError(
+            f"cannot read the shard {path}: {error.strerror}; check that it is there, and its rights"
+        ) from error
+
+
+def _index_shard(path: Path) -> list[Member]:
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     try:
-        if path.exists() and not path.is_file():  # a pipe would wait for a writer
-            raise UsageError(f"{path} is not a file; give a .tar file")
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if file.read(6).startswith(_COMPRESSED):
                 raise UsageError(f"{path} is compressed, so not randomly readable; decompress it once")
             for info in _walk(path, file):
@@ -150,19 +155,17 @@ def index_shard(path: Path) -> list[Member]:
         raise UsageError(
             f"{path} is not a complete tar file ({reason}); copy or pack the shard again"
         ) from error
-    except OSError as error:
-        raise (RunError if shortage(error) else UsageError)(_cannot(path, error)) from error
     orphan = next((key for key in labels if key not in images), None)
     if orphan is not None:
         raise UsageError(f"{path}: {printable(orphan)}.cls has no image beside it; pack the shard again")
     return [Member(key, *place, labels.get(key)) for key, place in images.items()]
 
 
-def _walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+def _walk(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     """All members but folders, in bounded memory and time whatever the headers say."""
     file.seek(0)
     headers = _Headers(file)
-    with tarfile.open(fileobj=cast(BinaryIO, headers), mode="r:") as tar:
+    with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:") as tar:
         while (info := tar.next()) is not None:
             headers.used = 0
             # tarfile collects these of all members.
@@ -180,7 +183,7 @@ def _walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 class _Headers:
     """An open tar file that lets tarfile read at most `_MAX_HEADER_BYTES` of headers for a member."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self.seek, self.tell = file.seek, file.tell
         self._read = file.read
         self.used = 0
@@ -226,10 +229,8 @@ def read_index(shard: Path) -> list[Member] | None:
     index = shard.with_name(shard.name + ".idx")
     try:
         size = shard.stat().st_size
-        if not index.is_file():  # a pipe would wait for a writer
-            return None
         members: list[Member] = []
-        with open(index, encoding="utf-8") as file:
+        with open_regular(index, "r", encoding="utf-8") as file:
             lines = iter(lambda: file.readline(_MAX_INDEX_LINE), "")
             if json.loads(next(lines, "")) != _index_header(shard):
                 return None
