@@ -81,6 +81,14 @@ def png_of_exif(picture: Image.Image) -> bytes:
     return data[:33] + png_chunk(b"eXIf", exif_block(*entries, rest=bytes(size))[6:]) + data[33:]
 
 
+def avif_of_exif(picture: Image.Image) -> bytes:
+    """The same EXIF data in AVIF, where Pillow unpacks it on opening. Saving would unpack it, too."""
+    data = png_of_exif(picture)
+    block = data[data.index(b"II*\0") : data.index(b"IDAT") - 8]
+    empty = b"II*\0" + bytes(len(block) - 4)
+    return saved(picture, "AVIF", exif=b"Exif\0\0" + empty).replace(empty, block)
+
+
 # Name to (how it is made, part of the reason for which it must be refused).
 BOMBS: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
     "webp": (webp_bomb, "10000 x 10000 px, more than the 44,739,242 pixels"),
@@ -96,6 +104,7 @@ BOMBS: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
         "too many segments before the pixels",
     ),
     "exif": (png_of_exif, "more than 128 KiB of EXIF data"),
+    "exif in avif": (avif_of_exif, "more than 128 KiB of EXIF data"),
 }
 
 

@@ -33,7 +33,8 @@ class ArraySource(ImageSource):
 
     def __init__(self, dataset: Any, name: str) -> None:
         self._dataset = dataset
-        super().__init__(name=name, classes=_classes(dataset), targets=_labels(dataset))
+        origin, targets = f"torchvision's {name}", _labels(dataset)
+        super().__init__(name=name, classes=_classes(dataset), targets=targets, origin=origin)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -54,7 +55,8 @@ def _file_source(dataset: Any, name: str) -> FileSource:
     files, labels = _files(dataset), _labels(dataset)
     order = sorted(range(len(files)), key=lambda item: os.fsencode(files[item]))  # SUN397 has the disk's
     names = (os.path.abspath(files[item]) for item in order)
-    return FileSource(Path("/"), names, name=name, classes=_classes(dataset), targets=labels[order])
+    about = {"name": name, "classes": _classes(dataset), "origin": f"torchvision's {name}"}
+    return FileSource(Path("/"), names, targets=labels[order], **about)
 
 
 def split_options(name: str, split: Split) -> dict[str, Any] | None:
