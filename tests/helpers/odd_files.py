@@ -73,20 +73,20 @@ def webp_bomb(picture: Image.Image) -> bytes:
     return b"RIFF" + struct.pack("<I4s4sI", 20, b"WEBP", b"VP8L", 8) + bits.to_bytes(8, "little")
 
 
+def avif_of_exif(picture: Image.Image) -> bytes:
+    """The EXIF data of `png_of_exif` in AVIF, where Pillow unpacks it on opening, and on saving."""
+    data = png_of_exif(picture)
+    block = data[data.index(b"II*\0") : data.index(b"IDAT") - 8]
+    empty = b"II*\0" + bytes(len(block) - 4)
+    return saved(picture, "AVIF", exif=b"Exif\0\0" + empty).replace(empty, block)
+
+
 def png_of_exif(picture: Image.Image) -> bytes:
     """EXIF data of 0.4 MB, whose 16,000 entries are all of its other half: Pillow would make 3 GB of it."""
     size = 200_000
     entries = [exif_entry(tag, 7, size, 8 + 2 + 12 * 16_000 + 4) for tag in range(0x8000, 0x8000 + 16_000)]
     data = saved(picture, "PNG")
     return data[:33] + png_chunk(b"eXIf", exif_block(*entries, rest=bytes(size))[6:]) + data[33:]
-
-
-def avif_of_exif(picture: Image.Image) -> bytes:
-    """The same EXIF data in AVIF, where Pillow unpacks it on opening. Saving would unpack it, too."""
-    data = png_of_exif(picture)
-    block = data[data.index(b"II*\0") : data.index(b"IDAT") - 8]
-    empty = b"II*\0" + bytes(len(block) - 4)
-    return saved(picture, "AVIF", exif=b"Exif\0\0" + empty).replace(empty, block)
 
 
 # Name to (how it is made, part of the reason for which it must be refused).

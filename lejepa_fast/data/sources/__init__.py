@@ -66,6 +66,7 @@ def open_source(path: str, split: Split, *, val_fraction: float = 0.1, seed: int
     path = os.fspath(path)
     if path.startswith("torchvision:"):
         source, is_split = open_torchvision_set(path, split)
+        source.origin = path
         return source if is_split else _hold_out(source, split, val_fraction, seed)
     if path not in EMBEDDED and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
         raise UsageError(

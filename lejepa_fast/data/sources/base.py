@@ -19,6 +19,7 @@ from lejepa_fast.data.sources.decoding import (
     UnreadableImageError,
     naming_file,
     open_encoded,
+    printable,
     to_rgb,
 )
 from lejepa_fast.errors import UsageError
@@ -211,7 +212,7 @@ def check_sizes(
             width, height = source.image_size(index)
             if size_fault(width, height, smallest):
                 raise UsageError(
-                    f"image smaller than the crop: {source.describe(index)} is {width} x {height} "
+                    f"image smaller than the crop: {printable(source.describe(index))} is {width} x {height} "
                     f"px, the crops need a short side of {smallest}; use a smaller --crops.global-size (now "
                     f"at most {min(width, height)}), or allow enlarging with --crops.min-image-size 1"
                 )

@@ -33,8 +33,7 @@ class ArraySource(ImageSource):
 
     def __init__(self, dataset: Any, name: str) -> None:
         self._dataset = dataset
-        origin, targets = f"torchvision's {name}", _labels(dataset)
-        super().__init__(name=name, classes=_classes(dataset), targets=targets, origin=origin)
+        super().__init__(name=name, classes=_classes(dataset), targets=_labels(dataset))
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -55,8 +54,7 @@ def _file_source(dataset: Any, name: str) -> FileSource:
     files, labels = _files(dataset), _labels(dataset)
     order = sorted(range(len(files)), key=lambda item: os.fsencode(files[item]))  # SUN397 has the disk's
     names = (os.path.abspath(files[item]) for item in order)
-    about = {"name": name, "classes": _classes(dataset), "origin": f"torchvision's {name}"}
-    return FileSource(Path("/"), names, targets=labels[order], **about)
+    return FileSource(Path("/"), names, name=name, classes=_classes(dataset), targets=labels[order])
 
 
 def split_options(name: str, split: Split) -> dict[str, Any] | None:
