@@ -145,6 +145,7 @@ def test_splits_on_disk(tmp_path, held_out, trained):
             "error: all images in . are in folders named like splits (train2017/, val2017/)",
         ),
         ("Train training", "error: all images in . are in folders named like splits (Train/, training/)"),
+        ("train/a train/b val/", "error: no images in val; expected"),
         ("cat/train cat/val dog/train", "error: cat holds train/, val/ as a data set does"),
         ("images/Train masks/Train", "error: images holds Train/ as a data set does"),
     ],
@@ -157,7 +158,6 @@ def test_layouts_of_splits(tmp_path, monkeypatch, folders, found):
             write_images(tmp_path / folder, 2)
     monkeypatch.chdir(tmp_path)
     if found.startswith("error: "):
-        assert usage_error(".", "train") == usage_error(".", "val")
         assert usage_error(".", "val").startswith(found.removeprefix("error: "))
         return
     val = open_source(".", "val")

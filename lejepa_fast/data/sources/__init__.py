@@ -111,7 +111,8 @@ def find_splits(root: Path, *, below: bool = True) -> tuple[Place, Place | None]
     folders, files = list_folder(root)
     exact = [n for n in folders if n.lower() in TRAIN_NAMES + VAL_NAMES and holds_images(root / n)]
     train = [name for name in exact if name.lower() in TRAIN_NAMES]
-    val = [name for word in VAL_NAMES for name in exact if name.lower() == word]
+    # Without images a held-out folder is not passed over: opening it says so.
+    val = [name for names in (exact, folders) for word in VAL_NAMES for name in names if name.lower() == word]
     if len(train) == 1 and val:
         return root / train[0], root / val[0]
     # Looking into all folders can take long. It is needed where one is named like a split.
@@ -120,7 +121,7 @@ def find_splits(root: Path, *, below: bool = True) -> tuple[Place, Place | None]
     if named == train and len(train) == 1:
         return root / train[0], None
     words = {split_word(name) for name in named}
-    if None not in words and (train or val or len(words) > 1):
+    if None not in words and (exact or len(words) > 1):
         found = ", ".join(f"{name}/" for name in named)
         raise UsageError(
             f"all images in {root} are in folders named like splits ({found}), but not in train/, alone or "
