@@ -304,9 +304,11 @@ def multicrop_loader(
         the source has no labels.
 
     Raises:
+        TypeError: `source` has not been opened.
         UsageError: settings or data cannot work.
         RunError: while iterating, when too many images are bad.
     """
+    _check_opened(source)
     recipe.validate()
     if not isinstance(seed, Integral):
         raise UsageError(f"seed must be a whole number; got {seed!r}")
@@ -360,9 +362,11 @@ def eval_loader(
         where unlabeled).
 
     Raises:
+        TypeError: `source` has not been opened.
         UsageError: a setting cannot work.
         RunError: while iterating, when too many images are bad.
     """
+    _check_opened(source)
     if not isinstance(image_size, Integral) or image_size < 1:
         raise UsageError(f"image_size must be a whole number of pixels, at least 1; got {image_size!r}")
     device = _usable(device)
@@ -372,6 +376,14 @@ def eval_loader(
     return EvalLoader(
         made, len(source), batch_size, bad, Normalize(mean, std, device, compiled=made.name == "cpu")
     )
+
+
+def _check_opened(source: object) -> None:
+    if not isinstance(source, ImageSource):
+        raise TypeError(
+            f"source: expected what open_source(path) returns, got {type(source).__name__}; the path is a "
+            "folder, a .tar or 'torchvision:NAME:/dir'; for other images subclass ImageSource"
+        )
 
 
 def _usable(device: torch.device | str | None) -> torch.device | None:

@@ -73,6 +73,14 @@ def webp_bomb(picture: Image.Image) -> bytes:
     return b"RIFF" + struct.pack("<I4s4sI", 20, b"WEBP", b"VP8L", 8) + bits.to_bytes(8, "little")
 
 
+def avif_of_exif(picture: Image.Image) -> bytes:
+    """The EXIF data of `png_of_exif` in AVIF, where Pillow unpacks it on opening, and on saving."""
+    data = png_of_exif(picture)
+    block = data[data.index(b"II*\0") : data.index(b"IDAT") - 8]
+    empty = b"II*\0" + bytes(len(block) - 4)
+    return saved(picture, "AVIF", exif=b"Exif\0\0" + empty).replace(empty, block)
+
+
 def png_of_exif(picture: Image.Image) -> bytes:
     """EXIF data of 0.4 MB, whose 16,000 entries are all of its other half: Pillow would make 3 GB of it."""
     size = 200_000
@@ -122,6 +130,7 @@ BOMBS: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
         "too many segments before the pixels",
     ),
     "exif": (png_of_exif, "more than 128 KiB of EXIF data"),
+    "exif in avif": (avif_of_exif, "more than 128 KiB of EXIF data"),
 }
 
 

@@ -1,6 +1,7 @@
 """The command `lejepa-data`: verify, pack and index data sets. Also `python -m lejepa_fast.data`."""
 
 import argparse
+import math
 import os
 import sys
 from collections import Counter
@@ -14,9 +15,9 @@ from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.commands.pack import DEFAULT_SHARD_BYTES, SKIPPED, pack_folder
 from lejepa_fast.data.sources import HoldOutError, ImageSource, Split, UnreadableImageError, open_source
 from lejepa_fast.data.sources.base import size_fault
-from lejepa_fast.data.sources.decoding import printable
+from lejepa_fast.data.sources.folder import is_hidden
 from lejepa_fast.data.sources.shards import index_shard, write_index
-from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.errors import RunError, UsageError, printable
 
 _AT_ONCE = 512  # images handed to the threads at a time, so that memory stays bounded
 
@@ -79,6 +80,8 @@ def _verify(options: argparse.Namespace) -> int:
             smallest = min(smallest or found, found, key=min)
             largest = max(largest or found, found, key=lambda size: size[0] * size[1])
         sizes = "".join(f"{f'{size[0]} x {size[1]}' if size else '-':>13}" for size in (smallest, largest))
+        if source.left_out:
+            print(printable(f"{split}: not read: {source.left_out}"))
         table.append(f"{split:8}{len(source):>10}{len(source) - bad:>10}{bad:>8}{sizes}")
     print("\n".join(table + [f"{count:>8} x {reason}" for reason, count in reasons.most_common()]))
     return 1 if reasons else 0
@@ -119,6 +122,8 @@ def _pack(options: argparse.Namespace) -> int:
     shuffled across classes by `seed`, so that every shard is a mixture. Headers carry no owner, rights or
     time: the same images give the same bytes. The result appears under its name when it is complete.
     """
+    if not 0 < options.shard_mb < math.inf:  # neither is NaN
+        raise UsageError(f"--shard-mb must be a size in MiB, above 0; got {options.shard_mb}")
     counts = pack_folder(
         options.source,
         options.out,
@@ -128,7 +133,7 @@ def _pack(options: argparse.Namespace) -> int:
         skip_bad=options.skip_bad,
     )
     for name, count in counts.items():
-        print(f"{os.path.join(options.out, name)}: {count} images")
+        print(printable(f"{os.path.join(options.out, name)}: {count} images"))
     listing = Path(options.out) / SKIPPED
     if listing.exists():
         count = len(listing.read_text(encoding="utf-8").splitlines())
@@ -139,7 +144,8 @@ def _pack(options: argparse.Namespace) -> int:
 def _index(options: argparse.Namespace) -> int:
     """Write index files beside WebDataset shards, so that opening them takes no time."""
     path = options.path
-    shards = [path] if path.is_file() else sorted(path.rglob("*.tar"))
+    found = path.rglob("*.tar")
+    shards = [path] if path.is_file() else sorted(shard for shard in found if not is_hidden(shard.name))
     if not shards:
         raise UsageError(f"no .tar shards in {path}; give a shard, or a folder with shards")
     images = 0

@@ -37,7 +37,11 @@ class ImageSource(ABC):
         name: what logs call the data set.
         classes: class names by index. None: unknown.
         targets: class index of every image. None: the images have no labels.
+        origin: where they come from, such as "folder /data/cats", for `summary`. None: `name`.
     """
+
+    left_out = ""
+    """What else lies there and is not read, for messages."""
 
     def __init__(
         self,
@@ -45,8 +49,10 @@ class ImageSource(ABC):
         name: str,
         classes: Sequence[str] | None,
         targets: Sequence[int] | np.ndarray | None,
+        origin: str | None = None,
     ) -> None:
         self.name = name
+        self.origin = name if origin is None else origin
         self.classes = None if classes is None else list(classes)
         # An array: forked workers would copy the pages of a list by counting references.
         self._targets = None if targets is None else np.asarray(targets, dtype=np.int64)
@@ -60,6 +66,14 @@ class ImageSource(ABC):
     def labeled(self) -> bool:
         """Whether the images have class indices."""
         return self._targets is not None
+
+    def summary(self) -> str:
+        """Images, classes and where they come from, for messages."""
+        names = self.classes or []
+        shown = f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
+        count = len(names) or (0 if self._targets is None else len(np.unique(self._targets)))
+        text = f"{len(self):,} images, {count or 'no'} class{'es' * (count != 1)}{shown} from {self.origin}"
+        return f"{text}; not read there: {self.left_out}" if self.left_out else text
 
     def target(self, index: int) -> int:
         """Class index of one image, -1 when unlabeled; reads no pixels."""
@@ -116,7 +130,8 @@ class SubsetSource(ImageSource):
         self.base = base
         self._indices = np.asarray(indices, dtype=np.int64)
         targets = None if base._targets is None else base._targets[self._indices]
-        super().__init__(name=base.name, classes=base.classes, targets=targets)
+        super().__init__(name=base.name, classes=base.classes, targets=targets, origin=base.origin)
+        self.left_out = base.left_out
 
     def __len__(self) -> int:
         return len(self._indices)

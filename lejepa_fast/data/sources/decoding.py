@@ -14,8 +14,13 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
+try:
+    from PIL import _avif
+except ImportError:  # before Pillow 11.3, or built without it
+    _avif = None  # type: ignore[assignment]
+
 from lejepa_fast.data.sources.outages import patiently
-from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.errors import RunError, UsageError, printable
 from lejepa_fast.regular_files import open_regular
 
 T = TypeVar("T")
@@ -31,24 +36,28 @@ class UnreadableImageError(RunError):
         self.reason = reason
 
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
-)
-
 # Formats that Pillow may try on a file, whatever its suffix says. It opens MPO as JPEG. For EPS, which is not
 # among them, it would run Ghostscript.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+Image.init()
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", *["AVIF"] * (_avif is not None))
+
+# Every suffix of these formats, and two that sites give to what they hand out.
+IMAGE_SUFFIXES = frozenset(
+    {suffix for suffix, name in Image.registered_extensions().items() if name in (*_FORMATS, "MPO")}
+    | {".jpg_large", ".png_large"}
+)
 
 MAX_IMAGE_BYTES = 256 << 20  # a file is held in memory as a whole
 MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own limit, which programs can raise or switch off
 # Decoders of these formats take 16 bytes of memory and more for a pixel, four times as much as all others.
-_HUNGRY_FORMATS = ("WEBP", "JPEG2000")
+_HUNGRY_FORMATS = ("WEBP", "JPEG2000", "AVIF")
 
 # Limits of what stands before the pixels. Pillow's time grows with the square of the EXIF segments of a JPEG,
 # and its memory with the square of the bytes of EXIF data, whose entries may overlap.
 _MAX_HEADER_READS = 1 << 14  # a JPEG takes 4 for a segment
 _MAX_EXIF_BYTES = 128 << 10
 _MAX_CHUNK_BYTES = 512 << 20  # of a TIFF: as much as the largest RGB image
+_AVIF_BRANDS = (b"avif", b"avis", b"mif1", b"msf1")
 
 # Keys of `Image.info`: transparency, and what may hold an orientation, which Pillow reads with the pixels.
 _UNUSUAL_IN_PNG = {"interlace", "transparency", "exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
@@ -101,6 +110,8 @@ def open_encoded(data: bytes) -> ImageFile.ImageFile:
 
     Raises whatever Pillow raises, and `ValueError` for a file that could exhaust time or memory.
     """
+    if data[8:12] in _AVIF_BRANDS and _avif is not None:  # of these Pillow unpacks the EXIF data on opening
+        _check_exif(len(_avif.AvifDecoder(data, "auto", 1).get_info()[4] or b""))
     file = _Header(data)
     image = Image.open(file, formats=_FORMATS)
     file.reads = -(1 << 62)  # decoding may read as often as it likes
@@ -233,11 +244,6 @@ def _range(image: Image.Image) -> tuple[float, float] | None:
 
 
 # --- errors -------------------------------------------------------------------------------------
-
-
-def printable(text: str) -> str:
-    """`text` for a one-line message. Line breaks, and bytes of file names that are not UTF-8, are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def naming_file(where: str, work: Callable[[], T]) -> T:
