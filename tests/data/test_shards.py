@@ -156,7 +156,7 @@ def test_shards_in_one_folder_are_split_by_their_names(tmp_path, names, train, v
     if isinstance(train, str):
         with pytest.raises(UsageError, match=re.escape(train)):
             open_source(str(tmp_path), "val")
-    elif val is not None or not folder:
+    else:
         sizes = [len(open_source(str(tmp_path), split)) for split in ("train", "val")]
         assert sizes == ([10 * train, 10 * val] if val else [10 * train - 3, 3])
 

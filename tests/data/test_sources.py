@@ -443,7 +443,9 @@ def test_bad_torchvision_paths(tmp_path, path, parts):
         assert part in text
 
 
-@pytest.mark.parametrize("source", ["/data", Path("/data"), [1], datasets.FakeData(2)], ids=str)
+@pytest.mark.parametrize(
+    "source", ["/data", Path("/data"), [1], datasets.FakeData(2)], ids=["text", "path", "list", "torchvision"]
+)
 def test_what_is_not_opened_is_no_source(source):
     for make in (
         lambda: multicrop_loader(source, MultiCropRecipe(), batch_size=2),

@@ -12,13 +12,7 @@ from pathlib import Path
 
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.draws import PACK, permutation
-from lejepa_fast.data.sources import (
-    FolderSource,
-    ImageSource,
-    UnreadableImageError,
-    find_splits,
-    open_place,
-)
+from lejepa_fast.data.sources import FolderSource, ImageSource, UnreadableImageError, find_splits, open_place
 from lejepa_fast.data.sources.decoding import naming_file
 from lejepa_fast.errors import RunError, UsageError
 

@@ -95,7 +95,7 @@ def find_splits(root: Path, *, below: bool = True) -> tuple[Place, Place | None]
 
     Args:
         root: a folder or a .tar.
-        below: look for splits in the only folder with images, too, as in images/train.
+        below: look for splits and shards in the only folder with images, too, as in images/train.
 
     Raises:
         UsageError: `root` does not exist, or names of splits in it make no training split.
@@ -132,8 +132,9 @@ def find_splits(root: Path, *, below: bool = True) -> tuple[Place, Place | None]
     if shards and not named:
         return _splits_of_shards(root, shards)
     if below and len(named) == 1 and not shards:
-        inside = find_splits(root / named[0], below=False)
-        if inside[0] != root / named[0]:
+        only = root / named[0]
+        inside = find_splits(only, below=False)
+        if inside[0] != only or any(map(is_shard, list_folder(only)[1])):
             return inside
     return root, None
 
