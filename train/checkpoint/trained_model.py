@@ -65,7 +65,8 @@ def export_encoder(
     """Write `run_dir/name` and, beside it, its settings as .json and for timm; return the weights' path.
 
     The settings are "model" (arguments of `timm.create_model`), "input" (size, mean and std of the evaluated
-    images, RGB in 0-1 before normalization, and how they are resized), "trained_with" and "step". timm reads
+    images, RGB in 0-1 before normalization, how they are resized, and the values of black and white of images
+    with more than 8 bits), "trained_with" and "step". timm reads
     config.json, which in a run folder holds the configuration of the run as well; one of another program
     stays as it is. RunError, which ends with the advice `way_out`, if the disk refuses.
     """
@@ -78,7 +79,7 @@ def export_encoder(
     resized = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
     settings = {
         "model": arguments,
-        "input": {"size": size, **normalized, **resized},
+        "input": {"size": size, "value_range": cfg.data.value_range, **normalized, **resized},
         "trained_with": "lejepa_fast",
         "step": step,
     }

@@ -70,7 +70,7 @@ class CpuBackend:
         arrays, targets = [view.numpy() for view in views], batch.targets.numpy()
 
         def read(index: int) -> tuple[int, Image.Image]:
-            return index, self._views.load(index)
+            return index, self._views.load(key.epoch, index)
 
         def fill(rows: Sequence[int]) -> list[int]:
             made = [bad.first_usable(self._views, key.epoch, key.indices[row], read) for row in rows]

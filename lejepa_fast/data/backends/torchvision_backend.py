@@ -103,7 +103,7 @@ class Batches(Dataset):
         """Write the views and the label of an image to a row of the batch; True."""
         # The batch itself is made outside inference mode, as the caller may use it in autograd.
         with one_thread(), torch.inference_mode():
-            image = self.views.load(index)
+            image = self.views.load(epoch, index)
             batch.targets[row] = self.views.source.target(index)
             if isinstance(self.views, EvalViews):
                 batch.views[0][row] = center_view(image, self.views.image_size)

@@ -17,6 +17,7 @@ from PIL import Image
 from lejepa_fast.data.sources.decoding import (
     Reduction,
     UnreadableImageError,
+    ValueRange,
     naming_file,
     open_encoded,
     printable,
@@ -57,6 +58,11 @@ class ImageSource(ABC):
         # An array: forked workers would copy the pages of a list by counting references.
         self._targets = None if targets is None else np.asarray(targets, dtype=np.int64)
 
+    draws = False
+    """Whether `load` makes a choice by its number `draw`."""
+    value_range: ValueRange | None = None
+    """Values of black and white of images with more than 8 bits, see `stacks.choose_value_range`."""
+
     @property
     def targets(self) -> list[int] | None:
         """Class index of every image; None when unlabeled."""
@@ -96,9 +102,17 @@ class ImageSource(ABC):
             raise IndexError(f"image {index} of a source of {len(self)}")
         return self.load(index), self.target(index)
 
-    def load(self, index: int, reduction: Reduction | None = None) -> Image.Image:
-        """The upright RGB image, very large ones reduced by `reduction`. Raises as `[index]` does."""
-        return naming_file(self.describe(index), lambda: to_rgb(self.open_image(index), reduction))
+    def load(self, index: int, reduction: Reduction | None = None, draw: int | None = None) -> Image.Image:
+        """The upright RGB image, very large ones reduced by `reduction`. Raises as `[index]` does.
+
+        draw: a random number for the choices that a source makes anew in each epoch.
+        """
+        return naming_file(
+            self.describe(index), lambda: to_rgb(self._opened(index, draw), reduction, self.value_range)
+        )
+
+    def _opened(self, index: int, draw: int | None) -> Image.Image:
+        return self.open_image(index)
 
     def image_size(self, index: int) -> tuple[int, int]:
         """(width, height) in pixels before EXIF rotation, from the file's header where that is possible."""

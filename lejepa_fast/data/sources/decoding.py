@@ -64,6 +64,7 @@ _UNUSUAL_IN_PNG = {"interlace", "transparency", "exif", "xmp", "XML:com.adobe.xm
 
 # (width, height) in pixels, in either order, to the factor by which the image is to be reduced: 1, 2, 4 or 8.
 Reduction = Callable[[int, int], int]
+ValueRange = tuple[float, float]
 _TILE = 1024  # px, a multiple of any factor
 _Tag = ExifTags.Base
 
@@ -123,8 +124,6 @@ def open_encoded(data: bytes) -> ImageFile.ImageFile:
     _check_exif(len(image.info.get("Raw profile type exif", "")) // 2)  # in hexadecimal digits
     if _chunk_bytes(image) > _MAX_CHUNK_BYTES:
         raise ValueError(f"a tile or strip of more than {_MAX_CHUNK_BYTES >> 20} MiB")
-    if image.mode == "F":
-        _declared_range(image)
     return image
 
 
@@ -148,7 +147,7 @@ def _declared_range(image: Image.Image) -> tuple[float, float]:
     if not all(map(len, ends)) or not -math.inf < ends[0].min() < ends[1].max() < math.inf:
         raise ValueError(
             "floating-point pixels without a range (the TIFF tags SMinSampleValue and SMaxSampleValue); "
-            "declare it, or save 8 or 16 bits"
+            "declare it, save 8 or 16 bits, or set --data.bit-depth percentile"
         )
     return ends[0].min(), ends[1].max()
 
@@ -191,12 +190,15 @@ def plain_header(data: bytes) -> Header | None:
 # --- to RGB -------------------------------------------------------------------------------------
 
 
-def to_rgb(image: Image.Image, reduction: Reduction | None = None) -> Image.Image:
-    """Upright 8-bit RGB version of `image`, of its first frame.
+def to_rgb(
+    image: Image.Image, reduction: Reduction | None = None, value_range: ValueRange | None = None
+) -> Image.Image:
+    """Upright 8-bit RGB version of `image`, of its present frame.
 
     Transparent images are composed over white. Grayscale of 12 or 16 bits is scaled to 8 bits, as are
     floating-point images by their declared range. CMYK, palette and grayscale images are converted.
-    `reduction` tells how much very large images are reduced.
+    `reduction` tells how much very large images are reduced. `value_range`: the values of black and white of
+    images with more than 8 bits, instead of those that the file declares.
     """
     factor = reduction(*image.size) if reduction else 1
     if factor > 1:  # the decoder reduces it if it can
@@ -207,7 +209,7 @@ def to_rgb(image: Image.Image, reduction: Reduction | None = None) -> Image.Imag
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.reduce(factor) if factor > 1 else image
-    ends = _range(image)
+    ends = _range(image, value_range)
     width, height = image.size
     # A conversion takes up to 32 bytes a pixel on the way: convert and reduce one tile after the other.
     pixels = Image.new("RGB", (-(-width // factor), -(-height // factor)))
@@ -222,7 +224,7 @@ def to_rgb(image: Image.Image, reduction: Reduction | None = None) -> Image.Imag
 def _convert(image: Image.Image, ends: tuple[float, float] | None) -> Image.Image:
     if ends is not None:
         values = (np.asarray(image).astype(np.float64) - ends[0]) * (255 / (ends[1] - ends[0]))
-        values = np.nan_to_num(values)  # NaN is black
+        values = np.nan_to_num(values, posinf=255.0, neginf=0.0)  # NaN is black
         return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         # The premultiplied modes convert to their plain counterparts only.
@@ -233,14 +235,30 @@ def _convert(image: Image.Image, ends: tuple[float, float] | None) -> Image.Imag
     return image.convert("RGB")
 
 
-def _range(image: Image.Image) -> tuple[float, float] | None:
+def _range(image: Image.Image, given: ValueRange | None) -> ValueRange | None:
     """The values of black and white in one channel of more than 8 bits; None for all other images."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        bits = max(_tiff_tags(image).get(_Tag.BitsPerSample, (16,)))  # some TIFF files have 12
-        return 0, 2**bits - 1
-    if image.mode == "I":  # 32 bits, of which most files use 8 or 16
+    if given is not None or not _is_deep(image):
+        return given if _is_deep(image) else None
+    if image.mode == "F":
+        return _declared_range(image)
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # 32 bits, of which most files use 8 or 16
         return 0, 255 if image.getextrema()[1] <= 255 else 65535  # type: ignore[operator]
-    return _declared_range(image) if image.mode == "F" else None
+    bits = max(_tiff_tags(image).get(_Tag.BitsPerSample, (16,)))  # some TIFF files have 12
+    return 0, 2**bits - 1
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether the image has one channel of more than 8 bits."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def deep_values(image: Image.Image) -> np.ndarray | None:
+    """Up to 2^16 finite values of an image with more than 8 bits, spread over it; None for other images."""
+    if not _is_deep(image):
+        return None
+    values = np.asarray(image).ravel()
+    values = values[:: -(-values.size // (1 << 16))]
+    return values[np.isfinite(values)]
 
 
 # --- errors -------------------------------------------------------------------------------------

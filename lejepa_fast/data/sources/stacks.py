@@ -1,0 +1,124 @@
+"""Scientific images: values of more than 8 bits, and files that hold a stack of slices."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from lejepa_fast.data.sources.base import ImageSource
+from lejepa_fast.data.sources.decoding import UnreadableImageError, ValueRange, deep_values, naming_file
+from lejepa_fast.errors import UsageError
+
+BitDepth = Literal["auto", "8", "12", "16", "percentile"]
+Slices = Literal["first", "random", "all"]
+
+_PROBED_IMAGES = 64
+_SHARE = 0.1  # percent of the values that become black, and of those that become white
+
+
+def choose_value_range(source: ImageSource, bit_depth: BitDepth) -> ValueRange | None:
+    """Values of black and white for all images with more than 8 bits of a data set, so that all are alike.
+
+    Args:
+        source: up to 64 of its images, spread over it, are looked at.
+        bit_depth: "8", "12", "16": whole numbers of so many bits. "percentile": from the 0.1th to the 99.9th
+            percentile of the values found. "auto": 8, 12 or 16 bits, whatever holds the largest value found;
+            [0, 1] for floating-point images with no values beyond.
+
+    Returns:
+        The two values. None if no image has more than 8 bits, and for "auto" with floating-point images that
+        have other values: each file must declare its range then.
+
+    Raises:
+        UsageError: with "percentile", the images have no two values.
+        RunError: the images cannot be read now.
+    """
+    found = []
+    for index in range(0, len(source), -(-len(source) // _PROBED_IMAGES)):
+        try:
+            values = naming_file(source.describe(index), lambda: deep_values(source.open_image(index)))  # noqa: B023
+        except UnreadableImageError:
+            continue  # the loader counts them
+        if values is not None and values.size:
+            found.append(values)
+    if not found:
+        return None
+    if bit_depth == "percentile":
+        low, high = np.percentile(np.concatenate(found).astype(np.float64), [_SHARE, 100 - _SHARE])
+        if low == high:
+            raise UsageError(f"bit_depth percentile: expected images of different values, got only {low:g}")
+        return float(low), float(high)
+    if bit_depth != "auto":
+        return 0.0, 2.0 ** int(bit_depth) - 1
+    low, high = min(values.min() for values in found), max(values.max() for values in found)
+    if any(values.dtype.kind == "f" for values in found):
+        return (0.0, 1.0) if low >= 0 and high <= 1 else None
+    return 0.0, float(next((most for most in (255, 4095) if high <= most), 65535))
+
+
+def open_stacks(source: ImageSource, slices: Slices) -> ImageSource:
+    """The images of a source whose files hold stacks, such as TIFF files of several pages.
+
+    Args:
+        source: one image for each file.
+        slices: "first": only the first of each file. "random": one of them, drawn anew in each epoch; the
+            middle one in evaluation. "all": each is an image of its own; the header of every file is read.
+    """
+    if slices == "random":
+        return _RandomSlices(source)
+    return _AllSlices(source) if slices == "all" else source
+
+
+class _Stacks(ImageSource):
+    def __init__(self, base: ImageSource, files: Sequence[int] | np.ndarray) -> None:
+        self.base, self._files = base, np.asarray(files, dtype=np.int64)
+        targets = None if base._targets is None else base._targets[self._files]
+        super().__init__(name=base.name, classes=base.classes, targets=targets, origin=base.origin)
+        self.left_out = base.left_out
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class _RandomSlices(_Stacks):
+    draws = True
+
+    def __init__(self, base: ImageSource) -> None:
+        super().__init__(base, range(len(base)))
+
+    def describe(self, index: int) -> str:
+        return self.base.describe(index)
+
+    def open_image(self, index: int) -> Image.Image:
+        return self._opened(index, None)
+
+    def _opened(self, index: int, draw: int | None) -> Image.Image:
+        image: Any = self.base.open_image(index)
+        count = getattr(image, "n_frames", 1)
+        image.seek(count // 2 if draw is None else draw % count)
+        return image
+
+
+class _AllSlices(_Stacks):
+    def __init__(self, base: ImageSource) -> None:
+        counts = [_count_slices(base, index) for index in range(len(base))]
+        super().__init__(base, np.repeat(np.arange(len(base)), counts))
+        self._first = np.cumsum([0, *counts])
+
+    def describe(self, index: int) -> str:
+        file = self._files[index]
+        return f"{self.base.describe(int(file))}, slice {index - self._first[file]}"
+
+    def open_image(self, index: int) -> Image.Image:
+        file = int(self._files[index])
+        image = self.base.open_image(file)
+        image.seek(int(index - self._first[file]))
+        return image
+
+
+def _count_slices(source: ImageSource, index: int) -> int:
+    try:
+        return naming_file(source.describe(index), lambda: getattr(source.open_image(index), "n_frames", 1))
+    except UnreadableImageError:
+        return 1  # the loader counts it as bad
