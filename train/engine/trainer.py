@@ -114,8 +114,14 @@ class Trainer:
         self.run_dir: Path = cfg.out
         on_all(world, self._open_data)
         on_all(world, self._build_model)
-        computed = {"precision in use": str(self.amp_dtype), "strategy in use": self.strategy}
-        require_same_on_all(world, computed | self.data_identity)
+        in_use = {
+            "number of training images": self.data_identity["train_images"],
+            "number of validation images": self.data_identity["val_images"],
+            "digest of the images' names": self.data_identity["names_sha256"][:12],
+            "precision in use": str(self.amp_dtype),
+            "strategy in use": self.strategy,
+        }
+        require_same_on_all(world, in_use)
         with self._memory_advice():
             mesh = make_mesh(cfg.parallel, world.device.type)
             self.wrapped = parallelize(self.model, cfg, mesh, world.device)

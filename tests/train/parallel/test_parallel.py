@@ -155,7 +155,10 @@ def test_ranks_that_disagree_end_before_the_first_step(one, ranks):
                 "other options",
                 "--optim.lr is 0.0002 on rank 0 and 0.1 on rank 1; start all ranks with the same",
             ),
-            ("other images", "train_images is 32 on rank 0 and 31 on rank 1; start all ranks with the same"),
+            (
+                "other images",
+                "number of training images is 32 on rank 0 and 31 on rank 1; start all ranks with",
+            ),
         ):
             message, left_to_rank_0 = results[name]
             assert message.startswith(f"ranks differ: {difference}")
