@@ -68,7 +68,9 @@ def run_kernel_tests(session: nox.Session, triton: str, interpreted: list[str], 
 @nox.parametrize("triton", TRITONS, ids=TRITONS)
 def kernels(session: nox.Session, triton: str) -> None:
     """All kernel tests with one version of Triton, and the budgets of every kernel that is compiled."""
-    run_kernel_tests(session, triton, find_tests("kernels/kernel_*"), find_tests("test_kernel_compile"))
+    run_kernel_tests(
+        session, triton, find_tests("kernels/kernel_*"), find_tests("test_kernel_compile", "test_launches")
+    )
     check = ["bench/kernel_report.py", "--target", "all", "--dtype", "bf16", "fp16", "fp32", "--check"]
     session.run(sys.executable, *check, env=environment(triton), external=True)
 
@@ -79,6 +81,7 @@ def kernels_short(session: nox.Session, triton: str) -> None:
     """A part of them, for CI: every kernel against the reference, and compilation of some for sm_90."""
     (path,) = find_tests("test_kernel_compile")
     compiled = [f"{path}::test_sizes_of_one", f"{path}::test_the_color_kernels_keep_pixels_in_registers"]
+    compiled += find_tests("test_launches")
     run_kernel_tests(session, triton, find_tests("kernel_operators", "kernel_accuracy"), compiled)
 
 

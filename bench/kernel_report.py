@@ -66,7 +66,7 @@ TILED = {
     "_sigreg_dx_kernel": "product",
     "_sigreg_bwd_kernel": "fused",
 }
-PLAIN = {"_directions_kernel": "directions", "_sigreg_finish_kernel": "finish", "_sum_kernel": "sum"}
+PLAIN = {"_directions_kernel": "directions", "_sigreg_statistic_kernel": "statistic", "_sum_kernel": "sum"}
 _PLAIN_TILE = Tile(32, 0, 0, 4, 3)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()}
@@ -155,7 +155,7 @@ def step_kernels(
         shared = (x, A, scale if half else None, t, plan, config, precision)
         table = forward.table_sums(*shared)
         options: Any = {"unbiased": False, "scale_by_n": True, "factor": None if slice_grad else 0.1}
-        value, coef = epilogue.finish(table, N, shared[2], t, t, t, plan, **options)
+        value, coef = epilogue.statistic(table, N, shared[2], t, t, t, plan, **options)
         backward.gradient(value, 0.1, coef, *shared)
 
     return {kernel.name: kernel for kernel in reversed(launched(step, target))}  # of chunks the first

@@ -58,7 +58,7 @@ def time_candidates(case: Case, device: torch.device, fused: bool, timer: Timer)
         try:
             table = forward.table_sums(*shared)
             options: Any = {"unbiased": False, "scale_by_n": True, "factor": 1.0}
-            value, coef = epilogue.finish(table, N, unit, t, phi, weights, plan, **options)
+            value, coef = epilogue.statistic(table, N, unit, t, phi, weights, plan, **options)
             backward.gradient(torch.ones_like(value), 1.0, coef, *shared)
         except autotune.CANNOT_RUN:  # no tile of a kernel can run: the rows say why
             if all(row["error"] is None for row in tuner.rows):

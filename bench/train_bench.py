@@ -126,6 +126,9 @@ class SyntheticViews:
     def set_epoch(self, epoch: int) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
     def __iter__(self) -> Iterator[tuple[list[Tensor], None]]:
         return ((views, None) for views in itertools.cycle(self._batches))
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .autotune import launch_best
-from .configs import Config, Tile, get_config
+from .configs import Config, Tile, get_config, operands, problem_of
 from .phases import (
     LANES,
     baby_steps,
@@ -39,7 +39,7 @@ from .phases import (
     stride_from_babies,
     to_dtype,
 )
-from .runtime import empty, kernel_device
+from .runtime import empty, kernel_device, launch
 from .table import COEF_BLOCK, Plan, count_splits
 
 # A table of up to two giant steps fits into the registers of a program.
@@ -447,7 +447,7 @@ def gradient(
     Args:
         grad: gradient of the loss, a 0-dim tensor, or of T, shape (V, M); float32, any strides.
         factor: derivative of the loss by each T; 1 for a `grad` of shape (V, M).
-        coef: coefficients from `finish`.
+        coef: coefficients from `epilogue.statistic`.
         x, A, scale, t, plan, config, precision: as in `forward.table_sums`.
     """
     (views, N, K), M = x.shape, A.shape[1]
@@ -462,8 +462,6 @@ def gradient(
         """Those that `_sigreg_dp_kernel` and `_sigreg_bwd_kernel` have in common."""
         sub_tiles = count_sub_tiles(tile, plan)
         return {
-            "coef_ptr": coef,
-            "grad_ptr": grad,
             "giant_hi": plan.giant_factor[0],
             "giant_lo": plan.giant_factor[1],
             "sub_tiles": sub_tiles,
@@ -476,54 +474,73 @@ def gradient(
             "FAR": plan.chunks > 1,
             "MASK_M": M % tile.block_m != 0,
             "SUB_TILES": sub_tiles,
-            **config.arguments(tile, x, A, scale, t, plan, precision),
+            **config.arguments(tile, x, A, scale, plan, precision),
         }
 
-    def launch(run: Callable[[Tile], None], kernel: str, config: Config = config) -> None:
+    problem = (problem_of(x, A, scale, plan, precision), factor, slice_grad, stride_gv, stride_gm)
+    read = {"coef_ptr": coef, "grad_ptr": grad, **operands(x, A, scale, t)}
+
+    def best(run: Callable[[Tile], None], kernel: str, config: Config = config) -> None:
         launch_best(run, kernel, config, x, A, plan, precision, slice_grad)
 
     def fused(tile: Tile) -> None:
-        _sigreg_bwd_kernel[(views * triton.cdiv(N, tile.block_n),)](
-            out_ptr=dx,
-            N=N,
-            out_factor=factor,
-            TILES=triton.cdiv(K, tile.steps(K)[0]),
-            **arguments(tile),
-        )
+        def describe() -> tuple[int, dict[str, Any]]:
+            own = {"N": N, "out_factor": factor, "TILES": triton.cdiv(K, tile.steps(K)[0])}
+            return views * triton.cdiv(N, tile.block_n), {**own, **arguments(tile)}
+
+        launch(_sigreg_bwd_kernel, (tile, problem), {"out_ptr": dx, **read}, describe)
 
     def chunk(dp: Tensor, first_view: int, view_count: int, first: int, samples: int) -> None:
         """dT/dp, and from it dx, of some samples of some views: of a part of one view or of whole views."""
         splits, split_samples = count_splits(view_count, samples, M, 1, config.split)
         rows, out = view_count * samples, dx.view(-1, K)[first_view * N + first :]
 
+        part = (problem, dp.dtype, first_view, view_count, first, samples)
+
         def projections(tile: Tile) -> None:
-            _sigreg_dp_kernel[(view_count * splits * triton.cdiv(M, tile.block_m),)](
-                out_ptr=dp,
-                first_view=first_view,
-                n_first=first,
-                n_stop=first + samples,
-                splits=splits,
-                split_samples=split_samples,
-                RESIDENT=tile.steps(K)[1],
-                EVEN_N=samples % tile.block_n == 0,
-                COEF_IN_REGISTERS=_in_registers(plan),
-                **arguments(tile),
-            )
+            def describe() -> tuple[int, dict[str, Any]]:
+                return view_count * splits * triton.cdiv(M, tile.block_m), {
+                    "first_view": first_view,
+                    "n_first": first,
+                    "n_stop": first + samples,
+                    "splits": splits,
+                    "split_samples": split_samples,
+                    "RESIDENT": tile.steps(K)[1],
+                    "EVEN_N": samples % tile.block_n == 0,
+                    "COEF_IN_REGISTERS": _in_registers(plan),
+                    **arguments(tile),
+                }
+
+            launch(_sigreg_dp_kernel, (tile, part), {"out_ptr": dp, **read}, describe)
 
         def product(tile: Tile) -> None:
-            _sigreg_dx_kernel[(triton.cdiv(rows, tile.block_n) * triton.cdiv(K, tile.block_k),)](
-                dp, A, grad, coef, out, first_view, samples, rows, K, M, factor, *A.stride(),
-                SLICE_GRAD=slice_grad, NORMALIZE=normalize, TABLE_ROWS=plan.rows,
-                **{**tile.options(K, precision), "BLOCK_K": tile.block_k},
-            )  # fmt: skip
+            def describe() -> tuple[int, dict[str, Any]]:
+                return triton.cdiv(rows, tile.block_n) * triton.cdiv(K, tile.block_k), {
+                    "first_view": first_view,
+                    "view_rows": samples,
+                    "rows": rows,
+                    "K": K,
+                    "M": M,
+                    "out_factor": factor,
+                    "stride_ak": A.stride(0),
+                    "stride_am": A.stride(1),
+                    "SLICE_GRAD": slice_grad,
+                    "NORMALIZE": normalize,
+                    "TABLE_ROWS": plan.rows,
+                    **tile.options(K, precision),
+                    "BLOCK_K": tile.block_k,
+                }
 
-        launch(projections, "gradient")
+            tensors = {"dp_ptr": dp, "a_ptr": A, "grad_ptr": grad, "coef_ptr": coef, "out_ptr": out}
+            launch(_sigreg_dx_kernel, (tile, part), tensors, describe)
+
+        best(projections, "gradient")
         # float32 gradients with half-precision directions need the shared memory of float32.
-        launch(product, "product", config if dp.dtype == A.dtype else get_config(dp.device, dp.itemsize))
+        best(product, "product", config if dp.dtype == A.dtype else get_config(dp.device, dp.itemsize))
 
     with kernel_device(x):
         if config.fuses(K, M, slice_grad=slice_grad):
-            launch(fused, "fused")
+            best(fused, "fused")
             return dx
         # Products of gradients per direction span any range: they stay in float32.
         dtype = A.dtype if A.dtype == x.dtype and not slice_grad else torch.float32

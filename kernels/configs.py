@@ -12,6 +12,8 @@ tensor-core instructions, then on sm_90 the smallest predicted time, elsewhere t
   groups of four warps would compute the same projections.
 """
 
+import functools
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -87,16 +89,12 @@ class Config(NamedTuple):
         return next(tile for largest, tile in getattr(self, kernel).items() if largest >= K)
 
     def arguments(
-        self, tile: Tile, x: Tensor, A: Tensor, scale: Tensor | None, t: Tensor, plan: Plan, precision: str
+        self, tile: Tile, x: Tensor, A: Tensor, scale: Tensor | None, plan: Plan, precision: str
     ) -> dict[str, Any]:
-        """Arguments that all kernels with projections share; the tensors as for `forward.table_sums`."""
+        """Numbers that all kernels with projections take; the tensors as for `forward.table_sums`."""
         options = tile.options(x.shape[2], precision)
         strides = zip(("xv", "xn", "xk", "ak", "am"), (*x.stride(), *A.stride()), strict=True)
         return {
-            "x_ptr": x,
-            "a_ptr": A,
-            "scale_ptr": A if scale is None else scale,
-            "t_ptr": t,
             "K": A.shape[0],
             "M": A.shape[1],
             "J": plan.J,
@@ -115,6 +113,17 @@ class Config(NamedTuple):
         """The shipped tile, then the others to time."""
         others = (tile for tile in self.others[kernel] if K <= RESIDENT_MAX_DIM or not tile.resident)
         return list(dict.fromkeys((self.tile(kernel, K), *others)))
+
+
+def operands(x: Tensor, A: Tensor, scale: Tensor | None, t: Tensor) -> dict[str, Tensor]:
+    """Tensors that all kernels with projections read."""
+    return {"x_ptr": x, "a_ptr": A, "scale_ptr": A if scale is None else scale, "t_ptr": t}
+
+
+def problem_of(x: Tensor, A: Tensor, scale: Tensor | None, plan: Plan, precision: str) -> Hashable:
+    """What `Config.arguments` and `operands` depend on, but for the tile; see `runtime.launch`."""
+    sizes = (x.shape, x.stride(), x.dtype, A.shape, A.stride(), A.dtype)
+    return sizes, x.device, scale is None, plan, precision
 
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
@@ -230,6 +239,7 @@ def shipped_config(target: str, itemsize: int) -> Config:
     return (_HALF if itemsize == 2 else _SINGLE)[target]
 
 
+@functools.cache
 def target_of(device: torch.device) -> str:
     """The one of `TARGETS` whose configuration serves a GPU.
 

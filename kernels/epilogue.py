@@ -10,12 +10,14 @@ and receive the gradients of both, so a program processes pairs (a, b) of a bloc
 coefficients have the same rows: `backward.py` evaluates the same bilinear form.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import OPTIONS, empty, kernel_device
+from .runtime import OPTIONS, empty, kernel_device, launch
 from .table import COEF_BLOCK, Plan, coefficient_shape
 
 _SUM_BLOCK = 1024
@@ -66,7 +68,7 @@ def _store(coef_ptr, row, value, mask, inside, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _sigreg_finish_kernel(
+def _sigreg_statistic_kernel(
     table_ptr,  # (splits, V, ROWS, M) float32
     count_ptr,  # () float32, with COUNT_ON_DEVICE
     scale_ptr,  # (M,) float32, multiplies the columns of A
@@ -185,7 +187,7 @@ def _sum_kernel(
     tl.store(out_ptr, tl.sum(total) * factor)
 
 
-def finish(
+def statistic(
     table: Tensor,
     count: float | Tensor,
     scale: Tensor | None,
@@ -218,18 +220,28 @@ def finish(
     value = empty(table, (views, M) if factor is None else (blocks,), torch.float32)
     on_device = isinstance(count, Tensor)
     strides = [s for p in (phi, weights) for s in (p.stride(0), p.stride(1) if p.dim() == 2 else 0)]
-    pairs = (plan.G + 1) * (plan.B + 1) if plan.equidistant else plan.J
+    number = 0.0 if on_device else float(count)
+    read = {"table_ptr": table, "t_ptr": t, "phi_ptr": phi, "weights_ptr": weights}
+    read |= {"count_ptr": count if isinstance(count, Tensor) else table}
+    read |= {"scale_ptr": table if scale is None else scale}
+    flags = (on_device, scale is not None, unbiased, scale_by_n, factor is not None)
+
+    def describe() -> tuple[int, dict[str, Any]]:
+        pairs = triton.next_power_of_2((plan.G + 1) * (plan.B + 1) if plan.equidistant else plan.J)
+        sizes = (number, splits, table.stride(0), M, plan.J, *strides)
+        values = (*sizes, *flags, plan.equidistant, plan.B, plan.G, rows, pairs, COEF_BLOCK)
+        names = _sigreg_statistic_kernel.arg_names[-len(values) :]
+        return blocks, {**dict(zip(names, values, strict=True)), **OPTIONS, "num_warps": 4}
+
+    problem = (table.shape, table.stride(), table.device, number, *strides, flags, plan)
     with kernel_device(table):
-        _sigreg_finish_kernel[(blocks,)](
-            table, count if on_device else table, table if scale is None else scale, t, phi, weights,
-            value, coef, 0.0 if on_device else float(count), splits, table.stride(0), M, plan.J, *strides,
-            COUNT_ON_DEVICE=on_device, HAS_SCALE=scale is not None,
-            UNBIASED=unbiased, SCALE_BY_N=scale_by_n, REDUCE=factor is not None,
-            EQUIDISTANT=plan.equidistant, B=plan.B, G=plan.G, ROWS=rows,
-            PAIRS=triton.next_power_of_2(pairs), BLOCK_M=COEF_BLOCK, **OPTIONS, num_warps=4,
-        )  # fmt: skip
+        launch(_sigreg_statistic_kernel, problem, read | {"value_ptr": value, "coef_ptr": coef}, describe)
         if factor is None:
             return value, coef
         total = empty(table, (), torch.float32)
-        _sum_kernel[(1,)](value, total, blocks, factor, BLOCK=_SUM_BLOCK, **OPTIONS, num_warps=4)
+
+        def describe_sum() -> tuple[int, dict[str, Any]]:
+            return 1, {"count": blocks, "factor": factor, "BLOCK": _SUM_BLOCK, **OPTIONS, "num_warps": 4}
+
+        launch(_sum_kernel, (blocks, factor, table.device), {"in_ptr": value, "out_ptr": total}, describe_sum)
     return total, coef

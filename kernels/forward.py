@@ -5,13 +5,15 @@ projects BLOCK_N samples at a time on the tensor cores and accumulates the produ
 its partial table once, so two runs agree bit for bit.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .autotune import launch_best
-from .configs import Config, Tile
+from .configs import Config, Tile, operands, problem_of
 from .phases import (
     LANES,
     baby_steps,
@@ -25,7 +27,7 @@ from .phases import (
     split_columns,
     stride_from_babies,
 )
-from .runtime import empty, kernel_device
+from .runtime import empty, kernel_device, launch
 from .table import COEF_BLOCK, Plan, count_splits
 
 # int32 counts samples (the end of a split, less than twice as far, must fit too) and the entries of a view's
@@ -299,24 +301,28 @@ def table_sums(
     splits, split_samples = count_splits(views, N, M, plan.chunks, config.split)
     out = empty(x, (splits, views, plan.rows, M), torch.float32)
 
-    def launch(tile: Tile) -> None:
-        programs = views * triton.cdiv(M, tile.block_m) * plan.chunks * splits
-        _sigreg_fwd_kernel[(programs,)](
-            out_ptr=out,
-            views=views,
-            N=N,
-            splits=splits,
-            split_samples=split_samples,
-            sub_tiles=tile.sub_tiles,
-            G=plan.chunk_giants,
-            CHUNKS=plan.chunks,
-            CHUNK_KNOTS=plan.chunk_knots,
-            RESIDENT=tile.steps(K)[1],
-            EVEN_N=N % tile.block_n == 0,
-            SUB_TILES=tile.sub_tiles,
-            **config.arguments(tile, x, A, scale, t, plan, precision),
-        )
+    problem = problem_of(x, A, scale, plan, precision)
+    tensors = {"out_ptr": out, **operands(x, A, scale, t)}
+
+    def run(tile: Tile) -> None:
+        def describe() -> tuple[int, dict[str, Any]]:
+            return views * triton.cdiv(M, tile.block_m) * plan.chunks * splits, {
+                "views": views,
+                "N": N,
+                "splits": splits,
+                "split_samples": split_samples,
+                "sub_tiles": tile.sub_tiles,
+                "G": plan.chunk_giants,
+                "CHUNKS": plan.chunks,
+                "CHUNK_KNOTS": plan.chunk_knots,
+                "RESIDENT": tile.steps(K)[1],
+                "EVEN_N": N % tile.block_n == 0,
+                "SUB_TILES": tile.sub_tiles,
+                **config.arguments(tile, x, A, scale, plan, precision),
+            }
+
+        launch(_sigreg_fwd_kernel, (tile, problem), tensors, describe)
 
     with kernel_device(x):
-        launch_best(launch, "forward", config, x, A, plan, precision)
+        launch_best(run, "forward", config, x, A, plan, precision)
     return out

@@ -6,13 +6,15 @@ ROUNDED column gives a float32 scale that makes it a unit vector again. So tenso
 known unit directions.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .phases import cos_sin, to_dtype
-from .runtime import OPTIONS, empty, kernel_device
+from .runtime import OPTIONS, empty, kernel_device, launch
 
 _BLOCK_Q = 16
 _BLOCK_M = 16
@@ -95,8 +97,12 @@ def draw_directions(
     """
     A = empty(step, (dim, num_slices), dtype)
     scale = empty(step, (num_slices,), torch.float32)
+
+    def describe() -> tuple[int, dict[str, Any]]:
+        numbers = {"K": dim, "M": num_slices, "seed": seed, "BLOCK_Q": _BLOCK_Q, "BLOCK_M": _BLOCK_M}
+        return triton.cdiv(num_slices, _BLOCK_M), {**numbers, **OPTIONS, "num_warps": 4}
+
+    tensors = {"step_ptr": step, "out_ptr": A, "scale_ptr": scale}
     with kernel_device(step):
-        _directions_kernel[(triton.cdiv(num_slices, _BLOCK_M),)](
-            step, A, scale, dim, num_slices, seed, BLOCK_Q=_BLOCK_Q, BLOCK_M=_BLOCK_M, **OPTIONS, num_warps=4
-        )
+        launch(_directions_kernel, (dim, num_slices, seed, dtype, step.device), tensors, describe)
     return A, scale

@@ -6,11 +6,14 @@ loss_fn = LeJEPALoss(lambd=0.05, sigreg=SIGReg(num_slices=1024))
 loss = loss_fn(global_z, all_z).total       # (Vg, N, K), (V, N, K)
 """
 
-from .directions import sample_directions, sample_unit_directions
-from .functional import sigreg
-from .loss import LeJEPALoss, LeJEPAOutput
-from .reference import Knots, standard_normal_knots, symmetric_knots
-from .regularizer import SIGReg
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .directions import sample_directions, sample_unit_directions
+    from .functional import sigreg
+    from .loss import LeJEPALoss, LeJEPAOutput
+    from .reference import Knots, standard_normal_knots, symmetric_knots
+    from .regularizer import SIGReg
 
 __version__ = "0.1.0"
 
@@ -25,3 +28,15 @@ __all__ = [
     "standard_normal_knots",
     "symmetric_knots",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        """Import a name at its first use: `--help` of the commands need not wait for PyTorch."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import directions, functional, loss, reference, regularizer
+
+        homes = map(vars, (loss, regularizer, functional, directions, reference))
+        globals()[name] = next(home[name] for home in homes if name in home)
+        return globals()[name]

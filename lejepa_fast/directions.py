@@ -95,20 +95,16 @@ def sample_unit_directions(
     step = _step_tensor(step, device)
     by_kernel = impl == "triton" or (impl == "auto" and step.is_cuda)
     by_kernel = by_kernel and triton_operators.why_not(step.device, dtype) is None
-    return torch.ops.lejepa_fast.sample_directions(step, dim, num_slices, signed_seed, dtype, by_kernel)
+    draw = torch.ops.lejepa_fast.sample_directions if triton_operators.tracing(step) else _draw
+    return draw(step, dim, num_slices, signed_seed, dtype, by_kernel)
 
 
-# An operator of its own, so that torch.compile does not look inside: its CPU code generator (seen with
-# torch 2.15) evaluates products of an arange in too few bits, and the directions would differ.
-@torch.library.custom_op("lejepa_fast::sample_directions", mutates_args=())
-def _sample_directions(
+def _draw(
     step: Tensor, dim: int, num_slices: int, seed: int, dtype: torch.dtype, by_kernel: bool
 ) -> tuple[Tensor, Tensor]:
     """`sample_unit_directions` for checked arguments and a 0-dim int64 step on the target device."""
     if by_kernel:
-        from .kernels.philox import draw_directions
-
-        return draw_directions(step, dim, num_slices, seed, dtype)
+        return triton_operators.kernels().philox.draw_directions(step, dim, num_slices, seed, dtype)
     normals = _normals(dim, num_slices, step, seed)
     if dtype == torch.float64:
         normals = normals.double()
@@ -119,6 +115,11 @@ def _sample_directions(
     if dtype.itemsize > 2:  # unit vectors already, to their own rounding
         return A, A.new_ones(num_slices)
     return A, 1 / torch.linalg.vector_norm(A.float(), dim=0)
+
+
+# An operator of its own, so that torch.compile does not look inside: its CPU code generator (seen with
+# torch 2.15) evaluates products of an arange in too few bits, and the directions would differ.
+_sample_directions = torch.library.custom_op("lejepa_fast::sample_directions", _draw, mutates_args=())
 
 
 @_sample_directions.register_fake

@@ -6,7 +6,9 @@ Only the first stage is large, so only it has several implementations (`dispatch
 2 * J * M numbers per view in plain PyTorch, or in one more kernel.
 """
 
-from typing import Literal
+import logging
+from collections.abc import Hashable
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ from .dispatch import Chosen, Implementation, Precision, choose, refuse_gradient
 from .reference import full_precision, statistic_from_sums
 from .streaming import ecf_sums
 
+log = logging.getLogger("lejepa_fast")
 Reduction = Literal["mean", "sum"] | None
 
 
@@ -62,7 +65,8 @@ def sigreg(
             process group, or with False, the statistic is local.
         impl: "triton" (fused kernels for GPUs), "torch" (streaming, any device), "reference"
             (materializes N x M x J; allows double backward, forward mode, `torch.func` and directions
-            that require grad), or "auto": "triton" on a GPU that can run it, else "torch".
+            that require grad), or "auto": "triton" on a GPU that can run it, else "torch". "auto" compares
+            the two once for each kind of problem, and warns and takes "torch" where they differ.
         spacing: the distance of the knots when t[j] = j * spacing (faster), None for arbitrary knots, "auto"
             to detect it. Only knots on the CPU can be read without a synchronization; "auto" takes knots on
             another device as arbitrary.
@@ -109,6 +113,7 @@ def sigreg(
         spacing=resolve_spacing(spacing, t),
         scale=scale,
         precision=precision,
+        on_trial=impl == "auto",
     )
 
 
@@ -127,30 +132,41 @@ def sigreg_unchecked(
     spacing: float | None,
     scale: Tensor | None,
     precision: str | None,
+    on_trial: bool = False,
 ) -> Tensor:
-    """`sigreg` for arguments that have been checked, with the group, implementation and spacing resolved."""
+    """`sigreg` for arguments that have been checked, with the group, implementation and spacing resolved.
+
+    `on_trial`: take the kernels only if they have passed a trial, see `_pass_trial`.
+    """
+    if on_trial and chosen == "triton" and not triton_operators.tracing(x, A):
+        options: dict[str, Any] = {"unbiased": unbiased, "reduction": reduction, "scale_by_n": scale_by_n}
+        options |= {"spacing": spacing, "scale": scale, "precision": precision}
+        if not _pass_trial(x, (A, t, phi, weights), options, group):
+            chosen = "torch"
     compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     M, count = A.shape[1], x.shape[-2]
     with full_precision(x.device):
         t, phi, weights = (a.to(x.device, compute_dtype) for a in (t, phi, weights))
-        views = x.reshape(x.shape[:-2].numel(), *x.shape[-2:])  # numel: -1 is ambiguous for N = 0
+        # numel: -1 is ambiguous for N = 0
+        views = x if x.dim() == 3 else x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
         if chosen == "triton":
-            # Called by name through torch.ops, which a compiler traces.
-            ops = torch.ops.lejepa_fast
             if A.dtype not in (torch.float32, x.dtype):
                 A = A.float()
             t, scale = t.contiguous(), None if scale is None else scale.float().contiguous()
-            precision = precision or triton_operators.default_precision(x.device)
-            table = ops.triton_table(views.detach(), A, scale, t, spacing, precision)
-            total = None
-            if group is not None:
-                sums = table.sum(0, keepdim=True, dtype=torch.float64).float()  # as exact as without ranks
-                table, total = all_reduce_sums(sums, count, group)
-            factor = {"mean": 1 / (views.shape[0] * M), "sum": 1.0, None: None}[reduction]
-            value, _ = ops.triton_finish(
-                views, A, scale, table, total, count, t, phi, weights, spacing, unbiased, scale_by_n, factor,
-                precision,
-            )  # fmt: skip
+            value = triton_operators.sigreg_value(
+                views,
+                A,
+                scale,
+                t,
+                phi,
+                weights,
+                spacing=spacing,
+                unbiased=unbiased,
+                scale_by_n=scale_by_n,
+                factor={"mean": 1 / (views.shape[0] * M), "sum": 1.0, None: None}[reduction],
+                precision=precision or triton_operators.default_precision(x.device),
+                reduce=None if group is None else lambda sums: all_reduce_sums(sums, count, group),
+            )
             if reduction is None:
                 value = value.reshape(*x.shape[:-2], M)
             return sum_gradient_over_ranks(value, group)
@@ -167,6 +183,78 @@ def sigreg_unchecked(
         if reduction is not None:
             value = value.mean() if reduction == "mean" else value.sum()
         return sum_gradient_over_ranks(value, group)
+
+
+_trials: dict[Hashable, bool] = {}
+_TRIAL_SAMPLES = 192
+_TRIAL_ERROR = 1e-3
+_TRIAL_ERROR_OF_ROUNDED = 3e-2  # half precision and tf32
+
+
+def _pass_trial(
+    x: Tensor,
+    fixed: tuple[Tensor, ...],
+    options: dict[str, Any],
+    group: dist.ProcessGroup | None,
+) -> bool:
+    """Whether the kernels agree with the streaming implementation, tried once for each kind of problem.
+
+    Compares value and gradient of a few random samples. If a rank's kernels fail, all ranks of the group do
+    without them. A CUDA error is raised: the process can do nothing more on the GPU.
+
+    Args:
+        x: embeddings of the call; their device, dtype and dimensions count.
+        fixed: directions and knots of the call, (A, t, phi, weights).
+        options: the other arguments of `sigreg_unchecked`.
+        group: of the call.
+    """
+    kind: tuple[Hashable, ...] = (x.device, x.dtype, x.stride(-1) == 1, group is not None)
+    kind += tuple((a.dtype, a.shape, a.stride()) for a in fixed)
+    kind += tuple(value is None if isinstance(value, Tensor) else value for value in options.values())
+    if kind in _trials:
+        return _trials[kind]
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return True
+    generator = torch.Generator(x.device).manual_seed(0)
+    samples = 2 * torch.randn(_TRIAL_SAMPLES, x.shape[-1], device=x.device, generator=generator)
+    samples = samples.to(x.dtype)  # far from N(0, 1), where the unbiased statistic is about 0
+    problem = None
+    try:
+        results = [
+            _value_and_gradient(samples, fixed, {**options, "chosen": chosen})
+            for chosen in ("triton", "torch")
+        ]
+        rounded = x.dtype.itemsize == 2 or options["precision"] == "tf32"
+        allowed = _TRIAL_ERROR_OF_ROUNDED if rounded else _TRIAL_ERROR
+        for part, got, expected in zip(("value", "gradient"), *results, strict=True):
+            error = ((got - expected).norm() / expected.norm()).item()
+            if not error <= allowed:
+                problem = problem or f"the {part} is off by {error:.1e} of its size"
+    except Exception as failure:  # compilers raise anything
+        if isinstance(failure, torch.AcceleratorError) or "CUDA error" in str(failure):
+            raise
+        problem = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+    failed = torch.tensor(float(problem is not None), device=x.device)
+    if group is not None:
+        dist.all_reduce(failed, group=group)
+    _trials[kind] = passed = not failed.item()
+    if not passed:
+        log.warning(
+            "SIGReg: the Triton kernels failed a trial on %s with %s embeddings of %d dimensions and %d "
+            "directions (%s); taking impl='torch' instead, which is slower. Please report it.",
+            x.device, x.dtype, *fixed[0].shape, problem or "on another rank",
+        )  # fmt: skip
+    return passed
+
+
+def _value_and_gradient(
+    samples: Tensor, fixed: tuple[Tensor, ...], options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        z = samples.clone().requires_grad_()
+        value = sigreg_unchecked(z, *(a.detach() for a in fixed), **options, group=None)
+        (gradient,) = torch.autograd.grad(value.sum(), z)
+    return value.detach().double(), gradient.double()
 
 
 def resolve_spacing(spacing: float | str | None, t: Tensor) -> float | None:

@@ -1,6 +1,6 @@
 """The LeJEPA loss: prediction between views plus SIGReg (LeJEPA, arXiv 2511.08544, Algorithm 2)."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,8 +42,10 @@ class LeJEPALoss(nn.Module):
         center: "global" (paper) or "all" (authors' minimal example, timm).
         form: "convex" (paper) or "additive" (stable-pretraining, eb_jepa).
 
+    The arguments are attributes that may be changed at any time.
+
     Raises:
-        ValueError: naming the argument, what was expected and what was given.
+        ValueError, TypeError: naming the argument, what was expected and what was given.
     """
 
     def __init__(
@@ -54,20 +56,27 @@ class LeJEPALoss(nn.Module):
         form: Literal["convex", "additive"] = "convex",
     ):
         super().__init__()
-        check_choice("center", center, "global", "all")
-        check_choice("form", form, "convex", "additive")
-        check_number("lambd", lambd)
-        if not (0 <= lambd < float("inf")) or (form == "convex" and lambd > 1):
-            limits = "in [0, 1] for the convex form" if form == "convex" else "finite and >= 0"
-            raise ValueError(f"lambd: expected a number {limits}, got {lambd}")
-        self.lambd = lambd
-        if sigreg is not None and not isinstance(sigreg, SIGReg):
-            raise TypeError(f"sigreg: expected a SIGReg module, got {sigreg!r}")
         self.sigreg = SIGReg() if sigreg is None else sigreg
-        if self.sigreg.reduction is None:
-            raise ValueError("sigreg: expected reduction='mean' or 'sum', got None; the loss needs a scalar")
         self.center = center
         self.form = form
+        self.lambd = lambd
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "center":
+            check_choice("center", value, "global", "all")
+        elif name == "form":
+            check_choice("form", value, "convex", "additive")
+            _check_lambd(getattr(self, "lambd", 0.0), value)
+        elif name == "lambd":
+            _check_lambd(value, self.form)
+        elif name == "sigreg":
+            if not isinstance(value, SIGReg):
+                raise TypeError(f"sigreg: expected a SIGReg module, got {value!r}")
+            if value.reduction is None:
+                raise ValueError(
+                    "sigreg: expected reduction='mean' or 'sum', got None; the loss needs a scalar"
+                )
+        super().__setattr__(name, value)
 
     def forward(
         self, global_views: Tensor, all_views: Tensor, step: int | Tensor | None = None
@@ -110,3 +119,10 @@ class LeJEPALoss(nn.Module):
             views, n, dim = z.shape
             squares, count = all_reduce_sums((mu - z).square().sum(), n, group)
             return sum_gradient_over_ranks(squares / (views * dim * count), group).float()
+
+
+def _check_lambd(lambd: Any, form: str) -> None:
+    check_number("lambd", lambd)
+    if not (0 <= lambd < float("inf")) or (form == "convex" and lambd > 1):
+        limits = "in [0, 1] for the convex form" if form == "convex" else "finite and >= 0"
+        raise ValueError(f"lambd: expected a number {limits}, got {lambd}")

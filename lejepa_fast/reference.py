@@ -159,7 +159,7 @@ class _Projection(torch.autograd.Function):
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off for `device`: statistics and their gradients stay in the dtype of their inputs."""
-    if device.type == "meta":  # autocast does not know it
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # autocast knows no meta device
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 

@@ -1,6 +1,9 @@
 """SIGReg as a module: holds the knots and the step, draws directions and calls `functional.py`."""
 
+import copy
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +15,47 @@ from .directions import sample_unit_directions
 from .dispatch import Implementation, Precision, check_names, choose, resolve_implementation
 from .functional import Reduction, resolve_spacing, sigreg_unchecked
 from .reference import Knots, standard_normal_knots, transforming
+
+_KNOTS = ("t", "phi", "weights")
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "num_slices": partial(check_integer, at_least=1),
+    "seed": check_integer,
+    "reduction": lambda name, value: check_choice(name, value, "mean", "sum", None),
+    "impl": lambda _, value: check_names(value, None),
+    "precision": lambda _, value: check_names("auto", value),
+    **dict.fromkeys(("unbiased", "sync", "scale_by_n", "pool_views"), check_flag),
+}
+"""Attributes that may be changed at any time, and the checks of their values."""
+
+
+class _Calls:
+    """Counts calls since a backward pass began or recomputed one, to find those that checkpointing repeats.
+
+    Not attributes of the module, which are slow to set.
+    """
+
+    count = 0
+    backward_began = False
+
+    def repeated(self) -> bool:
+        """Whether activation checkpointing repeats an earlier call; counts the other calls."""
+        if torch.compiler.is_compiling():
+            return False
+        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
+            self.count = 1 if self.backward_began else self.count + 1
+            self.backward_began = False
+            return False
+        if self.count != 1:
+            raise RuntimeError(
+                "step: expected an explicit step where activation checkpointing recomputes one of "
+                f"{self.count} calls of SIGReg, got None; give a step to each call, or keep the loss "
+                "outside the checkpointed region"
+            )
+        self.backward_began = True
+        return True
+
+    def note_backward(self, grad: Tensor) -> None:
+        self.backward_began = True
 
 
 class SIGReg(nn.Module):
@@ -40,7 +84,8 @@ class SIGReg(nn.Module):
         unbiased: remove the O(1/N) minibatch bias; needs two samples.
         reduction: "mean" or "sum" over views and slices, or None for a statistic of each.
         process_group: ranks that share a batch; None is the default group, looked up at every call.
-        sync: take the statistic of the batch of all ranks; False keeps it local.
+        sync: take the statistic of the batch of all ranks, in evaluation mode too: every rank must call the
+            module then. False keeps it local, for example while rank 0 evaluates alone.
         impl: "triton", "torch", "reference" or "auto", see `lejepa_fast.sigreg`; `chosen_impl` is what "auto"
             takes.
         seed: selects the sequence of directions.
@@ -50,6 +95,8 @@ class SIGReg(nn.Module):
         knots: quadrature to use instead of `t_max` and `n_points`, for other targets or windows; phi and
             weights may have shape (J, M).
         precision: of float32 products with the Triton kernels, see `lejepa_fast.sigreg`.
+
+    The arguments of simple types are attributes that may be changed at any time.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what was given.
@@ -78,13 +125,6 @@ class SIGReg(nn.Module):
         precision: Precision | None = None,
     ):
         super().__init__()
-        check_integer("num_slices", num_slices, at_least=1)
-        check_integer("seed", seed)
-        check_choice("reduction", reduction, "mean", "sum", None)
-        check_names(impl, precision)
-        flags = {"unbiased": unbiased, "sync": sync, "scale_by_n": scale_by_n, "pool_views": pool_views}
-        for name, flag in flags.items():
-            check_flag(name, flag)
         self.num_slices = num_slices
         self.unbiased = unbiased
         self.reduction: Reduction = reduction
@@ -97,10 +137,9 @@ class SIGReg(nn.Module):
         self.pool_views = pool_views
         self._knots = standard_normal_knots(t_max, n_points) if knots is None else _checked(knots)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self._register_knots(self.step.device)
-        # For activation checkpointing: calls since a backward pass began or recomputed one.
-        self._calls = 0
-        self._backward_began = False
+        for name in _KNOTS:
+            self._make_knot(name, self.step.device)
+        self._calls = _Calls()
 
     @property
     def chosen_impl(self) -> str:
@@ -135,13 +174,15 @@ class SIGReg(nn.Module):
                 "advance the module's counter, got None; call it with step=..., or after eval()"
             )
         if z.device != self.step.device and z.device.type != "meta" and not torch.compiler.is_compiling():
-            self.to(z.device)  # once, instead of copying the knots at every call
+            with torch.inference_mode(False):  # buffers must serve a later training step
+                self.to(z.device)  # once, instead of copying the knots at every call
         # The buffers are float32; float64 embeddings get knots to match.
         knots = self._knots if z.dtype == torch.float64 else self
+        buffer = self.step
         advances = step is None and self.training
-        recomputed = advances and self._recomputed()
+        recomputed = advances and self._calls.repeated()
         if step is None:
-            step = self.step - 1 if recomputed else self.step
+            step = buffer - 1 if recomputed else buffer
         with torch.no_grad():
             # In the dtype of z, for its tensor cores; in half precision the scale undoes the rounding.
             A, scale = sample_unit_directions(
@@ -154,7 +195,7 @@ class SIGReg(nn.Module):
                 impl=chosen,
             )
             if advances and not recomputed:
-                self.step.add_(1)  # after its use: a copy would be one more launch
+                buffer.add_(1)  # after its use: a copy would be one more launch
         loss = sigreg_unchecked(
             z,
             A,
@@ -169,45 +210,43 @@ class SIGReg(nn.Module):
             spacing=self._knots.spacing,
             scale=scale if z.dtype.itemsize == 2 else None,
             precision=self.precision,
+            on_trial=self.impl == "auto",
         )
         if loss.requires_grad and not (transforming() or torch.compiler.is_compiling()):
-            loss.register_hook(self._note_backward)
+            loss.register_hook(self._calls.note_backward)
         return loss.float()
 
-    def _recomputed(self) -> bool:
-        """Whether activation checkpointing repeats an earlier call; counts the other calls."""
-        if torch.compiler.is_compiling():
-            return False
-        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
-            self._calls = 1 if self._backward_began else self._calls + 1
-            self._backward_began = False
-            return False
-        if self._calls != 1:
-            raise RuntimeError(
-                "step: expected an explicit step where activation checkpointing recomputes one of "
-                f"{self._calls} calls of SIGReg, got None; give a step to each call, or keep the loss "
-                "outside the checkpointed region"
-            )
-        self._backward_began = True
-        return True
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHECKS:
+            _CHECKS[name](name, value)
+        super().__setattr__(name, value)
 
-    def _note_backward(self, grad: Tensor) -> None:
-        self._backward_began = True
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SIGReg":
+        memo[id(self.process_group)] = self.process_group  # a group cannot be copied, and need not be
+        new = memo[id(self)] = self.__class__.__new__(self.__class__)
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
-    def _register_knots(self, device: torch.device) -> None:
-        for name in ("t", "phi", "weights"):
-            value = getattr(self._knots, name).to(device=device, dtype=torch.float32, copy=True)
-            self.register_buffer(name, value, persistent=False)
+    def _make_knot(self, name: str, device: torch.device) -> None:
+        value = getattr(self._knots, name).to(device=device, dtype=torch.float32, copy=True)
+        self.register_buffer(name, value, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SIGReg":
-        # `.bfloat16()` on a whole model must not round the knots, and materializing a meta-device
-        # module must leave nothing uninitialized: knots are made anew from the float64 values.
-        had_no_value = self.step.is_meta
+        step, knots = self.step, {name: getattr(self, name) for name in _KNOTS}
         super()._apply(fn, recurse)
-        if had_no_value and not self.step.is_meta:
+        if step.is_meta and not self.step.is_meta:
             self.step.zero_()
-        self._register_knots(self.step.device)
+        # `.bfloat16()` on a whole model must not round the knots, nor `to_empty` leave them without values.
+        for name, knot in knots.items():
+            if getattr(self, name) is not knot:
+                self._make_knot(name, getattr(self, name).device)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.t.is_meta and not self.step.is_meta:  # the step came with assign=True
+            for name in _KNOTS:
+                self._make_knot(name, self.step.device)
 
     def extra_repr(self) -> str:
         J = self._knots.t.shape[0]

@@ -1,18 +1,19 @@
 """Registered operators around the Triton kernels, and whether they can run.
 
-    x, A --[triton_table]--> partial sums --[sum over splits, all-reduce]--> --[triton_finish]--> loss
+    x, A --[triton_table]--> partial sums --[sum over splits, all-reduce]--> --[triton_statistic]--> loss
                                                                      grad --[triton_gradient]--> dx
 
-`triton_finish` carries the gradient: it returns the coefficients of dT/dp beside the value and passes them to
-`triton_gradient`. So nothing of the size of the sums is differentiated, and x enters `triton_table` detached.
-Without several ranks, `triton_finish` sums the splits itself.
+`triton_statistic` carries the gradient: it returns the coefficients of dT/dp beside the value and passes them
+to `triton_gradient`. So nothing of the size of the sums is differentiated, and x enters `triton_table`
+detached. Without several ranks, `triton_statistic` sums the splits itself.
 
-The kernels are imported when an operator runs: importing Triton takes longer than importing this library.
+Where nobody traces, one `autograd.Function` does the same: registered operators cost the host 40 us each.
 """
 
 import functools
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -94,27 +95,32 @@ def _plan(x: Tensor, A: Tensor, t: Tensor, spacing: float | None, precision: str
     return make_plan(t.shape[0], spacing, stretch), config
 
 
-@torch.library.custom_op("lejepa_fast::triton_table", mutates_args=())
-def triton_table(
+def tracing(*tensors: Tensor) -> bool:
+    """Whether operators must be called by name: somebody traces, or the tensors are fake."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    )
+
+
+@functools.cache
+def kernels() -> SimpleNamespace:
+    """The modules that launch kernels. Importing Triton takes longer than importing this library."""
+    from .kernels import backward, epilogue, forward, philox
+
+    return SimpleNamespace(backward=backward, epilogue=epilogue, forward=forward, philox=philox)
+
+
+def _table(
     x: Tensor, A: Tensor, scale: Tensor | None, t: Tensor, spacing: float | None, precision: str
 ) -> Tensor:
     """x (V, N, K), A (K, M), scale (M,), t (J,) -> sums (splits, V, rows, M), see `kernels/forward.py`."""
-    from .kernels.forward import table_sums
-
     plan, config = _plan(x, A, t, spacing, precision)
-    return table_sums(x, A, scale, t, plan, config, precision)
+    return kernels().forward.table_sums(x, A, scale, t, plan, config, precision)
 
 
-@triton_table.register_fake
-def _(x, A, scale, t, spacing, precision):
-    plan, config = _plan(x, A, t, spacing, precision)
-    views, N, M = x.shape[0], x.shape[1], A.shape[1]
-    splits, _ = count_splits(views, N, M, plan.chunks, config.split)
-    return x.new_empty(splits, views, plan.rows, M, dtype=torch.float32)
-
-
-@torch.library.custom_op("lejepa_fast::triton_finish", mutates_args=())
-def triton_finish(
+def _statistic(
     x: Tensor,
     A: Tensor,
     scale: Tensor | None,
@@ -135,9 +141,7 @@ def triton_finish(
     x is not read; it is an argument because the gradient goes to it. `count` is the number of samples of all
     ranks, on the device; None without several ranks, where `local_count` is the number.
     """
-    from .kernels.epilogue import finish
-
-    return finish(
+    return kernels().epilogue.statistic(
         table,
         local_count if count is None else count,
         scale,
@@ -151,17 +155,7 @@ def triton_finish(
     )
 
 
-@triton_finish.register_fake
-def _(
-    x, A, scale, table, count, local_count, t, phi, weights, spacing, unbiased, scale_by_n, factor, precision
-):
-    _, views, _, M = table.shape
-    value = table.new_empty((views, M) if factor is None else ())
-    return value, table.new_empty(coefficient_shape(views, M, make_plan(t.shape[0], spacing)))
-
-
-@torch.library.custom_op("lejepa_fast::triton_gradient", mutates_args=())
-def triton_gradient(
+def _gradient(
     grad: Tensor,
     factor: float,
     coef: Tensor,
@@ -173,10 +167,30 @@ def triton_gradient(
     precision: str,
 ) -> Tensor:
     """Gradient in x, shape and dtype of x, contiguous, see `kernels/backward.py`."""
-    from .kernels.backward import gradient
-
     plan, config = _plan(x, A, t, spacing, precision)
-    return gradient(grad, factor, coef, x, A, scale, t, plan, config, precision)
+    return kernels().backward.gradient(grad, factor, coef, x, A, scale, t, plan, config, precision)
+
+
+triton_table = torch.library.custom_op("lejepa_fast::triton_table", _table, mutates_args=())
+triton_statistic = torch.library.custom_op("lejepa_fast::triton_statistic", _statistic, mutates_args=())
+triton_gradient = torch.library.custom_op("lejepa_fast::triton_gradient", _gradient, mutates_args=())
+
+
+@triton_table.register_fake
+def _(x, A, scale, t, spacing, precision):
+    plan, config = _plan(x, A, t, spacing, precision)
+    views, N, M = x.shape[0], x.shape[1], A.shape[1]
+    splits, _ = count_splits(views, N, M, plan.chunks, config.split)
+    return x.new_empty(splits, views, plan.rows, M, dtype=torch.float32)
+
+
+@triton_statistic.register_fake
+def _(
+    x, A, scale, table, count, local_count, t, phi, weights, spacing, unbiased, scale_by_n, factor, precision
+):
+    _, views, _, M = table.shape
+    value = table.new_empty((views, M) if factor is None else ())
+    return value, table.new_empty(coefficient_shape(views, M, make_plan(t.shape[0], spacing)))
 
 
 @triton_gradient.register_fake
@@ -196,11 +210,58 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...
     dx = None
     if grad is not None:
         coef, x, A, scale, t = ctx.saved_tensors
-        dx = torch.ops.lejepa_fast.triton_gradient(
-            grad, ctx.factor, coef, x, A, scale, t, ctx.spacing, ctx.precision
-        )
+        # The operator refuses a second derivative.
+        run = torch.ops.lejepa_fast.triton_gradient if torch.is_grad_enabled() or tracing(x) else _gradient
+        dx = run(grad, ctx.factor, coef, x, A, scale, t, ctx.spacing, ctx.precision)
     return (dx, *[None] * 13)
 
 
-triton_finish.register_autograd(_backward, setup_context=_setup_context)
+triton_statistic.register_autograd(_backward, setup_context=_setup_context)
 triton_gradient.register_autograd(refuse_double_backward)
+
+
+class _Eager(torch.autograd.Function):
+    """`triton_statistic` with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _statistic(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def sigreg_value(
+    x: Tensor,
+    A: Tensor,
+    scale: Tensor | None,
+    t: Tensor,
+    phi: Tensor,
+    weights: Tensor,
+    *,
+    spacing: float | None,
+    unbiased: bool,
+    scale_by_n: bool,
+    factor: float | None,
+    precision: str,
+    reduce: Callable[[Tensor], tuple[Tensor, Any]] | None,
+) -> Tensor:
+    """The statistic of every view and direction (V, M), or its sum times `factor`, by the kernels.
+
+    Args:
+        x: embeddings (V, N, K); the gradient goes to them alone.
+        A, scale, t, phi, weights, spacing, unbiased, scale_by_n, precision: as for `lejepa_fast.sigreg`.
+        factor: None for all values.
+        reduce: adds the sums (1, V, rows, M) and the count over ranks; None without several ranks.
+    """
+    ops = torch.ops.lejepa_fast  # by name, which a compiler traces
+    named = tracing(x, A)
+    table = (ops.triton_table if named else _table)(x.detach(), A, scale, t, spacing, precision)
+    count = None
+    if reduce is not None:
+        # In float64, as exact as without ranks.
+        table, count = reduce(table.sum(0, keepdim=True, dtype=torch.float64).float())
+    options = (spacing, unbiased, scale_by_n, factor, precision)
+    run = ops.triton_statistic if named else _Eager.apply
+    return run(x, A, scale, table, count, x.shape[1], t, phi, weights, *options)[0]

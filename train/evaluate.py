@@ -14,18 +14,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
-
-from lejepa_fast.data import ImageSource, multicrop_loader
-from lejepa_fast.train.checkpoint.trained_model import load_trained
 from lejepa_fast.train.config import Config, loader_workers, to_dict, validate
-from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained, open_splits
-from lejepa_fast.train.report.report import format_table, write_report
 from lejepa_fast.train.runtime.command import run_with_options
 from lejepa_fast.train.runtime.files import disk_errors_named, read_rows
-from lejepa_fast.train.runtime.world import choose_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lejepa_fast.data import ImageSource
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ class Options:
     out: Path | None = None
     """Folder that gets report/; None: RUN/evaluation/step-N, so that the report of the training stays."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: on a GPU if there is one."""
     workers: int | None = None
     """Loader processes; None: as in the run."""
 
@@ -57,10 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(options: Options) -> None:
-    model, cfg, step, path, averaged = load_trained(options.checkpoint, averaged=options.averaged)
-    data = _replaced(cfg.data, path=options.data, workers=options.workers)
-    evaluation = _replaced(cfg.eval, image_size=options.image_size, batch_size=options.batch_size)
-    cfg = dataclasses.replace(cfg, eval=evaluation, data=data)
+    # Not above: `--help` does not wait for PyTorch.
+    from lejepa_fast.train.checkpoint.trained_model import load_trained
+    from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained, open_splits
+    from lejepa_fast.train.report.report import format_table, write_report
+    from lejepa_fast.train.runtime.world import choose_device
+
+    model, run, step, path, averaged, pretraining = load_trained(
+        options.checkpoint, averaged=options.averaged
+    )
+    data = _replaced(run.data, path=options.data, workers=options.workers)
+    evaluation = _replaced(run.eval, image_size=options.image_size, batch_size=options.batch_size)
+    cfg = dataclasses.replace(run, eval=evaluation, data=data)
     validate(cfg)
     device = choose_device(options.device)
     train_source, val_source = open_splits(cfg.data)
@@ -79,7 +86,9 @@ def _evaluate(options: Options) -> None:
         out.mkdir(parents=True, exist_ok=True)
     page = write_report(
         out,
-        config=to_dict(cfg),
+        config=to_dict(run),
+        data=pretraining,
+        evaluated_on=cfg.data.path,
         history=history,
         views=_example_views(train_source, cfg),
         steps=step,
@@ -88,6 +97,10 @@ def _evaluate(options: Options) -> None:
     )
     if averaged:
         print("of the averaged weights:")
+    print(
+        f"pretrained on {run.data.path}: {pretraining['train_images']} images; "
+        f"evaluated on {cfg.data.path}: {trained.n_val} images, {trained.n_train} for the probes"
+    )
     print(format_table(trained, untrained))
     print(f"report: {page}")
 
@@ -98,8 +111,10 @@ def _replaced(section: Any, **values: Any) -> Any:
     )
 
 
-def _example_views(source: ImageSource, cfg: Config) -> list[Tensor]:
-    """Views of a few training images for the report's figure; small images are enlarged."""
+def _example_views(source: "ImageSource", cfg: Config) -> "list[Tensor]":
+    """Views of a few images for the report's figure; small images are enlarged."""
+    from lejepa_fast.data import multicrop_loader
+
     recipe = dataclasses.replace(cfg.crops, min_image_size=1)
     count = min(len(source), 6)
     loader = multicrop_loader(source, recipe, batch_size=count, seed=cfg.seed, backend="torchvision")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.checkpoint.trained_model import export_encoder, load_trained
 from lejepa_fast.train.runtime.command import run_with_options
 
 
@@ -21,7 +20,7 @@ class Options:
     checkpoint: Path
     """A run folder (its newest checkpoint is used) or a folder checkpoints/step-*."""
     out: Path = Path("encoder.safetensors")
-    """File to write; the settings go beside it, to the same name with .json."""
+    """File to write; the settings go beside it, to the same name with .json, and for timm to config.json."""
     averaged: bool = True
     """Take the averaged weights if the run keeps them (--average)."""
 
@@ -32,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(options: Options) -> None:
+    from lejepa_fast.train.checkpoint.trained_model import export_encoder, load_trained  # after --help
+
     out = options.out
     if out.suffix != ".safetensors":
         raise UsageError(f"out: expected a file name that ends in .safetensors, got {out}")

@@ -13,23 +13,28 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
-import lejepa_fast.train.runtime.world as ranks
 from lejepa_fast.train import config
-from lejepa_fast.train.checkpoint.trained_model import export_encoder
 from lejepa_fast.train.config import Config
-from lejepa_fast.train.engine.trainer import Trainer
-from lejepa_fast.train.evaluation.protocol import evaluate_untrained
-from lejepa_fast.train.model.model import LeJEPAModel
-from lejepa_fast.train.report.report import format_table, write_report
 from lejepa_fast.train.runtime.command import log_to_stderr, run_command
 from lejepa_fast.train.runtime.files import read_rows
+
+if TYPE_CHECKING:
+    from lejepa_fast.train.engine.trainer import Trainer
+    from lejepa_fast.train.model.model import LeJEPAModel
+    from lejepa_fast.train.runtime.world import World
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    if {"-h", "--help"} & {*(sys.argv[1:] if argv is None else argv)}:
+        return run_command(lambda: config.parse(argv))  # does not wait for PyTorch
+
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    import lejepa_fast.train.runtime.world as ranks
+
     rank = int(os.environ.get("RANK", "0"))
     who = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     log_to_stderr(main_process=rank == 0, who=who)
@@ -55,20 +60,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks.close_world(code)
 
 
-def pretrain(cfg: Config, world: ranks.World) -> Path:
+def pretrain(cfg: Config, world: "World") -> Path:
     """Train, export the encoder, evaluate it beside the untrained one, write report.html and return its path.
 
     A finished run goes straight to the export. All ranks call it.
     """
+    from lejepa_fast.train.engine.trainer import Trainer
+    from lejepa_fast.train.runtime.world import from_main, on_main
+
     with Trainer(cfg, world) as trainer:
         trainer.train()
         model = trainer.whole_model()
-        page = ranks.from_main(world, ranks.on_main(world, lambda: _export_and_report(trainer, model)))
+        page = from_main(world, on_main(world, lambda: _export_and_report(trainer, model)))
         assert page is not None  # rank 0's
         return page
 
 
-def _export_and_report(trainer: Trainer, model: LeJEPAModel | None) -> Path:
+def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
+    from lejepa_fast.train.checkpoint.trained_model import export_encoder
+    from lejepa_fast.train.evaluation.protocol import evaluate_untrained
+    from lejepa_fast.train.report.report import format_table, write_report
+
     assert model is not None  # on rank 0
     cfg = trainer.cfg
     export_encoder(model.encoder, cfg, trainer.step, trainer.run_dir)
@@ -84,6 +96,8 @@ def _export_and_report(trainer: Trainer, model: LeJEPAModel | None) -> Path:
     page = write_report(
         trainer.run_dir,
         config=config.to_dict(cfg),
+        data=trainer.data_identity,
+        evaluated_on=cfg.data.path,
         trained=trained,
         untrained=untrained,
         history=read_rows(trainer.metrics.path),

@@ -5,13 +5,17 @@ loader = multicrop_loader(source, MultiCropRecipe(global_size=64, local_size=32)
 for views, targets in loader: ...
 """
 
+from typing import TYPE_CHECKING
+
 from lejepa_fast.errors import require_extra
 
 require_extra("train", "torchvision", "annotated_types", "numpy", "PIL", "pydantic", "tqdm")
 
-from lejepa_fast.data.loader import EvalLoader, MultiCropLoader, eval_loader, multicrop_loader
 from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe
-from lejepa_fast.data.sources import EncodedSource, ImageSource, open_source
+
+if TYPE_CHECKING:
+    from lejepa_fast.data.loader import EvalLoader, MultiCropLoader, eval_loader, multicrop_loader
+    from lejepa_fast.data.sources import EncodedSource, ImageSource, open_source
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -25,3 +29,14 @@ __all__ = [
     "multicrop_loader",
     "open_source",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        """Import a name at its first use, as `lejepa_fast` does."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import loader, sources
+
+        globals()[name] = getattr(sources if "ource" in name else loader, name)
+        return globals()[name]

@@ -315,8 +315,8 @@ def test_small_images_are_refused_with_a_way_out():
     for part in (
         "image-0.png is 40 x 32 px",
         "short side of 33",
-        "--crops.global-size",
-        "--crops.min-image-size 1",
+        "crops of at most 32 px",
+        "min_image_size=1",
     ):
         assert part in text
     enlarged = loader(recipe=MultiCropRecipe(global_size=48, local_size=40, min_image_size=1))

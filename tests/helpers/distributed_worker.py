@@ -1,6 +1,7 @@
 """What each rank runs for test_distributed.py; imported by spawned processes."""
 
 import contextlib
+import copy
 import gc
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,12 @@ def collect(rank: int, world_size: int, modules: dict[str, Any]) -> dict[Any, An
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         mine, other = pairs[rank // 2], pairs[1 - rank // 2]
         results["subgroup"] = gradient_of_input(x, plain("torch", process_group=mine))
+        reg = SIGReg(num_slices=SLICES, process_group=mine).eval()
+        copied = copy.deepcopy(reg)
+        results["copy"] = reg(x), copied(x), copied.process_group is mine
+        if rank == 0:  # evaluates alone
+            copied.sync = False
+            results["alone"] = copied(x), SIGReg(num_slices=SLICES, sync=False)(x)
         try:
             plain("torch", process_group=other)(x)
         except ValueError as error:

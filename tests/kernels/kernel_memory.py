@@ -156,7 +156,7 @@ def test_offsets_past_two_to_the_31(K, name, strides):
     def forward_backward(x, A):
         table = operators.triton_table(x, A, scale, t, KNOTS.spacing, "ieee")
         options = (t, phi, weights, KNOTS.spacing, False, True, 1.0, "ieee")
-        value, coef = operators.triton_finish(x, A, scale, table, None, N, *options)
+        value, coef = operators.triton_statistic(x, A, scale, table, None, N, *options)
         one = torch.ones(())
         return value, operators.triton_gradient(one, 1.0, coef, x, A, scale, t, KNOTS.spacing, "ieee")
 

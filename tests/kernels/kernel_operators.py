@@ -46,8 +46,8 @@ def test_operators_contract():
     table = registered.triton_table(x.detach(), A, None, t, 0.1875, "ieee")
     for factor in (None, 0.5):
         arguments = (x, A, None, table, None, 5, t, phi, weights, 0.1875, False, True, factor, "ieee")
-        torch.library.opcheck(registered.triton_finish, arguments)
-        _, coef = registered.triton_finish(*arguments)
+        torch.library.opcheck(registered.triton_statistic, arguments)
+        _, coef = registered.triton_statistic(*arguments)
     grad = torch.ones((), device=DEVICE)
     arguments = (grad, 0.5, coef, x.detach(), A, None, t, 0.1875, "ieee")
     torch.library.opcheck(registered.triton_gradient, arguments)

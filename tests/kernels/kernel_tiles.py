@@ -26,7 +26,7 @@ def test_every_candidate_gives_the_same_result(K, dtype):
     def forward_backward(config):
         table = forward.table_sums(x, A, scale, t, PLAN, config, "ieee")
         options = {"unbiased": False, "scale_by_n": True, "factor": 1.0}
-        value, coef = epilogue.finish(table, 35, scale, t, PHI, PHI, PLAN, **options)
+        value, coef = epilogue.statistic(table, 35, scale, t, PHI, PHI, PLAN, **options)
         one = torch.ones((), device=DEVICE)
         return value, backward.gradient(one, 1.0, coef, x, A, scale, t, PLAN, config, "ieee")
 
@@ -77,7 +77,7 @@ def test_many_partial_sums_lose_no_digit():
     options = {"unbiased": False, "scale_by_n": False, "factor": None}
 
     def statistic(sums, count):
-        return epilogue.finish(sums.to(DEVICE), count, None, t, PHI, PHI, PLAN, **options)[0].cpu()
+        return epilogue.statistic(sums.to(DEVICE), count, None, t, PHI, PHI, PLAN, **options)[0].cpu()
 
     exact = statistic((table.double().sum(0, keepdim=True) / count).float(), 1.0)
     one_after_another = table[0]

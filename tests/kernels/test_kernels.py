@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lejepa_fast import dispatch, sigreg, standard_normal_knots, triton_operators
+from lejepa_fast.kernels.configs import target_of
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 FOLDER = Path(__file__).parent
@@ -64,6 +65,13 @@ def test_missing_or_old_triton_is_refused(monkeypatch, version, message):
     monkeypatch.setattr(triton_operators, "triton_version", lambda: version)
     with pytest.raises(ValueError, match=message):
         sigreg(torch.randn(9, 3), torch.randn(3, 4), *standard_normal_knots()[:3], impl="triton")
+
+
+@pytest.fixture(autouse=True)
+def _gpus_are_not_remembered():
+    target_of.cache_clear()
+    yield
+    target_of.cache_clear()
 
 
 @pytest.fixture

@@ -175,7 +175,7 @@ def test_at_most_six_launches(size):
     ours = sum(count for name, count in launched.items() if name.startswith(OURS))
     others = sum(count for name, count in launched.items() if not name.startswith((*OURS, "Mem")))
     fused = get_config(x.device, 2).fuses(shape[-1], M)
-    assert ours == 5 + (not fused), launched  # directions, sums, finish, its sum, dx or dT/dp and dx
+    assert ours == 5 + (not fused), launched  # directions, sums, statistic, its sum, dx or dT/dp and dx
     assert others <= 2, launched
 
 

@@ -128,3 +128,7 @@ def test_process_group_of_some_ranks(ranks):
         own = pair.grad.chunk(2, dim=1)[rank % 2]
         torch.testing.assert_close(results["subgroup"]["grad"], 2 * own)
         assert results["foreign group"].startswith("process_group: expected a group that this rank belongs")
+        value, value_of_copy, same_group = results["copy"]
+        assert torch.equal(value, value_of_copy)
+        assert same_group
+    assert torch.equal(*ranks[0]["alone"])

@@ -124,8 +124,21 @@ def test_compiles_to_one_graph(views):
     ],
 )
 def test_bad_options_are_named(arguments, error, message):
+    """At construction, and when an attribute is changed later."""
     with pytest.raises(error, match=message):
         LeJEPALoss(**arguments)
+    name, value = next(iter(arguments.items()))
+    loss_fn = LeJEPALoss(form="additive" if len(arguments) > 1 else "convex")
+    with pytest.raises(error, match=message):
+        setattr(loss_fn, name, value)
+
+
+def test_the_form_is_changed_only_if_lambda_fits():
+    loss_fn = LeJEPALoss(lambd=10.0, form="additive")
+    with pytest.raises(ValueError, match=r"^lambd: .*convex"):
+        loss_fn.form = "convex"
+    loss_fn.lambd = 0.5
+    loss_fn.form = "convex"
 
 
 Z = torch.zeros(3, 10, 4)

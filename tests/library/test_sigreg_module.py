@@ -132,18 +132,53 @@ def test_views_that_are_pooled_compile_to_one_graph():
     torch.testing.assert_close(compiled(z[:2], z).total, eager(z[:2], z).total)
 
 
+class Modules(torch.nn.ModuleDict):
+    """SIGReg and, to show what PyTorch's own modules do in the same place, BatchNorm."""
+
+    def __init__(self):
+        super().__init__({"batch_norm": torch.nn.BatchNorm1d(4), "sigreg": SIGReg(num_slices=8)})
+
+    def train_step(self):
+        z = torch.randn(20, 4, requires_grad=True)
+        self["sigreg"](self["batch_norm"](z)).backward()
+        assert z.grad.isfinite().all()
+        return self
+
+    def pointers(self):
+        return [buffer.data_ptr() for buffer in self.buffers()]
+
+
+def values_of(module):
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def test_a_conversion_that_changes_nothing_leaves_the_buffers():
+    modules = Modules()
+    pointers = modules.pointers()
+    with torch.inference_mode():
+        modules.to("cpu").float()
+    assert modules.pointers() == pointers
+    modules.train_step()
+    modules.share_memory()
+    assert all(buffer.is_shared() for buffer in modules.buffers())
+
+
 def test_knots_survive_dtype_and_meta_conversions():
-    reg = SIGReg(num_slices=8)
-    t = reg.t.clone()
-    reg.bfloat16()
-    assert reg.t.dtype == torch.float32
-    assert torch.equal(reg.t, t)
+    expected = values_of(SIGReg(num_slices=8))
+    reg = SIGReg(num_slices=8).bfloat16()
     with torch.device("meta"):
         lazy = SIGReg(num_slices=8)
-    lazy.to_empty(device="cpu")
-    assert lazy.step.item() == 0
-    assert torch.equal(lazy.t, t)
-    assert torch.equal(lazy.weights, SIGReg().weights)
+    for module in (reg, lazy.to_empty(device="cpu")):
+        torch.testing.assert_close(values_of(module), expected, rtol=0, atol=0)
+
+
+def test_a_meta_module_takes_a_state_dict_by_assignment():
+    trained = Modules().train_step()
+    with torch.device("meta"):
+        lazy = Modules()
+    lazy.load_state_dict(trained.state_dict(), assign=True)
+    torch.testing.assert_close(values_of(lazy), values_of(trained), rtol=0, atol=0)
+    assert lazy.train_step()["sigreg"].step.item() == 2
 
 
 def test_module_returns_a_float32_scalar():
@@ -242,5 +277,10 @@ def test_bad_embeddings_are_named(z, error, message):
     ],
 )
 def test_bad_module_arguments_are_named(arguments, error, named):
+    """At construction, and when an attribute is changed later."""
     with pytest.raises(error, match=f"^{named}: expected"):
         SIGReg(**arguments)
+    reg = SIGReg()
+    if hasattr(reg, named):
+        with pytest.raises(error, match=f"^{named}: expected"):
+            setattr(reg, named, arguments[named])

@@ -1,13 +1,14 @@
 """The trained model of a checkpoint, and its encoder as files that need no lejepa_fast:
 
-settings = json.load(open("encoder.json"))
-encoder = timm.create_model(**settings["model"])
-encoder.load_state_dict(safetensors.torch.load_file("encoder.safetensors"))
+encoder = timm.create_model("local-dir:RUN", pretrained=True)
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
 """
 
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors.torch import save
 from torch import nn
@@ -17,6 +18,8 @@ from lejepa_fast.train.checkpoint.storage import find_checkpoint, has_average, l
 from lejepa_fast.train.config import Config, from_dict
 from lejepa_fast.train.model.model import LeJEPAModel, build_model
 from lejepa_fast.train.runtime.files import write_atomically
+
+log = logging.getLogger("lejepa_fast.train")
 
 
 class TrainedModel(NamedTuple):
@@ -28,6 +31,8 @@ class TrainedModel(NamedTuple):
     path: Path
     averaged: bool
     """Whether the weights are the averaged ones."""
+    data: Mapping[str, Any]
+    """Counts of the images that it was trained on and that were held out: `resume.data_identity`."""
 
 
 def load_trained(where: Path, *, averaged: bool = True) -> TrainedModel:
@@ -45,7 +50,7 @@ def load_trained(where: Path, *, averaged: bool = True) -> TrainedModel:
             f"checkpoint {path} does not hold the model that its configuration describes ({difference}); "
             "use the version of lejepa_fast that wrote it"
         ) from error
-    return TrainedModel(model, cfg, state["step"], path, averaged)
+    return TrainedModel(model, cfg, state["step"], path, averaged, state["data"])
 
 
 def export_encoder(
@@ -57,22 +62,50 @@ def export_encoder(
     *,
     way_out: str = "free some space and run the same command again: it resumes at this step",
 ) -> Path:
-    """Write `run_dir/name` and, beside it, its settings as .json; return the path of the weights.
+    """Write `run_dir/name` and, beside it, its settings as .json and for timm; return the weights' path.
 
     The settings are "model" (arguments of `timm.create_model`), "input" (size, mean and std of the evaluated
-    images, RGB in 0-1 before normalization), "trained_with" and "step". RunError, which ends with the advice
-    `way_out`, if the disk refuses.
+    images, RGB in 0-1 before normalization, and how they are resized), "trained_with" and "step". timm reads
+    config.json, which in a run folder holds the configuration of the run as well; one of another program
+    stays as it is. RunError, which ends with the advice `way_out`, if the disk refuses.
     """
     path, crops = run_dir / name, cfg.crops
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     size = cfg.eval.image_size or crops.global_size
+    arguments: dict[str, Any] = encoder.encoder_args  # type: ignore[assignment]
+    # As `center_view` does: the short side becomes the size, and nothing is cut off it.
+    normalized = {"mean": list(crops.mean), "std": list(crops.std)}
+    resized = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
     settings = {
-        "model": encoder.encoder_args,
-        "input": {"size": size, "mean": list(crops.mean), "std": list(crops.std)},
+        "model": arguments,
+        "input": {"size": size, **normalized, **resized},
         "trained_with": "lejepa_fast",
         "step": step,
     }
-    text = json.dumps(settings, indent=2) + "\n"
+    known: Any = encoder.pretrained_cfg
+    layers = {key: known[key] for key in ("first_conv", "classifier") if key in known}
+    fixed = "img_size" in arguments and "dynamic_img_size" not in arguments
+    size_and_head = {"input_size": [3, size, size], "fixed_input_size": fixed, "num_classes": 0}
+    for_timm = {
+        "architecture": arguments["model_name"].partition(".")[0],
+        "num_classes": 0,
+        "model_args": {key: value for key, value in arguments.items() if key != "model_name"},
+        "pretrained_cfg": size_and_head | normalized | resized | layers,
+    }
     write_atomically(path, lambda file: file.write(save(weights)), way_out=way_out)
-    write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()), way_out=way_out)
+    _write_json(path.with_suffix(".json"), settings, way_out)
+    beside = run_dir / "config.json"
+    try:
+        earlier = json.loads(beside.read_bytes()) if beside.exists() else for_timm
+    except ValueError:
+        earlier = None
+    if isinstance(earlier, dict) and earlier.keys() & {"architecture", "crops"}:  # timm's, or of a run
+        _write_json(beside, earlier | for_timm, way_out)
+    else:
+        log.warning("%s is of another program: timm cannot load %s as a folder", beside, run_dir)
     return path
+
+
+def _write_json(path: Path, values: Mapping[str, Any], way_out: str) -> None:
+    text = json.dumps(values, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()), way_out=way_out)

@@ -21,15 +21,21 @@ def parse(argv: Sequence[str] | None) -> Config:
     and `default` for other data. `--config` supplies the settings of a run, but not its folder and not the
     checkpoint it resumed from. UsageError for an unknown option or a value of the wrong type.
     """
-    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    scan.add_argument("--data", "--data.path", dest="data", default=EMBEDDED_DATA)
-    embedded = scan.parse_known_args(argv)[0].data == EMBEDDED_DATA
+    embedded = _given(argv, "--data", "--data.path") in (None, EMBEDDED_DATA)
     what = "Pretrain an encoder with LeJEPA. The embedded images start from the preset laptop."
     return parse_as(Config, argv, preset="laptop" if embedded else "default", what=what)
 
 
+def _given(argv: Sequence[str] | None, *names: str) -> str | None:
+    """The value of an option on a command line, if it is there; errors are left to the full parser."""
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan.add_argument(*names, dest="value", nargs="?")
+    return scan.parse_known_args(argv)[0].value
+
+
 def parse_as(cls: type[C], argv: Sequence[str] | None, *, preset: str, what: str) -> C:
-    """Parse a command line with the options of `cls`; `preset` is the base if it names none."""
+    """Parse a command line with the options of `cls`; `preset` is the base if it names none. The base's
+    arguments of `timm.create_model` are those of its model, and go if the command line names another."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     first.add_argument("--config", type=Path)
@@ -42,10 +48,12 @@ def parse_as(cls: type[C], argv: Sequence[str] | None, *, preset: str, what: str
     base = PRESETS[name]
     if known.config is not None:
         base = dataclasses.replace(load_json(known.config), out=None, resume="auto")
+    if _given(argv, "--model", "--model.name") not in (None, base.model.name):
+        base = dataclasses.replace(base, model=dataclasses.replace(base.model, kwargs="{}"))
     if not isinstance(base, cls):
         base = cls(**{field.name: getattr(base, field.name) for field in dataclasses.fields(Config)})
     description = (
-        f"{what} Base of the options below: --preset NAME ({', '.join(PRESETS)}; here {preset}) "
-        "or --config FILE.json (the config.json of an earlier run)."
+        f"{what} Base of the options below: --preset {'|'.join(PRESETS)} or --config FILE.json, the "
+        f"config.json of an earlier run; here {known.config or name}."
     )
     return parse_options(type(base), rest, default=base, description=description)

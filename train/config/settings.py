@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import pydantic
 
 EMBEDDED_DATA = "trashnet96"
+# The export adds these to a run's config.json, for timm.
+TIMM_KEYS = ("architecture", "num_classes", "model_args", "pretrained_cfg")
 
 C = TypeVar("C", bound="Config")
 
@@ -81,13 +83,16 @@ class ModelConfig:
     register_tokens: Annotated[int, Ge(0), Le(1000)] = 0
     """Extra learned tokens (vision transformers)."""
     kwargs: str = "{}"
-    """Further arguments of timm.create_model as a JSON object, for example '{"layers": [1, 1, 1, 1]}'."""
+    """Further arguments of timm.create_model as a JSON object, for example '{"layers": [1, 1, 1, 1]}'. Those
+    of a preset or --config go when --model names another model."""
     projector_hidden: Width = 2048
+    """Width of the projector between its layers."""
     projector_layers: Layers = 3
     """Linear layers of the projector, the output layer included."""
     projector_dim: Width = 512
     """K, the width of the embeddings that the loss sees."""
     projector_norm: Literal["batch", "layer", "none"] = "batch"
+    """Norm after each layer of the projector but the last: BatchNorm, LayerNorm or none."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +102,19 @@ class LossConfig:
     lambd: Annotated[Nonnegative, tyro.conf.arg(aliases=["--lambda"])] = 0.05
     """Weight of SIGReg; 0 trains the prediction alone, which collapses."""
     num_slices: Annotated[int, Ge(1), Le(2**20)] = 1024
+    """Random directions that SIGReg projects on, new ones each step."""
     t_max: float = 3.0
+    """SIGReg compares characteristic functions up to this argument."""
     n_points: Annotated[int, Le(10_000)] = 17
     """Knots on the half line [0, t_max]."""
     unbiased: bool = False
+    """Remove the bias of SIGReg that a small batch has; a Gaussian then gives 0 on average."""
     center: Literal["global", "all"] = "global"
+    """What all views are drawn to: the mean of the global views of an image, or of all its views."""
     form: Literal["convex", "additive"] = "convex"
+    """convex: (1 - lambda) prediction + lambda SIGReg; additive: prediction + lambda SIGReg."""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"
+    """What computes SIGReg. auto: the Triton kernels on GPUs where they can run, else PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,7 @@ class OptimConfig:
     weight_decay: Nonnegative | Literal["auto"] = "auto"
     """auto: 5e-2 for transformers and ConvNeXt, 5e-4 for other convolutional networks."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    """Decay of AdamW's averages of the gradient and of its square."""
     warmup_fraction: Share = 0.05
     """Share of all steps during which the rate rises linearly."""
     final_lr_fraction: Share = 1e-3
@@ -168,8 +180,11 @@ class EvalConfig:
     image_size: Pixels | None = None
     """Side of the evaluated images; None: crops.global_size."""
     batch_size: AtLeast1 = 256
+    """Images per forward pass of an evaluation; the figures do not depend on it."""
     k: Annotated[int, Ge(1), Le(10_000)] = 20
+    """Neighbors that vote in kNN."""
     temperature: Positive = 0.07
+    """A neighbor of similarity s votes with weight exp(s / temperature)."""
 
 
 @dataclass(frozen=True)
@@ -189,10 +204,13 @@ class Config:
     out: Path | None = None
     """Run folder; None: runs/DATA-MODEL."""
     epochs: AtLeast1 = 100
+    """Passes over the training images."""
     max_steps: AtLeast1 | None = None
     """Train this many steps, and let the schedule span them; None: `epochs` epochs."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
+    """Of starting weights, order of images, crops and directions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. auto: on GPUs if there are any."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast on GPUs, float32 on the CPU. The loss is float32 always."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -205,7 +223,9 @@ class Config:
     checkpoint_every: AtLeast1 = 1000
     """Steps between checkpoints; one is always written at the end and on SIGTERM or Ctrl-C."""
     keep_checkpoints: AtLeast1 = 3
+    """Newest checkpoints that are kept; older ones are deleted."""
     tensorboard: bool = True
+    """Write the numbers of metrics.jsonl to RUN/tensorboard/ as well."""
     wandb: str | None = None
     """Weights & Biases project that gets the numbers, too; None: nothing is sent anywhere."""
     profile: bool = False
@@ -298,6 +318,8 @@ def load_json(path: Path) -> Config:
         raise UsageError(f"--config: cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"--config: {path} is not JSON: {error}") from error
+    if isinstance(values, dict):
+        values = {key: value for key, value in values.items() if key not in TIMM_KEYS}
     return from_dict(values, str(path))
 
 

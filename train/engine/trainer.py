@@ -39,6 +39,7 @@ from lejepa_fast.train.engine.weights_and_biases import WandbRun
 from lejepa_fast.train.evaluation import protocol
 from lejepa_fast.train.evaluation.protocol import EvalResult
 from lejepa_fast.train.model.average import WeightAverage
+from lejepa_fast.train.model.crop_sizes import sizes_explained
 from lejepa_fast.train.model.flops import count_flops, peak_flops
 from lejepa_fast.train.model.initialize import memory_format, whole_model
 from lejepa_fast.train.model.model import LeJEPAModel, build_model
@@ -112,8 +113,7 @@ class Trainer:
         require_same_on_all(world, facts_of(cfg))
         assert cfg.out is not None  # resolve() fills it in
         self.run_dir: Path = cfg.out
-        on_all(world, self._open_data)
-        on_all(world, self._build_model)
+        on_all(world, self._open_and_build)
         in_use = {
             "number of training images": self.data_identity["train_images"],
             "number of validation images": self.data_identity["val_images"],
@@ -141,6 +141,11 @@ class Trainer:
         self.signals = SignalWatch()
         self.flops_per_image = count_flops(cfg).per_image
         self._saved_step = -1
+
+    def _open_and_build(self) -> None:
+        with sizes_explained(self.cfg):
+            self._open_data()
+            self._build_model()
 
     def _open_data(self) -> None:
         cfg, world = self.cfg, self.world
@@ -203,6 +208,7 @@ class Trainer:
         self._stack.__exit__(*error)
 
     def _release(self) -> None:
+        self.loader.close()
         self.saver.close()
         self.lock.release()
         # The wrapper holds the process group. If it lives at the interpreter's exit, gloo's threads abort.

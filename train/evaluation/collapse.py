@@ -1,11 +1,11 @@
-"""Label-free statistics of embeddings, and the verdict "collapsed" or "healthy".
+"""Label-free statistics of embeddings, and the verdict "healthy", "low rank" or "collapsed".
 
 LeJEPA drives the embeddings z (n, K) toward the isotropic Gaussian N(0, I). A healthy run shows standard
 deviations near 1, a flat eigenvalue spectrum and a small SIGReg statistic; a collapsed one has (nearly) the
 same embedding for every image. All statistics are computed in float64, but SIGReg in float32.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +15,18 @@ from lejepa_fast import SIGReg, standard_normal_knots
 COLLAPSE_STD = 0.1
 COLLAPSE_RANK = 2.0
 COLLAPSE_RANK_SHARE = 0.02
+LOW_RANK_SHARE = 0.5  # samples of N(0, I) reach 0.6 or more, whatever n and K
 # A spread below this share of the embeddings' magnitude is float32 rounding, not information.
 _NUMERICALLY_CONSTANT = 1e-6
 
 
-class Verdict(NamedTuple):
-    """Whether the embeddings collapsed, and a sentence that states the rule and the figures."""
+State = Literal["healthy", "low rank", "collapsed"]
 
-    collapsed: bool
+
+class Verdict(NamedTuple):
+    """The state of the embeddings, and a sentence that states the rule and the figures."""
+
+    state: State
     sentence: str
 
 
@@ -81,23 +85,36 @@ def sigreg_levels(n: int, *, t_max: float = 3.0, n_points: int = 17) -> SIGRegLe
     return SIGRegLevels(gaussian, n * (knots.weights * (1 - knots.phi).square()).sum().item())
 
 
+def rank_limit(n: int, dim: int) -> int:
+    """The largest effective rank that n embeddings in `dim` dimensions can have; 1 at least."""
+    return max(1, min(dim, n - 1))
+
+
+def rank_floors(n: int, dim: int) -> tuple[float, float]:
+    """The effective ranks below which n embeddings in `dim` dimensions are collapsed, and of low rank."""
+    low = LOW_RANK_SHARE * rank_limit(n, dim)
+    return min(max(COLLAPSE_RANK, COLLAPSE_RANK_SHARE * rank_limit(n, dim)), low), low
+
+
 def verdict(std: float, rank: float, n: int, dim: int) -> Verdict:
     """Judge n embeddings in `dim` dimensions by their `embedding_std` and `effective_rank`.
 
     Collapsed: the std is below 0.1 (all images share one embedding), or the effective rank is below 2 (all
-    images lie on a line) or below 2 % of its maximum min(dim, n - 1). Where that maximum is below 4, half of
-    it is the floor.
+    images lie on a line) or below 2 % of its maximum min(dim, n - 1). Low rank: the effective rank is below
+    half of that maximum. Where the maximum is below 4, half of it is the only floor.
     """
-    attainable = max(1, min(dim, n - 1))
-    least_rank = min(max(COLLAPSE_RANK, COLLAPSE_RANK_SHARE * attainable), 0.5 * attainable)
-    rule = f"rule: embedding std at least {COLLAPSE_STD:g} and effective rank at least {least_rank:.3g}"
-    figures = f"embedding std {std:.3g}, effective rank {rank:.3g} of at most {attainable}"
-    found = "Healthy, no collapse"
-    if not rank >= least_rank:
-        found = "Collapsed: the embeddings vary in too few directions"
+    collapsed, low = rank_floors(n, dim)
+    rule = f"collapsed below std {COLLAPSE_STD:g} or rank {collapsed:.3g}, low rank below {low:.3g}"
+    figures = f"embedding std {std:.3g}, effective rank {rank:.3g} of at most {rank_limit(n, dim)}"
+    state: State = "healthy"
+    found = "Healthy: the embeddings vary in most directions"
+    if not rank >= low:
+        state, found = "low rank", "Low rank: no collapse, but few directions hold most of the variance"
+    if not rank >= collapsed:
+        state, found = "collapsed", "Collapsed: the embeddings vary in too few directions"
     if not std >= COLLAPSE_STD:
-        found = "Collapsed: all images share nearly the same embedding"
-    return Verdict(found.startswith("Collapsed"), f"{found} ({figures}; {rule}).")
+        state, found = "collapsed", "Collapsed: all images share nearly the same embedding"
+    return Verdict(state, f"{found} ({figures}; rule: {rule}).")
 
 
 def _check(z: Tensor) -> None:

@@ -1,6 +1,8 @@
 """Probes of frozen features: k nearest neighbors and a linear classifier, for features of any encoder.
 
 Both are deterministic and leave the global random state and the caller's autocast and gradient mode alone.
+Features stay where they are, on the CPU in an evaluation, and go to the device in blocks: beyond the model
+it holds 2 GB at most, also of 1.3 million samples with 2,048 features and 1,000 classes.
 
 Sources: kNN weighting, k = 20 and temperature 0.07 from DINO (Caron et al., arXiv 2104.14294) after Wu et al.
 (arXiv 1805.01978); LayerNorm + linear layer + AdamW with weight decay 1e-6 from LeJEPA (arXiv 2511.08544).
@@ -21,6 +23,7 @@ HOLDOUT_FRACTION = 0.2
 MAX_STEPS = 12_500
 SMALL_STEP = 2**28  # multiply-adds
 WEIGHT_DECAY = 1e-6
+MEMORY = 2_000_000_000  # bytes on the device
 
 
 class LinearProbe(NamedTuple):
@@ -47,12 +50,13 @@ def knn_accuracy(
     temperature: float | None = 0.07,
     device: torch.device | str | None = None,
     test_chunk: int = 1024,
-    train_chunk: int = 65536,
+    train_chunk: int | None = None,
+    memory: int = MEMORY,
 ) -> float:
     """Top-1 accuracy in percent of the k-nearest-neighbor classifier under cosine similarity.
 
     The device holds one chunk of training and of test features at a time and their similarities, so its
-    memory does not grow with the data set, except for the (m, k) neighbors.
+    memory does not grow with the data set, except for the (m, k) neighbors. Training features go there once.
 
     Args:
         train_x, train_y: features (n, D) of any float dtype and classes (n,) that vote.
@@ -61,7 +65,9 @@ def knn_accuracy(
         k: number of neighbors that vote; n if n < k.
         temperature: a neighbor of similarity s votes with weight exp(s / temperature); None: equal votes.
         device: where to compute; None: the device of `train_x`.
-        test_chunk, train_chunk: sizes of the chunks; the result does not depend on them.
+        test_chunk, train_chunk: sizes of the chunks; the result does not depend on them. Without
+            `train_chunk` as many samples as fit into half of `memory`.
+        memory: bound of the bytes on the device.
 
     Raises:
         ValueError: empty, mismatched or non-finite inputs, classes out of range, k < 1, temperature <= 0.
@@ -76,6 +82,8 @@ def knn_accuracy(
     def unit_rows(x: Tensor) -> Tensor:
         return F.normalize(x.to(device, torch.float32), dim=1)
 
+    if train_chunk is None:  # a sample as it is sent, converted and normalized, and its similarities
+        train_chunk = max(1, memory // 2 // (12 * train_x.shape[1] + 20 * test_chunk))
     k = min(k, len(train_x))
     similarity = torch.full((len(test_x), k), -math.inf, device=device)
     labels = torch.zeros(len(test_x), k, dtype=torch.int64, device=device)
@@ -87,12 +95,15 @@ def knn_accuracy(
                 found, index = (unit_rows(queries) @ x.T).topk(min(k, len(x)))
                 best[:], kept = torch.cat([best, found], dim=1).topk(k)
                 best_labels[:] = torch.cat([best_labels, y[index]], dim=1).gather(1, kept)
-    if temperature is None:
-        votes = torch.ones_like(similarity)
-    else:  # relative to the largest, so that no exponential overflows
-        votes = ((similarity - similarity.amax(dim=1, keepdim=True)) / temperature).exp()
-    tally = votes.new_zeros(len(votes), num_classes).scatter_add_(1, labels, votes)
-    return _percent(tally.argmax(dim=1), test_y)
+    predicted = []
+    for best, best_labels in zip(similarity.split(test_chunk), labels.split(test_chunk), strict=True):
+        if temperature is None:
+            votes = torch.ones_like(best)
+        else:  # relative to the largest, so that no exponential overflows
+            votes = ((best - best.amax(dim=1, keepdim=True)) / temperature).exp()
+        tally = votes.new_zeros(len(votes), num_classes).scatter_add_(1, best_labels, votes)
+        predicted.append(tally.argmax(dim=1))
+    return _percent(torch.cat(predicted), test_y)
 
 
 # ---- linear probe ----------------------------------------------------------------------------------------
@@ -111,6 +122,7 @@ def linear_probe(
     max_steps: int = MAX_STEPS,
     learning_rates: Sequence[float] = LEARNING_RATES,
     device: torch.device | str | None = None,
+    memory: int = MEMORY,
 ) -> LinearProbe:
     """Fit LayerNorm + linear layer on frozen features and score it on the test set.
 
@@ -127,10 +139,12 @@ def linear_probe(
         num_classes: classes are 0 .. num_classes - 1.
         seed: of the held-out choice and the order of batches.
         epochs: passes over the training set, cut at `max_steps` steps. Of a training set that so many steps
-            cannot reach, a random part is used, so memory on the device is bounded.
+            cannot reach, a random part is used.
         batch_size: samples per step; all if there are fewer.
         learning_rates: positive candidates; a single one is used without a search.
         device: where to compute; None: the device of `train_x`.
+        memory: bound of the bytes on the device. A quarter is for the heads, which need 24 bytes for each
+            class, feature and learning rate.
 
     Raises:
         ValueError: empty, mismatched or non-finite inputs, classes out of range, no positive learning rate.
@@ -139,20 +153,20 @@ def linear_probe(
     if not learning_rates or not all(rate > 0 for rate in learning_rates):
         raise ValueError(f"learning_rates must be positive numbers, at least one, got {learning_rates!r}")
     device = torch.device(device or train_x.device)
+    samples = torch.arange(len(train_x))
     if len(train_x) > max_steps * batch_size:
         order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed))
-        rows = order[: max_steps * batch_size]
-        train_x, train_y = train_x[rows.to(train_x.device)], train_y[rows.to(train_y.device)]
+        samples = order[: max_steps * batch_size]
 
-    def fit(x: Tensor, y: Tensor, rates: Sequence[float]) -> Callable[[Tensor], list[Tensor]]:
-        """Fit a head for each rate on x (n, D) and y (n,); returns what predicts classes, by rate."""
-        standardize = _standardizer(x)
-        batch = min(batch_size, len(x))
-        steps = min(epochs * (len(x) // batch), max_steps)
-        heads = _fit(standardize(x), y, rates, num_classes, batch, steps, seed)
+    def fit(rows: Tensor, rates: Sequence[float]) -> Callable[[Tensor, Tensor], list[Tensor]]:
+        """Fit a head for each rate on these rows (n,); returns what predicts classes, by rate."""
+        features = _Standardized(train_x, rows, device, memory)
+        batch = min(batch_size, len(rows))
+        steps = min(epochs * (len(rows) // batch), max_steps)
+        heads = _fit(features, y[rows.to(device)], rates, num_classes, batch, steps, seed)
 
-        def predict(x: Tensor) -> list[Tensor]:
-            parts = (standardize(part.to(device, torch.float32)) for part in x.split(8192))
+        def predict(x: Tensor, rows: Tensor) -> list[Tensor]:
+            parts = (features.standardize(x[part.to(x.device)]) for part in rows.split(features.block))
             found = [[F.linear(part, *head).argmax(dim=1) for head in heads] for part in parts]
             return [torch.cat(classes) for classes in zip(*found, strict=True)]
 
@@ -161,24 +175,71 @@ def linear_probe(
     # The caller may be inside no_grad, inference_mode or autocast.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         # A copy, because a tensor made in inference mode cannot take part in a backward pass.
-        x, y = train_x.detach().to(device, torch.float32, copy=True), train_y.to(device, copy=True)
+        y = train_y.to(device, copy=True)
         rates = sorted(learning_rates)
-        held_out = _stratified_holdout(y.cpu(), seed).to(device)
+        held_out = _stratified_holdout(train_y.cpu()[samples], seed)
         if len(rates) > 1 and held_out.any():
-            predictions = fit(x[~held_out], y[~held_out], rates)(x[held_out])
-            correct = [int((predicted == y[held_out]).sum()) for predicted in predictions]
+            predictions = fit(samples[~held_out], rates)(train_x, samples[held_out])
+            truth = y[samples[held_out].to(device)]
+            correct = [int((predicted == truth).sum()) for predicted in predictions]
             rate = rates[correct.index(max(correct))]  # of equal ones the smallest
         else:  # there is no choice, or every class has a single sample
             rate = min(rates, key=lambda rate: abs(math.log(rate / 1e-3)))
-        (predicted,) = fit(x, y, [rate])(test_x)
+        (predicted,) = fit(samples, [rate])(test_x, torch.arange(len(test_x)))
     return LinearProbe(_percent(predicted, test_y), rate)
+
+
+class _Standardized:
+    """Rows of features x (N, D), layer-normalized and standardized on the device; kept there if they fit.
+
+    The mean and deviation of each layer-normalized feature are those over the rows. A feature that never
+    varies is set to 0: its rounding noise must not become input.
+    """
+
+    def __init__(self, x: Tensor, rows: Tensor, device: torch.device, memory: int) -> None:
+        self.x, self.rows, self.device = x, rows, device
+        # Four copies of a block are alive at once: as sent, converted, and the operands of an operation.
+        self.block = max(256, memory // 4 // (16 * x.shape[1]))
+        parts = rows.split(self.block)
+        found = [torch.var_mean(self._normalize(x[part.to(x.device)]), dim=0, correction=0) for part in parts]
+        variances, means = (torch.stack(each).double() for each in zip(*found, strict=True))
+        shares = torch.tensor([len(part) for part in parts], device=device).double()[:, None] / len(rows)
+        mean = (shares * means).sum(dim=0)
+        deviation = (shares * (variances + (means - mean).square())).sum(dim=0).sqrt().float()
+        self.mean = mean.float()
+        self.scale = torch.where(deviation > 1e-6, 1 / deviation, torch.zeros_like(deviation))
+        self.whole: Tensor | None = None
+        if len(rows) * x.shape[1] * 4 <= memory // 2:
+            whole = torch.empty(len(rows), x.shape[1], device=device)
+            for into, part in zip(whole.split(self.block), parts, strict=True):
+                into.copy_(self.standardize(x[part.to(x.device)]))
+            self.whole = whole
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.to(self.device, torch.float32), x.shape[1:])
+
+    def standardize(self, x: Tensor) -> Tensor:
+        """Features (m, D) of the same kind, on any device."""
+        return (self._normalize(x) - self.mean) * self.scale
+
+    def take(self, places: Tensor) -> Tensor:
+        """The standardized features of the rows at these places (m,), on the device."""
+        if self.whole is not None:
+            return self.whole[places.to(self.device)]
+        return self.standardize(self.x[self.rows[places].to(self.x.device)])
 
 
 @torch.enable_grad()
 def _fit(
-    x: Tensor, y: Tensor, rates: Sequence[float], num_classes: int, batch: int, steps: int, seed: int
+    features: _Standardized,
+    y: Tensor,
+    rates: Sequence[float],
+    num_classes: int,
+    batch: int,
+    steps: int,
+    seed: int,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Fit one linear head for each learning rate, all on the same batches of x (n, D) and y (n,)."""
+    """Fit one linear head for each learning rate, all on the same batches of features (n, D) and y (n,)."""
     warmup = max(1, steps // 10)
 
     def factor(step: int) -> float:
@@ -186,25 +247,31 @@ def _fit(
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-    weights = [x.new_zeros(num_classes, x.shape[1]).requires_grad_() for _ in rates]
-    biases = [x.new_zeros(num_classes).requires_grad_() for _ in rates]
+    width, zeros = features.x.shape[1], features.mean.new_zeros
+    weights = [zeros(num_classes, width).requires_grad_() for _ in rates]
+    biases = [zeros(num_classes).requires_grad_() for _ in rates]
     heads = list(zip(weights, biases, strict=True))
     groups = [{"params": head, "lr": rate} for head, rate in zip(heads, rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     generator = torch.Generator().manual_seed(seed)
-    per_epoch = len(x) // batch  # an incomplete batch is dropped; the next shuffle drops another
+    per_epoch = len(y) // batch  # an incomplete batch is dropped; the next shuffle drops another
+    per_block = min(per_epoch, max(1, features.block // batch))
     threads = torch.get_num_threads()
-    if batch * x.shape[1] * num_classes * len(rates) < SMALL_STEP:
+    if batch * width * num_classes * len(rates) < SMALL_STEP:
         torch.set_num_threads(1)  # on a busy machine, waiting for other threads takes 10 times longer
     try:
         for step in range(steps):
-            if step % per_epoch == 0:
-                order = torch.randperm(len(x), generator=generator).to(x.device)
-            rows = order[step % per_epoch * batch :][:batch]
+            number = step % per_epoch
+            if number == 0:
+                order = torch.randperm(len(y), generator=generator)
+            if number % per_block == 0:
+                rows = order[number * batch : min(number + per_block, per_epoch) * batch]
+                x, targets = features.take(rows), y[rows.to(y.device)]
+            part = slice(number % per_block * batch, (number % per_block + 1) * batch)
             # The heads share no parameter, so the gradient of the sum is each head's own gradient.
-            logits = F.linear(x[rows], torch.cat(weights), torch.cat(biases)).view(-1, num_classes)
-            loss = len(heads) * F.cross_entropy(logits, y[rows].repeat_interleave(len(heads)))
+            logits = F.linear(x[part], torch.cat(weights), torch.cat(biases)).view(-1, num_classes)
+            loss = len(heads) * F.cross_entropy(logits, targets[part].repeat_interleave(len(heads)))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -212,16 +279,6 @@ def _fit(
     finally:
         torch.set_num_threads(threads)
     return [(weight.detach(), bias.detach()) for weight, bias in heads]
-
-
-def _standardizer(x: Tensor) -> Callable[[Tensor], Tensor]:
-    """LayerNorm, then standardization by the mean and deviation of the layer-normalized x (n, D).
-
-    A feature that never varies is set to 0: its rounding noise must not become input.
-    """
-    deviation, mean = torch.std_mean(F.layer_norm(x, x.shape[1:]), dim=0, correction=0)
-    scale = torch.where(deviation > 1e-6, 1 / deviation, torch.zeros_like(deviation))
-    return lambda rows: (F.layer_norm(rows, rows.shape[1:]) - mean) * scale
 
 
 def _stratified_holdout(y: Tensor, seed: int) -> Tensor:
@@ -246,7 +303,7 @@ def _check_inputs(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tens
             raise ValueError(f"{name}_x and {name}_y must be of shape (n, D) and (n,), got {shapes}")
         if len(x) == 0:
             raise ValueError(f"{name}_x holds no samples; expected at least one")
-        if not x.isfinite().all():
+        if not all(part.isfinite().all() for part in x.split(1024)):
             raise ValueError(f"{name}_x holds NaN or infinite values; the encoder has diverged")
         if y.is_floating_point() or int(y.min()) < 0 or int(y.max()) >= num_classes:
             found = f"{y.dtype} from {y.min().item()} to {y.max().item()}"

@@ -38,6 +38,7 @@ class EvalResult:
     features_val: Tensor
     """Pooled encoder features of the validation images, (n, D) float32 on the CPU."""
     n_train: int
+    """Images that kNN and linear probe are fitted on; without labels those that they could be."""
     n_val: int
     image_size: int
     """Side of the evaluated images, in pixels."""
@@ -58,13 +59,13 @@ class EvalResult:
 
     @property
     def verdict(self) -> collapse.Verdict:
-        """Collapsed or healthy, by the rule of `collapse.verdict`."""
+        """Healthy, low rank or collapsed, by the rule of `collapse.verdict`."""
         return collapse.verdict(self.embedding_std, self.effective_rank, self.n_val, self.z_val.shape[1])
 
     @property
     def rank_limit(self) -> int:
         """The largest effective rank that n validation images can have in K dimensions."""
-        return max(1, min(self.z_val.shape[1], self.n_val - 1))
+        return collapse.rank_limit(self.n_val, self.z_val.shape[1])
 
     @property
     def chance(self) -> float | None:

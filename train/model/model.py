@@ -174,14 +174,22 @@ def _check_sizes(encoder: nn.Module, cfg: Config) -> int:
         sizes["crops.local_size"] = cfg.crops.local_size
     if cfg.eval.image_size:
         sizes["eval.image_size"] = cfg.eval.image_size
+    tensors = [*encoder.named_parameters(), *encoder.named_buffers()]
+    on_meta = {name: tensor.to("meta") for name, tensor in tensors}
     encoder.eval()
     for field, size in sizes.items():
         try:
-            shape = _features_shape(encoder, size)
+            with torch.no_grad():
+                try:
+                    image = torch.empty(1, 3, size, size, device="meta")
+                    shape = torch.func.functional_call(encoder, on_meta, (image,)).shape
+                except Exception:
+                    # A wrong size, or a layer that the meta device lacks: the real forward tells which.
+                    shape = encoder(torch.zeros(1, 3, size, size)).shape
         except Exception as error:  # of timm's, or of PyTorch's operators
-            hint = _size_hint(encoder, cfg, field, size)
-            problem = f"cannot take {size} x {size} pixels ({first_line(error)}); {hint}"
-            raise UsageError(f"{field}: model {cfg.model.name} {problem}") from error
+            problem = f"cannot take {size} x {size} pixels ({first_line(error)})"
+            hint = _size_hint(cfg, field, size)
+            raise UsageError(f"{field}: model {cfg.model.name} {problem}; {hint}") from error
         if len(shape) != 2:
             raise UsageError(
                 f"model.name: {cfg.model.name} returns {tuple(shape)} for one image and not pooled features "
@@ -191,38 +199,32 @@ def _check_sizes(encoder: nn.Module, cfg: Config) -> int:
     return shape[1]
 
 
+def encoder_on_meta(cfg: Config, global_size: int) -> nn.Module | None:
+    """The encoder of a run with global crops of this size, on the meta device, if it can be built."""
+    with contextlib.suppress(Exception), torch.device("meta"):
+        return build_encoder(replace(cfg.model, img_size=cfg.model.img_size or global_size)).eval()
+    return None
+
+
 @torch.no_grad()
-def _features_shape(encoder: nn.Module, size: int, *, meta_only: bool = False) -> torch.Size:
-    """Shape of the features of one image; raises whatever the encoder does with this size.
-
-    On the meta device or, unless `meta_only`, where that fails: a wrong size, or a layer that it lacks, and
-    the real forward tells which.
-    """
-    tensors = [*encoder.named_parameters(), *encoder.named_buffers()]
-    on_meta = {name: tensor.to("meta") for name, tensor in tensors}
-    try:
-        image = torch.empty(1, 3, size, size, device="meta")
-        return torch.func.functional_call(encoder, on_meta, (image,)).shape
-    except Exception:
-        if meta_only:
-            raise
-        return encoder(torch.zeros(1, 3, size, size)).shape
+def takes(encoder: nn.Module | None, size: int) -> bool:
+    """Whether a forward pass of an encoder on the meta device succeeds on an image of this size."""
+    with contextlib.suppress(Exception), torch.device("meta"):
+        return encoder is not None and encoder(torch.empty(1, 3, size, size)).ndim == 2
+    return False
 
 
-def _size_hint(encoder: nn.Module, cfg: Config, field: str, size: int) -> str:
-    """Name the nearest size that the encoder takes, of some that are tried on the meta device."""
+def _size_hint(cfg: Config, field: str, size: int) -> str:
+    """Name the nearest size that the encoder takes, of some that are tried."""
+    encoder: Any = encoder_on_meta(cfg, cfg.crops.global_size)
     patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", None)
     step = patch[0] if isinstance(patch, (tuple, list)) else patch
     near = {k * each + size // each * each for each in (step or 32, 32) for k in range(-8, 9)}
-    timms: Any = encoder.pretrained_cfg
-    near |= {cfg.crops.global_size, timms["input_size"][-1]}
+    near |= {cfg.crops.global_size, 224, *(encoder.pretrained_cfg["input_size"][1:] if encoder else ())}
     for candidate in sorted((each for each in near if each > 0), key=lambda each: (abs(each - size), each)):
-        tried = encoder
-        with contextlib.suppress(Exception):
-            if field == "crops.global_size" and cfg.model.img_size is None:  # the weights depend on it
-                with torch.device("meta"):
-                    tried = build_encoder(replace(cfg.model, img_size=candidate)).eval()
-            _features_shape(tried, candidate, meta_only=True)
+        if field == "crops.global_size":  # the weights may depend on it
+            encoder = encoder_on_meta(cfg, candidate)
+        if takes(encoder, candidate):
             return f"use --{field.replace('_', '-')} {candidate}, which it takes"
     other = "--crops.local-crops 0 or " if field == "crops.local_size" else ""
     return f"none of the sizes tried near it works; use {other}another model"

@@ -67,12 +67,13 @@ def series(rows: Rows, kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps, dtype=float), np.array([points[step] for step in steps])
 
 
-def plot_losses(path: Path, rows: Rows, *, sigreg_floor: float) -> None:
-    """Losses and embedding std over steps; `sigreg_floor` is the expectation of SIGReg under N(0, I)."""
+def plot_losses(path: Path, rows: Rows, *, sigreg_floor: float, batch: int) -> None:
+    """Losses and embedding std over steps of `batch` images; `sigreg_floor` is the expectation of SIGReg
+    under N(0, I)."""
     panels = [
         ("loss", "total loss", None, ""),
         ("prediction", "prediction loss", None, ""),
-        ("sigreg", "SIGReg", sigreg_floor, f"N(0, I): {sigreg_floor:.2f}"),
+        ("sigreg", f"SIGReg of {batch} images", sigreg_floor, f"N(0, I): {sigreg_floor:.2f}"),
         ("embedding_std", "embedding std", 1.0, "target: 1"),
     ]
     with report_figure(path, 10.0, 5.6) as figure:

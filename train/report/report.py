@@ -18,7 +18,7 @@ import jinja2
 import torch
 from torch import Tensor
 
-from lejepa_fast.train.evaluation.collapse import sigreg_levels
+from lejepa_fast.train.evaluation.collapse import rank_floors, sigreg_levels
 from lejepa_fast.train.evaluation.protocol import EvalResult
 from lejepa_fast.train.report import plots
 from lejepa_fast.train.runtime.files import disk_errors_named
@@ -28,6 +28,8 @@ def write_report(
     run_dir: Path,
     *,
     config: Mapping[str, Any],
+    data: Mapping[str, Any],
+    evaluated_on: str,
     trained: EvalResult,
     untrained: EvalResult,
     history: Sequence[Mapping[str, Any]],
@@ -38,10 +40,13 @@ def write_report(
 
     Args:
         run_dir: an existing folder.
-        config: resolved configuration (`config.to_dict`), copied into the report.
+        config: resolved configuration of the training (`config.to_dict`), copied into the report.
+        data: counts of the images of the training: "train_images" and "val_images", which were held out.
+        evaluated_on: name of the data of `trained` and `untrained`, as `config["data"]["path"]` is that of
+            the training.
         trained, untrained: results for both encoders, on the same data at the same image size.
         history: rows of `metrics.jsonl`; missing values leave gaps in the figures.
-        views: views of one batch, tensors (B, 3, S, S), global ones first.
+        views: views of one batch of `evaluated_on`, tensors (B, 3, S, S), global ones first.
         steps: optimizer steps of the trained encoder.
 
     Raises:
@@ -50,7 +55,13 @@ def write_report(
     target, earlier = run_dir / "report", run_dir / ".report-old"
     temporary = run_dir / ".report-new"  # a fixed name: the next report removes what a killed run left
     way_out = "free some space or choose another folder, then evaluate the checkpoint again"
-    summary = _summary(config, trained, untrained, history, steps)
+    summary = {
+        "pretraining_data": config["data"]["path"],
+        "pretraining_images": data["train_images"],
+        "pretraining_held_out": data["val_images"],
+        "evaluation_data": evaluated_on,
+        **_summary(config, trained, untrained, history, steps),
+    }
     try:
         with disk_errors_named(target, way_out):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -83,7 +94,8 @@ def _draw(
     """Draw all figures; the arguments are those of `write_report`."""
     loss, crops = config["loss"], config["crops"]
     level = sigreg_levels(2, t_max=loss["t_max"], n_points=loss["n_points"]).gaussian
-    plots.plot_losses(folder / "loss.png", history, sigreg_floor=0.0 if loss["unbiased"] else level)
+    floor, batch = 0.0 if loss["unbiased"] else level, config["data"]["batch_size"]
+    plots.plot_losses(folder / "loss.png", history, sigreg_floor=floor, batch=batch)
     if trained.knn is not None and untrained.knn is not None and trained.majority is not None:
         ends = {"trained": trained.knn, "untrained": untrained.knn}
         plots.plot_knn(folder / "knn.png", history, steps=steps, majority=trained.majority, **ends)
@@ -111,6 +123,7 @@ def _summary(
 ) -> dict[str, Any]:
     """Contents of `summary.json`; accuracies in percent, None without labels."""
     levels = sigreg_levels(trained.n_val)
+    collapsed, low = rank_floors(trained.n_val, trained.z_val.shape[1])
     summary: dict[str, Any] = {}
     for name in ("knn", "linear"):
         before, after = getattr(untrained, name), getattr(trained, name)
@@ -130,12 +143,15 @@ def _summary(
         "sigreg_val_untrained": untrained.sigreg,
         "sigreg_val_gaussian": levels.gaussian,
         "sigreg_val_all_zero": levels.collapsed,
-        "collapsed": trained.verdict.collapsed,
+        "rank_collapsed_below": collapsed,
+        "rank_low_below": low,
+        "collapsed": trained.verdict.state == "collapsed",
+        "state": trained.verdict.state,
         "verdict": trained.verdict.sentence,
         "images_per_second": training_speed(history),
         "steps": steps,
         "seed": config["seed"],
-        "train_images": trained.n_train,
+        "probe_images": trained.n_train,
         "val_images": trained.n_val,
         "num_classes": trained.num_classes,
         "image_size": trained.image_size,
@@ -183,7 +199,7 @@ def format_table(trained: EvalResult, untrained: EvalResult) -> str:
         ("linear probe accuracy (%)", "linear", ".1f"),
         ("embedding std (target 1)", "embedding_std", ".3g"),
         (f"effective rank of {trained.rank_limit}", "effective_rank", ".3g"),
-        ("SIGReg of validation embeddings", "sigreg", ".3g"),
+        (f"SIGReg of {trained.n_val} validation images", "sigreg", ".3g"),
     ):
         before, after = getattr(untrained, name), getattr(trained, name)
         if before is None or after is None:

@@ -226,6 +226,9 @@ class DaliBackend:
                     part.cancel()
             self._drain()
 
+    def close(self) -> None:
+        """Nothing to do: there are no processes."""
+
     def _read(self, key: BatchKey, bad: BadImages, *, careful: bool = False) -> list[Future[list[Encoded]]]:
         """Start reading the images of a batch, with good ones in the places of bad ones."""
         read = partial(read_encoded, self._views, careful=careful)

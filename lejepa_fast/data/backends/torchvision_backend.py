@@ -184,6 +184,9 @@ class TorchvisionBackend:
                 "memory or /dev/shm ran out: use fewer workers, or 0"
             ) from error
 
+    def close(self) -> None:
+        self._loader = None
+
     def _mended(self, batch: RawBatch, faults: list[_Fault], bad: BadImages) -> RawBatch:
         """Replace bad rows, or leave them out. They are few, so this process makes their substitutes."""
         kept = set(range(len(batch.targets)))

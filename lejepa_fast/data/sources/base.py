@@ -182,29 +182,41 @@ def size_fault(width: int, height: int, smallest: int) -> str | None:
     return f"{width} x {height} px, the crops need a short side of {smallest} px"
 
 
+class SmallImagesError(UsageError):
+    """The images are smaller than the crops. `found` names one; crops of `short_side` px or less fit."""
+
+    def __init__(self, found: str, short_side: int) -> None:
+        super().__init__(
+            f"{found}; use crops of at most {short_side} px, or allow enlarging with min_image_size=1"
+        )
+        self.found, self.short_side = found, short_side
+
+
 def check_sizes(
     source: ImageSource, smallest: int, max_bad_fraction: float, known: Collection[int] = ()
 ) -> None:
     """Look at 64 images spread over the source, to find data that is too small or broken as a whole.
 
-    A few bad images pass: they are replaced when they are met. Those in `known` are not looked at. Raises the
-    first one's `UsageError` for too small images or `UnreadableImageError`.
+    A few bad images pass: they are replaced when they are met. Those in `known` are not looked at. Raises a
+    `SmallImagesError`, or the first `UnreadableImageError`.
     """
     probed = range(0, len(source), max(1, math.ceil(len(source) / _PROBED_IMAGES)))
-    faults: list[Exception] = []
+    faults: list[UnreadableImageError | str] = []
+    sides: list[int] = []
     for index in (index for index in probed if index not in known):
         try:
             width, height = source.image_size(index)
-            if size_fault(width, height, smallest):
-                raise UsageError(
-                    f"image smaller than the crop: {printable(source.describe(index))} is {width} x {height} "
-                    f"px, the crops need a short side of {smallest}; use a smaller --crops.global-size (now "
-                    f"at most {min(width, height)}), or allow enlarging with --crops.min-image-size 1"
-                )
-        except (UnreadableImageError, UsageError) as error:
+            sides.append(min(width, height))
+            if fault := size_fault(width, height, smallest):
+                faults.append(f"image smaller than the crop: {printable(source.describe(index))} is {fault}")
+        except UnreadableImageError as error:
             faults.append(error)
     allowed = max_bad_fraction * len(probed)
     if len(probed) < len(source):  # a sample: three standard deviations more
         allowed += 3 * math.sqrt(allowed * (1 - max_bad_fraction))
     if len(faults) > max(allowed, max_bad_fraction > 0):  # one never stops a run that allows any
-        raise faults[0]
+        first = faults[0]
+        if isinstance(first, UnreadableImageError):
+            raise first
+        outliers = int(max_bad_fraction * len(sides) / 2)  # such as a thumbnail
+        raise SmallImagesError(first, sorted(sides)[outliers])

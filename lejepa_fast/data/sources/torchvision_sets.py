@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torchvision import datasets
 
 from lejepa_fast.data.sources.base import ImageSource, Split
 from lejepa_fast.data.sources.folder import FileSource
@@ -81,6 +80,8 @@ def open_torchvision_set(path: str, split: Split) -> tuple[ImageSource, bool]:
     if not os.path.isdir(root):
         raise UsageError(f"no such folder: {root}; give the folder that holds the files of {name}")
     options = split_options(name, split)
+    from torchvision import datasets  # takes seconds
+
     try:
         dataset = getattr(datasets, name)(root, **(options or {}))
     except Exception as error:  # each data set raises its own: RuntimeError, FileNotFoundError, ImportError

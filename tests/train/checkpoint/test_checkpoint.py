@@ -126,6 +126,8 @@ def test_each_shard_is_written_once(rank, tmp_path, monkeypatch):
         saver.start(1, {"sharded": sharded, "plain": torch.ones(2)}, {})
         assert len(dist.distributed_c10d._world.pg_map) == groups
         saver.wait()
+        staged = {name: copy.numel() for name, copy in saver._memory.items()}
+        assert staged == {name: len(values) for name, (values, _) in written.items()}  # pinned on a GPU
     finally:
         monkeypatch.undo()
         dist.destroy_process_group()

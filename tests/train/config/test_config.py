@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import lejepa_fast
+import lejepa_fast.data
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train import config
+from lejepa_fast.train import config, evaluate, export, plan, pretrain
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.config.presets import PRESETS
 
@@ -190,16 +190,58 @@ def test_a_small_batch_is_warned_of():
     assert "use 256 or more" in str(config.small_batch_warning(255))
 
 
-def test_the_command_line_needs_no_pytorch():
-    """Of this room's own imports: `--help` must not wait for PyTorch and timm."""
+def test_help_needs_no_pytorch():
+    """Nor timm and others: they take seconds. The libraries still give their names at first use."""
     code = """
-import sys, types
-for name, folder in (("lejepa_fast", sys.argv[1]), ("lejepa_fast.data", sys.argv[1] + "/data")):
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [folder]
-from lejepa_fast.train import config, plan
-assert config.parse(["--model", "vit_tiny"]).model.name == "vit_tiny"
-assert not {"torch", "timm", "torchvision", "pydantic"} & set(sys.modules)
+import contextlib, sys
+from lejepa_fast.data import commands
+from lejepa_fast.train import evaluate, export, plan, pretrain
+for command in (commands, evaluate, export, plan, pretrain):
+    with contextlib.suppress(SystemExit):
+        command.main(["--help"])
+        raise AssertionError
+assert not {"torch", "timm", "torchvision", "pydantic", "matplotlib"} & set(sys.modules)
 """
-    package = Path(lejepa_fast.__file__).parent
-    subprocess.run([sys.executable, "-c", code, str(package)], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    for package in (lejepa_fast, lejepa_fast.data):
+        assert all(getattr(package, name) for name in package.__all__)
+        with pytest.raises(AttributeError, match=f"'{package.__name__}' has no attribute 'no_such'"):
+            _ = package.no_such
+
+
+@pytest.mark.parametrize("arguments", [[], ["--data", "x"], ["--preset", "laptop", "--data", "x"]])
+def test_help_shows_the_defaults_that_apply(arguments, capsys):
+    with pytest.raises(SystemExit):
+        config.parse([*arguments, "--help"])
+    shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    cfg = config.parse(arguments)
+    for option, value in (("epochs INT", cfg.epochs), ("loss.lambd FLOAT", cfg.loss.lambd)):
+        assert re.search(rf"--{option} [^()]*\(default: {value}\)", shown), option
+    assert f"here {'default' if arguments == ['--data', 'x'] else 'laptop'}." in shown
+
+
+@pytest.mark.parametrize("command", [evaluate, export, plan, pretrain])
+def test_every_option_has_a_sentence(command, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    before = re.findall(r"(--\S[^()]*\S) \((?:default|required)", shown)
+    assert before
+    assert not [option for option in before if not option.endswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        (["--preset", "laptop"], True),
+        (["--preset", "laptop", "--model=resnet18"], True),
+        (["--preset", "laptop", "--model=resnet50"], False),
+        (["--model.name", "vit_tiny"], False),
+        (["--model", "resnet50", "--model.kwargs", PRESETS["laptop"].model.kwargs], True),
+    ],
+)
+def test_arguments_of_the_presets_model_go_with_it(arguments, kept):
+    cfg = config.parse(arguments)
+    assert (cfg.model.kwargs == PRESETS["laptop"].model.kwargs) is kept
+    assert kept or cfg.model.kwargs == "{}"
+    assert cfg.model.projector_dim == PRESETS["laptop"].model.projector_dim

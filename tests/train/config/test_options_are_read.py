@@ -1,15 +1,16 @@
 """Every option acts: code outside the configuration reads each field in a run of the trainer."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 import lejepa_fast
-from lejepa_fast.train import config, pretrain
+from lejepa_fast.train import config, evaluate, export, pretrain
 from lejepa_fast.train.config import Config
-from lejepa_fast.train.config.presets import PRESETS
+from lejepa_fast.train.planning.options import PlanOptions
 
 PACKAGE = Path(lejepa_fast.__file__).parent
 # These copy, check or print all fields, which is not reading one. Some of their functions read.
@@ -18,9 +19,13 @@ ANSWERS = {"total_steps", "loader_workers", "smallest_image"}
 SECTIONS = [Config, *(type(value) for value in vars(Config()).values() if dataclasses.is_dataclass(value))]
 
 
-@dataclasses.dataclass(frozen=True)
-class Planted(Config):
-    nobody_reads_this: int = 0
+def planted(section):
+    """The section, or the configuration and its sections, with one more field, which nothing reads."""
+    values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    values = {k: planted(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
+    kind, more = type(section), [("nobody_reads_this", int, 0)]
+    name = f"Planted{kind.__name__}"
+    return dataclasses.make_dataclass(name, more, bases=(kind,), frozen=True)(**values)
 
 
 @pytest.fixture
@@ -33,7 +38,7 @@ def reads(monkeypatch):
         file = Path(code.co_filename)
         reads = code.co_name in ANSWERS or not {file.name, file.parent.name} & OWN
         if PACKAGE in file.parents and reads:
-            found.add((type(self).__name__.removeprefix("Planted") or "Config", name))
+            found.add((type(self).__name__.removeprefix("Planted"), name))
         return object.__getattribute__(self, name)
 
     for section in SECTIONS:
@@ -42,11 +47,20 @@ def reads(monkeypatch):
 
 
 def test_a_run_reads_every_option(tiny, monkeypatch, reads):
-    """Two epochs with an average and both probes. A planted option that nothing reads is found."""
-    cfg = tiny(average={"kind": "ema"}, eval={"every": 1, "linear_steps": 2}, epochs=2)
-    planted = Planted(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)})
-    monkeypatch.setitem(PRESETS, "default", planted)
+    """Two epochs with an average and both probes. Planted options, one in each section, are found."""
+    cfg = planted(tiny(average={"kind": "ema"}, eval={"every": 1, "linear_steps": 2}, epochs=2))
+    monkeypatch.setattr(config, "parse", lambda argv: cfg)
     every = {(section.__name__, field.name) for section in SECTIONS for field in dataclasses.fields(section)}
-    assert pretrain.main(["--data", cfg.data.path]) == 0
-    assert (every | {("Config", "nobody_reads_this")}) - reads == {("Config", "nobody_reads_this")}
-    assert cfg.data.path != config.EMBEDDED_DATA
+    unread = {(section.__name__, "nobody_reads_this") for section in SECTIONS}
+    assert pretrain.main([]) == 0
+    assert (every | unread) - reads == unread
+
+
+@pytest.mark.parametrize(
+    ("options", "modules"),
+    [(evaluate.Options, "evaluate.py"), (export.Options, "export.py"), (PlanOptions, "planning/*.py")],
+)
+def test_a_command_reads_its_own_options(options, modules):
+    text = "".join(file.read_text() for file in (PACKAGE / "train").glob(modules))
+    own = [*options.__annotations__, "nobody_reads_this"]
+    assert [name for name in own if not re.search(rf"\boptions\.{name}\b", text)] == ["nobody_reads_this"]

@@ -18,6 +18,7 @@ from training import CPU, SCRIPT, arguments_of, rows_of, torchrun, train_only, w
 
 import lejepa_fast.train.runtime.world as ranks
 from lejepa_fast.data.backends import choose_backend as choice
+from lejepa_fast.errors import UsageError
 from lejepa_fast.train import pretrain
 from lejepa_fast.train.checkpoint.storage import read_checkpoint
 from lejepa_fast.train.engine.trainer import Trainer
@@ -35,7 +36,7 @@ from lejepa_fast.train.engine.trainer import Trainer
             "projector_dim: expected at most 100000, got 1000000000000",
         ),
         (["--batch-size", "64"], "has 32 images, fewer than one batch of 64"),
-        (["--crops.global-size", "400"], "use a smaller --crops.global-size"),
+        (["--crops.global-size", "400"], "use --crops.global-size 32, which test_vit takes, or"),
         (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
         (["--device", "cuda"], "use --device cpu"),
         (["--resume", "{tmp}/nowhere"], "checkpoint {tmp}/nowhere does not exist"),
@@ -57,6 +58,32 @@ def test_usage_errors_are_one_line_and_exit_with_2(arguments, message, tiny, tmp
     assert printed.rstrip().endswith(error)  # nothing of it runs on to a second line
     assert "Traceback" not in printed
     assert not cfg.out.exists()
+
+
+def test_all_sizes_that_do_not_fit_small_images_are_one_message_with_options_that_work(tiny, tmp_path):
+    """The default sizes and a patch of 14 on images of 64 px; a thumbnail among them changes nothing."""
+    for index in range(40):
+        side = 9 if index == 20 else 64
+        Image.new("RGB", (side + 6, side), (index, 99, 0)).save(tmp_path / f"{index:02}.png")
+    data = {"path": str(tmp_path), "max_bad_fraction": 0.06}
+    cfg = tiny(
+        data=data, model={"kwargs": '{"patch_size": 14}'}, crops={"global_size": 224, "local_size": 98}
+    )
+    with pytest.raises(UsageError) as caught:
+        Trainer(cfg, CPU)
+    message = str(caught.value)
+    assert "00.png is 70 x 64 px" in message
+    assert "crops.global_size is 224 and crops.local_size is 98; use --crops.global-size 56" in message
+    options = re.findall(r"--crops\.\S+ \d+", message)
+    assert len(options) == 3
+    for way in (options[:2], options[2:]):
+        found = {name: int(value) for name, value in (option[8:].replace("-", "_").split() for option in way)}
+        assert Trainer(replace(cfg, crops=replace(cfg.crops, **found)), CPU).total_steps
+    patches = replace(cfg, crops=replace(cfg.crops, global_size=64, local_size=32))
+    with pytest.raises(
+        UsageError, match=r"cannot take 64.*; for both crops: --crops.global-size 56 --crops.local-size 28$"
+    ):
+        Trainer(patches, CPU)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import shlex
 import shutil
 import signal
@@ -73,6 +74,7 @@ def test_resume_is_exact(model, stop, workers, backend, tiny, monkeypatch):
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
     assert torch.equal(resumed.loss_fn.sigreg.step, torch.tensor(12))
+    assert not multiprocessing.active_children()  # also after a run that was interrupted
 
 
 # ---- evaluation, report, export ----------------------------------------------------------------------

@@ -12,26 +12,34 @@ def randn(*shape, seed=0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(
-    ("name", "z", "collapsed"),
+    ("name", "z", "state"),
     [
-        ("gaussian", randn(500, 64), False),
-        ("half the target's spread", 0.5 * randn(500, 64), False),
-        ("fewer samples than dimensions", randn(40, 256), False),
-        ("one dimension", randn(100, 1), False),
-        ("constant", torch.full((100, 64), 0.7), True),
-        ("zero", torch.zeros(100, 64), True),
-        ("constant but for noise", 3.0 + 1e-3 * randn(100, 64), True),
-        ("one direction, large spread", 10 * randn(100, 1) * randn(1, 64, seed=1), True),
-        ("five directions of 512", randn(600, 5) @ randn(5, 512, seed=1), True),
+        ("gaussian", randn(500, 64), "healthy"),
+        ("half the target's spread", 0.5 * randn(500, 64), "healthy"),
+        ("fewer samples than dimensions", randn(40, 256), "healthy"),
+        ("as many samples as dimensions, the lowest share of all", randn(65, 64), "healthy"),
+        ("one dimension", randn(100, 1), "healthy"),
+        ("a cliff after 16 of 64 directions", randn(505, 64) * (torch.arange(64) < 16), "low rank"),
+        ("three directions of 64", randn(505, 3) @ randn(3, 64, seed=1), "low rank"),
+        ("a steady fall", randn(500, 64) * torch.logspace(0, -2, 64), "low rank"),
+        ("constant", torch.full((100, 64), 0.7), "collapsed"),
+        ("zero", torch.zeros(100, 64), "collapsed"),
+        ("constant but for noise", 3.0 + 1e-3 * randn(100, 64), "collapsed"),
+        ("one direction, large spread", 10 * randn(100, 1) * randn(1, 64, seed=1), "collapsed"),
+        ("five directions of 512", randn(600, 5) @ randn(5, 512, seed=1), "collapsed"),
     ],
 )
-def test_verdict_on_planted_embeddings(name, z, collapsed):
+def test_verdict_on_planted_embeddings(name, z, state):
     verdict = collapse.verdict(collapse.embedding_std(z), collapse.effective_rank(z), *z.shape)
-    assert verdict.collapsed is collapsed, f"{name}: {verdict.sentence}"
-    assert verdict.sentence.startswith("Collapsed" if collapsed else "Healthy")
-    assert "rule:" in verdict.sentence
-    assert collapse.verdict(float("nan"), 5.0, 100, 64).collapsed
-    assert collapse.verdict(1.0, float("nan"), 100, 64).collapsed
+    assert verdict.state == state, f"{name}: {verdict.sentence}"
+    assert verdict.sentence.startswith(f"{state.capitalize()}: ")
+    collapsed, low = collapse.rank_floors(*z.shape)
+    assert (
+        f"rule: collapsed below std 0.1 or rank {collapsed:.3g}, low rank below {low:.3g})"
+        in verdict.sentence
+    )
+    assert collapse.verdict(float("nan"), 50.0, 100, 64).state == "collapsed"
+    assert collapse.verdict(1.0, float("nan"), 100, 64).state == "collapsed"
 
 
 def test_effective_rank_counts_equal_directions():

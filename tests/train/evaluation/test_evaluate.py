@@ -214,6 +214,9 @@ def test_command_evaluates_a_run_and_an_earlier_checkpoint_on_other_data(tiny, u
     assert command.main([*arguments, "--out", str(out), "--no-linear"]) == 0
     assert "have no class" in capsys.readouterr().out
     summary = json.loads((out / "report" / "summary.json").read_text(encoding="utf-8"))
+    pretrained = {"pretraining_data": cfg.data.path, "pretraining_images": 32, "pretraining_held_out": 12}
+    assert summary.items() >= (pretrained | {"evaluation_data": unlabeled, "val_images": 2}).items()
+    assert summary["config"] == mine["config"]  # that of the training
     rates = [row["images_per_second"] for row in rows_of(cfg)]
     assert (summary["steps"], summary["images_per_second"]) == (2, statistics.median(rates[:2]))
     assert (out / "report" / "report.html").is_file()
@@ -227,11 +230,11 @@ def test_command_refuses_what_is_no_checkpoint_and_missing_data(cfg, tmp_path, c
     for folder, width in ((mixed, 9), (tmp_path, 16)):
         saver = Saver(folder / "checkpoints", CPU, keep=2)
         wide = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, projector_dim=width))
-        saver.start(1, tensors, {"config": to_dict(wide)})
+        saver.start(1, tensors, {"config": to_dict(wide), "data": {}})
         saver.wait()
     for path, message in (
         (foreign, "is a file; give a run folder"),
-        (mixed / "checkpoints" / "step-00000001", "does not hold the model"),
+        (mixed / "checkpoints" / "step-00000001", "describes (size mismatch for projector."),
     ):
         assert command.main(["--checkpoint", str(path)]) == 2
         error = capsys.readouterr().err

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 import torch.overrides
 from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker
 
-from lejepa_fast.train.evaluation.probes import knn_accuracy, linear_probe
+from lejepa_fast.train.evaluation.probes import MEMORY, knn_accuracy, linear_probe
 
 
 def randn(*shape, seed=0):
@@ -21,9 +22,9 @@ def classes_of(n, *, seed):
 
 
 class Calls(torch.overrides.TorchFunctionMode):
-    """Records (name, dtype of the result, number of rows) of matrix products and LayerNorms."""
+    """Records (name, dtype of the result, number of rows) of matrix products and norms."""
 
-    WATCHED = (F.linear, F.layer_norm, Tensor.matmul, Tensor.__matmul__)
+    WATCHED = (F.linear, F.layer_norm, F.normalize, Tensor.matmul, Tensor.__matmul__)
 
     def __init__(self):
         super().__init__()
@@ -34,6 +35,25 @@ class Calls(torch.overrides.TorchFunctionMode):
         if function in self.WATCHED:
             self.seen.append((function.__name__, out.dtype, len(out)))
         return out
+
+
+@pytest.mark.parametrize("probe", [knn_accuracy, linear_probe])
+def test_memory_on_the_device_is_bounded(probe):
+    """1.3 million x 2,048 features and 2 GB, both 250 times smaller; every new tensor counts."""
+    n, dim, memory = 20_800, 512, 8_000_000
+    assert n * dim * 4 / memory == pytest.approx(1.3e6 * 2048 * 4 / MEMORY, rel=0.01)
+    y = torch.arange(n) % 4
+    x = (randn(4, dim)[y] + randn(n, dim, seed=1)).half()  # halves: what goes to the device is a new tensor
+    options = (
+        {"test_chunk": 64} if probe is knn_accuracy else {"max_steps": 90, "learning_rates": (1e-3, 1e-2)}
+    )
+    found = []
+    for given in (memory, 25 * memory):
+        with MemTracker() as tracker:
+            found.append(probe(x, y, x[:300], y[:300], num_classes=4, memory=given, **options))
+        peak = tracker.get_tracker_snapshot("peak")[x.device]["Total"] - x.nbytes
+        assert (memory / 4 < peak < memory) if given == memory else peak > memory
+    assert found[0] == found[1]
 
 
 # ---- kNN -----------------------------------------------------------------------------------------
@@ -78,6 +98,12 @@ def test_knn_tie_goes_to_the_lowest_class_and_a_tiny_temperature_does_not_overfl
     train_x = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     samples = train_x, torch.tensor([2, 1]), train_x[:1], torch.tensor([1])
     assert knn_accuracy(*samples, temperature=1e-4, num_classes=3) == 100.0
+
+
+def test_knn_sends_each_block_of_training_features_once():
+    with Calls() as calls:
+        knn_accuracy(*blobs(100, seed=1), *blobs(50, seed=2), num_classes=4, test_chunk=7, train_chunk=32)
+    assert sum(rows for name, _, rows in calls.seen if name == "normalize") == 100 + 4 * 50
 
 
 def test_knn_takes_half_precision_and_ignores_length():

@@ -2,15 +2,20 @@
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from lejepa_fast.data.backends.torchvision_backend import center_view
 from lejepa_fast.errors import UsageError
+from lejepa_fast.train import config
 from lejepa_fast.train.checkpoint.trained_model import export_encoder
-from lejepa_fast.train.config import ModelConfig
+from lejepa_fast.train.config import Config, ModelConfig
 from lejepa_fast.train.config.names import SHORT_NAMES
+from lejepa_fast.train.model.crop_sizes import fitting_sizes
 from lejepa_fast.train.model.drop_path import TensorDropPath
 from lejepa_fast.train.model.model import build_encoder, build_model, build_projector
 
@@ -128,27 +133,64 @@ def test_projector_layers(norm, kind):
         ("test_vit", {"drop_path": 0.1, "register_tokens": 2}),
         ("vit_tiny", {}),
         ("resnet18", {"kwargs": '{"channels": [8, 16, 24, 32], "layers": [1, 1, 1, 1]}'}),
+        ("mixer_s16_224", {}),
     ],
 )
-def test_exported_encoder_is_what_timm_loads(name, options, tiny, tmp_path):
-    crops = {"global_size": 28, "local_size": 14} if name == "vit_tiny" else {}
+def test_exported_encoder_is_what_timm_loads(name, options, tiny, tmp_path, caplog):
+    """By encoder.json, and as a folder: features of an image that timm transforms differ by rounding only."""
+    recipe = {"mean": (0.5, 0.4, 0.3), "std": (0.3, 0.25, 0.2), "local_crops": int(name != "mixer_s16_224")}
+    crops = recipe | ({"global_size": 28, "local_size": 14} if name == "vit_tiny" else {})
     cfg = tiny(model={"name": name, **options}, crops=crops)
     model = build_model(cfg).eval()
     if options.get("register_tokens"):
         assert model.encoder.num_prefix_tokens == 3
         assert model.encoder.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
+    config.write(cfg, tmp_path)
     weights = export_encoder(model.encoder, cfg, step=5, run_dir=tmp_path)
+    assert config.load_json(tmp_path / "config.json") == cfg  # still the run's
 
     settings = json.loads((tmp_path / "encoder.json").read_text())
     encoder = timm.create_model(**settings["model"]).eval()
     encoder.load_state_dict(load_file(weights), strict=True)
 
-    for size in (cfg.crops.global_size, cfg.crops.local_size):
-        images = torch.randn(2, 3, size, size)
+    local, size = cfg.crops.local_size, cfg.crops.global_size
+    for side in (local, size) if cfg.crops.local_crops else (size,):
+        images = torch.randn(2, 3, side, side)
         with torch.no_grad():
             assert torch.equal(encoder(images), model.embed(images)[0])
-    assert settings["input"]["size"] == cfg.crops.global_size
+    assert settings["input"]["size"] == size
     assert settings["step"] == 5
+
+    encoder = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    data = timm.data.resolve_model_data_config(encoder)
+    assert tuple(data["input_size"]) == (3, size, size)
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((150, 110), Image.Resampling.BICUBIC)
+    mean, std = (torch.tensor(recipe[key]).view(3, 1, 1) for key in ("mean", "std"))
+    ours = (center_view(image, size) / 255 - mean) / std
+    theirs = timm.data.create_transform(**data)(image)
+    torch.testing.assert_close(theirs, ours, atol=0.05, rtol=0)  # three of 255 levels
+    with torch.no_grad():
+        expected, features = model.embed(ours[None])[0], encoder(theirs[None])
+    assert torch.cosine_similarity(features, expected) > 0.999
+
+    (tmp_path / "config.json").write_text('{"port": 80}')
+    export_encoder(model.encoder, cfg, step=5, run_dir=tmp_path)
+    assert (tmp_path / "config.json").read_text() == '{"port": 80}'
+    assert "is of another program" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "limit", "found"),
+    [
+        ("test_vit", {"patch_size": 14}, 64, {"global": 56, "local": 28}),
+        ("resnet10t", {}, 64, {"global": 64, "local": 28}),  # any size
+        ("mixer_s16_224", {}, 50, {"global": 50, "local": 50}),  # one size
+        ("test_vit", {}, 9, {}),  # less than a patch
+    ],
+)
+def test_sizes_for_small_images_are_tried(name, kwargs, limit, found):
+    assert fitting_sizes(Config(model=ModelConfig(name, kwargs=json.dumps(kwargs))), limit) == found
 
 
 def test_drop_path_with_a_tensor_drops_as_timms():

@@ -21,6 +21,7 @@ from lejepa_fast.train.report import plots, report
 FIGURES = {"loss.png", "knn.png", "views.png", "projections.png", "spectrum.png"}
 CONFIG = {
     "seed": 4,
+    "data": {"path": "/data/birds", "batch_size": 64},
     "model": {"name": "resnet10t"},
     "loss": {"lambd": 0.07, "form": "convex", "t_max": 3.0, "n_points": 17, "unbiased": False},
     "crops": {"global_crops": 2, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
@@ -57,6 +58,8 @@ def history():
 def arguments(**changes):
     return {
         "config": CONFIG,
+        "data": {"train_images": 9000, "val_images": 1000},
+        "evaluated_on": "/data/birds",
         "trained": result(randn(80, 12), 66.25, 71.5),
         "untrained": result(0.2 * randn(80, 12, seed=1) * torch.logspace(0, -3, 12), 54.0, 60.0),
         "history": history(),
@@ -134,9 +137,15 @@ def test_report_is_complete_and_self_contained(written):
         "Healthy",
         "(1 - 0.07) · prediction + 0.07 · SIGReg",
         "guessing gives 16.7 %",
-        "6 classes",
+        "steps on /data/birds: 9,000 images, 1,000 held out. Evaluated on /data/birds: 80 validation images, "
+        "6 classes, probes fitted on 300 others",
+        "What the encoder is trained on: a row",
+        "64 images in this figure, 80 in the table",
+        "Healthy: 6 or more",
+        "Collapsed: fewer than 2,",
     ):
         assert expected in cells, expected
+    assert "Why the effective rank" not in cells  # it is above that of the untrained encoder
 
 
 def test_summary_has_the_promised_keys_and_types(written):
@@ -153,9 +162,16 @@ def test_summary_has_the_promised_keys_and_types(written):
         "seed": 4,
         "config": CONFIG,
         "collapsed": False,
+        "state": "healthy",
+        "rank_low_below": 6.0,
+        "rank_collapsed_below": 2.0,
+        "pretraining_data": "/data/birds",
+        "pretraining_images": 9000,
+        "pretraining_held_out": 1000,
+        "evaluation_data": "/data/birds",
         "embedding_std": pytest.approx(collapse.embedding_std(randn(80, 12))),
         "effective_rank_limit": 12,
-        "train_images": 300,
+        "probe_images": 300,
         "val_images": 80,
         "num_classes": 6,
         "majority_class": 23.5,
@@ -184,13 +200,37 @@ def test_without_labels_and_collapsed_the_report_says_so_and_keeps_the_rest(tmp_
     assert "validation images in <flat> have no class." in page.text  # escaped in the source
     assert "No kNN and no linear probe" in page.text
     assert "Collapsed" in page.text
-    assert ("div", {"class": "verdict bad"}) in page.tags
+    assert ("div", {"class": "verdict collapsed"}) in page.tags
     summary = read_summary(path)
     for key in ("knn_untrained", "knn_trained", "linear_untrained", "linear_trained", "knn_gain", "chance"):
         assert summary[key] is None, key
     assert "no class" in summary["no_labels_because"]
     found = summary["collapsed"], summary["images_per_second"], summary["config"]["nan"]
     assert found == (True, None, None)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_low_rank_and_other_data_are_said(tmp_path, monkeypatch):
+    """A cliff after 3 of 12 directions, and full rank untrained; evaluated on other images."""
+    monkeypatch.setattr(report, "_draw", lambda folder, *_: (folder / "views.png").write_bytes(b"figure"))
+    few = randn(80, 12) * (torch.arange(12) < 3)
+    changes = {"trained": result(few, 66.25, 71.5), "untrained": result(randn(80, 12, seed=1), 54.0, 60.0)}
+    path = report.write_report(tmp_path, **arguments(**changes, evaluated_on="/data/fish"))
+    page, summary = Page(path), read_summary(path)
+    text = " ".join(page.text.split())
+    assert ("div", {"class": "verdict low rank"}) in page.tags
+    assert (summary["state"], summary["collapsed"]) == ("low rank", False)
+    for expected in (
+        "Low rank: no collapse, but few directions",
+        "low rank below 6)",
+        "Why the effective rank is below that of the untrained encoder",
+        "steps on /data/birds: 9,000 images, 1,000 held out. Evaluated on /data/fish: 80 validation images",
+        "shown on images of /data/fish (the encoder was trained on /data/birds)",
+        "measured on training images of /data/fish",
+        "SIGReg of 80 validation images",
+    ):
+        assert expected in text, expected
+    assert "What the encoder is trained on" not in text
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -1,0 +1,64 @@
+"""Host time of one SIGReg step, forward and backward: what a GPU waits for at small sizes.
+
+    python bench/host_bench.py
+
+It needs no GPU. Our kernels are launched into a stand-in driver (`standin_driver.py`), so the driver's own
+time is missing: a few microseconds a launch. The authors' formulation runs on a CPU at sizes of 2, where
+computing takes next to no time.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from benchlib import Rows, command_line, print_table
+from sigreg_variants import BASELINE, MINIMAL, TRITON, VARIANTS, Case, Size
+from standin_driver import standing_in
+from timing import interleave, summary, wall_clock_of_many
+
+from lejepa_fast import triton_operators
+
+REGISTERED = f"{TRITON}, registered operators"
+SIZES = {BASELINE: Size(4, 2, 2, 2, MINIMAL.J), TRITON: MINIMAL, REGISTERED: MINIMAL}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("--rounds", type=int, default=21, help="of all variants in turn (%(default)s)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    plain, rows = triton_operators.tracing, Rows(args.out / "host.jsonl", "host_bench", torch.device("cpu"))
+
+    def step_of(name: str, size: Size):
+        variant = BASELINE if name == BASELINE else TRITON
+        loss = VARIANTS[variant](Case("host", size, torch.float32, [name]), torch.device("cpu"))
+        x = torch.randn(size.V, size.N, size.K, requires_grad=True)
+        tracing = (lambda *tensors: True) if name == REGISTERED else plain
+
+        def step() -> None:
+            triton_operators.tracing = tracing
+            loss.step(x)
+
+        return step
+
+    with standing_in():
+        try:
+            seconds = interleave(
+                {name: step_of(name, size) for name, size in SIZES.items()},
+                args.rounds,
+                wall_clock_of_many,
+                warm_up=2,
+            )
+        finally:
+            triton_operators.tracing = plain
+    table = []
+    for name, taken in seconds.items():
+        if isinstance(taken, Exception):
+            raise taken
+        row = {"variant": name, **SIZES[name]._asdict(), "host": summary(taken)}
+        rows.write(row)
+        table.append([name, *(f"{1e3 * row['host'][key]:.0f}" for key in ("median_ms", "p20_ms", "p80_ms"))])
+    print_table(["host time of a step", "median us", "p20", "p80"], table)
+
+
+if __name__ == "__main__":
+    main()

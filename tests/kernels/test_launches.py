@@ -1,0 +1,69 @@
+"""Kept launches: the kernels get what Triton would give them, told by a stand-in for a GPU's driver."""
+
+import pytest
+import torch
+from standin_driver import standing_in
+from torch import Tensor
+
+from lejepa_fast import sigreg, standard_normal_knots
+from lejepa_fast.kernels import runtime
+from lejepa_fast.kernels.runtime import interpreting
+
+pytestmark = [
+    pytest.mark.skipif(interpreting(), reason="the interpreter replaces the compiler"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has a driver of its own"),
+]
+KNOTS = standard_normal_knots()
+
+
+def step(x, A, scale, phi, weights, options):
+    x = x.requires_grad_()
+    sigreg(x, A, KNOTS.t, phi, weights, impl="triton", scale=scale, **options).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    [
+        ((4, 256, 16), torch.float32, {}),
+        ((2, 64, 32), torch.bfloat16, {"reduction": None}),  # a gradient for each direction
+        ((2, 64, 600), torch.bfloat16, {"unbiased": True}),  # backward in two kernels
+        ((2, 64, 16), torch.float16, {"spacing": None}),
+    ],
+)
+def test_kept_launches_pass_the_arguments_of_the_first(shape, dtype, options):
+    """Steps on other tensors of the same sizes, and what a step that Triton looks at passes for them."""
+    torch.manual_seed(0)
+
+    def inputs():
+        x, A = torch.randn(shape, dtype=dtype), torch.randn(shape[2], 32).to(dtype)
+        return x, A, torch.rand(32), torch.rand(17), torch.rand(17), options
+
+    first, second = inputs(), inputs()
+    first = (*first[:4], first[3], options)  # one tensor for two arguments
+    launches: list[tuple] = []
+
+    def steps(*all_inputs):
+        """The launches of the last step. A tensor is told by its type, and by its place among the inputs."""
+        for given in all_inputs:
+            launches.clear()
+            step(*given)
+        places = {tensor.data_ptr(): place for place, tensor in enumerate(given[:5])}
+        return [
+            (
+                name,
+                grid,
+                [
+                    (v.dtype, v.shape, v.stride(), places.get(v.data_ptr())) if isinstance(v, Tensor) else v
+                    for v in values
+                ],
+            )
+            for name, grid, values in launches
+        ]
+
+    with standing_in(lambda *launch: launches.append(launch)):
+        expected = steps(second)
+        runtime._launches.clear()
+        assert steps(first, second) == expected
+        assert len(runtime._launches) == len(expected)
+    named = {v[3] for _, _, values in expected for v in values if isinstance(v, tuple)}
+    assert named >= {0, 1, 2, 3, 4}  # all inputs were told apart

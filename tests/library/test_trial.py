@@ -1,0 +1,98 @@
+"""impl="auto" tries the kernels once, and takes the streaming implementation where they fail."""
+
+import re
+
+import pytest
+import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
+
+from lejepa_fast import SIGReg, functional, triton_operators
+
+
+def by_reference(x, A, scale, t, phi, weights, *, reduce, factor, **options):
+    """What the kernels compute."""
+    options.pop("precision")
+    reduction = {None: None, 1.0: "sum"}.get(factor, "mean")
+    common = {"reduction": reduction, "group": None, "chosen": "reference", "scale": scale, "precision": None}
+    return functional.sigreg_unchecked(x, A, t, phi, weights, **common, **options)
+
+
+def raising(error):
+    def raise_it(*_, **__):
+        raise error
+
+    return raise_it
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def z(request, monkeypatch):
+    """Embeddings on a device for which "auto" means the kernels."""
+    monkeypatch.setattr(functional, "_trials", {})
+    monkeypatch.setattr(
+        "lejepa_fast.regularizer.choose", lambda impl, *_, **__: {"auto": "triton"}.get(impl, impl)
+    )
+    torch.manual_seed(0)
+    return torch.randn(2, 40, 8).to(getattr(torch, request.param)).requires_grad_()
+
+
+def value_and_gradient(z, impl):
+    value = SIGReg(num_slices=16, impl=impl, unbiased=True)(z)
+    return value.detach(), *torch.autograd.grad(value, z)
+
+
+def test_kernels_that_agree_are_taken_after_one_trial(z, monkeypatch, caplog):
+    sizes = []
+
+    def counted(x, *arguments, **options):
+        sizes.append(x.shape[-2])
+        return by_reference(x, *arguments, **options)
+
+    monkeypatch.setattr(triton_operators, "sigreg_value", counted)
+    generator = torch.get_rng_state()
+    for _ in range(2):
+        value_and_gradient(z, "auto")
+    assert sizes == [functional._TRIAL_SAMPLES, 40, 40]
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("kernels", "reason"),
+    [
+        (raising(OutOfResources(300_000, 232_448, "shared memory")), "OutOfResources: out of resource"),
+        (raising(CompilationError(None, None, "no such layout")), "CompilationError"),
+        (raising(RuntimeError("PassManager::run failed\nmore")), r"RuntimeError: PassManager::run failed\)"),
+        (
+            lambda *arguments, **options: 1.1 * by_reference(*arguments, **options),
+            "the value is off by 1.0e-01",
+        ),
+        (
+            lambda *arguments, **options: torch.nan * by_reference(*arguments, **options),
+            "the value is off by nan",
+        ),
+        (
+            lambda x, *arguments, **options: by_reference(x.detach(), *arguments, **options) + 0 * x.sum(),
+            "the gradient is off by 1.0e\\+00",
+        ),
+    ],
+)
+def test_kernels_that_fail_are_named_once_and_not_taken(z, monkeypatch, caplog, kernels, reason):
+    monkeypatch.setattr(triton_operators, "sigreg_value", kernels)
+    expected = value_and_gradient(z, "torch")
+    for _ in range(2):
+        assert all(map(torch.equal, value_and_gradient(z, "auto"), expected))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+
+    assert re.search(reason, record.message)
+    assert f"{z.dtype} embeddings of 8 dimensions and 16 directions" in record.message
+
+
+def test_a_cuda_error_is_raised(z, monkeypatch):
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(triton_operators, "sigreg_value", raising(error))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        value_and_gradient(z, "auto")
+    with pytest.raises(RuntimeError, match="illegal memory access"):  # it is no answer, so nothing is kept
+        value_and_gradient(z, "auto")
