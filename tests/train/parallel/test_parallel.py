@@ -147,23 +147,20 @@ def test_an_error_ends_all_ranks_and_rank_0_tells_it(ranks):
         assert left_to_rank_0
 
 
-def test_ranks_that_disagree_end_before_the_first_step(one, ranks):
+@pytest.mark.parametrize(
+    ("name", "difference"),
+    [
+        ("other options", "--optim.lr is 0.0002 on rank 0 and 0.1 on rank 1"),
+        ("other images", "number of training images is 32 on rank 0 and 31 on rank 1"),
+    ],
+)
+def test_ranks_that_disagree_end_before_the_first_step(name, difference, one, ranks):
     """All with the same error, which rank 0 tells; else they would train other models, or hang."""
     for results in ranks:
-        for name, difference in (
-            (
-                "other options",
-                "--optim.lr is 0.0002 on rank 0 and 0.1 on rank 1; start all ranks with the same",
-            ),
-            (
-                "other images",
-                "number of training images is 32 on rank 0 and 31 on rank 1; start all ranks with",
-            ),
-        ):
-            message, left_to_rank_0 = results[name]
-            assert message.startswith(f"ranks differ: {difference}")
-            assert left_to_rank_0
-            assert not (folder_of(one) / name).exists()
+        message, left_to_rank_0 = results[name]
+        assert message.startswith(f"ranks differ: {difference}; start all ranks with the same options")
+        assert left_to_rank_0
+    assert not (folder_of(one) / name).exists()
 
 
 def test_nans_on_one_rank_change_no_shard_and_their_images_are_written_down(one, ranks):
@@ -220,6 +217,9 @@ def test_every_family_shards(name, ranks):
             assert (fsdp["grads"][key] - grad).norm() <= 1e-4 * norm, key
 
 
+# ---- one process -------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
@@ -238,27 +238,14 @@ def test_the_option_in_which_ranks_differ_is_named(changes, difference, tiny):
     assert first_difference([same, other, same]) == difference
 
 
-@pytest.mark.parametrize(
-    ("facts", "difference"),
-    [
-        ([{"torch": "2.14"}], None),
-        (
-            [{"a": 1, "torch": "2.14"}, {"a": 1, "torch": "2.11"}],
-            "torch is '2.14' on rank 0 and '2.11' on rank 1",
-        ),
-        ([{"a": 1}, {"a": 1, "new": 2}], "new is None on rank 0 and 2 on rank 1"),
-        (
-            [{"seed": rank % 9} for rank in range(99)],
-            "seed is 0 on rank 0, 9, 18, 27, 36, 45, ... and 1 on rank 1, 10, 19, 28, 37, 46, ... "
-            "and 2 on rank 2, 11, 20, 29, 38, 47, ...",
-        ),
-    ],
-)
-def test_differences_of_many_ranks_are_one_short_line(facts, difference):
-    assert first_difference(facts) == difference
-
-
-# ---- one process -------------------------------------------------------------------------------------
+def test_differences_of_many_ranks_are_one_short_line():
+    facts = [{"torch": "2.14"}, {"torch": "2.14", "new": 3}]
+    assert first_difference(facts) == "new is None on rank 0 and 3 on rank 1"
+    many = first_difference([{"seed": rank % 9} for rank in range(99)])
+    assert many == (
+        "seed is 0 on rank 0, 9, 18, 27, 36, 45, ... and 1 on rank 1, 10, 19, 28, 37, 46, ... "
+        "and 2 on rank 2, 11, 20, 29, 38, 47, ..."
+    )
 
 
 def tied(cfg, *, meta=False):
