@@ -79,9 +79,9 @@ def _evaluate(options: Options) -> None:
     trained = evaluate_model(model.to(device), train_source, val_source, cfg, **setting)
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     out = options.out or run_dir / "evaluation" / path.name
-    history = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("step", 0) <= step]
+    history = [row for row in read_rows(run_dir / "metrics.jsonl") if row["step"] <= step]
     if options.data is not None or options.image_size is not None:
-        history = [row for row in history if row.get("kind") != "eval"]  # measured on other images
+        history = [row for row in history if row["kind"] != "eval"]  # measured on other images
     with disk_errors_named(out, "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
     page = write_report(

@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_stderr(main_process=rank == 0, who=who)
 
     def work() -> None:
-        with ranks.same_error_on_all_ranks():
+        with ranks.reported_once():
             cfg = config.parse(argv)
-        world = ranks.setup_world(cfg.device)
+            world = ranks.setup_world(cfg.device)
         with ranks.lost_rank_is_a_run_error():
             report = pretrain(cfg, world)
         if world.is_main:

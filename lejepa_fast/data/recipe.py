@@ -15,7 +15,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from lejepa_fast.errors import UsageError, in_plain_words
 
 T = TypeVar("T")
-AtLeast1 = Annotated[int, Ge(1)]
+AtLeast1 = Annotated[int, Ge(1), Lt(2**31)]
+Pixels = Annotated[int, Ge(1), Le(16384)]
 Share = Annotated[float, Ge(0), Le(1)]
 Nonnegative = Annotated[float, Ge(0), Lt(math.inf)]
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
@@ -36,15 +37,15 @@ class MultiCropRecipe:
     image's area, `*_prob` are probabilities per view.
     """
 
-    global_crops: AtLeast1 = 2
+    global_crops: Annotated[int, Ge(1), Le(1000)] = 2
     """Number of global views per image (at least 1)."""
-    global_size: AtLeast1 = 224
+    global_size: Pixels = 224
     """Side of a global view in pixels."""
     global_scale: tuple[Area, Area] = (0.3, 1.0)
     """Smallest and largest share of the image's area that a global view covers."""
-    local_crops: Annotated[int, Ge(0)] = 6
+    local_crops: Annotated[int, Ge(0), Le(1000)] = 6
     """Number of local views per image (0 for none)."""
-    local_size: AtLeast1 = 98
+    local_size: Pixels = 98
     """Side of a local view in pixels."""
     local_scale: tuple[Area, Area] = (0.05, 0.3)
     """Smallest and largest share of the image's area that a local view covers."""

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,11 +125,19 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
                     small.whole_model()
         except RunError as error:
             results["no room"] = str(error)
-        other = cfg("refused", parallel=fsdp, resume=middle, model=MODEL | {"kwargs": '{"depth": 2}'})
-        try:
-            Trainer(other, world).run()
-        except UsageError as error:
-            results["refused"] = str(error), reported_elsewhere(error, 1)
+        own = root / f"images of rank {rank}"
+        shutil.copytree(images, own)
+        if rank == 1:
+            next(own.glob("train/*/*")).unlink()
+        for name, changes in {
+            "refused": {"parallel": fsdp, "resume": middle, "model": MODEL | {"kwargs": '{"depth": 2}'}},
+            "other options": {"optim": {"lr": [2e-4, 0.1][rank]}},
+            "other images": {"data": {"path": str(own), "batch_size": 8, "workers": 0}},
+        }.items():
+            try:
+                Trainer(cfg(name, **changes), world).run()
+            except UsageError as error:
+                results[name] = str(error), reported_elsewhere(error, 1)
         del small
         for name in FAMILIES:
             results[name] = {kind: family_step(name, kind, rank) for kind in ("ddp", "fsdp")}

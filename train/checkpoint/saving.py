@@ -32,6 +32,7 @@ from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OF
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lejepa_fast.errors import RunError
 from lejepa_fast.train.checkpoint import storage
 from lejepa_fast.train.runtime.files import UNFINISHED, disk_errors_named, sync_folder
 from lejepa_fast.train.runtime.world import World, gather_to_main, on_all, on_main
@@ -43,7 +44,7 @@ _WAY_OUT = "earlier checkpoints are untouched; free some space and run the same 
 
 class Saver:
     """Saves checkpoints in `folder`, in the background, and keeps the newest `keep`. All ranks call every
-    method."""
+    method. RunError if the folder that `folder` is in has gone."""
 
     def __init__(self, folder: Path, world: World, *, keep: int):
         # A group of its own: the thread's collectives must not meet those of the training.
@@ -113,6 +114,10 @@ class Saver:
         named = disk_errors_named(path, _WAY_OUT)
 
         def prepare() -> None:
+            if not self._folder.parent.is_dir():  # a run that went on would have neither settings nor rows
+                raise RunError(
+                    f"{self._folder.parent} was removed or moved during the run; choose another --out"
+                )
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier, killed save
             folder.mkdir(parents=True)
 

@@ -16,6 +16,7 @@ has none.) Reading changes nothing on the disk, because another process may stil
 trainer cleans up its own folder (`newest_checkpoint(..., own=True)`).
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -36,6 +37,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 
 from lejepa_fast.errors import RunError, UsageError, first_line
+from lejepa_fast.regular_files import open_regular
 from lejepa_fast.train.runtime.files import remove_unfinished
 
 log = logging.getLogger("lejepa_fast.train")
@@ -80,6 +82,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         missing = Path(error.filename).name if error.filename else path.name
         raise UnreadableCheckpointError(f"{missing} is missing") from error
     except OSError as error:
+        if error.errno == errno.ENXIO:  # of `open_regular`
+            raise UnreadableCheckpointError(f"{Path(error.filename).name} is {error.strerror}") from error
         raise RunError(
             f"cannot read {error.filename or path}: {error.strerror or error}; nothing was changed: "
             "run the same command again once it can be read"
@@ -87,7 +91,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _read_checked(path: Path) -> dict[str, Any]:
-    lines = (path / MANIFEST).read_bytes().decode("ascii", errors="replace").removesuffix("\n").split("\n")
+    with open_regular(path / MANIFEST) as file:
+        lines = file.read().decode("ascii", errors="replace").removesuffix("\n").split("\n")
     expected = {match[2]: match[1] for line in lines if (match := _MANIFEST_LINE.fullmatch(line))}
     if len(expected) != len(lines):
         raise UnreadableCheckpointError(f"{MANIFEST} is not a list of SHA-256 sums")
@@ -103,7 +108,7 @@ def _read_checked(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / STATE).read_bytes())
         known = state["format"] == FORMAT and isinstance(state["version"], int)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnreadableCheckpointError(f"{STATE} is not JSON: {error}") from error
     except (KeyError, TypeError):
         known = False
@@ -120,7 +125,7 @@ def _read_checked(path: Path) -> dict[str, Any]:
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()

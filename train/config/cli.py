@@ -9,7 +9,7 @@ from typing import TypeVar
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config.presets import PRESETS
 from lejepa_fast.train.config.settings import EMBEDDED_DATA, Config, load_json
-from lejepa_fast.train.runtime.command import parse_options
+from lejepa_fast.train.runtime.command import checked_arguments, parse_options
 
 C = TypeVar("C", bound=Config)
 
@@ -39,7 +39,7 @@ def parse_as(cls: type[C], argv: Sequence[str] | None, *, preset: str, what: str
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     first.add_argument("--config", type=Path)
-    known, rest = first.parse_known_args(argv)
+    known, rest = first.parse_known_args(checked_arguments(argv))
     if known.preset is not None and known.config is not None:
         raise UsageError("--preset and --config both name a base configuration; give one of them")
     name = known.preset or preset

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 from annotated_types import Ge, Gt, Le, Lt
 
-from lejepa_fast.data.recipe import Finite, MultiCropRecipe
+from lejepa_fast.data.recipe import Finite, MultiCropRecipe, Pixels
 from lejepa_fast.errors import UsageError, in_plain_words
 from lejepa_fast.train.config.names import default_weight_decay
 from lejepa_fast.train.runtime import files
@@ -31,8 +32,13 @@ TIMM_KEYS = ("architecture", "num_classes", "model_args", "pretrained_cfg")
 
 C = TypeVar("C", bound="Config")
 
-AtLeast0 = Annotated[int, Ge(0)]
-AtLeast1 = Annotated[int, Ge(1)]
+AtLeast0 = Annotated[int, Ge(0), Lt(2**31)]
+AtLeast1 = Annotated[int, Ge(1), Lt(2**31)]
+# What memory or processes are made of at the start; a typing error must not exhaust the machine.
+Workers = Annotated[int, Ge(0), Le(1024)]
+Batches = Annotated[int, Ge(1), Le(1024)]
+Layers = Annotated[int, Ge(1), Le(100)]
+Width = Annotated[int, Ge(1), Le(100_000)]
 Share = Annotated[float, Ge(0), Le(1)]
 BelowOne = Annotated[float, Ge(0), Lt(1)]
 # Below infinity: NaN and infinity are refused.
@@ -59,12 +65,12 @@ class DataConfig:
     slices: Literal["first", "random", "all"] = "first"
     """Of files that hold several images, such as TIFF stacks: the first; a random one in each epoch; or all,
     each as an image of its own."""
-    workers: AtLeast0 | None = None
+    workers: Workers | None = None
     """Loader worker processes per training process; 0: load in the training process; None: by CPU count."""
     backend: Literal["auto", "dali", "cpu", "torchvision"] = "auto"
     """What decodes and augments. auto: dali on a GPU where it is installed, else cpu where Numba is, else
     torchvision."""
-    prefetch: AtLeast1 = 2
+    prefetch: Batches = 2
     """Finished batches that wait for the training; with torchvision, for each worker. Each costs memory."""
     hw_decoder_load: Share = 0.65
     """Share of JPEGs for the hardware decoder of a GPU, where DALI decodes there; 0: all go to CUDA."""
@@ -78,20 +84,20 @@ class ModelConfig:
 
     name: Annotated[str, tyro.conf.arg(aliases=["--model"])] = "vit_small"
     """Any timm model, or vit_tiny|small|base|large|huge|giant|gigantic (patch 14)."""
-    img_size: AtLeast1 | None = None
+    img_size: Pixels | None = None
     """Image size of the position embeddings, for models that have them; None: crops.global_size."""
     drop_path: BelowOne = 0.0
     """Stochastic depth rate of the last block (models that offer it)."""
-    register_tokens: AtLeast0 = 0
+    register_tokens: Annotated[int, Ge(0), Le(1000)] = 0
     """Extra learned tokens (vision transformers)."""
     kwargs: str = "{}"
     """Further arguments of timm.create_model as a JSON object, for example '{"layers": [1, 1, 1, 1]}'. Those
     of a preset or --config go when --model names another model."""
-    projector_hidden: AtLeast1 = 2048
+    projector_hidden: Width = 2048
     """Width of the projector between its layers."""
-    projector_layers: AtLeast1 = 3
+    projector_layers: Layers = 3
     """Linear layers of the projector, the output layer included."""
-    projector_dim: AtLeast1 = 512
+    projector_dim: Width = 512
     """K, the width of the embeddings that the loss sees."""
     projector_norm: Literal["batch", "layer", "none"] = "batch"
     """Norm after each layer of the projector but the last: BatchNorm, LayerNorm or none."""
@@ -103,11 +109,11 @@ class LossConfig:
 
     lambd: Annotated[Nonnegative, tyro.conf.arg(aliases=["--lambda"])] = 0.05
     """Weight of SIGReg; 0 trains the prediction alone, which collapses."""
-    num_slices: AtLeast1 = 1024
+    num_slices: Annotated[int, Ge(1), Le(2**20)] = 1024
     """Random directions that SIGReg projects on, new ones each step."""
     t_max: float = 3.0
     """SIGReg compares characteristic functions up to this argument."""
-    n_points: int = 17
+    n_points: Annotated[int, Le(10_000)] = 17
     """Knots on the half line [0, t_max]."""
     unbiased: bool = False
     """Remove the bias of SIGReg that a small batch has; a Gaussian then gives 0 on average."""
@@ -179,11 +185,11 @@ class EvalConfig:
     """Steps of the linear probe during training, 0: none; at the end it gets its full length."""
     train_images: AtLeast0 = 100_000
     """Training images for evaluations during training, at most, drawn at random; 0: all, as at the end."""
-    image_size: AtLeast1 | None = None
+    image_size: Pixels | None = None
     """Side of the evaluated images; None: crops.global_size."""
     batch_size: AtLeast1 = 256
     """Images per forward pass of an evaluation; the figures do not depend on it."""
-    k: AtLeast1 = 20
+    k: Annotated[int, Ge(1), Le(10_000)] = 20
     """Neighbors that vote in kNN."""
     temperature: Positive = 0.07
     """A neighbor of similarity s votes with weight exp(s / temperature)."""
@@ -320,7 +326,7 @@ def load_json(path: Path) -> Config:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config: cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--config: {path} is not JSON: {error}") from error
     if isinstance(values, dict):
         values = {key: value for key, value in values.items() if key not in TIMM_KEYS}
@@ -359,4 +365,4 @@ def _first_error(cls: type, error: "pydantic.ValidationError") -> str:
         return f"{section + ': ' if section else ''}unknown key {last!r}; {hint}"
     expected = " or ".join(dict.fromkeys(each["msg"] for other, each in found if other == name))
     expected = in_plain_words(expected.replace("Input should be ", ""))
-    return f"{name or 'configuration'}: expected {expected}, got {first['input']!r}"
+    return f"{name or 'configuration'}: expected {expected}, got {reprlib.repr(first['input'])}"

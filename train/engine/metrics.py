@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lejepa_fast.regular_files import open_regular
 from lejepa_fast.train.engine.weights_and_biases import WandbRun
 from lejepa_fast.train.runtime.files import disk_errors_named, read_rows, write_atomically
 from lejepa_fast.train.runtime.signals import Interrupted
@@ -78,7 +79,7 @@ class Metrics:
             hidden = None  # if there is no terminal
             with disk_errors_named(self.path, _WAY_OUT):
                 _drop_rows_after(self.path, step)
-                self._file = self.path.open("ab", buffering=0)
+                self._file = open_regular(self.path, "ab", buffering=0)
             if tensorboard:
                 with disk_errors_named(self._board_folder, _WAY_OUT):
                     self._board = _open_board(self._board_folder, purge_step=step + 1)
@@ -113,7 +114,10 @@ class Metrics:
         row = {"kind": kind, "step": step, **finite}
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
         with disk_errors_named(self.path, _WAY_OUT):
-            end = os.fstat(self._file.fileno()).st_size
+            opened = os.fstat(self._file.fileno())
+            if not (self.path.exists() and os.path.samestat(opened, self.path.stat())):
+                raise OSError(errno.ENOENT, "the file or its folder was removed or moved during the run")
+            end = opened.st_size
             if self._file.write(line) < len(line):  # part of a row would spoil the next one
                 self._file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -186,12 +190,9 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = [row for row in read_rows(path) if row.get("step", 0) <= step]
-    text = "".join(json.dumps(row) + "\n" for row in kept)
-    if text != path.read_text(encoding="utf-8"):
-        write_atomically(path, lambda file: file.write(text.encode()), way_out=_WAY_OUT)
+    text = "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step).encode()
+    if path.exists() and text != path.read_bytes():
+        write_atomically(path, lambda file: file.write(text), way_out=_WAY_OUT)
 
 
 def _open_board(folder: Path, *, purge_step: int) -> Any:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -62,6 +63,7 @@ from lejepa_fast.train.runtime.world import (
     mean_over_ranks,
     on_all,
     on_main,
+    require_same_on_all,
     same_error_on_all_ranks,
 )
 
@@ -69,6 +71,25 @@ log = logging.getLogger("lejepa_fast.train")
 
 EVALUATION_ATTEMPTS = 2
 EVALUATION_FIGURES = ("knn", "linear", "embedding_std", "effective_rank", "sigreg")
+
+
+# Machines may have other CPUs, and keep their copies of the images elsewhere (`data_identity` compares them).
+MAY_DIFFER = ("--data.path", "--data.workers", "--data.prefetch")
+
+
+def facts_of(cfg: Config) -> dict[str, Any]:
+    """What all ranks must have in common: versions, and the options by their names on the command line."""
+    packages = (lejepa_fast, torch, timm)
+    facts: dict[str, Any] = {f"version of {package.__name__}": package.__version__ for package in packages}
+    for section, values in config.to_dict(cfg).items():
+        for name, value in values.items() if isinstance(values, dict) else [("", values)]:
+            facts["--" + f"{section}.{name}".rstrip(".").replace("_", "-")] = value
+    return {name: value for name, value in facts.items() if name not in MAY_DIFFER}
+
+
+def _checked(cfg: Config, world: World) -> Config:
+    config.validate(cfg, world.size)
+    return config.resolve(cfg)
 
 
 class Trainer:
@@ -88,14 +109,20 @@ class Trainer:
     """
 
     def __init__(self, cfg: Config, world: World):
-        on_all(world, lambda: config.validate(cfg, world.size))
-        self.cfg = cfg = config.resolve(cfg)
+        self.cfg = cfg = on_all(world, lambda: _checked(cfg, world))
         self.world = world
+        require_same_on_all(world, facts_of(cfg))
         assert cfg.out is not None  # resolve() fills it in
         self.run_dir: Path = cfg.out
-        with sizes_explained(cfg):
-            on_all(world, self._open_data)
-            on_all(world, self._build_model)
+        on_all(world, self._open_and_build)
+        in_use = {
+            "number of training images": self.data_identity["train_images"],
+            "number of validation images": self.data_identity["val_images"],
+            "digest of the images' names": self.data_identity["names_sha256"][:12],
+            "precision in use": str(self.amp_dtype),
+            "strategy in use": self.strategy,
+        }
+        require_same_on_all(world, in_use)
         with self._memory_advice():
             mesh = make_mesh(cfg.parallel, world.device.type)
             self.wrapped = parallelize(self.model, cfg, mesh, world.device)
@@ -115,6 +142,11 @@ class Trainer:
         self.signals = SignalWatch()
         self.flops_per_image = count_flops(cfg).per_image
         self._saved_step = -1
+
+    def _open_and_build(self) -> None:
+        with sizes_explained(self.cfg):
+            self._open_data()
+            self._build_model()
 
     def _open_data(self) -> None:
         cfg, world = self.cfg, self.world
@@ -147,7 +179,8 @@ class Trainer:
         ranks = world.size if world.distributed else None
         self.strategy = choose_strategy(cfg.parallel, parameters, ranks=ranks)
         if self.strategy != "fsdp":  # every process holds the whole model
-            self.model = build_model(cfg)
+            with self._memory_advice():
+                self.model = build_model(cfg)
 
     def _memory_advice(self) -> AbstractContextManager[None]:
         return settings_that_help(self.cfg, self.world, self.strategy, len(self.train_source))
@@ -364,6 +397,8 @@ class Trainer:
     def _batches(self) -> Iterator[tuple[list[Tensor], float]]:
         """The rest of the epoch: views, and the seconds that the training waited for them."""
         batches = iter(self.loader)
+        epoch, first_batch = self.loader.position
+        left = len(self.loader) - first_batch
         while True:
             began = time.perf_counter()
             try:
@@ -375,7 +410,14 @@ class Trainer:
                     self._stop()
                 raise
             if batch is None:
+                if left:  # the other ranks would wait for this one in their next step
+                    raise RunError(
+                        f"epoch {epoch} ended {left} of {len(self.loader)} batches early on rank "
+                        f"{self.world.rank}: a defect of the loader; use another --data.backend than "
+                        f"{self.loader.backend}"
+                    )
                 return
+            left -= 1
             yield batch[0], time.perf_counter() - began
 
     def log_metrics(self) -> None:

@@ -30,7 +30,7 @@ class WandbRun:
             way_out = "pip install 'lejepa_fast[wandb]', or leave out --wandb"
             raise UsageError(f"wandb: {error}; {way_out}") from error
         identity = run_dir / "wandb-id.txt"
-        if not identity.exists():
+        if not identity.is_file():  # a pipe would wait for a writer
             name = secrets.token_hex(4).encode()
             write_atomically(identity, lambda file: file.write(name), way_out="choose another --out")
         options = {"project": project, "name": run_dir.name, "id": identity.read_text(), "resume": "allow"}

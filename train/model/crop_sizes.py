@@ -2,15 +2,11 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
-
-import torch
-from torch import nn
 
 from lejepa_fast.data.sources.base import SmallImagesError
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config import Config
-from lejepa_fast.train.model.model import build_encoder
+from lejepa_fast.train.model.model import encoder_on_meta, takes
 
 _LOCAL_SHARE = 98 / 224  # of the default recipe
 _TRIED = 32  # sizes; no common patch is larger
@@ -35,8 +31,8 @@ def sizes_explained(cfg: Config) -> Iterator[None]:
             raise UsageError(f"{error.found} (crops.min_image_size); {hint}") from error
         wrong = [f"crops.{kind}_size is {size}" for kind, size in sizes.items() if size > largest]
         ways = [f"use {' '.join(fit)}, which {model} takes"] if (fit := options(largest)) else []
-        encoder = _encoder(cfg, crops.global_size)
-        if all(_takes(encoder, size) for size in sizes.values()):
+        encoder = encoder_on_meta(cfg, crops.global_size)
+        if all(takes(encoder, size) for size in sizes.values()):
             ways.append("allow enlarging with --crops.min-image-size 1")
         hint = ", or ".join(ways) or f"no sizes that {model} takes were found: choose another model"
         raise UsageError(f"{error.found}, and {' and '.join(wrong)}; {hint}") from error
@@ -52,29 +48,14 @@ def fitting_sizes(cfg: Config, largest: int) -> dict[str, int]:
     smallest = crops.blur_kernel // 2 + 1  # the blur mirrors so many pixels
     top = min(largest, crops.global_size)
     for side in range(top, max(smallest, top - _TRIED + 1) - 1, -1):
-        encoder = _encoder(cfg, side)
-        if not (_takes(encoder, side) and _takes(encoder, cfg.eval.image_size or side)):
+        encoder = encoder_on_meta(cfg, side)
+        if not (takes(encoder, side) and takes(encoder, cfg.eval.image_size or side)):
             continue
         if not crops.local_crops:
             return {"global": side}
         wanted = min(crops.local_size, round(_LOCAL_SHARE * side))
         near = {*range(max(smallest, wanted - _TRIED), min(side, wanted + _TRIED) + 1), side}
         for local in sorted(near, key=lambda size: abs(size - wanted)):
-            if _takes(encoder, local):
+            if takes(encoder, local):
                 return {"global": side, "local": local}
     return {}
-
-
-def _encoder(cfg: Config, global_size: int) -> nn.Module | None:
-    """The encoder of a run with global crops of this size, on the meta device, if it can be built."""
-    with contextlib.suppress(Exception), torch.device("meta"):
-        return build_encoder(replace(cfg.model, img_size=cfg.model.img_size or global_size)).eval()
-    return None
-
-
-@torch.no_grad()
-def _takes(encoder: nn.Module | None, size: int) -> bool:
-    """Whether a forward pass on an image of this size succeeds."""
-    with contextlib.suppress(Exception), torch.device("meta"):
-        return encoder is not None and encoder(torch.empty(1, 3, size, size)).ndim == 2
-    return False

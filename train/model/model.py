@@ -8,7 +8,9 @@ not eight. The projector runs once over all rows: its BatchNorm sees the same mi
 whatever the number of resolutions.
 """
 
+import contextlib
 import json
+import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -60,27 +62,39 @@ def build_encoder(options: ModelConfig) -> nn.Module:
             return encoder
         except TypeError as error:  # "... got an unexpected keyword argument ..."
             refusal = error
-        except (AssertionError, RuntimeError, ValueError) as error:
-            problem = f"cannot be built with {arguments}: {first_line(error)}"
+        except Exception as error:  # of timm's, about a value of model.kwargs
+            problem = f"cannot be built with {arguments}: {type(error).__name__}: {first_line(error)}"
             raise UsageError(f"model {options.name}: {problem}") from error
+    optional = {"drop-path": options.drop_path, "register-tokens": options.register_tokens}
+    optional["kwargs"] = options.kwargs != ModelConfig.kwargs
+    given = [f"--model.{name}" for name, value in optional.items() if value]
+    way_out = f"leave out {' or '.join(given)}" if given else "choose another model"
     raise UsageError(
-        f"model {options.name}: does not take these options ({first_line(refusal)}); "
-        "leave out --model.drop-path, --model.register-tokens or --model.kwargs"
+        f"model {options.name}: does not take these options ({first_line(refusal)}); {way_out}"
     ) from refusal
 
 
 def parse_kwargs(text: str) -> dict[str, Any]:
     """Parse the JSON object of `model.kwargs`; UsageError for anything else."""
     try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"model.kwargs: expected a JSON object, got {text!r} ({error})") from error
+        values = json.loads(text, parse_int=_modest)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"model.kwargs: expected a JSON object, got {reprlib.repr(text)} ({error})"
+        ) from error
     if not isinstance(values, dict):
-        raise UsageError(f"model.kwargs: expected a JSON object, got {text!r}")
+        raise UsageError(f"model.kwargs: expected a JSON object, got {reprlib.repr(text)}")
     for key in values:
         if key in _REFUSED:
             raise UsageError(f"model.kwargs: {key!r} cannot be given here; {_REFUSED[key]}")
     return values
+
+
+def _modest(digits: str) -> int:
+    """Refuse a number of which the machine's memory could not make layers."""
+    if len(digits) > 6:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def build_projector(features: int, options: ModelConfig) -> nn.Sequential:
@@ -151,7 +165,10 @@ def _build_model(cfg: Config) -> LeJEPAModel:
 
 
 def _check_sizes(encoder: nn.Module, cfg: Config) -> int:
-    """Run the encoder on every input size of the run and return D; UsageError names the size that fails."""
+    """Run the encoder on every input size of the run and return D.
+
+    UsageError names the size that fails, and the nearest one that a forward pass succeeds with.
+    """
     sizes = {"crops.global_size": cfg.crops.global_size}
     if cfg.crops.local_crops:
         sizes["crops.local_size"] = cfg.crops.local_size
@@ -166,13 +183,13 @@ def _check_sizes(encoder: nn.Module, cfg: Config) -> int:
                 try:
                     image = torch.empty(1, 3, size, size, device="meta")
                     shape = torch.func.functional_call(encoder, on_meta, (image,)).shape
-                except (AssertionError, RuntimeError, ValueError, NotImplementedError):
+                except Exception:
                     # A wrong size, or a layer that the meta device lacks: the real forward tells which.
                     shape = encoder(torch.zeros(1, 3, size, size)).shape
-        except (AssertionError, RuntimeError, ValueError) as error:
-            hint = _size_hint(encoder, field.replace("_", "-"), size, cfg.crops.global_size)
-            problem = f"cannot take {size} x {size} pixels ({first_line(error)}); {hint}"
-            raise UsageError(f"{field}: model {cfg.model.name} {problem}") from error
+        except Exception as error:  # of timm's, or of PyTorch's operators
+            problem = f"cannot take {size} x {size} pixels ({first_line(error)})"
+            hint = _size_hint(cfg, field, size)
+            raise UsageError(f"{field}: model {cfg.model.name} {problem}; {hint}") from error
         if len(shape) != 2:
             raise UsageError(
                 f"model.name: {cfg.model.name} returns {tuple(shape)} for one image and not pooled features "
@@ -182,12 +199,32 @@ def _check_sizes(encoder: nn.Module, cfg: Config) -> int:
     return shape[1]
 
 
-def _size_hint(encoder: nn.Module, option: str, size: int, global_size: int) -> str:
+def encoder_on_meta(cfg: Config, global_size: int) -> nn.Module | None:
+    """The encoder of a run with global crops of this size, on the meta device, if it can be built."""
+    with contextlib.suppress(Exception), torch.device("meta"):
+        return build_encoder(replace(cfg.model, img_size=cfg.model.img_size or global_size)).eval()
+    return None
+
+
+@torch.no_grad()
+def takes(encoder: nn.Module | None, size: int) -> bool:
+    """Whether a forward pass of an encoder on the meta device succeeds on an image of this size."""
+    with contextlib.suppress(Exception), torch.device("meta"):
+        return encoder is not None and encoder(torch.empty(1, 3, size, size)).ndim == 2
+    return False
+
+
+def _size_hint(cfg: Config, field: str, size: int) -> str:
+    """Name the nearest size that the encoder takes, of some that are tried."""
+    encoder: Any = encoder_on_meta(cfg, cfg.crops.global_size)
     patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", None)
     step = patch[0] if isinstance(patch, (tuple, list)) else patch
-    if isinstance(step, int) and size % step:
-        fits = max(step, size // step * step)
-        return f"use a multiple of its patch size {step}, for example --{option} {fits}"
-    if option != "crops.global-size":
-        return f"it works at one size only: use --{option} {global_size}"
-    return f"use another --{option}"
+    near = {k * each + size // each * each for each in (step or 32, 32) for k in range(-8, 9)}
+    near |= {cfg.crops.global_size, 224, *(encoder.pretrained_cfg["input_size"][1:] if encoder else ())}
+    for candidate in sorted((each for each in near if each > 0), key=lambda each: (abs(each - size), each)):
+        if field == "crops.global_size":  # the weights may depend on it
+            encoder = encoder_on_meta(cfg, candidate)
+        if takes(encoder, candidate):
+            return f"use --{field.replace('_', '-')} {candidate}, which it takes"
+    other = "--crops.local-crops 0 or " if field == "crops.local_size" else ""
+    return f"none of the sizes tried near it works; use {other}another model"

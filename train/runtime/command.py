@@ -39,6 +39,7 @@ def parse_options(
     Raises:
         UsageError: an unknown option or a bad value, in one line.
     """
+    argv = checked_arguments(argv)
     given: dict[str, Any] = {} if default is None else {"default": default}
     parse = functools.partial(tyro.cli, cls, description=description, return_unknown_args=True, **given)
     printed = io.StringIO()
@@ -66,6 +67,18 @@ def parse_options(
     raise UsageError(f"unknown option {option}; {hint}")
 
 
+def checked_arguments(argv: Sequence[str] | None) -> Sequence[str]:
+    """Return the arguments, None: those of this process; UsageError for one that is empty or not UTF-8."""
+    argv = sys.argv[1:] if argv is None else argv
+    for option, value in itertools.pairwise(["argument", *argv]):
+        if not value or (value.startswith("--") and value.endswith("=")):
+            empty = value.rstrip("=") or option
+            raise UsageError(f"{empty}: expected a value, got nothing; is a variable of the shell unset?")
+        if re.search(r"[\ud800-\udfff]", value):  # how Python holds other bytes
+            raise UsageError(f"{option}: expected text in UTF-8, got {value!r}; give it another name")
+    return argv
+
+
 def run_with_options(cls: Callable[..., C], work: Callable[[C], object], argv: Sequence[str] | None) -> int:
     """Run `work` on the options of a command line; log to stderr and return the exit code."""
     log_to_stderr()
@@ -88,7 +101,9 @@ def run_command(
         return 0
     except (UsageError, RunError) as error:
         if not quiet(error):
-            print(f"error{who}: {error}", file=sys.stderr)
+            # Names of files may hold line breaks.
+            message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+            print(f"error{who}: {message}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except Interrupted as interruption:
         if not quiet(interruption):

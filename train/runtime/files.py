@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.regular_files import open_regular
 
 log = logging.getLogger("lejepa_fast.train")
 
@@ -69,15 +70,25 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a metrics.jsonl; [] if it does not exist. Incomplete lines are skipped (power cut)."""
-    if not path.exists():
+    """Read the rows of a metrics.jsonl; [] if it does not exist. Other lines than rows with a kind and a step
+    are skipped with a warning (power cut, edited by hand). RunError if the file cannot be read."""
+    try:
+        with open_regular(path) as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}; move it elsewhere") from error
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            log.warning("%s: skipped a line that is not JSON", path)
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # bytes that are not UTF-8 are a ValueError
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("kind"), str) and type(row.get("step")) is int:
+            rows.append(row)
+    if skipped := len(lines) - len(rows):
+        log.warning("%s: skipped %d line(s) that are no rows", path, skipped)
     return rows
 
 
@@ -97,9 +108,16 @@ class RunLock:
 
         Raises:
             UsageError: another process holds it; the message names the process and its machine.
+            RunError: the file system refuses it.
         """
         if self._file is not None:
             return
+        with disk_errors_named(self._path, "choose another --out"):
+            self._file = self._locked()
+        # Loader workers outlive a killed trainer by seconds, and would hold the lock.
+        os.register_at_fork(after_in_child=self._leave)
+
+    def _locked(self) -> int | None:
         file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,7 +126,7 @@ class RunLock:
             os.close(file)
             if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 log.warning("%s: no locks on this file system; start no second trainer there", self._path)
-                return
+                return None
             if not isinstance(error, BlockingIOError):
                 raise
             raise UsageError(
@@ -117,12 +135,16 @@ class RunLock:
             ) from error
         os.ftruncate(file, 0)
         os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._file = file
+        return file
+
+    def _leave(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
     def release(self) -> None:
         """Release the lock, if it is held."""
         if self._file is not None:
-            # Closing alone would not release it: forked loader workers share the open file.
+            # Closing alone would not release it if a process that was not forked by Python shares the file.
             fcntl.flock(self._file, fcntl.LOCK_UN)
-            os.close(self._file)
-            self._file = None
+        self._leave()

@@ -1,7 +1,9 @@
-"""SIGTERM and Ctrl-C: finish the step, save a checkpoint, exit."""
+"""SIGTERM and Ctrl-C: finish the step, save a checkpoint, exit. A killed torchrun: exit at once."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,19 @@ class Interrupted(BaseException):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def end_with_torchrun() -> None:
+    """Let the kernel send SIGKILL to this process when its parent ends, if that is torchrun on Linux.
+
+    A torchrun that is killed cannot end its trainers, which would go on and hold the GPUs and the run folder.
+    """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent, set_death_signal = os.getppid(), 1  # PR_SET_PDEATHSIG, see man 2 prctl
+    ctypes.CDLL(None).prctl(set_death_signal, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the kernel knew
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class SignalWatch:

@@ -5,13 +5,15 @@ single process without a process group. NCCL connects GPUs, gloo connects CPUs.
 """
 
 import gc
+import hashlib
 import os
+import reprlib
 import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,10 +22,12 @@ import torch
 import torch.distributed as dist
 
 from lejepa_fast.errors import RunError, UsageError
-from lejepa_fast.train.runtime.signals import Interrupted
+from lejepa_fast.train.runtime.signals import Interrupted, end_with_torchrun
 
 T = TypeVar("T")
 
+CONNECT_TIMEOUT = timedelta(minutes=5)
+"""Timeout of a connection to torchrun's store, which is there before the ranks are."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Timeout of collectives between devices in a training step."""
 CONTROL_TIMEOUT = timedelta(days=7)
@@ -70,7 +74,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def setup_world(device: str = "auto") -> World:
-    """Choose the device and, under torchrun, join the process group. Call `close_world` at the end."""
+    """Choose the device and, under torchrun, join the process group. Call `close_world` at the end.
+
+    UsageError if the device is not there, or ranks have devices of different types.
+    """
+    end_with_torchrun()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = choose_device(device, local_rank)
     on_gpu = chosen.type == "cuda"
@@ -83,6 +91,7 @@ def setup_world(device: str = "auto") -> World:
     store: dict[str, Any] = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = {"store": store_of_this_start(rank, size), "rank": rank, "world_size": size}
+        require_same_device(store["store"], rank, chosen.type)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         timeout=COLLECTIVE_TIMEOUT,
@@ -90,6 +99,40 @@ def setup_world(device: str = "auto") -> World:
         **store,
     )
     return World(chosen, rank, size, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
+
+
+def require_same_device(store: dist.Store, rank: int, device_type: str) -> None:
+    """Raise UsageError on a rank whose type of device is not that of rank 0. Before the ranks join, because
+    those with NCCL would wait for those without."""
+    if rank == 0:
+        store.set("device", device_type)
+    if (first := store.get("device").decode()) != device_type:
+        raise UsageError(
+            f"device: {first} on rank 0 and {device_type} on rank {rank}; "
+            "give all ranks the same --device, on machines that have it"
+        )
+
+
+def _store_of_torchrun() -> dist.Store:
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=CONNECT_TIMEOUT)
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    return dist.PrefixStore("lejepa_fast", store)
+
+
+@contextmanager
+def reported_once() -> Iterator[None]:
+    """For errors before the ranks have joined: of those that torchrun started and that fail with the same
+    words, one prints them."""
+    try:
+        yield
+    except UsageError as error:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            with suppress(dist.DistError):
+                key = f"error/{hashlib.sha256(str(error).encode('utf-8', 'replace')).hexdigest()}"
+                if _store_of_torchrun().add(key, 1) > 1:
+                    error.reported_by = None  # type: ignore[attr-defined]
+        raise
 
 
 def store_of_this_start(rank: int, size: int) -> dist.Store:
@@ -100,15 +143,13 @@ def store_of_this_start(rank: int, size: int) -> dist.Store:
     such prefix, because each machine counts for itself. So rank 0 draws a random name. Every other rank asks
     for it under a random key, so that it cannot read an answer to a dead rank, and confirms it.
     """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, timeout=COLLECTIVE_TIMEOUT)
-    shared = dist.PrefixStore("lejepa_fast", store)
+    shared = _store_of_torchrun()
     if rank > 0:
         key = uuid.uuid4().hex
         shared.set(f"asks/{rank}", key)
         start = shared.get(f"answer/{key}").decode()
         shared.set(f"confirmed/{start}/{rank}", "")
-        return dist.PrefixStore(f"lejepa_fast/{start}", store)
+        return dist.PrefixStore(start, shared)
     start = uuid.uuid4().hex
     deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
     while missing := [rank for rank in range(1, size) if not shared.check([f"confirmed/{start}/{rank}"])]:
@@ -118,7 +159,7 @@ def store_of_this_start(rank: int, size: int) -> dist.Store:
             if shared.check([f"asks/{other}"]):
                 shared.set(f"answer/{shared.get(f'asks/{other}').decode()}", start)
         time.sleep(0.02)
-    return dist.PrefixStore(f"lejepa_fast/{start}", store)
+    return dist.PrefixStore(start, shared)
 
 
 def close_world(code: int = 0) -> None:
@@ -231,6 +272,34 @@ def gather_to_main(world: World, value: Any) -> list[Any] | None:
     box: list[Any] | None = [None] * world.size if world.is_main else None
     dist.gather_object(value, box, dst=0, group=world.control)
     return box
+
+
+def first_difference(facts: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the first entry in which ranks differ, as `NAME is 1 on rank 0 and 2 on rank 1, 3`.
+
+    `facts` has the entries of each rank, in the order of ranks. None if all are equal.
+    """
+    for name in dict.fromkeys(name for of_rank in facts for name in of_rank):
+        ranks: dict[str, list[int]] = {}
+        for rank, of_rank in enumerate(facts):
+            ranks.setdefault(repr(of_rank.get(name)), []).append(rank)
+        if len(ranks) > 1:
+            found = [f"{value} on rank {reprlib.repr(some)[1:-1]}" for value, some in ranks.items()]
+            return f"{name} is {' and '.join(found[:3])}"  # of many ranks and values the first ones
+    return None
+
+
+def require_same_on_all(world: World, facts: Mapping[str, Any]) -> None:
+    """Raise UsageError on every rank if ranks differ in an entry of `facts`; see `first_difference`."""
+    every = gather_to_main(world, facts)
+
+    def compare() -> None:
+        if difference := first_difference(every or []):
+            raise UsageError(
+                f"ranks differ: {difference}; start all ranks with the same options, images and versions"
+            )
+
+    on_main(world, compare)
 
 
 def mean_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:

@@ -160,14 +160,26 @@ def flip_a_bit(data):
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize(
     "damage",
-    [flip_a_bit, lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no checkpoint", None],
-    ids=["bit flipped", "truncated", "empty", "text", "deleted"],
+    [
+        flip_a_bit,
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+        lambda data: b"no checkpoint",
+        None,
+        os.mkfifo,
+        Path("/dev/zero"),
+    ],
+    ids=["bit flipped", "truncated", "empty", "text", "deleted", "a pipe", "a device"],
 )
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(damage, file, tmp_path, caplog):
     save(tmp_path, 1)
     bad = save(tmp_path, 2)
-    if damage is None:
+    if damage in (None, os.mkfifo, Path("/dev/zero")):
         (bad / file).unlink()
+        if damage is os.mkfifo:
+            os.mkfifo(bad / file)
+        elif damage is not None:
+            (bad / file).symlink_to(damage)
     else:
         (bad / file).write_bytes(damage((bad / file).read_bytes()))
     # A manifest with a changed sum is valid in itself: the file that it then disagrees with is named.

@@ -96,13 +96,31 @@ def test_progress_is_a_bar_in_a_terminal_and_few_lines_without_one(terminal, tmp
         assert lines[-1].startswith(start + "data wait 50% | 1.0 GiB")
 
 
-def test_a_torn_last_row_is_left_out(tmp_path):
+def test_lines_that_are_no_rows_are_left_out(tmp_path, caplog):
+    """Torn by a power cut, or spoilt by whatever else writes there."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "st')
+    spoilt = [b'{"kind": "train", "step": 1, "\xff": 2}', b"12", b"null", b"[1]", b"[" * 100_000]
+    spoilt += [
+        b'{"kind": "train"}',
+        b'{"step": 1}',
+        b'{"kind": 3, "step": 1}',
+        b'{"kind": "train", "step": "1"}',
+    ]
+    path.write_bytes(b"\n".join([*spoilt, b'{"kind": "train", "step": 1}', b'{"kind": "train", "st']))
     with metrics_in(tmp_path, step=1) as metrics:
         metrics.write("eval", 1, knn=float("nan"))
     rows = [{"kind": "train", "step": 1}, {"kind": "eval", "step": 1, "knn": None}]
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+    assert "metrics.jsonl: skipped 10 line(s) that are no rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"]
+)
+def test_a_pipe_or_device_in_the_place_of_the_rows_is_an_error(make, tmp_path):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(RunError, match=r"metrics\.jsonl: a pipe or device, not a file; move it"):
+        metrics_in(tmp_path)
 
 
 def test_a_run_reports_flops_memory_and_a_profile_of_the_steps_it_names(tiny):

@@ -31,7 +31,12 @@ from lejepa_fast.train.engine.trainer import Trainer
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "{tmp}/nowhere"], "nowhere does not exist"),
+        (["--data", "{tmp}/no\nwhere"], "no\\nwhere does not exist"),
+        (["--model.kwargs", '{{"depth": "x"}}'], "does not take these options"),
+        (
+            ["--model.projector-dim", "1000000000000"],
+            "projector_dim: expected at most 100000, got 1000000000000",
+        ),
         (["--batch-size", "64"], "has 32 images, fewer than one batch of 64"),
         (["--crops.global-size", "400"], "use --crops.global-size 32, which test_vit takes, or"),
         (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),

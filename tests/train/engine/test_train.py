@@ -1,9 +1,11 @@
 """The trainer on tiny configurations: exact resume, evaluation without a trace, collapse, bad steps."""
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import shlex
+import shutil
 import signal
 from unittest.mock import Mock
 
@@ -262,6 +264,32 @@ def poison(trainer, steps, *, images):
 
     trainer.train_step = poisoned_step
     return states
+
+
+@pytest.mark.parametrize("rows_every", [1, 1000], ids=["noticed by a row", "noticed by a save"])
+def test_a_run_folder_that_is_removed_ends_the_run(rows_every, tiny, monkeypatch):
+    """And is not made again, by a checkpoint that has neither settings nor rows beside it."""
+    cfg = tiny(log_every=rows_every, checkpoint_every=4)
+    train_step = Trainer.train_step
+
+    def removed(self, views, epoch):
+        train_step(self, views, epoch)
+        if self.step == 3:
+            shutil.rmtree(cfg.out)
+
+    monkeypatch.setattr(Trainer, "train_step", removed)
+    with pytest.raises(RunError, match=r"removed or moved during the run; .*choose another --out"):
+        train_only(cfg)
+    assert not cfg.out.exists()
+
+
+def test_an_epoch_that_ends_early_is_an_error(tiny):
+    """The other ranks would wait for this one in a collective."""
+    trainer = Trainer(tiny(), CPU)
+    batches = trainer.loader._backend.batches
+    trainer.loader._backend.batches = lambda keys, bad: batches(itertools.islice(keys, 3), bad)
+    with pytest.raises(RunError, match=r"epoch 0 ended 1 of 4 batches early on rank 0: .*--data\.backend"):
+        trainer.run()
 
 
 @pytest.mark.parametrize("lags", [False, True], ids=["as on a CPU", "as on a GPU"])

@@ -13,6 +13,7 @@ from lejepa_fast.errors import UsageError
 from lejepa_fast.train import export
 from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.config import ModelConfig, ParallelConfig
+from lejepa_fast.train.engine.trainer import facts_of
 from lejepa_fast.train.evaluation.protocol import open_splits
 from lejepa_fast.train.model import initialize
 from lejepa_fast.train.model.initialize import named_tensors
@@ -20,6 +21,7 @@ from lejepa_fast.train.model.model import build_encoder, build_model
 from lejepa_fast.train.parallel import parallelize
 from lejepa_fast.train.parallel.blocks import find_blocks
 from lejepa_fast.train.parallel.parallelize import choose_strategy
+from lejepa_fast.train.runtime.world import first_difference
 
 Ranks = list[dict[str, Any]]
 
@@ -145,6 +147,22 @@ def test_an_error_ends_all_ranks_and_rank_0_tells_it(ranks):
         assert left_to_rank_0
 
 
+@pytest.mark.parametrize(
+    ("name", "difference"),
+    [
+        ("other options", "--optim.lr is 0.0002 on rank 0 and 0.1 on rank 1"),
+        ("other images", "number of training images is 32 on rank 0 and 31 on rank 1"),
+    ],
+)
+def test_ranks_that_disagree_end_before_the_first_step(name, difference, one, ranks):
+    """All with the same error, which rank 0 tells; else they would train other models, or hang."""
+    for results in ranks:
+        message, left_to_rank_0 = results[name]
+        assert message.startswith(f"ranks differ: {difference}; start all ranks with the same options")
+        assert left_to_rank_0
+    assert not (folder_of(one) / name).exists()
+
+
 def test_nans_on_one_rank_change_no_shard_and_their_images_are_written_down(one, ranks):
     for results in ranks:
         assert results["nan"]["changed"] == [1, 3, 4]
@@ -200,6 +218,34 @@ def test_every_family_shards(name, ranks):
 
 
 # ---- one process -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"optim": {"lr": 0.1}}, "--optim.lr is 0.001 on rank 0, 2 and 0.1 on rank 1"),
+        ({"seed": 5}, "--seed is 0 on rank 0, 2 and 5 on rank 1"),
+        ({"loss": {"lambd": 0.5}}, "--loss.lambd is 0.05 on rank 0, 2 and 0.5 on rank 1"),
+        ({"precision": "bf16"}, "--precision is 'auto' on rank 0, 2 and 'bf16' on rank 1"),
+        ({"data": {"batch_size": 6}}, "--data.batch-size is 8 on rank 0, 2 and 6 on rank 1"),
+        ({"log_every": 5, "checkpoint_every": 7}, "--log-every is 1 on rank 0, 2 and 5 on rank 1"),
+        ({"max_steps": 3}, "--max-steps is None on rank 0, 2 and 3 on rank 1"),
+        ({"data": {"path": "/copy", "workers": 3, "prefetch": 1}}, None),  # as machines may
+    ],
+)
+def test_the_option_in_which_ranks_differ_is_named(changes, difference, tiny):
+    same, other = facts_of(tiny()), facts_of(tiny(**changes))
+    assert first_difference([same, other, same]) == difference
+
+
+def test_differences_of_many_ranks_are_one_short_line():
+    facts = [{"torch": "2.14"}, {"torch": "2.14", "new": 3}]
+    assert first_difference(facts) == "new is None on rank 0 and 3 on rank 1"
+    many = first_difference([{"seed": rank % 9} for rank in range(99)])
+    assert many == (
+        "seed is 0 on rank 0, 9, 18, 27, 36, 45, ... and 1 on rank 1, 10, 19, 28, 37, 46, ... "
+        "and 2 on rank 2, 11, 20, 29, 38, 47, ..."
+    )
 
 
 def tied(cfg, *, meta=False):

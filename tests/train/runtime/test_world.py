@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from training import run_ranks
 
 from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.train.runtime import signals
 from lejepa_fast.train.runtime.signals import Interrupted
 from lejepa_fast.train.runtime.world import (
     close_world,
@@ -20,6 +23,8 @@ from lejepa_fast.train.runtime.world import (
     on_all,
     on_main,
     reported_elsewhere,
+    reported_once,
+    require_same_device,
     setup_world,
     store_of_this_start,
 )
@@ -83,11 +88,17 @@ def test_work_on_rank_0_may_take_long_and_errors_reach_all_ranks_but_the_dead(tm
     assert (tmp_path / "noticed").exists()
 
 
-def test_ranks_that_start_again_do_not_read_what_dead_ranks_left(monkeypatch):
-    """torchrun's store outlives the ranks."""
+@pytest.fixture
+def torchrun_store(monkeypatch):
+    """torchrun's store, which outlives the ranks."""
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
+    return server
+
+
+def test_ranks_that_start_again_do_not_read_what_dead_ranks_left(torchrun_store):
     with ThreadPoolExecutor(3) as threads:
         for size in (3, 3, 2):
             ranks = [threads.submit(store_of_this_start, 0, size)]
@@ -98,3 +109,39 @@ def test_ranks_that_start_again_do_not_read_what_dead_ranks_left(monkeypatch):
             stores[1].set("who", "1")
             for store in stores:
                 store.wait(["who"], timedelta(seconds=10))  # raises if they do not share it
+
+
+def test_of_equal_errors_before_the_ranks_join_one_is_printed(torchrun_store):
+    found = []
+    for rank, message in enumerate(
+        ("unknown option --a", "unknown option --a", "device: none", "unknown \udcff")
+    ):
+        with pytest.raises(UsageError) as caught, reported_once():
+            raise UsageError(message)
+        found.append(not reported_elsewhere(caught.value, rank))
+    assert found == [True, False, True, True]
+
+
+def test_ranks_on_other_devices_are_named():
+    store = dist.HashStore()
+    for rank in range(2):
+        require_same_device(store, rank, "cuda")
+    with pytest.raises(UsageError, match="device: cuda on rank 0 and cpu on rank 2; give all ranks the same"):
+        require_same_device(store, 2, "cpu")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a signal at the parent's death is Linux's")
+def test_a_killed_torchrun_leaves_no_trainer_behind():
+    trainer = f"import runpy, time; runpy.run_path({signals.__file__!r})['end_with_torchrun']()"
+    trainer += "; print('ready', flush=True); time.sleep(600)"
+    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher, trainer],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TORCHELASTIC_RUN_ID": "run"},
+    )
+    assert process.stdout is not None
+    with process:
+        assert process.stdout.readline() == b"ready\n"
+        process.kill()
+        assert process.stdout.read() == b""  # the end of the file: no process holds it open
