@@ -58,7 +58,7 @@ class Views:
         return None
 
     def load(self, epoch: int, index: int) -> Image.Image:
-        """Image `index`, upright RGB, reduced where it is very large. May raise `UnreadableImageError`."""
+        """Image `index`, upright, reduced where it is very large. May raise `UnreadableImageError`."""
         image = self.source.load(index, self.reduction, self.draw(epoch, index))
         self.check_size(index, *image.size)
         return image

@@ -86,7 +86,11 @@ def export_encoder(
     known: Any = encoder.pretrained_cfg
     layers = {key: known[key] for key in ("first_conv", "classifier") if key in known}
     fixed = "img_size" in arguments and "dynamic_img_size" not in arguments
-    size_and_head = {"input_size": [3, size, size], "fixed_input_size": fixed, "num_classes": 0}
+    size_and_head = {
+        "input_size": [cfg.data.channels, size, size],
+        "fixed_input_size": fixed,
+        "num_classes": 0,
+    }
     for_timm = {
         "architecture": arguments["model_name"].partition(".")[0],
         "num_classes": 0,

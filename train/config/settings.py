@@ -62,6 +62,9 @@ class DataConfig:
     largest value of 64 images; percentile: black and white at their 0.1th and 99.9th percentile."""
     value_range: tuple[Finite, Finite] | None = None
     """Values of black and white of images with more than 8 bits; None: by bit_depth. Stored in the run."""
+    channels: Annotated[int, Ge(1), Le(16)] = 3
+    """Channels of the images. 1: gray. Others: those of the file, or pages of a TIFF, without operations on
+    colors; ImageNet's crops.mean and crops.std become 0.5 and 0.25. Needs tifffile and the backend cpu."""
     slices: Literal["first", "random", "all"] = "first"
     """Of files that hold several images, such as TIFF stacks: the first; a random one in each epoch; or all,
     each as an image of its own."""
@@ -251,7 +254,8 @@ def resolve(cfg: C) -> C:
         path = cfg.data.path.split(":")[1] if cfg.data.path.startswith("torchvision:") else cfg.data.path
         name = f"{Path(path).resolve().name}-{cfg.model.name}"
         out = Path("runs") / re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.")
-    return dataclasses.replace(cfg, optim=optim, average=average, out=out)
+    crops = cfg.crops.for_channels(cfg.data.channels)
+    return dataclasses.replace(cfg, optim=optim, average=average, out=out, crops=crops)
 
 
 def validate(cfg: Config, world_size: int = 1) -> None:

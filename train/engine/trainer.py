@@ -364,7 +364,7 @@ class Trainer:
     def train_step(self, views: list[Tensor], epoch: int) -> None:
         """One step: forward, loss, backward, agreement of all ranks, clipping, optimizer.
 
-        `views`: tensors (B, 3, H, W) of B images of this rank, global views first.
+        `views`: tensors (B, C, H, W) of B images of this rank, global views first.
         """
         device = self.world.device
         self.guard.before_forward(self.step + 1)

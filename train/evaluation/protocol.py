@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lejepa_fast.data import ImageSource, eval_loader, open_source
-from lejepa_fast.data.sources.stacks import choose_value_range, open_stacks
+from lejepa_fast.data.sources.scientific import as_trained, choose_value_range
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config import Config, DataConfig
 from lejepa_fast.train.evaluation import collapse
@@ -212,7 +212,7 @@ def open_splits(data: DataConfig) -> tuple[ImageSource, ImageSource]:
     seeds are compared on the same images, and no run is evaluated on images that it was trained on.
     """
     files = (open_source(data.path, split, val_fraction=data.val_fraction) for split in ("train", "val"))
-    train, val = (open_stacks(source, data.slices) for source in files)
+    train, val = (as_trained(source, data.slices, data.channels) for source in files)
     values = data.value_range or choose_value_range(train, data.bit_depth)
     train.value_range = val.value_range = values
     log.info("training images: %s", train.summary())

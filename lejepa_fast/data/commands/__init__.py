@@ -16,6 +16,7 @@ from lejepa_fast.data.commands.pack import DEFAULT_SHARD_BYTES, SKIPPED, pack_fo
 from lejepa_fast.data.sources import HoldOutError, ImageSource, Split, UnreadableImageError, open_source
 from lejepa_fast.data.sources.base import size_fault
 from lejepa_fast.data.sources.folder import is_hidden
+from lejepa_fast.data.sources.scientific import as_trained, choose_value_range
 from lejepa_fast.data.sources.shards import index_shard, write_index
 from lejepa_fast.errors import RunError, UsageError, printable
 
@@ -36,6 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--split", choices=("train", "val", "both"), default="both")
     add("--min-size", type=int, default=1, help="short side in px below which an image is bad")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add("--channels", type=int, default=3, help="as --data.channels of the training")
+    add("--slices", choices=("first", "random", "all"), default="first", help="as --data.slices")
+    depths = ("auto", "8", "12", "16", "percentile")
+    add("--bit-depth", choices=depths, default="auto", help="as --data.bit-depth")
     add("--bad-images", type=Path, help="add the bad images to this file, RUN/bad_images.txt")
     add = made["pack"].add_argument
     add("source", help="folder of class folders, flat folder, or folder with train/ and val/")
@@ -66,7 +71,9 @@ def _verify(options: argparse.Namespace) -> int:
     splits: list[Split] = ["train", "val"] if options.split == "both" else [options.split]
     table = [f"{'split':8}{'images':>10}{'good':>10}{'bad':>8}{'smallest':>13}{'largest':>13}"]
     reasons: Counter[str] = Counter()
-    for split, source in _open(options.path, splits):
+    for split, files in _open(options.path, splits):
+        source = as_trained(files, options.slices, options.channels)
+        source.value_range = choose_value_range(source, options.bit_depth)
         listing = BadImages(source, options.bad_images, max_bad_fraction=1.0, log_each=False)
         smallest = largest = None
         bad = 0

@@ -9,7 +9,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -18,9 +18,13 @@ from lejepa_fast.data.sources.decoding import (
     Reduction,
     UnreadableImageError,
     ValueRange,
+    channel_values,
+    deep_values,
     naming_file,
     open_encoded,
     printable,
+    some_of,
+    to_channels,
     to_rgb,
 )
 from lejepa_fast.errors import UsageError
@@ -58,10 +62,12 @@ class ImageSource(ABC):
         # An array: forked workers would copy the pages of a list by counting references.
         self._targets = None if targets is None else np.asarray(targets, dtype=np.int64)
 
+    channels = 3
+    """Channels of the loaded images. Other numbers than 3 need image files, not torchvision's arrays."""
     draws = False
     """Whether `load` makes a choice by its number `draw`."""
     value_range: ValueRange | None = None
-    """Values of black and white of images with more than 8 bits, see `stacks.choose_value_range`."""
+    """Values of black and white of images with more than 8 bits, see `scientific.choose_value_range`."""
 
     @property
     def targets(self) -> list[int] | None:
@@ -97,19 +103,25 @@ class ImageSource(ABC):
         """The image as Pillow opens it: any mode, not yet decoded, not yet upright."""
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """(upright RGB image, class index or -1). Raises `RunError` naming an unreadable file."""
+        """(upright image, see `load`; class index or -1). Raises `RunError` naming an unreadable file."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of a source of {len(self)}")
         return self.load(index), self.target(index)
 
     def load(self, index: int, reduction: Reduction | None = None, draw: int | None = None) -> Image.Image:
-        """The upright RGB image, very large ones reduced by `reduction`. Raises as `[index]` does.
+        """The upright image, very large ones reduced by `reduction`. Raises as `[index]` does.
+
+        It is RGB, or for another number of `channels` a `decoding.ChannelImage`.
 
         draw: a random number for the choices that a source makes anew in each epoch.
         """
         return naming_file(
             self.describe(index), lambda: to_rgb(self._opened(index, draw), reduction, self.value_range)
         )
+
+    def deep_values(self, index: int) -> np.ndarray | None:
+        """See `decoding.deep_values`. Raises as `[index]` does."""
+        return naming_file(self.describe(index), lambda: deep_values(self.open_image(index)))
 
     def _opened(self, index: int, draw: int | None) -> Image.Image:
         return self.open_image(index)
@@ -133,6 +145,26 @@ class EncodedSource(ImageSource):
     def open_image(self, index: int) -> Image.Image:
         return open_encoded(self.encoded(index))
 
+    def load(self, index: int, reduction: Reduction | None = None, draw: int | None = None) -> Any:
+        if self.channels == 3:
+            return super().load(index, reduction, draw)
+        options = (self.channels, reduction, self.value_range)
+        return naming_file(self.describe(index), lambda: to_channels(self.encoded(index), *options))
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        return (
+            super().image_size(index) if self.channels in (1, 3) else self._channel_values(index).shape[:0:-1]
+        )
+
+    def deep_values(self, index: int) -> np.ndarray | None:
+        if self.channels in (1, 3):
+            return super().deep_values(index)
+        values = self._channel_values(index)
+        return None if values.dtype == np.uint8 else some_of(values)
+
+    def _channel_values(self, index: int) -> np.ndarray:
+        return naming_file(self.describe(index), lambda: channel_values(self.encoded(index)))
+
     def subset(self, indices: Sequence[int] | np.ndarray) -> "EncodedSource":
         return EncodedSubset(self, indices)
 
@@ -145,7 +177,7 @@ class SubsetSource(ImageSource):
         self._indices = np.asarray(indices, dtype=np.int64)
         targets = None if base._targets is None else base._targets[self._indices]
         super().__init__(name=base.name, classes=base.classes, targets=targets, origin=base.origin)
-        self.left_out = base.left_out
+        self.left_out, self.channels, self.value_range = base.left_out, base.channels, base.value_range
 
     def __len__(self) -> int:
         return len(self._indices)

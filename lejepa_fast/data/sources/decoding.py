@@ -221,6 +221,69 @@ def to_rgb(
     return pixels
 
 
+class ChannelImage:
+    """Pixels (H, W, C) uint8, where a PIL image is expected."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels = pixels
+        self.height, self.width = pixels.shape[:2]
+        self.size = (self.width, self.height)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        return np.asarray(self.pixels, *args)
+
+    def tobytes(self) -> bytes:
+        return self.pixels.tobytes()
+
+
+def to_channels(
+    data: bytes, channels: int, reduction: Reduction | None, value_range: ValueRange | None
+) -> ChannelImage:
+    """An image file as 8-bit channels: one, those of the file, or the pages of a TIFF.
+
+    Values are scaled as by `to_rgb`. For one channel, color images become gray. EXIF orientation is applied,
+    except to TIFF files of several channels.
+
+    Raises:
+        ValueError: the file has another number of channels.
+    """
+    if channels == 1:
+        gray = to_rgb(open_encoded(data), reduction, value_range).convert("L")
+        return ChannelImage(np.asarray(gray)[..., None])
+    planes = channel_values(data)
+    if len(planes) != channels:
+        raise ValueError(f"{len(planes)} channels, not {channels}")
+    factor = reduction(*planes.shape[:0:-1]) if reduction else 1
+    if planes.dtype != np.uint8:
+        if value_range is None and planes.dtype.kind not in "iu":
+            raise ValueError("floating-point pixels without a range; set --data.bit-depth percentile")
+        low, high = value_range or (0, np.iinfo(planes.dtype).max)
+        scaled = np.nan_to_num((planes.astype(np.float32) - low) * (255 / (high - low)))
+        planes = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    if factor > 1:
+        planes = np.stack([np.asarray(Image.fromarray(plane).reduce(factor)) for plane in planes])
+    return ChannelImage(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+
+
+def channel_values(data: bytes) -> np.ndarray:
+    """The channels (C, H, W) of an image file as stored. The pages of a TIFF count as channels.
+
+    Raises whatever the decoders raise, and `ValueError` for a file that could exhaust memory.
+    """
+    if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        image = ImageOps.exif_transpose(open_encoded(data))
+        return np.moveaxis(np.atleast_3d(np.asarray(image)), -1, 0)
+    from tifffile import TiffFile
+
+    with TiffFile(io.BytesIO(data)) as file:
+        series = file.series[0]
+        if math.prod(series.shape) * series.dtype.itemsize > _MAX_CHUNK_BYTES:
+            raise ValueError(f"more than {_MAX_CHUNK_BYTES >> 20} MiB of pixels")
+        planes, axes = series.asarray(), series.axes
+    planes = np.moveaxis(planes, (axes.index("Y"), axes.index("X")), (-2, -1))
+    return planes.reshape(-1, *planes.shape[-2:])
+
+
 def _convert(image: Image.Image, ends: tuple[float, float] | None) -> Image.Image:
     if ends is not None:
         values = (np.asarray(image).astype(np.float64) - ends[0]) * (255 / (ends[1] - ends[0]))
@@ -254,11 +317,13 @@ def _is_deep(image: Image.Image) -> bool:
 
 def deep_values(image: Image.Image) -> np.ndarray | None:
     """Up to 2^16 finite values of an image with more than 8 bits, spread over it; None for other images."""
-    if not _is_deep(image):
-        return None
-    values = np.asarray(image).ravel()
-    values = values[:: -(-values.size // (1 << 16))]
-    return values[np.isfinite(values)]
+    return some_of(np.asarray(image)) if _is_deep(image) else None
+
+
+def some_of(values: np.ndarray) -> np.ndarray:
+    """Up to 2^16 finite values, spread over an array."""
+    spread = values.ravel()[:: -(-values.size // (1 << 16))]
+    return spread[np.isfinite(spread)]
 
 
 # --- errors -------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import tifffile
+import timm
 import torch
 from PIL import Image
 from training import CPU, course_of, rows_of, train_only
@@ -97,6 +99,23 @@ def test_the_range_of_values_is_chosen_once_and_goes_with_the_run(bit_depth, exp
     assert open_splits(other)[1].value_range == expected
     export_encoder(trainer.model.encoder, trainer.cfg, 0, tmp_path)
     assert json.loads((tmp_path / "encoder.json").read_text())["input"]["value_range"] == list(expected)
+
+
+def test_a_whole_run_on_images_of_two_channels(tiny, tmp_path):
+    for split, count in (("train", 12), ("val", 4)):
+        for label in range(2):
+            folder = tmp_path / split / str(label)
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = np.random.default_rng(number).integers(0, 256, (2, 40, 40)) // (1 + label)
+                tifffile.imwrite(folder / f"{number}.tif", pixels.astype("uint8"))
+    cfg = tiny(data={"path": str(tmp_path), "channels": 2, "backend": "auto", "workers": 1})
+    assert pretrain(cfg, CPU).exists()
+    encoder = timm.create_model(f"local-dir:{cfg.out}")
+    assert encoder(torch.zeros(1, 2, 32, 32)).ndim == 2
+    described = timm.data.resolve_model_data_config(encoder)
+    assert described["input_size"] == (2, 32, 32)
+    assert tuple(described["mean"]) == (0.5, 0.5)
 
 
 # ---- evaluation, report, export ----------------------------------------------------------------------

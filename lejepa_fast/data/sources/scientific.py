@@ -1,4 +1,4 @@
-"""Scientific images: values of more than 8 bits, and files that hold a stack of slices."""
+"""Scientific images: values of more than 8 bits, stacks of slices, other numbers of channels than three."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -6,13 +6,14 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from lejepa_fast.data.sources.base import ImageSource
-from lejepa_fast.data.sources.decoding import UnreadableImageError, ValueRange, deep_values, naming_file
-from lejepa_fast.errors import UsageError
+from lejepa_fast.data.sources.base import EncodedSource, ImageSource
+from lejepa_fast.data.sources.decoding import UnreadableImageError, ValueRange, naming_file
+from lejepa_fast.errors import UsageError, require_extra
 
 BitDepth = Literal["auto", "8", "12", "16", "percentile"]
 Slices = Literal["first", "random", "all"]
 
+MOST_CHANNELS = 16
 _PROBED_IMAGES = 64
 _SHARE = 0.1  # percent of the values that become black, and of those that become white
 
@@ -37,7 +38,7 @@ def choose_value_range(source: ImageSource, bit_depth: BitDepth) -> ValueRange |
     found = []
     for index in range(0, len(source), -(-len(source) // _PROBED_IMAGES)):
         try:
-            values = naming_file(source.describe(index), lambda: deep_values(source.open_image(index)))  # noqa: B023
+            values = source.deep_values(index)
         except UnreadableImageError:
             continue  # the loader counts them
         if values is not None and values.size:
@@ -57,17 +58,34 @@ def choose_value_range(source: ImageSource, bit_depth: BitDepth) -> ValueRange |
     return 0.0, float(next((most for most in (255, 4095) if high <= most), 65535))
 
 
-def open_stacks(source: ImageSource, slices: Slices) -> ImageSource:
-    """The images of a source whose files hold stacks, such as TIFF files of several pages.
+def as_trained(source: ImageSource, slices: Slices, channels: int = 3) -> ImageSource:
+    """The images of a source for a training on slices of stacks, or on another number of channels than 3.
 
     Args:
         source: one image for each file.
-        slices: "first": only the first of each file. "random": one of them, drawn anew in each epoch; the
-            middle one in evaluation. "all": each is an image of its own; the header of every file is read.
+        slices: of files that hold several images, such as TIFF files of several pages. "first": the first.
+            "random": one of them, drawn anew in each epoch; the middle one in evaluation. "all": each is an
+            image of its own; the header of every file is read.
+        channels: 1: gray. 3: RGB. Others: as many as the files have, where the pages of a TIFF count.
+
+    Raises:
+        UsageError: a number of channels that the source or `slices` cannot give.
+        ImportError: the extra [tiff] is needed and not installed.
     """
+    if not 1 <= channels <= MOST_CHANNELS:
+        raise UsageError(f"channels: expected 1 to {MOST_CHANNELS}, got {channels}")
+    if channels != 3 and not isinstance(source, EncodedSource):
+        raise UsageError(f"channels: {source.name} holds no image files, so it has 3, not {channels}")
+    if channels != 3 and slices != "first":
+        raise UsageError(f"slices: expected 'first' for {channels} channels, got {slices!r}")
+    if channels not in (1, 3):
+        require_extra("tiff", "tifffile")
     if slices == "random":
-        return _RandomSlices(source)
-    return _AllSlices(source) if slices == "all" else source
+        source = _RandomSlices(source)
+    elif slices == "all":
+        source = _AllSlices(source)
+    source.channels = channels
+    return source
 
 
 class _Stacks(ImageSource):
