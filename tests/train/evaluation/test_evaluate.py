@@ -246,6 +246,7 @@ def test_command_refuses_what_is_no_checkpoint_and_missing_data(cfg, tmp_path, c
     torch.save({"state_dict": {}}, foreign)
     tensors = {f"model.{name}": tensor for name, tensor in build_model(cfg).state_dict().items()}
     for folder, width in ((mixed, 9), (tmp_path, 16)):
+        folder.mkdir(exist_ok=True)
         saver = Saver(folder / "checkpoints", CPU, keep=2)
         wide = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, projector_dim=width))
         saver.start(1, tensors, {"config": to_dict(wide), "data": {}})

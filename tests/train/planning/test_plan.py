@@ -195,7 +195,7 @@ def test_auto_plans_what_the_trainer_takes():
         (["--bandwidth", "0"], "bandwidth: expected above 0, got 0.0"),
         (["--images", "100"], "images: expected at least one batch of 512, got 100"),
         (["--gpus", "0"], "gpus: expected at least 1, got 0"),
-        (["--model", "vit_tiny", "--crops.local-size", "100"], "multiple of its patch size 14"),
+        (["--model", "vit_tiny", "--crops.local-size", "100"], "use --crops.local-size 98, which it takes"),
         (["--model", "vit_tiny", "--parallel.strategy", "none"], "none trains 8 separate models"),
         (["--strategy", "ddp"], "did you mean --parallel.strategy?"),
     ],
