@@ -215,15 +215,9 @@ def _pass_trial(
         return _trials[kind]
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return True
-    generator = torch.Generator(x.device).manual_seed(0)
-    samples = 2 * torch.randn(_TRIAL_SAMPLES, x.shape[-1], device=x.device, generator=generator)
-    samples = samples.to(x.dtype)  # far from N(0, 1), where the unbiased statistic is about 0
     problem = None
     try:
-        results = [
-            _value_and_gradient(samples, fixed, {**options, "chosen": chosen})
-            for chosen in ("triton", "torch")
-        ]
+        results = [_tried(chosen, x, fixed, options) for chosen in ("triton", "torch")]
         rounded = x.dtype.itemsize == 2 or options["precision"] == "tf32"
         allowed = _TRIAL_ERROR_OF_ROUNDED if rounded else _TRIAL_ERROR
         for part, got, expected in zip(("value", "gradient"), *results, strict=True):
@@ -247,12 +241,18 @@ def _pass_trial(
     return passed
 
 
-def _value_and_gradient(
-    samples: Tensor, fixed: tuple[Tensor, ...], options: dict[str, Any]
+def _tried(
+    chosen: Chosen, x: Tensor, fixed: tuple[Tensor, ...], options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        z = samples.clone().requires_grad_()
-        value = sigreg_unchecked(z, *(a.detach() for a in fixed), **options, group=None)
+    """Value and gradient of samples like x, far from N(0, 1), where the unbiased statistic is about 0."""
+    generator = torch.Generator(x.device).manual_seed(0)
+    # The first call may come in inference mode, whose tensors autograd does not take.
+    with torch.inference_mode(False), torch.enable_grad():
+        z = 2 * torch.randn(_TRIAL_SAMPLES, x.shape[-1], device=x.device, generator=generator)
+        z = z.to(x.dtype).requires_grad_()
+        copies = [a.detach().clone() for a in fixed]
+        scale = None if options["scale"] is None else options["scale"].clone()
+        value = sigreg_unchecked(z, *copies, **{**options, "scale": scale}, chosen=chosen, group=None)
         (gradient,) = torch.autograd.grad(value.sum(), z)
     return value.detach().double(), gradient.double()
 
