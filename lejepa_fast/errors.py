@@ -9,12 +9,23 @@ import sys
 from pathlib import Path
 
 
+def printable(text: str) -> str:
+    """`text` for a one-line message. Line breaks, and bytes of file names that are not UTF-8, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class UsageError(ValueError):
     """What the user asked for cannot be done: wrong path, option or input. Exit code 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))  # it may name files
 
 
 class RunError(RuntimeError):
     """The run failed on the way: disk full, unreadable data, non-finite loss. Exit code 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def first_line(error: BaseException | None) -> str:

@@ -106,6 +106,9 @@ class LeJEPALoss(nn.Module):
         if global_views.shape[1:] != all_views.shape[1:]:
             expected, got = tuple(all_views.shape[1:]), tuple(global_views.shape[1:])
             raise ValueError(f"global_views: expected (N, K) = {expected} as in all_views, got {got}")
+        if len(global_views) > len(all_views):
+            most, count = len(all_views), len(global_views)
+            raise ValueError(f"global_views: expected at most the {most} of all_views, got {count}")
         prediction = self._prediction(global_views, all_views, group)
         sigreg = reg(all_views, step)
         weight = 1 - self.lambd if self.form == "convex" else 1.0

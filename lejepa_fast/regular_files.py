@@ -1,4 +1,4 @@
-"""Opening files that stand where anybody may have put something else: a pipe or a device."""
+"""Opening files where anybody may have put something else: a pipe or a device."""
 
 import errno
 import os
@@ -7,22 +7,14 @@ from typing import IO, Any
 
 
 def open_regular(path: str | os.PathLike[str], mode: str = "rb", **options: Any) -> IO[Any]:
-    """`open`, but at once an error for a pipe or device: reading one could wait for ever or never end.
-
-    Args:
-        path: the file.
-        mode, options: as of `open`.
-
-    Raises:
-        OSError: as of `open`, and with `errno.ENXIO` when `path` is a pipe, a device or a socket.
-    """
+    """`open`, but of a pipe, device or socket at once an `OSError` (ENXIO): reading it might never end."""
     return open(path, mode, opener=_open, **options)
 
 
 def _open(path: str, flags: int) -> int:
-    # Without blocking: opening a pipe would wait for its other end.
     try:
-        file = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+        # Without blocking: opening a pipe would wait for its other end.
+        file = os.open(path, flags | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno != errno.ENXIO:  # a socket, or a pipe that nobody reads
             raise

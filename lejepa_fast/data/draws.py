@@ -15,7 +15,7 @@ import numpy as np
 from lejepa_fast.data.recipe import MultiCropRecipe
 
 # Purposes (streams). A new purpose takes a new number; changing one changes every run.
-ORDER, AUGMENT, HOLDOUT, PACK, SUBSTITUTE = 1, 2, 3, 4, 5
+ORDER, AUGMENT, HOLDOUT, PACK, SUBSTITUTE, SLICE = 1, 2, 3, 4, 5, 6
 
 _MASK = (1 << 64) - 1
 _CROP_TRIES = 10  # as torchvision's RandomResizedCrop

@@ -50,10 +50,10 @@ class Normalize:
         # Once: on a GPU, making them from Python numbers waits for the GPU.
         scaled = [[255 * value for value in values] for values in (mean, std)]
         made = torch.tensor(scaled, dtype=torch.float32, device=self._device)
-        self._mean, self._std = made.view(2, 3, 1, 1)
+        self._mean, self._std = made.view(2, -1, 1, 1)
 
     def __call__(self, raw: RawBatch) -> tuple[list[Tensor], Tensor]:
-        """Views (B, 3, S, S) and targets (B,)."""
+        """Views (B, C, S, S) and targets (B,)."""
         return [self._view(view) for view in raw.views], raw.targets.to(self._device, non_blocking=True)
 
     def _view(self, pixels: Tensor) -> Tensor:
@@ -299,15 +299,18 @@ def multicrop_loader(
         max_bad_fraction: share of bad images that stops the run.
 
     Returns:
-        An iterable over (views, targets). `views` is a list of V_g + V_l tensors (batch_size, 3, S, S),
+        An iterable over (views, targets). `views` is a list of V_g + V_l tensors (batch_size, C, S, S),
         globals first, normalized by the recipe's mean and std. `targets` is (batch_size,) int64, or None when
         the source has no labels.
 
     Raises:
+        TypeError: `source` has not been opened.
         UsageError: settings or data cannot work.
         RunError: while iterating, when too many images are bad.
     """
+    _check_opened(source)
     recipe.validate()
+    recipe.check_channels(source.channels)
     if not isinstance(seed, Integral):
         raise UsageError(f"seed must be a whole number; got {seed!r}")
     if dtype not in _DTYPES:
@@ -333,8 +336,8 @@ def eval_loader(
     image_size: int,
     batch_size: int,
     num_workers: int = 0,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
     backend: str = "auto",
     device: torch.device | str | None = None,
     prefetch: int = 2,
@@ -356,15 +359,19 @@ def eval_loader(
             `multicrop_loader`.
 
     Returns:
-        An iterable over (images (B, 3, image_size, image_size) float32 normalized, targets (B,) int64, -1
+        An iterable over (images (B, C, image_size, image_size) float32 normalized, targets (B,) int64, -1
         where unlabeled).
 
     Raises:
+        TypeError: `source` has not been opened.
         UsageError: a setting cannot work.
         RunError: while iterating, when too many images are bad.
     """
+    _check_opened(source)
     if not isinstance(image_size, Integral) or image_size < 1:
         raise UsageError(f"image_size must be a whole number of pixels, at least 1; got {image_size!r}")
+    if not len(mean) == len(std) == source.channels:
+        raise UsageError(f"mean and std must have {source.channels} numbers; got {mean!r} and {std!r}")
     device = _usable(device)
     loading = Loading(batch_size, num_workers, device, prefetch, hw_decoder_load)
     made, _ = make_backend(backend, EvalViews(source, image_size), loading)
@@ -372,6 +379,14 @@ def eval_loader(
     return EvalLoader(
         made, len(source), batch_size, bad, Normalize(mean, std, device, compiled=made.name == "cpu")
     )
+
+
+def _check_opened(source: object) -> None:
+    if not isinstance(source, ImageSource):
+        raise TypeError(
+            f"source: expected what open_source(path) returns, got {type(source).__name__}; the path is a "
+            "folder, a .tar or 'torchvision:NAME:/dir'; for other images subclass ImageSource"
+        )
 
 
 def _usable(device: torch.device | str | None) -> torch.device | None:

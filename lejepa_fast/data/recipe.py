@@ -7,7 +7,7 @@ everything but the blur's kernel size; that comes from their minimal example (ke
 import json
 import math
 import reprlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -75,9 +75,9 @@ class MultiCropRecipe:
     """Probability of inverting all values at or above the threshold."""
     solarize_threshold: Annotated[int, Ge(0), Le(255)] = 128
     """Solarize threshold on the scale 0-255."""
-    mean: tuple[Finite, Finite, Finite] = IMAGENET_MEAN
+    mean: tuple[Finite, ...] = IMAGENET_MEAN
     """Mean per channel that normalization subtracts (scale 0-1)."""
-    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
+    std: tuple[Positive, ...] = IMAGENET_STD
     """Standard deviation per channel that normalization divides by (scale 0-1)."""
     min_image_size: AtLeast1 | None = None
     """Images whose short side is below this are an error. None: the larger of the crop sizes in use.
@@ -98,6 +98,27 @@ class MultiCropRecipe:
     def view_sizes(self) -> list[int]:
         """Side in pixels of each view, globals first."""
         return [self.global_size] * self.global_crops + [self.local_size] * self.local_crops
+
+    def for_channels(self, channels: int) -> "MultiCropRecipe":
+        """The recipe for images of so many channels.
+
+        Unless there are 3, it leaves out what needs colors, and has 0.5 and 0.25 for ImageNet's mean and std.
+        """
+        if channels == 3:
+            return self
+        given = self.mean != IMAGENET_MEAN or self.std != IMAGENET_STD
+        mean, std = (self.mean, self.std) if given else ((0.5,) * channels, (0.25,) * channels)
+        return replace(self, saturation=0.0, hue=0.0, grayscale_prob=0.0, mean=mean, std=std)
+
+    def check_channels(self, channels: int) -> None:
+        """Raise `UsageError` unless the recipe fits images of so many channels."""
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            _require(len(value) == channels, name, f"{channels} numbers, one for each channel", value)
+        if channels != 3:
+            for name in ("saturation", "hue", "grayscale_prob"):
+                value = getattr(self, name)
+                _require(value == 0, name, f"0 for images of {channels} channels", value)
 
     def validate(self) -> None:
         """Raise `UsageError` naming the first setting that makes no sense."""

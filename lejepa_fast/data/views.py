@@ -53,9 +53,13 @@ class Views:
         """The image to try in the place of bad image `index`; None: the image is left out."""
         return None
 
-    def load(self, index: int) -> Image.Image:
-        """Image `index`, upright RGB, reduced where it is very large. May raise `UnreadableImageError`."""
-        image = self.source.load(index, self.reduction)
+    def draw(self, epoch: int, index: int) -> int | None:
+        """A random number for `ImageSource.load`; None: no choice is made at random."""
+        return None
+
+    def load(self, epoch: int, index: int) -> Image.Image:
+        """Image `index`, upright, reduced where it is very large. May raise `UnreadableImageError`."""
+        image = self.source.load(index, self.reduction, self.draw(epoch, index))
         self.check_size(index, *image.size)
         return image
 
@@ -99,6 +103,11 @@ class TrainViews(Views):
     def table(self, epoch: int, indices: Sequence[int], sizes: Sequence[tuple[int, int]]) -> np.ndarray:
         """Parameters of all views of images of these (width, height): (B, V, COLUMNS), see `draws`."""
         return draws.view_table(self.recipe, seed=self.seed, epoch=epoch, indices=indices, sizes=sizes)
+
+    def draw(self, epoch: int, index: int) -> int | None:
+        if not self.source.draws:
+            return None
+        return int(draws.raw_words(self.seed, draws.SLICE, epoch, index, 1)[0])
 
     def substitute(self, epoch: int, index: int) -> int:
         """The image `stride(seed, epoch)` places after `index`, cyclically.

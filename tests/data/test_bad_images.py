@@ -1,37 +1,47 @@
 """Bad images in the middle of a run: listed, replaced by others, the same ones on any number of ranks."""
 
+import errno
+import itertools
 import json
 import logging
+import multiprocessing
 import os
 import re
 import resource
 import signal
 import socket
 import tarfile
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch
 from loader_backends import (
+    BACKENDS,
     CROPS_ONLY,
+    AwayFolder,
     NumberedFolder,
     NumberedSource,
     broken_png,
     numbered_folder,
     on,
     picture,
+    skip_without,
 )
 from odd_files import bad_huffman, saved
 from PIL import Image
 
-from lejepa_fast.data import MultiCropLoader, bad_images, eval_loader, multicrop_loader
+from lejepa_fast.data import MultiCropLoader, bad_images, eval_loader, multicrop_loader, open_source
 from lejepa_fast.data.backends import choose_backend
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.sampler import EpochSchedule
-from lejepa_fast.data.sources import FolderSource, ImageSource
+from lejepa_fast.data.sources import FolderSource, ImageSource, UnreadableImageError, outages
 from lejepa_fast.data.sources.shards import ShardSource
+from lejepa_fast.data.sources.torchvision_sets import ArraySource
 from lejepa_fast.data.views import EvalViews, TrainViews
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.regular_files import open_regular
@@ -267,6 +277,7 @@ def test_too_many_bad_images_of_before_are_told_as_such(tmp_path, known_by):
 
 def shard_of(source: FolderSource, path: Path, huge: int = 0) -> ShardSource:
     """Its files in a shard. huge: size of one more member at the end, which takes no space."""
+    path.parent.mkdir(exist_ok=True)
     with open(path, "wb") as opened, tarfile.open(fileobj=opened, mode="w") as tar:
         for index in range(len(source)):
             tar.add(source.describe(index), f"{index}.png")
@@ -310,7 +321,7 @@ def test_only_regular_files_are_opened(tmp_path):
             for mode in ("rb", "ab", "ab+", "r"):
                 with pytest.raises(OSError, match="a pipe or device, not a file") as caught:
                     open_regular(path, mode)
-                assert caught.value.filename == path
+                assert caught.value.filename == str(path)
     with pytest.raises(IsADirectoryError):
         open_regular(tmp_path)
     with open_regular(tmp_path / "file", "ab+", buffering=0) as file:
@@ -344,6 +355,160 @@ def test_a_shortage_of_open_files_is_not_blamed_on_an_image(tmp_path, kind):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert all(re.match(r"RunError: .*raise the limit, 'ulimit -n'", text) for text in said), said
+
+
+# --- data that are away -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """What readers wait, in seconds; they do not really wait."""
+    seconds: list[float] = []
+    monkeypatch.setattr(outages, "time", SimpleNamespace(sleep=seconds.append))
+    return seconds
+
+
+def refuse(number: int, place: Path, monkeypatch) -> None:
+    """Opening this file or folder fails."""
+    opened = os.open
+
+    def refusing(path, *arguments, **options):
+        if Path(path) == place:
+            raise OSError(number, os.strerror(number), path)
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+
+
+def linked(file: Path, target: str | Path) -> None:
+    file.unlink()
+    file.symlink_to(target)
+
+
+# What happens to a file, and as what it is listed; None: what it lies on is away.
+HARM: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], object], str | None]] = {
+    "deleted": (lambda file, _: file.unlink(), "No such file or directory"),
+    "link to a deleted file": (lambda file, _: linked(file, file.with_name("none")), "No such file or dir"),
+    "link to itself": (lambda file, _: linked(file, file), "Too many levels"),
+    "a folder now": (lambda file, _: (file.unlink(), file.mkdir()), "Is a directory"),
+    "no right to read": (lambda file, patch: refuse(errno.EACCES, file, patch), "Permission denied"),
+    **{
+        errno.errorcode[number]: (lambda file, patch, number=number: refuse(number, file, patch), None)
+        for number in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN)
+    },
+    "no right to enter": (
+        lambda file, patch: [refuse(errno.EACCES, path, patch) for path in (file, file.parent)],
+        None,
+    ),
+    "folder moved": (lambda file, _: file.parent.rename(file.parent.with_name("other")), None),
+    "mount point": (lambda file, _: [entry.unlink() for entry in file.parent.iterdir()], None),
+    "link to a disk": (lambda file, _: linked(file, "/nowhere/disk/1.png"), None),
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+@pytest.mark.parametrize("how", HARM)
+def test_data_that_are_away_are_waited_for_and_no_bad_image(tmp_path, how, kind, monkeypatch, waits):
+    """A file is bad while its folder is there. Of a shard, no image is to blame in any case."""
+    source: ImageSource = numbered_folder(tmp_path / "images", 3)
+    file = Path(source.describe(1))
+    if kind == "shard":
+        file = tmp_path / "shards" / "1.tar"
+        source = shard_of(source, file)
+    harm, reason = HARM[how]
+    harm(file, monkeypatch)
+    with pytest.raises(RunError, match=rf"^cannot read image {file}") as caught:
+        source.load(1)
+    bad = reason is not None and kind == "folder"
+    assert isinstance(caught.value, UnreadableImageError) == bad
+    assert (reason if bad else "still after 4.5 s; check the disk") in str(caught.value)
+    assert waits == ([] if bad else list(outages.RETRY_DELAYS))
+
+
+def test_a_shard_is_waited_for_when_it_is_opened(tmp_path, monkeypatch, waits):
+    images, tmp_path = tmp_path / "images", tmp_path / "shards"
+    source = shard_of(numbered_folder(images, 3), tmp_path / "1.tar")
+    with monkeypatch.context() as patch:
+        refuse(errno.ESTALE, tmp_path / "1.tar", patch)
+        with pytest.raises(RunError, match=r"^cannot read the shard .*/1\.tar: Stale file handle, still"):
+            ShardSource([tmp_path / "1.tar"])
+    assert waits == list(outages.RETRY_DELAYS)
+    (tmp_path / "1.tar").unlink()
+    os.mkfifo(tmp_path / "1.tar")  # at once, and not for ever
+    with pytest.raises(RunError, match=r"1\.png: a pipe or device, not a file; put the file back"):
+        source.load(1)
+    for start in (lambda: ShardSource([tmp_path / "1.tar"]), lambda: open_source(str(tmp_path), "train")):
+        with pytest.raises(UsageError, match=r"^cannot read the shard .*: a pipe or device, not a file"):
+            start()
+    assert waits == list(outages.RETRY_DELAYS)
+
+
+class AwayArrays(list):
+    """A torchvision data set that reads one file for all images, as PCAM does."""
+
+    classes, targets = None, (0, 1, 2)
+
+    def __getitem__(self, index: int) -> NoReturn:
+        raise OSError("cannot open the file of all images")
+
+
+def test_arrays_that_are_away_are_no_bad_images(waits):
+    with pytest.raises(RunError, match=r"^cannot read image number 1 of .*: cannot open the file of all"):
+        ArraySource(AwayArrays(range(3)), "PCAM").load(1)
+    assert waits == list(outages.RETRY_DELAYS)
+
+
+@pytest.mark.parametrize(
+    ("where", "back"),
+    [
+        *itertools.product([*BACKENDS, "torchvision fork"], [True, False]),
+        ("torchvision spawn", False),  # takes seconds
+    ],
+)
+def test_a_folder_that_is_moved_away_in_mid_epoch_costs_no_image(tmp_path, where, back, monkeypatch):
+    name, _, method = where.partition(" ")
+    skip_without(name)
+    if method:
+        context = multiprocessing.get_context(method)
+        monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", context)
+    file = tmp_path / "bad_images.txt"
+    source = AwayFolder(numbered_folder(tmp_path / "images", 12).root)
+    (loader,) = loaders_of(source, 1, 4, **on(name), num_workers=1 if method else 0, bad_images=file)
+    # The loader has looked at some images. Other threads wait until it is back, however long that takes.
+    source.back, source.delays = back, (0.01,) * (100_000 if back else 2)
+    monkeypatch.setattr(outages, "RETRY_DELAYS", source.delays)
+    if back:
+        steps, state = steps_of([loader])
+        assert steps == expected_steps(source, (), 4)
+        assert state["bad"] == []
+    else:
+        with pytest.raises(RunError, match=r"^cannot read image .*: No such file or directory, still after"):
+            list(loader)
+        assert loader.state_dict()["bad"] == []
+    assert (tmp_path / "gone").exists()
+    assert not file.exists()
+
+
+class FailingSource(NumberedSource):
+    """Every image fails; all calls but the first wait for `go`."""
+
+    def open_image(self, index: int) -> NoReturn:
+        self.calls.append(index)
+        assert len(self.calls) == 1 or self.go.wait(60)
+        raise RunError("the data are away")
+
+
+@pytest.mark.parametrize("name", ["cpu", "dali"])
+def test_after_an_error_threads_do_not_go_on_to_wait_for_the_rest(tmp_path, name):
+    skip_without(name)
+    source = NumberedSource(128)
+    (loader,) = loaders_of(source, 1, 64, **on(name), num_workers=1)
+    source.__class__, source.calls, source.go = FailingSource, [], threading.Event()
+    with pytest.raises(RunError, match="the data are away"):
+        list(loader)
+    source.go.set()
+    loader._backend._pool.shutdown()
+    assert len(source.calls) <= 3  # one failed, and two threads may have been reading another
 
 
 # --- the file -----------------------------------------------------------------------------------

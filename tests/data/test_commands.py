@@ -4,6 +4,7 @@ import hashlib
 import io
 import re
 import runpy
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -158,6 +159,24 @@ def test_pack_a_folder_without_splits(folder, tmp_path):
     assert not (tmp_path / "flat" / "classes.txt").exists()
 
 
+def test_verify_and_pack_see_the_files_that_training_sees(folder, tmp_path, capsys, caplog):
+    root, out = tmp_path / "data" / "images", tmp_path / "out"
+    for split in ("Training", "testing"):
+        ant = shutil.copytree(folder / "val" / "ant", root / split / "ant")
+        Image.new("RGB", (9, 9)).save(ant / "x.jfif", "JPEG")
+        (ant / "x.heic").write_bytes(b"x")
+    assert main(["verify", str(root.parent)]) == 0
+    printed = capsys.readouterr().out
+    assert "train: not read: 1 other files (1 .heic), such as ant/x.heic" in printed
+    assert [line.split()[:2] for line in printed.splitlines()][-2:] == [["train", "7"], ["val", "7"]]
+    assert pack(root.parent, out) == 0
+    assert f"{root / 'testing'}: not packed: 1 other files (1 .heic)" in caplog.text
+    for split in ("train", "val"):
+        assert digests(open_source(str(out), split)) == digests(open_source(str(root.parent), split))
+    assert pack(out, tmp_path / "again") == 2
+    assert "only folders of images are packed; got 7 images" in capsys.readouterr().err
+
+
 def test_pack_leaves_nothing_half_done(folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     victim = folder / "val" / "bee" / "img 3.v1.JPG"
@@ -225,6 +244,9 @@ def test_usage_errors(tmp_path, capsys):
     assert main(["verify", str(tmp_path), "--threads", "0"]) == 2
     (tmp_path / "file").write_text("x")
     assert pack(tmp_path / "file", tmp_path / "out") == 2
+    for size in ("nan", "inf", "-1", "0"):
+        assert pack(tmp_path, tmp_path / "out", "--shard-mb", size) == 2
+        assert f"--shard-mb must be a size in MiB, above 0; got {float(size)}" in capsys.readouterr().err
     with pytest.raises(UsageError, match="shard_bytes must be positive; got 0"):
         pack_folder(tmp_path, tmp_path / "out", shard_bytes=0)
     with pytest.raises(UsageError, match="skip_bad needs verify"):

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from loader_backends import CROPS_ONLY, NumberedSource, on, picture
-from odd_files import BOMBS, DANGLING, ORIENTATION_6, exif, exif_block, exif_entry, saved, with_segment
+from odd_files import BOMBS, DANGLING, ORIENTATION_6, exif, exif_block, exif_entry, saved, tiff, with_segment
 from PIL import EpsImagePlugin, Image, ImageFilter
 from view_parity import sample_views
 
 from lejepa_fast.data import MultiCropRecipe, draws, eval_loader, multicrop_loader, open_source
 from lejepa_fast.data import views as views_module
 from lejepa_fast.data.backends.torchvision_backend import apply_view, to_tensor
-from lejepa_fast.data.sources import FolderSource, UnreadableImageError
+from lejepa_fast.data.sources import FolderSource, UnreadableImageError, decoding
 from lejepa_fast.data.sources.decoding import open_encoded, plain_header, to_rgb
 from lejepa_fast.data.views import EvalViews, TrainViews
 from lejepa_fast.errors import RunError
@@ -33,15 +33,45 @@ def decoded(image: Image.Image, kind: str, **options) -> list:
     ("pixels", "kind", "right"),
     [
         (np.array([[0, 257, 25_700, 65_535]], np.uint16), "PNG", [0, 1, 100, 255]),
-        (np.array([[0.0, 0.5, 1.0]], np.float32), "TIFF", [0, 128, 255]),
         (np.array([[0, 7, 300]], np.int32), "TIFF", [0, 0, 1]),
         (np.array([[True, False]]), "PNG", [255, 0]),
         (np.array([[(80, 255), (80, 0)]], np.uint8), "PNG", [80, 255]),  # gray, over white
     ],
-    ids=["16 bit", "floats", "32 bit", "black and white", "transparent"],
+    ids=["16 bit", "32 bit", "black and white", "transparent"],
 )
 def test_values_are_scaled_and_not_clipped(pixels, kind, right):
     assert decoded(Image.fromarray(pixels), kind) == [[[value] * 3 for value in right]]
+
+
+def floats(**tags: int) -> bytes:
+    values = np.array([0.0, 0.5, 1.0, 3.0, np.nan], "<f4").tobytes()
+    return tiff(values, ImageWidth=5, ImageLength=1, BitsPerSample=32, SampleFormat=3, **tags)
+
+
+@pytest.mark.parametrize(
+    ("file", "right"),
+    [
+        # Two values in three bytes: 0, 2,048, 4,095, 16.
+        (tiff(b"\0\x08\0\xff\xf0\x10", ImageWidth=4, ImageLength=1, BitsPerSample=12), [0, 128, 255, 1]),
+        # 12 bits in 16: the file does not say so.
+        (tiff(b"\xff\x0f\0\0", ImageWidth=2, ImageLength=1, BitsPerSample=16), [16, 0]),
+        (b"P5 2 1 4095\n\x0f\xff\0\x64", [255, 6]),
+        (b"P5 2 1 65535\n\0\xff\0\0", [1, 0]),  # dark, as its neighbors may not be
+        (floats(SMinSampleValue=0, SMaxSampleValue=4), [0, 32, 64, 191, 0]),
+        (floats(SMinSampleValue=1, SMaxSampleValue=3), [0, 0, 0, 255, 0]),
+        (floats(SMinSampleValue=1, SMaxSampleValue=1), None),
+        (floats(), None),
+    ],
+)
+def test_black_and_white_are_what_a_file_declares(file, right):
+    """A guess from the pixels would change from one image of a data set to the next."""
+    if right is None:
+        with pytest.raises(
+            ValueError, match=r"without a range .* declare it, save 8 or 16 bits, or set --data"
+        ):
+            to_rgb(open_encoded(file))
+    else:
+        assert np.asarray(to_rgb(open_encoded(file)))[0, :, 0].tolist() == right
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
@@ -83,6 +113,16 @@ def test_bombs_are_refused_before_they_are_decoded(kind, tmp_path, monkeypatch):
             use(0)
         assert reason in caught.value.reason
     assert plain_header(source.encoded(0)) is None
+
+
+@pytest.mark.parametrize("kind", ["segments", "empty segments", "junk"])
+def test_a_jpeg_of_many_segments_is_left_after_a_few_thousand_steps(kind):
+    """Pillow joins EXIF segments one by one: its work grows with steps times bytes."""
+    header = decoding._Header(BOMBS[kind][0](picture()))
+    with pytest.raises(ValueError, match=BOMBS[kind][1]):
+        Image.open(header, formats=("JPEG",))
+    assert header.reads <= 1 + (1 << 14)
+    assert header.exif_bytes <= (128 + 64) << 10  # the last segment is one too many
 
 
 def test_long_headers_of_real_files_are_read():

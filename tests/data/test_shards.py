@@ -121,7 +121,9 @@ def test_truncated_shards_are_named(tmp_path):
     [
         ("0000.seg.png", b"x", "neither an image nor a .cls label"),  # WebDataset: the suffix is seg.png
         ("0000", b"x", "neither an image nor a .cls label"),
+        ("img.v1.jpg", b"x", "(its key ends at the first dot, so its suffix is '.v1.jpg')"),
         ("0000.jpg", b"x", "two images with the key '0000'"),
+        ("0000.CLS", b"1", "two labels with the key '0000'"),
         ("9999.cls", b"1", "9999.cls has no image"),
         ("9999.png", b"x", "has no .cls label while other images do"),
         ("readme.txt", b"nothing", "no images in "),
@@ -134,6 +136,41 @@ def test_members_that_do_not_fit_together_are_named(tmp_path, name, content, tex
     with pytest.raises(UsageError, match=re.escape(text)) as caught:
         open_source(str(shard), "train")
     assert str(shard) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "val"),
+    [
+        ("imagenet1k-train-0 imagenet1k-train-1 imagenet1k-validation-00", 2, 1),
+        ("Training_0 test_0 VAL_0 val_1", 1, 2),
+        ("train-0 train-1", 2, None),
+        ("shard-0 shard-1", 2, None),
+        ("validation-00 test-00", "a held-out split (validation-00.tar) and none for training; name", None),
+        ("shard-0 train-0 val-0", "a held-out split (val-0.tar) and shards of no split (shard-0.tar)", None),
+    ],
+)
+@pytest.mark.parametrize("folder", ["", "shards"])
+def test_shards_in_one_folder_are_split_by_their_names(tmp_path, names, train, val, folder):
+    for number, name in enumerate(names.split()):
+        write_tar(tmp_path / folder / f"{name}.tar", samples(10, start=10 * number))
+    if isinstance(train, str):
+        with pytest.raises(UsageError, match=re.escape(train)):
+            open_source(str(tmp_path), "val")
+    else:
+        sizes = [len(open_source(str(tmp_path), split)) for split in ("train", "val")]
+        assert sizes == ([10 * train, 10 * val] if val else [10 * train - 3, 3])
+
+
+def test_files_that_macos_adds_are_skipped(tmp_path):
+    hidden = ("._0000.png", "._0000.cls", "__MACOSX/._0000.png", ".DS_Store", "deep/.cache/0.png")
+    shard = write_tar(tmp_path / "a.tar", {**samples(4), **dict.fromkeys(hidden, b"x")})
+    (tmp_path / "._a.tar").write_bytes(b"x")
+    assert len(open_source(str(tmp_path), "train").base) == 4
+    assert main(["index", str(tmp_path)]) == 0
+    source = ShardSource([shard])
+    assert [(source.target(i), source.encoded(i)) for i in range(4)] == [
+        (i % 3, picture(i)) for i in range(4)
+    ]
 
 
 # --- labels -------------------------------------------------------------------------------------

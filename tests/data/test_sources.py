@@ -15,7 +15,7 @@ from odd_files import png_bomb
 from PIL import Image
 from torchvision import datasets
 
-from lejepa_fast.data import open_source
+from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader, open_source
 from lejepa_fast.data.draws import HOLDOUT, permutation
 from lejepa_fast.data.sources import EncodedSource, FolderSource, UnreadableImageError
 from lejepa_fast.data.sources.torchvision_sets import open_torchvision_set, split_options
@@ -103,10 +103,13 @@ def test_flat_folder_has_no_labels(tmp_path):
     assert source[0][1] == -1
 
 
-@pytest.mark.parametrize("held_out", ["val", "test", "valid"])
-def test_splits_on_disk(tmp_path, held_out):
-    write_images(tmp_path / "train" / "ant", 6)
-    for name, count in (("train", 6), (held_out, 4)):
+@pytest.mark.parametrize("held_out", ["val", "test", "Valid", "EVAL", "dev", "testing", "validation"])
+@pytest.mark.parametrize("trained", ["train", "Training"])
+def test_splits_on_disk(tmp_path, held_out, trained):
+    (tmp_path / "annotations" / "deeper").mkdir(parents=True)
+    (tmp_path / "annotations" / "deeper" / "boxes.json").write_text("{}")
+    write_images(tmp_path / trained / "ant", 6)
+    for name, count in ((trained, 6), (held_out, 4)):
         write_images(tmp_path / name / "bee", count, shade=1)
     train, val = open_source(str(tmp_path), "train"), open_source(str(tmp_path), "val")
     assert (len(train), len(val)) == (12, 4)
@@ -116,12 +119,81 @@ def test_splits_on_disk(tmp_path, held_out):
     assert train.name == val.name == tmp_path.name
 
 
-def test_a_lone_train_folder_is_a_split_but_a_class_called_train_is_not(tmp_path):
-    write_images(tmp_path / "a" / "train" / "ant", 10)
-    assert open_source(str(tmp_path / "a"), "train").classes == ["ant"]
-    for name in ("bus", "train"):
-        write_images(tmp_path / "b" / name, 10)
-    assert open_source(str(tmp_path / "b"), "train").classes == ["bus", "train"]
+@pytest.mark.parametrize(
+    ("folders", "found"),
+    [
+        ("images/train/a images/train/b images/Val/a", "2 images, 2 classes (a, b) from folder images/Val"),
+        ("val/a val/b train/a train/b test/a other/c", "4 images, 2 classes (a, b) from folder val"),
+        ("train/a train/b", "2 images, 2 classes (a, b) from folder train, held out"),
+        ("train/a train/b annotations/", "2 images, 2 classes (a, b) from folder train, held out"),
+        ("bus train", "2 images, 2 classes (bus, train) from folder ., held out"),
+        (
+            "steam_train bullet_train",
+            "2 images, 2 classes (bullet_train, steam_train) from folder ., held out",
+        ),
+        ("valid invalid", "2 images, 2 classes (invalid, valid) from folder ., held out"),
+        ("train/a train/b val", "2 images, no classes from folder val"),
+        # A single class is none: any classifier would be right.
+        ("train/a val/a", "2 images, no classes from folder val, all of one class"),
+        ("photos/deeper", "1 images, no classes from folder ., all of one class, held out"),
+        # What names of splits tell, and no split can be made of.
+        ("val/a val/b", "error: all images in . are in folders named like splits (val/)"),
+        ("images/val/a", "error: all images in images are in folders named like splits (val/)"),
+        ("train val_images", "error: all images in . are in folders named like splits (train/, val_images/)"),
+        (
+            "train2017 val2017 annotations/",
+            "error: all images in . are in folders named like splits (train2017/, val2017/)",
+        ),
+        ("Train training", "error: all images in . are in folders named like splits (Train/, training/)"),
+        ("train/a train/b val/", "error: no images in val; expected"),
+        ("cat/train cat/val dog/train", "error: cat holds train/, val/ as a data set does"),
+        ("images/Train masks/Train", "error: images holds Train/ as a data set does"),
+    ],
+)
+def test_layouts_of_splits(tmp_path, monkeypatch, folders, found):
+    """Two images in each folder, and none in those that end in /; what the val split is then."""
+    for folder in folders.split():
+        (tmp_path / folder).mkdir(parents=True)
+        if not folder.endswith("/"):
+            write_images(tmp_path / folder, 2)
+    monkeypatch.chdir(tmp_path)
+    if found.startswith("error: "):
+        assert usage_error(".", "val").startswith(found.removeprefix("error: "))
+        return
+    val = open_source(".", "val")
+    assert val.summary() == found
+    assert val.labeled == ("no classes" not in found)
+    train = open_source(".", "train")
+    assert not {train.describe(i) for i in range(len(train))} & {val.describe(i) for i in range(len(val))}
+
+
+def test_a_folder_that_cannot_be_read_beside_splits_does_not_matter(tmp_path, monkeypatch):
+    """Such as lost+found at the root of a disk."""
+    for folder in ("train/a", "train/b", "val/a", "lost+found"):
+        write_images(tmp_path / folder, 1)
+    refuse_folder("lost+found", monkeypatch)
+    assert len(open_source(str(tmp_path), "val")) == 1
+
+
+def test_every_suffix_of_pillow_is_read_and_other_files_are_counted_once(tmp_path):
+    names = ("JPE", "jfif", "jpg_large", "mpo", "tif", "jp2", "j2k", "avif", "apng", "pnm", "bmp")
+    suffixes = [f".{name}" for name in names]
+    formats = Image.registered_extensions() | {".jpg_large": "JPEG"}
+    for name in ("ant", "bee"):
+        write_images(tmp_path / name, 0)
+        for suffix in suffixes:
+            Image.new("RGB", (32, 32), "white").save(tmp_path / name / f"0{suffix}", formats[suffix.lower()])
+    for name in ("ant/1.HEIC", "ant/2.heic", "ant/notes.txt", "bee/README", "labels.csv", "none/x.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    train, val = (open_source(str(tmp_path), split) for split in ("train", "val"))
+    assert len(train) + len(val) == 2 * len(suffixes)
+    for source in (train, val):
+        assert all(source[i][0].getextrema() == ((255, 255),) * 3 for i in range(len(source)))
+    assert train.left_out == (
+        "4 other files (2 .heic, 1 .txt, 1 without suffix), such as ant/1.HEIC; folders without images: none"
+    )
+    assert not val.left_out
 
 
 def test_hidden_names_are_the_same_at_any_depth(tmp_path):
@@ -150,15 +222,19 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 # --- what is refused ----------------------------------------------------------------------------
 
 
-def test_unreadable_class_folders_are_named(class_folders, monkeypatch):
+def refuse_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scandir = os.scandir
 
     def refuse(path):
-        if str(path).endswith("bee"):
+        if str(path).endswith(name):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
+
+
+def test_unreadable_class_folders_are_named(class_folders, monkeypatch):
+    refuse_folder("bee", monkeypatch)
     text = usage_error(class_folders, "train")
     assert f"cannot list the folder {class_folders / 'bee'}: Permission" in text
 
@@ -179,7 +255,12 @@ def test_bad_folders(tmp_path, class_folders):
     assert "both images (000.png) and folders" in usage_error(class_folders, "train")
     write_images(tmp_path / "s" / "train" / "ant", 2)
     write_images(tmp_path / "s" / "val" / "bee", 2)
+    write_images(tmp_path / "s" / "train" / "cat", 2)
     assert "class 'bee', which the training split does not have" in usage_error(tmp_path / "s", "val")
+    (tmp_path / "s" / "train" / "bee").mkdir()
+    assert "'bee', whose folder in the training split holds no images" in usage_error(tmp_path / "s", "val")
+    with_break = tmp_path / "line\nbreak"
+    assert r"line\nbreak does not exist" in usage_error(with_break, "train")
     write_images(tmp_path / "one", 1)
     assert "too few images" in usage_error(tmp_path / "one", "train")
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(b"x" * 1000))
@@ -360,3 +441,15 @@ def test_bad_torchvision_paths(tmp_path, path, parts):
     text = usage_error(path.format(tmp_path), "train")
     for part in parts:
         assert part in text
+
+
+@pytest.mark.parametrize(
+    "source", ["/data", Path("/data"), [1], datasets.FakeData(2)], ids=["text", "path", "list", "torchvision"]
+)
+def test_what_is_not_opened_is_no_source(source):
+    for make in (
+        lambda: multicrop_loader(source, MultiCropRecipe(), batch_size=2),
+        lambda: eval_loader(source, image_size=8, batch_size=2),
+    ):
+        with pytest.raises(TypeError, match=r"source: expected what open_source\(path\) returns, got \w+;"):
+            make()

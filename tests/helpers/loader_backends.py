@@ -11,7 +11,7 @@ from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.data.backends.choose_backend import choose_backend
-from lejepa_fast.data.sources import FolderSource, ImageSource
+from lejepa_fast.data.sources import FolderSource, ImageSource, outages
 from lejepa_fast.errors import UsageError
 
 BACKENDS = ("torchvision", "cpu", "dali", "gpu")
@@ -61,6 +61,25 @@ class NumberedFolder(FolderSource):
 
     def name_of(self, index: int) -> str:
         return Path(self.describe(index)).name
+
+
+class AwayFolder(NumberedFolder):
+    """Once `delays` is set, it is moved away when image 5 is read; with `back` it is back after a wait."""
+
+    delays: tuple[float, ...] = ()  # what `outages.RETRY_DELAYS` is to be
+    back = False
+
+    def encoded(self, index: int) -> bytes:
+        other, marker = self.root.with_name("away"), self.root.with_name("gone")
+        if self.delays:
+            outages.RETRY_DELAYS = self.delays  # here, because a worker may have been spawned
+        if self.delays and index == 5:
+            if not marker.exists():
+                marker.touch()
+                self.root.rename(other)
+            elif self.back and other.exists():
+                other.rename(self.root)
+        return super().encoded(index)
 
 
 def numbered_folder(root: Path, count: int, **replaced: bytes) -> NumberedFolder:

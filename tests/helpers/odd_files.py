@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 BOMB_SIDE = 20_000
 
@@ -73,6 +73,14 @@ def webp_bomb(picture: Image.Image) -> bytes:
     return b"RIFF" + struct.pack("<I4s4sI", 20, b"WEBP", b"VP8L", 8) + bits.to_bytes(8, "little")
 
 
+def avif_of_exif(picture: Image.Image) -> bytes:
+    """The EXIF data of `png_of_exif` in AVIF, where Pillow unpacks it on opening, and on saving."""
+    data = png_of_exif(picture)
+    block = data[data.index(b"II*\0") : data.index(b"IDAT") - 8]
+    empty = b"II*\0" + bytes(len(block) - 4)
+    return saved(picture, "AVIF", exif=b"Exif\0\0" + empty).replace(empty, block)
+
+
 def png_of_exif(picture: Image.Image) -> bytes:
     """EXIF data of 0.4 MB, whose 16,000 entries are all of its other half: Pillow would make 3 GB of it."""
     size = 200_000
@@ -81,9 +89,35 @@ def png_of_exif(picture: Image.Image) -> bytes:
     return data[:33] + png_chunk(b"eXIf", exif_block(*entries, rest=bytes(size))[6:]) + data[33:]
 
 
+def tiff(data: bytes, **tags: int) -> bytes:
+    """A TIFF file of one strip or tile. tags: as in `ExifTags.Base`; without more, one channel of 8 bits."""
+    place = "TileOffsets" if "TileWidth" in tags else "StripOffsets"
+    defaults = {"BitsPerSample": 8, "Compression": 1, "PhotometricInterpretation": 1, place: 0}
+    counts = {place.replace("Offsets", "ByteCounts"): len(data)}
+    all_tags = sorted((ExifTags.Base[name], value) for name, value in (defaults | counts | tags).items())
+    start = 8 + 2 + 12 * len(all_tags) + 4
+    entries = [exif_entry(tag, 4, 1, start if tag == ExifTags.Base[place] else n) for tag, n in all_tags]
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
+    return head + b"".join(entries) + bytes(4) + data
+
+
+def tiff_bomb(picture: Image.Image) -> bytes:
+    """An image of 16 x 16 px in a tile of 400 megapixels, which libtiff decodes as a whole."""
+    sizes = {"ImageWidth": 16, "ImageLength": 16, "TileWidth": BOMB_SIDE, "TileLength": BOMB_SIDE}
+    return tiff(zlib.compress(bytes(1 << 20)), **sizes, BitsPerSample=16, Compression=8)
+
+
+def webp_of_34_bytes(picture: Image.Image) -> bytes:
+    """The start of 163 megapixels: Pillow and libwebp would take 2.6 GB for all of them."""
+    frame = b"\x30\1\0\x9d\1\x2a" + struct.pack("<HH", 16_383, 10_000) + bytes(4)
+    return b"RIFF" + struct.pack("<I4s4sI", 12 + len(frame), b"WEBP", b"VP8 ", len(frame)) + frame
+
+
 # Name to (how it is made, part of the reason for which it must be refused).
 BOMBS: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
     "webp": (webp_bomb, "10000 x 10000 px, more than the 44,739,242 pixels"),
+    "short webp": (webp_of_34_bytes, "16383 x 10000 px, more than the 44,739,242 pixels"),
+    "tiff": (tiff_bomb, "a tile or strip of more than 512 MiB"),
     # EXIF data in 4,000 segments, which Pillow would join one after the other.
     "segments": (
         lambda p: with_segment(saved(p, "JPEG"), b"Exif\0\0" + bytes(9_000), 4_000),
@@ -96,6 +130,7 @@ BOMBS: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
         "too many segments before the pixels",
     ),
     "exif": (png_of_exif, "more than 128 KiB of EXIF data"),
+    "exif in avif": (avif_of_exif, "more than 128 KiB of EXIF data"),
 }
 
 

@@ -150,6 +150,7 @@ Z = torch.zeros(3, 10, 4)
         ([Z[0]], Z, TypeError, "^global_views: expected a tensor, got list"),
         (Z, Z.long(), TypeError, "^all_views: expected a floating dtype"),
         (Z[0], Z, ValueError, r"^global_views: expected shape \(views, N, K\)"),
+        (Z, Z[:2], ValueError, "^global_views: expected at most the 2 of all_views, got 3"),
         (Z, Z[:0], ValueError, "^all_views: expected non-empty view"),
         (Z[:, :9], Z, ValueError, r"^global_views: expected .*\(10, 4\).*got \(9, 4\)"),
         (Z[:, :0], Z[:, :0], ValueError, "^all_views: expected at least 1 sample, got N = 0"),

@@ -65,7 +65,8 @@ def export_encoder(
     """Write `run_dir/name` and, beside it, its settings as .json and for timm; return the weights' path.
 
     The settings are "model" (arguments of `timm.create_model`), "input" (size, mean and std of the evaluated
-    images, RGB in 0-1 before normalization, and how they are resized), "trained_with" and "step". timm reads
+    images, RGB in 0-1 before normalization, how they are resized, and the values of black and white of images
+    with more than 8 bits), "trained_with" and "step". timm reads
     config.json, which in a run folder holds the configuration of the run as well; one of another program
     stays as it is. RunError, which ends with the advice `way_out`, if the disk refuses.
     """
@@ -78,14 +79,18 @@ def export_encoder(
     resized = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
     settings = {
         "model": arguments,
-        "input": {"size": size, **normalized, **resized},
+        "input": {"size": size, "value_range": cfg.data.value_range, **normalized, **resized},
         "trained_with": "lejepa_fast",
         "step": step,
     }
     known: Any = encoder.pretrained_cfg
     layers = {key: known[key] for key in ("first_conv", "classifier") if key in known}
     fixed = "img_size" in arguments and "dynamic_img_size" not in arguments
-    size_and_head = {"input_size": [3, size, size], "fixed_input_size": fixed, "num_classes": 0}
+    size_and_head = {
+        "input_size": [cfg.data.channels, size, size],
+        "fixed_input_size": fixed,
+        "num_classes": 0,
+    }
     for_timm = {
         "architecture": arguments["model_name"].partition(".")[0],
         "num_classes": 0,

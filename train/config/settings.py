@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 from annotated_types import Ge, Gt, Le, Lt
 
-from lejepa_fast.data.recipe import MultiCropRecipe, Pixels
+from lejepa_fast.data.recipe import Finite, MultiCropRecipe, Pixels
 from lejepa_fast.errors import UsageError, in_plain_words
 from lejepa_fast.train.config.names import default_weight_decay
 from lejepa_fast.train.runtime import files
@@ -57,6 +57,17 @@ class DataConfig:
     """Images per step over ALL processes; a multiple of their number."""
     val_fraction: Share = 0.1
     """Share of each class held out for evaluation where the data has no val split of its own."""
+    bit_depth: Literal["auto", "8", "12", "16", "percentile"] = "auto"
+    """White of images with more than 8 bits, the same for all: 8, 12 or 16 bits; auto: the bits that hold the
+    largest value of 64 images; percentile: black and white at their 0.1th and 99.9th percentile."""
+    value_range: tuple[Finite, Finite] | None = None
+    """Values of black and white of images with more than 8 bits; None: by bit_depth. Stored in the run."""
+    channels: Annotated[int, Ge(1), Le(16)] = 3
+    """Channels of the images. 1: gray. Others: those of the file, or pages of a TIFF, without operations on
+    colors; ImageNet's crops.mean and crops.std become 0.5 and 0.25. Needs tifffile and the backend cpu."""
+    slices: Literal["first", "random", "all"] = "first"
+    """Of files that hold several images, such as TIFF stacks: the first; a random one in each epoch; or all,
+    each as an image of its own."""
     workers: Workers | None = None
     """Loader worker processes per training process; 0: load in the training process; None: by CPU count."""
     backend: Literal["auto", "dali", "cpu", "torchvision"] = "auto"
@@ -243,7 +254,8 @@ def resolve(cfg: C) -> C:
         path = cfg.data.path.split(":")[1] if cfg.data.path.startswith("torchvision:") else cfg.data.path
         name = f"{Path(path).resolve().name}-{cfg.model.name}"
         out = Path("runs") / re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.")
-    return dataclasses.replace(cfg, optim=optim, average=average, out=out)
+    crops = cfg.crops.for_channels(cfg.data.channels)
+    return dataclasses.replace(cfg, optim=optim, average=average, out=out, crops=crops)
 
 
 def validate(cfg: Config, world_size: int = 1) -> None:
@@ -257,6 +269,8 @@ def validate(cfg: Config, world_size: int = 1) -> None:
         raise UsageError(
             f"loss.lambd: expected a number from 0 to 1 with loss.form convex, got {cfg.loss.lambd}"
         )
+    if cfg.data.value_range is not None and not cfg.data.value_range[0] < cfg.data.value_range[1]:
+        raise UsageError(f"data.value_range: expected black < white, got {cfg.data.value_range}")
     groups, images = cfg.parallel.replicate, cfg.data.batch_size
     if world_size % groups:
         raise UsageError(

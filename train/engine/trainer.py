@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,8 @@ class Trainer:
     def _open_data(self) -> None:
         cfg, world = self.cfg, self.world
         self.train_source, self.val_source = protocol.open_splits(cfg.data)
+        data = replace(cfg.data, value_range=self.train_source.value_range)
+        self.cfg = cfg = replace(cfg, data=data)
         protocol.check_validation_images(self.val_source)  # now, not after the training
         self.data_identity = resume.data_identity(self.train_source, self.val_source)
         self.bad_images = self.run_dir / "bad_images.txt"
@@ -361,7 +364,7 @@ class Trainer:
     def train_step(self, views: list[Tensor], epoch: int) -> None:
         """One step: forward, loss, backward, agreement of all ranks, clipping, optimizer.
 
-        `views`: tensors (B, 3, H, W) of B images of this rank, global views first.
+        `views`: tensors (B, C, H, W) of B images of this rank, global views first.
         """
         device = self.world.device
         self.guard.before_forward(self.step + 1)

@@ -5,6 +5,7 @@ the trained encoder, and `evaluate_untrained` for the baseline.
 """
 
 import functools
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lejepa_fast.data import ImageSource, eval_loader, open_source
+from lejepa_fast.data.sources.scientific import as_trained, choose_value_range
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config import Config, DataConfig
 from lejepa_fast.train.evaluation import collapse
@@ -21,6 +23,8 @@ from lejepa_fast.train.evaluation.embeddings import calibrate_batchnorm, embed_s
 from lejepa_fast.train.evaluation.probes import MAX_STEPS, knn_accuracy, linear_probe
 from lejepa_fast.train.model.initialize import memory_format
 from lejepa_fast.train.model.model import build_model
+
+log = logging.getLogger("lejepa_fast.train")
 
 CALIBRATION_IMAGES = 4096
 
@@ -202,12 +206,22 @@ def loading_options(data: DataConfig, device: torch.device, bad_images: Path | N
 
 
 def open_splits(data: DataConfig) -> tuple[ImageSource, ImageSource]:
-    """Training and validation images of a run.
+    """Training and validation images of a run; logs what they are.
 
     If the data has no val split, the held-out images do not depend on the run's seed: runs with different
     seeds are compared on the same images, and no run is evaluated on images that it was trained on.
     """
-    train, val = (open_source(data.path, split, val_fraction=data.val_fraction) for split in ("train", "val"))
+    files = (open_source(data.path, split, val_fraction=data.val_fraction) for split in ("train", "val"))
+    train, val = (as_trained(source, data.slices, data.channels) for source in files)
+    values = data.value_range or choose_value_range(train, data.bit_depth)
+    train.value_range = val.value_range = values
+    log.info("training images: %s", train.summary())
+    log.info("validation images: %s", val.summary())
+    if values is not None:
+        log.info("images of more than 8 bits: %g is black, %g is white", *values)
+    if (train.labeled or val.labeled) and (reason := _no_labels(train, val)):
+        way_out = f" Or give the training images alone ({train.origin}), and some of them are held out."
+        log.info("note: %s%s", reason, way_out if train.labeled else "")
     return train, val
 
 

@@ -42,7 +42,8 @@ def count_flops(cfg: Config, model: LeJEPAModel | None = None) -> Flops:
     model = model or build_model(cfg, meta=True)
     crops = cfg.crops
     large, small = (
-        torch.empty(_IMAGES, 3, s, s, device="meta") for s in (crops.global_size, crops.local_size)
+        torch.empty(_IMAGES, cfg.data.channels, s, s, device="meta")
+        for s in (crops.global_size, crops.local_size)
     )
     features, of_global = _counted(model.encoder, large)
     of_local = _counted(model.encoder, small)[1] if crops.local_crops else 0.0

@@ -36,8 +36,8 @@ _REFUSED = {
 }
 
 
-def build_encoder(options: ModelConfig) -> nn.Module:
-    """Build a timm model without its classifier: (B, 3, S, S) -> pooled features (B, D).
+def build_encoder(options: ModelConfig, channels: int = 3) -> nn.Module:
+    """Build a timm model without its classifier: (B, channels, S, S) -> pooled features (B, D).
 
     `options.img_size` is that of the position embeddings, for models that have them; transformers that can,
     interpolate them for other sizes. The encoder's attribute `encoder_args` holds the keyword arguments with
@@ -46,6 +46,8 @@ def build_encoder(options: ModelConfig) -> nn.Module:
     """
     name, usual = resolve_name(options.name)
     kwargs: dict[str, Any] = {**usual, **parse_kwargs(options.kwargs), "num_classes": 0}
+    if channels != 3:
+        kwargs["in_chans"] = channels
     if options.drop_path:
         kwargs["drop_path_rate"] = options.drop_path
     if options.register_tokens:
@@ -122,7 +124,7 @@ class LeJEPAModel(nn.Module):
         self.num_global = num_global
 
     def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """V views (N, 3, S, S), globals first -> embeddings (Vg, N, K) and (V, N, K)."""
+        """V views (N, C, S, S), globals first -> embeddings (Vg, N, K) and (V, N, K)."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, view in enumerate(views):
             groups.setdefault(tuple(view.shape[1:]), []).append(index)
@@ -135,7 +137,7 @@ class LeJEPAModel(nn.Module):
         return all_z[: self.num_global], all_z
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S) -> features (B, D) and embeddings (B, K)."""
+        """Images (B, C, S, S) -> features (B, D) and embeddings (B, K)."""
         features = self.encoder(images)
         return features, self.projector(features)
 
@@ -159,7 +161,7 @@ def _build_model(cfg: Config) -> LeJEPAModel:
     options = replace(cfg.model, img_size=cfg.model.img_size or cfg.crops.global_size)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(cfg.seed)  # torch.manual_seed would touch the GPUs' as well
-        encoder = build_encoder(options)
+        encoder = build_encoder(options, cfg.data.channels)
         projector = build_projector(_check_sizes(encoder, cfg), options)
     return LeJEPAModel(encoder, projector, num_global=cfg.crops.global_crops)
 
@@ -181,11 +183,11 @@ def _check_sizes(encoder: nn.Module, cfg: Config) -> int:
         try:
             with torch.no_grad():
                 try:
-                    image = torch.empty(1, 3, size, size, device="meta")
+                    image = torch.empty(1, cfg.data.channels, size, size, device="meta")
                     shape = torch.func.functional_call(encoder, on_meta, (image,)).shape
                 except Exception:
                     # A wrong size, or a layer that the meta device lacks: the real forward tells which.
-                    shape = encoder(torch.zeros(1, 3, size, size)).shape
+                    shape = encoder(torch.zeros(1, cfg.data.channels, size, size)).shape
         except Exception as error:  # of timm's, or of PyTorch's operators
             problem = f"cannot take {size} x {size} pixels ({first_line(error)})"
             hint = _size_hint(cfg, field, size)
@@ -202,7 +204,8 @@ def _check_sizes(encoder: nn.Module, cfg: Config) -> int:
 def encoder_on_meta(cfg: Config, global_size: int) -> nn.Module | None:
     """The encoder of a run with global crops of this size, on the meta device, if it can be built."""
     with contextlib.suppress(Exception), torch.device("meta"):
-        return build_encoder(replace(cfg.model, img_size=cfg.model.img_size or global_size)).eval()
+        options = replace(cfg.model, img_size=cfg.model.img_size or global_size)
+        return build_encoder(options, cfg.data.channels).eval()
     return None
 
 
@@ -210,7 +213,9 @@ def encoder_on_meta(cfg: Config, global_size: int) -> nn.Module | None:
 def takes(encoder: nn.Module | None, size: int) -> bool:
     """Whether a forward pass of an encoder on the meta device succeeds on an image of this size."""
     with contextlib.suppress(Exception), torch.device("meta"):
-        return encoder is not None and encoder(torch.empty(1, 3, size, size)).ndim == 2
+        arguments: Any = getattr(encoder, "encoder_args", {})
+        image = torch.empty(1, arguments.get("in_chans", 3), size, size)
+        return encoder is not None and encoder(image).ndim == 2
     return False
 
 

@@ -144,7 +144,9 @@ class PlannedStep:
                     self.buckets.append(torch.empty_like(parameter, requires_grad=False))
                     hook = functools.partial(_into_bucket, self.buckets[-1])
                     parameter.register_post_accumulate_grad_hook(hook)
-            self.views = [torch.zeros(images, 3, size, size) for size in cfg.crops.view_sizes()]
+            self.views = [
+                torch.zeros(images, cfg.data.channels, size, size) for size in cfg.crops.view_sizes()
+            ]
             self.optimizer = build_optimizer(self.model, cfg.optim)
             self.skipped = torch.zeros(())
             averages = cfg.average.kind != "none"

@@ -141,16 +141,19 @@ def plot_views(
 ) -> None:
     """A grid of augmented views at their relative sizes: a row per image, at most 6, a column per view.
 
-    The `views` (B, 3, S, S), the global ones first, are normalized by `mean` and `std`, which is undone here.
+    The `views` (B, C, S, S), the global ones first, are normalized by `mean` and `std`, which is undone here.
+    Unless there are three channels, the first one is shown in gray.
     """
     rows = min(6, len(views[0]))
     sizes = [view.shape[-1] for view in views]
     largest, gap = max(sizes), max(2, max(sizes) // 24)
     left = np.concatenate([[0], np.cumsum([size + gap for size in sizes])])
     canvas = np.ones((rows * (largest + gap) - gap, left[-1] - gap, 3))
-    shift, scale = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+    shift, scale = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
     for column, (view, size) in enumerate(zip(views, sizes, strict=True)):
         pixels = (view[:rows].detach().float().cpu() * scale + shift).clamp(0, 1).permute(0, 2, 3, 1)
+        if pixels.shape[-1] != 3:
+            pixels = pixels[..., :1]
         for row, image in enumerate(pixels.numpy()):
             top = row * (largest + gap) + (largest - size) // 2
             canvas[top : top + size, left[column] : left[column] + size] = image

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import tyro
 from tqdm import tqdm
 
-from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.errors import RunError, UsageError, printable
 from lejepa_fast.train.runtime.signals import Interrupted
 
 C = TypeVar("C")
@@ -118,7 +118,7 @@ class _BarSafeHandler(logging.Handler):
     """Writes log lines above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(printable(self.format(record)), file=sys.stderr)  # it may name files
 
 
 def log_to_stderr(*, main_process: bool = True, who: str = "") -> None:

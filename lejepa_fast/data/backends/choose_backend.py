@@ -89,7 +89,12 @@ def numba_fault() -> str | None:
 
 def make_backend(name: str, views: TrainViews | EvalViews, loading: Loading) -> tuple[Backend, str]:
     """The backend and the reason for the choice. A further backend goes in here."""
+    channels = views.source.channels
+    if channels != 3 and name == "auto":
+        name = "cpu"  # which raises without Numba
     chosen, reason = choose_backend(name, loading.device)
+    if channels != 3 and chosen != "cpu":
+        raise UsageError(f"backend {name!r}: it makes views of 3 channels, not {channels}; use backend='cpu'")
     if chosen == "dali":
         from lejepa_fast.data.backends.dali_backend import DaliBackend
 

@@ -47,8 +47,9 @@ class CpuBackend:
         try:
             fill()
             while pending:
-                batch, parts = pending.popleft()
+                batch, parts = pending[0]
                 kept = [row for part in parts for row in part.result()]
+                pending.popleft()  # after an error, those of its parts that wait are given up
                 fill()
                 yield batch.rows(kept)
         finally:
@@ -60,16 +61,16 @@ class CpuBackend:
         """Nothing to do: there are no processes."""
 
     def _start(self, key: BatchKey, bad: BadImages) -> _Pending:
-        count = len(key.indices)
+        count, channels = len(key.indices), self._views.source.channels
         views = [
-            torch.empty((count, 3, size, size), dtype=torch.uint8, pin_memory=self._loading.on_gpu)
+            torch.empty((count, channels, size, size), dtype=torch.uint8, pin_memory=self._loading.on_gpu)
             for size in self._views.sizes
         ]
         batch = RawBatch(views, torch.empty(count, dtype=torch.int64))
         arrays, targets = [view.numpy() for view in views], batch.targets.numpy()
 
         def read(index: int) -> tuple[int, Image.Image]:
-            return index, self._views.load(index)
+            return index, self._views.load(key.epoch, index)
 
         def fill(rows: Sequence[int]) -> list[int]:
             made = [bad.first_usable(self._views, key.epoch, key.indices[row], read) for row in rows]
@@ -89,7 +90,7 @@ class CpuBackend:
         return batch, [self._pool.submit(fill, rows) for rows in parts]
 
     def _render(self, image: Image.Image, drawn: np.ndarray, out: list[np.ndarray]) -> None:
-        """Write all views of an image, each (3, S, S) uint8, to `out`. drawn: their rows of `view_table`."""
+        """Write all views of an image, each (C, S, S) uint8, to `out`. drawn: their rows of `view_table`."""
         if isinstance(self._views, EvalViews):
             out[0][:] = center_view(image, self._views.image_size).numpy()
             return
@@ -100,7 +101,7 @@ class CpuBackend:
 
 
 def resized_crop(pixels: np.ndarray, parameters: np.ndarray, size: int) -> np.ndarray:
-    """The window of `parameters`, a row of `draws.view_table`, of pixels (H, W, 3) uint8: (size, size, 3)."""
+    """The window of `parameters`, a row of `draws.view_table`, of pixels (H, W, C) uint8: (size, size, C)."""
     top, left, height, width = map(int, parameters[TOP : WIDTH + 1])
     window = pixels[top : top + height, left : left + width].copy()
     # torch resizes uint8 fastest in channels-last order, by one thread. It takes a batch for one only if the

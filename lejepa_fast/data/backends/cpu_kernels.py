@@ -28,21 +28,25 @@ def render_view(view, p, kernel_size, threshold, out):
     """Change the colors of a crop and mirror it, as drawn.
 
     Args:
-        view: the crop, (S, S, 3) uint8, contiguous.
+        view: the crop, (S, S, C) uint8, contiguous. Saturation, hue and gray need 3 channels.
         p: its row of `draws.view_table`, float32.
         kernel_size: side of the blur's kernel in pixels, odd.
         threshold: solarize inverts values from here on.
-        out: (3, S, S) uint8, written.
+        out: (C, S, S) uint8, written.
     """
     size = out.shape[1]
-    planes = np.empty((3, size, size), np.float32)
-    load(view, planes)
+    planes = np.empty((view.shape[2], size, size), np.float32)
+    if view.shape[2] == 3:
+        load(view, planes)
+    else:
+        load_channels(view, planes)
     for step in range(4):
         code, factor = int(p[draws.CODES + step]), p[draws.FACTORS + step]
         if code == draws.BRIGHTNESS:
             scale_and_shift(planes, factor, _ZERO)
         elif code == draws.CONTRAST:
-            scale_and_shift(planes, factor, (_ONE - factor) * gray_mean(planes))
+            gray = gray_mean(planes) if view.shape[2] == 3 else channel_mean(planes)
+            scale_and_shift(planes, factor, (_ONE - factor) * gray)
         elif code == draws.SATURATION:
             saturate(planes, factor)
         elif code == draws.HUE:
@@ -64,6 +68,15 @@ def load(view, planes):
 
 
 @njit(**_FAST)
+def load_channels(view, planes):
+    """As `load`, for any number of channels."""
+    for c in range(planes.shape[0]):
+        for i in range(planes.shape[1]):
+            for j in range(planes.shape[2]):
+                planes[c, i, j] = view[i, j, c]
+
+
+@njit(**_FAST)
 def scale_and_shift(planes, factor, shift):
     flat = planes.reshape(planes.size)
     for i in range(flat.size):
@@ -77,6 +90,15 @@ def gray_mean(planes):
     for i in range(r.size):
         total += np.floor(_RED * r[i] + _GREEN * g[i] + _BLUE * b[i])
     return np.float32(total / r.size)
+
+
+@njit(**_FAST)
+def channel_mean(planes):
+    flat = planes.reshape(planes.size)
+    total = 0.0
+    for i in range(flat.size):
+        total += flat[i]
+    return np.float32(total / flat.size)
 
 
 @njit(**_FAST)
@@ -125,7 +147,7 @@ def blur(planes, kernel_size, sigma):
     for k in range(half + 1):
         weights[k] = math.exp(-0.5 * (k / sigma) ** 2)
     weights /= 2 * weights.sum() - weights[0]
-    for c in range(3):
+    for c in range(planes.shape[0]):
         source = planes[c]
         for i in range(size):
             row, line = between[i, half : half + size], source[i]
@@ -152,9 +174,9 @@ def blur(planes, kernel_size, sigma):
 
 @njit(**_JIT)
 def normalize(pixels, mean, std, out):
-    """Write (pixels - mean) / std per channel to `out` (B, 3, S, S) float32, in one pass over memory."""
+    """Write (pixels - mean) / std per channel to `out` (B, C, S, S) float32, in one pass over memory."""
     for b in range(out.shape[0]):
-        for c in range(3):
+        for c in range(out.shape[1]):
             source, target = pixels[b, c].reshape(-1), out[b, c].reshape(-1)
             for i in range(target.size):
                 target[i] = (np.float32(source[i]) - mean[c]) / std[c]
@@ -162,10 +184,10 @@ def normalize(pixels, mean, std, out):
 
 @njit(**_FAST)
 def store(planes, flip, threshold, out):
-    """Write `planes` to `out` (3, S, S) uint8, mirrored left to right, values >= threshold inverted."""
+    """Write `planes` to `out` (C, S, S) uint8, mirrored left to right, values >= threshold inverted."""
     size = planes.shape[1]
     limit = np.float32(threshold)
-    for c in range(3):
+    for c in range(planes.shape[0]):
         for i in range(size):
             values, row = planes[c, i], out[c, i]
             for j in range(size):

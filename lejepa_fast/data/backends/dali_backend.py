@@ -72,21 +72,23 @@ class Encoded:
     orientation: int = 1
 
 
-def read_encoded(views: TrainViews | EvalViews, index: int, *, careful: bool = False) -> Encoded:
+def read_encoded(views: TrainViews | EvalViews, epoch: int, index: int, *, careful: bool = False) -> Encoded:
     """Read image `index`. careful: Pillow decodes it in any case, which proves that it can be decoded.
 
     Raises `UnreadableImageError` when the image cannot be decoded or is too small.
     """
     source = views.source
     if careful or not isinstance(source, EncodedSource):
-        return _as_ppm(index, views.load(index))
-    with naming_file(source.describe(index)):
+        return _as_ppm(index, views.load(epoch, index))
+
+    def read() -> Encoded:
         data = source.encoded(index)
         header = plain_header(data)
         if header is not None and views.reduction(header.width, header.height) == 1:
-            found = Encoded(index, data, *header)
-        else:
-            found = _as_ppm(index, to_rgb(open_encoded(data), views.reduction))
+            return Encoded(index, data, *header)
+        return _as_ppm(index, to_rgb(open_encoded(data), views.reduction, source.value_range))
+
+    found = naming_file(source.describe(index), read)
     views.check_size(index, found.width, found.height)
     return found
 
@@ -209,8 +211,9 @@ class DaliBackend:
             while reads and len(self._running) < self._loading.prefetch:
                 if self._running and not all(part.done() for part in reads[0][1]):
                     return
-                key, parts = reads.popleft()
+                key, parts = reads[0]
                 self._running.append(_Batch(key, [row for part in parts for row in part.result()]))
+                reads.popleft()  # after an error, those of its parts that wait are given up
                 self._start(self._running[-1])
 
         try:
@@ -231,7 +234,7 @@ class DaliBackend:
 
     def _read(self, key: BatchKey, bad: BadImages, *, careful: bool = False) -> list[Future[list[Encoded]]]:
         """Start reading the images of a batch, with good ones in the places of bad ones."""
-        read = partial(read_encoded, self._views, careful=careful)
+        read = partial(read_encoded, self._views, key.epoch, careful=careful)
 
         def read_part(indices: Sequence[int]) -> list[Encoded]:
             found = [bad.first_usable(self._views, key.epoch, index, read) for index in indices]

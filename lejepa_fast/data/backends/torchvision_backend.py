@@ -29,9 +29,9 @@ from lejepa_fast.errors import RunError, UsageError
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """(3, H, W) uint8 tensor in channels-last order, which resizes fastest."""
+    """(C, H, W) uint8 tensor in channels-last order, which resizes fastest."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
+    return pixels.view(image.height, image.width, -1).permute(2, 0, 1)
 
 
 def apply_view(image: Tensor, drawn: Sequence[float], size: int, recipe: MultiCropRecipe) -> Tensor:
@@ -58,7 +58,7 @@ def change_color(view: Tensor, drawn: Sequence[float], recipe: MultiCropRecipe) 
 
 
 def center_view(image: Image.Image, size: int) -> Tensor:
-    """The view of an evaluation: the short side resized to `size` px, the center (3, size, size) cut out.
+    """The view of an evaluation: the short side resized to `size` px, the center (C, size, size) cut out.
 
     Of an image longer than 4:1 the middle alone is resized: as a whole, 1 x 10,000 px would need gigabytes.
     The resizing filter reaches no further.
@@ -103,7 +103,7 @@ class Batches(Dataset):
         """Write the views and the label of an image to a row of the batch; True."""
         # The batch itself is made outside inference mode, as the caller may use it in autograd.
         with one_thread(), torch.inference_mode():
-            image = self.views.load(index)
+            image = self.views.load(epoch, index)
             batch.targets[row] = self.views.source.target(index)
             if isinstance(self.views, EvalViews):
                 batch.views[0][row] = center_view(image, self.views.image_size)

@@ -1,6 +1,7 @@
 """The command `lejepa-data`: verify, pack and index data sets. Also `python -m lejepa_fast.data`."""
 
 import argparse
+import math
 import os
 import sys
 from collections import Counter
@@ -14,9 +15,10 @@ from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.commands.pack import DEFAULT_SHARD_BYTES, SKIPPED, pack_folder
 from lejepa_fast.data.sources import HoldOutError, ImageSource, Split, UnreadableImageError, open_source
 from lejepa_fast.data.sources.base import size_fault
-from lejepa_fast.data.sources.decoding import printable
+from lejepa_fast.data.sources.folder import is_hidden
+from lejepa_fast.data.sources.scientific import as_trained, choose_value_range
 from lejepa_fast.data.sources.shards import index_shard, write_index
-from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.errors import RunError, UsageError, printable
 
 _AT_ONCE = 512  # images handed to the threads at a time, so that memory stays bounded
 
@@ -35,6 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--split", choices=("train", "val", "both"), default="both")
     add("--min-size", type=int, default=1, help="short side in px below which an image is bad")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add("--channels", type=int, default=3, help="as --data.channels of the training")
+    add("--slices", choices=("first", "random", "all"), default="first", help="as --data.slices")
+    depths = ("auto", "8", "12", "16", "percentile")
+    add("--bit-depth", choices=depths, default="auto", help="as --data.bit-depth")
     add("--bad-images", type=Path, help="add the bad images to this file, RUN/bad_images.txt")
     add = made["pack"].add_argument
     add("source", help="folder of class folders, flat folder, or folder with train/ and val/")
@@ -65,7 +71,9 @@ def _verify(options: argparse.Namespace) -> int:
     splits: list[Split] = ["train", "val"] if options.split == "both" else [options.split]
     table = [f"{'split':8}{'images':>10}{'good':>10}{'bad':>8}{'smallest':>13}{'largest':>13}"]
     reasons: Counter[str] = Counter()
-    for split, source in _open(options.path, splits):
+    for split, files in _open(options.path, splits):
+        source = as_trained(files, options.slices, options.channels)
+        source.value_range = choose_value_range(source, options.bit_depth)
         listing = BadImages(source, options.bad_images, max_bad_fraction=1.0, log_each=False)
         smallest = largest = None
         bad = 0
@@ -79,6 +87,8 @@ def _verify(options: argparse.Namespace) -> int:
             smallest = min(smallest or found, found, key=min)
             largest = max(largest or found, found, key=lambda size: size[0] * size[1])
         sizes = "".join(f"{f'{size[0]} x {size[1]}' if size else '-':>13}" for size in (smallest, largest))
+        if source.left_out:
+            print(printable(f"{split}: not read: {source.left_out}"))
         table.append(f"{split:8}{len(source):>10}{len(source) - bad:>10}{bad:>8}{sizes}")
     print("\n".join(table + [f"{count:>8} x {reason}" for reason, count in reasons.most_common()]))
     return 1 if reasons else 0
@@ -119,6 +129,8 @@ def _pack(options: argparse.Namespace) -> int:
     shuffled across classes by `seed`, so that every shard is a mixture. Headers carry no owner, rights or
     time: the same images give the same bytes. The result appears under its name when it is complete.
     """
+    if not 0 < options.shard_mb < math.inf:  # neither is NaN
+        raise UsageError(f"--shard-mb must be a size in MiB, above 0; got {options.shard_mb}")
     counts = pack_folder(
         options.source,
         options.out,
@@ -128,7 +140,7 @@ def _pack(options: argparse.Namespace) -> int:
         skip_bad=options.skip_bad,
     )
     for name, count in counts.items():
-        print(f"{os.path.join(options.out, name)}: {count} images")
+        print(printable(f"{os.path.join(options.out, name)}: {count} images"))
     listing = Path(options.out) / SKIPPED
     if listing.exists():
         count = len(listing.read_text(encoding="utf-8").splitlines())
@@ -139,7 +151,8 @@ def _pack(options: argparse.Namespace) -> int:
 def _index(options: argparse.Namespace) -> int:
     """Write index files beside WebDataset shards, so that opening them takes no time."""
     path = options.path
-    shards = [path] if path.is_file() else sorted(path.rglob("*.tar"))
+    found = path.rglob("*.tar")
+    shards = [path] if path.is_file() else sorted(shard for shard in found if not is_hidden(shard.name))
     if not shards:
         raise UsageError(f"no .tar shards in {path}; give a shard, or a folder with shards")
     images = 0

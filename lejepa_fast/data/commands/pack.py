@@ -1,18 +1,22 @@
 """Pack a folder of images into WebDataset tar shards."""
 
 import io
+import logging
 import os
 import re
 import tarfile
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.draws import PACK, permutation
-from lejepa_fast.data.sources import FolderSource, UnreadableImageError, find_splits
+from lejepa_fast.data.sources import FolderSource, ImageSource, UnreadableImageError, find_splits, open_place
 from lejepa_fast.data.sources.decoding import naming_file
 from lejepa_fast.errors import RunError, UsageError
+
+log = logging.getLogger("lejepa_fast.data")
 
 DEFAULT_SHARD_BYTES = 256 * 2**20
 SKIPPED = "skipped.txt"
@@ -46,20 +50,18 @@ def pack_folder(
         UsageError: `source` is missing or no folder of images, or `out_dir` holds something.
         RunError: an image is unreadable (with `skip_bad`: all are), or writing fails.
     """
-    source, out_dir = Path(source), Path(out_dir)
+    source, out_dir = Path(source).expanduser(), Path(out_dir)
     if shard_bytes < 1:
         raise UsageError(f"shard_bytes must be positive; got {shard_bytes}")
     if skip_bad and not verify:
         raise UsageError("skip_bad needs verify: only images that are decoded are known to be bad")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UsageError(f"{out_dir} exists and is not an empty folder; remove it or choose another name")
-    train_root, val_root = find_splits(source)
-    if not train_root.is_dir():
-        raise UsageError(f"{source} is not a folder; give a folder of class folders or of images")
-    train = FolderSource(train_root)
-    parts = {"train" if val_root else "": train}
-    if val_root:
-        parts["val"] = FolderSource(val_root, classes=train.classes)
+    train_place, val_place = find_splits(source)
+    train = _folder(open_place(train_place, source))
+    parts = {"train" if val_place else "": train}
+    if val_place:
+        parts["val"] = _folder(open_place(val_place, source, train))
     packed = {}
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +83,14 @@ def pack_folder(
     return packed
 
 
+def _folder(source: ImageSource) -> FolderSource:
+    if not isinstance(source, FolderSource):
+        raise UsageError(f"only folders of images are packed; got {source.summary()}")
+    if source.left_out:
+        log.warning("%s: not packed: %s", source.root, source.left_out)
+    return source
+
+
 def _write_split(
     source: FolderSource, folder: Path, shard_bytes: int, seed: int, verify: bool, skipped: BadImages | None
 ) -> int:
@@ -94,8 +104,7 @@ def _write_split(
             try:
                 if verify:
                     source.load(index)
-                with naming_file(source.describe(index)):
-                    data = source.encoded(index)
+                data = naming_file(source.describe(index), partial(source.encoded, index))
             except UnreadableImageError as error:
                 if skipped is None:
                     raise

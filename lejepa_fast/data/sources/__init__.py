@@ -6,16 +6,25 @@ image files. To add a kind, subclass `EncodedSource` or `ImageSource` and give i
 
 import os
 import re
-from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from lejepa_fast.data.draws import HOLDOUT, permutation
 from lejepa_fast.data.sources.base import EncodedSource, ImageSource, Split
-from lejepa_fast.data.sources.decoding import UnreadableImageError, printable
-from lejepa_fast.data.sources.folder import FolderSource, list_folder, walk_images
-from lejepa_fast.data.sources.shards import SHARD_SUFFIXES, ShardSource
+from lejepa_fast.data.sources.decoding import UnreadableImageError
+from lejepa_fast.data.sources.folder import (
+    TRAIN_NAMES,
+    VAL_NAMES,
+    FolderSource,
+    holds_images,
+    is_shard,
+    list_folder,
+    split_word,
+    walk_files,
+)
+from lejepa_fast.data.sources.shards import ShardSource
 from lejepa_fast.data.sources.torchvision_sets import open_torchvision_set
 from lejepa_fast.errors import UsageError
 
@@ -23,7 +32,9 @@ __all__ = ["EncodedSource", "FolderSource", "ImageSource", "ShardSource", "Split
 
 EMBEDDED = {"trashnet96": Path(__file__).parents[1] / "trashnet96"}
 _MAX_CLASSES_BYTES = 64 << 20
-_VAL_NAMES = ("val", "valid", "validation", "test")
+
+# What makes up a split: a folder, one .tar, or some of the shards of a folder.
+Place = Path | list[Path]
 
 
 class HoldOutError(UsageError):
@@ -40,8 +51,7 @@ def open_source(path: str, split: Split, *, val_fraction: float = 0.1, seed: int
     Args:
         path: "trashnet96", which the package ships; a folder of class folders; a flat folder of images; a
             folder of WebDataset .tar shards, or one .tar; "torchvision:NAME:/dir" for a torchvision data set
-            whose files are in /dir (nothing is ever downloaded). A folder with train/ and val/ (or valid/,
-            validation/, test/) below it has its own splits.
+            whose files are in /dir (nothing is ever downloaded). `find_splits` says which have own splits.
         split: "train" or "val".
         val_fraction: share of each class, at least one image, that "val" gets where there are no splits.
         seed: chooses the images of that share.
@@ -56,6 +66,7 @@ def open_source(path: str, split: Split, *, val_fraction: float = 0.1, seed: int
     path = os.fspath(path)
     if path.startswith("torchvision:"):
         source, is_split = open_torchvision_set(path, split)
+        source.origin = path
         return source if is_split else _hold_out(source, split, val_fraction, seed)
     if path not in EMBEDDED and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
         raise UsageError(
@@ -63,55 +74,118 @@ def open_source(path: str, split: Split, *, val_fraction: float = 0.1, seed: int
             "never commands or URLs; copy the data to a disk first"
         )
     root = EMBEDDED.get(path) or Path(path).expanduser()
-    train_root, val_root = find_splits(root)
-    train = _open_plain(train_root, shard_classes=_read_classes(root))
-    if val_root is None:
-        return _hold_out(train, split, val_fraction, seed)
-    source = train if split == "train" else _open_plain(val_root, classes=train.classes)
-    source.name = path if path in EMBEDDED else root.name or str(root)
-    return source
+    train_place, val_place = find_splits(root)
+    source = train = open_place(train_place, root)
+    one_class = train._targets is not None and len(np.unique(train._targets)) < 2
+    if split == "val" and val_place is not None:
+        source = open_place(val_place, root, train)
+    if one_class:  # no labels: any classifier would be right about every image
+        source._targets = source.classes = None
+        source.origin += ", all of one class"
+    if train_place != root:
+        source.name = path if path in EMBEDDED else root.name or str(root)
+    return source if val_place is not None else _hold_out(source, split, val_fraction, seed)
 
 
-def find_splits(root: Path) -> tuple[Path, Path | None]:
-    """(folder of the training images, folder of the held-out ones or None)."""
+def find_splits(root: Path, *, below: bool = True) -> tuple[Place, Place | None]:
+    """Where the training images are, and the held-out ones; None: a part is to be held out.
+
+    Splits are folders with images that are called as `TRAIN_NAMES` and `VAL_NAMES` in any case, or shards in
+    one folder with such a word in their names.
+
+    Args:
+        root: a folder or a .tar.
+        below: look for splits and shards in the only folder with images, too, as in images/train.
+
+    Raises:
+        UsageError: `root` does not exist, or names of splits in it make no training split.
+    """
     if not root.exists():
         known = ", ".join(sorted(EMBEDDED))
         raise UsageError(
             f"no such data: {root} does not exist; give a folder of images or of .tar shards, "
             f"torchvision:NAME:/dir, or one of the embedded sets ({known})"
         )
-    folders = list_folder(root)[0] if root.is_dir() else []
-    if "train" not in folders:
+    if not root.is_dir():
         return root, None
-    for name in _VAL_NAMES:
-        if name in folders:
-            return root / "train", root / name
-    # A lone train/ is a split without a held-out part; next to other folders it is a class.
-    return (root / "train", None) if folders == ["train"] else (root, None)
-
-
-def _open_plain(
-    root: Path, *, classes: Sequence[str] | None = None, shard_classes: Sequence[str] | None = None
-) -> ImageSource:
-    """Open a folder without splits, or one .tar.
-
-    `classes` are binding: those of the training split. `shard_classes` name the numbers in shards: they are
-    those of a classes.txt beside the splits, and the shards' own classes.txt comes after it.
-    """
-    if root.is_dir():
-        shards = [root / name for name in list_folder(root)[1] if name.endswith(SHARD_SUFFIXES)]
-        if not shards:
-            return FolderSource(root, classes=classes)
-    elif root.name.endswith(SHARD_SUFFIXES):
-        shards = [root]
-    else:
-        raise UsageError(f"{root} is a file; give a folder of images, or a .tar shard")
-    if images := walk_images(root) if root.is_dir() else []:
+    folders, files = list_folder(root)
+    exact = [n for n in folders if n.lower() in TRAIN_NAMES + VAL_NAMES and holds_images(root / n)]
+    train = [name for name in exact if name.lower() in TRAIN_NAMES]
+    # Without images a held-out folder is not passed over: opening it says so.
+    val = [name for names in (exact, folders) for word in VAL_NAMES for name in names if name.lower() == word]
+    if len(train) == 1 and val:
+        return root / train[0], root / val[0]
+    # Looking into all folders can take long. It is needed where one is named like a split.
+    others = (name for name in folders if name not in exact and holds_images(root / name))
+    named = exact + list(others if any(map(split_word, folders)) else islice(others, 2))
+    if named == train and len(train) == 1:
+        return root / train[0], None
+    words = {split_word(name) for name in named}
+    if None not in words and (exact or len(words) > 1):
+        found = ", ".join(f"{name}/" for name in named)
         raise UsageError(
-            f"{root} holds both shards ({shards[0].name}) and images ({printable(images[0])}); "
+            f"all images in {root} are in folders named like splits ({found}), but not in train/, alone or "
+            f"beside val/ or test/; rename the folders, or give one of them ({root / named[0]}), of which a "
+            "part is then held out"
+        )
+    shards = [root / name for name in files if is_shard(name)]
+    if shards and not named:
+        return _splits_of_shards(root, shards)
+    if below and len(named) == 1 and not shards:
+        only = root / named[0]
+        inside = find_splits(only, below=False)
+        if inside[0] != only or any(map(is_shard, list_folder(only)[1])):
+            return inside
+    return root, None
+
+
+def _splits_of_shards(root: Path, shards: list[Path]) -> tuple[Place, Place | None]:
+    by_word: dict[str | None, list[Path]] = {}
+    for shard in shards:
+        by_word.setdefault(split_word(shard.name), []).append(shard)
+    val = next((by_word[word] for word in VAL_NAMES if word in by_word), None)
+    if val is None:
+        return root, None
+    train = [shard for word in TRAIN_NAMES for shard in by_word.get(word, ())]
+    if not train or None in by_word:
+        others = f"shards of no split ({by_word[None][0].name})" if None in by_word else "none for training"
+        raise UsageError(
+            f"{root} holds shards of a held-out split ({val[0].name}) and {others}; name all of them by "
+            "their split, such as train-0000.tar and val-0000.tar, or move them to train/ and val/"
+        )
+    return train, val
+
+
+def open_place(place: Place, root: Path, train: ImageSource | None = None) -> ImageSource:
+    """Open a split, or a folder without splits.
+
+    Args:
+        place: what `find_splits(root)` found.
+        root: the whole data set. A classes.txt beside its splits names the numbers in shards; that of the
+            shards' own folder comes after it.
+        train: the training split, whose classes are binding.
+
+    Raises:
+        UsageError: it cannot be opened.
+    """
+    classes = None if train is None else train.classes
+    if isinstance(place, list):
+        folder, shards = place[0].parent, place
+    elif place.is_dir():
+        folder, shards = place, [place / name for name in list_folder(place)[1] if is_shard(name)]
+    elif is_shard(place.name):
+        return ShardSource([place], classes=classes or _read_classes(place.parent))
+    else:
+        raise UsageError(f"{place} is a file; give a folder of images, or a .tar shard")
+    if not shards:
+        return FolderSource(folder, classes=classes, empty=getattr(train, "empty", ()))
+    if images := walk_files(folder)[0]:
+        raise UsageError(
+            f"{folder} holds both shards ({shards[0].name}) and images ({images[0]}); "
             "move the shards or the images elsewhere"
         )
-    return ShardSource(shards, classes=classes or shard_classes or _read_classes(shards[0].parent))
+    beside = None if folder == root else _read_classes(folder.parent)
+    return ShardSource(shards, classes=classes or beside or _read_classes(folder))
 
 
 def _hold_out(source: ImageSource, split: Split, val_fraction: float, seed: int) -> ImageSource:
@@ -127,7 +201,10 @@ def _hold_out(source: ImageSource, split: Split, val_fraction: float, seed: int)
         held_out[members[permutation(seed, HOLDOUT, 0, label, len(members))[:count]]] = True
     if not held_out.any():
         raise HoldOutError(source)
-    return source.subset(np.flatnonzero(held_out if split == "val" else ~held_out))
+    part = source.subset(np.flatnonzero(held_out if split == "val" else ~held_out))
+    part.origin += ", held out" if split == "val" else ", all but those held out"
+    part.left_out = part.left_out if split == "train" else ""  # said once
+    return part
 
 
 def _read_classes(root: Path) -> list[str] | None:

@@ -9,7 +9,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -17,9 +17,14 @@ from PIL import Image
 from lejepa_fast.data.sources.decoding import (
     Reduction,
     UnreadableImageError,
+    ValueRange,
+    channel_values,
+    deep_values,
     naming_file,
     open_encoded,
     printable,
+    some_of,
+    to_channels,
     to_rgb,
 )
 from lejepa_fast.errors import UsageError
@@ -37,7 +42,11 @@ class ImageSource(ABC):
         name: what logs call the data set.
         classes: class names by index. None: unknown.
         targets: class index of every image. None: the images have no labels.
+        origin: where they come from, such as "folder /data/cats", for `summary`. None: `name`.
     """
+
+    left_out = ""
+    """What else lies there and is not read, for messages."""
 
     def __init__(
         self,
@@ -45,11 +54,20 @@ class ImageSource(ABC):
         name: str,
         classes: Sequence[str] | None,
         targets: Sequence[int] | np.ndarray | None,
+        origin: str | None = None,
     ) -> None:
         self.name = name
+        self.origin = name if origin is None else origin
         self.classes = None if classes is None else list(classes)
         # An array: forked workers would copy the pages of a list by counting references.
         self._targets = None if targets is None else np.asarray(targets, dtype=np.int64)
+
+    channels = 3
+    """Channels of the loaded images. Other numbers than 3 need image files, not torchvision's arrays."""
+    draws = False
+    """Whether `load` makes a choice by its number `draw`."""
+    value_range: ValueRange | None = None
+    """Values of black and white of images with more than 8 bits, see `scientific.choose_value_range`."""
 
     @property
     def targets(self) -> list[int] | None:
@@ -60,6 +78,14 @@ class ImageSource(ABC):
     def labeled(self) -> bool:
         """Whether the images have class indices."""
         return self._targets is not None
+
+    def summary(self) -> str:
+        """Images, classes and where they come from, for messages."""
+        names = self.classes or []
+        shown = f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
+        count = len(names) or (0 if self._targets is None else len(np.unique(self._targets)))
+        text = f"{len(self):,} images, {count or 'no'} class{'es' * (count != 1)}{shown} from {self.origin}"
+        return f"{text}; not read there: {self.left_out}" if self.left_out else text
 
     def target(self, index: int) -> int:
         """Class index of one image, -1 when unlabeled; reads no pixels."""
@@ -77,20 +103,32 @@ class ImageSource(ABC):
         """The image as Pillow opens it: any mode, not yet decoded, not yet upright."""
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """(upright RGB image, class index or -1). Raises `RunError` naming an unreadable file."""
+        """(upright image, see `load`; class index or -1). Raises `RunError` naming an unreadable file."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of a source of {len(self)}")
         return self.load(index), self.target(index)
 
-    def load(self, index: int, reduction: Reduction | None = None) -> Image.Image:
-        """The upright RGB image, very large ones reduced by `reduction`. Raises as `[index]` does."""
-        with naming_file(self.describe(index)):
-            return to_rgb(self.open_image(index), reduction)
+    def load(self, index: int, reduction: Reduction | None = None, draw: int | None = None) -> Image.Image:
+        """The upright image, very large ones reduced by `reduction`. Raises as `[index]` does.
+
+        It is RGB, or for another number of `channels` a `decoding.ChannelImage`.
+
+        draw: a random number for the choices that a source makes anew in each epoch.
+        """
+        return naming_file(
+            self.describe(index), lambda: to_rgb(self._opened(index, draw), reduction, self.value_range)
+        )
+
+    def deep_values(self, index: int) -> np.ndarray | None:
+        """See `decoding.deep_values`. Raises as `[index]` does."""
+        return naming_file(self.describe(index), lambda: deep_values(self.open_image(index)))
+
+    def _opened(self, index: int, draw: int | None) -> Image.Image:
+        return self.open_image(index)
 
     def image_size(self, index: int) -> tuple[int, int]:
         """(width, height) in pixels before EXIF rotation, from the file's header where that is possible."""
-        with naming_file(self.describe(index)):
-            return self.open_image(index).size
+        return naming_file(self.describe(index), lambda: self.open_image(index).size)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "ImageSource":
         """The same source with these images only, in this order."""
@@ -102,10 +140,30 @@ class EncodedSource(ImageSource):
 
     @abstractmethod
     def encoded(self, index: int) -> bytes:
-        """The bytes of the image file, as stored."""
+        """The bytes of the image file, as stored. It raises any `OSError` as it is: see `outages`."""
 
     def open_image(self, index: int) -> Image.Image:
         return open_encoded(self.encoded(index))
+
+    def load(self, index: int, reduction: Reduction | None = None, draw: int | None = None) -> Any:
+        if self.channels == 3:
+            return super().load(index, reduction, draw)
+        options = (self.channels, reduction, self.value_range)
+        return naming_file(self.describe(index), lambda: to_channels(self.encoded(index), *options))
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        return (
+            super().image_size(index) if self.channels in (1, 3) else self._channel_values(index).shape[:0:-1]
+        )
+
+    def deep_values(self, index: int) -> np.ndarray | None:
+        if self.channels in (1, 3):
+            return super().deep_values(index)
+        values = self._channel_values(index)
+        return None if values.dtype == np.uint8 else some_of(values)
+
+    def _channel_values(self, index: int) -> np.ndarray:
+        return naming_file(self.describe(index), lambda: channel_values(self.encoded(index)))
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "EncodedSource":
         return EncodedSubset(self, indices)
@@ -118,7 +176,8 @@ class SubsetSource(ImageSource):
         self.base = base
         self._indices = np.asarray(indices, dtype=np.int64)
         targets = None if base._targets is None else base._targets[self._indices]
-        super().__init__(name=base.name, classes=base.classes, targets=targets)
+        super().__init__(name=base.name, classes=base.classes, targets=targets, origin=base.origin)
+        self.left_out, self.channels, self.value_range = base.left_out, base.channels, base.value_range
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -4,19 +4,26 @@
 values to white, shows the garbage under transparent pixels and ignores the EXIF orientation.
 """
 
-import errno
 import io
+import math
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
-from lejepa_fast.errors import RunError, UsageError
+try:
+    from PIL import _avif
+except ImportError:  # before Pillow 11.3, or built without it
+    _avif = None  # type: ignore[assignment]
+
+from lejepa_fast.data.sources.outages import patiently
+from lejepa_fast.errors import RunError, UsageError, printable
 from lejepa_fast.regular_files import open_regular
+
+T = TypeVar("T")
 
 
 class UnreadableImageError(RunError):
@@ -29,37 +36,37 @@ class UnreadableImageError(RunError):
         self.reason = reason
 
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
-)
-
 # Formats that Pillow may try on a file, whatever its suffix says. It opens MPO as JPEG. For EPS, which is not
 # among them, it would run Ghostscript.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+Image.init()
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", *["AVIF"] * (_avif is not None))
+
+# Every suffix of these formats, and two that sites give to what they hand out.
+IMAGE_SUFFIXES = frozenset(
+    {suffix for suffix, name in Image.registered_extensions().items() if name in (*_FORMATS, "MPO")}
+    | {".jpg_large", ".png_large"}
+)
 
 MAX_IMAGE_BYTES = 256 << 20  # a file is held in memory as a whole
 MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own limit, which programs can raise or switch off
 # Decoders of these formats take 16 bytes of memory and more for a pixel, four times as much as all others.
-_HUNGRY_FORMATS = ("WEBP", "JPEG2000")
+_HUNGRY_FORMATS = ("WEBP", "JPEG2000", "AVIF")
 
 # Limits of what stands before the pixels. Pillow's time grows with the square of the EXIF segments of a JPEG,
 # and its memory with the square of the bytes of EXIF data, whose entries may overlap.
 _MAX_HEADER_READS = 1 << 14  # a JPEG takes 4 for a segment
 _MAX_EXIF_BYTES = 128 << 10
+_MAX_CHUNK_BYTES = 512 << 20  # of a TIFF: as much as the largest RGB image
+_AVIF_BRANDS = (b"avif", b"avis", b"mif1", b"msf1")
 
 # Keys of `Image.info`: transparency, and what may hold an orientation, which Pillow reads with the pixels.
 _UNUSUAL_IN_PNG = {"interlace", "transparency", "exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 
 # (width, height) in pixels, in either order, to the factor by which the image is to be reduced: 1, 2, 4 or 8.
 Reduction = Callable[[int, int], int]
+ValueRange = tuple[float, float]
 _TILE = 1024  # px, a multiple of any factor
-
-# The process or the machine lacks something, so the image may be good: error number to the way out.
-_SHORTAGES = {
-    errno.EMFILE: "this process has too many files open: raise the limit, 'ulimit -n'",
-    errno.ENFILE: "the machine has too many files open: close other programs, or raise fs.file-max",
-    errno.ENOMEM: "memory is short: fewer workers, or a higher limit ('ulimit -v', or the container's)",
-}
+_Tag = ExifTags.Base
 
 
 # --- reading and opening ------------------------------------------------------------------------
@@ -104,6 +111,8 @@ def open_encoded(data: bytes) -> ImageFile.ImageFile:
 
     Raises whatever Pillow raises, and `ValueError` for a file that could exhaust time or memory.
     """
+    if data[8:12] in _AVIF_BRANDS and _avif is not None:  # of these Pillow unpacks the EXIF data on opening
+        _check_exif(len(_avif.AvifDecoder(data, "auto", 1).get_info()[4] or b""))
     file = _Header(data)
     image = Image.open(file, formats=_FORMATS)
     file.reads = -(1 << 62)  # decoding may read as often as it likes
@@ -113,7 +122,34 @@ def open_encoded(data: bytes) -> ImageFile.ImageFile:
         raise Image.DecompressionBombError(f"{size}, more than the {limit:,} pixels an image may have")
     _check_exif(len(image.info.get("exif", b"")))
     _check_exif(len(image.info.get("Raw profile type exif", "")) // 2)  # in hexadecimal digits
+    if _chunk_bytes(image) > _MAX_CHUNK_BYTES:
+        raise ValueError(f"a tile or strip of more than {_MAX_CHUNK_BYTES >> 20} MiB")
     return image
+
+
+def _tiff_tags(image: Image.Image) -> Mapping[int, Any]:
+    return getattr(image, "tag_v2", {})
+
+
+def _chunk_bytes(image: Image.Image) -> int:
+    """Bytes of a tile or strip of a TIFF, which is decoded as a whole and may be larger than the image."""
+    tags = _tiff_tags(image)
+    rows = min(tags.get(_Tag.RowsPerStrip, image.height), image.height)
+    area = tags.get(_Tag.TileWidth, image.width) * tags.get(_Tag.TileLength, rows)
+    bits = tags.get(_Tag.SamplesPerPixel, 1) * max(tags.get(_Tag.BitsPerSample, (1,)))
+    return area * bits // 8
+
+
+def _declared_range(image: Image.Image) -> tuple[float, float]:
+    """The values of black and white that a TIFF declares. Raises `ValueError` where it does not."""
+    tags = _tiff_tags(image)
+    ends = [np.ravel(tags.get(tag, ())).astype(float) for tag in (_Tag.SMinSampleValue, _Tag.SMaxSampleValue)]
+    if not all(map(len, ends)) or not -math.inf < ends[0].min() < ends[1].max() < math.inf:
+        raise ValueError(
+            "floating-point pixels without a range (the TIFF tags SMinSampleValue and SMaxSampleValue); "
+            "declare it, save 8 or 16 bits, or set --data.bit-depth percentile"
+        )
+    return ends[0].min(), ends[1].max()
 
 
 class Header(NamedTuple):
@@ -154,12 +190,15 @@ def plain_header(data: bytes) -> Header | None:
 # --- to RGB -------------------------------------------------------------------------------------
 
 
-def to_rgb(image: Image.Image, reduction: Reduction | None = None) -> Image.Image:
-    """Upright 8-bit RGB version of `image`, of its first frame.
+def to_rgb(
+    image: Image.Image, reduction: Reduction | None = None, value_range: ValueRange | None = None
+) -> Image.Image:
+    """Upright 8-bit RGB version of `image`, of its present frame.
 
-    Transparent images are composed over white. 16-bit grayscale is scaled to 8 bits. Floating-point images
-    are taken as 0-1 when no value exceeds 1, else as 0-255. CMYK, palette and grayscale images are converted.
-    `reduction` tells how much very large images are reduced.
+    Transparent images are composed over white. Grayscale of 12 or 16 bits is scaled to 8 bits, as are
+    floating-point images by their declared range. CMYK, palette and grayscale images are converted.
+    `reduction` tells how much very large images are reduced. `value_range`: the values of black and white of
+    images with more than 8 bits, instead of those that the file declares.
     """
     factor = reduction(*image.size) if reduction else 1
     if factor > 1:  # the decoder reduces it if it can
@@ -170,21 +209,85 @@ def to_rgb(image: Image.Image, reduction: Reduction | None = None) -> Image.Imag
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.reduce(factor) if factor > 1 else image
-    scale = _scale(image)
+    ends = _range(image, value_range)
     width, height = image.size
     # A conversion takes up to 32 bytes a pixel on the way: convert and reduce one tile after the other.
     pixels = Image.new("RGB", (-(-width // factor), -(-height // factor)))
     for top in range(0, height, _TILE):
         for left in range(0, width, _TILE):
             box = (left, top, min(left + _TILE, width), min(top + _TILE, height))
-            tile = _convert(image.crop(box), scale)
+            tile = _convert(image.crop(box), ends)
             pixels.paste(tile.reduce(factor) if factor > 1 else tile, (left // factor, top // factor))
     return pixels
 
 
-def _convert(image: Image.Image, scale: float | None) -> Image.Image:
-    if scale is not None:
-        values = np.nan_to_num(np.asarray(image).astype(np.float64)) * scale
+class ChannelImage:
+    """Pixels (H, W, C) uint8, where a PIL image is expected."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels = pixels
+        self.height, self.width = pixels.shape[:2]
+        self.size = (self.width, self.height)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        return np.asarray(self.pixels, *args)
+
+    def tobytes(self) -> bytes:
+        return self.pixels.tobytes()
+
+
+def to_channels(
+    data: bytes, channels: int, reduction: Reduction | None, value_range: ValueRange | None
+) -> ChannelImage:
+    """An image file as 8-bit channels: one, those of the file, or the pages of a TIFF.
+
+    Values are scaled as by `to_rgb`. For one channel, color images become gray. EXIF orientation is applied,
+    except to TIFF files of several channels.
+
+    Raises:
+        ValueError: the file has another number of channels.
+    """
+    if channels == 1:
+        gray = to_rgb(open_encoded(data), reduction, value_range).convert("L")
+        return ChannelImage(np.asarray(gray)[..., None])
+    planes = channel_values(data)
+    if len(planes) != channels:
+        raise ValueError(f"{len(planes)} channels, not {channels}")
+    factor = reduction(*planes.shape[:0:-1]) if reduction else 1
+    if planes.dtype != np.uint8:
+        if value_range is None and planes.dtype.kind not in "iu":
+            raise ValueError("floating-point pixels without a range; set --data.bit-depth percentile")
+        low, high = value_range or (0, np.iinfo(planes.dtype).max)
+        scaled = np.nan_to_num((planes.astype(np.float32) - low) * (255 / (high - low)))
+        planes = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    if factor > 1:
+        planes = np.stack([np.asarray(Image.fromarray(plane).reduce(factor)) for plane in planes])
+    return ChannelImage(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+
+
+def channel_values(data: bytes) -> np.ndarray:
+    """The channels (C, H, W) of an image file as stored. The pages of a TIFF count as channels.
+
+    Raises whatever the decoders raise, and `ValueError` for a file that could exhaust memory.
+    """
+    if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        image = ImageOps.exif_transpose(open_encoded(data))
+        return np.moveaxis(np.atleast_3d(np.asarray(image)), -1, 0)
+    from tifffile import TiffFile
+
+    with TiffFile(io.BytesIO(data)) as file:
+        series = file.series[0]
+        if math.prod(series.shape) * series.dtype.itemsize > _MAX_CHUNK_BYTES:
+            raise ValueError(f"more than {_MAX_CHUNK_BYTES >> 20} MiB of pixels")
+        planes, axes = series.asarray(), series.axes
+    planes = np.moveaxis(planes, (axes.index("Y"), axes.index("X")), (-2, -1))
+    return planes.reshape(-1, *planes.shape[-2:])
+
+
+def _convert(image: Image.Image, ends: tuple[float, float] | None) -> Image.Image:
+    if ends is not None:
+        values = (np.asarray(image).astype(np.float64) - ends[0]) * (255 / (ends[1] - ends[0]))
+        values = np.nan_to_num(values, posinf=255.0, neginf=0.0)  # NaN is black
         return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         # The premultiplied modes convert to their plain counterparts only.
@@ -195,50 +298,50 @@ def _convert(image: Image.Image, scale: float | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _scale(image: Image.Image) -> float | None:
-    """Factor from one channel of 16- or 32-bit values to 8 bits; None for all other images."""
-    if image.mode.startswith("I;16"):
-        return 1 / 257
-    if image.mode == "I":  # 32 bits in memory, 8 or 16 in most files
-        return 1.0 if image.getextrema()[1] <= 255 else 1 / 257  # type: ignore[operator]
+def _range(image: Image.Image, given: ValueRange | None) -> ValueRange | None:
+    """The values of black and white in one channel of more than 8 bits; None for all other images."""
+    if given is not None or not _is_deep(image):
+        return given if _is_deep(image) else None
     if image.mode == "F":
-        # Row by row, because `asarray` makes a copy. NaN counts as 0.
-        rows = (image.crop((0, top, image.width, top + 1)) for top in range(image.height))
-        peak = max((float(np.nan_to_num(np.asarray(row)).max(initial=0.0)) for row in rows), default=0.0)
-        return 255.0 if peak <= 1.0 else 1.0
-    return None
+        return _declared_range(image)
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # 32 bits, of which most files use 8 or 16
+        return 0, 255 if image.getextrema()[1] <= 255 else 65535  # type: ignore[operator]
+    bits = max(_tiff_tags(image).get(_Tag.BitsPerSample, (16,)))  # some TIFF files have 12
+    return 0, 2**bits - 1
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether the image has one channel of more than 8 bits."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def deep_values(image: Image.Image) -> np.ndarray | None:
+    """Up to 2^16 finite values of an image with more than 8 bits, spread over it; None for other images."""
+    return some_of(np.asarray(image)) if _is_deep(image) else None
+
+
+def some_of(values: np.ndarray) -> np.ndarray:
+    """Up to 2^16 finite values, spread over an array."""
+    spread = values.ravel()[:: -(-values.size // (1 << 16))]
+    return spread[np.isfinite(spread)]
 
 
 # --- errors -------------------------------------------------------------------------------------
 
 
-def printable(text: str) -> str:
-    """`text` for a one-line message. Line breaks, and bytes of file names that are not UTF-8, are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def naming_file(where: str, work: Callable[[], T]) -> T:
+    """`work()`, which reads or decodes the image `where`; tried again while the data are away.
 
-
-def shortage(error: OSError) -> str | None:
-    """The way out when the process or the machine lacks something; None when the file is to blame."""
-    return _SHORTAGES.get(error.errno or 0)
-
-
-@contextmanager
-def naming_file(where: str) -> Iterator[None]:
-    """Raise `UnreadableImageError` for anything that reading or decoding the file `where` raises.
-
-    It is a `RunError` when the process or the machine is to blame and not the file.
+    Raises:
+        UnreadableImageError: the file is to blame.
+        RunError: what it lies on is away, or the process or the machine lacks something; see `patiently`.
     """
     try:
-        yield
+        return patiently(work, f"image {printable(where)}")
     except (RunError, UsageError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
-        text = str(error)
-        if isinstance(error, OSError):
-            text = error.strerror or text
-            if way_out := shortage(error):
-                reason = f"{text}; {way_out} (the image may be good)"
-                raise RunError(f"cannot read image {printable(where)}: {reason}") from error
+        text = (isinstance(error, OSError) and error.strerror) or str(error)
         # Pillow's own text ends in "<_io.BytesIO object at 0x...>".
         reason = "not an image" if "cannot identify image file" in text else text
         reason = re.sub(r"\s+", " ", reason).strip() or type(error).__name__

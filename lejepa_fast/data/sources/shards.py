@@ -13,17 +13,18 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
 from lejepa_fast.data.sources.base import EncodedSource, Names
-from lejepa_fast.data.sources.decoding import IMAGE_SUFFIXES, printable, refuse_large, shortage
+from lejepa_fast.data.sources.decoding import IMAGE_SUFFIXES, refuse_large
+from lejepa_fast.data.sources.folder import is_hidden
+from lejepa_fast.data.sources.outages import SharedFileError, patiently
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.regular_files import open_regular
-
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 _IGNORED_SUFFIXES = frozenset({".txt", ".json"})  # captions that other packers add; never read
 _MAX_LABEL_BYTES = 32
@@ -67,6 +68,7 @@ class ShardSource(EncodedSource):
         targets = self._check_labels([member.target for member in members], classes)
         super().__init__(
             name=folder.name if len(self._shards) > 1 else self._shards[0].stem,
+            origin=f"{count} shards in {folder}" if (count := len(shards)) > 1 else f"shard {shards[0]}",
             classes=None if targets is None else classes,
             targets=targets,
         )
@@ -87,7 +89,7 @@ class ShardSource(EncodedSource):
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
-            raise RunError(_cannot(shard, error)) from error
+            raise SharedFileError(error.errno, error.strerror, str(shard)) from error
         if len(data) != size:
             raise RunError(
                 f"{self.describe(index)}: the file ends early ({len(data)} of {size} bytes); "
@@ -110,13 +112,8 @@ class ShardSource(EncodedSource):
                 fault += "or name the classes"
             else:
                 fault = f"class {label}, but classes.txt names {limit} classes (0 to {limit - 1})"
-            raise UsageError(f"{printable(self.describe(index))} has {fault}")
+            raise UsageError(f"{self.describe(index)} has {fault}")
         return targets or None
-
-
-def _cannot(shard: Path, error: OSError) -> str:
-    way_out = shortage(error) or "check that it is there, and its rights"
-    return f"cannot read the shard {shard}: {error.strerror}; {way_out}"
 
 
 # --- walking through a shard --------------------------------------------------------------------
@@ -125,8 +122,17 @@ def _cannot(shard: Path, error: OSError) -> str:
 def index_shard(path: Path) -> list[Member]:
     """Byte ranges and labels of the images of one shard, in the order of the tar.
 
-    Raises `UsageError` for anything but plain image data, and `RunError` when files or memory are short.
+    Raises `UsageError` for anything but plain image data, and `RunError` as `patiently`.
     """
+    try:
+        return patiently(partial(_index_shard, path), f"the shard {path}")
+    except OSError as error:
+        raise UsageError(
+            f"cannot read the shard {path}: {error.strerror}; check that it is there, and its rights"
+        ) from error
+
+
+def _index_shard(path: Path) -> list[Member]:
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     try:
@@ -135,25 +141,26 @@ def index_shard(path: Path) -> list[Member]:
                 raise UsageError(f"{path} is compressed, so not randomly readable; decompress it once")
             for info in _walk(path, file):
                 key, suffix = _check_member(path, info)
+                if suffix in _IGNORED_SUFFIXES:
+                    continue
+                if key in (labels if suffix == ".cls" else images):
+                    kind = "labels" if suffix == ".cls" else "images"
+                    raise UsageError(f"{path}: two {kind} with the key {key!r}; keys must be distinct")
                 if suffix == ".cls":
                     labels[key] = _read_label(path, info, file.fileno())
-                elif suffix in IMAGE_SUFFIXES:
-                    if key in images:
-                        raise UsageError(f"{path}: two images with the key {key!r}; keys must be distinct")
+                else:
                     images[key] = (suffix, info.offset_data, info.size)
     except UsageError:
         raise
     # tarfile raises all but the first for numbers in headers, such as the length of a name.
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError) as error:
-        reason = printable(str(error)) or "a length in a header exceeds the memory"
+        reason = str(error) or "a length in a header exceeds the memory"
         raise UsageError(
             f"{path} is not a complete tar file ({reason}); copy or pack the shard again"
         ) from error
-    except OSError as error:
-        raise (RunError if shortage(error) else UsageError)(_cannot(path, error)) from error
     orphan = next((key for key in labels if key not in images), None)
     if orphan is not None:
-        raise UsageError(f"{path}: {printable(orphan)}.cls has no image beside it; pack the shard again")
+        raise UsageError(f"{path}: {orphan}.cls has no image beside it; pack the shard again")
     return [Member(key, *place, labels.get(key)) for key, place in images.items()]
 
 
@@ -192,7 +199,7 @@ class _Headers:
 
 
 def _check_member(path: Path, info: tarfile.TarInfo) -> tuple[str, str]:
-    """(key, lower-case suffix) of a member that is safe to use."""
+    """(key, lower-case suffix) of a member that is safe to use; the suffix is .txt where it is hidden."""
     name = PurePosixPath(info.name)
     # WebDataset's rule: the key ends at the first dot of the file name.
     stem, dot, suffix = name.name.partition(".")
@@ -201,9 +208,12 @@ def _check_member(path: Path, info: tarfile.TarInfo) -> tuple[str, str]:
         fault = "is not a plain file (a link or device); pack plain files"
     elif name.is_absolute() or ".." in name.parts:
         fault = "points outside the archive; pack relative names"
+    elif any(map(is_hidden, name.parts)):  # macOS adds ._NAME to every file
+        return str(name), ".txt"
     elif suffix != ".cls" and suffix not in IMAGE_SUFFIXES | _IGNORED_SUFFIXES:
-        fault = "is neither an image nor a .cls label, and nothing else is read; pack the images again with "
-        fault += "'lejepa-data pack SOURCE OUT'"
+        dots = f" (its key ends at the first dot, so its suffix is {suffix!r})" if "." in suffix[1:] else ""
+        fault = f"is neither an image nor a .cls label{dots}, and nothing else is read; pack the images "
+        fault += "again with 'lejepa-data pack SOURCE OUT'"
     else:
         return str(name.parent / stem), suffix
     raise UsageError(f"{path}: member {info.name!r} {fault}")

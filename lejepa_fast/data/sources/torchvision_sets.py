@@ -1,5 +1,6 @@
 """torchvision's image-classification data sets, by name, from files that are already on disk."""
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image
 
 from lejepa_fast.data.sources.base import ImageSource, Split
 from lejepa_fast.data.sources.folder import FileSource
+from lejepa_fast.data.sources.outages import SharedFileError
 from lejepa_fast.errors import UsageError
 
 # Sets that are not image classification, or that unpack archives on opening (ImageNet), are left out.
@@ -31,17 +33,20 @@ class ArraySource(ImageSource):
     """A torchvision data set that makes its images from arrays."""
 
     def __init__(self, dataset: Any, name: str) -> None:
-        self._dataset = dataset
+        self._dataset, self._count = dataset, len(dataset)
         super().__init__(name=name, classes=_classes(dataset), targets=_labels(dataset))
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return self._count
 
     def describe(self, index: int) -> str:
         return f"number {index} of torchvision's {self.name}"
 
     def open_image(self, index: int) -> Image.Image:
-        return self._dataset[index][0]
+        try:
+            return self._dataset[index][0]
+        except OSError as error:  # PCAM reads its one file for each image
+            raise SharedFileError(error.errno or errno.EIO, str(error)) from error
 
 
 def _file_source(dataset: Any, name: str) -> FileSource:

@@ -18,6 +18,8 @@ from training import CPU, SCRIPT, arguments_of, rows_of, torchrun, train_only, w
 
 import lejepa_fast.train.runtime.world as ranks
 from lejepa_fast.data.backends import choose_backend as choice
+from lejepa_fast.data.sources import folder, outages
+from lejepa_fast.data.sources.decoding import read_file
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import pretrain
 from lejepa_fast.train.checkpoint.storage import read_checkpoint
@@ -116,6 +118,22 @@ def test_unreadable_images_are_listed_and_too_many_exit_with_1(backend, damaged,
     assert pretrain.main(arguments_of(strict, tmp_path / "configs")) == 1
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "30.jpg" in error
+
+
+def test_data_that_stay_away_from_a_worker_exit_with_1(tiny, tmp_path, monkeypatch, capsys):
+    def stale(path):
+        if torch.utils.data.get_worker_info() is None:
+            return read_file(path)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+
+    monkeypatch.setattr(outages, "RETRY_DELAYS", (0.01,))
+    monkeypatch.setattr(folder, "read_file", stale)
+    cfg = tiny(data={"workers": 1})
+    assert pretrain.main(arguments_of(cfg, tmp_path / "configs")) == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.search(r"cannot read image .*\.png: Stale file handle, still after 0\.0 s; check", error)
+    assert not (cfg.out / "bad_images.txt").exists()
+    assert not list(cfg.out.glob("checkpoints/step-*"))
 
 
 def test_a_refused_export_exits_with_1(tiny, tmp_path, monkeypatch, capsys):

@@ -9,13 +9,18 @@ import shutil
 import signal
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
+import tifffile
+import timm
 import torch
+from PIL import Image
 from training import CPU, course_of, rows_of, train_only
 
 from lejepa_fast.errors import RunError
 from lejepa_fast.train import config, export
 from lejepa_fast.train.checkpoint import storage as checkpoint
+from lejepa_fast.train.checkpoint.trained_model import export_encoder
 from lejepa_fast.train.config.cli import parse_as
 from lejepa_fast.train.engine import random_state
 from lejepa_fast.train.engine.out_of_memory import describe
@@ -75,6 +80,42 @@ def test_resume_is_exact(model, stop, workers, backend, tiny, monkeypatch):
         assert torch.equal(resumed.model.state_dict()[name], value), name
     assert torch.equal(resumed.loss_fn.sigreg.step, torch.tensor(12))
     assert not multiprocessing.active_children()  # also after a run that was interrupted
+
+
+# ---- images of more than 8 bits ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bit_depth", "expected"), [("auto", (0.0, 4095.0)), ("16", (0.0, 65535.0))])
+def test_the_range_of_values_is_chosen_once_and_goes_with_the_run(bit_depth, expected, tiny, tmp_path):
+    for name, largest in (("train", 4000), ("other", 60_000)):
+        (tmp_path / name).mkdir()
+        for number in range(20):
+            pixels = np.full((40, 40), largest - number, "uint16")
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    trainer = Trainer(tiny(data={"path": str(tmp_path / "train"), "bit_depth": bit_depth}), CPU)
+    assert trainer.cfg.data.value_range == expected
+    assert trainer.train_source.value_range == trainer.val_source.value_range == expected
+    other = dataclasses.replace(trainer.cfg.data, path=str(tmp_path / "other"))
+    assert open_splits(other)[1].value_range == expected
+    export_encoder(trainer.model.encoder, trainer.cfg, 0, tmp_path)
+    assert json.loads((tmp_path / "encoder.json").read_text())["input"]["value_range"] == list(expected)
+
+
+def test_a_whole_run_on_images_of_two_channels(tiny, tmp_path):
+    for split, count in (("train", 12), ("val", 4)):
+        for label in range(2):
+            folder = tmp_path / split / str(label)
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = np.random.default_rng(number).integers(0, 256, (2, 40, 40)) // (1 + label)
+                tifffile.imwrite(folder / f"{number}.tif", pixels.astype("uint8"))
+    cfg = tiny(data={"path": str(tmp_path), "channels": 2, "backend": "auto", "workers": 1})
+    assert pretrain(cfg, CPU).exists()
+    encoder = timm.create_model(f"local-dir:{cfg.out}")
+    assert encoder(torch.zeros(1, 2, 32, 32)).ndim == 2
+    described = timm.data.resolve_model_data_config(encoder)
+    assert described["input_size"] == (2, 32, 32)
+    assert tuple(described["mean"]) == (0.5, 0.5)
 
 
 # ---- evaluation, report, export ----------------------------------------------------------------------

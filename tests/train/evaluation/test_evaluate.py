@@ -20,7 +20,7 @@ from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.train import evaluate as command
 from lejepa_fast.train import export
 from lejepa_fast.train.checkpoint.saving import Saver
-from lejepa_fast.train.config import to_dict
+from lejepa_fast.train.config import DataConfig, to_dict
 from lejepa_fast.train.engine import random_state
 from lejepa_fast.train.evaluation import protocol
 from lejepa_fast.train.evaluation.embeddings import calibrate_batchnorm, embed_source
@@ -184,6 +184,24 @@ def test_unlabeled_images_get_the_statistics_and_a_reason(tiny, unlabeled):
     assert (result.knn, result.linear, result.num_classes, result.chance) == (None, None, None, None)
     assert "have no class" in (result.no_labels_because or "")
     assert np.isfinite([result.embedding_std, result.effective_rank, result.sigreg]).all()
+
+
+def test_both_splits_are_told_with_a_way_out_where_one_has_no_classes(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for folder, count in {"train/ant": 2, "train/bee": 3, "val": 2}.items():
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (24, 24)).save(tmp_path / folder / f"{i}.png")
+    (tmp_path / "val" / "list.txt").touch()
+    protocol.open_splits(DataConfig(path=str(tmp_path)))
+    train, val, note = (record.getMessage() for record in caplog.records)
+    assert train == f"training images: 5 images, 2 classes (ant, bee) from folder {tmp_path / 'train'}"
+    assert val.startswith(
+        f"validation images: 2 images, no classes from folder {tmp_path / 'val'}; not read there: 1"
+    )
+    assert (
+        f"give the training images alone (folder {tmp_path / 'train'}), and some of them are held out" in note
+    )
 
 
 def test_one_validation_image_is_refused(cfg):

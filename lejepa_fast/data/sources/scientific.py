@@ -1,0 +1,142 @@
+"""Scientific images: values of more than 8 bits, stacks of slices, other numbers of channels than three."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from lejepa_fast.data.sources.base import EncodedSource, ImageSource
+from lejepa_fast.data.sources.decoding import UnreadableImageError, ValueRange, naming_file
+from lejepa_fast.errors import UsageError, require_extra
+
+BitDepth = Literal["auto", "8", "12", "16", "percentile"]
+Slices = Literal["first", "random", "all"]
+
+MOST_CHANNELS = 16
+_PROBED_IMAGES = 64
+_SHARE = 0.1  # percent of the values that become black, and of those that become white
+
+
+def choose_value_range(source: ImageSource, bit_depth: BitDepth) -> ValueRange | None:
+    """Values of black and white for all images with more than 8 bits of a data set, so that all are alike.
+
+    Args:
+        source: up to 64 of its images, spread over it, are looked at.
+        bit_depth: "8", "12", "16": whole numbers of so many bits. "percentile": from the 0.1th to the 99.9th
+            percentile of the values found. "auto": 8, 12 or 16 bits, whatever holds the largest value found;
+            [0, 1] for floating-point images with no values beyond.
+
+    Returns:
+        The two values. None if no image has more than 8 bits, and for "auto" with floating-point images that
+        have other values: each file must declare its range then.
+
+    Raises:
+        UsageError: with "percentile", the images have no two values.
+        RunError: the images cannot be read now.
+    """
+    found = []
+    for index in range(0, len(source), -(-len(source) // _PROBED_IMAGES)):
+        try:
+            values = source.deep_values(index)
+        except UnreadableImageError:
+            continue  # the loader counts them
+        if values is not None and values.size:
+            found.append(values)
+    if not found:
+        return None
+    if bit_depth == "percentile":
+        low, high = np.percentile(np.concatenate(found).astype(np.float64), [_SHARE, 100 - _SHARE])
+        if low == high:
+            raise UsageError(f"bit_depth percentile: expected images of different values, got only {low:g}")
+        return float(low), float(high)
+    if bit_depth != "auto":
+        return 0.0, 2.0 ** int(bit_depth) - 1
+    low, high = min(values.min() for values in found), max(values.max() for values in found)
+    if any(values.dtype.kind == "f" for values in found):
+        return (0.0, 1.0) if low >= 0 and high <= 1 else None
+    return 0.0, float(next((most for most in (255, 4095) if high <= most), 65535))
+
+
+def as_trained(source: ImageSource, slices: Slices, channels: int = 3) -> ImageSource:
+    """The images of a source for a training on slices of stacks, or on another number of channels than 3.
+
+    Args:
+        source: one image for each file.
+        slices: of files that hold several images, such as TIFF files of several pages. "first": the first.
+            "random": one of them, drawn anew in each epoch; the middle one in evaluation. "all": each is an
+            image of its own; the header of every file is read.
+        channels: 1: gray. 3: RGB. Others: as many as the files have, where the pages of a TIFF count.
+
+    Raises:
+        UsageError: a number of channels that the source or `slices` cannot give.
+        ImportError: the extra [tiff] is needed and not installed.
+    """
+    if not 1 <= channels <= MOST_CHANNELS:
+        raise UsageError(f"channels: expected 1 to {MOST_CHANNELS}, got {channels}")
+    if channels != 3 and not isinstance(source, EncodedSource):
+        raise UsageError(f"channels: {source.name} holds no image files, so it has 3, not {channels}")
+    if channels != 3 and slices != "first":
+        raise UsageError(f"slices: expected 'first' for {channels} channels, got {slices!r}")
+    if channels not in (1, 3):
+        require_extra("tiff", "tifffile")
+    if slices == "random":
+        source = _RandomSlices(source)
+    elif slices == "all":
+        source = _AllSlices(source)
+    source.channels = channels
+    return source
+
+
+class _Stacks(ImageSource):
+    def __init__(self, base: ImageSource, files: Sequence[int] | np.ndarray) -> None:
+        self.base, self._files = base, np.asarray(files, dtype=np.int64)
+        targets = None if base._targets is None else base._targets[self._files]
+        super().__init__(name=base.name, classes=base.classes, targets=targets, origin=base.origin)
+        self.left_out = base.left_out
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class _RandomSlices(_Stacks):
+    draws = True
+
+    def __init__(self, base: ImageSource) -> None:
+        super().__init__(base, range(len(base)))
+
+    def describe(self, index: int) -> str:
+        return self.base.describe(index)
+
+    def open_image(self, index: int) -> Image.Image:
+        return self._opened(index, None)
+
+    def _opened(self, index: int, draw: int | None) -> Image.Image:
+        image: Any = self.base.open_image(index)
+        count = getattr(image, "n_frames", 1)
+        image.seek(count // 2 if draw is None else draw % count)
+        return image
+
+
+class _AllSlices(_Stacks):
+    def __init__(self, base: ImageSource) -> None:
+        counts = [_count_slices(base, index) for index in range(len(base))]
+        super().__init__(base, np.repeat(np.arange(len(base)), counts))
+        self._first = np.cumsum([0, *counts])
+
+    def describe(self, index: int) -> str:
+        file = self._files[index]
+        return f"{self.base.describe(int(file))}, slice {index - self._first[file]}"
+
+    def open_image(self, index: int) -> Image.Image:
+        file = int(self._files[index])
+        image = self.base.open_image(file)
+        image.seek(int(index - self._first[file]))
+        return image
+
+
+def _count_slices(source: ImageSource, index: int) -> int:
+    try:
+        return naming_file(source.describe(index), lambda: getattr(source.open_image(index), "n_frames", 1))
+    except UnreadableImageError:
+        return 1  # the loader counts it as bad
