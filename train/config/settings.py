@@ -262,6 +262,9 @@ def validate(cfg: Config, world_size: int = 1) -> None:
     """Raise UsageError for a bad type or bound, or what does not fit several fields or the processes."""
     _checked(type(cfg), to_dict(cfg), "")
     cfg.crops.validate()
+    for option, path in (("out", cfg.out or ""), ("data.path", cfg.data.path)):
+        if any(len(name.encode()) > 255 for name in Path(path).parts):
+            raise UsageError(f"{option}: expected names of at most 255 bytes, got {reprlib.repr(str(path))}")
     if cfg.loss.form == "convex" and cfg.loss.lambd > 1:
         raise UsageError(
             f"loss.lambd: expected a number from 0 to 1 with loss.form convex, got {cfg.loss.lambd}"

@@ -119,6 +119,7 @@ class Trainer:
             "number of training images": self.data_identity["train_images"],
             "number of validation images": self.data_identity["val_images"],
             "digest of the images' names": self.data_identity["names_sha256"][:12],
+            "range of values": self.cfg.data.value_range,
             "precision in use": str(self.amp_dtype),
             "strategy in use": self.strategy,
         }

@@ -216,5 +216,5 @@ def format_table(trained: EvalResult, untrained: EvalResult) -> str:
 def training_speed(history: Sequence[Mapping[str, Any]]) -> float | None:
     """Images per second of a run: the median over its train rows; None without such rows."""
     rates = [row.get("images_per_second") for row in history if row["kind"] == "train"]
-    known = [rate for rate in rates if rate is not None]
+    known = [rate for rate in rates if isinstance(rate, (int, float))]
     return statistics.median(known) if known else None

@@ -238,9 +238,17 @@ def test_the_option_in_which_ranks_differ_is_named(changes, difference, tiny):
     assert first_difference([same, other, same]) == difference
 
 
+def test_other_versions_are_named_first(tiny, monkeypatch):
+    same = facts_of(tiny())
+    monkeypatch.setattr("lejepa_fast.__version__", "9.9")
+    found = first_difference([same, facts_of(tiny(seed=5))])
+    assert (
+        found == f"version of lejepa_fast is {same['version of lejepa_fast']!r} on rank 0 and '9.9' on rank 1"
+    )
+    assert same["version of torch"] == torch.__version__
+
+
 def test_differences_of_many_ranks_are_one_short_line():
-    facts = [{"torch": "2.14"}, {"torch": "2.14", "new": 3}]
-    assert first_difference(facts) == "new is None on rank 0 and 3 on rank 1"
     many = first_difference([{"seed": rank % 9} for rank in range(99)])
     assert many == (
         "seed is 0 on rank 0, 9, 18, 27, 36, 45, ... and 1 on rank 1, 10, 19, 28, 37, 46, ... "
