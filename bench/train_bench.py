@@ -139,7 +139,7 @@ class SyntheticTrainer(Trainer):
     def _open_data(self) -> None:
         self.loader = SyntheticViews(self.cfg, self.world.device)  # type: ignore[assignment]
         self.train_source = self.val_source = self.loader  # type: ignore[assignment]
-        self.data_identity: dict[str, Any] = {}
+        self.data_identity = {"train_images": len(self.loader), "val_images": 0, "names_sha256": ""}
         self.workers = 0
 
 

@@ -341,7 +341,7 @@ def test_a_shortage_of_open_files_is_not_blamed_on_an_image(tmp_path, kind):
     if choose_backend.dali_fault(False) is None:
         from lejepa_fast.data.backends.dali_backend import read_encoded
 
-        calls += [lambda: read_encoded(views, 1), lambda: read_encoded(views, 1, careful=True)]
+        calls += [lambda: read_encoded(views, 0, 1), lambda: read_encoded(views, 0, 1, careful=True)]
     if kind == "shard":
         calls.append(lambda: ShardSource([tmp_path / "a.tar"]))
     said: list[str] = []
