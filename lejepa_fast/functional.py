@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import reference, triton_operators
 from .checks import check_choice, check_flag, check_number, check_tensor
 from .collectives import all_reduce_sums, check_batch, sum_gradient_over_ranks
+from .directions import sample_unit_directions
 from .dispatch import Chosen, Implementation, Precision, choose, refuse_gradients
 from .reference import full_precision, statistic_from_sums
 from .streaming import ecf_sums
@@ -99,22 +100,11 @@ def sigreg(
         refuse_gradients(chosen, "reference", A=A, t=t, scale=scale)
     if chosen == "triton":
         refuse_gradients(chosen, "torch", phi=phi, weights=weights)
-    return sigreg_unchecked(
-        x,
-        A,
-        t,
-        phi,
-        weights,
-        unbiased=unbiased,
-        reduction=reduction,
-        scale_by_n=scale_by_n,
-        group=group,
-        chosen=chosen,
-        spacing=resolve_spacing(spacing, t),
-        scale=scale,
-        precision=precision,
-        on_trial=impl == "auto",
-    )
+    options: dict[str, Any] = {"unbiased": unbiased, "reduction": reduction, "scale_by_n": scale_by_n}
+    options |= {"spacing": resolve_spacing(spacing, t), "precision": precision}
+    if impl == "auto" and chosen == "triton":
+        chosen = after_trial(x, A.shape[1], (t, phi, weights), options, group, directions=(A, scale))
+    return sigreg_unchecked(x, A, t, phi, weights, group=group, chosen=chosen, scale=scale, **options)
 
 
 def sigreg_unchecked(
@@ -132,17 +122,8 @@ def sigreg_unchecked(
     spacing: float | None,
     scale: Tensor | None,
     precision: str | None,
-    on_trial: bool = False,
 ) -> Tensor:
-    """`sigreg` for arguments that have been checked, with the group, implementation and spacing resolved.
-
-    `on_trial`: take the kernels only if they have passed a trial, see `_pass_trial`.
-    """
-    if on_trial and chosen == "triton" and not triton_operators.tracing(x, A):
-        options: dict[str, Any] = {"unbiased": unbiased, "reduction": reduction, "scale_by_n": scale_by_n}
-        options |= {"spacing": spacing, "scale": scale, "precision": precision}
-        if not _pass_trial(x, (A, t, phi, weights), options, group):
-            chosen = "torch"
+    """`sigreg` for arguments that have been checked, with the group, implementation and spacing resolved."""
     compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     M, count = A.shape[1], x.shape[-2]
     with full_precision(x.device):
@@ -191,68 +172,92 @@ _TRIAL_ERROR = 1e-3
 _TRIAL_ERROR_OF_ROUNDED = 3e-2  # half precision and tf32
 
 
-def _pass_trial(
+def after_trial(
     x: Tensor,
-    fixed: tuple[Tensor, ...],
+    num_slices: int,
+    knots: tuple[Tensor, Tensor, Tensor],
     options: dict[str, Any],
     group: dist.ProcessGroup | None,
-) -> bool:
-    """Whether the kernels agree with the streaming implementation, tried once for each kind of problem.
+    *,
+    directions: tuple[Tensor, Tensor | None] | None = None,
+) -> Chosen:
+    """What "auto" takes where the kernels can run: "torch" if they fail or differ from it, else "triton".
 
-    Compares value and gradient of a few random samples. If a rank's kernels fail, all ranks of the group do
-    without them. A CUDA error is raised: the process can do nothing more on the GPU.
+    Tried once for each kind of problem: value and gradient of a few random samples, against float64. If one
+    rank's kernels fail, all ranks of the group do without them. A CUDA error is raised: the process can do
+    nothing more on the GPU. Nothing is tried while somebody traces or a CUDA graph is captured.
 
     Args:
         x: embeddings of the call; their device, dtype and dimensions count.
-        fixed: directions and knots of the call, (A, t, phi, weights).
-        options: the other arguments of `sigreg_unchecked`.
+        num_slices: number of directions.
+        knots: t, phi and weights of the call.
+        options: `unbiased`, `reduction`, `scale_by_n`, `spacing` and `precision` of the call.
         group: of the call.
+        directions: A and scale of the call; None: the kernels that draw them are tried, too.
     """
-    kind: tuple[Hashable, ...] = (x.device, x.dtype, x.stride(-1) == 1, group is not None)
+    if triton_operators.tracing(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return "triton"
+    fixed = knots if directions is None else (*knots, directions[0])
+    kind: tuple[Hashable, ...] = (x.device, x.dtype, x.shape[-1], x.stride(-1) == 1, num_slices)
     kind += tuple((a.dtype, a.shape, a.stride()) for a in fixed)
-    kind += tuple(value is None if isinstance(value, Tensor) else value for value in options.values())
-    if kind in _trials:
-        return _trials[kind]
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return True
-    problem = None
-    try:
-        results = [_tried(chosen, x, fixed, options) for chosen in ("triton", "torch")]
-        rounded = x.dtype.itemsize == 2 or options["precision"] == "tf32"
-        allowed = _TRIAL_ERROR_OF_ROUNDED if rounded else _TRIAL_ERROR
-        for part, got, expected in zip(("value", "gradient"), *results, strict=True):
-            error = ((got - expected).norm() / expected.norm()).item()
-            if not error <= allowed:
-                problem = problem or f"the {part} is off by {error:.1e} of its size"
-    except Exception as failure:  # compilers raise anything
-        if isinstance(failure, torch.AcceleratorError) or "CUDA error" in str(failure):
-            raise
-        problem = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
-    failed = torch.tensor(float(problem is not None), device=x.device)
-    if group is not None:
-        dist.all_reduce(failed, group=group)
-    _trials[kind] = passed = not failed.item()
-    if not passed:
-        log.warning(
-            "SIGReg: the Triton kernels failed a trial on %s with %s embeddings of %d dimensions and %d "
-            "directions (%s); taking impl='torch' instead, which is slower. Please report it.",
-            x.device, x.dtype, *fixed[0].shape, problem or "on another rank",
-        )  # fmt: skip
-    return passed
+    kind += (*options.values(), group and group.group_name, directions and directions[1] is None)
+    if kind not in _trials:
+        problem = None
+        try:
+            got, expected = (
+                _tried(c, x, num_slices, knots, directions, options) for c in ("triton", "torch")
+            )
+            rounded = x.dtype.itemsize == 2 or options["precision"] == "tf32"
+            allowed = _TRIAL_ERROR_OF_ROUNDED if rounded else _TRIAL_ERROR
+            for part, value, right in zip(("value", "gradient"), got, expected, strict=True):
+                error = ((value - right).norm() / right.norm()).item()
+                if not error <= allowed:
+                    problem = problem or f"the {part} is off by {error:.1e} of its size"
+        except Exception as failure:  # compilers raise anything
+            if isinstance(failure, torch.AcceleratorError) or "CUDA error" in str(failure):
+                raise
+            problem = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+        failed = torch.tensor(float(problem is not None), device=x.device)
+        if group is not None:
+            dist.all_reduce(failed, group=group)
+        _trials[kind] = not failed.item()
+        if not _trials[kind]:
+            log.warning(
+                "SIGReg: the Triton kernels failed a trial on %s with %s embeddings of %d dimensions and %d "
+                "directions (%s); taking impl='torch' instead, which is slower. Please report it.",
+                x.device, x.dtype, x.shape[-1], num_slices, problem or "on another rank",
+            )  # fmt: skip
+    return "triton" if _trials[kind] else "torch"
 
 
 def _tried(
-    chosen: Chosen, x: Tensor, fixed: tuple[Tensor, ...], options: dict[str, Any]
+    chosen: Chosen,
+    x: Tensor,
+    num_slices: int,
+    knots: tuple[Tensor, Tensor, Tensor],
+    directions: tuple[Tensor, Tensor | None] | None,
+    options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """Value and gradient of samples like x, far from N(0, 1), where the unbiased statistic is about 0."""
-    generator = torch.Generator(x.device).manual_seed(0)
+    """Value and gradient of samples like x, far from N(0, 1), where the unbiased statistic is about 0.
+
+    By the kernels, or in float64 by the streaming implementation.
+    """
+    dim, device = x.shape[-1], x.device
+    generator = torch.Generator(device).manual_seed(0)
     # The first call may come in inference mode, whose tensors autograd does not take.
     with torch.inference_mode(False), torch.enable_grad():
-        z = 2 * torch.randn(_TRIAL_SAMPLES, x.shape[-1], device=x.device, generator=generator)
-        z = z.to(x.dtype).requires_grad_()
-        copies = [a.detach().clone() for a in fixed]
-        scale = None if options["scale"] is None else options["scale"].clone()
-        value = sigreg_unchecked(z, *copies, **{**options, "scale": scale}, chosen=chosen, group=None)
+        z = (2 * torch.randn(_TRIAL_SAMPLES, dim, device=device, generator=generator)).to(x.dtype)
+        if directions is None:
+            A, scale = sample_unit_directions(
+                dim, num_slices, step=0, device=device, dtype=x.dtype, impl=chosen
+            )
+            directions = A, scale if x.dtype.itemsize == 2 else None
+        fixed = [None if a is None else a.detach().clone() for a in (*directions, *knots)]
+        if chosen == "torch":
+            z, *fixed = (None if a is None else a.double() for a in (z, *fixed))  # type: ignore[assignment]
+        z.requires_grad_()
+        A, scale, *rest = fixed  # type: ignore[assignment]
+        value = sigreg_unchecked(z, A, *rest, scale=scale, chosen=chosen, group=None, **options)  # type: ignore[arg-type]
         (gradient,) = torch.autograd.grad(value.sum(), z)
     return value.detach().double(), gradient.double()
 

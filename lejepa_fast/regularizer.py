@@ -13,7 +13,7 @@ from .checks import check_choice, check_flag, check_integer
 from .collectives import check_batch
 from .directions import sample_unit_directions
 from .dispatch import Implementation, Precision, check_names, choose, resolve_implementation
-from .functional import Reduction, resolve_spacing, sigreg_unchecked
+from .functional import Reduction, after_trial, resolve_spacing, sigreg_unchecked
 from .reference import Knots, standard_normal_knots, transforming
 
 _KNOTS = ("t", "phi", "weights")
@@ -178,6 +178,14 @@ class SIGReg(nn.Module):
                 self.to(z.device)  # once, instead of copying the knots at every call
         # The buffers are float32; float64 embeddings get knots to match.
         knots = self._knots if z.dtype == torch.float64 else self
+        options: dict[str, Any] = {"unbiased": self.unbiased, "reduction": self.reduction}
+        options |= {
+            "scale_by_n": self.scale_by_n,
+            "spacing": self._knots.spacing,
+            "precision": self.precision,
+        }
+        if self.impl == "auto" and chosen == "triton":
+            chosen = after_trial(z, self.num_slices, (knots.t, knots.phi, knots.weights), options, group)
         buffer = self.step
         advances = step is None and self.training
         recomputed = advances and self._calls.repeated()
@@ -202,15 +210,10 @@ class SIGReg(nn.Module):
             knots.t,
             knots.phi,
             knots.weights,
-            unbiased=self.unbiased,
-            reduction=self.reduction,
-            scale_by_n=self.scale_by_n,
             group=group,
             chosen=chosen,
-            spacing=self._knots.spacing,
             scale=scale if z.dtype.itemsize == 2 else None,
-            precision=self.precision,
-            on_trial=self.impl == "auto",
+            **options,
         )
         if loss.requires_grad and not (transforming() or torch.compiler.is_compiling()):
             loss.register_hook(self._calls.note_backward)

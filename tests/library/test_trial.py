@@ -1,6 +1,7 @@
 """impl="auto" tries the kernels once, and takes the streaming implementation where they fail."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,3 +98,20 @@ def test_a_cuda_error_is_raised(z, monkeypatch):
         value_and_gradient(z, "auto")
     with pytest.raises(RuntimeError, match="illegal memory access"):  # it is no answer, so nothing is kept
         value_and_gradient(z, "auto")
+
+
+@pytest.mark.parametrize(
+    ("draw", "reason"),
+    [
+        (raising(RuntimeError("no compiler")), "RuntimeError: no compiler"),
+        (lambda step, dim, count, *_: (torch.ones(dim, count), torch.ones(count)), "the value is off by"),
+    ],
+)
+def test_the_kernel_that_draws_directions_is_tried_too(z, monkeypatch, caplog, draw, reason):
+    monkeypatch.setattr(triton_operators, "sigreg_value", by_reference)
+    monkeypatch.setattr(triton_operators, "why_not", lambda device, dtype: None)
+    launchers = SimpleNamespace(philox=SimpleNamespace(draw_directions=draw))
+    monkeypatch.setattr(triton_operators, "kernels", lambda: launchers)
+    expected = value_and_gradient(z, "torch")
+    assert all(map(torch.equal, value_and_gradient(z, "auto"), expected))
+    assert reason in caplog.text
