@@ -70,12 +70,7 @@ class LeJEPALoss(nn.Module):
         elif name == "lambd":
             _check_lambd(value, self.form)
         elif name == "sigreg":
-            if not isinstance(value, SIGReg):
-                raise TypeError(f"sigreg: expected a SIGReg module, got {value!r}")
-            if value.reduction is None:
-                raise ValueError(
-                    "sigreg: expected reduction='mean' or 'sum', got None; the loss needs a scalar"
-                )
+            _check_sigreg(value)
         super().__setattr__(name, value)
 
     def forward(
@@ -97,6 +92,7 @@ class LeJEPALoss(nn.Module):
         """
         check_embeddings("global_views", global_views)
         reg = self.sigreg
+        _check_sigreg(reg)  # its attributes may have changed
         group = check_batch(
             "all_views", all_views, reg.process_group, reg.sync, unbiased=reg.unbiased, pool=reg.pool_views
         )
@@ -122,6 +118,13 @@ class LeJEPALoss(nn.Module):
             views, n, dim = z.shape
             squares, count = all_reduce_sums((mu - z).square().sum(), n, group)
             return sum_gradient_over_ranks(squares / (views * dim * count), group).float()
+
+
+def _check_sigreg(value: Any) -> None:
+    if not isinstance(value, SIGReg):
+        raise TypeError(f"sigreg: expected a SIGReg module, got {value!r}")
+    if value.reduction is None:
+        raise ValueError("sigreg: expected reduction='mean' or 'sum', got None; the loss needs a scalar")
 
 
 def _check_lambd(lambd: Any, form: str) -> None:

@@ -96,7 +96,7 @@ class SIGReg(nn.Module):
             weights may have shape (J, M).
         precision: of float32 products with the Triton kernels, see `lejepa_fast.sigreg`.
 
-    The arguments of simple types are attributes that may be changed at any time.
+    All but `t_max`, `n_points` and `knots` are attributes that may be changed at any time.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what was given.

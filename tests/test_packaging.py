@@ -166,7 +166,7 @@ def test_imports_scripts_and_version_are_declared(installed):
         names = {w.name for w in wanted if w.marker is None or w.marker.evaluate({"extra": extra})}
         return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
 
-    optional = {"nvidia", "wandb", "tifffile"}
+    optional = {"nvidia", "wandb"}
     assert declared("") == {"torch", "triton"}
     assert imported([*(ROOT / "lejepa_fast").glob("*.py"), *(ROOT / "kernels").glob("*.py")]) <= declared("")
     used = imported([*(ROOT / "lejepa_fast" / "data").rglob("*.py"), *(ROOT / "train").rglob("*.py")])

@@ -1,16 +1,19 @@
 """Scientific images: values of more than 8 bits, stacks of slices, channels; the same from every backend."""
 
 import dataclasses
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import tifffile
 import torch
 from loader_backends import CROPS_ONLY, on
+from odd_files import png_chunk
 from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader
-from lejepa_fast.data.sources import FolderSource, UnreadableImageError
+from lejepa_fast.data.sources import FolderSource, UnreadableImageError, decoding
 from lejepa_fast.data.sources.scientific import as_trained, choose_value_range
 from lejepa_fast.errors import UsageError
 
@@ -44,13 +47,22 @@ def ramp(dtype, *ends):
         ("12", [ramp("uint16", 0, 65535)], (0, 4095)),
         ("8", [ramp("int32", 0, 65535)], (0, 255)),
         ("auto", [ramp("float32", 0, 0.5), ramp("float32", 0, 1)], (0, 1)),
-        ("auto", [ramp("float32", 0, 0.5), ramp("float32", 0, 1.1)], None),
         ("percentile", [ramp("float32", -7, -3), np.full((SIDE, SIDE), np.nan, "float32")], (-7, -3)),
         ("percentile", [ramp("uint8", 0, 255)], None),
     ],
 )
 def test_one_range_of_values_for_all_images(folder, bit_depth, images, expected):
     assert choose_value_range(folder(*images), bit_depth) == expected
+
+
+@pytest.mark.parametrize(
+    "values", [ramp("float32", 0, 1.1), ramp("int32", -1000, 2000), ramp("int32", 0, 70000)]
+)
+def test_values_that_fit_no_depth_need_percentiles(values, folder):
+    source = folder(ramp("uint8", 0, 9), values)
+    with pytest.raises(UsageError, match=r"^bit_depth auto: .* got .*; set --data\.bit-depth percentile"):
+        choose_value_range(source, "auto")
+    assert choose_value_range(source, "percentile") == (values.min(), values.max())
 
 
 def test_percentiles_leave_out_a_few_hot_pixels(folder):
@@ -119,6 +131,8 @@ def test_a_random_slice_is_drawn_anew_in_each_epoch(folder, backend):
     drawn = [[value - 10 * i for i, value in enumerate(epoch(number))] for number in range(2)]
     assert drawn == [[1, 2, 1, 1, 2, 0, 0, 4], [2, 2, 4, 4, 2, 3, 0, 2]]
     assert epoch(1, batch_size=4) == epoch(1)
+    part = source.subset([3, 4])
+    assert [np.asarray(part.load(i, draw=1))[0, 0, 0] for i in range(2)] == [31, 41]
     assert epoch(1, seed=1) != epoch(1)
     assert pixels_of(source, backend)[0][:, 0, 0, 0].tolist() == [10 * i + 2 for i in range(8)]
 
@@ -178,10 +192,58 @@ def test_values_of_channels_are_scaled_by_one_range(tmp_path):
     assert first[[0, -1]].tolist() == [[0, 64], [64, 255]]
 
 
-def test_files_of_another_number_of_channels_are_bad(tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", planes(2))
-    with pytest.raises(UnreadableImageError, match="2 channels, not 5"):
+@pytest.mark.parametrize(
+    ("pixels", "options", "message"),
+    [
+        (planes(2), {}, "2 channels, not 5"),
+        (planes(5, "complex64"), {}, "pixels of type complex64"),
+        (planes(5), {"tile": (512, 512), **GRAY}, "more than 0 MiB of pixels"),
+    ],
+)
+def test_files_that_are_not_read_are_bad(pixels, options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "_MAX_CHUNK_BYTES", 512 * 512 - 1)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, **options)
+    with pytest.raises(UnreadableImageError, match=message):
         with_channels(tmp_path, 5).load(0)
+
+
+def png_of_16_bits(planes):
+    """A PNG file of 3 channels (C, H, W), which Pillow cannot write."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in planes.transpose(1, 2, 0))
+    header = struct.pack(">IIBBBBB", planes.shape[2], planes.shape[1], 16, 2, 0, 0, 0)
+    chunks = png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(rows)), png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def save_turned_tiff(path, values):
+    tifffile.imwrite(path, values, photometric="rgb", extratags=[(274, "H", 1, 6, True)])
+
+
+def save_turned_png(path, values):
+    turned = torch.from_numpy(np.rot90(values, -1).copy()).permute(2, 0, 1)
+    path.with_suffix(".png").write_bytes(png_of_16_bits(turned.numpy()))
+
+
+@pytest.mark.parametrize("save", [save_turned_tiff, save_turned_png])
+@pytest.mark.parametrize("channels", [3, 1])
+def test_colors_of_more_than_8_bits(save, channels, tmp_path):
+    """Pillow reads the upper 8 of 16 bits, so images of 12 bits would be nearly black."""
+    save(tmp_path / "a.tif", np.stack([ramp("uint16", 0, 4095)] * 3, -1))
+    source = with_channels(tmp_path, channels)
+    source.value_range = choose_value_range(source, "auto")
+    assert source.value_range == (0, 4095)
+    pixels = np.asarray(source.load(0))
+    assert pixels.shape == (SIDE, SIDE, channels)
+    assert np.array_equal(pixels[:, 0, 0], np.rint(np.linspace(0, 4095, SIDE).astype(int) / 4095 * 255))
+
+
+def test_settings_go_with_the_files(folder):
+    base = as_trained(folder(stack(3, 10), stack(3, 50)), "first", 1)
+    base.value_range = 0, 4095
+    for slices in ("all", "random"):
+        source = as_trained(base, slices, 1).subset([1])
+        assert (source.channels, source.value_range) == (1, (0, 4095))
+        assert np.asarray(source.load(0)).shape == (SIDE, SIDE, 1)
 
 
 def test_views_of_more_channels_are_those_of_three(tmp_path):

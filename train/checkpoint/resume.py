@@ -49,7 +49,8 @@ def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any], path:
     def weights(config: Mapping[str, Any]) -> dict[str, Any]:
         """The model's settings that its weights depend on."""
         size = config["model"]["img_size"] or config["crops"]["global_size"]
-        return {k: v for k, v in config["model"].items() if k != "drop_path"} | {"img_size": size}
+        own = {k: v for k, v in config["model"].items() if k != "drop_path"}
+        return own | {"img_size": size, "data.channels": config["data"].get("channels", 3)}
 
     theirs, ours = weights(saved), weights(current)
     differ = [key for key in ours if theirs.get(key) != ours[key]]

@@ -50,6 +50,8 @@ def parse_as(cls: type[C], argv: Sequence[str] | None, *, preset: str, what: str
         base = dataclasses.replace(load_json(known.config), out=None, resume="auto")
     if _given(argv, "--model", "--model.name") not in (None, base.model.name):
         base = dataclasses.replace(base, model=dataclasses.replace(base.model, kwargs="{}"))
+    if _given(argv, "--data", "--data.path") not in (None, base.data.path):  # chosen for other images
+        base = dataclasses.replace(base, data=dataclasses.replace(base.data, value_range=None))
     if not isinstance(base, cls):
         base = cls(**{field.name: getattr(base, field.name) for field in dataclasses.fields(Config)})
     description = (

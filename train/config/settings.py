@@ -63,8 +63,8 @@ class DataConfig:
     value_range: tuple[Finite, Finite] | None = None
     """Values of black and white of images with more than 8 bits; None: by bit_depth. Stored in the run."""
     channels: Annotated[int, Ge(1), Le(16)] = 3
-    """Channels of the images. 1: gray. Others: those of the file, or pages of a TIFF, without operations on
-    colors; ImageNet's crops.mean and crops.std become 0.5 and 0.25. Needs tifffile and the backend cpu."""
+    """Channels of the images. 1: gray. 3: RGB. Others: those of the file, or pages of a TIFF. All but 3 leave
+    out operations on colors, have crops.mean 0.5 and crops.std 0.25, and need the backend cpu."""
     slices: Literal["first", "random", "all"] = "first"
     """Of files that hold several images, such as TIFF stacks: the first; a random one in each epoch; or all,
     each as an image of its own."""

@@ -38,7 +38,7 @@ from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.data.sources.base import EncodedSource
-from lejepa_fast.data.sources.decoding import naming_file, open_encoded, plain_header, to_rgb
+from lejepa_fast.data.sources.decoding import naming_file, plain_header, rgb_of
 from lejepa_fast.data.views import EvalViews, TrainViews
 from lejepa_fast.errors import RunError, UsageError
 
@@ -86,7 +86,7 @@ def read_encoded(views: TrainViews | EvalViews, epoch: int, index: int, *, caref
         header = plain_header(data)
         if header is not None and views.reduction(header.width, header.height) == 1:
             return Encoded(index, data, *header)
-        return _as_ppm(index, to_rgb(open_encoded(data), views.reduction, source.value_range))
+        return _as_ppm(index, rgb_of(data, views.reduction, source.value_range))
 
     found = naming_file(source.describe(index), read)
     views.check_size(index, found.width, found.height)

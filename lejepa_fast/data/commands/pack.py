@@ -62,6 +62,11 @@ def pack_folder(
     parts = {"train" if val_place else "": train}
     if val_place:
         parts["val"] = _folder(open_place(val_place, source, train))
+    for name in train.classes or []:
+        if len(name.splitlines()) != 1 or not name.encode("utf-8", "replace").decode() == name:
+            raise UsageError(
+                f"class {name!r}: classes.txt needs names of one line in UTF-8; rename the folder"
+            )
     packed = {}
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)

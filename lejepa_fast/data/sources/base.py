@@ -18,12 +18,13 @@ from lejepa_fast.data.sources.decoding import (
     Reduction,
     UnreadableImageError,
     ValueRange,
-    channel_values,
     deep_values,
+    deep_values_of,
+    gray,
     naming_file,
     open_encoded,
     printable,
-    some_of,
+    rgb_of,
     to_channels,
     to_rgb,
 )
@@ -115,9 +116,10 @@ class ImageSource(ABC):
 
         draw: a random number for the choices that a source makes anew in each epoch.
         """
-        return naming_file(
+        rgb = naming_file(
             self.describe(index), lambda: to_rgb(self._opened(index, draw), reduction, self.value_range)
         )
+        return rgb if self.channels == 3 else gray(rgb)  # type: ignore[return-value]
 
     def deep_values(self, index: int) -> np.ndarray | None:
         """See `decoding.deep_values`. Raises as `[index]` does."""
@@ -125,6 +127,11 @@ class ImageSource(ABC):
 
     def _opened(self, index: int, draw: int | None) -> Image.Image:
         return self.open_image(index)
+
+    def take_settings(self, base: "ImageSource") -> None:
+        """Be read as `base`, of whose files this source consists."""
+        self.left_out, self.draws = base.left_out, base.draws
+        self.channels, self.value_range = base.channels, base.value_range
 
     def image_size(self, index: int) -> tuple[int, int]:
         """(width, height) in pixels before EXIF rotation, from the file's header where that is possible."""
@@ -146,24 +153,27 @@ class EncodedSource(ImageSource):
         return open_encoded(self.encoded(index))
 
     def load(self, index: int, reduction: Reduction | None = None, draw: int | None = None) -> Any:
-        if self.channels == 3:
-            return super().load(index, reduction, draw)
-        options = (self.channels, reduction, self.value_range)
-        return naming_file(self.describe(index), lambda: to_channels(self.encoded(index), *options))
+        def load() -> Any:
+            data = self.encoded(index)
+            if self.channels not in (1, 3):
+                return to_channels(data, self.channels, reduction, self.value_range)
+            rgb = rgb_of(data, reduction, self.value_range)
+            return rgb if self.channels == 3 else gray(rgb)
+
+        return naming_file(self.describe(index), load)
 
     def image_size(self, index: int) -> tuple[int, int]:
-        return (
-            super().image_size(index) if self.channels in (1, 3) else self._channel_values(index).shape[:0:-1]
-        )
+        if self.channels in (1, 3):
+            return super().image_size(index)
+        options = (
+            self.channels,
+            None,
+            (0, 1),
+        )  # so that a file of another number of channels is an error here
+        return naming_file(self.describe(index), lambda: to_channels(self.encoded(index), *options).size)
 
     def deep_values(self, index: int) -> np.ndarray | None:
-        if self.channels in (1, 3):
-            return super().deep_values(index)
-        values = self._channel_values(index)
-        return None if values.dtype == np.uint8 else some_of(values)
-
-    def _channel_values(self, index: int) -> np.ndarray:
-        return naming_file(self.describe(index), lambda: channel_values(self.encoded(index)))
+        return naming_file(self.describe(index), lambda: deep_values_of(self.encoded(index), self.channels))
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "EncodedSource":
         return EncodedSubset(self, indices)
@@ -177,7 +187,7 @@ class SubsetSource(ImageSource):
         self._indices = np.asarray(indices, dtype=np.int64)
         targets = None if base._targets is None else base._targets[self._indices]
         super().__init__(name=base.name, classes=base.classes, targets=targets, origin=base.origin)
-        self.left_out, self.channels, self.value_range = base.left_out, base.channels, base.value_range
+        self.take_settings(base)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -187,6 +197,9 @@ class SubsetSource(ImageSource):
 
     def open_image(self, index: int) -> Image.Image:
         return self.base.open_image(int(self._indices[index]))
+
+    def _opened(self, index: int, draw: int | None) -> Image.Image:
+        return self.base._opened(int(self._indices[index]), draw)
 
 
 class EncodedSubset(SubsetSource, EncodedSource):

@@ -116,6 +116,12 @@ def open_encoded(data: bytes) -> ImageFile.ImageFile:
     file = _Header(data)
     image = Image.open(file, formats=_FORMATS)
     file.reads = -(1 << 62)  # decoding may read as often as it likes
+    check_frame(image)
+    return image
+
+
+def check_frame(image: Image.Image) -> None:
+    """Raise `ValueError` or `DecompressionBombError` if decoding the present frame could exhaust memory."""
     limit = MAX_IMAGE_PIXELS // 4 if image.format in _HUNGRY_FORMATS else MAX_IMAGE_PIXELS
     if image.width * image.height > limit:
         size = f"{image.width} x {image.height} px"
@@ -124,7 +130,6 @@ def open_encoded(data: bytes) -> ImageFile.ImageFile:
     _check_exif(len(image.info.get("Raw profile type exif", "")) // 2)  # in hexadecimal digits
     if _chunk_bytes(image) > _MAX_CHUNK_BYTES:
         raise ValueError(f"a tile or strip of more than {_MAX_CHUNK_BYTES >> 20} MiB")
-    return image
 
 
 def _tiff_tags(image: Image.Image) -> Mapping[int, Any]:
@@ -236,50 +241,89 @@ class ChannelImage:
         return self.pixels.tobytes()
 
 
+def gray(rgb: Image.Image) -> ChannelImage:
+    """One channel of an RGB image."""
+    return ChannelImage(np.asarray(rgb.convert("L"))[..., None])
+
+
+def rgb_of(data: bytes, reduction: Reduction | None, value_range: ValueRange | None) -> Image.Image:
+    """As `to_rgb`, of an image file. Of colors of more than 8 bits, Pillow alone would read 8."""
+    image = open_encoded(data)
+    if not _has_deep_colors(image):
+        return to_rgb(image, reduction, value_range)
+    planes = channel_values(data)
+    colors, alpha = (planes[:-1], planes[-1:]) if len(planes) in (2, 4) else (planes, None)
+    upright = Image.fromarray(
+        _to_bytes(np.broadcast_to(colors, (3, *colors.shape[1:])), reduction, value_range)
+    )
+    if alpha is not None:
+        upright.putalpha(Image.fromarray(_to_bytes(alpha, reduction, None)[..., 0]))
+        upright = _convert(upright, None)
+    upright.getexif()[_Tag.Orientation] = image.getexif().get(_Tag.Orientation, 1)
+    ImageOps.exif_transpose(upright, in_place=True)
+    return upright
+
+
 def to_channels(
     data: bytes, channels: int, reduction: Reduction | None, value_range: ValueRange | None
 ) -> ChannelImage:
-    """An image file as 8-bit channels: one, those of the file, or the pages of a TIFF.
+    """An image file as 8-bit channels: those of the file, or the pages of a TIFF.
 
-    Values are scaled as by `to_rgb`. For one channel, color images become gray. EXIF orientation is applied,
-    except to TIFF files of several channels.
+    Values are scaled as by `to_rgb`. EXIF orientation is applied, except to TIFF files.
 
     Raises:
         ValueError: the file has another number of channels.
     """
-    if channels == 1:
-        gray = to_rgb(open_encoded(data), reduction, value_range).convert("L")
-        return ChannelImage(np.asarray(gray)[..., None])
     planes = channel_values(data)
     if len(planes) != channels:
-        raise ValueError(f"{len(planes)} channels, not {channels}")
+        raise ValueError(f"{len(planes)} channels, not {channels} (--data.channels)")
+    return ChannelImage(_to_bytes(planes, reduction, value_range))
+
+
+def _to_bytes(planes: np.ndarray, reduction: Reduction | None, value_range: ValueRange | None) -> np.ndarray:
+    """Channels (C, H, W) as stored -> pixels (H, W, C) uint8."""
     factor = reduction(*planes.shape[:0:-1]) if reduction else 1
+    if planes.dtype == bool:
+        planes = 255 * planes.astype(np.uint8)
     if planes.dtype != np.uint8:
-        if value_range is None and planes.dtype.kind not in "iu":
+        if planes.dtype.kind not in "iuf":
+            raise ValueError(f"pixels of type {planes.dtype}")
+        if value_range is None and planes.dtype.kind == "f":
             raise ValueError("floating-point pixels without a range; set --data.bit-depth percentile")
         low, high = value_range or (0, np.iinfo(planes.dtype).max)
         scaled = np.nan_to_num((planes.astype(np.float32) - low) * (255 / (high - low)))
         planes = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
     if factor > 1:
         planes = np.stack([np.asarray(Image.fromarray(plane).reduce(factor)) for plane in planes])
-    return ChannelImage(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+    return np.ascontiguousarray(planes.transpose(1, 2, 0))
 
 
 def channel_values(data: bytes) -> np.ndarray:
     """The channels (C, H, W) of an image file as stored. The pages of a TIFF count as channels.
 
-    Raises whatever the decoders raise, and `ValueError` for a file that could exhaust memory.
+    Raises whatever the decoders raise, `ValueError` for a file that could exhaust memory, and `UsageError`
+    for one that needs a package that is not installed.
     """
     if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        image = ImageOps.exif_transpose(open_encoded(data))
-        return np.moveaxis(np.atleast_3d(np.asarray(image)), -1, 0)
+        image = open_encoded(data)
+        if _has_deep_colors(image):
+            return _deep_png(data)
+        pixels = np.asarray(ImageOps.exif_transpose(image))
+        return np.moveaxis(np.atleast_3d(pixels), -1, 0)
     from tifffile import TiffFile
 
     with TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
-        if math.prod(series.shape) * series.dtype.itemsize > _MAX_CHUNK_BYTES:
+        alike = [one for one in file.series if one.shape == series.shape and one.dtype == series.dtype]
+        chunk = max(len(alike) * math.prod(series.shape), math.prod(series.keyframe.chunks))
+        if chunk * series.dtype.itemsize > _MAX_CHUNK_BYTES:
             raise ValueError(f"more than {_MAX_CHUNK_BYTES >> 20} MiB of pixels")
-        planes, axes = series.asarray(), series.axes
+        try:
+            planes, axes = np.stack([one.asarray() for one in alike]), "+" + series.axes
+        except ValueError as error:
+            if "imagecodecs" in str(error):
+                raise UsageError(f"{error}: pip install imagecodecs") from error
+            raise
     planes = np.moveaxis(planes, (axes.index("Y"), axes.index("X")), (-2, -1))
     return planes.reshape(-1, *planes.shape[-2:])
 
@@ -315,9 +359,33 @@ def _is_deep(image: Image.Image) -> bool:
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
+def _has_deep_colors(image: Image.Image) -> bool:
+    """Whether the image has several channels of more than 8 bits."""
+    if image.format == "PNG":
+        return any("16B" in str(tile[3]) for tile in getattr(image, "tile")) and len(image.getbands()) > 1  # noqa: B009
+    return len(image.getbands()) > 1 and max(_tiff_tags(image).get(_Tag.BitsPerSample, (8,))) > 8
+
+
+def _deep_png(data: bytes) -> np.ndarray:
+    """The channels (C, H, W) uint16 of a PNG file."""
+    import torch
+    from torchvision.io import ImageReadMode, decode_png
+
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return decode_png(encoded, ImageReadMode.UNCHANGED).numpy()
+
+
 def deep_values(image: Image.Image) -> np.ndarray | None:
     """Up to 2^16 finite values of an image with more than 8 bits, spread over it; None for other images."""
     return some_of(np.asarray(image)) if _is_deep(image) else None
+
+
+def deep_values_of(data: bytes, channels: int) -> np.ndarray | None:
+    """As `deep_values`, of an image file of which so many channels are read."""
+    if channels in (1, 3) and not _has_deep_colors(image := open_encoded(data)):
+        return deep_values(image)
+    values = channel_values(data)
+    return some_of(values) if values.dtype.itemsize > 1 else None
 
 
 def some_of(values: np.ndarray) -> np.ndarray:

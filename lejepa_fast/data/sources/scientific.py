@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from lejepa_fast.data.sources.base import EncodedSource, ImageSource
-from lejepa_fast.data.sources.decoding import UnreadableImageError, ValueRange, naming_file
-from lejepa_fast.errors import UsageError, require_extra
+from lejepa_fast.data.sources.decoding import UnreadableImageError, ValueRange, check_frame, naming_file
+from lejepa_fast.errors import UsageError
 
 BitDepth = Literal["auto", "8", "12", "16", "percentile"]
 Slices = Literal["first", "random", "all"]
@@ -29,13 +29,13 @@ def choose_value_range(source: ImageSource, bit_depth: BitDepth) -> ValueRange |
 
     Returns:
         The two values. None if no image has more than 8 bits, and for "auto" with floating-point images that
-        have other values: each file must declare its range then.
+        have other values and declare their ranges.
 
     Raises:
-        UsageError: with "percentile", the images have no two values.
+        UsageError: with "percentile", the images have no two values; with "auto", none of the above holds.
         RunError: the images cannot be read now.
     """
-    found = []
+    found, declared = [], True
     for index in range(0, len(source), -(-len(source) // _PROBED_IMAGES)):
         try:
             values = source.deep_values(index)
@@ -43,6 +43,7 @@ def choose_value_range(source: ImageSource, bit_depth: BitDepth) -> ValueRange |
             continue  # the loader counts them
         if values is not None and values.size:
             found.append(values)
+            declared = declared and _is_readable(source, index)
     if not found:
         return None
     if bit_depth == "percentile":
@@ -53,9 +54,25 @@ def choose_value_range(source: ImageSource, bit_depth: BitDepth) -> ValueRange |
     if bit_depth != "auto":
         return 0.0, 2.0 ** int(bit_depth) - 1
     low, high = min(values.min() for values in found), max(values.max() for values in found)
-    if any(values.dtype.kind == "f" for values in found):
-        return (0.0, 1.0) if low >= 0 and high <= 1 else None
+    floating = any(values.dtype.kind == "f" for values in found)
+    if floating and low >= 0 and high <= 1:
+        return 0.0, 1.0
+    if floating and declared:
+        return None
+    if floating or low < 0 or high > 65535:
+        raise UsageError(
+            f"bit_depth auto: expected values of 8 to 16 bits, or from 0 to 1, or a range that each file "
+            f"declares, got {low:g} to {high:g}; set --data.bit-depth percentile"
+        )
     return 0.0, float(next((most for most in (255, 4095) if high <= most), 65535))
+
+
+def _is_readable(source: ImageSource, index: int) -> bool:
+    try:
+        source.load(index)
+    except UnreadableImageError:
+        return False
+    return True
 
 
 def as_trained(source: ImageSource, slices: Slices, channels: int = 3) -> ImageSource:
@@ -65,21 +82,23 @@ def as_trained(source: ImageSource, slices: Slices, channels: int = 3) -> ImageS
         source: one image for each file.
         slices: of files that hold several images, such as TIFF files of several pages. "first": the first.
             "random": one of them, drawn anew in each epoch; the middle one in evaluation. "all": each is an
-            image of its own; the header of every file is read.
+            image of its own; every file is read at the start.
         channels: 1: gray. 3: RGB. Others: as many as the files have, where the pages of a TIFF count.
 
     Raises:
         UsageError: a number of channels that the source or `slices` cannot give.
-        ImportError: the extra [tiff] is needed and not installed.
     """
+    if slices not in ("first", "random", "all"):
+        raise UsageError(f"slices: expected 'first', 'random' or 'all', got {slices!r}")
     if not 1 <= channels <= MOST_CHANNELS:
         raise UsageError(f"channels: expected 1 to {MOST_CHANNELS}, got {channels}")
-    if channels != 3 and not isinstance(source, EncodedSource):
-        raise UsageError(f"channels: {source.name} holds no image files, so it has 3, not {channels}")
-    if channels != 3 and slices != "first":
-        raise UsageError(f"slices: expected 'first' for {channels} channels, got {slices!r}")
     if channels not in (1, 3):
-        require_extra("tiff", "tifffile")
+        if not isinstance(source, EncodedSource):
+            raise UsageError(
+                f"channels: {source.name} holds no image files, so it has 1 or 3, not {channels}"
+            )
+        if slices != "first":
+            raise UsageError(f"slices: expected 'first' for {channels} channels, got {slices!r}")
     if slices == "random":
         source = _RandomSlices(source)
     elif slices == "all":
@@ -93,17 +112,16 @@ class _Stacks(ImageSource):
         self.base, self._files = base, np.asarray(files, dtype=np.int64)
         targets = None if base._targets is None else base._targets[self._files]
         super().__init__(name=base.name, classes=base.classes, targets=targets, origin=base.origin)
-        self.left_out = base.left_out
+        self.take_settings(base)
 
     def __len__(self) -> int:
         return len(self._files)
 
 
 class _RandomSlices(_Stacks):
-    draws = True
-
     def __init__(self, base: ImageSource) -> None:
         super().__init__(base, range(len(base)))
+        self.draws = True
 
     def describe(self, index: int) -> str:
         return self.base.describe(index)
@@ -115,6 +133,7 @@ class _RandomSlices(_Stacks):
         image: Any = self.base.open_image(index)
         count = getattr(image, "n_frames", 1)
         image.seek(count // 2 if draw is None else draw % count)
+        check_frame(image)
         return image
 
 
@@ -132,6 +151,7 @@ class _AllSlices(_Stacks):
         file = int(self._files[index])
         image = self.base.open_image(file)
         image.seek(int(index - self._first[file]))
+        check_frame(image)
         return image
 
 
