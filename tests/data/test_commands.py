@@ -247,6 +247,13 @@ def test_usage_errors(tmp_path, capsys):
     for size in ("nan", "inf", "-1", "0"):
         assert pack(tmp_path, tmp_path / "out", "--shard-mb", size) == 2
         assert f"--shard-mb must be a size in MiB, above 0; got {float(size)}" in capsys.readouterr().err
+    for name in ("a\nb", "caf\udce9"):
+        root = tmp_path / repr(name)
+        for label in (name, "other"):
+            (root / label).mkdir(parents=True)
+            Image.new("RGB", (9, 9)).save(root / label / "0.png")
+        assert pack(root, tmp_path / "out") == 2
+        assert "classes.txt needs one line of UTF-8; rename the folder" in capsys.readouterr().err
     with pytest.raises(UsageError, match="shard_bytes must be positive; got 0"):
         pack_folder(tmp_path, tmp_path / "out", shard_bytes=0)
     with pytest.raises(UsageError, match="skip_bad needs verify"):

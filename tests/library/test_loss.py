@@ -133,6 +133,13 @@ def test_bad_options_are_named(arguments, error, message):
         setattr(loss_fn, name, value)
 
 
+def test_a_reduction_that_is_changed_later_is_named(views):
+    loss_fn = LeJEPALoss(sigreg=SIGReg(num_slices=4))
+    loss_fn.sigreg.reduction = None
+    with pytest.raises(ValueError, match=r"^sigreg: expected reduction='mean' or 'sum', got None"):
+        loss_fn(*views)
+
+
 def test_the_form_is_changed_only_if_lambda_fits():
     loss_fn = LeJEPALoss(lambd=10.0, form="additive")
     with pytest.raises(ValueError, match=r"^lambd: .*convex"):

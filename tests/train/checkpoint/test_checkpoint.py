@@ -315,14 +315,18 @@ def test_a_run_folder_or_a_checkpoint_can_be_named(tmp_path):
 
 
 def test_another_projector_is_named():
-    def check(**changes):
+    def check(channels=3, **changes):
         model = {"name": "resnet18", "img_size": None, "drop_path": 0.0, "projector_dim": 64}
-        saved, current = ({"model": m, "crops": {"global_size": 48}} for m in (model, model | changes))
+        shared = {"crops": {"global_size": 48}, "data": {}}
+        saved, current = ({**shared, "model": m} for m in (model, model | changes))
+        current["data"] = {"channels": channels}
         resume.check_same_model(saved, current, Path("step-00000001"))
 
     check(img_size=48, drop_path=0.2)  # the same weights
     with pytest.raises(UsageError, match=r"resnet18 \(projector_dim 64\).*resnet18 \(projector_dim 32\)"):
         check(projector_dim=32)
+    with pytest.raises(UsageError, match=r"resnet18 \(data.channels 3\).*resnet18 \(data.channels 5\)"):
+        check(channels=5)
 
 
 # ---- full disks --------------------------------------------------------------------------------------

@@ -81,6 +81,11 @@ def test_json_round_trip_is_the_identity(name, tmp_path):
     # A new run takes the settings, and must not write into the folder of the old one.
     cfg = dataclasses.replace(saved, out=None, resume="auto", seed=7)
     assert config.parse(["--config", str(file), "--seed", "7"]) == cfg
+    # What was chosen by looking at the images is chosen anew for others.
+    data = dataclasses.replace(saved.data, value_range=(0.0, 4095.0))
+    config.write(dataclasses.replace(saved, data=data), tmp_path)
+    assert config.parse(["--config", str(file)]).data.value_range == (0.0, 4095.0)
+    assert config.parse(["--config", str(file), "--data", "/others"]).data.value_range is None
 
 
 @pytest.mark.parametrize(
