@@ -253,7 +253,7 @@ def test_usage_errors(tmp_path, capsys):
             (root / label).mkdir(parents=True)
             Image.new("RGB", (9, 9)).save(root / label / "0.png")
         assert pack(root, tmp_path / "out") == 2
-        assert "classes.txt needs one line of UTF-8; rename the folder" in capsys.readouterr().err
+        assert "classes.txt needs names of one line in UTF-8; rename the folder" in capsys.readouterr().err
     with pytest.raises(UsageError, match="shard_bytes must be positive; got 0"):
         pack_folder(tmp_path, tmp_path / "out", shard_bytes=0)
     with pytest.raises(UsageError, match="skip_bad needs verify"):
