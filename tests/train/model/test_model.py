@@ -95,6 +95,11 @@ def test_short_names_have_patch_14(name):
         ({"kwargs": '{"embed_dim": 1e400}'}, {}, "test_vit: "),
         ({"name": "resnet18", "kwargs": '{"layers": 3}'}, {}, "resnet18: "),
         ({"kwargs": '{"pretrained": true}'}, {}, "cannot be given here; .*starts from random weights"),
+        (
+            {"name": "resnet18", "kwargs": '{"channels": [1]}'},
+            {},
+            "^model.kwargs: model resnet18 cannot take 32 x 32 .*; leave out --model.kwargs or use another",
+        ),
         ({"kwargs": '{"checkpoint_path": "x"}'}, {}, "cannot be given here; .*starts from random weights"),
         ({"kwargs": '{"in_chans": 1}'}, {}, "cannot be given here; the trainer sets it"),
         ({"kwargs": '{"img_size": 64}'}, {}, "cannot be given here; use --model.img-size"),
