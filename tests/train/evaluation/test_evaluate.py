@@ -277,6 +277,10 @@ def test_command_refuses_what_is_no_checkpoint_and_missing_data(cfg, tmp_path, c
             ["--checkpoint", str(tmp_path), "--out", "x.pt"],
             "out: expected a file name that ends in .safetensors",
         ),
+        (
+            ["--checkpoint", str(tmp_path), "--out", str(out / "config.safetensors")],
+            "config.safetensors would put its settings where those for timm go; use another name",
+        ),
         (["--checkpoint", str(tmp_path / "mixed" / "nothing")], "does not exist"),
     ):
         assert export.main(arguments) == 2
