@@ -9,13 +9,16 @@ if __name__ == "__main__":
     # Before anything loads OpenMP; see pretrain.py.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import contextlib
 import dataclasses
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config import Config, loader_workers, to_dict, validate
 from lejepa_fast.train.runtime.command import run_with_options
 from lejepa_fast.train.runtime.files import disk_errors_named, read_rows
@@ -68,14 +71,16 @@ def _evaluate(options: Options) -> None:
     data = _replaced(run.data, path=options.data, workers=options.workers)
     evaluation = _replaced(run.eval, image_size=options.image_size, batch_size=options.batch_size)
     cfg = dataclasses.replace(run, eval=evaluation, data=data)
-    validate(cfg)
+    with _own_options_named():
+        validate(cfg)
     device = choose_device(options.device)
     train_source, val_source = open_splits(cfg.data)
     workers = loader_workers(cfg, processes_here=1, on_gpu=device.type == "cuda")
     setting: dict[str, Any] = {"device": device, "num_workers": workers}
     if not options.linear:
         setting["linear_steps"] = 0
-    untrained = evaluate_untrained(cfg, train_source, val_source, **setting)
+    with _own_options_named():  # the model may refuse the size
+        untrained = evaluate_untrained(cfg, train_source, val_source, **setting)
     trained = evaluate_model(model.to(device), train_source, val_source, cfg, **setting)
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     out = options.out or run_dir / "evaluation" / path.name
@@ -111,13 +116,24 @@ def _replaced(section: Any, **values: Any) -> Any:
     )
 
 
+@contextlib.contextmanager
+def _own_options_named() -> Iterator[None]:
+    """Let errors about eval.image_size and eval.batch_size name the options of this command."""
+    try:
+        yield
+    except UsageError as error:
+        message = re.sub(r"\beval\.(?=(image|batch)[_-]size)", "", str(error))
+        raise UsageError(message) from error
+
+
 def _example_views(source: "ImageSource", cfg: Config) -> "list[Tensor]":
     """Views of a few images for the report's figure; small images are enlarged."""
     from lejepa_fast.data import multicrop_loader
 
     recipe = dataclasses.replace(cfg.crops, min_image_size=1)
     count = min(len(source), 6)
-    loader = multicrop_loader(source, recipe, batch_size=count, seed=cfg.seed, backend="torchvision")
+    backend = "torchvision" if cfg.data.channels == 3 else "cpu"  # which alone makes other channels
+    loader = multicrop_loader(source, recipe, batch_size=count, seed=cfg.seed, backend=backend)
     return next(iter(loader))[0]
 
 

@@ -36,6 +36,8 @@ def _export(options: Options) -> None:
     out = options.out
     if out.suffix != ".safetensors":
         raise UsageError(f"out: expected a file name that ends in .safetensors, got {out}")
+    if out.name == "config.safetensors":
+        raise UsageError(f"out: {out} would put its settings where those for timm go; use another name")
     found = load_trained(options.checkpoint, averaged=options.averaged)
     export_encoder(
         found.model.encoder, found.cfg, found.step, out.parent, out.name, way_out="choose another --out"

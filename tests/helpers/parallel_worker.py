@@ -4,7 +4,7 @@ import gc
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from lejepa_fast.data.loader import MultiCropLoader
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.loss import LeJEPAOutput
+from lejepa_fast.regularizer import SIGReg
 from lejepa_fast.train.checkpoint.saving import Saver
 from lejepa_fast.train.config import Config, from_dict
 from lejepa_fast.train.engine.trainer import Trainer
@@ -129,13 +131,20 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
         shutil.copytree(images, own)
         if rank == 1:
             next(own.glob("train/*/*")).unlink()
+        found_here = {  # as where Triton or DALI cannot be used
+            "other kernels": (SIGReg, "chosen_impl", ["triton", "torch"][rank]),
+            "other loader": (MultiCropLoader, "backend", ["dali", "cpu"][rank]),
+        }
         for name, changes in {
             "refused": {"parallel": fsdp, "resume": middle, "model": MODEL | {"kwargs": '{"depth": 2}'}},
             "other options": {"optim": {"lr": [2e-4, 0.1][rank]}},
             "other images": {"data": {"path": str(own), "batch_size": 8, "workers": 0}},
+            **{name: {} for name in found_here},
         }.items():
+            patch = mock.patch.object(*found_here[name]) if name in found_here else nullcontext()
             try:
-                Trainer(cfg(name, **changes), world).run()
+                with patch:
+                    Trainer(cfg(name, **changes), world).run()
             except UsageError as error:
                 results[name] = str(error), reported_elsewhere(error, 1)
         del small

@@ -14,12 +14,16 @@ from safetensors.torch import save
 from torch import nn
 
 from lejepa_fast.errors import UsageError
+from lejepa_fast.regular_files import open_regular
 from lejepa_fast.train.checkpoint.storage import find_checkpoint, has_average, load_model
 from lejepa_fast.train.config import Config, from_dict
 from lejepa_fast.train.model.model import LeJEPAModel, build_model
 from lejepa_fast.train.runtime.files import write_atomically
 
 log = logging.getLogger("lejepa_fast.train")
+
+# In a folder, timm takes the first of these that is there, else the first *.safetensors by name.
+_TIMM_PREFERS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 
 class TrainedModel(NamedTuple):
@@ -66,9 +70,10 @@ def export_encoder(
 
     The settings are "model" (arguments of `timm.create_model`), "input" (size, mean and std of the evaluated
     images, RGB in 0-1 before normalization, how they are resized, and the values of black and white of images
-    with more than 8 bits), "trained_with" and "step". timm reads
-    config.json, which in a run folder holds the configuration of the run as well; one of another program
-    stays as it is. RunError, which ends with the advice `way_out`, if the disk refuses.
+    with more than 8 bits), "trained_with" and "step". timm reads config.json, which in a run folder holds the
+    configuration of the run as well. It stays as it is, with a warning, if it is of another program, or if
+    timm would take other weights of the folder. RunError, which ends with the advice `way_out`, if the disk
+    refuses.
     """
     path, crops = run_dir / name, cfg.crops
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
@@ -96,18 +101,29 @@ def export_encoder(
         "num_classes": 0,
         "model_args": {key: value for key, value in arguments.items() if key != "model_name"},
         "pretrained_cfg": size_and_head | normalized | resized | layers,
+        "trained_with": "lejepa_fast",  # timm ignores it
     }
     write_atomically(path, lambda file: file.write(save(weights)), way_out=way_out)
     _write_json(path.with_suffix(".json"), settings, way_out)
     beside = run_dir / "config.json"
     try:
-        earlier = json.loads(beside.read_bytes()) if beside.exists() else for_timm
-    except ValueError:
-        earlier = None
-    if isinstance(earlier, dict) and earlier.keys() & {"architecture", "crops"}:  # timm's, or of a run
-        _write_json(beside, earlier | for_timm, way_out)
-    else:
+        with open_regular(beside) as file:
+            earlier = json.load(file)
+    except FileNotFoundError:
+        earlier = for_timm
+    except (OSError, ValueError, RecursionError):
+        earlier = {}
+    names = dict.fromkeys([*_TIMM_PREFERS, *sorted(each.name for each in run_dir.glob("*.safetensors"))])
+    present = [name for name in names if (run_dir / name).exists()]
+    marks = earlier if isinstance(earlier, dict) else {}
+    if "crops" not in marks and marks.get("trained_with") != "lejepa_fast":  # not of a run, nor of an export
         log.warning("%s is of another program: timm cannot load %s as a folder", beside, run_dir)
+        return path
+    if len(present) > 1:
+        several = "%s holds several files of weights, of which timm takes %s; export to a folder for each"
+        log.warning(several, run_dir, present[0])
+    if present[0] == path.name:
+        _write_json(beside, earlier | for_timm, way_out)
     return path
 
 

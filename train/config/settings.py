@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 EMBEDDED_DATA = "trashnet96"
 # The export adds these to a run's config.json, for timm.
-TIMM_KEYS = ("architecture", "num_classes", "model_args", "pretrained_cfg")
+TIMM_KEYS = ("architecture", "num_classes", "model_args", "pretrained_cfg", "trained_with")
 
 C = TypeVar("C", bound="Config")
 

@@ -122,6 +122,8 @@ class Trainer:
             "range of values": self.cfg.data.value_range,
             "precision in use": str(self.amp_dtype),
             "strategy in use": self.strategy,
+            "implementation of SIGReg in use": self.loss_fn.sigreg.chosen_impl,
+            "backend of the data in use": self.loader.backend,
         }
         require_same_on_all(world, in_use)
         with self._memory_advice():

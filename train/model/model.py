@@ -190,8 +190,8 @@ def _check_sizes(encoder: nn.Module, cfg: Config) -> int:
                     shape = encoder(torch.zeros(1, cfg.data.channels, size, size)).shape
         except Exception as error:  # of timm's, or of PyTorch's operators
             problem = f"cannot take {size} x {size} pixels ({first_line(error)})"
-            hint = _size_hint(cfg, field, size)
-            raise UsageError(f"{field}: model {cfg.model.name} {problem}; {hint}") from error
+            blamed, hint = _size_hint(cfg, field, size)
+            raise UsageError(f"{blamed}: model {cfg.model.name} {problem}; {hint}") from error
         if len(shape) != 2:
             raise UsageError(
                 f"model.name: {cfg.model.name} returns {tuple(shape)} for one image and not pooled features "
@@ -219,8 +219,8 @@ def takes(encoder: nn.Module | None, size: int) -> bool:
     return False
 
 
-def _size_hint(cfg: Config, field: str, size: int) -> str:
-    """Name the nearest size that the encoder takes, of some that are tried."""
+def _size_hint(cfg: Config, field: str, size: int) -> tuple[str, str]:
+    """The option to blame, and the nearest size that the encoder takes, of some that are tried."""
     encoder: Any = encoder_on_meta(cfg, cfg.crops.global_size)
     patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", None)
     step = patch[0] if isinstance(patch, (tuple, list)) else patch
@@ -230,6 +230,9 @@ def _size_hint(cfg: Config, field: str, size: int) -> str:
         if field == "crops.global_size":  # the weights may depend on it
             encoder = encoder_on_meta(cfg, candidate)
         if takes(encoder, candidate):
-            return f"use --{field.replace('_', '-')} {candidate}, which it takes"
+            return field, f"use --{field.replace('_', '-')} {candidate}, which it takes"
+    none = "none of the sizes tried near it works"
+    if cfg.model.kwargs != ModelConfig.kwargs:
+        return "model.kwargs", f"{none}; leave out --model.kwargs or use another model"
     other = "--crops.local-crops 0 or " if field == "crops.local_size" else ""
-    return f"none of the sizes tried near it works; use {other}another model"
+    return field, f"{none}; use {other}another model"

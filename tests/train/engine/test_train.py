@@ -18,7 +18,7 @@ from PIL import Image
 from training import CPU, course_of, rows_of, train_only
 
 from lejepa_fast.errors import RunError
-from lejepa_fast.train import config, export
+from lejepa_fast.train import config, evaluate, export
 from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.checkpoint.trained_model import export_encoder
 from lejepa_fast.train.config.cli import parse_as
@@ -116,6 +116,7 @@ def test_a_whole_run_on_images_of_two_channels(tiny, tmp_path):
     described = timm.data.resolve_model_data_config(encoder)
     assert described["input_size"] == (2, 32, 32)
     assert tuple(described["mean"]) == (0.5, 0.5)
+    assert evaluate.main(["--checkpoint", str(cfg.out), "--no-linear"]) == 0
 
 
 # ---- evaluation, report, export ----------------------------------------------------------------------

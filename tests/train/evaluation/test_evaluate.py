@@ -239,6 +239,14 @@ def test_command_evaluates_a_run_and_an_earlier_checkpoint_on_other_data(tiny, u
     assert (summary["steps"], summary["images_per_second"]) == (2, statistics.median(rates[:2]))
     assert (out / "report" / "report.html").is_file()
     assert not (out / "report" / "knn.png").exists()
+    for size, message in (
+        ("50", "use --image-size 48, which it takes"),
+        ("0", "error: image_size: expected "),
+    ):
+        assert command.main(["--checkpoint", str(run), "--image-size", size]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "eval." not in error
 
 
 def test_command_refuses_what_is_no_checkpoint_and_missing_data(cfg, tmp_path, capsys):
@@ -268,6 +276,10 @@ def test_command_refuses_what_is_no_checkpoint_and_missing_data(cfg, tmp_path, c
         (
             ["--checkpoint", str(tmp_path), "--out", "x.pt"],
             "out: expected a file name that ends in .safetensors",
+        ),
+        (
+            ["--checkpoint", str(tmp_path), "--out", str(out / "config.safetensors")],
+            "config.safetensors would put its settings where those for timm go; use another name",
         ),
         (["--checkpoint", str(tmp_path / "mixed" / "nothing")], "does not exist"),
     ):

@@ -1,6 +1,7 @@
 """Encoder, projector and the forward over crops of two sizes; export for others."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -94,6 +95,11 @@ def test_short_names_have_patch_14(name):
         ({"kwargs": '{"global_pool": "x"}'}, {}, "test_vit: cannot be built with .*'global_pool': 'x'"),
         ({"kwargs": '{"embed_dim": 1e400}'}, {}, "test_vit: "),
         ({"name": "resnet18", "kwargs": '{"layers": 3}'}, {}, "resnet18: "),
+        (
+            {"name": "resnet18", "kwargs": '{"channels": [1]}'},
+            {},
+            "^model.kwargs: model resnet18 cannot take 32 x 32 .*; leave out --model.kwargs or use another",
+        ),
         ({"kwargs": '{"pretrained": true}'}, {}, "cannot be given here; .*starts from random weights"),
         ({"kwargs": '{"checkpoint_path": "x"}'}, {}, "cannot be given here; .*starts from random weights"),
         ({"kwargs": '{"in_chans": 1}'}, {}, "cannot be given here; the trainer sets it"),
@@ -136,7 +142,7 @@ def test_projector_layers(norm, kind):
         ("mixer_s16_224", {}),
     ],
 )
-def test_exported_encoder_is_what_timm_loads(name, options, tiny, tmp_path, caplog):
+def test_exported_encoder_is_what_timm_loads(name, options, tiny, tmp_path):
     """By encoder.json, and as a folder: features of an image that timm transforms differ by rounding only."""
     recipe = {"mean": (0.5, 0.4, 0.3), "std": (0.3, 0.25, 0.2), "local_crops": int(name != "mixer_s16_224")}
     crops = recipe | ({"global_size": 28, "local_size": 14} if name == "vit_tiny" else {})
@@ -174,10 +180,42 @@ def test_exported_encoder_is_what_timm_loads(name, options, tiny, tmp_path, capl
         expected, features = model.embed(ours[None])[0], encoder(theirs[None])
     assert torch.cosine_similarity(features, expected) > 0.999
 
-    (tmp_path / "config.json").write_text('{"port": 80}')
-    export_encoder(model.encoder, cfg, step=5, run_dir=tmp_path)
-    assert (tmp_path / "config.json").read_text() == '{"port": 80}'
+
+@pytest.mark.parametrize("found", ['{"port": 80}', '{"architecture": "resnet50"}', "[" * 100_000, None, "/"])
+def test_export_leaves_a_config_of_another_program(found, tiny, tmp_path, caplog):
+    """None: a pipe; "/": a folder."""
+    beside = tmp_path / "config.json"
+    if found is None:
+        os.mkfifo(beside)
+    elif found == "/":
+        beside.mkdir()
+    else:
+        beside.write_text(found)
+    before = beside.stat()
+    export_encoder(build_model(cfg := tiny()).encoder, cfg, step=5, run_dir=tmp_path)
+    after = beside.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert "is of another program" in caplog.text
+
+
+def test_config_is_for_the_weights_that_timm_takes(tiny, tmp_path, caplog):
+    """The first by name, or a name that it prefers; a warning says which, where there are several."""
+    small, large = tiny(), tiny(model={"name": "test_resnet"})
+    for name, cfg, taken, warnings in (
+        ("encoder.safetensors", small, small, []),
+        ("other.safetensors", large, small, ["encoder.safetensors"]),
+        ("encoder.safetensors", small, small, ["encoder.safetensors"]),
+        ("model.safetensors", large, large, ["model.safetensors"]),
+    ):
+        caplog.clear()
+        if cfg is small:
+            config.write(small, tmp_path)  # as a run does, also when it starts again
+        export_encoder(build_model(cfg).encoder, cfg, step=5, run_dir=tmp_path, name=name)
+        texts = [record.getMessage() for record in caplog.records if record.name == "lejepa_fast.train"]
+        assert [text.partition(" timm takes ")[2].partition(";")[0] for text in texts] == warnings
+        loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).state_dict()
+        expected = build_model(taken).encoder.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in expected.items())
 
 
 @pytest.mark.parametrize(

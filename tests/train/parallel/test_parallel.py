@@ -152,6 +152,8 @@ def test_an_error_ends_all_ranks_and_rank_0_tells_it(ranks):
     [
         ("other options", "--optim.lr is 0.0002 on rank 0 and 0.1 on rank 1"),
         ("other images", "number of training images is 32 on rank 0 and 31 on rank 1"),
+        ("other kernels", "implementation of SIGReg in use is 'triton' on rank 0 and 'torch' on rank 1"),
+        ("other loader", "backend of the data in use is 'dali' on rank 0 and 'cpu' on rank 1"),
     ],
 )
 def test_ranks_that_disagree_end_before_the_first_step(name, difference, one, ranks):
