@@ -8,6 +8,8 @@ loss = loss_fn(global_z, all_z).total       # (Vg, N, K), (V, N, K)
 
 from typing import TYPE_CHECKING
 
+from .lazy_names import lazy
+
 if TYPE_CHECKING:
     from .directions import sample_directions, sample_unit_directions
     from .functional import sigreg
@@ -30,13 +32,6 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-
-    def __getattr__(name):
-        """Import a name at its first use: `--help` of the commands need not wait for PyTorch."""
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from . import directions, functional, loss, reference, regularizer
-
-        homes = map(vars, (loss, regularizer, functional, directions, reference))
-        globals()[name] = next(home[name] for home in homes if name in home)
-        return globals()[name]
+    __getattr__, __dir__ = lazy(
+        __name__, __all__, "loss", "regularizer", "functional", "directions", "reference"
+    )

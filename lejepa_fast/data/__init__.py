@@ -12,6 +12,7 @@ from lejepa_fast.errors import require_extra
 require_extra("train", "torchvision", "annotated_types", "numpy", "PIL", "pydantic", "tqdm")
 
 from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe
+from lejepa_fast.lazy_names import lazy
 
 if TYPE_CHECKING:
     from lejepa_fast.data.loader import EvalLoader, MultiCropLoader, eval_loader, multicrop_loader
@@ -31,12 +32,4 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-
-    def __getattr__(name):
-        """Import a name at its first use, as `lejepa_fast` does."""
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from . import loader, sources
-
-        globals()[name] = getattr(sources if "ource" in name else loader, name)
-        return globals()[name]
+    __getattr__, __dir__ = lazy(__name__, __all__, "loader", "sources")

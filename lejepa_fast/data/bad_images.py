@@ -32,7 +32,8 @@ class BadImages:
         source: where the images come from.
         file: list of bad images, one line each: name, number and reason, separated by tabs. Images in it that
             fit the source are not tried again. Every rank appends what it meets, and reads what the others
-            have met when an epoch begins. None: bad images are only logged.
+            have met when an epoch begins. What other options may mend is not written.
+            None: bad images are only logged.
         max_bad_fraction: more than this share of the source's images stops the run.
         log_each: log each bad image as a warning.
 
@@ -54,6 +55,7 @@ class BadImages:
         self._file = None if file is None else Path(file)
         self._max_bad_fraction, self._log_each = max_bad_fraction, log_each
         self._reasons: dict[int, str] = {}  # the latest one last
+        self._passing: set[int] = set()  # those of them that other options may mend
         self._lock = threading.Lock()
         if self._file is not None:
             existing = next(path for path in (self._file, *self._file.absolute().parents) if path.exists())
@@ -66,17 +68,23 @@ class BadImages:
     def __contains__(self, index: int) -> bool:
         return index in self._reasons
 
-    def items(self) -> list[tuple[int, str]]:
-        """(number, reason) of each bad image, in ascending order."""
+    def items(self, *, lasting: bool = False) -> list[tuple[int, str]]:
+        """(number, reason) of each bad image, in ascending order. lasting: without what options may mend."""
         with self._lock:
-            return sorted(self._reasons.items())
+            return sorted(x for x in self._reasons.items() if not (lasting and x[0] in self._passing))
 
-    def add(self, index: int, reason: str) -> None:
-        """List image `index`. Raises `RunError` for too many bad images, or a file that cannot be written."""
+    def add(self, index: int, reason: str, *, lasting: bool = True) -> None:
+        """List image `index`. lasting: in the file, too.
+
+        Raises `RunError` for too many bad images, or a file that cannot be written.
+        """
         reason = printable(reason)
         with self._lock:
             if index not in self._reasons:
-                self._append({index: reason})
+                if lasting:
+                    self._append({index: reason})
+                else:
+                    self._passing.add(index)
                 self._reasons[index] = reason
                 name = printable(self._source.describe(index))
                 level = logging.WARNING if self._log_each else logging.DEBUG
@@ -113,7 +121,7 @@ class BadImages:
                 try:
                     return make(tried)
                 except UnreadableImageError as error:
-                    self.add(tried, error.reason)
+                    self.add(tried, error.reason, lasting=error.lasting)
             tried = views.substitute(epoch, tried)
             if tried == index:
                 raise RunError("no readable image is left in the data set; see the warnings above")

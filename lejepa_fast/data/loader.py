@@ -189,7 +189,7 @@ class MultiCropLoader(_Loader):
             "seed": self._schedule.seed,
             "num_images": self._schedule.num_images,
             "names_sha256": self._names,
-            "bad": [list(pair) for pair in self._bad.items()],
+            "bad": [list(pair) for pair in self._bad.items(lasting=True)],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

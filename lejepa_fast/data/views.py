@@ -66,7 +66,8 @@ class Views:
     def check_size(self, index: int, width: int, height: int) -> None:
         """Raise `UnreadableImageError` when an image of this size is too small."""
         if fault := size_fault(width, height, self.smallest_image):
-            raise UnreadableImageError(self.source.describe(index), fault)
+            # One slice that is too small marks a file of drawn slices for good, also after a resume.
+            raise UnreadableImageError(self.source.describe(index), fault, lasting=self.source.draws)
 
 
 @dataclass(frozen=True)

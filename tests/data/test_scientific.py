@@ -184,8 +184,11 @@ def test_channels_of_all_kinds_of_files(kind, tmp_path):
 def test_values_of_channels_are_scaled_by_one_range(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.stack([ramp("float32", -1, 0), ramp("float32", 0, 3)]))
     source = with_channels(tmp_path, 2)
-    with pytest.raises(UnreadableImageError, match=r"without a range; set --data\.bit-depth percentile"):
+    with pytest.raises(
+        UnreadableImageError, match=r"without a range; set --data\.bit-depth percentile"
+    ) as caught:
         source.load(0)
+    assert not caught.value.lasting
     source.value_range = low, high = choose_value_range(source, "percentile")
     assert (low, high) == pytest.approx((-1, 3), abs=0.01)
     first = np.asarray(source.load(0))[0]
@@ -203,8 +206,9 @@ def test_values_of_channels_are_scaled_by_one_range(tmp_path):
 def test_files_that_are_not_read_are_bad(pixels, options, message, tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "_MAX_CHUNK_BYTES", 512 * 512 - 1)
     tifffile.imwrite(tmp_path / "a.tif", pixels, **options)
-    with pytest.raises(UnreadableImageError, match=message):
+    with pytest.raises(UnreadableImageError, match=message) as caught:
         with_channels(tmp_path, 5).load(0)
+    assert caught.value.lasting == ("channels" not in message)
 
 
 def png_of_16_bits(planes):

@@ -123,6 +123,10 @@ def test_splits_on_disk(tmp_path, held_out, trained):
     ("folders", "found"),
     [
         ("images/train/a images/train/b images/Val/a", "2 images, 2 classes (a, b) from folder images/Val"),
+        (
+            "Data/CLS-LOC/train/a Data/CLS-LOC/val/a Data/CLS-LOC/train/b",
+            "2 images, 2 classes (a, b) from folder Data/CLS-LOC/val",
+        ),
         ("val/a val/b train/a train/b test/a other/c", "4 images, 2 classes (a, b) from folder val"),
         ("train/a train/b", "2 images, 2 classes (a, b) from folder train, held out"),
         ("train/a train/b annotations/", "2 images, 2 classes (a, b) from folder train, held out"),
@@ -137,14 +141,26 @@ def test_splits_on_disk(tmp_path, held_out, trained):
         ("train/a val/a", "2 images, no classes from folder val, all of one class"),
         ("photos/deeper", "1 images, no classes from folder ., all of one class, held out"),
         # What names of splits tell, and no split can be made of.
-        ("val/a val/b", "error: all images in . are in folders named like splits (val/)"),
-        ("images/val/a", "error: all images in images are in folders named like splits (val/)"),
-        ("train val_images", "error: all images in . are in folders named like splits (train/, val_images/)"),
+        ("val/a val/b", "error: images in . are in folders named like splits (val/)"),
+        ("images/val/a", "error: images in images are in folders named like splits (val/)"),
+        ("train val_images", "error: images in . are in folders named like splits (train/, val_images/)"),
         (
             "train2017 val2017 annotations/",
-            "error: all images in . are in folders named like splits (train2017/, val2017/)",
+            "error: images in . are in folders named like splits (train2017/, val2017/)",
         ),
-        ("Train training", "error: all images in . are in folders named like splits (Train/, training/)"),
+        (
+            "train_set val_set extra",
+            "error: images in . are in folders named like splits (train_set/, val_set/)",
+        ),
+        (
+            "train2017 val2017 unlabeled2017",
+            "error: images in . are in folders named like splits (train2017/, val2017/)",
+        ),
+        (
+            "trainA trainB testA testB other",
+            "error: images in . are in folders named like splits (testA/, testB/, trainA/, trainB/)",
+        ),
+        ("Train training", "error: images in . are in folders named like splits (Train/, training/)"),
         ("train/a train/b val/", "error: no images in val; expected"),
         ("cat/train cat/val dog/train", "error: cat holds train/, val/ as a data set does"),
         ("images/Train masks/Train", "error: images holds Train/ as a data set does"),

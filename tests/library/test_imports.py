@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import sys
 for name in ("numpy", "torchvision", "timm", "PIL", "tyro"):
@@ -23,3 +25,25 @@ def test_the_loss_needs_torch_alone_and_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("first", ["import torch, lejepa_fast", "import lejepa_fast, torch"])
+def test_names_and_modules_are_found_at_their_first_use(first):
+    lines = [
+        "import sys",
+        first,
+        "assert {'SIGReg', 'sigreg', '__version__'} <= set(dir(lejepa_fast))",
+        # As `torch.export.load` needs it.
+        "assert hasattr(torch.ops.lejepa_fast, 'ecf_sums') == (sys.argv[1] == 'True')",
+        "assert lejepa_fast.loss.LeJEPALoss is lejepa_fast.LeJEPALoss",
+        "assert lejepa_fast.functional.sigreg is lejepa_fast.sigreg",
+        "assert lejepa_fast.reference and lejepa_fast.errors.UsageError",
+        "assert not hasattr(lejepa_fast, 'nothing')",
+        "import lejepa_fast.data",
+        "assert 'open_source' in dir(lejepa_fast.data)",
+        "assert lejepa_fast.data.sources.open_source is lejepa_fast.data.open_source",
+    ]
+    registered = str(first.startswith("import torch"))
+    command = [sys.executable, "-c", "\n".join(lines), registered]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

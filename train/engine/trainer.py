@@ -84,6 +84,7 @@ def facts_of(cfg: Config) -> dict[str, Any]:
     for section, values in config.to_dict(cfg).items():
         for name, value in values.items() if isinstance(values, dict) else [("", values)]:
             facts["--" + f"{section}.{name}".rstrip(".").replace("_", "-")] = value
+    facts["--out (give --out; its default depends on --data.path)"] = facts.pop("--out")
     return {name: value for name, value in facts.items() if name not in MAY_DIFFER}
 
 

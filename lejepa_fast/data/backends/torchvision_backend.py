@@ -70,8 +70,8 @@ def center_view(image: Image.Image, size: int) -> Tensor:
     return F.center_crop(F.resize(pixels, [size], antialias=True), [size, size])
 
 
-_Fault = tuple[int, int, int, str]
-"""A bad image: (epoch, row of the batch, number of the image, reason)."""
+_Fault = tuple[int, int, int, str, bool]
+"""A bad image: (epoch, row of the batch, number of the image, reason, lasting)."""
 
 
 class Batches(Dataset):
@@ -94,7 +94,7 @@ class Batches(Dataset):
                 try:
                     self.fill(batch, row, key.epoch, index)
                 except UnreadableImageError as error:
-                    faults.append((key.epoch, row, index, error.reason))
+                    faults.append((key.epoch, row, index, error.reason, error.lasting))
         except (UsageError, RunError) as error:  # raised here, DataLoader would add a page of traceback
             return (UsageError if isinstance(error, UsageError) else RunError)(str(error))
         return batch, faults
@@ -190,8 +190,8 @@ class TorchvisionBackend:
     def _mended(self, batch: RawBatch, faults: list[_Fault], bad: BadImages) -> RawBatch:
         """Replace bad rows, or leave them out. They are few, so this process makes their substitutes."""
         kept = set(range(len(batch.targets)))
-        for epoch, row, index, reason in faults:
-            bad.add(index, reason)
+        for epoch, row, index, reason, lasting in faults:
+            bad.add(index, reason, lasting=lasting)
             fill = partial(self._dataset.fill, batch, row, epoch)
             if not bad.first_usable(self._dataset.views, epoch, index, fill):
                 kept.remove(row)

@@ -78,11 +78,11 @@ def _verify(options: argparse.Namespace) -> int:
         smallest = largest = None
         bad = 0
         for number, found in enumerate(_scan(source, options.threads, options.min_size)):
-            if isinstance(found, str):
+            if isinstance(found, UnreadableImageError):
                 bad += 1
-                reasons[found] += 1
-                tqdm.write(f"{printable(source.describe(number))}\t{found}")
-                listing.add(number, found)
+                reasons[found.reason] += 1
+                tqdm.write(f"{printable(source.describe(number))}\t{found.reason}")
+                listing.add(number, found.reason, lasting=found.lasting)
                 continue
             smallest = min(smallest or found, found, key=min)
             largest = max(largest or found, found, key=lambda size: size[0] * size[1])
@@ -105,15 +105,18 @@ def _open(path: str, splits: list[Split]) -> Iterator[tuple[str, ImageSource]]:
         yield split, source
 
 
-def _scan(source: ImageSource, threads: int, smallest: int) -> Iterator[tuple[int, int] | str]:
-    """(width, height) of each good image, the reason of each bad one; decoded in `threads` threads."""
+def _scan(
+    source: ImageSource, threads: int, smallest: int
+) -> Iterator[tuple[int, int] | UnreadableImageError]:
+    """(width, height) of each good image, the error of each bad one; decoded in `threads` threads."""
 
-    def look(number: int) -> tuple[int, int] | str:
+    def look(number: int) -> tuple[int, int] | UnreadableImageError:
         try:
             size = source[number][0].size
         except UnreadableImageError as error:
-            return error.reason
-        return size_fault(*size, smallest) or size
+            return error
+        fault = size_fault(*size, smallest)
+        return UnreadableImageError(source.describe(number), fault) if fault else size
 
     with ThreadPoolExecutor(threads) as pool, tqdm(total=len(source), disable=None) as bar:
         for start in range(0, len(source), _AT_ONCE):

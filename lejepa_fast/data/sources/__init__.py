@@ -87,7 +87,7 @@ def open_source(path: str, split: Split, *, val_fraction: float = 0.1, seed: int
     return source if val_place is not None else _hold_out(source, split, val_fraction, seed)
 
 
-def find_splits(root: Path, *, below: bool = True) -> tuple[Place, Place | None]:
+def find_splits(root: Path, *, below: int = 3) -> tuple[Place, Place | None]:
     """Where the training images are, and the held-out ones; None: a part is to be held out.
 
     Splits are folders with images that are called as `TRAIN_NAMES` and `VAL_NAMES` in any case, or shards in
@@ -95,7 +95,8 @@ def find_splits(root: Path, *, below: bool = True) -> tuple[Place, Place | None]
 
     Args:
         root: a folder or a .tar.
-        below: look for splits and shards in the only folder with images, too, as in images/train.
+        below: so many levels down, look for splits and shards in the only folder with images, too, as in
+            images/train.
 
     Raises:
         UsageError: `root` does not exist, or names of splits in it make no training split.
@@ -121,11 +122,13 @@ def find_splits(root: Path, *, below: bool = True) -> tuple[Place, Place | None]
     if named == train and len(train) == 1:
         return root / train[0], None
     words = {split_word(name) for name in named}
-    if None not in words and (exact or len(words) > 1):
-        found = ", ".join(f"{name}/" for name in named)
+    both = not words.isdisjoint(TRAIN_NAMES) and not words.isdisjoint(VAL_NAMES)
+    if both or (None not in words and (exact or len(words) > 1)):
+        like = [name for name in named if split_word(name)]
+        found = ", ".join(f"{name}/" for name in like)
         raise UsageError(
-            f"all images in {root} are in folders named like splits ({found}), but not in train/, alone or "
-            f"beside val/ or test/; rename the folders, or give one of them ({root / named[0]}), of which a "
+            f"images in {root} are in folders named like splits ({found}), but not in train/, alone or "
+            f"beside val/ or test/; rename the folders, or give one of them ({root / like[0]}), of which a "
             "part is then held out"
         )
     shards = [root / name for name in files if is_shard(name)]
@@ -133,7 +136,7 @@ def find_splits(root: Path, *, below: bool = True) -> tuple[Place, Place | None]
         return _splits_of_shards(root, shards)
     if below and len(named) == 1 and not shards:
         only = root / named[0]
-        inside = find_splits(only, below=False)
+        inside = find_splits(only, below=below - 1)
         if inside[0] != only or any(map(is_shard, list_folder(only)[1])):
             return inside
     return root, None

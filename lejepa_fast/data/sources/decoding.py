@@ -27,13 +27,22 @@ T = TypeVar("T")
 
 
 class UnreadableImageError(RunError):
-    """An image file that cannot be used. `reason` is the short form for a list of bad images."""
+    """An image file that cannot be used.
 
-    def __init__(self, where: str, reason: str) -> None:
+    Attributes:
+        reason: the short form for a list of bad images.
+        lasting: False where other options may mend it.
+    """
+
+    def __init__(self, where: str, reason: str, *, lasting: bool = True) -> None:
         super().__init__(
             f"cannot read image {printable(where)}: {reason}; repair it, or remove it from the data set"
         )
-        self.reason = reason
+        self.reason, self.lasting = reason, lasting
+
+
+class _OptionError(ValueError):
+    """A file that does not fit the options."""
 
 
 # Formats that Pillow may try on a file, whatever its suffix says. It opens MPO as JPEG. For EPS, which is not
@@ -150,7 +159,7 @@ def _declared_range(image: Image.Image) -> tuple[float, float]:
     tags = _tiff_tags(image)
     ends = [np.ravel(tags.get(tag, ())).astype(float) for tag in (_Tag.SMinSampleValue, _Tag.SMaxSampleValue)]
     if not all(map(len, ends)) or not -math.inf < ends[0].min() < ends[1].max() < math.inf:
-        raise ValueError(
+        raise _OptionError(
             "floating-point pixels without a range (the TIFF tags SMinSampleValue and SMaxSampleValue); "
             "declare it, save 8 or 16 bits, or set --data.bit-depth percentile"
         )
@@ -276,7 +285,7 @@ def to_channels(
     """
     planes = channel_values(data)
     if len(planes) != channels:
-        raise ValueError(f"{len(planes)} channels, not {channels} (--data.channels)")
+        raise _OptionError(f"{len(planes)} channels, not {channels} (--data.channels)")
     return ChannelImage(_to_bytes(planes, reduction, value_range))
 
 
@@ -289,7 +298,7 @@ def _to_bytes(planes: np.ndarray, reduction: Reduction | None, value_range: Valu
         if planes.dtype.kind not in "iuf":
             raise ValueError(f"pixels of type {planes.dtype}")
         if value_range is None and planes.dtype.kind == "f":
-            raise ValueError("floating-point pixels without a range; set --data.bit-depth percentile")
+            raise _OptionError("floating-point pixels without a range; set --data.bit-depth percentile")
         low, high = value_range or (0, np.iinfo(planes.dtype).max)
         scaled = np.nan_to_num((planes.astype(np.float32) - low) * (255 / (high - low)))
         planes = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
@@ -413,4 +422,4 @@ def naming_file(where: str, work: Callable[[], T]) -> T:
         # Pillow's own text ends in "<_io.BytesIO object at 0x...>".
         reason = "not an image" if "cannot identify image file" in text else text
         reason = re.sub(r"\s+", " ", reason).strip() or type(error).__name__
-        raise UnreadableImageError(where, reason) from error
+        raise UnreadableImageError(where, reason, lasting=not isinstance(error, _OptionError)) from error

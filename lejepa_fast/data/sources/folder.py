@@ -149,8 +149,9 @@ def is_hidden(name: str) -> bool:
 
 
 def split_word(name: str) -> str | None:
-    """The one word in a name that means a split, such as "val" in "imagenet1k-val-00.tar"; None without."""
-    words = {word for word in re.findall("[a-z]+", name.lower()) if word in TRAIN_NAMES + VAL_NAMES}
+    """The one word in a name that means a split, as in "imagenet1k-val-00.tar", "valB"; None without."""
+    parts = re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
+    words = {word for word in map(str.lower, parts) if word in TRAIN_NAMES + VAL_NAMES}
     return words.pop() if len(words) == 1 else None
 
 

@@ -233,10 +233,14 @@ def test_every_family_shards(name, ranks):
         ({"log_every": 5, "checkpoint_every": 7}, "--log-every is 1 on rank 0, 2 and 5 on rank 1"),
         ({"max_steps": 3}, "--max-steps is None on rank 0, 2 and 3 on rank 1"),
         ({"data": {"path": "/copy", "workers": 3, "prefetch": 1}}, None),  # as machines may
+        (
+            {"out": "b"},
+            "--out (give --out; its default depends on --data.path) is 'a' on rank 0, 2 and 'b' on rank 1",
+        ),
     ],
 )
 def test_the_option_in_which_ranks_differ_is_named(changes, difference, tiny):
-    same, other = facts_of(tiny()), facts_of(tiny(**changes))
+    same, other = facts_of(tiny(out="a")), facts_of(tiny(**{"out": "a", **changes}))
     assert first_difference([same, other, same]) == difference
 
 
