@@ -148,6 +148,7 @@ def test_splits_on_disk(tmp_path, held_out, trained):
             "train2017 val2017 annotations/",
             "error: images in . are in folders named like splits (train2017/, val2017/)",
         ),
+        ("train/a train/b extra", "error: images in . are in folders named like splits (train/, extra/)"),
         (
             "train_set val_set extra",
             "error: images in . are in folders named like splits (train_set/, val_set/)",

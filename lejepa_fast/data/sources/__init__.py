@@ -123,11 +123,13 @@ def find_splits(root: Path, *, below: int = 3) -> tuple[Place, Place | None]:
         return root / train[0], None
     words = {split_word(name) for name in named}
     both = not words.isdisjoint(TRAIN_NAMES) and not words.isdisjoint(VAL_NAMES)
-    if both or (None not in words and (exact or len(words) > 1)):
-        like = [name for name in named if split_word(name)]
+    # A class holds images; a folder of that name which holds classes is a split.
+    nested = any(holds_images(root / name / inner) for name in exact for inner in list_folder(root / name)[0])
+    if both or nested or (None not in words and (exact or len(words) > 1)):
+        like = [name for name in named if split_word(name) or nested]
         found = ", ".join(f"{name}/" for name in like)
         raise UsageError(
-            f"images in {root} are in folders named like splits ({found}), but not in train/, alone or "
+            f"images in {root} are in folders named like splits ({found}), but not in train/ alone, or "
             f"beside val/ or test/; rename the folders, or give one of them ({root / like[0]}), of which a "
             "part is then held out"
         )
