@@ -211,6 +211,23 @@ def test_files_that_are_not_read_are_bad(pixels, options, message, tmp_path, mon
     assert caught.value.lasting == ("channels" not in message)
 
 
+def test_a_strip_that_inflates_beyond_its_pixels_is_refused(tmp_path, monkeypatch):
+    tifffile.imwrite(tmp_path / "a.tif", planes(2), compression="zlib", **GRAY)
+    with_channels(tmp_path, 2).load(0)
+    content = (tmp_path / "a.tif").read_bytes()
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        tag = file.pages[0].tags["StripByteCounts"]
+        offsets = file.pages[0].tags["StripOffsets"]
+    bomb = zlib.compress(bytes(1 << 20))
+    patched = bytearray(content + bomb)
+    struct.pack_into("<I", patched, tag.valueoffset, len(bomb))
+    struct.pack_into("<I", patched, offsets.valueoffset, len(content))
+    (tmp_path / "a.tif").write_bytes(patched)
+    monkeypatch.setattr(decoding, "_MAX_CHUNK_BYTES", (1 << 20) - 1)
+    with pytest.raises(UnreadableImageError, match="more than 0 MiB of pixels"):
+        with_channels(tmp_path, 2).load(0)
+
+
 def png_of_16_bits(planes):
     """A PNG file of 3 channels (C, H, W), which Pillow cannot write."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in planes.transpose(1, 2, 0))

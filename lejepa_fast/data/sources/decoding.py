@@ -4,10 +4,12 @@
 values to white, shows the garbage under transparent pixels and ignores the EXIF orientation.
 """
 
+import contextlib
 import io
 import math
 import os
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -327,6 +329,9 @@ def channel_values(data: bytes) -> np.ndarray:
         chunk = max(len(alike) * math.prod(series.shape), math.prod(series.keyframe.chunks))
         if chunk * series.dtype.itemsize > _MAX_CHUNK_BYTES:
             raise ValueError(f"more than {_MAX_CHUNK_BYTES >> 20} MiB of pixels")
+        for page in (page for one in alike for page in one.pages if page is not None):
+            for start, count in zip(page.dataoffsets, page.databytecounts, strict=False):
+                _check_inflated(data[start : start + count])
         try:
             planes, axes = np.stack([one.asarray() for one in alike]), "+" + series.axes
         except ValueError as error:
@@ -335,6 +340,14 @@ def channel_values(data: bytes) -> np.ndarray:
             raise
     planes = np.moveaxis(planes, (axes.index("Y"), axes.index("X")), (-2, -1))
     return planes.reshape(-1, *planes.shape[-2:])
+
+
+def _check_inflated(chunk: bytes) -> None:
+    """Raise `ValueError` if a strip or tile that deflate has compressed is larger than memory should hold."""
+    if len(chunk) * 1032 > _MAX_CHUNK_BYTES:  # deflate's largest factor
+        with contextlib.suppress(zlib.error):  # it is compressed by other means, or not at all
+            if len(zlib.decompressobj().decompress(chunk, _MAX_CHUNK_BYTES + 1)) > _MAX_CHUNK_BYTES:
+                raise ValueError(f"more than {_MAX_CHUNK_BYTES >> 20} MiB of pixels")
 
 
 def _convert(image: Image.Image, ends: tuple[float, float] | None) -> Image.Image:
