@@ -18,7 +18,7 @@ import inspect
 import itertools
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lejepa_fast.errors import UsageError
+from lejepa_fast.errors import UsageError, first_line
 from lejepa_fast.train.config import Config, ParallelConfig
 from lejepa_fast.train.model.drop_path import share_drop_path
 from lejepa_fast.train.model.initialize import initialize
@@ -210,8 +210,24 @@ def compile_blocks(blocks: list[nn.Module], device: torch.device) -> None:
         log.info("%d of %d blocks are not compiled: %s", skipped, len(blocks), reason)
     for block in found:
         share_drop_path(block, device)
-        compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=COMPILE_BACKEND)
+        compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=compile_or_not)
         block.forward = compiled  # type: ignore[method-assign]
+
+
+def compile_or_not(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """`COMPILE_BACKEND` for a graph of a block; where it fails, a warning, and the graph as it is."""
+    try:
+        return torch._dynamo.lookup_backend(COMPILE_BACKEND)(graph, inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers raise anything
+        warn_once(f"torch.compile failed ({first_line(error)}): blocks run uncompiled, which is slower")
+        return graph.forward
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    log.warning("%s", message)
 
 
 def compilable(blocks: Iterable[nn.Module]) -> list[nn.Module]:

@@ -7,7 +7,7 @@ import parallel_worker as worker
 import pytest
 import torch
 from torch import nn
-from training import CPU, rows_of, run_ranks
+from training import CPU, course_of, rows_of, run_ranks, train_only
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import export
@@ -372,6 +372,21 @@ def test_two_sizes_of_crops_compile_once(name, recompute, tiny, monkeypatch):
     assert graphs[0] == {"test_vit": 4, "test_resnet": 8}[name]
     assert graphs == [graphs[0]] * 6
     assert len(rows_of(cfg, "eval")) == 1  # after step 4
+
+
+def test_a_compiler_that_fails_is_told_once_and_done_without(tiny, monkeypatch, caplog):
+    def failing(graph, inputs):
+        raise RuntimeError("ptxas was not found\nand more")
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: failing)
+    parallelize.warn_once.cache_clear()
+    torch._dynamo.reset()
+    runs = [tiny(compile=mode, max_steps=2, out=tiny().out / mode) for mode in ("off", "on")]
+    for cfg in runs:
+        train_only(cfg)
+    assert course_of(runs[0]) == course_of(runs[1])
+    (warning,) = (text for text in caplog.messages if text.startswith("torch.compile"))
+    assert warning == ("torch.compile failed (ptxas was not found): blocks run uncompiled, which is slower")
 
 
 @pytest.mark.parametrize("name", worker.FAMILIES)
