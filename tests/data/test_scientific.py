@@ -258,6 +258,18 @@ def test_colors_of_more_than_8_bits(save, channels, tmp_path):
     assert np.array_equal(pixels[:, 0, 0], np.rint(np.linspace(0, 4095, SIDE).astype(int) / 4095 * 255))
 
 
+def test_colors_of_the_first_page_and_not_of_print(tmp_path):
+    pages = np.stack([np.stack([ramp("uint16", 0, 65535)] * 3, -1), np.zeros((SIDE, SIDE, 3), "uint16")])
+    tifffile.imwrite(tmp_path / "a.tif", pages, photometric="rgb")
+    ink = np.zeros((SIDE, SIDE, 4), "uint16")  # CMYK: no ink is white
+    tifffile.imwrite(tmp_path / "b.tif", ink, photometric="separated")
+    source = FolderSource(tmp_path)
+    assert np.array_equal(
+        np.asarray(source.load(0))[0, :, 0], np.rint(np.linspace(0, 65535, SIDE) // 1 / 257)
+    )
+    assert np.asarray(source.load(1)).min() == 255
+
+
 def test_settings_go_with_the_files(folder):
     base = as_trained(folder(stack(3, 10), stack(3, 50)), "first", 1)
     base.value_range = 0, 4095

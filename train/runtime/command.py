@@ -101,9 +101,7 @@ def run_command(
         return 0
     except (UsageError, RunError) as error:
         if not quiet(error):
-            # Names of files may hold line breaks.
-            message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
-            print(f"error{who}: {message}", file=sys.stderr)
+            print(f"error{who}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except Interrupted as interruption:
         if not quiet(interruption):

@@ -262,7 +262,7 @@ def rgb_of(data: bytes, reduction: Reduction | None, value_range: ValueRange | N
     image = open_encoded(data)
     if not _has_deep_colors(image):
         return to_rgb(image, reduction, value_range)
-    planes = channel_values(data)
+    planes = channel_values(data)[: len(image.getbands())]  # of the first page
     colors, alpha = (planes[:-1], planes[-1:]) if len(planes) in (2, 4) else (planes, None)
     upright = Image.fromarray(
         _to_bytes(np.broadcast_to(colors, (3, *colors.shape[1:])), reduction, value_range)
@@ -294,19 +294,23 @@ def to_channels(
 def _to_bytes(planes: np.ndarray, reduction: Reduction | None, value_range: ValueRange | None) -> np.ndarray:
     """Channels (C, H, W) as stored -> pixels (H, W, C) uint8."""
     factor = reduction(*planes.shape[:0:-1]) if reduction else 1
-    if planes.dtype == bool:
-        planes = 255 * planes.astype(np.uint8)
-    if planes.dtype != np.uint8:
-        if planes.dtype.kind not in "iuf":
-            raise ValueError(f"pixels of type {planes.dtype}")
-        if value_range is None and planes.dtype.kind == "f":
-            raise _OptionError("floating-point pixels without a range; set --data.bit-depth percentile")
-        low, high = value_range or (0, np.iinfo(planes.dtype).max)
-        scaled = np.nan_to_num((planes.astype(np.float32) - low) * (255 / (high - low)))
-        planes = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
-    if factor > 1:
-        planes = np.stack([np.asarray(Image.fromarray(plane).reduce(factor)) for plane in planes])
-    return np.ascontiguousarray(planes.transpose(1, 2, 0))
+    if planes.dtype.kind not in "biuf":
+        raise ValueError(f"pixels of type {planes.dtype}")
+    if value_range is None and planes.dtype.kind == "f":
+        raise _OptionError("floating-point pixels without a range; set --data.bit-depth percentile")
+    scaled = planes.dtype not in (bool, np.uint8)
+    low, high = (value_range or (0, np.iinfo(planes.dtype).max)) if scaled else (0, 255)
+
+    def of_one(plane: np.ndarray) -> np.ndarray:
+        """One after the other, because values take four times the memory of bytes on the way."""
+        if scaled:
+            values = np.nan_to_num((plane.astype(np.float32) - low) * (255 / (high - low)))
+            plane = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+        elif plane.dtype == bool:
+            plane = 255 * plane.astype(np.uint8)
+        return np.asarray(Image.fromarray(plane).reduce(factor)) if factor > 1 else plane
+
+    return np.stack([of_one(plane) for plane in planes], axis=-1)
 
 
 def channel_values(data: bytes) -> np.ndarray:
@@ -318,6 +322,8 @@ def channel_values(data: bytes) -> np.ndarray:
     if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         image = open_encoded(data)
         if _has_deep_colors(image):
+            if 2 * image.width * image.height * len(image.getbands()) > _MAX_CHUNK_BYTES:
+                raise ValueError(f"more than {_MAX_CHUNK_BYTES >> 20} MiB of pixels")
             return _deep_png(data)
         pixels = np.asarray(ImageOps.exif_transpose(image))
         return np.moveaxis(np.atleast_3d(pixels), -1, 0)
@@ -382,10 +388,12 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _has_deep_colors(image: Image.Image) -> bool:
-    """Whether the image has several channels of more than 8 bits."""
+    """Whether the image has colors, or gray and transparency, of more than 8 bits."""
+    if image.mode not in ("RGB", "RGBA", "LA"):
+        return False
     if image.format == "PNG":
-        return any("16B" in str(tile[3]) for tile in getattr(image, "tile")) and len(image.getbands()) > 1  # noqa: B009
-    return len(image.getbands()) > 1 and max(_tiff_tags(image).get(_Tag.BitsPerSample, (8,))) > 8
+        return any("16B" in str(tile[3]) for tile in getattr(image, "tile"))  # noqa: B009 - no stub has it
+    return max(_tiff_tags(image).get(_Tag.BitsPerSample, (8,))) > 8
 
 
 def _deep_png(data: bytes) -> np.ndarray:

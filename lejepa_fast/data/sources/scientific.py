@@ -43,7 +43,8 @@ def choose_value_range(source: ImageSource, bit_depth: BitDepth) -> ValueRange |
             continue  # the loader counts them
         if values is not None and values.size:
             found.append(values)
-            declared = declared and _is_readable(source, index)
+            if bit_depth == "auto" and values.dtype.kind == "f":
+                declared = declared and _is_readable(source, index)
     if not found:
         return None
     if bit_depth == "percentile":
