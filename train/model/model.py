@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lejepa_fast.errors import UsageError, first_line
 from lejepa_fast.train.config import Config, ModelConfig
 from lejepa_fast.train.config.names import fixed_input_size, resolve_name
+from lejepa_fast.train.model.strided_pointwise import avoid_strided_pointwise
 
 # Arguments of timm.create_model that `model.kwargs` must not set, and what to do instead.
 _FROM_SCRATCH = "the encoder starts from random weights, which is what the untrained baseline compares with"
@@ -60,6 +61,7 @@ def build_encoder(options: ModelConfig, channels: int = 3) -> nn.Module:
     for arguments in variants:
         try:
             encoder = timm.create_model(name, **arguments)
+            avoid_strided_pointwise(encoder)
             encoder.encoder_args = {"model_name": name, **arguments}  # type: ignore[assignment]
             return encoder
         except TypeError as error:  # "... got an unexpected keyword argument ..."

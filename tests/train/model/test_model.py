@@ -19,6 +19,7 @@ from lejepa_fast.train.config.names import SHORT_NAMES
 from lejepa_fast.train.model.crop_sizes import fitting_sizes
 from lejepa_fast.train.model.drop_path import TensorDropPath
 from lejepa_fast.train.model.model import build_encoder, build_model, build_projector
+from lejepa_fast.train.model.strided_pointwise import StridedPointwise
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
@@ -241,3 +242,20 @@ def test_drop_path_with_a_tensor_drops_as_timms():
     assert (y[:, 0, 0] == 0).float().mean() == pytest.approx(0.3, abs=0.02)
     assert torch.equal(module.eval()(x), x)
     assert not module.state_dict()
+
+
+def test_strided_pointwise_convolutions_have_the_right_gradient():
+    """Of few channels in channels-last memory, oneDNN gets them wrong, or the process crashes."""
+    name = "repvgg_a0"
+
+    def step(encoder: torch.nn.Module, layout: torch.memory_format) -> dict[str, torch.Tensor]:
+        encoder.load_state_dict(plain.state_dict())
+        encoder.eval().to(memory_format=layout)
+        encoder(images.to(memory_format=layout)).square().mean().backward()
+        return {name: p.grad.contiguous() for name, p in encoder.named_parameters() if p.grad is not None}
+
+    images = torch.randn(8, 3, 64, 64)
+    plain = timm.create_model(name, num_classes=0)
+    found = step(build_encoder(ModelConfig(name)), torch.channels_last)
+    torch.testing.assert_close(found, step(plain, torch.contiguous_format), rtol=1e-3, atol=1e-6)
+    assert any(isinstance(m, StridedPointwise) for m in build_encoder(ModelConfig(name)).modules())
