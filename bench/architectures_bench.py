@@ -6,8 +6,8 @@ A row says whether the loss stayed finite and fell, whether the embeddings colla
 probe reach beside the same encoder without training. So few steps make no good encoder: the gain over the
 untrained encoder only shows whether training leads away from it or beyond it.
 
-A model that cannot take part has a row with the reason as `error`. Models that have a row of as many steps
-are not trained again, so an interrupted run goes on. `--models NAME ...` trains these alone.
+A model that cannot take part has a row with the reason as `error`. Models that have a row of the same steps
+and images are not trained again, so an interrupted run goes on. `--models NAME ...` trains these alone.
 """
 
 import math
@@ -22,7 +22,15 @@ from benchlib import Row, Rows, command_line, print_table, read_rows
 
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.errors import RunError, UsageError
-from lejepa_fast.train.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig
+from lejepa_fast.train.config import (
+    EMBEDDED_DATA,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+)
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained
 from lejepa_fast.train.runtime import files
@@ -83,16 +91,17 @@ _FAMILIES = """
 MODELS = _FAMILIES.split()
 
 
-def configuration(name: str, steps: int, out: Path) -> Config:
+def configuration(name: str, steps: int, out: Path, data: str = EMBEDDED_DATA) -> Config:
     """The settings, the same for every model."""
     return Config(
-        data=DataConfig(batch_size=32, workers=0),
+        data=DataConfig(data, batch_size=32, workers=0),
         crops=MultiCropRecipe(
             global_size=64,
             local_crops=2,
             local_size=32,
             local_scale=(0.1, 0.4),
             blur_kernel=5,
+            min_image_size=1,
             solarize_prob=0.0,
         ),
         model=ModelConfig(name=name, projector_hidden=256, projector_dim=32),
@@ -107,10 +116,10 @@ def configuration(name: str, steps: int, out: Path) -> Config:
     )
 
 
-def train(name: str, steps: int, folder: Path) -> Row:
+def train(name: str, steps: int, folder: Path, data: str = EMBEDDED_DATA) -> Row:
     """Train a model in `folder`, evaluate it and its untrained twin, and return the row."""
     began = time.perf_counter()
-    cfg = configuration(name, steps, folder / name)
+    cfg = configuration(name, steps, folder / name, data)
     short = {"linear_steps": cfg.eval.linear_steps, "train_images": 1000}
     with Trainer(cfg, World(torch.device("cpu"))) as trainer:
         trainer.train()
@@ -171,21 +180,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_line(__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, help="timm models (all of MODELS)")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each training (%(default)s)")
+    parser.add_argument("--data", default=EMBEDDED_DATA, help="labeled images (%(default)s)")
     options = parser.parse_args(arguments)
     path = options.out / "architectures.jsonl"
     writer = Rows(path, "architectures", torch.device("cpu"))
 
     def known() -> dict[str, Row]:
-        rows = {row["model"]: row for row in read_rows(path) if row["steps"] == options.steps}
+        same = {"steps": options.steps, "data": options.data}
+        rows = {row["model"]: row for row in read_rows(path) if same.items() <= row.items()}
         return {name: rows[name] for name in options.models if name in rows}
 
     for name in options.models:
         if name in known():
             continue
-        row: Row = {"model": name, "steps": options.steps}
+        row: Row = {"model": name, "steps": options.steps, "data": options.data}
         with tempfile.TemporaryDirectory() as folder:
             try:
-                row |= train(name, options.steps, Path(folder))
+                row |= train(name, options.steps, Path(folder), options.data)
             except (UsageError, RunError, RuntimeError, AssertionError) as error:
                 row["error"] = str(error).partition("\n")[0]
         writer.write(row)

@@ -1,0 +1,44 @@
+"""The benchmark of architectures: six of different kinds train, and a model that cannot says why."""
+
+import architectures_bench
+import timm
+import torch
+from benchlib import read_rows
+
+# A plain, a re-parameterized and a depthwise convolutional network, a transformer with patches and one in
+# stages, and one with attention over channels.
+SIX = [
+    "resnet10t",
+    "repvgg_a0",
+    "mobilenetv3_small_100",
+    "vit_tiny_patch16_224",
+    "pvt_v2_b0",
+    "xcit_nano_12_p16_224",
+]
+
+
+def test_six_architectures_train_with_the_same_settings(image_folder, tmp_path, capsys):
+    command = ["--data", str(image_folder), "--steps", "4", "--out", str(tmp_path)]
+    architectures_bench.main([*command, "--models", *SIX, "crossvit_tiny_240"])
+    *rows, refused = read_rows(tmp_path / "architectures.jsonl")
+    assert [row["model"] for row in rows] == SIX
+    assert len({row["family"] for row in rows}) == len(SIX)
+    for row in rows:
+        assert row["finite"]
+        assert row["embedding_std_trained"] > 0
+        assert None not in (row["knn_trained"], row["linear_untrained"])
+    assert "crossvit_tiny_240 cannot take" in refused["error"]
+    assert "trained: 6, families: 6" in capsys.readouterr().out
+    architectures_bench.main([*command, "--models", SIX[0]])
+    assert len(read_rows(tmp_path / "architectures.jsonl")) == len(SIX) + 1  # nothing is trained again
+
+
+def test_the_models_are_small_and_of_many_families():
+    assert len(architectures_bench.MODELS) == len({*architectures_bench.MODELS}) >= 60
+    families = set()
+    for name in architectures_bench.MODELS:
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=0)
+        assert sum(parameter.numel() for parameter in model.parameters()) < 20e6, name
+        families.add(type(model).__module__)
+    assert len(families) >= 20
