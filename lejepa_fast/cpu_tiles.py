@@ -105,37 +105,31 @@ def _add_series(row, giant, cos, sin, out):
 
 
 @njit(**_JIT)
-def _process(p, factors, G, table, work, backward):
+def _process(p, factors, table, work, backward):
     """Add a chunk's sums to the table, or overwrite p by the series whose coefficients the table holds."""
     n = p.size
-    one, cos, sin, step_cos, step_sin = work[0, :n], work[1, :n], work[2, :n], work[3, :n], work[4, :n]
-    giant_cos, giant_sin = work[5, :n], work[6, :n]
+    cos, sin, step_cos, step_sin = work[0, :n], work[1, :n], work[2, :n], work[3, :n]
+    giant_cos, giant_sin = work[4, :n], work[5, :n]
     _cos_sin(p, factors[0], factors[1], cos, sin)
-    if G > 0:
-        _cos_sin(p, factors[2], factors[3], step_cos, step_sin)
+    _cos_sin(p, factors[2], factors[3], step_cos, step_sin)
+    giant_cos[:], giant_sin[:] = 1, 0
     if backward:
         p[:] = 0
-        _add_series(table[0], one, cos, sin, p)
-    else:
-        _add_products(table[0], one, cos, sin)
-    for a in range(1, G + 1):
-        if a == 1:
-            giant_cos[:], giant_sin[:] = step_cos, step_sin
-        else:
+    for row in range(table.shape[0]):
+        if row == 1:  # the imaginary part of 1
+            continue
+        if row > 1 and row % 2 == 0:
             _multiply(giant_cos, giant_sin, step_cos, step_sin)
+        giant = giant_sin if row % 2 else giant_cos
         if backward:
-            _add_series(table[2 * a], giant_cos, cos, sin, p)
-            _add_series(table[2 * a + 1], giant_sin, cos, sin, p)
+            _add_series(table[row], giant, cos, sin, p)
         else:
-            _add_products(table[2 * a], giant_cos, cos, sin)
-            _add_products(table[2 * a + 1], giant_sin, cos, sin)
+            _add_products(table[row], giant, cos, sin)
 
 
 @njit(**_JIT)
 def _convert(table, t, sums, backward):
-    """Add the table to sums of cos(ju) and sin(ju), (2, J), or set it to the coefficients of their gradient."""
-    if backward:
-        table[:] = 0
+    """Add the table to sums of cos(ju) and sin(ju), (2, J), or to a table the series of their gradient."""
     for j in range(t.size):
         a = (j + 3) // 7
         b = abs(j - 7 * a)
@@ -160,24 +154,21 @@ def _process_slab(args):
     factors, t = carray(args[1], 4, np.float32), carray(args[2], J, np.float32)
     projections = carray(args[3], (directions, samples), np.float32)
     sums = carray(args[4], (V, 2, J, M), np.float32)
-    G = (J + 2) // 7
-    table, work = np.zeros((2 * G + 2, 8)), np.ones((7, _CHUNK), np.float32)
+    table, work = np.empty(((J + 2) // 7 * 2 + 2, 8)), np.empty((6, _CHUNK), np.float32)
     thread, threads = np.int64(_thread_num()), np.int64(_num_threads())
     for m in range(thread * directions // threads, (thread + 1) * directions // threads):
         start = 0
         while start < samples:
             view = (first_sample + start) // N
             stop = min(samples, (view + 1) * N - first_sample)
-            column = sums[view, :, :, first_direction + m]
+            table[:] = 0
             if backward:
-                _convert(table, t, column, True)
-            else:
-                table[:] = 0
+                _convert(table, t, sums[view, :, :, first_direction + m], True)
             for chunk in range(start, stop, _CHUNK):
                 p = projections[m, chunk : min(chunk + _CHUNK, stop)]
-                _process(p, factors, G, table, work, backward)
+                _process(p, factors, table, work, backward)
             if not backward:
-                _convert(table, t, column, False)
+                _convert(table, t, sums[view, :, :, first_direction + m], False)
             start = stop
 
 
@@ -199,7 +190,7 @@ def ecf_sums(x: Tensor, A: Tensor, t: Tensor, spacing: float) -> Tensor:
 
 def ecf_sums_backward(grad: Tensor, x: Tensor, A: Tensor, t: Tensor, spacing: float) -> Tensor:
     """As `streaming.ecf_sums_backward`, for `A` and `t` of float32 on the CPU and at least two knots."""
-    dx = torch.empty(x.shape, dtype=x.dtype)
+    dx = x.new_empty(x.shape)
     for first, slab, p in _processed_slabs(x, A, t, spacing, grad.contiguous(), backward=True):
         rows = dx.flatten(0, 1)[first : first + p.shape[1]]
         if slab.start == 0:
@@ -220,11 +211,10 @@ def _processed_slabs(
     (V, N, _), (J, M) = x.shape, sums.shape[2:]
     factors = np.empty((2, 2), np.float32)
     for i, factor in enumerate((spacing / math.pi, 7 * spacing / math.pi)):
-        factors[i, 0] = factor
-        factors[i, 1] = factor - factors[i, 0]
+        factors[i] = factor, factor - float(np.float32(factor))
     t = t.contiguous()
     # Fresh memory for each slab would cost a page fault for every 4 KiB.
-    buffer = torch.empty(min(V * N, _TILE_SAMPLES) * min(M, _SLAB_SLICES))
+    buffer = A.new_empty(min(V * N, _TILE_SAMPLES) * min(M, _SLAB_SLICES))
     parts = [x.flatten(0, 1)] if x.stride(0) == N * x.stride(1) else x.unbind(0)
     with full_precision(x.device):  # users do call backward() under autocast
         for v, part in enumerate(parts):

@@ -125,12 +125,13 @@ def _compiled_tiles(A: Tensor, t: Tensor) -> Any:
 
 @functools.cache
 def _import_cpu_tiles() -> Any:
-    """`cpu_tiles`, whose import compiles it or takes the machine code from Numba's cache; None without Numba."""
+    """`cpu_tiles`, compiled or from the cache of Numba; None without Numba. Warns where it does not work."""
     try:
         from . import cpu_tiles
+    except ModuleNotFoundError:
+        return None
     except Exception as failure:  # compilers raise anything
-        if not (isinstance(failure, ModuleNotFoundError) and failure.name == "numba"):
-            log.warning("SIGReg on the CPU does without Numba, which is slower: %r", failure)
+        log.warning("SIGReg on the CPU does without Numba, which is slower: %r", failure)
         return None
     return cpu_tiles
 
