@@ -33,8 +33,8 @@ _LEAST_WORK = 1 << 14
 _openmp = ctypes.CDLL(torch._C.__file__)  # also finds the symbols of the libraries that PyTorch is linked to
 for _name in ("omp_get_thread_num", "omp_get_num_threads"):
     llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(_openmp, _name), ctypes.c_void_p).value)
-_thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
-_num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+_thread_num: Any = types.ExternalFunction("omp_get_thread_num", types.int32())
+_num_threads: Any = types.ExternalFunction("omp_get_num_threads", types.int32())
 _run_on_threads = _openmp.GOMP_parallel
 _run_on_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
 
