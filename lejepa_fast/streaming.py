@@ -22,6 +22,8 @@ c_{k+1} = 2 c_1 c_k - c_{k-1}, which costs the same here, like j^2.
 Knots that are not equidistant take one sine and cosine each.
 """
 
+import functools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +33,7 @@ from torch import Tensor
 from .checks import refuse_double_backward
 from .reference import full_precision
 
+log = logging.getLogger("lejepa_fast")
 # Elements of one tile (directions x samples): about ten such arrays stay in a CPU's last-level cache, and
 # an operation is long enough for its threads to be worth waking. A GPU needs larger ones to fill it.
 _TILE_ELEMENTS = {"cpu": 1 << 18}
@@ -53,6 +56,8 @@ def ecf_sums(x: Tensor, A: Tensor, t: Tensor, spacing: float | None) -> Tensor:
     Returns:
         shape (V, 2, J, M), dtype of `A`: cosine sums, then sine sums.
     """
+    if spacing is not None and (tiles := _compiled_tiles(A, t)):
+        return tiles.ecf_sums(x, A, t, spacing)
     series = _make_series(t, spacing)
     raw = series.new_sums(x.shape[0], A.shape[1])
     with full_precision(x.device):
@@ -78,6 +83,8 @@ def ecf_sums_backward(grad: Tensor, x: Tensor, A: Tensor, t: Tensor, spacing: fl
     Returns:
         shape (V, N, K), dtype of `x`.
     """
+    if spacing is not None and (tiles := _compiled_tiles(A, t)):
+        return tiles.ecf_sums_backward(grad, x, A, t, spacing)
     series = _make_series(t, spacing)
     # d cos(t p)/dp = -t sin(t p) and d sin(t p)/dp = t cos(t p)
     t_column = t.unsqueeze(-1)
@@ -108,6 +115,25 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
 
 ecf_sums.register_autograd(_backward, setup_context=_setup_context)
 ecf_sums_backward.register_autograd(refuse_double_backward)
+
+
+def _compiled_tiles(A: Tensor, t: Tensor) -> Any:
+    """The module `cpu_tiles` where it can stand in for what is here, else None."""
+    able = A.device.type == "cpu" and A.dtype == torch.float32 and t.shape[0] > 1
+    return _import_cpu_tiles() if able else None
+
+
+@functools.cache
+def _import_cpu_tiles() -> Any:
+    """`cpu_tiles`, compiled or from the cache of Numba; None without Numba. Warns where it does not work."""
+    try:
+        from . import cpu_tiles
+    except ModuleNotFoundError:
+        return None
+    except Exception as failure:  # compilers raise anything
+        log.warning("SIGReg on the CPU does without Numba, which is slower: %r", failure)
+        return None
+    return cpu_tiles
 
 
 def _projection_tiles(x: Tensor, A: Tensor) -> Iterator[tuple[int, slice, slice, Tensor]]:

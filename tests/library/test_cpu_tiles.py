@@ -1,0 +1,152 @@
+"""The compiled tiles of the CPU against float64 and against the plain path; when they run and when not."""
+
+import multiprocessing
+import sys
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from accuracy import arbitrary_knots, check_accuracy, evaluate
+
+import lejepa_fast
+from lejepa_fast import sample_directions, standard_normal_knots, streaming
+
+cpu_tiles = pytest.importorskip("lejepa_fast.cpu_tiles", reason="Numba is not installed")
+KNOTS = standard_normal_knots()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def numba(monkeypatch):
+    """Sets what `import numba` finds."""
+
+    def becomes(module):
+        monkeypatch.setitem(sys.modules, "numba", module)
+        monkeypatch.delitem(sys.modules, "lejepa_fast.cpu_tiles", raising=False)
+        monkeypatch.delitem(vars(lejepa_fast), "cpu_tiles", raising=False)
+        streaming._import_cpu_tiles.cache_clear()
+
+    yield becomes
+    streaming._import_cpu_tiles.cache_clear()
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Which of the compiled functions run."""
+    calls = []
+    for name in ("ecf_sums", "ecf_sums_backward"):
+        function = getattr(cpu_tiles, name)
+        monkeypatch.setattr(
+            cpu_tiles, name, lambda *a, name=name, function=function: (calls.append(name), function(*a))[1]
+        )
+    return calls
+
+
+def problem(*shape, M=40, dtype=torch.float32):
+    return torch.randn(shape).to(dtype), sample_directions(shape[-1], M, step=0)
+
+
+CASES = {
+    "views that share a tile, a view in two tiles": problem(5, 700, 8),
+    "as many samples as a tile, directions as a slab": problem(2048, 8, M=512),
+    "one direction more than a slab, one sample more than a tile": problem(2049, 8, M=513),
+    "views that lie apart": (torch.randn(4, 50, 12)[:, ::2, 1:7], sample_directions(6, 9, step=0)),
+    "the same view twice": (torch.randn(1, 30, 6).expand(2, 30, 6), sample_directions(6, 9, step=0)),
+    "directions with strides": (torch.randn(30, 6), sample_directions(6, 18, step=0)[:, ::2]),
+    "one sample, one direction": problem(3, 1, 1, M=1),
+    "bf16 over two slabs and two tiles": problem(2, 1100, 4, M=520, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_accuracy(case, taken):
+    check_accuracy(*case, KNOTS, impl="torch", reduction=None)
+    assert taken == ["ecf_sums", "ecf_sums_backward"]
+
+
+@pytest.mark.parametrize("J", [2, 4, 5, 10, 11, 12, 17])  # from one giant step to the next
+def test_sums_and_gradient_equal_those_of_the_plain_path(J, numba):
+    (x, A), knots = problem(2, 300, 8), standard_normal_knots(3.0, J)
+    t, grad = knots.t.float(), torch.randn(2, 2, J, A.shape[1])
+
+    def both():
+        sums = torch.ops.lejepa_fast.ecf_sums(x, A, t, knots.spacing)
+        return sums, torch.ops.lejepa_fast.ecf_sums_backward(grad, x, A, t, knots.spacing)
+
+    compiled = both()
+    numba(None)
+    for got, plain in zip(compiled, both(), strict=True):
+        torch.testing.assert_close(got, plain, rtol=2e-6, atol=2e-6 * plain.abs().max().item())
+        assert not torch.equal(got, plain), "the plain path ran twice"
+
+
+def test_other_dtypes_and_knots_take_the_plain_path(taken):
+    x, A = problem(20, 6)
+    evaluate(x.double(), A.double(), KNOTS, impl="torch")
+    evaluate(x, A, arbitrary_knots(), impl="torch")
+    evaluate(x, A, standard_normal_knots(3.0, 1), impl="torch")
+    assert taken == []
+
+
+def test_a_missing_numba_is_no_news_and_a_broken_one_is_told_once(numba, caplog):
+    x, A = problem(2, 20, 6)
+    numba(None)
+    check_accuracy(x, A, KNOTS, impl="torch", reduction=None)
+    assert not caplog.records
+    numba(types.ModuleType("numba"))
+    for _ in range(2):
+        evaluate(x, A, KNOTS, impl="torch")
+    (record,) = caplog.records
+    assert "cannot import name 'carray' from 'numba'" in record.getMessage()
+
+
+def test_results_do_not_depend_on_threads_or_run():
+    """Nor on other Python threads that call at the same time."""
+    x, A = problem(3, 900, 8, M=200)
+    before = torch.get_num_threads()
+
+    def result(threads=None):
+        if threads:
+            torch.set_num_threads(threads)
+        return evaluate(x, A, KNOTS, impl="torch", reduction=None)
+
+    try:
+        first = result(1)
+        others = [result(threads) for threads in (1, 2, 3)]
+        with ThreadPoolExecutor(4) as pool:
+            others += pool.map(lambda _: result(), range(12))
+    finally:
+        torch.set_num_threads(before)
+    for other in others:
+        assert torch.equal(other.value, first.value)
+        assert torch.equal(other.grad, first.grad)
+
+
+def _in_child(queue, x, A):
+    torch.set_num_threads(1)  # as a DataLoader does in its workers
+    queue.put(evaluate(x, A, KNOTS, impl="torch").value.item())
+
+
+def test_a_forked_process_computes_too():
+    x, A = problem(1000, 8, M=100)
+    expected = evaluate(x, A, KNOTS, impl="torch").value.item()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(queue, x, A))
+    child.start()
+    try:
+        assert queue.get(timeout=60) == expected
+    finally:
+        child.kill()
+
+
+def test_projections_beyond_float32_phases_are_bounded():
+    """2^22 half turns and more have no phase left; a cosine is one nevertheless."""
+    x = torch.tensor([[1e7, 1e12, 1e30, -1e30]]).mT.reshape(1, 4, 1)
+    sums = torch.ops.lejepa_fast.ecf_sums(x, torch.ones(1, 1), KNOTS.t.float(), KNOTS.spacing)
+    assert sums.abs().max() <= 4.001
