@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from training import arguments_of, wait_until
 
-from lejepa_fast.train import config, sweep
+from lejepa_fast.train import sweep
 
 TRAINER = Path(__file__).parents[1] / "helpers" / "standin_trainer.py"
 
@@ -22,11 +22,9 @@ TRAINER = Path(__file__).parents[1] / "helpers" / "standin_trainer.py"
 def sweeping(tiny, tmp_path, monkeypatch):
     """Runs the command with a grid in tmp_path/sweep; `calls` are lambda and GPU of each started run."""
     cfg = tiny(out=None)
-    (tmp_path / "settings.json").write_text(json.dumps(config.to_dict(config.resolve(cfg))))
     (tmp_path / "calls").touch()
     monkeypatch.setattr(sweep, "SCRIPT", TRAINER)
     monkeypatch.setattr(sweep, "POLL_SECONDS", 0.01)
-    monkeypatch.setenv("SETTINGS", str(tmp_path / "settings.json"))
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     shared = arguments_of(cfg, tmp_path)

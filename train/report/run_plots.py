@@ -51,21 +51,30 @@ def plot_selection(path: Path, chosen: Selection) -> None:
 
 def plot_loss_plane(path: Path, runs: Sequence[RunRecord]) -> None:
     """Runs in the plane of the two losses at the end of the training, colored by accuracy."""
-    probe = next((p for p in PROBES if any(math.isfinite(r.figure(f"{p}_trained")) for r in runs)), "linear")
     with report_figure(path, 6.4, 4.6) as figure:
-        ax = figure.subplots()
-        accuracy = [run.figure(f"{probe}_trained") for run in runs]
-        x, y = [run.sigreg for run in runs], [run.prediction for run in runs]
-        _colored(figure, ax, x, y, accuracy, f"{PROBE_LABELS[probe]} (%)")
-        for axis, values in (("x", x), ("y", y)):
-            if min(values) > 0:
-                ax.set(**{f"{axis}scale": "log"})
-        ax.set(title="Accuracy over the plane of the losses", xlabel="SIGReg", ylabel="prediction loss")
+        draw_loss_plane(figure, figure.subplots(), runs)
+
+
+def draw_loss_plane(figure: Figure, ax: Axes, runs: Sequence[RunRecord]) -> None:
+    """Draw `plot_loss_plane` into one panel of a figure."""
+    probe = next((p for p in PROBES if any(math.isfinite(r.figure(f"{p}_trained")) for r in runs)), "linear")
+    accuracy = [run.figure(f"{probe}_trained") for run in runs]
+    x, y = [run.sigreg for run in runs], [run.prediction for run in runs]
+    _colored(figure, ax, x, y, accuracy, f"{PROBE_LABELS[probe]} (%)")
+    ax.set(title="Accuracy over the losses", xlabel="SIGReg", ylabel="prediction loss")
+    if min(x) > 0:
+        ax.set_xscale("log")
+    if min(y) > 0:
+        ax.set_yscale("log")
 
 
 def _colored(
     figure: Figure, ax: Axes, x: Sequence[float], y: Sequence[float], color: Sequence[float], label: str
 ) -> None:
+    """Points colored by a value; in one color if it is known of none."""
+    if not np.isfinite(color).any():
+        ax.scatter(x, y, color=TRAINED, s=44)
+        return
     points = ax.scatter(x, y, c=color, cmap="viridis", s=44, edgecolors="white", linewidths=0.6, zorder=3)
     figure.colorbar(points, ax=ax, label=label)
 
