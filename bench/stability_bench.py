@@ -15,12 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from benchlib import Row, Rows, command_line, print_table, read_rows
 
 from lejepa_fast.train import sweep
 from lejepa_fast.train.report.plots import report_figure
-from lejepa_fast.train.report.run_plots import COLORS, PROBE_LABELS, draw_loss_plane
+from lejepa_fast.train.report.run_plots import COLORS, PROBE_LABELS, draw_correlations, draw_loss_plane
 from lejepa_fast.train.report.runs import RunRecord, flat, read_run
 from lejepa_fast.train.report.selection import PROBES, correlate
 
@@ -138,12 +137,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             own = [row for row in rows if row["part"] == part]
             ax.set_title(part)
             if part == "alpha":
-                for probe in PROBES:
-                    if found := correlate([record_of(row) for row in own], probe):
-                        c = np.array(found["c"], dtype=float)
-                        ax.plot(found["alphas"], c, color=COLORS[probe], label=PROBE_LABELS[probe])
-                ax.set(xlabel="alpha", ylabel="C(alpha)", title=f"C(alpha), {len(own)} runs")
-                ax.legend(fontsize=8.5)
+                records = [record_of(row) for row in own]
+                draw_correlations(ax, {p: found for p in PROBES if (found := correlate(records, p))})
+                ax.set_title(f"C(alpha), {len(own)} runs")
                 continue
             keys = list(own[0]["values"])
             labels = [_values(row, "\n") for row in own]

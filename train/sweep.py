@@ -7,6 +7,7 @@ codes: 0 done, 1 a run failed, 2 wrong usage, 130 Ctrl-C; after SIGTERM 0, as of
 """
 
 import dataclasses
+import difflib
 import itertools
 import json
 import math
@@ -36,6 +37,7 @@ POLL_SECONDS = 0.2
 _MAY_DIFFER = {"out", "resume", "device", "compile", "log_every", "checkpoint_every", "keep_checkpoints"} | {
     *("tensorboard", "wandb", "profile", "data.workers", "data.prefetch", "data.backend", "data.value_range"),
 }
+_FIGURES = ("knn_trained", "knn_untrained", "linear_trained", "linear_untrained", "effective_rank", "rankme")
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,7 @@ def _axis(text: str, base: Mapping[str, Any]) -> tuple[str, list[list[str]]]:
     if not equals or not listed:
         raise UsageError(f"grid: expected KEY=VALUE,VALUE, got {text!r}")
     if key in ("out", "resume") or key not in base:
-        import difflib
-
-        near = difflib.get_close_matches(key, [*base, "loss.lambd"], n=1, cutoff=0.4)
+        near = difflib.get_close_matches(key, base, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near and key not in base else ""
         raise UsageError(f"grid: expected an option by its name in config.json, got {key!r}{hint}")
     values: list[Any] = listed.split(",")
@@ -309,24 +309,13 @@ def finish(points: Sequence[Point], out: Path, asked: Mapping[str, Any], failed:
     rows = []
     for point in points:
         run = runs.get(point.folder)
-        row = {
-            "run": point.folder.name,
-            "values": point.values,
-            "state": "unfinished" if run is None else run.state,
-        }
+        state = "unfinished" if run is None else run.state
+        row: dict[str, Any] = {"run": point.folder.name, "values": point.values, "state": state}
         if point.folder in failed:
             row |= {"state": "failed", "error": failed[point.folder]}
         if run is not None:
-            names = (
-                "knn_trained",
-                "knn_untrained",
-                "linear_trained",
-                "linear_untrained",
-                "effective_rank",
-                "rankme",
-            )
             row |= {"steps": run.steps, "loss": run.loss, "prediction": run.prediction, "sigreg": run.sigreg}
-            row |= {name: run.summary.get(name) for name in names}
+            row |= {name: run.summary.get(name) for name in _FIGURES}
         rows.append(row)
     text = json.dumps({**asked, "loss_over_last": END_SHARE, "runs": rows}, indent=2) + "\n"
     write_atomically(

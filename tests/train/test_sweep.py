@@ -152,3 +152,20 @@ def test_a_bad_grid_is_an_error_before_the_first_run(sweeping, capsys, grid, mes
     assert line.startswith("error: ")
     assert re.search(message, line), line
     assert sweeping.calls() == []
+
+
+@pytest.mark.slow
+def test_the_trainer_itself_runs_a_grid(tiny, tmp_path, monkeypatch, capsys):
+    """The run without a report, as if it was stopped before its evaluation, is resumed."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    shared = arguments_of(tiny(out=None, max_steps=3), tmp_path)
+    command = ["--grid", "loss.lambd=0.1,0.2", "--out", str(tmp_path / "sweep"), "--", *shared[:2]]
+    assert sweep.main(command) == 0
+    found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert [run["steps"] for run in found["runs"]] == [3, 3]
+    assert all(run["knn_trained"] > 0 and run["rankme"] > 1 for run in found["runs"])
+    report = tmp_path / "sweep" / "loss.lambd=0.2" / "report"
+    report.rename(tmp_path / "lost")
+    assert sweep.main(command) == 0
+    assert report.is_dir()
+    assert "1 of 2 runs are finished already" in capsys.readouterr().out

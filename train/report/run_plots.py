@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lejepa_fast.train.report.plots import TARGET, TRAINED, UNTRAINED, report_figure
+from lejepa_fast.train.report.plots import TARGET, TRAINED, UNTRAINED, is_wide, label_log_axis, report_figure
 from lejepa_fast.train.report.runs import RunRecord
 from lejepa_fast.train.report.selection import PROBES, Selection
 
@@ -29,24 +29,34 @@ def plot_selection(path: Path, chosen: Selection) -> None:
     probe = next(probe for probe in PROBES if probe in chosen.correlations)
     with report_figure(path, 10.0, 4.2) as figure:
         left, right = figure.subplots(1, 2)
-        for name, found in chosen.correlations.items():
-            c = np.array(found["c"], dtype=float)
-            left.plot(
-                found["alphas"], c, color=COLORS[name], marker="o", markersize=4, label=PROBE_LABELS[name]
-            )
-            if found["rankme"] is not None:
-                label = f"RankMe, {PROBE_LABELS[name]}"
-                left.axhline(found["rankme"], color=COLORS[name], linestyle=":", label=label)
+        draw_correlations(left, chosen.correlations)
         left.axvline(chosen.alpha, color=TARGET, linestyle="--", linewidth=1.2)
         runs = chosen.correlations[probe]["runs"]
-        left.set(title=f"Rank correlation with accuracy, {runs} runs", xlabel="alpha", ylabel="C(alpha)")
-        left.legend(loc="best", fontsize=8.5)
+        left.set_title(f"Rank correlation with accuracy, {runs} runs")
         largest = max(chosen.groups, key=chosen.groups.count)
         shown = [i for i, group in enumerate(chosen.groups) if group == largest and chosen.runs[i].lambd]
         x, y = [chosen.scores[i] for i in shown], [chosen.runs[i].figure(f"{probe}_trained") for i in shown]
         _colored(figure, right, x, y, [math.log10(chosen.runs[i].lambd) for i in shown], "log10(lambda)")
-        right.set(xlabel=f"loss / lambda^{chosen.alpha:g}", ylabel=f"{PROBE_LABELS[probe]} (%)", xscale="log")
+        right.set(xlabel=f"loss / lambda^{chosen.alpha:g}", ylabel=f"{PROBE_LABELS[probe]} (%)")
         right.set_title("Accuracy against the score")
+        if is_wide(x):
+            right.set_xscale("log")
+            label_log_axis(right.xaxis)
+
+
+def draw_correlations(ax: Axes, correlations: Mapping[str, Mapping[str, Any]]) -> None:
+    """C(alpha) of each probe, and the correlation of RankMe as a dotted line; see `selection.correlate`."""
+    lowest = 0.0
+    for name, found in correlations.items():
+        c, color, label = np.array(found["c"], dtype=float), COLORS[name], PROBE_LABELS[name]
+        ax.plot(found["alphas"], c, color=color, marker="o", markersize=4, label=label)
+        if found["rankme"] is not None and math.isfinite(found["rankme"]):
+            ax.axhline(found["rankme"], color=color, linestyle=":", label=f"RankMe, {label}")
+            lowest = min(lowest, found["rankme"])
+        if np.isfinite(c).any():
+            lowest = min(lowest, float(np.nanmin(c)))
+    ax.set(xlabel="alpha", ylabel="C(alpha)", ylim=(lowest - 0.05, 1.05))
+    ax.legend(loc="best", fontsize=8.5)
 
 
 def plot_loss_plane(path: Path, runs: Sequence[RunRecord]) -> None:
@@ -62,10 +72,12 @@ def draw_loss_plane(figure: Figure, ax: Axes, runs: Sequence[RunRecord]) -> None
     x, y = [run.sigreg for run in runs], [run.prediction for run in runs]
     _colored(figure, ax, x, y, accuracy, f"{PROBE_LABELS[probe]} (%)")
     ax.set(title="Accuracy over the losses", xlabel="SIGReg", ylabel="prediction loss")
-    if min(x) > 0:
+    if is_wide(x):
         ax.set_xscale("log")
-    if min(y) > 0:
+        label_log_axis(ax.xaxis)
+    if is_wide(y):
         ax.set_yscale("log")
+        label_log_axis(ax.yaxis)
 
 
 def _colored(
