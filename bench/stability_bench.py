@@ -11,6 +11,7 @@ twin; the plot is stability.png. Called again, it goes on where it was stopped.
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lejepa_fast.train.report.runs import RunRecord, flat, read_run
 from lejepa_fast.train.report.selection import PROBES, correlate
 
 # Epochs, so that runs with other batches see as many images.
-EPOCHS = 8
+EPOCHS = 10
 NET = '{"channels": [16, 32, 64, 128], "layers": [1, 1, 1, 1]}'
 OPTIONS = ["--preset", "laptop", "--model.kwargs", NET, "--eval.every", "0", "--no-tensorboard"]
 OPTIONS += ["--checkpoint-every", "100000", "--keep-checkpoints", "1"]
@@ -48,7 +49,9 @@ PAPER = {
 }
 
 
-def train_part(part: str, options: Sequence[str], runs: Path, writer: Rows, *, rehearse: bool) -> None:
+def train_part(
+    part: str, options: Sequence[str], runs: Path, writer: Rows, *, jobs: int, rehearse: bool
+) -> None:
     """Train the runs of a part that are not finished, and write a row for each as it ends."""
     grid = PARTS[part]
     if rehearse:  # three values of the first option, one of the others
@@ -62,7 +65,7 @@ def train_part(part: str, options: Sequence[str], runs: Path, writer: Rows, *, r
         if _key(row) not in known:
             writer.write(row)
 
-    failed = sweep.run_points(points, jobs=1, ended=write)
+    failed = sweep.run_points(points, jobs=jobs, ended=write)
     for folder, reason in failed.items():
         print(f"{folder}: {reason}")
 
@@ -165,14 +168,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command_line(__doc__, rehearse="a few runs of a few steps, to see that it works")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="(all)")
     parser.add_argument("--runs", type=Path, default=Path("runs/stability"), help="run folders (%(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="runs at a time, which share the cores (%(default)s)"
+    )
     parser.add_argument("--data", default="trashnet96", help="labeled images (%(default)s)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of each run (%(default)s)")
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"jobs: expected at least 1, got {options.jobs}")
     shared = [*OPTIONS, "--data", options.data]
     shared += ["--max-steps", "6"] if options.rehearse else ["--epochs", str(options.epochs)]
     writer = Rows(options.out / "stability.jsonl", "stability", rehearsal=options.rehearse)
+    # A net this small gains little from a second thread.
+    threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    writer.about |= {"jobs": options.jobs, "threads": threads}
     for part in options.part:
-        train_part(part, shared, options.runs, writer, rehearse=options.rehearse)
+        train_part(part, shared, options.runs, writer, jobs=options.jobs, rehearse=options.rehearse)
     rows = [row for row in read_rows(writer.path) if bool(row.get("rehearsal")) == options.rehearse]
     newest = {json.dumps([row["part"], row["values"]]): row for row in rows}
     show(list(newest.values()), options.out / "stability.png")

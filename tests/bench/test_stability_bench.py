@@ -17,7 +17,8 @@ def test_rows_are_written_once_and_shown_beside_the_paper(tmp_path, monkeypatch,
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     parts = {"lambda": ["loss.lambd=0.01,0.5"], "alpha": ["loss.lambd=0.1,0.2,0.4", "optim.lr=1e-3"]}
     monkeypatch.setattr(stability_bench, "PARTS", parts)
-    common = ["--out", str(tmp_path / "rows"), "--runs", str(tmp_path / "runs")]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # restored at the end
+    common = ["--out", str(tmp_path / "rows"), "--runs", str(tmp_path / "runs"), "--jobs", "1"]
     stability_bench.main([*common, "--part", "lambda"])
     stability_bench.main([*common, "--part", "lambda", "alpha"])
     rows = read_rows(tmp_path / "rows" / "stability.jsonl")
@@ -50,7 +51,8 @@ def test_the_grids_are_valid_and_the_last_has_24_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rehearsal_trains(tmp_path):
+def test_a_rehearsal_trains(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rows, runs = str(tmp_path / "rows"), str(tmp_path / "runs")
     stability_bench.main(["--rehearse", "--part", "lambda", "--out", rows, "--runs", runs])
     found = read_rows(tmp_path / "rows" / "stability.jsonl")
