@@ -94,8 +94,9 @@ def table(chosen: "Selection") -> str:
         lines.append(f"warning: {chosen.warning}")
     best = runs[chosen.order()[0]]
     if chosen.rule != NEITHER:
+        rule = f"{chosen.rule}, alpha {alpha:g}" if chosen.rule == LOSS else chosen.rule
         lines.append(
-            f"trusted rule: {chosen.rule}{f', alpha {alpha:g}' * (chosen.rule == LOSS)}; best: {best.folder}"
+            f"trusted rule: {rule}; best: {best.folder}{' (collapsed)' * (best.state == 'collapsed')}"
         )
     else:
         lines.append("trusted rule: loss / lambda^alpha within each group; none between groups")
