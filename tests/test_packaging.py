@@ -158,7 +158,8 @@ def test_imports_scripts_and_version_are_declared(installed):
     (package,) = importlib.metadata.distributions(path=[str(installed[0])])
     assert package.version == lejepa_fast.__version__
     scripts = package.entry_points.select(group="console_scripts")
-    assert {f"lejepa-{name}" for name in ("pretrain", "evaluate", "plan", "export", "data")} == scripts.names
+    names = ("pretrain", "evaluate", "plan", "export", "data", "select", "sweep")
+    assert {f"lejepa-{name}" for name in names} == scripts.names
     assert all(callable(script.load()) for script in scripts)
 
     def declared(extra: str) -> set[str]:
@@ -171,6 +172,14 @@ def test_imports_scripts_and_version_are_declared(installed):
     assert imported([*(ROOT / "lejepa_fast").glob("*.py"), *(ROOT / "kernels").glob("*.py")]) <= declared("")
     used = imported([*(ROOT / "lejepa_fast" / "data").rglob("*.py"), *(ROOT / "train").rglob("*.py")])
     assert used - optional <= declared("train")
+
+
+@pytest.mark.parametrize("folder", ["train", "bench", "examples"])
+def test_no_script_shadows_the_standard_library(folder):
+    """`python train/pretrain.py` puts train/ before it in sys.path, for every import of every package."""
+    names = {path.stem for path in (ROOT / folder).iterdir()} - {"__init__"}
+    assert names
+    assert not names & set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("package", ["kernels", "train"])

@@ -50,11 +50,15 @@ def covariance_eigenvalues(z: Tensor) -> Tensor:
     n is far above K and the singular value decomposition slow, they come from the covariance matrix.
     """
     _check(z)
-    centered = z.double() - z.double().mean(dim=0)
-    n, dim = centered.shape
+    return _squared_singular_values(z.double() - z.double().mean(dim=0)) / len(z)
+
+
+def _squared_singular_values(x: Tensor) -> Tensor:
+    """Of x (n, K): (K,), descending, none below 0."""
+    n, dim = x.shape
     if n > 8 * dim:
-        return torch.linalg.eigvalsh(centered.T @ centered / n).flip(0).clamp_min(0)
-    values = torch.linalg.svdvals(centered).square() / n
+        return torch.linalg.eigvalsh(x.T @ x).flip(0).clamp_min(0)
+    values = torch.linalg.svdvals(x).square()
     return torch.cat([values, values.new_zeros(dim - len(values))])
 
 
@@ -69,6 +73,17 @@ def effective_rank(z: Tensor) -> float:
     if total <= _NUMERICALLY_CONSTANT**2 * z.double().square().sum(dim=1).mean():
         return 0.0
     return torch.special.entr(values / total).sum().exp().item()
+
+
+def rankme(z: Tensor) -> float:
+    """exp(entropy of the normalized singular values) of embeddings z (n, K), not centered; in 1 .. min(n, K).
+
+    It is 0 if z is all zero. Source: Garrido et al., "RankMe" (arXiv 2210.02885).
+    """
+    _check(z)
+    values = _squared_singular_values(z.double()).sqrt()
+    total = values.sum()
+    return torch.special.entr(values / total).sum().exp().item() if total > 0 else 0.0
 
 
 def sigreg_statistic(z: Tensor) -> float:

@@ -67,6 +67,11 @@ class EvalResult:
         return collapse.verdict(self.embedding_std, self.effective_rank, self.n_val, self.z_val.shape[1])
 
     @property
+    def rankme(self) -> float:
+        """RankMe of `z_val`; see `collapse.py`."""
+        return collapse.rankme(self.z_val)
+
+    @property
     def rank_limit(self) -> int:
         """The largest effective rank that n validation images can have in K dimensions."""
         return collapse.rank_limit(self.n_val, self.z_val.shape[1])

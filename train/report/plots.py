@@ -14,6 +14,7 @@ import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
@@ -88,13 +89,23 @@ def plot_losses(path: Path, rows: Rows, *, sigreg_floor: float, batch: int) -> N
             if level is not None:
                 ax.axhline(level, color=TARGET, linestyle="--", linewidth=1.3)
                 _note(ax, label, (0.995, level), ("axes fraction", "data"), color=TARGET, fontsize=9)
-            if values.min() > 0 and values.max() > 8 * values.min():
-                ax.set_yscale("log")  # labeled 0.2, 0.5, 1, 2 ...
-                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-                ax.yaxis.set_minor_formatter(NullFormatter())
+            if is_wide(values):
+                ax.set_yscale("log")
+                label_log_axis(ax.yaxis)
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             ax.set_xlabel("step")
+
+
+def is_wide(values: Any) -> bool:
+    """Whether positive values span enough for a logarithmic axis."""
+    return min(values) > 0 and max(values) > 8 * min(values)
+
+
+def label_log_axis(axis: Axis) -> None:
+    """Label a logarithmic axis 0.2, 0.5, 1, 2 ..."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _plot_curve(ax: Axes, steps: np.ndarray, values: np.ndarray) -> None:

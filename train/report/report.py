@@ -139,6 +139,8 @@ def _summary(
         "effective_rank": trained.effective_rank,
         "effective_rank_untrained": untrained.effective_rank,
         "effective_rank_limit": trained.rank_limit,
+        "rankme": trained.rankme,
+        "rankme_untrained": untrained.rankme,
         "sigreg_val": trained.sigreg,
         "sigreg_val_untrained": untrained.sigreg,
         "sigreg_val_gaussian": levels.gaussian,

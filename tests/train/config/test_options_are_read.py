@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lejepa_fast
-from lejepa_fast.train import config, evaluate, export, pretrain
+from lejepa_fast.train import config, evaluate, export, pretrain, select_runs, sweep
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.planning.options import PlanOptions
 
@@ -58,7 +58,13 @@ def test_a_run_reads_every_option(tiny, monkeypatch, reads):
 
 @pytest.mark.parametrize(
     ("options", "modules"),
-    [(evaluate.Options, "evaluate.py"), (export.Options, "export.py"), (PlanOptions, "planning/*.py")],
+    [
+        (evaluate.Options, "evaluate.py"),
+        (export.Options, "export.py"),
+        (PlanOptions, "planning/*.py"),
+        (select_runs.Options, "select_runs.py"),
+        (sweep.Options, "sweep.py"),
+    ],
 )
 def test_a_command_reads_its_own_options(options, modules):
     text = "".join(file.read_text() for file in (PACKAGE / "train").glob(modules))

@@ -50,6 +50,16 @@ def test_effective_rank_counts_equal_directions():
     assert collapse.effective_rank(torch.full((50, 8), 0.1)) == 0.0
 
 
+@pytest.mark.parametrize("n", [6, 50, 1000])  # below K, by singular values, by z'z
+def test_rankme_equals_its_definition_and_is_not_centered(n):
+    z = randn(n, 10) * torch.linspace(0.1, 2, 10) + 5
+    values = np.linalg.svd(z.double().numpy(), compute_uv=False)
+    p = values / values.sum()
+    assert collapse.rankme(z) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-6)
+    assert collapse.rankme(torch.full((n, 10), 0.1)) == pytest.approx(1.0, abs=1e-4)
+    assert collapse.rankme(torch.zeros(n, 10)) == 0.0
+
+
 @pytest.mark.parametrize("n", [6, 50, 1000])  # below K, by singular values, by the covariance
 def test_eigenvalues_equal_numpys(n):
     z = randn(n, 10) * torch.linspace(0.1, 2, 10) + 5

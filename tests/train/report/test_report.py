@@ -171,6 +171,7 @@ def test_summary_has_the_promised_keys_and_types(written):
         "evaluation_data": "/data/birds",
         "embedding_std": pytest.approx(collapse.embedding_std(randn(80, 12))),
         "effective_rank_limit": 12,
+        "rankme": pytest.approx(collapse.rankme(randn(80, 12))),
         "probe_images": 300,
         "val_images": 80,
         "num_classes": 6,

@@ -1,0 +1,34 @@
+"""In place of train/pretrain.py in tests of sweeps: writes the run folder of a finished training.
+
+Its loss is lambda and its accuracies are 100 lambda. CALLS in the environment names a file that gets lambda
+and GPU of each start. Lambda 0.03 fails; 0.04 runs until it is told to stop.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+
+from lejepa_fast.train import config
+
+cfg = config.resolve(config.parse(sys.argv[1:]))
+out, lambd = cfg.out, cfg.loss.lambd
+assert out is not None
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(f"{lambd} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
+config.write(cfg, out)
+if lambd == 0.03:
+    print("starting", file=sys.stderr)
+    sys.exit("error: the disk is full")
+if lambd == 0.04:
+    signal.signal(signal.SIGTERM, lambda *_: ((out / "saved").touch(), sys.exit(0)))
+    (out / "ready").touch()
+    time.sleep(60)
+losses = {"loss": lambd, "prediction": lambd, "sigreg": 1.0}
+(out / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 5, **losses}) + "\n")
+(out / "report").mkdir(exist_ok=True)
+summary = {"steps": 5, "state": "healthy", "val_images": 100, "effective_rank": 3.0, "rankme": 4.0}
+for probe in ("knn", "linear"):
+    summary |= {f"{probe}_trained": 100 * lambd, f"{probe}_untrained": 1.0}
+(out / "report" / "summary.json").write_text(json.dumps(summary))

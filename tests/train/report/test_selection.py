@@ -1,0 +1,231 @@
+"""Reading run folders, which runs are compared, and C(alpha)."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from PIL import Image
+from run_folders import write_run
+
+from lejepa_fast.errors import UsageError
+from lejepa_fast.train import select_runs
+from lejepa_fast.train.config import Config
+from lejepa_fast.train.report import run_plots
+from lejepa_fast.train.report.runs import loss_at_the_end, read_run
+from lejepa_fast.train.report.selection import LOSS, NEITHER, RANKME, correlate, score, select, spearman
+
+ON = {"evaluation_data": "birds", "val_images": 80, "image_size": 48, "embedding_dim": 64}
+
+
+def config_of(lambd=0.1, lr=1e-3, **changes):
+    cfg = Config()
+    changes = {"loss": {"lambd": lambd}, "optim": {"lr": lr, "weight_decay": 0.05}, **changes}
+    return replace(cfg, **{name: replace(getattr(cfg, name), **values) for name, values in changes.items()})
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Writes a finished run and reads it."""
+
+    def write(lambd=0.1, loss=1.0, *, steps=20, changes=None, **summary):
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        return read_run(write_run(folder, config_of(lambd, **(changes or {})), [loss] * 20, steps=steps,
+                                  **({"rankme": 9.0} | ON | summary)))  # fmt: skip
+
+    return write
+
+
+# ---- run folders ---------------------------------------------------------------------------------
+
+
+def test_the_loss_at_the_end_is_a_mean_over_the_last_tenth_of_the_steps_and_five_rows_at_least():
+    rows = [{"step": step, "loss": float(step)} for step in range(10, 1001, 10)]
+    assert loss_at_the_end(rows) == np.mean(range(910, 1001, 10))
+    assert loss_at_the_end(rows[:20]) == np.mean(range(160, 201, 10))  # a tenth has 2 rows
+    gaps = [{"step": 1, "loss": None}, {"step": 2, "loss": 3.0}, {"step": 3}]
+    assert loss_at_the_end(gaps) == 3.0
+    with pytest.raises(ValueError, match="finite 'sigreg'"):
+        loss_at_the_end(rows, "sigreg")
+
+
+def test_a_folder_says_what_is_wrong_with_it(tmp_path):
+    with pytest.raises(UsageError, match=rf"^{tmp_path}: expected a run folder"):
+        read_run(tmp_path)
+    with pytest.raises(UsageError, match=r"empty: metrics\.jsonl: expected rows .* 'loss'"):
+        read_run(write_run(tmp_path / "empty", config_of(), [None]))
+    broken = write_run(tmp_path / "broken", config_of(), [1.0], knn_trained=50.0)
+    (broken / "report" / "summary.json").write_text("{")
+    with pytest.raises(UsageError, match=r"broken: cannot read report/summary\.json"):
+        read_run(broken)
+
+
+def test_a_report_of_fewer_steps_is_not_that_of_the_run(tmp_path):
+    finished = read_run(write_run(tmp_path / "a", config_of(), [1.0, 2.0], knn_trained=50.0))
+    assert (finished.figure("knn_trained"), finished.state) == (50.0, "healthy")
+    continued = write_run(tmp_path / "b", config_of(), [1.0, 2.0], knn_trained=50.0)
+    with (continued / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 3, "loss": 1.0, "prediction": 1.0, "sigreg": 1.0}\n')
+    run = read_run(continued)
+    assert (run.steps, run.state) == (3, "unfinished")
+    assert math.isnan(run.figure("knn_trained"))
+
+
+# ---- which rule ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim": {"lr": 0.1, "weight_decay": 0.5}},
+        {"loss": {"lambd": 0.5, "num_slices": 7, "impl": "torch"}},
+        {"model": {"drop_path": 0.1}},
+        {"data": {"workers": 3}},
+    ],
+)
+def test_losses_of_one_scale_are_compared(make, changes):
+    chosen = select([make(), make(changes=changes)])
+    assert (chosen.rule, chosen.warning, chosen.groups) == (LOSS, None, [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"changes": {"loss": {"form": "additive"}}}, "loss.form"),
+        ({"changes": {"loss": {"n_points": 9}}}, "loss.n_points"),
+        ({"changes": {"data": {"batch_size": 64}}}, "data.batch_size"),
+        ({"changes": {"crops": {"local_crops": 2}}}, "crops.local_crops"),
+        ({"steps": 40}, "steps"),
+    ],
+)
+def test_other_losses_are_other_groups_and_rankme_compares_them(make, changes, named):
+    """The worse by loss is the better by RankMe."""
+    chosen = select([make(loss=1.0), make(loss=2.0, rankme=12.0, **changes)])
+    assert (chosen.rule, chosen.groups) == (RANKME, [0, 1])
+    assert chosen.warning is not None
+    assert named in chosen.warning
+    assert chosen.order() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"changes": {"model": {"name": "resnet18"}}},
+        {"steps": 40, "val_images": 90},
+        {"steps": 40, "rankme": None},
+    ],
+)
+def test_where_rankme_does_not_compare_either_no_rule_does(make, changes):
+    chosen = select([make(), make(**changes)])
+    assert chosen.rule == NEITHER
+    assert "RankMe does not compare" in str(chosen.warning)
+
+
+def test_the_score_orders_runs_and_collapsed_ones_come_last(make):
+    runs = [make(0.2, 1.0), make(0.1, 1.0), make(0.4, 1.1), make(0.0, 0.1), make(0.9, 0.1, state="collapsed")]
+    chosen = select(runs)
+    assert chosen.order() == [2, 0, 1, 4, 3]  # 1.1 / 0.4^0.4 = 1.59, 1.90, 2.51
+    assert math.isnan(chosen.scores[3])  # lambda 0
+    assert select(runs, alpha=0).order()[:3] == [3, 0, 1]
+    assert chosen.places(chosen.scores, grouped=True) == [3, 4, 2, None, 1]
+
+
+# ---- C(alpha) ------------------------------------------------------------------------------------
+
+
+def test_spearman_with_ties():
+    """1 - 6 sum d^2 / n (n^2 - 1) without ties; ties share their mean rank."""
+    assert spearman([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(1 - 6 * 2 / 60)
+    assert spearman([1, 1, 2], [5, 5, 9]) == pytest.approx(1)
+    assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(3 / math.sqrt(10))
+    assert spearman([3, 2, 1], [1, 2, 9]) == pytest.approx(-1)
+    assert math.isnan(spearman([1, 1, 1], [1, 2, 3]))
+
+
+def test_c_of_alpha_is_one_where_the_score_orders_the_runs_as_their_accuracy_does(make):
+    """Accuracies that fall with loss / lambda^0.4, and losses that rise with lambda: alone they mislead."""
+    runs = [
+        make(lambd, loss := (1 + 0.1 * i) * lambd**0.6, linear_trained=90 - 10 * loss / lambd**0.4)
+        for i, lambd in enumerate((0.01, 0.03, 0.1, 0.3, 0.9))
+    ]
+    assert all(score(run, 0.4) == pytest.approx(run.loss / run.lambd**0.4) for run in runs)
+    up = [make(lambd, lambd**0.2, linear_trained=50 + lambd) for lambd in (0.01, 0.1, 0.5)]
+    found = correlate(up, "linear")
+    assert (found["c"][0], found["c_at_alpha"]) == (pytest.approx(-1), pytest.approx(1))
+    assert (found["best_alpha"], found["runs"], found["rankme"]) == (
+        0.25,
+        3,
+        pytest.approx(math.nan, nan_ok=True),
+    )
+    assert correlate(runs, "linear")["c_at_alpha"] == pytest.approx(1)
+    assert correlate(runs, "knn") == {}  # no accuracies
+    assert correlate(runs[:2], "linear") == {}
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_select_prints_the_ranking_and_writes_it_with_a_figure(make, tmp_path, capsys):
+    runs = [
+        make(lambd, lambd**0.2, linear_trained=50 + 9 * lambd, rankme=4 + lambd, effective_rank=3.0)
+        for lambd in (0.01, 0.1, 0.5)
+    ]
+    folders = [str(run.folder) for run in runs]
+    assert select_runs.main([*folders, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines()[1:4]] == folders[::-1]
+    assert f"trusted rule: {LOSS}, alpha 0.4; best: {folders[2]}" in printed
+    assert "C(0) = -1.00, C(0.4) = 1.00, best C(0.25) = 1.00, effective rank nan, RankMe 1.00" in printed
+    found = json.loads((tmp_path / "out" / "select.json").read_text())
+    assert [run["run"] for run in found["runs"]] == folders[::-1]
+    assert found["runs"][0]["score"] == pytest.approx(0.5**0.2 / 0.5**0.4)
+    assert found["runs"][0]["knn"] is None
+    with Image.open(tmp_path / "out" / "select.png") as image:
+        assert np.asarray(image.convert("L")).std() > 1
+
+
+def test_select_without_labels_and_with_runs_that_do_not_compare(make, tmp_path, capsys):
+    folders = [str(make().folder), str(make(steps=40).folder)]
+    assert select_runs.main([*folders, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("warning: the runs differ in steps") == 1
+    assert "trusted rule: RankMe; best: " in printed
+    assert "correlation" not in printed
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["select.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "runs: expected 2 run folders or more, got 0"),
+        (["{run}", "{run}"], "runs: expected 2 run folders or more, got 1"),
+        (["{run}", "nowhere"], "nowhere: expected a run folder"),
+        (["{run}", "{run}", "--alpha", "nan"], "alpha: expected a number from 0 to 10, got nan"),
+    ],
+)
+def test_wrong_usage_is_one_line(make, capsys, arguments, message):
+    run = str(make().folder)
+    assert select_runs.main([each.format(run=run) for each in arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [("a",), ("a", "b"), ("a", "b", "c"), ("seed",)])
+def test_grids_of_any_number_of_options_are_drawn(make, tmp_path, keys, monkeypatch):
+    """Without labels the loss alone. Two options: a heat map of means over seeds."""
+    tables = []
+    imshow = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda ax, x, **o: tables.append(x.tolist()) or imshow(ax, x, **o))
+    values = [{key: (i >> n) % 2 for n, key in enumerate((*keys, "seed"))} for i in range(2 ** len(keys) * 2)]
+    runs = [make(loss=1.0 + i) for i in range(len(values))]
+    run_plots.plot_grid(tmp_path / "grid.png", values, runs)
+    run_plots.plot_loss_plane(tmp_path / "plane.png", runs)
+    assert tables == ([[[3.0, 5.0], [4.0, 6.0]]] if len(keys) == 2 else [])
+    for name in ("grid.png", "plane.png"):
+        with Image.open(tmp_path / name) as image:
+            assert np.asarray(image.convert("L")).std() > 1

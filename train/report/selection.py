@@ -1,0 +1,173 @@
+"""Selection of runs without labels: by loss / lambda^alpha, by effective rank and by RankMe.
+
+LeJEPA's training loss tells how good the features are (arXiv 2511.08544): over runs of one model and one
+length, loss / lambda^alpha with alpha about 0.4 ranks them nearly as their accuracy does; the smaller the
+better. With labels that is measured, C(alpha) = Spearman(-loss / lambda^alpha, accuracy). The minus makes 1
+the perfect ranking. RankMe (arXiv 2210.02885) and the effective rank are larger for the better run.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lejepa_fast.train.report.runs import RunRecord, flat
+
+ALPHA = 0.4
+ALPHAS = tuple(round(0.05 * i, 2) for i in range(21))
+PROBES = ("linear", "knn")
+RANKS = ("effective_rank", "rankme")
+LOSS, RANKME, NEITHER = "loss / lambda^alpha", "RankMe", "neither"
+
+# What the loss of two runs may differ in and still be compared: what is being selected, and where it ran.
+# Everything else in these sections changes the scale of the loss or what is predicted.
+_SECTIONS = ("data", "crops", "model", "loss")
+_COMPARABLE = {"loss.lambd", "loss.num_slices", "loss.impl", "model.drop_path", "data.workers"} | {
+    f"data.{name}" for name in ("backend", "prefetch", "hw_decoder_load", "max_bad_fraction", "value_range")
+}
+# What the rank of two runs' embeddings depends on besides their quality.
+_OF_RANKS = ("evaluation_data", "val_images", "image_size", "embedding_dim")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Runs in groups whose losses are comparable, and the rule that holds for all of them."""
+
+    runs: Sequence[RunRecord]
+    groups: Sequence[int]
+    """The group of each run, from 0 on."""
+    rule: str
+    """LOSS, RANKME or NEITHER: what to trust over all the runs; in a group it is LOSS."""
+    warning: str | None
+    """One line on what is not comparable and why; None if everything is."""
+    alpha: float
+    scores: Sequence[float]
+    """loss / lambda^alpha of each run; NaN for lambda = 0, which the rule does not cover."""
+    correlations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """With labels, by probe: see `correlate`."""
+
+    def order(self) -> list[int]:
+        """Numbers of the runs, the best first; collapsed ones and those without a figure last."""
+
+        def key(i: int) -> tuple[Any, ...]:
+            run, ranks = self.runs[i], self.rule == RANKME
+            value = -run.figure("rankme") if ranks else self.scores[i]
+            last = run.state == "collapsed" or math.isnan(value)
+            return (0 if ranks else self.groups[i], last, math.inf if math.isnan(value) else value)
+
+        return sorted(range(len(self.runs)), key=key)
+
+    def places(self, values: Sequence[float], *, grouped: bool) -> list[int | None]:
+        """The place of each run by ascending values, within its group if `grouped`; None for NaN."""
+        groups = self.groups if grouped else [0] * len(values)
+        return [
+            None if math.isnan(v) else 1 + sum(w < v for w, h in zip(values, groups, strict=True) if h == g)
+            for v, g in zip(values, groups, strict=True)
+        ]
+
+    def to_json(self) -> str:
+        """The text of select.json; figures that are not there are null."""
+        ranks = {name: [run.figure(name) for run in self.runs] for name in RANKS}
+        runs = [
+            {
+                "run": str(run.folder),
+                "group": self.groups[i],
+                "steps": run.steps,
+                "state": run.state,
+                "lambda": run.lambd,
+                "loss": run.loss,
+                "score": self.scores[i],
+                **{name: values[i] for name, values in ranks.items()},
+                **{probe: run.figure(f"{probe}_trained") for probe in PROBES},
+            }
+            for i, run in ((i, self.runs[i]) for i in self.order())
+        ]
+        found = {"rule": self.rule, "warning": self.warning, "alpha": self.alpha, "runs": runs}
+        text = json.dumps(found | {"correlations": self.correlations})
+        return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=2) + "\n"
+
+
+def select(runs: Sequence[RunRecord], alpha: float = ALPHA) -> Selection:
+    """Group the runs by what makes losses comparable, choose the rule, and correlate it with labels if any.
+
+    Args:
+        runs: one or more.
+        alpha: exponent of lambda.
+    """
+    settings = [_loss_setting(run) for run in runs]
+    keys = [json.dumps(setting, sort_keys=True) for setting in settings]
+    groups = [list(dict.fromkeys(keys)).index(key) for key in keys]
+    differing = sorted(
+        name
+        for name in {name for setting in settings for name in setting}
+        if len({json.dumps(setting.get(name)) for setting in settings}) > 1
+    )
+    rule, warning = _rule(runs, differing)
+    largest = max(groups, key=groups.count)
+    members = [run for run, group in zip(runs, groups, strict=True) if group == largest]
+    correlations = {probe: found for probe in PROBES if (found := correlate(members, probe, alpha))}
+    return Selection(runs, groups, rule, warning, alpha, [score(run, alpha) for run in runs], correlations)
+
+
+def score(run: RunRecord, alpha: float) -> float:
+    """loss / lambda^alpha; NaN for lambda = 0 and alpha above 0."""
+    return run.loss / run.lambd**alpha if run.lambd or not alpha else math.nan
+
+
+def correlate(runs: Sequence[RunRecord], probe: str, alpha: float = ALPHA) -> dict[str, Any]:
+    """C(alpha) over runs whose losses are comparable; {} with fewer than 3 of known lambda and accuracy.
+
+    Returns:
+        "runs": their number; "alphas" and "c": the curve; "c_at_alpha": C of the given alpha; "best_alpha"
+        and "c_at_best": its maximum; "effective_rank" and "rankme": their Spearman correlation with the
+        accuracy, None where runs lack the figure.
+    """
+    known = [run for run in runs if run.lambd and math.isfinite(run.figure(f"{probe}_trained"))]
+    if len(known) < 3:
+        return {}
+    accuracy = [run.figure(f"{probe}_trained") for run in known]
+    curve = [spearman([-score(run, a) for run in known], accuracy) for a in ALPHAS]
+    best = int(np.nanargmax(curve)) if np.isfinite(curve).any() else 0
+    ranks = {}
+    for name in RANKS:
+        values = [run.figure(name) for run in known]
+        ranks[name] = spearman(values, accuracy) if np.isfinite(values).all() else None
+    at_alpha = spearman([-score(run, alpha) for run in known], accuracy)
+    found: dict[str, Any] = {"runs": len(known), "alphas": list(ALPHAS), "c": curve, "c_at_alpha": at_alpha}
+    return found | {"best_alpha": ALPHAS[best], "c_at_best": curve[best]} | ranks
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's rank correlation, equal values sharing their mean rank; NaN if all values are equal."""
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return math.nan
+    return float(np.corrcoef(_mean_ranks(a), _mean_ranks(b))[0, 1])
+
+
+def _mean_ranks(values: Sequence[float]) -> np.ndarray:
+    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def _loss_setting(run: RunRecord) -> dict[str, Any]:
+    """Everything that must be equal for two losses to be comparable."""
+    every = flat(run.config)
+    found = {k: v for k, v in every.items() if k.partition(".")[0] in _SECTIONS and k not in _COMPARABLE}
+    return found | {"steps": run.steps, "finished": bool(run.summary)}
+
+
+def _rule(runs: Sequence[RunRecord], differing: Sequence[str]) -> tuple[str, str | None]:
+    """The rule over all runs, and the warning, given the settings that make their losses differ."""
+    if not differing:
+        return LOSS, None
+    names = ", ".join(differing[:4]) + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")
+    warning = f"the runs differ in {names}: their losses compare within a group only"
+    model = [name for name in differing if name.startswith("model.")]
+    others = [name for name in _OF_RANKS if len({run.summary.get(name) for run in runs}) > 1]
+    if model or others or any(math.isnan(run.figure("rankme")) for run in runs):
+        why = (model or others or ["no rankme in some summary.json"])[0]
+        return NEITHER, f"{warning}, and RankMe does not compare across groups either ({why})"
+    return RANKME, f"{warning}; RankMe compares over all of them"
