@@ -85,9 +85,10 @@ def evaluate(x: Tensor, A: Tensor, knots: Knots, **options: Any) -> tuple[Tensor
     return value, grad
 
 
-def errors(variant: Variant, J: int, scale: float, device: str) -> list[float]:
-    """Relative errors against float64: value, gradient, and those of plain float32 on the same inputs."""
-    N, K, M = SIZES[device].values()
+def problem(
+    variant: Variant, J: int, scale: float, device: str, N: int, K: int, M: int
+) -> tuple[Tensor, Tensor, Tensor | None, Knots]:
+    """Inputs: embeddings, directions, their scale in half precision, and knots."""
     generator = torch.Generator().manual_seed(J)
     x = (scale * torch.randn(N, K, generator=generator)).to(device, variant.dtype)
     knots, unit = standard_normal_knots(3.0, J), None
@@ -96,6 +97,12 @@ def errors(variant: Variant, J: int, scale: float, device: str) -> list[float]:
         A = sample_directions(K, M, step=0).to(device)
     else:
         A, unit = sample_unit_directions(K, M, step=0, device=device, dtype=variant.dtype, impl="torch")
+    return x, A, unit, knots
+
+
+def errors(variant: Variant, J: int, scale: float, device: str) -> list[float]:
+    """Relative errors against float64: value, gradient, and those of plain float32 on the same inputs."""
+    x, A, unit, knots = problem(variant, J, scale, device, **SIZES[device])
     exact = evaluate(x.double(), A.double(), knots, impl="reference", scale=unit)
     plain = evaluate(x.float(), A.float(), knots, impl="reference", scale=unit)
     got = evaluate(x, A, knots, impl=variant.impl, precision=variant.precision, scale=unit)

@@ -4,8 +4,8 @@
     python bench/gpu_check.py --cache bench/baked ...
 
 Kernels go through Triton's own path, launched into a stand-in for an sm_90 driver (`standin_driver.py`):
-steps at the sizes of `gpu_check.py`, and all candidates of its tiles. The check is a fresh process that makes
-the same launches from a copy of the cache: it must compile nothing.
+steps at the sizes of `gpu_check.py`, all candidates of its tiles, and its accuracy at 17 knots. The check is
+a fresh process that makes the same launches from a copy of the cache: it must compile nothing.
 
 Triton finds a kernel by a hash of its own Python files and compiled library, the version of ptxas, the
 kernel's source, its argument types and options, and some environment variables. The library differs between
@@ -26,13 +26,14 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import accuracy_bench
 import sigreg_variants as variants
 import tiles_bench
 import timing
@@ -47,30 +48,40 @@ MOST_BYTES = 10 * 10**6
 MANIFEST = "baked.json"
 KEPT = (".cubin", ".json")
 CPU = torch.device("cpu")
+Job = tuple[Callable[..., None], tuple[Any, ...]]
+"""What a process launches: a function of this module, and its arguments."""
 
 
-class Job(NamedTuple):
-    """Launches of one process: a training step, or a share of the candidate tiles."""
+def step(case: Case) -> None:
+    """A training step."""
+    (x,) = variants.make_inputs(case, 1, CPU)
+    variants.VARIANTS[TRITON](case, CPU).step(x)
 
-    case: Case
-    fused: bool | None = None
-    """Which backward's tiles; None is a training step."""
-    share: tuple[int, int] = (0, 1)
-    """Index and number of the shares."""
+
+def tiles(case: Case, fused: bool, index: int, count: int) -> None:
+    """A share of the candidate tiles."""
+    tiles_bench.compile_share(case, CPU, fused, index, count)
+
+
+def accuracy(variant: accuracy_bench.Variant) -> None:
+    x, A, unit, knots = accuracy_bench.problem(variant, 17, 1.0, "cpu", **accuracy_bench.SIZES["cuda"])
+    accuracy_bench.evaluate(x, A, knots, impl="triton", precision=variant.precision, scale=unit)
 
 
 def jobs_of_check() -> list[Job]:
-    """The launches of `gpu_check.py`'s timed stages."""
+    """The launches of `gpu_check.py`'s benchmarks."""
     shares = 8
-    tiles = [
-        Job(tiles_bench.CASES[key], fused, (share, shares))
+    jobs: list[Job] = [
+        (tiles, (tiles_bench.CASES[key], fused, index, shares))
         for key in tiles_bench.FIRST
         for fused in tiles_bench.backwards(tiles_bench.CASES[key])
-        for share in range(shares)
+        for index in range(shares)
     ]
     trained = Case("training", Size(10, 256, 512, 1024, 17), torch.bfloat16, ())
     trial = trained._replace(size=trained.size._replace(V=1, N=192))  # of impl="auto"
-    return [*tiles, *map(Job, (*(c for c in variants.GPU_CASES if TRITON in c.variants), trained, trial))]
+    jobs += [(step, (case,)) for case in (*variants.GPU_CASES, trained, trial)]
+    compiled = (variant for variant in accuracy_bench.variants("cuda") if variant.impl == "triton")
+    return jobs + [(accuracy, (variant,)) for variant in compiled]
 
 
 def run(job: Job) -> int:
@@ -80,12 +91,9 @@ def run(job: Job) -> int:
     def listener(*, src: Any, cache_hit: bool, **_: Any) -> None:
         compiled.extend([] if cache_hit else [src.name])
 
+    function, arguments = job
     with standing_in(), mock.patch.object(triton.knobs.compilation, "listener", listener):
-        if job.fused is None:
-            (x,) = variants.make_inputs(job.case, 1, CPU)
-            variants.VARIANTS[TRITON](job.case, CPU).step(x)
-        else:
-            tiles_bench.compile_share(job.case, CPU, job.fused, *job.share)
+        function(*arguments)
     return len(compiled)
 
 
