@@ -31,7 +31,13 @@ FIRST = ("reference-bfloat16", "giant-bfloat16")
 TINY = Case("tiny", Size(1, 9, 8, 8, 5), torch.float32, ())
 
 
-def time_candidates(case: Case, device: torch.device, fused: bool, timer: Timer) -> list[Row]:
+def time_candidates(
+    case: Case,
+    device: torch.device,
+    fused: bool,
+    timer: Timer,
+    write: Callable[[Row], object] = lambda row: None,
+) -> list[Row]:
     """Time the candidate tiles of one forward and backward pass.
 
     Args:
@@ -39,6 +45,7 @@ def time_candidates(case: Case, device: torch.device, fused: bool, timer: Timer)
         device: where the kernels run.
         fused: True times the fused backward, for any K and M; False gradient and product.
         timer: seconds that its argument, a call, takes.
+        write: gets each row before the next candidate is timed.
 
     Returns:
         Rows of "kernel", size, "tile", "shipped", "median_us" (None if the tile cannot run), "error" (why).
@@ -51,7 +58,21 @@ def time_candidates(case: Case, device: torch.device, fused: bool, timer: Timer)
     t, phi, weights = (a.to(device, torch.float32) for a in knots[:3])
     plan, unit = make_plan(J, knots.spacing), scale if case.half else None
     shared = (x.detach(), A, unit, t, plan, config, triton_operators.default_precision(device))
-    tuner = autotune.Tuner(timer)
+    size = {**case.size._asdict(), "dtype": case.dtype_name}
+    rows: list[Row] = []
+
+    def write_rows() -> None:
+        for row in tuner.rows[len(rows) :]:
+            us = None if row["seconds"] is None else 1e6 * row["seconds"]
+            rest = {key: row[key] for key in ("tile", "shipped", "error")}
+            rows.append({"kernel": row["kernel"], **size, **rest, "median_us": us})
+            write(rows[-1])
+
+    def write_and_time(call: Callable[[], None]) -> float:
+        write_rows()
+        return timer(call)
+
+    tuner = autotune.Tuner(write_and_time)
     with (
         mock.patch.dict(os.environ, LEJEPA_AUTOTUNE="1"),
         mock.patch.object(autotune, "process_tuner", tuner),
@@ -64,11 +85,21 @@ def time_candidates(case: Case, device: torch.device, fused: bool, timer: Timer)
         except autotune.CANNOT_RUN:  # no tile of a kernel can run: the rows say why
             if all(row["error"] is None for row in tuner.rows):
                 raise
-    size = {**case.size._asdict(), "dtype": case.dtype_name}
-    for row in tuner.rows:
-        seconds = row.pop("seconds")
-        row["median_us"] = None if seconds is None else 1e6 * seconds
-    return [{"kernel": row.pop("kernel"), **size, **row} for row in tuner.rows]
+    write_rows()
+    return rows
+
+
+def time_case(case: Case, device: torch.device, timer: Timer, file: Rows) -> list[Row]:
+    """Time all candidates of a case and write their rows as they come; both backwards share the forward."""
+    rows: list[Row] = []
+
+    def write(row: Row) -> None:
+        if all((row["kernel"], row["tile"]) != (known["kernel"], known["tile"]) for known in rows):
+            rows.extend(file.write(row))
+
+    for fused in backwards(case):
+        time_candidates(case, device, fused, timer, write)
+    return rows
 
 
 def backwards(case: Case) -> tuple[bool, ...]:
@@ -126,15 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         timer = lambda call: statistics.median([clock(call) for _ in range(6)][1:])  # noqa: E731
         compile_ahead(cases, device)
 
-    path = options.out / "kernel_tiles.jsonl"
     for case in cases:
         print(f"\n{case.key}: {case.size}", flush=True)
-        rows: list[Row] = []
-        for fused in backwards(case):
-            found = time_candidates(case, device, fused, timer)
-            fresh = [row for row in found if row["kernel"] != "forward" or not rows]
-            rows += Rows(path, "kernel_tiles", device, rehearsal=options.rehearse).write(*fresh)
-        show(rows)
+        file = Rows(options.out / "kernel_tiles.jsonl", "kernel_tiles", device, rehearsal=options.rehearse)
+        show(time_case(case, device, timer, file))
 
 
 if __name__ == "__main__":
