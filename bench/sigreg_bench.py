@@ -175,7 +175,7 @@ def memory_and_launches(case: Case, name: str, call: timing.Call, setting: Setti
     if setting.rehearsal:
         return found
     if setting.clock is None:
-        return {"peak_extra_mib": timing.in_fresh_process(peak_here, case, name) / 2**20}
+        return {"peak_extra_mib": timing.in_fresh_process(step_cost, case, name, setting.device)[0] / 2**20}
     if name not in GRAPH_POOLS:
         found["peak_extra_mib"] = timing.peak_extra_bytes(call, setting.device) / 2**20
     if kernels := timing.launches(call):
@@ -183,24 +183,15 @@ def memory_and_launches(case: Case, name: str, call: timing.Call, setting: Setti
     return found
 
 
-def peak_here(case: Case, name: str) -> int:
-    """Peak resident bytes of a training step above its inputs, on the CPU."""
-    device = torch.device("cpu")
-    (x,) = variants.make_inputs(case, 1, device)
-    loss = variants.VARIANTS[name](case, device)
-    loss.step(x)  # compilation and thread pools are not the variant's memory
-    return timing.peak_extra_bytes(lambda: loss.step(x), device)
-
-
 def step_cost(case: Case, name: str, device: torch.device) -> tuple[float, float]:
-    """Bytes of the inputs and of a step at its peak (infinite if they do not fit), and the step's seconds."""
+    """Peak bytes of a training step above its inputs (infinite if it does not fit), and its seconds."""
     try:
         (x,) = variants.make_inputs(case, 1, device)
         loss = variants.VARIANTS[name](case, device)
-        loss.step(x)
+        loss.step(x)  # compilation and thread pools are not the variant's memory
         began = time.perf_counter()
         peak = timing.peak_extra_bytes(lambda: loss.step(x), device)
-        return x.nbytes + peak, time.perf_counter() - began
+        return peak, time.perf_counter() - began
     except torch.OutOfMemoryError:
         return math.inf, 0.0
 
@@ -238,6 +229,7 @@ def search(case: Case, name: str, setting: Setting, most_bytes: float) -> Row:
         on_gpu = setting.device.type == "cuda"
         cost = step_cost if on_gpu else functools.partial(timing.in_fresh_process, step_cost)
         used, seconds = cost(tried, name, setting.device)
+        used += size * case.size.K * case.dtype.itemsize
         print(f"{name}: N {size}, M {tried.size.M}: {used / 1e9:.3g} GB, {seconds:.2g} s", flush=True)
         if used > most_bytes:
             high = size
