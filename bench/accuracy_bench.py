@@ -85,9 +85,10 @@ def evaluate(x: Tensor, A: Tensor, knots: Knots, **options: Any) -> tuple[Tensor
     return value, grad
 
 
-def errors(variant: Variant, J: int, scale: float, device: str) -> list[float]:
-    """Relative errors against float64: value, gradient, and those of plain float32 on the same inputs."""
-    N, K, M = SIZES[device].values()
+def problem(
+    variant: Variant, J: int, scale: float, device: str, N: int, K: int, M: int
+) -> tuple[Tensor, Tensor, Tensor | None, Knots]:
+    """Inputs: embeddings, directions, their scale in half precision, and knots."""
     generator = torch.Generator().manual_seed(J)
     x = (scale * torch.randn(N, K, generator=generator)).to(device, variant.dtype)
     knots, unit = standard_normal_knots(3.0, J), None
@@ -96,6 +97,12 @@ def errors(variant: Variant, J: int, scale: float, device: str) -> list[float]:
         A = sample_directions(K, M, step=0).to(device)
     else:
         A, unit = sample_unit_directions(K, M, step=0, device=device, dtype=variant.dtype, impl="torch")
+    return x, A, unit, knots
+
+
+def errors(variant: Variant, J: int, scale: float, device: str) -> list[float]:
+    """Relative errors against float64: value, gradient, and those of plain float32 on the same inputs."""
+    x, A, unit, knots = problem(variant, J, scale, device, **SIZES[device])
     exact = evaluate(x.double(), A.double(), knots, impl="reference", scale=unit)
     plain = evaluate(x.float(), A.float(), knots, impl="reference", scale=unit)
     got = evaluate(x, A, knots, impl=variant.impl, precision=variant.precision, scale=unit)
@@ -127,14 +134,14 @@ def share_of_allowed(row: Row) -> float:
     return max(share if share == share else float("inf") for share in shares)
 
 
-def cases(device: str) -> list[tuple[Variant, int]]:
+def cases(device: str, knots: Sequence[int] = KNOTS) -> list[tuple[Variant, int]]:
     """What a run measures, in its order: a row for each."""
-    return [(variant, J) for J in KNOTS for variant in variants(device) if J in variant.knots]
+    return [(variant, J) for J in knots for variant in variants(device) if J in variant.knots]
 
 
-def measure(device: str) -> Iterator[Row]:
+def measure(device: str, knots: Sequence[int]) -> Iterator[Row]:
     """Row by row, on a GPU from several processes: each compiles its own kernels, and nothing is timed."""
-    jobs = zip(*((variant, J, device) for variant, J in cases(device)), strict=True)
+    jobs = zip(*((variant, J, device) for variant, J in cases(device, knots)), strict=True)
     if device == "cpu":
         yield from map(measured, *jobs)
     else:
@@ -143,7 +150,9 @@ def measure(device: str) -> Iterator[Row]:
 
 
 def main() -> int:
-    options = command_line(__doc__).parse_args()
+    parser = command_line(__doc__)
+    parser.add_argument("--knots", type=int, nargs="+", choices=KNOTS, default=KNOTS, help="default: all")
+    options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not interpreting():  # Triton decides when it is imported
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -152,7 +161,7 @@ def main() -> int:
     scales = ", ".join(f"{scale:g}" for scale in SCALES)
     print(f"relative error of the statistic / of the gradient, for projections of {scales}", flush=True)
     rows = []
-    for row in measure(device):
+    for row in measure(device, options.knots):
         rows += writer.write(row)
         pairs = zip(row["value_errors"], row["gradient_errors"], strict=True)
         cells = [f"{value:.0e} / {gradient:.0e}" for value, gradient in pairs]

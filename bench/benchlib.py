@@ -18,9 +18,28 @@ from typing import Any
 
 import torch
 
+from lejepa_fast.kernels.runtime import interpreting
+
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+
+
+def let_interpreter_take_numpy() -> None:
+    """Triton 3.6's interpreter converts loop bounds, arrays of one element, by `int`: NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+if interpreting():
+    let_interpreter_take_numpy()
 
 
 def command_line(description: str | None, *, rehearse: str | None = None) -> argparse.ArgumentParser:

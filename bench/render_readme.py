@@ -10,7 +10,8 @@ from benchlib import RESULTS, ROOT, Row, read_rows
 from loader_bench import OURS, STABLE
 from sigreg_variants import BASELINE, COMPILED, PACKAGES, STREAMING, TRITON
 
-_ALONE = ("cpu", "sweep", "custom")  # sizes at which no package was measured
+# Sizes that are no comparison with packages in common use.
+_ALONE = ("cpu", "sweep", "custom", "large", "table 6", "largest N", "largest N = M", "share")
 _SAME = ("case", "dtype", *"VNKMJ", "group", "date")  # of rows that took turns
 
 

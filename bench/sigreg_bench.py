@@ -3,6 +3,9 @@
     python bench/sigreg_bench.py                    # this machine's table, rows in bench/results/sigreg.jsonl
     python bench/sigreg_bench.py --sweep            # against N and M, with a plot
     python bench/sigreg_bench.py --peers            # against lightly and stable-pretraining, where installed
+    python bench/sigreg_bench.py --largest --memory 80  # the largest N, and N = M, that fit into 80 GB
+    python bench/sigreg_bench.py --large            # N 32,768, M 8,192 and the sizes of the paper's Table 6
+    python bench/sigreg_bench.py --share            # share of SIGReg in training steps of ViT-S and ViT-L
     python bench/sigreg_bench.py --cases giant-bfloat16 --out DIR
     python bench/sigreg_bench.py --size 4 512 256 512 17
 
@@ -16,12 +19,20 @@ CPU. The exit code is 1 when an implementation of ours fails or is wrong.
 The floor of a pass is the largest of three times: its matmul flops at the speed of a measured matmul, its
 FP32 instructions at the rate of the chip, its bytes at the speed of a measured copy. `floor_ms` is forward
 plus backward; `serial_floor_ms` adds the three instead.
+
+`--largest` searches with measured steps: inputs and peak memory together must fit. It stops where a step
+would take longer than `LONGEST_STEP`, and its row then says `at_least`. `--share` trains with
+`train_bench.py` and times SIGReg alone at the size that the step has: the share of a variant is that of a
+step in which it stands in place of ours. `--large` measures ours at the sizes of Table 6, whose own times
+are of a V100. On a CPU, formulas that need minutes and tens of gigabytes are left out, and the rows say so.
 """
 
 import argparse
 import functools
 import itertools
+import math
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +48,7 @@ from torch import Tensor
 # Their results live in a memory pool of the graph: the allocator's peak says nothing about them.
 GRAPH_POOLS = (REDUCED, GRAPH)
 REHEARSED = Size(1, 9, 8, 8, 5)
+LONGEST_STEP = {"cpu": 60.0, "cuda": 2.0}  # seconds
 Calls = dict[tuple[str, str], timing.Call]
 """What is timed, by variant and phase."""
 
@@ -111,6 +123,9 @@ def checked(
     row |= {"dtype": case.dtype_name, "relative_error": None, "correct": False}
     if name in PACKAGES:
         row["version"] = installed_version(PACKAGES[name])
+    if problem := variants.left_out(case, name, device):
+        print(f"{name}: {problem}", flush=True)
+        return row | {"problem": problem}, {}
     try:
         loss, step, error = variants.build_and_compare(case, name, x, device)
     except torch.OutOfMemoryError:
@@ -160,7 +175,7 @@ def memory_and_launches(case: Case, name: str, call: timing.Call, setting: Setti
     if setting.rehearsal:
         return found
     if setting.clock is None:
-        return {"peak_extra_mib": timing.in_fresh_process(peak_here, case, name) / 2**20}
+        return {"peak_extra_mib": timing.in_fresh_process(step_cost, case, name, setting.device)[0] / 2**20}
     if name not in GRAPH_POOLS:
         found["peak_extra_mib"] = timing.peak_extra_bytes(call, setting.device) / 2**20
     if kernels := timing.launches(call):
@@ -168,13 +183,86 @@ def memory_and_launches(case: Case, name: str, call: timing.Call, setting: Setti
     return found
 
 
-def peak_here(case: Case, name: str) -> int:
-    """Peak resident bytes of a training step above its inputs, on the CPU."""
-    device = torch.device("cpu")
-    (x,) = variants.make_inputs(case, 1, device)
-    loss = variants.VARIANTS[name](case, device)
-    loss.step(x)  # compilation and thread pools are not the variant's memory
-    return timing.peak_extra_bytes(lambda: loss.step(x), device)
+def step_cost(case: Case, name: str, device: torch.device) -> tuple[float, float]:
+    """Peak bytes of a training step above its inputs (infinite if it does not fit), and its seconds."""
+    try:
+        (x,) = variants.make_inputs(case, 1, device)
+        loss = variants.VARIANTS[name](case, device)
+        loss.step(x)  # compilation and thread pools are not the variant's memory
+        began = time.perf_counter()
+        peak = timing.peak_extra_bytes(lambda: loss.step(x), device)
+        return peak, time.perf_counter() - began
+    except torch.OutOfMemoryError:
+        return math.inf, 0.0
+
+
+def measure_largest(case: Case, setting: Setting, most_bytes: float, rows: Rows) -> list[Row]:
+    """A row for each variant, with the largest N, or N = M, whose step fits into `most_bytes`, to 5 %."""
+    (x,) = variants.make_inputs(case, 1, setting.device)
+    written: list[Row] = []
+    for name in case.variants:
+        row, _ = checked(case, name, x, setting.device)
+        row |= {"memory_gb": most_bytes / 1e9, "group": 0}
+        if row["correct"]:
+            row |= search(case, name, setting, most_bytes)
+        written += rows.write(row)
+    table = []
+    for row in written:
+        cells = [row.get("problem", ""), *[""] * 4]
+        if row["correct"]:
+            more = "at least " if row["at_least"] else ""
+            cells = [f"{more}{row['N']:,}", f"{row['M']:,}", f"{row['N'] * row['M'] / 1e6:,.3g} million"]
+            cells += [f"{row['peak_mib']:,.0f}", f"{row['step_ms']:,.3g}"]
+        table.append([row["variant"], *cells])
+    print_table([f"{case.name} in {most_bytes / 1e9:g} GB", "N", "M", "N x M", "MiB", "step ms"], table)
+    return written
+
+
+def search(case: Case, name: str, setting: Setting, most_bytes: float) -> Row:
+    """Doubles N, or N and M, until a step does not fit or takes too long, then bisects."""
+    both, low, high, size = case.size.N == case.size.M, 0, 0, case.size.N
+    row: Row = {"correct": False, "problem": "does not fit into memory"}
+    while size not in (low, high) and (not high or high > 1.05 * low):
+        tried = case._replace(size=case.size._replace(N=size, M=size if both else case.size.M))
+        torch._dynamo.reset()
+        timing.free_memory()
+        on_gpu = setting.device.type == "cuda"
+        cost = step_cost if on_gpu else functools.partial(timing.in_fresh_process, step_cost)
+        used, seconds = cost(tried, name, setting.device)
+        used += size * case.size.K * case.dtype.itemsize
+        print(f"{name}: N {size}, M {tried.size.M}: {used / 1e9:.3g} GB, {seconds:.2g} s", flush=True)
+        if used > most_bytes:
+            high = size
+        else:
+            low, slow = size, seconds * (4 if both else 2) > LONGEST_STEP[setting.device.type]
+            row = {**tried.size._asdict(), "peak_mib": used / 2**20, "step_ms": 1e3 * seconds}
+            row["at_least"] = slow and not high
+            if row["at_least"]:
+                break
+        size = (low + high) // 2 // 16 * 16 if high else 2 * low
+    return row
+
+
+def measure_share(case: Case, setting: Setting, repeats: int, rows: Rows) -> list[Row]:
+    """The share of SIGReg in a training step, with ours and with the authors' formula in its place."""
+    import train_bench  # it imports the trainer
+
+    trained = train_bench.run_case(train_bench.Case(case.name, case.size.N, steps=train_bench.WINDOW))
+    if "error" in trained:
+        lost = {"case": "share", "variant": case.variants[0], "correct": False, "problem": trained["error"]}
+        print(f"{case.name}: {trained['error']}", flush=True)
+        return rows.write({**lost, "model": case.name, "dtype": case.dtype_name, **case.size._asdict()})
+    xs = variants.make_inputs(case, 2, setting.device)
+    found = measure_together(case, case.variants, xs, setting, repeats)
+    rest = trained["step_ms"] * (1 - trained["sigreg_share"])
+    for row in found:
+        row |= {"case": "share", "model": case.name, "group": 0}
+        if row["correct"]:
+            own = row["forward_backward"]["median_ms"]
+            row |= {"step_ms": rest + own, "share": own / (rest + own)}
+            said = f"{own:.3g} of {rest + own:.4g} ms, {row['share']:.2%}"
+            print(f"{case.name}, {case.size.N} images, {row['variant']}: {said}", flush=True)
+    return rows.write(*found)
 
 
 def floors(size: Size, itemsize: int, ceilings: timing.Ceilings) -> dict[str, float]:
@@ -251,11 +339,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--size", type=int, nargs=5, metavar=tuple("VNKMJ"), help="another size, in float32")
     what.add_argument("--peers", action="store_true", help="against public packages, at sizes in common use")
     what.add_argument("--sweep", action="store_true", help="vary N and M, and plot")
+    what.add_argument("--largest", action="store_true", help="the largest N, and N = M, that fit")
+    what.add_argument("--large", action="store_true", help="N 32,768, M 8,192, and the paper's Table 6")
+    what.add_argument("--share", action="store_true", help="of SIGReg in a training step")
+    parser.add_argument("--memory", type=float, help="GB, for --largest; default: 80 on a GPU, 1 on a CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of each variant")
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available() and not options.rehearse
+    if options.memory is not None and not options.memory > 0:
+        parser.error(f"--memory: expected a positive number of GB, got {options.memory}")
     if options.repeats < 2:
         parser.error(f"--repeats: expected at least 2, got {options.repeats}")
     if options.size and min(options.size) < 1:
@@ -274,6 +368,12 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
     gpu = options.device.type == "cuda"
     if options.peers:
         return variants.peer_cases(options.device)
+    if options.large:
+        return variants.large_cases(gpu)
+    if options.largest:
+        return variants.largest_cases(gpu)
+    if options.share:
+        return variants.share_cases(gpu)
     if options.sweep:
         base = variants.sweep_base(gpu)
         sizes = [base.size._replace(**{axis: v}) for axis, vs in variants.SWEEPS[gpu].items() for v in vs]
@@ -300,11 +400,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting = Setting(device, timing.GpuClock(device), timing.measure_ceilings(device))
         print(f"ceilings, a second: {setting.ceilings}", flush=True)
     path = options.out / "sigreg.jsonl"
-    repeats = options.repeats // 3 + 2 if options.sweep else options.repeats
+    repeats = options.repeats // 3 + 2 if options.sweep or options.large else options.repeats
     rows: list[Row] = []
     for case in choose_cases(options):
         print(f"\n{case.key}: {case.size}", flush=True)
-        rows += measure(case, setting, repeats, Rows(path, "sigreg", device, rehearsal=options.rehearse))
+        file = Rows(path, "sigreg", device, rehearsal=options.rehearse)
+        if options.largest:
+            rows += measure_largest(case, setting, 1e9 * (options.memory or (80 if gpu else 1)), file)
+        elif options.share:
+            rows += measure_share(case, setting, repeats, file)
+        else:
+            rows += measure(case, setting, repeats, file)
     if options.sweep:
         plot(rows, variants.sweep_base(gpu), variants.SWEEPS[gpu], options.out / "sigreg.png")
     print(f"rows: {path}", flush=True)

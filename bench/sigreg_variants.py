@@ -219,6 +219,41 @@ SWEEPS = {  # on a GPU or not
     True: {"N": [512, 1024, 2048, 4096, 8192], "M": [256, 512, 1024, 2048, 4096]},
 }
 
+TABLE_6 = tuple(Size(1, N, 512, 512, 16) for N in (512, 2048, 8192, 32768))
+"""Sizes of Table 6 of the LeJEPA paper; it does not name K."""
+# Phases N x M x J; the formulas take minutes for more, and the eager one a dozen tensors of them.
+MOST_PHASES_ON_CPU = 1 << 27
+
+
+def large_cases(gpu: bool) -> list[Case]:
+    """N = 32,768, M = 8,192 and the sizes of the paper's Table 6."""
+    base, names = sweep_base(gpu), (BASELINE, COMPILED, TRITON if gpu else STREAMING)
+    sizes = (base.size._replace(N=32768), base.size._replace(M=8192))
+    large = [base._replace(name="large", size=size, variants=names) for size in sizes]
+    return large + [Case("table 6", size, _FP32, names) for size in TABLE_6]
+
+
+def left_out(case: Case, name: str, device: torch.device) -> str | None:
+    """Why a variant is not measured at all: a CPU would need minutes and tens of gigabytes."""
+    phases = case.size.V * case.size.N * case.size.M * case.size.J
+    if device.type == "cpu" and name in (BASELINE, COMPILED) and phases > MOST_PHASES_ON_CPU:
+        return f"left out on a CPU: {phases / 1e6:.0f} million phases"
+    return None
+
+
+def largest_cases(gpu: bool) -> list[Case]:
+    """Where the search for the largest N, and for the largest N = M, begins."""
+    names = (TRITON if gpu else STREAMING, BASELINE, *(p for p in PEERS if p == LIGHTLY), COMPILED)
+    starts = {"largest N": Size(1, 512, 512, 1024, 17), "largest N = M": Size(1, 512, 512, 512, 17)}
+    return [Case(name, size, _FP32, names) for name, size in starts.items()]
+
+
+def share_cases(gpu: bool) -> list[Case]:
+    """SIGReg as in training steps of these models with so many images, at the trainer's defaults."""
+    models = {"vit_small_patch16_224": 256, "vit_large": 64} if gpu else {"vit_small_patch16_224": 4}
+    names = (TRITON if gpu else STREAMING, BASELINE)
+    return [Case(model, Size(10, images, 512, 1024, 17), _FP32, names) for model, images in models.items()]
+
 
 def sweep_base(gpu: bool) -> Case:
     """The case whose N and M are varied."""

@@ -61,9 +61,13 @@ def standing_in(on_launch: OnLaunch | None = None) -> Iterator[None]:
     def able(device: Any, dtype: Any) -> None:
         return None
 
+    def precision(device: Any) -> str:
+        return "tf32x3"
+
     with (
         mock.patch.object(triton.runtime.driver, "_active", StandIn(on_launch)),
         mock.patch.object(triton_operators, "why_not", able),
+        mock.patch.object(triton_operators, "default_precision", precision),
         mock.patch.object(triton_operators, "get_config", shipped),
         mock.patch.object(backward, "get_config", shipped),
         mock.patch.object(runtime, "_launches", {}),

@@ -3,11 +3,11 @@
     python bench/train_bench.py [--out DIR] [--budget-minutes X] [--rehearse]
     python bench/train_bench.py --smoke    # 50 steps of ViT-S/16 alone, to see that it works
 
-On a GPU: ViT-L/14, giant, gigantic and S/16 with 2 x 224 + 8 x 98 px, bf16, compiled, on synthetic views:
-images/s, MFU, peak memory, SIGReg's share of the step; FSDP2 and DDP on one GPU against no wrapper, what a
-checkpoint costs, the plan's memory against the allocator's, and S/16 on JPEG files through the loader. On a
-CPU the same on tiny sizes, to see that it works: those rows say nothing about GPUs, and memory there is that
-of the whole process.
+On a GPU: ViT-L/14, giant, gigantic and S/16 with 2 x 224 + 8 x 98 px (S/16: 96), bf16, compiled, on
+synthetic views: images/s, MFU, peak memory, SIGReg's share of the step; FSDP2 and DDP on one GPU against no
+wrapper, what a checkpoint costs, the plan's memory against the allocator's, and S/16 on JPEG files through
+the loader. On a CPU the same on tiny sizes, to see that it works: those rows say nothing about GPUs, and
+memory there is that of the whole process.
 
 Each case is a run of the real `Trainer` in its own process, the most important first, and its figures are
 the medians of the run's metrics after the warm-up. A case that does not fit into memory is a row with
@@ -70,10 +70,11 @@ class Case:
 
     def config(self, out: Path) -> train_config.Config:
         parallel: Any = {"strategy": self.strategy, "activation_checkpointing": self.activation_checkpointing}
+        local = 96 if "patch16" in self.model else 98  # a multiple of the patch
         small: Any = {"local_crops": 2, "global_size": 32, "local_size": 16, "blur_kernel": 3}
         return train_config.Config(
             data=train_config.DataConfig(batch_size=self.images),
-            crops=MultiCropRecipe(**small) if self.tiny else MultiCropRecipe(local_crops=8),
+            crops=MultiCropRecipe(**small) if self.tiny else MultiCropRecipe(local_crops=8, local_size=local),
             model=train_config.ModelConfig(name=self.model),
             parallel=train_config.ParallelConfig(**parallel),
             eval=train_config.EvalConfig(every=0),

@@ -50,6 +50,9 @@ def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
         (said,) = capsys.readouterr().err.splitlines()
         assert said.startswith(message)
     assert not (tmp_path / "none").exists()
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main(["--cache", str(tmp_path)])
+    assert "--cache: expected a folder that bake_cache.py has filled, got" in capsys.readouterr().err
 
 
 def test_a_stage_that_overruns_is_stopped_with_all_its_processes(tmp_path):
@@ -73,7 +76,7 @@ time.sleep(60)
 @pytest.fixture
 def make(tmp_path):
     """A check of so many minutes; its rows are in tmp_path/rows."""
-    return lambda minutes=9.0: gpu_check.Check(tmp_path / "rows", minutes, tmp_path)
+    return lambda minutes=9.0, stages=(): gpu_check.Check(tmp_path / "rows", 60 * minutes, tmp_path, stages)
 
 
 def stage(name, code, part=1, **more):
@@ -110,6 +113,10 @@ def test_nothing_begins_when_the_time_is_up_and_an_optional_stage_may_lack_time_
     assert late.summarize() == 1
     judged = [row for row in benchlib.read_rows(late.writer.path) if "target" in row]
     assert {(row["met"], row["note"]) for row in judged} == {(None, f"no row of {TRITON}")}
+    late.outcomes = {each: Outcome("ok", 1.0)}  # what nobody measures is missed, if no other part measures it
+    assert late.summarize() == 0
+    late.outcomes |= {other: Outcome("ok", 1.0) for other in STAGES if other.case == each.case}
+    assert late.summarize() == 1
     for part, status in itertools.product((1, 3), ("ok", "stopped", "skipped", "absent", "failed")):
         late.outcomes = {stage("it", "pass", part): Outcome(status, 1.0)}
         assert late.summarize() == int(status == "failed" or (part == 1 and status != "ok"))
@@ -118,7 +125,7 @@ def test_nothing_begins_when_the_time_is_up_and_an_optional_stage_may_lack_time_
 @pytest.mark.parametrize(("share", "code"), [(2.0, 1), (0.5, 0)])
 def test_a_missed_target_is_exit_code_1(make, tmp_path, monkeypatch, share, code):
     check, rows = make(), benchlib.Rows(tmp_path / "rows" / "sigreg_accuracy.jsonl", "sigreg_accuracy")
-    measured = accuracy_bench.cases("cuda")
+    measured = accuracy_bench.cases("cuda", [17])
     written = [{"variant": v.name, "J": J, "judged": True, "share_of_allowed": share} for v, J in measured]
     monkeypatch.setattr(gpu_check, "execute", lambda *_: rows.write(*written) and Outcome("ok", 1.0))
     check.carry_out(BY_NAME["accuracy"])
@@ -133,18 +140,69 @@ def test_stages_fit_the_targets_the_files_and_the_time(make, monkeypatch):
     wanted = {t.case for t in targets.TARGETS if not t.case.startswith(("training", "loader"))}
     assert wanted <= run_cases <= keys
     assert not any(s.case for s in STAGES if s.optional)
-    for part in (1, 2):  # a command of five and a half minutes
-        assert sum(s.seconds for s in STAGES if s.part == part) <= 330 - gpu_check.LAST_SECONDS
+    for part in (1, 2):
+        times = [stage.seconds + sum(gpu_check.GRACE) for stage in STAGES if stage.part == part]
+        assert sum(times) + gpu_check.LAST_SECONDS <= 60 * gpu_check.PART_MINUTES
+    order = [(stage.part, stage.seconds) for stage in STAGES if stage.part < 3]
+    assert order == sorted(order, key=lambda each: each[0])
     names = {Path(argument).name for argument in BY_NAME["kernel tests"].arguments}
     assert {"kernel_operators.py", "kernel_accuracy.py", "test_kernels_gpu.py"} <= names
     commands = []
     execute = lambda command, limit, *_: commands.append(command) or Outcome("ok", limit)  # noqa: E731
     monkeypatch.setattr(gpu_check, "execute", execute)
     check, training = make(), BY_NAME["training"]
-    for each in (training._replace(rows=None), training._replace(rows=None, part=1)):
+    check.carry_out(training._replace(rows=None))
+    assert commands[0][1:] == ["--budget-minutes", "3.80", "--out", str(check.out)]
+
+
+def test_a_stage_gets_what_earlier_ones_left_and_takes_nothing_from_later_ones(make, monkeypatch):
+    clock, limits = [1000.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def execute(command, limit, *_):
+        limits.append(limit)
+        clock[0] += limit if command[1] == "overruns" else 10
+        return Outcome("ok", limit)
+
+    monkeypatch.setattr(gpu_check, "execute", execute)
+    grace = sum(gpu_check.GRACE)
+    stages = [stage(name, name) for name in ("overruns", "quick", "next")] + [stage("more", "more", 3)]
+    check = make((4 * 60 + 3 * grace + gpu_check.LAST_SECONDS) / 60, stages)
+    for each in stages:
         check.carry_out(each)
-        assert check.outcomes[each].seconds == training.seconds * (1 if each.optional else 2)
-    assert commands[0][1:] == ["--budget-minutes", "0.80", "--out", str(check.out)]
+    # A minute more than the first three need: the first one takes it, and the rest of the last one.
+    assert limits == pytest.approx([120, 60 + grace, 60 + 50 + 2 * grace, 100 + 2 * grace])
+
+
+def test_kernels_compiled_beforehand_are_taken_and_the_others_counted(tmp_path):
+    baked = tmp_path / "baked" / "KEY"
+    baked.mkdir(parents=True)
+    (baked / "a.cubin").write_bytes(b"code")
+    (baked / "__grp__a.json").write_text('{"child_paths": {"a.cubin": "/elsewhere/KEY/a.cubin"}}')
+    check = gpu_check.Check(tmp_path / "rows", 600, tmp_path, cache=baked.parent)
+    code = """
+import json, os, pathlib
+cache = pathlib.Path(os.environ["TRITON_CACHE_DIR"])
+((path,),) = [json.loads(p.read_text())["child_paths"].values() for p in cache.glob("*/__grp__*")]
+assert pathlib.Path(path).read_bytes() == b"code"
+(cache / "NEW").mkdir()
+(cache / "NEW" / "b.cubin").touch()
+"""
+    check.carry_out(stage("compiles one", code))
+    (row,) = benchlib.read_rows(check.writer.path)
+    assert (row["status"], row["compiled"]) == ("ok", 1)
+
+
+@pytest.mark.parametrize("kernels", ["_sigreg_fwd_kernel", "nothing was profiled"])
+def test_ncu_leaves_a_report_and_must_have_seen_a_kernel(tmp_path, monkeypatch, kernels):
+    tool = tmp_path / "ncu"
+    tool.write_text(f"#!/bin/sh\necho {kernels}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    code = gpu_check.main(["--ncu", "--out", str(tmp_path / "rows")])
+    assert code == int(kernels != "_sigreg_fwd_kernel")
+    assert (tmp_path / "rows" / "kernels.txt").read_text() == kernels + "\n"
 
 
 def test_processes_share_all_tests_and_tell_what_fails(tmp_path, capfd):

@@ -134,8 +134,9 @@ def test_calls_take_turns_and_one_that_raises_is_left_out():
 def test_memory_is_measured_in_a_fresh_process():
     case = Case("custom", Size(1, 512, 8, 64, 17), torch.bfloat16, ())
     phases = 512 * 64 * 17 * 4
-    peak = timing.in_fresh_process(sigreg_bench.peak_here, case, BASELINE)
+    peak, seconds = timing.in_fresh_process(sigreg_bench.step_cost, case, BASELINE, CPU)
     assert 2 * phases < peak < 40 * phases
+    assert 0 < seconds < 60
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
@@ -195,6 +196,70 @@ def test_command_line_writes_rows_with_their_origin_and_a_plot(tmp_path, monkeyp
     assert "error: an implementation of ours failed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_the_largest_size_is_searched_between_one_that_fits_and_one_that_does_not(
+    tmp_path, monkeypatch, capsys, both
+):
+    tried = []
+
+    def cost(case, name, device):
+        tried.append(case.size)
+        bytes_each = 1e9 if name == COMPILED else 1000 * (case.size.M if both else 1)
+        inputs = case.size.N * case.size.K * 4
+        return case.size.N * bytes_each - inputs, 40.0 if case.size.N >= 1024 and name == BASELINE else 0.1
+
+    monkeypatch.setattr(timing, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(timing, "free_memory", lambda: None)
+    monkeypatch.setattr(sigreg_bench, "step_cost", cost)
+    monkeypatch.setitem(sigreg_variants.VARIANTS, COMPILED, sigreg_variants.VARIANTS[BASELINE])
+    case = Case(
+        "largest", Size(1, 64, 8, 64 if both else 16, 5), torch.float32, (STREAMING, BASELINE, COMPILED)
+    )
+    rows = sigreg_bench.measure_largest(case, ON_CPU, 1e9, benchlib.Rows(tmp_path / "rows", "sigreg"))
+    fits, slow, lost = rows
+    largest = 1000 if both else 1_000_000
+    assert 0.95 * largest <= fits["N"] <= largest
+    assert fits["M"] == (fits["N"] if both else 16)
+    assert not fits["at_least"]
+    assert fits["peak_mib"] == fits["N"] * 1000 * (fits["N"] if both else 1) / 2**20
+    # A size whose double would take more than a minute is the last.
+    assert slow["at_least"] is not both
+    assert slow["N"] == 1024 or both
+    assert (lost["correct"], lost["problem"]) == (False, "does not fit into memory")
+    assert min(size.N for size in tried) < 64
+    assert f"{fits['N']:,}" in capsys.readouterr().out
+
+
+def test_the_share_of_a_step_is_that_of_one_with_the_variant_in_place_of_ours(tmp_path, monkeypatch, capsys):
+    import train_bench
+
+    trained = {"step_ms": 100.0, "sigreg_share": 0.1}
+    monkeypatch.setattr(train_bench, "run_case", lambda case: trained)
+    monkeypatch.setattr(timing, "in_fresh_process", lambda function, *arguments: (0, 0.0))
+    case = TINY._replace(name="vit", variants=(STREAMING, BASELINE))
+    rows = benchlib.Rows(tmp_path / "rows", "sigreg")
+    for row in sigreg_bench.measure_share(case, ON_CPU, 3, rows):
+        own = row["forward_backward"]["median_ms"]
+        assert row["step_ms"] == pytest.approx(90 + own)
+        assert row["share"] == pytest.approx(own / (90 + own))
+        assert (row["case"], row["model"], row["N"]) == ("share", "vit", case.size.N)
+        assert f"{row['share']:.2%}" in capsys.readouterr().out or row["variant"] == BASELINE
+    trained["error"] = "out of memory"
+    (lost,) = sigreg_bench.measure_share(case, ON_CPU, 3, rows)
+    assert (lost["correct"], lost["problem"]) == (False, "out of memory")
+
+
+def test_what_a_cpu_leaves_out_says_so_and_the_others_are_measured(monkeypatch, measure):
+    cases = {(c.name, c.size.N, c.size.M, c.size.J) for c in sigreg_variants.large_cases(gpu=False)}
+    assert cases >= {("large", 32768, 1024, 17), ("large", 2048, 8192, 17), ("table 6", 32768, 512, 16)}
+    assert not [c for c in sigreg_variants.large_cases(gpu=True) if STREAMING in c.variants]
+    monkeypatch.setattr(sigreg_variants, "MOST_PHASES_ON_CPU", 64 * 16 * 17 - 1)
+    baseline, ours = measure(TINY)
+    assert (baseline["correct"], ours["correct"]) == (False, True)
+    assert baseline["problem"].startswith("left out on a CPU")
+    assert sigreg_variants.left_out(TINY, BASELINE, torch.device("cuda")) is None
+
+
 def test_the_command_of_a_row_names_no_folder_and_unfinished_rows_are_passed_over(tmp_path):
     for out in (["--out", "/a folder/x"], ["--out=/rows"], []):
         said = benchlib.repeatable(["bench/x.py", "--cases", "a", *out, "--repeats", "3"])
@@ -207,6 +272,7 @@ def test_the_command_of_a_row_names_no_folder_and_unfinished_rows_are_passed_ove
 def test_bad_arguments_exit_with_code_2(capsys):
     for arguments, message in (
         ("--size 1 2 3 4 0", "--size: expected five positive numbers"),
+        ("--memory 0", "--memory: expected a positive number of GB, got 0.0"),
         ("--repeats 1", "--repeats: expected at least 2, got 1"),
         ("--device cpu --cases giant-bfloat16", "--cases: these sizes need a GPU"),
     ):

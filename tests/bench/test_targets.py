@@ -67,7 +67,7 @@ def test_accuracy_is_judged_by_the_worst_row_that_the_rule_holds_for(worst):
     """Some rows alone can show that the rule is broken, but not that it holds."""
     rows = [
         {"variant": v.name, "J": J, "judged": v.judged, "share_of_allowed": 0.5 if v.judged else None}
-        for v, J in accuracy_bench.cases("cuda")
+        for v, J in accuracy_bench.cases("cuda", [17])
     ]
     next(row for row in reversed(rows) if row["judged"])["share_of_allowed"] = worst
     for part, verdict in (

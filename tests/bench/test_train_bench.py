@@ -9,7 +9,15 @@ import torch
 import train_bench
 from train_bench import Case
 
+from lejepa_fast.train.model.crop_sizes import fitting_sizes
+
 TINY = dataclasses.replace(train_bench.TINY, checkpoint=True)
+
+
+@pytest.mark.parametrize("model", [train_bench.SMOKE.model, train_bench.LARGE.model])
+def test_the_models_of_a_gpu_take_their_crops(tmp_path, model):
+    cfg = Case(model, 1).config(tmp_path)
+    assert fitting_sizes(cfg, 224) == {"global": cfg.crops.global_size, "local": cfg.crops.local_size}
 
 
 def test_a_case_that_fails_is_a_row(monkeypatch):

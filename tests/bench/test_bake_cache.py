@@ -1,0 +1,51 @@
+"""Kernels compiled beforehand are found by another process, in another folder."""
+
+import shutil
+
+import bake_cache
+import gpu_check
+import pytest
+import torch
+from sigreg_variants import Case, Size
+
+from lejepa_fast.kernels.runtime import interpreting
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(interpreting(), reason="the interpreter replaces the compiler")
+def test_a_fresh_process_finds_all_kernels_until_one_is_missing(tmp_path):
+    jobs = [(bake_cache.step, (Case("tiny", Size(1, 32, 16, 16, 3), torch.bfloat16, ()),))]
+    folder = tmp_path / "baked"
+    size = bake_cache.bake(folder, jobs, processes=1)
+    kernels = sorted(folder.glob("*/*.cubin"))
+    assert len(kernels) >= 4
+    assert sum(kernel.stat().st_size for kernel in kernels) < size < bake_cache.MOST_BYTES
+    moved = folder.rename(tmp_path / "moved")
+    assert bake_cache.check(moved, jobs) == 0
+    shutil.rmtree((moved / kernels[0].relative_to(folder)).parent)
+    assert bake_cache.check(moved, jobs) == 1
+
+
+def test_a_cache_of_another_triton_is_named(tmp_path, monkeypatch):
+    here = {"python": "3.12.3", "triton": "3.6.0", "triton_key": "abc"}
+    monkeypatch.setattr(bake_cache, "versions", lambda: here)
+    for baked, expected in (
+        (here, None),
+        ({**here, "python": "3.11.7", "triton_key": "def"}, "python 3.11.7, here 3.12.3, triton 3.6.0"),
+    ):
+        (tmp_path / bake_cache.MANIFEST).write_text(bake_cache.json.dumps(baked))
+        problem = bake_cache.mismatch(tmp_path)
+        assert (problem is None) if expected is None else (expected in problem)
+
+
+def test_what_is_baked_covers_the_tiles_and_the_steps_of_the_check():
+    jobs = bake_cache.jobs_of_check()
+    tiles = {(case.key, *rest) for do, (case, *rest) in jobs if do is bake_cache.tiles}
+    assert {(key, fused) for key, fused, *_ in tiles} == {
+        ("reference-bfloat16", False),
+        ("reference-bfloat16", True),
+        ("giant-bfloat16", False),
+    }
+    assert tiles == {(key, fused, i, count) for key, fused, _, count in tiles for i in range(count)}
+    steps = {case.key for do, (case, *_) in jobs if do is bake_cache.step}
+    assert {stage.case for stage in gpu_check.STAGES if stage.name.startswith("sigreg ")} - {""} <= steps
