@@ -62,7 +62,8 @@ def _evaluate(options: Options) -> None:
     # Not above: `--help` does not wait for PyTorch.
     from lejepa_fast.train.checkpoint.trained_model import load_trained
     from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained, open_splits
-    from lejepa_fast.train.report.report import format_table, write_report
+    from lejepa_fast.train.report.report import write_report
+    from lejepa_fast.train.report.results_table import format_table
     from lejepa_fast.train.runtime.world import choose_device
 
     model, run, step, path, averaged, pretraining = load_trained(
@@ -106,7 +107,7 @@ def _evaluate(options: Options) -> None:
         f"pretrained on {run.data.path}: {pretraining['train_images']} images; "
         f"evaluated on {cfg.data.path}: {trained.n_val} images, {trained.n_train} for the probes"
     )
-    print(format_table(trained, untrained))
+    print(format_table({"untrained": untrained, "trained": trained}))
     print(f"report: {page}")
 
 

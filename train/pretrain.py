@@ -79,7 +79,8 @@ def pretrain(cfg: Config, world: "World") -> Path:
 def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
     from lejepa_fast.train.checkpoint.trained_model import export_encoder
     from lejepa_fast.train.evaluation.protocol import evaluate_untrained
-    from lejepa_fast.train.report.report import format_table, write_report
+    from lejepa_fast.train.report.report import write_report
+    from lejepa_fast.train.report.results_table import format_table
 
     assert model is not None  # on rank 0
     cfg = trainer.cfg
@@ -104,7 +105,7 @@ def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
         views=[view[:6].cpu() for view in views],
         steps=trainer.step,
     )
-    print(format_table(trained=trained, untrained=untrained))
+    print(format_table({"untrained": untrained, "trained": trained}))
     return page
 
 
