@@ -253,20 +253,13 @@ def _fit(
     seed: int,
 ) -> list[tuple[Tensor, Tensor]]:
     """Fit one linear head for each learning rate, all on the same batches of features (n, D) and y (n,)."""
-    warmup = max(1, steps // 10)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
     width, zeros = features.x.shape[1], features.mean.new_zeros
     weights = [zeros(num_classes, width).requires_grad_() for _ in rates]
     biases = [zeros(num_classes).requires_grad_() for _ in rates]
     heads = list(zip(weights, biases, strict=True))
     groups = [{"params": head, "lr": rate} for head, rate in zip(heads, rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
     generator = torch.Generator().manual_seed(seed)
     per_epoch = len(y) // batch  # an incomplete batch is dropped; the next shuffle drops another
     per_block = min(per_epoch, max(1, features.block // batch))
@@ -292,6 +285,14 @@ def _fit(
     finally:
         torch.set_num_threads(threads)
     return [(weight.detach(), bias.detach()) for weight, bias in heads]
+
+
+def warmup_cosine(step: int, steps: int) -> float:
+    """Factor of the learning rate: rises linearly over a tenth of the steps, then falls to 0 as a cosine."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def stratified_holdout(y: Tensor, seed: int) -> Tensor:
