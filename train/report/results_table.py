@@ -110,17 +110,16 @@ def few_shot_rows(results: Mapping[str, EvalResult]) -> list[Row]:
     """A row for each number of labels and each probe: mean, and standard deviation over the draws."""
     one = next(iter(results.values()))
     numbers = one.regression is not None
-    per = "labels" if numbers else "labels per class"
-    return [
-        Row(
-            f"{count} {per}: {PROBE_NAMES.get(key, key)}",
-            {name: result.few_shot[count][key][0] for name, result in results.items() if result.few_shot},
-            {name: result.few_shot[count][key][1] for name, result in results.items() if result.few_shot},
-            form=".3f" if numbers else ".1f",
-        )
-        for count, figures in (one.few_shot or {}).items()
-        for key in figures
-    ]
+    tables = {name: result.few_shot for name, result in results.items() if result.few_shot}
+    rows = []
+    for count, figures in (one.few_shot or {}).items():
+        labels = f"{count} label{'s' * (count != '1')}{'' if numbers or count == 'all' else ' per class'}"
+        for key in figures:
+            means, spreads = ({name: table[count][key][i] for name, table in tables.items()} for i in (0, 1))
+            spreads = {} if count == "all" else spreads
+            label, form = f"{labels}: {PROBE_NAMES[key]}", ".3f" if numbers else ".1f"
+            rows.append(Row(label, means, spreads, form=form))
+    return rows
 
 
 def format_table(results: Mapping[str, EvalResult]) -> str:
@@ -129,12 +128,15 @@ def format_table(results: Mapping[str, EvalResult]) -> str:
     columns = [*results]
     if ours:
         columns.insert(2, "difference")
-    label_width = max(34, *(len(row.label) + 1 for row in rows))
     few = few_shot_rows(results)
+    label_width = max(34, *(len(row.label) + 1 for row in [*rows, *few]))
     widths = [max(18 if few else 12, len(name) + 2) for name in columns]
     lines = [" " * label_width + "".join(f"{name:>{n}}" for name, n in zip(columns, widths, strict=True))]
     for row in [*rows, *few]:
-        texts = {name: row.text(name) + (f" ± {row.spread(name)}" if row in few else "") for name in results}
+        texts = {
+            name: row.text(name) + (f" ± {row.spread(name)}" if row in few and row.spreads else "")
+            for name in results
+        }
         cells = [row.difference if ours and i == 2 else texts[name] for i, name in enumerate(columns)]
         aligned = "".join(f"{cell:>{n}}" for cell, n in zip(cells, widths, strict=True))
         lines.append(f"{row.label:{label_width}}{aligned}")
