@@ -45,6 +45,16 @@ class Options:
     """Fit the linear probe as well."""
     averaged: bool = True
     """Take the averaged weights if the run keeps them (--average)."""
+    labels: Path | None = None
+    """CSV file with a column `file` and a column `label` or `value`: classes or numbers of the images."""
+    labels_are: Literal["auto", "classes", "numbers"] | None = None
+    """What they are. auto: numbers if all can be read as such; None: as in the run."""
+    few_shot: str | None = None
+    """Labels per class for all probes, such as 1,10,100,all; None: as in the run."""
+    draws: int | None = None
+    """Random draws of the labels for each number of them; None: as in the run."""
+    fine_tune: int | None = None
+    """Epochs of fine-tuning the whole encoder with labels; 0: none; None: as in the run."""
     out: Path | None = None
     """Folder that gets report/; None: RUN/evaluation/step-N, so that the report of the training stays."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -61,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(options: Options) -> None:
     # Not above: `--help` does not wait for PyTorch.
     from lejepa_fast.train.checkpoint.trained_model import load_trained
-    from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained, open_splits
+    from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained, open_evaluation
     from lejepa_fast.train.report.report import write_report
     from lejepa_fast.train.report.results_table import format_table
     from lejepa_fast.train.runtime.world import choose_device
@@ -69,13 +79,23 @@ def _evaluate(options: Options) -> None:
     model, run, step, path, averaged, pretraining = load_trained(
         options.checkpoint, averaged=options.averaged
     )
-    data = _replaced(run.data, path=options.data, workers=options.workers)
-    evaluation = _replaced(run.eval, image_size=options.image_size, batch_size=options.batch_size)
+    data = _replaced(run.data, workers=options.workers)
+    other: dict[str, Any] = {} if options.data is None else {"data": options.data, "labels": None}
+    evaluation = _replaced(
+        dataclasses.replace(run.eval, **other),
+        image_size=options.image_size,
+        batch_size=options.batch_size,
+        labels=options.labels,
+        labels_are=options.labels_are,
+        few_shot=options.few_shot,
+        draws=options.draws,
+        fine_tune=options.fine_tune,
+    )
     cfg = dataclasses.replace(run, eval=evaluation, data=data)
     with _own_options_named():
         validate(cfg)
     device = choose_device(options.device)
-    train_source, val_source = open_splits(cfg.data)
+    train_source, val_source = open_evaluation(cfg)
     workers = loader_workers(cfg, processes_here=1, on_gpu=device.type == "cuda")
     setting: dict[str, Any] = {"device": device, "num_workers": workers}
     if not options.linear:
@@ -83,10 +103,11 @@ def _evaluate(options: Options) -> None:
     with _own_options_named():  # the model may refuse the size
         untrained = evaluate_untrained(cfg, train_source, val_source, **setting)
     trained = evaluate_model(model.to(device), train_source, val_source, cfg, **setting)
+    evaluated_on = cfg.eval.data or cfg.data.path
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     out = options.out or run_dir / "evaluation" / path.name
     history = [row for row in read_rows(run_dir / "metrics.jsonl") if row["step"] <= step]
-    if options.data is not None or options.image_size is not None:
+    if any(each is not None for each in (options.data, options.labels, options.image_size)):
         history = [row for row in history if row["kind"] != "eval"]  # measured on other images
     with disk_errors_named(out, "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
@@ -94,7 +115,8 @@ def _evaluate(options: Options) -> None:
         out,
         config=to_dict(run),
         data=pretraining,
-        evaluated_on=cfg.data.path,
+        evaluated_on=evaluated_on,
+        draws=cfg.eval.draws,
         history=history,
         views=_example_views(train_source, cfg),
         steps=step,
@@ -105,7 +127,7 @@ def _evaluate(options: Options) -> None:
         print("of the averaged weights:")
     print(
         f"pretrained on {run.data.path}: {pretraining['train_images']} images; "
-        f"evaluated on {cfg.data.path}: {trained.n_val} images, {trained.n_train} for the probes"
+        f"evaluated on {evaluated_on}: {trained.n_val} images, {trained.n_train} for the probes"
     )
     print(format_table({"untrained": untrained, "trained": trained}))
     print(f"report: {page}")
@@ -119,11 +141,11 @@ def _replaced(section: Any, **values: Any) -> Any:
 
 @contextlib.contextmanager
 def _own_options_named() -> Iterator[None]:
-    """Let errors about eval.image_size and eval.batch_size name the options of this command."""
+    """Let errors about settings of the section eval name the options of this command."""
     try:
         yield
     except UsageError as error:
-        message = re.sub(r"\beval\.(?=(image|batch)[_-]size)", "", str(error))
+        message = re.sub(r"\beval\.(?=(image|batch)[_-]size|few_shot|draws|fine_tune|labels)", "", str(error))
         raise UsageError(message) from error
 
 

@@ -89,16 +89,16 @@ def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
     print(f"evaluating the trained{kind} and the untrained encoder", file=sys.stderr)
     trained = trainer.evaluate(model, during_training=False)
     with trainer.outside_training():
-        untrained = evaluate_untrained(
-            cfg, trainer.train_source, trainer.val_source, **trainer.evaluation_options
-        )
+        untrained = evaluate_untrained(cfg, *trainer.evaluated, **trainer.evaluation_options)
     trainer.loader.set_epoch(0)
     views = next(iter(trainer.loader))[0]
     page = write_report(
         trainer.run_dir,
         config=config.to_dict(cfg),
         data=trainer.data_identity,
-        evaluated_on=cfg.data.path,
+        evaluated_on=cfg.eval.data or cfg.data.path,
+        draws=cfg.eval.draws,
+        views_of=cfg.data.path,
         trained=trained,
         untrained=untrained,
         history=read_rows(trainer.metrics.path),
@@ -106,6 +106,9 @@ def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
         steps=trainer.step,
     )
     print(format_table({"untrained": untrained, "trained": trained}))
+    if trained.no_labels_because:
+        score = f"python train/evaluate.py --checkpoint {trainer.run_dir} --data FOLDER"
+        print(f"to score this encoder on labeled images later: {score}")
     return page
 
 

@@ -22,7 +22,7 @@ from lejepa_fast.train.evaluation.backbones import BackboneResult
 from lejepa_fast.train.evaluation.collapse import rank_floors, sigreg_levels
 from lejepa_fast.train.evaluation.protocol import EvalResult
 from lejepa_fast.train.report import plots
-from lejepa_fast.train.report.results_table import TRAINED, UNTRAINED, table_rows
+from lejepa_fast.train.report.results_table import TRAINED, UNTRAINED, few_shot_rows, table_rows
 from lejepa_fast.train.runtime.files import disk_errors_named
 
 
@@ -38,6 +38,8 @@ def write_report(
     views: Sequence[Tensor],
     steps: int,
     backbones: Mapping[str, BackboneResult] | None = None,
+    draws: int = 1,
+    views_of: str | None = None,
 ) -> Path:
     """Write `run_dir/report/`, in place of an earlier report, and return the path of its `report.html`.
 
@@ -49,9 +51,11 @@ def write_report(
             the training.
         trained, untrained: results for both encoders, on the same data at the same image size.
         history: rows of `metrics.jsonl`; missing values leave gaps in the figures.
-        views: views of one batch of `evaluated_on`, tensors (B, 3, S, S), global ones first.
+        views: views of one batch, tensors (B, 3, S, S), global ones first.
         steps: optimizer steps of the trained encoder.
         backbones: further columns of the table, by name.
+        draws: random draws of few labels.
+        views_of: name of the data of `views`; None: `evaluated_on`.
 
     Raises:
         RunError: the folder cannot be written (no space, no permission). An earlier report stays as it is.
@@ -67,7 +71,8 @@ def write_report(
     results = {UNTRAINED: untrained, TRAINED: trained, **_results(backbones or {})}
     with replaced_folder(run_dir / "report") as folder:
         _draw(folder, config, trained, untrained, history, views, steps)
-        _write_pages(folder, "report.html.j2", strict_json(summary), results)
+        more = {"draws": draws, "views_of": views_of or evaluated_on}
+        _write_pages(folder, "report.html.j2", strict_json(summary), results, **more)
     return run_dir / "report" / "report.html"
 
 
@@ -140,14 +145,18 @@ def _draw(
 
 
 def _write_pages(
-    folder: Path, template: str, summary: Mapping[str, Any], results: Mapping[str, EvalResult]
+    folder: Path,
+    template: str,
+    summary: Mapping[str, Any],
+    results: Mapping[str, EvalResult],
+    **variables: Any,
 ) -> None:
     """Write summary.json and report.html, with the table of `results`."""
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
     (folder / "summary.json").write_text(text, encoding="utf-8")
-    table = {"rows": table_rows(results), "columns": list(results)}
+    table = {"rows": table_rows(results), "few_rows": few_shot_rows(results), "columns": list(results)}
     config = json.dumps(summary.get("config"), indent=2)
-    page = render(template, folder, s=summary, config=config, **table)
+    page = render(template, folder, s=summary, config=config, **table, **variables)
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -170,11 +179,16 @@ def _summary(
     levels = sigreg_levels(trained.n_val)
     collapsed, low = rank_floors(trained.n_val, trained.z_val.shape[1])
     summary: dict[str, Any] = {}
-    for name in ("knn", "linear"):
+    for name in ("knn", "linear", "fine_tuned"):
         before, after = getattr(untrained, name), getattr(trained, name)
         gain = None if before is None or after is None else after - before
         summary |= {f"{name}_untrained": before, f"{name}_trained": after, f"{name}_gain": gain}
     summary |= {
+        "regression_untrained": _scores(untrained),
+        "regression": _scores(trained),
+        "few_shot_untrained": untrained.few_shot,
+        "few_shot": trained.few_shot,
+        "few_shot_note": trained.few_shot_note,
         **_setting(trained),
         "embedding_std": trained.embedding_std,
         "embedding_std_untrained": untrained.embedding_std,
@@ -217,6 +231,10 @@ def _setting(result: EvalResult) -> dict[str, Any]:
     }
 
 
+def _scores(result: EvalResult) -> dict[str, Any] | None:
+    return result.regression and {name: score._asdict() for name, score in result.regression.items()}
+
+
 def _environment() -> dict[str, Any]:
     created = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return {"created": created, "machine": _machine(), "versions": _versions()}
@@ -228,6 +246,9 @@ def _of_backbones(backbones: Mapping[str, BackboneResult]) -> dict[str, Any]:
             "knn": result.knn,
             "linear": result.linear,
             "linear_learning_rate": result.linear_rate,
+            "regression": _scores(result),
+            "fine_tuned": result.fine_tuned,
+            "few_shot": result.few_shot,
             "image_size": result.image_size,
             "feature_dim": result.features_val.shape[1],
             "parameters": parameters,

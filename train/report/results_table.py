@@ -7,6 +7,15 @@ from lejepa_fast.train.evaluation.collapse import sigreg_levels
 from lejepa_fast.train.evaluation.protocol import EvalResult
 
 UNTRAINED, TRAINED = "untrained", "trained"
+PROBE_NAMES = {
+    "linear": "linear probe",
+    "knn": "kNN",
+    "knn_plain": "kNN, equal votes",
+    "knn_radius": "neighbors in a radius",
+    "nadaraya_watson": "Nadaraya-Watson",
+    "kernel": "kernel ridge",
+    "fine_tuned": "fine-tuning",
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,10 @@ class Row:
         value = self.values.get(name)
         return "-" if value is None else format(value, self.form)
 
+    def spread(self, name: str) -> str:
+        """What follows ± for an encoder; "" where there is nothing."""
+        return format(self.spreads[name], self.form) if name in self.spreads else ""
+
     @property
     def difference(self) -> str:
         """Trained minus untrained, with its sign; "-" where either is missing."""
@@ -45,6 +58,13 @@ def table_rows(results: Mapping[str, EvalResult]) -> list[Row]:
         _accuracy(f"kNN accuracy, k = {one.k} (%)", "knn", results),
         _accuracy("Linear probe accuracy (%)", "linear", results),
     ]
+    if one.regression is not None:
+        rows = _scores_of_numbers(results)
+    if any(result.fine_tuned is not None for result in results.values()):
+        label, row = (
+            ("Fine-tuning (%)", _accuracy) if one.regression is None else ("Fine-tuning (R2)", _plain)
+        )
+        rows.append(row(label, "fine_tuned", results))
     ours = {name: results[name] for name in (UNTRAINED, TRAINED) if name in results}
     if ours:
         one = ours[TRAINED]
@@ -70,6 +90,39 @@ def _accuracy(label: str, key: str, results: Mapping[str, EvalResult]) -> Row:
     return Row(label, values, spreads, form=".1f")
 
 
+def _plain(label: str, key: str, results: Mapping[str, EvalResult]) -> Row:
+    return Row(label, {name: getattr(result, key) for name, result in results.items()}, form=".3f")
+
+
+def _scores_of_numbers(results: Mapping[str, EvalResult]) -> list[Row]:
+    """R2 and mean absolute error of each probe of numbers."""
+    rows = []
+    for key, label in {**PROBE_NAMES, "mean": "Always the mean"}.items():
+        scores = {name: (result.regression or {}).get(key) for name, result in results.items()}
+        if any(score is not None for score in scores.values()):
+            for figure, form in (("r2", ".3f"), ("mae", ".4g")):
+                values = {name: getattr(score, figure, None) for name, score in scores.items()}
+                rows.append(Row(f"{label} ({figure.upper()})", values, form=form))
+    return rows
+
+
+def few_shot_rows(results: Mapping[str, EvalResult]) -> list[Row]:
+    """A row for each number of labels and each probe: mean, and standard deviation over the draws."""
+    one = next(iter(results.values()))
+    numbers = one.regression is not None
+    per = "labels" if numbers else "labels per class"
+    return [
+        Row(
+            f"{count} {per}: {PROBE_NAMES.get(key, key)}",
+            {name: result.few_shot[count][key][0] for name, result in results.items() if result.few_shot},
+            {name: result.few_shot[count][key][1] for name, result in results.items() if result.few_shot},
+            form=".3f" if numbers else ".1f",
+        )
+        for count, figures in (one.few_shot or {}).items()
+        for key in figures
+    ]
+
+
 def format_table(results: Mapping[str, EvalResult]) -> str:
     """The main figures of all encoders side by side, for a terminal; "untrained" and "trained" come first."""
     ours, rows = TRAINED in results, table_rows(results)
@@ -77,15 +130,16 @@ def format_table(results: Mapping[str, EvalResult]) -> str:
     if ours:
         columns.insert(2, "difference")
     label_width = max(34, *(len(row.label) + 1 for row in rows))
-    widths = [max(12, len(name) + 2) for name in columns]
+    few = few_shot_rows(results)
+    widths = [max(18 if few else 12, len(name) + 2) for name in columns]
     lines = [" " * label_width + "".join(f"{name:>{n}}" for name, n in zip(columns, widths, strict=True))]
-    for row in rows:
-        cells = [row.difference if ours and i == 2 else row.text(name) for i, name in enumerate(columns)]
+    for row in [*rows, *few]:
+        texts = {name: row.text(name) + (f" ± {row.spread(name)}" if row in few else "") for name in results}
+        cells = [row.difference if ours and i == 2 else texts[name] for i, name in enumerate(columns)]
         aligned = "".join(f"{cell:>{n}}" for cell, n in zip(cells, widths, strict=True))
         lines.append(f"{row.label:{label_width}}{aligned}")
     one = results[TRAINED] if ours else next(iter(results.values()))
     if one.chance is not None:
         lines.append(f"guessing: {one.chance:.1f} %, always the largest class: {one.majority:.1f} %")
-    if one.no_labels_because:
-        lines.append(one.no_labels_because)
+    lines += filter(None, [one.no_labels_because, one.few_shot_note])
     return "\n".join([*lines, *([one.verdict.sentence] if ours else [])])
