@@ -30,7 +30,7 @@ def converted_weights() -> dict[str, Tensor]:
     theirs = torch.load(path, map_location="cpu", weights_only=True)
     ours = timm.create_model(MODEL).state_dict()
     # Both programs build the layers in the same order.
-    renamed = dict(zip(ours, theirs.values(), strict=True))
+    renamed = {name: theirs[source].contiguous() for name, source in zip(ours, theirs, strict=True)}
     for (name, tensor), source in zip(renamed.items(), theirs, strict=True):
         same_kind = name.rpartition(".")[2] == source.rpartition(".")[2]
         if not same_kind or tensor.shape != ours[name].shape:

@@ -133,9 +133,9 @@ def _not_comparable(runs: Mapping[str, Run]) -> str | None:
     for key, what in _SHARED.items():
         values = {name: run.summary.get(key) for name, run in runs.items()}
         if len(set(map(str, values.values()))) > 1:
-            parts.append(f"{what} ({', '.join(f'{name}: {value}' for name, value in values.items())})")
+            parts.append(f"{what} ({'; '.join(f'{name}: {value}' for name, value in values.items())})")
     problem = "The figures are not comparable: the runs were evaluated with different"
-    return f"{problem} {'; '.join(parts)}." if parts else None
+    return f"{problem} {' and '.join(parts)}." if parts else None
 
 
 def _ends(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -167,7 +167,7 @@ def _rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     for count in counts:
         for probe in ("linear", "knn", "kernel", "fine_tuned"):
             for key, label in (
-                ("few_shot", f"{count} labels: {PROBE_NAMES[probe]}"),
+                ("few_shot", f"{count} labels per class: {PROBE_NAMES[probe]}"),
                 ("few_shot_untrained", "- untrained"),
             ):
                 cells = {name: (table or {}).get(count, {}).get(probe) for name, table in tables[key].items()}
