@@ -77,7 +77,7 @@ def write_report(
 
 
 def write_backbones_report(
-    out: Path, *, evaluated_on: str, seed: int, backbones: Mapping[str, BackboneResult]
+    out: Path, *, evaluated_on: str, seed: int, backbones: Mapping[str, BackboneResult], draws: int = 1
 ) -> Path:
     """Write `out/report/` of backbones alone, without figures, and return the path of its `report.html`.
 
@@ -92,7 +92,7 @@ def write_backbones_report(
         "backbones": _of_backbones(backbones),
     }
     with replaced_folder(out / "report") as folder:
-        _write_pages(folder, "backbones.html.j2", strict_json(summary), results)
+        _write_pages(folder, "backbones.html.j2", strict_json(summary), results, draws=draws)
     return out / "report" / "report.html"
 
 
@@ -188,7 +188,6 @@ def _summary(
         "regression": _scores(trained),
         "few_shot_untrained": untrained.few_shot,
         "few_shot": trained.few_shot,
-        "few_shot_note": trained.few_shot_note,
         **_setting(trained),
         "embedding_std": trained.embedding_std,
         "embedding_std_untrained": untrained.embedding_std,
@@ -228,6 +227,7 @@ def _setting(result: EvalResult) -> dict[str, Any]:
         "probe_images": result.n_train,
         "val_images": result.n_val,
         "num_classes": result.num_classes,
+        "few_shot_note": result.few_shot_note,
     }
 
 

@@ -4,7 +4,6 @@ import importlib
 import json
 import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from report_page import Page
 
 from lejepa_fast.errors import RunError
 from lejepa_fast.train.evaluation import collapse
@@ -76,31 +76,6 @@ def arguments(**changes):
 def no_figures(monkeypatch):
     """Drawing takes seconds; what is not about figures goes without."""
     monkeypatch.setattr(report, "_draw", lambda *_args: None)
-
-
-class Page(HTMLParser):
-    """Every tag and attribute of a page, its text, and a check that tags are closed in order."""
-
-    VOID = frozenset({"meta", "img", "br", "link", "input", "hr"})
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(path.read_text(encoding="utf-8"))
-        assert not self._open, f"never closed: {self._open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def read_summary(page):
