@@ -145,7 +145,7 @@ def _evaluate_backbones(options: Options, data: str) -> None:
     from lejepa_fast.train.report.report import write_backbones_report
     from lejepa_fast.train.report.results_table import format_table
 
-    cfg = _settings(Config(data=DataConfig(path=data)), dataclasses.replace(options, data=None))
+    cfg = _settings(Config(data=DataConfig(path=data)), options)
     backbones = _load_backbones(cfg, options)
     train_source, val_source, setting = _opened(cfg, options)
     results = _results(backbones, train_source, val_source, cfg, setting)

@@ -54,16 +54,17 @@ def test_table_holds_mean_and_deviation_over_draws_and_all_labels_once():
         calls.append(len(drawn.y))
         return float(len(calls))
 
-    options: dict[str, Any] = {"num_classes": 3, "probes": ["knn", "kernel"]}
+    options: dict[str, Any] = {"num_classes": 3, "probes": ["knn", "knn_plain", "kernel"]}
     table = few_shot(train, val, [1, 10, None], draws=3, known={"knn": 12.5}, fine_tune=fine_tune, **options)
     assert list(table) == ["1", "10", "all"]
     generator = torch.Generator().manual_seed(0)
     expected = []
     for _ in range(3):
-        drawn = train.take(draw_labels(train.y, 1, generator))
+        drawn = train.take(draw_labels(train.y, 10, generator))
         scored = drawn.features, drawn.y, val.features, val.y
-        expected.append(knn_accuracy(*scored, num_classes=3, k=1))  # one neighbor of one label per class
-    assert table["1"]["knn"] == pytest.approx([statistics.fmean(expected), statistics.stdev(expected)])
+        # Not 20 neighbors: only 10 of them can be of the right class.
+        expected.append(knn_accuracy(*scored, num_classes=3, k=10, temperature=None))
+    assert table["10"]["knn_plain"] == pytest.approx([statistics.fmean(expected), statistics.stdev(expected)])
     assert len(set(expected)) > 1
     assert table["all"]["knn"] == [12.5, 0.0]  # known
     everything = score_probes(train, val, num_classes=3, probes=["kernel"])

@@ -12,6 +12,7 @@ from lejepa_fast.errors import UsageError
 from lejepa_fast.train import evaluate as command
 from lejepa_fast.train.evaluation import protocol
 from lejepa_fast.train.evaluation.label_table import labeled, read_labels
+from lejepa_fast.train.model.model import build_model
 from lejepa_fast.train.pretrain import pretrain
 
 
@@ -144,6 +145,24 @@ def test_a_run_without_labels_says_how_to_score_it_later(tiny, flat, capsys):
     assert f"train/evaluate.py --checkpoint {cfg.out} --data FOLDER" in capsys.readouterr().out
     with pytest.raises(UsageError, match=r"has 0; .* evaluate on others with --eval.data"):
         pretrain(tiny(data={"path": str(flat), "val_fraction": 0.0}), CPU)
+
+
+def test_labels_stay_with_their_images_where_one_cannot_be_read(tiny, tmp_path):
+    """Every second image is red. One of the first is broken; a shift by one would turn all answers around."""
+    for split, count in (("train", 16), ("val", 8)):
+        (tmp_path / split).mkdir()
+        for i in range(count):
+            color = (200, 40, 40) if i % 2 else (40, 40, 200)
+            Image.new("RGB", (40, 40), color).save(tmp_path / split / f"{i:02}.png")
+    (tmp_path / "train" / "01.png").write_bytes(b"broken")
+    text = "".join(
+        f"{s}/{i:02}.png,{'red' if i % 2 else 'blue'}\n" for s in ("train", "val") for i in range(16)
+    )
+    labels = table(tmp_path / "labels.csv", "file,class\n" + text)
+    cfg = tiny(data={"path": str(tmp_path), "max_bad_fraction": 0.2}, eval={"labels": labels})
+    splits = protocol.open_evaluation(cfg)
+    result = protocol.evaluate_model(build_model(cfg), *splits, cfg, device="cpu", linear_steps=0)
+    assert (result.n_train, result.n_val, result.knn) == (15, 8, 100.0)
 
 
 def test_labeled_images_in_one_folder_are_split_by_class(tiny, flat, image_folder):
