@@ -1,4 +1,7 @@
-"""Evaluate a checkpoint against the untrained encoder: `python train/evaluate.py --checkpoint RUN`.
+"""Evaluate a checkpoint against the untrained encoder and other backbones, or compare finished runs:
+
+python train/evaluate.py --checkpoint RUN --backbone vit_small_patch14_dinov2.lvd142m
+python train/evaluate.py --compare RUN RUN
 
 Exit codes: 0 done, 1 the run failed, 2 wrong usage, 130 Ctrl-C.
 """
@@ -13,13 +16,13 @@ import contextlib
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.config import Config, loader_workers, to_dict, validate
+from lejepa_fast.train.config import Config, DataConfig, loader_workers, to_dict, validate
 from lejepa_fast.train.runtime.command import run_with_options
 from lejepa_fast.train.runtime.files import disk_errors_named, read_rows
 
@@ -27,14 +30,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lejepa_fast.data import ImageSource
+    from lejepa_fast.train.evaluation.backbones import Backbone, BackboneResult
 
 
 @dataclass(frozen=True)
 class Options:
     """Evaluate a checkpoint against the untrained encoder, and write a report."""
 
-    checkpoint: Path
+    checkpoint: Path | None = None
     """A run folder (its newest checkpoint is used) or a folder checkpoints/step-*."""
+    backbone: tuple[str, ...] = ()
+    """Further encoders for the same table: timm's names, for weights of the Hugging Face hub or its cache, or
+    NAME:FILE. Without --checkpoint they are evaluated alone, on --data."""
+    backbone_size: int | Literal["own"] | None = None
+    """Side of the images for backbones. own: as each was trained; None: as for the checkpoint, or the next
+    larger size that the backbone takes."""
+    compare: tuple[Path, ...] = ()
+    """Run folders to show side by side on one page; nothing is evaluated again."""
     data: str | None = None
     """Images to evaluate on, in any form that training takes; None: those of the run."""
     image_size: int | None = None
@@ -45,8 +57,19 @@ class Options:
     """Fit the linear probe as well."""
     averaged: bool = True
     """Take the averaged weights if the run keeps them (--average)."""
+    labels: Path | None = None
+    """CSV file with a column `file` and a column `label` or `value`: classes or numbers of the images."""
+    labels_are: Literal["auto", "classes", "numbers"] | None = None
+    """What they are. auto: numbers if all can be read as such; None: as in the run."""
+    few_shot: str | None = None
+    """Labels per class for all probes, such as 1,10,100,all; None: as in the run."""
+    draws: int | None = None
+    """Random draws of the labels for each number of them; None: as in the run."""
+    fine_tune: int | None = None
+    """Epochs of fine-tuning the whole encoder with labels; 0: none; None: as in the run."""
     out: Path | None = None
-    """Folder that gets report/; None: RUN/evaluation/step-N, so that the report of the training stays."""
+    """Folder that gets report/; None: RUN/evaluation/step-N, so that the report of the training stays; of
+    backbones alone ./evaluation. Of --compare it gets comparison/; None: the current folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: on a GPU if there is one."""
     workers: int | None = None
@@ -59,55 +82,147 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(options: Options) -> None:
+    if options.compare:
+        from lejepa_fast.train.report.comparison import write_comparison
+
+        if options.checkpoint is not None or options.backbone:
+            raise UsageError("--compare takes finished runs alone; leave out --checkpoint and --backbone")
+        page = write_comparison(options.compare, _made(options.out or Path()))
+        print(f"comparison: {page}")
+    elif options.checkpoint is not None:
+        _evaluate_checkpoint(options, options.checkpoint)
+    elif options.backbone and options.data is not None:
+        _evaluate_backbones(options, options.data)
+    else:
+        raise UsageError("give --checkpoint RUN, or --data PATH --backbone NAME, or --compare RUN RUN")
+
+
+def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
     # Not above: `--help` does not wait for PyTorch.
     from lejepa_fast.train.checkpoint.trained_model import load_trained
-    from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained, open_splits
-    from lejepa_fast.train.report.report import format_table, write_report
-    from lejepa_fast.train.runtime.world import choose_device
+    from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained
+    from lejepa_fast.train.report.report import write_report
+    from lejepa_fast.train.report.results_table import format_table
 
-    model, run, step, path, averaged, pretraining = load_trained(
-        options.checkpoint, averaged=options.averaged
-    )
-    data = _replaced(run.data, path=options.data, workers=options.workers)
-    evaluation = _replaced(run.eval, image_size=options.image_size, batch_size=options.batch_size)
-    cfg = dataclasses.replace(run, eval=evaluation, data=data)
-    with _own_options_named():
-        validate(cfg)
-    device = choose_device(options.device)
-    train_source, val_source = open_splits(cfg.data)
-    workers = loader_workers(cfg, processes_here=1, on_gpu=device.type == "cuda")
-    setting: dict[str, Any] = {"device": device, "num_workers": workers}
-    if not options.linear:
-        setting["linear_steps"] = 0
+    model, run, step, path, averaged, pretraining = load_trained(checkpoint, averaged=options.averaged)
+    cfg = _settings(run, options)
+    backbones = _load_backbones(cfg, options)
+    train_source, val_source, setting = _opened(cfg, options)
     with _own_options_named():  # the model may refuse the size
         untrained = evaluate_untrained(cfg, train_source, val_source, **setting)
-    trained = evaluate_model(model.to(device), train_source, val_source, cfg, **setting)
+    trained = evaluate_model(model.to(setting["device"]), train_source, val_source, cfg, **setting)
+    others = _results(backbones, train_source, val_source, cfg, setting)
+    evaluated_on = cfg.eval.data or cfg.data.path
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    out = options.out or run_dir / "evaluation" / path.name
     history = [row for row in read_rows(run_dir / "metrics.jsonl") if row["step"] <= step]
-    if options.data is not None or options.image_size is not None:
+    if any(each is not None for each in (options.data, options.labels, options.image_size)):
         history = [row for row in history if row["kind"] != "eval"]  # measured on other images
-    with disk_errors_named(out, "choose another --out"):
-        out.mkdir(parents=True, exist_ok=True)
     page = write_report(
-        out,
+        _made(options.out or run_dir / "evaluation" / path.name),
         config=to_dict(run),
         data=pretraining,
-        evaluated_on=cfg.data.path,
+        evaluated_on=evaluated_on,
+        draws=cfg.eval.draws,
         history=history,
         views=_example_views(train_source, cfg),
         steps=step,
         trained=trained,
         untrained=untrained,
+        backbones=others,
     )
     if averaged:
         print("of the averaged weights:")
     print(
         f"pretrained on {run.data.path}: {pretraining['train_images']} images; "
-        f"evaluated on {cfg.data.path}: {trained.n_val} images, {trained.n_train} for the probes"
+        f"evaluated on {evaluated_on}: {trained.n_val} images, {trained.n_train} for the probes"
     )
-    print(format_table(trained, untrained))
+    results = {name: other.result for name, other in others.items()}
+    print(format_table({"untrained": untrained, "trained": trained, **results}))
     print(f"report: {page}")
+
+
+def _evaluate_backbones(options: Options, data: str) -> None:
+    from lejepa_fast.train.report.report import write_backbones_report
+    from lejepa_fast.train.report.results_table import format_table
+
+    cfg = _settings(Config(data=DataConfig(path=data)), options)
+    backbones = _load_backbones(cfg, options)
+    train_source, val_source, setting = _opened(cfg, options)
+    results = _results(backbones, train_source, val_source, cfg, setting)
+    page = write_backbones_report(
+        _made(options.out or Path("evaluation")),
+        evaluated_on=data,
+        seed=cfg.seed,
+        draws=cfg.eval.draws,
+        backbones=results,
+    )
+    print(format_table({name: each.result for name, each in results.items()}))
+    print(f"report: {page}")
+
+
+def _settings(run: Config, options: Options) -> Config:
+    """The configuration of a run with the options of this command in place of its own."""
+    data = _replaced(run.data, workers=options.workers)
+    other: dict[str, Any] = {} if options.data is None else {"data": options.data, "labels": None}
+    evaluation = _replaced(
+        dataclasses.replace(run.eval, **other),
+        image_size=options.image_size,
+        batch_size=options.batch_size,
+        labels=options.labels,
+        labels_are=options.labels_are,
+        few_shot=options.few_shot,
+        draws=options.draws,
+        fine_tune=options.fine_tune,
+    )
+    cfg = dataclasses.replace(run, eval=evaluation, data=data)
+    with _own_options_named():
+        validate(cfg)
+    return cfg
+
+
+def _opened(cfg: Config, options: Options) -> "tuple[ImageSource, ImageSource, dict[str, Any]]":
+    """Training and validation images, and the arguments that all evaluations share."""
+    from lejepa_fast.train.evaluation.protocol import open_evaluation
+    from lejepa_fast.train.runtime.world import choose_device
+
+    device = choose_device(options.device)
+    workers = loader_workers(cfg, processes_here=1, on_gpu=device.type == "cuda")
+    setting = {"device": device, "num_workers": workers, **({} if options.linear else {"linear_steps": 0})}
+    return *open_evaluation(cfg), setting
+
+
+def _load_backbones(cfg: Config, options: Options) -> "dict[str, Backbone]":
+    """The backbones, before anything is evaluated: a wrong name or missing weights show at once."""
+    if not options.backbone:
+        return {}
+    from lejepa_fast.train.evaluation.backbones import load_backbones
+
+    size = options.backbone_size or cfg.eval.image_size or cfg.crops.global_size
+    return load_backbones(options.backbone, image_size=size, channels=cfg.data.channels)
+
+
+def _results(
+    backbones: "Mapping[str, Backbone]",
+    train_source: "ImageSource",
+    val_source: "ImageSource",
+    cfg: Config,
+    setting: Mapping[str, Any],
+) -> "dict[str, BackboneResult]":
+    if not backbones:
+        return {}
+    from lejepa_fast.train.evaluation.backbones import evaluate_backbone
+
+    found = {}
+    for name, backbone in backbones.items():
+        print(f"evaluating {name} on {backbone.image_size} px", file=sys.stderr)
+        found[name] = evaluate_backbone(backbone, train_source, val_source, cfg, **setting)
+    return found
+
+
+def _made(out: Path) -> Path:
+    with disk_errors_named(out, "choose another --out"):
+        out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def _replaced(section: Any, **values: Any) -> Any:
@@ -118,11 +233,11 @@ def _replaced(section: Any, **values: Any) -> Any:
 
 @contextlib.contextmanager
 def _own_options_named() -> Iterator[None]:
-    """Let errors about eval.image_size and eval.batch_size name the options of this command."""
+    """Let errors about settings of the section eval name the options of this command."""
     try:
         yield
     except UsageError as error:
-        message = re.sub(r"\beval\.(?=(image|batch)[_-]size)", "", str(error))
+        message = re.sub(r"\beval\.(?=(image|batch)[_-]size|few_shot|draws|fine_tune|labels)", "", str(error))
         raise UsageError(message) from error
 
 

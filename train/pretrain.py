@@ -79,7 +79,8 @@ def pretrain(cfg: Config, world: "World") -> Path:
 def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
     from lejepa_fast.train.checkpoint.trained_model import export_encoder
     from lejepa_fast.train.evaluation.protocol import evaluate_untrained
-    from lejepa_fast.train.report.report import format_table, write_report
+    from lejepa_fast.train.report.report import write_report
+    from lejepa_fast.train.report.results_table import format_table
 
     assert model is not None  # on rank 0
     cfg = trainer.cfg
@@ -88,23 +89,26 @@ def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
     print(f"evaluating the trained{kind} and the untrained encoder", file=sys.stderr)
     trained = trainer.evaluate(model, during_training=False)
     with trainer.outside_training():
-        untrained = evaluate_untrained(
-            cfg, trainer.train_source, trainer.val_source, **trainer.evaluation_options
-        )
+        untrained = evaluate_untrained(cfg, *trainer.evaluated, **trainer.evaluation_options)
     trainer.loader.set_epoch(0)
     views = next(iter(trainer.loader))[0]
     page = write_report(
         trainer.run_dir,
         config=config.to_dict(cfg),
         data=trainer.data_identity,
-        evaluated_on=cfg.data.path,
+        evaluated_on=cfg.eval.data or cfg.data.path,
+        draws=cfg.eval.draws,
+        views_of=cfg.data.path,
         trained=trained,
         untrained=untrained,
         history=read_rows(trainer.metrics.path),
         views=[view[:6].cpu() for view in views],
         steps=trainer.step,
     )
-    print(format_table(trained=trained, untrained=untrained))
+    print(format_table({"untrained": untrained, "trained": trained}))
+    if trained.no_labels_because:
+        score = f"python train/evaluate.py --checkpoint {trainer.run_dir} --data FOLDER"
+        print(f"to score this encoder on labeled images later: {score}")
     return page
 
 

@@ -16,6 +16,7 @@ from lejepa_fast.train.config.settings import (
     load_json,
     loader_workers,
     resolve,
+    shots,
     small_batch_warning,
     to_dict,
     total_steps,

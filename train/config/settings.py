@@ -56,7 +56,8 @@ class DataConfig:
     batch_size: Annotated[AtLeast1, tyro.conf.arg(aliases=["--batch-size", "--batch"])] = 512
     """Images per step over ALL processes; a multiple of their number."""
     val_fraction: Share = 0.1
-    """Share of each class held out for evaluation where the data has no val split of its own."""
+    """Share of each class held out for evaluation where the data has no val split of its own; 0: none, which
+    needs --eval.data."""
     bit_depth: Literal["auto", "8", "12", "16", "percentile"] = "auto"
     """White of images with more than 8 bits, the same for all: 8, 12 or 16 bits; auto: the bits that hold the
     largest value of 64 images; percentile: black and white at their 0.1th and 99.9th percentile."""
@@ -196,6 +197,21 @@ class EvalConfig:
     """Neighbors that vote in kNN."""
     temperature: Positive = 0.07
     """A neighbor of similarity s votes with weight exp(s / temperature)."""
+    data: str | None = None
+    """Other images to evaluate on, such as a few with labels, in any form of --data; None: data.path."""
+    val_fraction: Share | None = None
+    """Share of each class of eval.data that is held out, where it has no val split of its own; the probes are
+    fitted on the others. None: data.val_fraction, or a half if that is 0."""
+    labels: Path | None = None
+    """CSV file with a column `file` and a column `label` or `value`: classes or numbers of the images."""
+    labels_are: Literal["auto", "classes", "numbers"] = "auto"
+    """What the labels of the CSV file are. auto: numbers if all of them can be read as such."""
+    few_shot: str = ""
+    """Labels per class for probes at the end, such as 1,10,100,all; of numbers, labels in all."""
+    draws: Annotated[int, Ge(1), Le(1000)] = 3
+    """Random draws of the labels for each number of them."""
+    fine_tune: AtLeast0 = 0
+    """Epochs of fine-tuning the whole encoder with labels, at the end; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -271,6 +287,7 @@ def validate(cfg: Config, world_size: int = 1) -> None:
         )
     if cfg.data.value_range is not None and not cfg.data.value_range[0] < cfg.data.value_range[1]:
         raise UsageError(f"data.value_range: expected black < white, got {cfg.data.value_range}")
+    shots(cfg.eval.few_shot)
     groups, images = cfg.parallel.replicate, cfg.data.batch_size
     if world_size % groups:
         raise UsageError(
@@ -288,6 +305,14 @@ def validate(cfg: Config, world_size: int = 1) -> None:
             "image(s) for each, and BatchNorm and SIGReg take statistics over at least 2; "
             f"use --batch-size {2 * world_size} or more (rule of thumb: 256 or more in all)"
         )
+
+
+def shots(text: str) -> list[int | None]:
+    """Parse `eval.few_shot`: numbers of labels per class, None for "all"; UsageError for anything else."""
+    words = [word.strip() for word in text.split(",")] if text.strip() else []
+    if not all(re.fullmatch("all|[1-9][0-9]{0,8}", word) for word in words):
+        raise UsageError(f"eval.few_shot: expected numbers from 1 and 'all', as in 1,10,all, got {text!r}")
+    return [None if word == "all" else int(word) for word in dict.fromkeys(words)]
 
 
 def small_batch_warning(batch: int) -> str | None:

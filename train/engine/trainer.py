@@ -74,7 +74,7 @@ EVALUATION_FIGURES = ("knn", "linear", "embedding_std", "effective_rank", "sigre
 
 
 # Machines may have other CPUs, and keep their copies of the images elsewhere (`data_identity` compares them).
-MAY_DIFFER = ("--data.path", "--data.workers", "--data.prefetch")
+MAY_DIFFER = ("--data.path", "--data.workers", "--data.prefetch", "--eval.data", "--eval.labels")
 
 
 def facts_of(cfg: Config) -> dict[str, Any]:
@@ -157,7 +157,9 @@ class Trainer:
         self.train_source, self.val_source = protocol.open_splits(cfg.data)
         data = replace(cfg.data, value_range=self.train_source.value_range)
         self.cfg = cfg = replace(cfg, data=data)
-        protocol.check_validation_images(self.val_source)  # now, not after the training
+        if world.is_main:  # now, not after the training
+            self.evaluated = protocol.open_evaluation(cfg, (self.train_source, self.val_source))
+            protocol.check_validation_images(self.evaluated[1])
         self.data_identity = resume.data_identity(self.train_source, self.val_source)
         self.bad_images = self.run_dir / "bad_images.txt"
         processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -534,12 +536,14 @@ class Trainer:
         cfg, options = self.cfg, self.evaluation_options
         if during_training:
             options |= {"linear_steps": cfg.eval.linear_steps, "train_images": cfg.eval.train_images}
+            options["with_few_labels"] = False
         with self.outside_training():
-            result = protocol.evaluate_model(model, self.train_source, self.val_source, cfg, **options)
+            result = protocol.evaluate_model(model, *self.evaluated, cfg, **options)
         if not self._evaluated[self.step]:
             epoch, batch = self.loader.position
             epoch += batch > 0
             figures = {name: getattr(result, name) for name in EVALUATION_FIGURES}
+            figures |= {f"{name}_r2": score.r2 for name, score in (result.regression or {}).items()}
             self.metrics.write("eval", self.step, epoch=epoch, **figures)
             if self.metrics.log_is_due("eval", self.step):
                 known = [f"{name} {value:.3g}" for name, value in figures.items() if value is not None]

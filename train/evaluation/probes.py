@@ -1,5 +1,7 @@
 """Probes of frozen features: k nearest neighbors and a linear classifier, for features of any encoder.
 
+`kernel_methods.py` holds those with a bandwidth, `regression.py` the linear one for numbers.
+
 Both are deterministic and leave the global random state and the caller's autocast and gradient mode alone.
 Features stay where they are, on the CPU in an evaluation, and go to the device in blocks: beyond the model
 it holds 2 GB at most, also of 1.3 million samples with 2,048 features and 1,000 classes.
@@ -11,7 +13,7 @@ docs/evaluation.md states the protocols.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,30 +40,38 @@ class LinearProbe(NamedTuple):
 # ---- k nearest neighbors --------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def knn_accuracy(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, *, num_classes: int, **options: Any
+) -> float:
+    """Top-1 accuracy in percent of `knn_predict` on classes `test_y` (m,), with its other arguments."""
+    check_samples(train_x, train_y, test_x, test_y, num_classes)
+    return percent(knn_predict(train_x, train_y, test_x, num_classes=num_classes, **options), test_y)
+
+
+@torch.no_grad()
+def knn_predict(
     train_x: Tensor,
     train_y: Tensor,
     test_x: Tensor,
-    test_y: Tensor,
     *,
-    num_classes: int,
+    num_classes: int | None,
     k: int = 20,
     temperature: float | None = 0.07,
     device: torch.device | str | None = None,
     test_chunk: int = 1024,
     train_chunk: int | None = None,
     memory: int = MEMORY,
-) -> float:
-    """Top-1 accuracy in percent of the k-nearest-neighbor classifier under cosine similarity.
+) -> Tensor:
+    """Predictions (m,) of k nearest neighbors under cosine similarity: classes, or weighted means of numbers.
 
     The device holds one chunk of training and of test features at a time and their similarities, so its
     memory does not grow with the data set, except for the (m, k) neighbors. Training features go there once.
 
     Args:
-        train_x, train_y: features (n, D) of any float dtype and classes (n,) that vote.
-        test_x, test_y: features (m, D) and classes (m,) to predict.
-        num_classes: classes are 0 .. num_classes - 1. If classes get equal votes, the lowest wins.
+        train_x, train_y: features (n, D) of any float dtype, and classes or numbers (n,).
+        test_x: features (m, D) of what to predict.
+        num_classes: classes are 0 .. num_classes - 1. If classes get equal votes, the lowest wins. None:
+            `train_y` are numbers.
         k: number of neighbors that vote; n if n < k.
         temperature: a neighbor of similarity s votes with weight exp(s / temperature); None: equal votes.
         device: where to compute; None: the device of `train_x`.
@@ -72,7 +82,7 @@ def knn_accuracy(
     Raises:
         ValueError: empty, mismatched or non-finite inputs, classes out of range, k < 1, temperature <= 0.
     """
-    _check_inputs(train_x, train_y, test_x, test_y, num_classes)
+    check_samples(train_x, train_y, test_x, None, num_classes)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if temperature is not None and not temperature > 0:
@@ -86,7 +96,7 @@ def knn_accuracy(
         train_chunk = max(1, memory // 2 // (12 * train_x.shape[1] + 20 * test_chunk))
     k = min(k, len(train_x))
     similarity = torch.full((len(test_x), k), -math.inf, device=device)
-    labels = torch.zeros(len(test_x), k, dtype=torch.int64, device=device)
+    labels = torch.zeros(len(test_x), k, dtype=train_y.dtype, device=device)
     with torch.autocast(device.type, enabled=False):
         for x, y in zip(train_x.split(train_chunk), train_y.split(train_chunk), strict=True):
             x, y = unit_rows(x), y.to(device)
@@ -101,9 +111,12 @@ def knn_accuracy(
             votes = torch.ones_like(best)
         else:  # relative to the largest, so that no exponential overflows
             votes = ((best - best.amax(dim=1, keepdim=True)) / temperature).exp()
-        tally = votes.new_zeros(len(votes), num_classes).scatter_add_(1, best_labels, votes)
-        predicted.append(tally.argmax(dim=1))
-    return _percent(torch.cat(predicted), test_y)
+        if num_classes is None:
+            predicted.append((votes * best_labels).sum(dim=1) / votes.sum(dim=1))
+        else:
+            tally = votes.new_zeros(len(votes), num_classes).scatter_add_(1, best_labels, votes)
+            predicted.append(tally.argmax(dim=1))
+    return torch.cat(predicted)
 
 
 # ---- linear probe ----------------------------------------------------------------------------------------
@@ -149,7 +162,7 @@ def linear_probe(
     Raises:
         ValueError: empty, mismatched or non-finite inputs, classes out of range, no positive learning rate.
     """
-    _check_inputs(train_x, train_y, test_x, test_y, num_classes)
+    check_samples(train_x, train_y, test_x, test_y, num_classes)
     if not learning_rates or not all(rate > 0 for rate in learning_rates):
         raise ValueError(f"learning_rates must be positive numbers, at least one, got {learning_rates!r}")
     device = torch.device(device or train_x.device)
@@ -160,7 +173,7 @@ def linear_probe(
 
     def fit(rows: Tensor, rates: Sequence[float]) -> Callable[[Tensor, Tensor], list[Tensor]]:
         """Fit a head for each rate on these rows (n,); returns what predicts classes, by rate."""
-        features = _Standardized(train_x, rows, device, memory)
+        features = Standardized(train_x, rows, device, memory)
         batch = min(batch_size, len(rows))
         steps = min(epochs * (len(rows) // batch), max_steps)
         heads = _fit(features, y[rows.to(device)], rates, num_classes, batch, steps, seed)
@@ -177,7 +190,7 @@ def linear_probe(
         # A copy, because a tensor made in inference mode cannot take part in a backward pass.
         y = train_y.to(device, copy=True)
         rates = sorted(learning_rates)
-        held_out = _stratified_holdout(train_y.cpu()[samples], seed)
+        held_out = stratified_holdout(train_y.cpu()[samples], seed)
         if len(rates) > 1 and held_out.any():
             predictions = fit(samples[~held_out], rates)(train_x, samples[held_out])
             truth = y[samples[held_out].to(device)]
@@ -186,10 +199,10 @@ def linear_probe(
         else:  # there is no choice, or every class has a single sample
             rate = min(rates, key=lambda rate: abs(math.log(rate / 1e-3)))
         (predicted,) = fit(samples, [rate])(test_x, torch.arange(len(test_x)))
-    return LinearProbe(_percent(predicted, test_y), rate)
+    return LinearProbe(percent(predicted, test_y), rate)
 
 
-class _Standardized:
+class Standardized:
     """Rows of features x (N, D), layer-normalized and standardized on the device; kept there if they fit.
 
     The mean and deviation of each layer-normalized feature are those over the rows. A feature that never
@@ -231,7 +244,7 @@ class _Standardized:
 
 @torch.enable_grad()
 def _fit(
-    features: _Standardized,
+    features: Standardized,
     y: Tensor,
     rates: Sequence[float],
     num_classes: int,
@@ -240,20 +253,13 @@ def _fit(
     seed: int,
 ) -> list[tuple[Tensor, Tensor]]:
     """Fit one linear head for each learning rate, all on the same batches of features (n, D) and y (n,)."""
-    warmup = max(1, steps // 10)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
     width, zeros = features.x.shape[1], features.mean.new_zeros
     weights = [zeros(num_classes, width).requires_grad_() for _ in rates]
     biases = [zeros(num_classes).requires_grad_() for _ in rates]
     heads = list(zip(weights, biases, strict=True))
     groups = [{"params": head, "lr": rate} for head, rate in zip(heads, rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
     generator = torch.Generator().manual_seed(seed)
     per_epoch = len(y) // batch  # an incomplete batch is dropped; the next shuffle drops another
     per_block = min(per_epoch, max(1, features.block // batch))
@@ -281,8 +287,16 @@ def _fit(
     return [(weight.detach(), bias.detach()) for weight, bias in heads]
 
 
-def _stratified_holdout(y: Tensor, seed: int) -> Tensor:
-    """Mask (n,) of the held-out samples: a fixed share of each class, but never all of it."""
+def warmup_cosine(step: int, steps: int) -> float:
+    """Factor of the learning rate: rises linearly over a tenth of the steps, then falls to 0 as a cosine."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def stratified_holdout(y: Tensor, seed: int) -> Tensor:
+    """Mask (n,) of held-out samples of classes y (n,): a fifth of each class, but never all of it."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(len(y), dtype=torch.bool)
     for label in y.unique().tolist():
@@ -292,20 +306,29 @@ def _stratified_holdout(y: Tensor, seed: int) -> Tensor:
     return mask
 
 
-def _percent(predicted: Tensor, truth: Tensor) -> float:
+def percent(predicted: Tensor, truth: Tensor) -> float:
+    """Share of equal classes (n,), in percent."""
     return 100.0 * (predicted.cpu() == truth.cpu()).double().mean().item()
 
 
-def _check_inputs(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, num_classes: int) -> None:
+def check_samples(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor | None, num_classes: int | None
+) -> None:
+    """Raise ValueError unless features (n, D) and classes, or numbers without `num_classes`, can be used."""
     for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
-        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
-        if x.ndim != 2 or y.ndim != 1 or len(x) != len(y):
+        shapes = f"{tuple(x.shape)} and {None if y is None else tuple(y.shape)}"
+        if x.ndim != 2 or (y is not None and (y.ndim != 1 or len(x) != len(y))):
             raise ValueError(f"{name}_x and {name}_y must be of shape (n, D) and (n,), got {shapes}")
         if len(x) == 0:
             raise ValueError(f"{name}_x holds no samples; expected at least one")
         if not all(part.isfinite().all() for part in x.split(1024)):
             raise ValueError(f"{name}_x holds NaN or infinite values; the encoder has diverged")
-        if y.is_floating_point() or int(y.min()) < 0 or int(y.max()) >= num_classes:
+        if y is None:
+            continue
+        if num_classes is None:
+            if not y.is_floating_point() or not y.isfinite().all():
+                raise ValueError(f"{name}_y must hold finite floating-point numbers, got {y.dtype}")
+        elif y.is_floating_point() or int(y.min()) < 0 or int(y.max()) >= num_classes:
             found = f"{y.dtype} from {y.min().item()} to {y.max().item()}"
             raise ValueError(f"{name}_y must hold integer classes in 0 .. {num_classes - 1}, got {found}")
     if (width := train_x.shape[1]) != test_x.shape[1]:

@@ -1,4 +1,4 @@
-"""Evaluate a model on a data set: kNN, linear probe and collapse statistics of the frozen encoder.
+"""Evaluate a model on a data set: probes and collapse statistics of the frozen encoder, and fine-tuning.
 
 The trainer calls `evaluate_model` every few epochs. `train/pretrain.py` and `train/evaluate.py` call it for
 the trained encoder, and `evaluate_untrained` for the baseline.
@@ -7,20 +7,33 @@ the trained encoder, and `evaluate_untrained` for the baseline.
 import functools
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lejepa_fast.data import ImageSource, eval_loader, open_source
+from lejepa_fast.data.sources import hold_out
 from lejepa_fast.data.sources.scientific import as_trained, choose_value_range
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.config import Config, DataConfig
+from lejepa_fast.train.config import Config, DataConfig, shots
 from lejepa_fast.train.evaluation import collapse
 from lejepa_fast.train.evaluation.embeddings import calibrate_batchnorm, embed_source
-from lejepa_fast.train.evaluation.probes import MAX_STEPS, knn_accuracy, linear_probe
+from lejepa_fast.train.evaluation.few_shot import (
+    PROBES,
+    Samples,
+    Table,
+    few_shot,
+    few_shot_note,
+    score_probes,
+)
+from lejepa_fast.train.evaluation.fine_tuning import fine_tune
+from lejepa_fast.train.evaluation.label_table import LabelTable, labeled, read_labels
+from lejepa_fast.train.evaluation.probes import MAX_STEPS, linear_probe
+from lejepa_fast.train.evaluation.regression import Score, regression_score
 from lejepa_fast.train.model.initialize import memory_format
 from lejepa_fast.train.model.model import build_model
 
@@ -60,6 +73,15 @@ class EvalResult:
     """Classes of the training source."""
     majority: float | None = None
     """Share of the largest class among the validation images, in percent."""
+    regression: dict[str, Score] | None = None
+    """Where the labels are numbers: scores of linear probe, kNN and kernel ridge regression, and of always
+    predicting the mean of the training images."""
+    fine_tuned: float | None = None
+    """After full fine-tuning: top-1 accuracy in percent, or R2 of numbers."""
+    few_shot: Table | None = None
+    """Figures with few labels, see `few_shot.few_shot`."""
+    few_shot_note: str = ""
+    """Which classes have fewer images than that asks for."""
 
     @property
     def verdict(self) -> collapse.Verdict:
@@ -95,6 +117,7 @@ def evaluate_model(
     amp_dtype: torch.dtype | None = None,
     bad_images: Path | None = None,
     calibrate: bool = False,
+    with_few_labels: bool = True,
 ) -> EvalResult:
     """Evaluate the frozen model: fit the probes on the training images, score them on the validation images.
 
@@ -103,7 +126,8 @@ def evaluate_model(
 
     Args:
         model: a `LeJEPAModel` on `device`; `embed_source` says what else works.
-        train_source, val_source: images with classes. With an unknown class, `knn` and `linear` are None.
+        train_source, val_source: images with classes, or with numbers (`values`). With an unknown class,
+            there are no probes.
         cfg: its sections `eval` and `data`, `seed`, and `mean`, `std` and `global_size` of `crops` are used.
         device: of the model; the probes run there, too.
         linear_steps: upper limit of the linear probe's steps; 0: no linear probe.
@@ -113,6 +137,7 @@ def evaluate_model(
         bad_images: file that lists unreadable images, which are skipped.
         calibrate: for an untrained model: first set the running statistics of its BatchNorm layers from up to
             4,096 random training images (`calibrate_batchnorm`).
+        with_few_labels: do what `eval.few_shot` and `eval.fine_tune` ask for.
 
     Raises:
         UsageError: a source is empty, or has fewer than 2 validation images.
@@ -121,6 +146,14 @@ def evaluate_model(
     check_validation_images(val_source)
     device = torch.device(device)
     settings = cfg.eval
+    no_labels_because = _no_labels(train_source, val_source)
+    if no_labels_because is None:
+        train_y, val_y = _labels(train_source), _labels(val_source)
+        num_classes = None
+        if not train_y.is_floating_point():
+            num_classes = len(train_source.classes or ()) or int(max(train_y.max(), val_y.max())) + 1
+    # Targets become the numbers of the images: bad images are left out on the way.
+    train_source, val_source = _numbered(train_source), _numbered(val_source)
     image_size = settings.image_size or cfg.crops.global_size
     options = {
         "image_size": image_size,
@@ -146,23 +179,52 @@ def evaluate_model(
         calibrate_batchnorm(model, part(CALIBRATION_IMAGES, batch_size=batch_size), device)
     embed = functools.partial(embed_source, model, device=device, amp_dtype=amp_dtype)
     val, n_train = embed(loader(val_source)), len(train_source)
-    labeled: dict[str, Any] = {}
-    no_labels_because = _no_labels(train_source, val_source)
+    figures: dict[str, Any] = {}
     if no_labels_because is None:
         train = embed(part(train_images) if 0 < train_images < n_train else loader(train_source))
         n_train = len(train.targets)
-        num_classes = len(train_source.classes or ()) or int(max(train.targets.max(), val.targets.max())) + 1
-        shared: dict[str, Any] = {"num_classes": num_classes, "device": device}
-        samples = train.features, train.targets, val.features, val.targets
-        labeled = {
-            "num_classes": num_classes,
-            "majority": 100.0 * val.targets.bincount().max().item() / len(val.targets),
-            "knn": knn_accuracy(*samples, k=settings.k, temperature=settings.temperature, **shared),
-        }
-        if linear_steps:
-            samples = train.probe, train.targets, val.probe, val.targets
-            probe = linear_probe(*samples, seed=cfg.seed, max_steps=linear_steps, **shared)
-            labeled |= {"linear": probe.accuracy, "linear_rate": probe.learning_rate}
+        fitted, scored = (
+            Samples(each.features, each.probe, y[each.targets], each.targets)
+            for each, y in ((train, train_y), (val, val_y))
+        )
+        probing: dict[str, Any] = {"temperature": settings.temperature, "seed": cfg.seed, "device": device}
+        probing |= {"k": settings.k, "num_classes": num_classes}
+        figures = _figures(fitted, scored, linear_steps, probing)
+
+        def fine_tuned(chosen: Samples) -> float:
+            return fine_tune(
+                model.encoder,  # type: ignore[arg-type]
+                train_source.subset(chosen.numbers.numpy()),
+                train_y,
+                loader,
+                val_source,
+                val_y,
+                recipe=cfg.crops,
+                image_size=image_size,
+                num_classes=num_classes,
+                epochs=settings.fine_tune,
+                seed=cfg.seed,
+                device=device,
+                amp_dtype=amp_dtype,
+                loading={"num_workers": num_workers, **loading_options(cfg.data, device, None)},
+            )
+
+        if with_few_labels:
+            if settings.fine_tune:
+                figures["fine_tuned"] = fine_tuned(fitted)
+            if counts := shots(settings.few_shot):
+                known = {name: figures[name] for name in (*PROBES, "fine_tuned") if name in figures}
+                figures["few_shot"] = few_shot(
+                    fitted,
+                    scored,
+                    counts,
+                    draws=settings.draws,
+                    known=known,
+                    fine_tune=fine_tuned if settings.fine_tune else None,
+                    probes=[name for name in PROBES if linear_steps or name != "linear"],
+                    **probing,
+                )
+                figures["few_shot_note"] = few_shot_note(fitted.y, counts, train_source.classes or ())
     return EvalResult(
         embedding_std=collapse.embedding_std(val.z),
         effective_rank=collapse.effective_rank(val.z),
@@ -174,8 +236,40 @@ def evaluate_model(
         image_size=image_size,
         k=settings.k,
         no_labels_because=no_labels_because,
-        **labeled,
+        **figures,
     )
+
+
+def _figures(train: Samples, val: Samples, linear_steps: int, probing: dict[str, Any]) -> dict[str, Any]:
+    """What every evaluation measures with labels: fields of `EvalResult`."""
+    linear = ["linear"] if linear_steps else []
+    if probing["num_classes"] is None:
+        scores = score_probes(train, val, probes=[*linear, "knn", "kernel"], **probing)
+        mean = regression_score(train.y.mean().expand(len(val.y)), val.y)
+        return {"regression": {**scores, "mean": mean}}
+    figures: dict[str, Any] = {
+        "num_classes": probing["num_classes"],
+        "majority": 100.0 * val.y.bincount().max().item() / len(val.y),
+        **score_probes(train, val, probes=["knn"], **probing),
+    }
+    if linear_steps:
+        shared = {name: probing[name] for name in ("num_classes", "seed", "device")}
+        samples = train.probe, train.y, val.probe, val.y
+        probe = linear_probe(*samples, max_steps=linear_steps, **shared)
+        figures |= {"linear": probe.accuracy, "linear_rate": probe.learning_rate}
+    return figures
+
+
+def _labels(source: ImageSource) -> Tensor:
+    """Classes (n,) int64, or numbers (n,) float64."""
+    return torch.tensor(source.targets if source.values is None else source.values)
+
+
+def _numbered(source: ImageSource) -> ImageSource:
+    """The images of a source, with their numbers in the place of classes."""
+    part = source.subset(np.arange(len(source)))
+    part._targets = np.arange(len(source))
+    return part
 
 
 def evaluate_untrained(
@@ -194,7 +288,7 @@ def check_validation_images(source: ImageSource) -> None:
     if len(source) < 2:
         raise UsageError(
             f"evaluation needs at least 2 validation images, and {source.name} has {len(source)}; "
-            "raise --data.val-fraction or give more images"
+            "raise --data.val-fraction, give more images, or evaluate on others with --eval.data"
         )
 
 
@@ -214,25 +308,72 @@ def open_splits(data: DataConfig) -> tuple[ImageSource, ImageSource]:
     """Training and validation images of a run; logs what they are.
 
     If the data has no val split, the held-out images do not depend on the run's seed: runs with different
-    seeds are compared on the same images, and no run is evaluated on images that it was trained on.
+    seeds are compared on the same images, and no run is evaluated on images that it was trained on. With
+    `val_fraction` 0 there are none.
     """
-    files = (open_source(data.path, split, val_fraction=data.val_fraction) for split in ("train", "val"))
-    train, val = (as_trained(source, data.slices, data.channels) for source in files)
-    values = data.value_range or choose_value_range(train, data.bit_depth)
-    train.value_range = val.value_range = values
-    log.info("training images: %s", train.summary())
+    train, val = _open(data, data.val_fraction)
+    _log_splits(train, val, "training images")
+    return train, val
+
+
+def open_evaluation(
+    cfg: Config, splits: tuple[ImageSource, ImageSource] | None = None
+) -> tuple[ImageSource, ImageSource]:
+    """Images that the probes are fitted on, and those that they are scored on; logs what they are.
+
+    Args:
+        cfg: its section `eval` says which: those of the run, or others, and labels from a file.
+        splits: the images of the run, if they are open.
+
+    Raises:
+        UsageError: they cannot be opened, a label is wrong, or there are too few of them.
+    """
+    data, settings = cfg.data, cfg.eval
+    path, labels, kind, share = settings.data, settings.labels, settings.labels_are, settings.val_fraction
+    if path is None and labels is None:
+        return splits or open_splits(data)
+    table = None if labels is None else read_labels(labels, kind)
+    if path is None:
+        train, val = _open(data, data.val_fraction, table)  # held out as in the training
+    else:
+        share = share if share is not None else data.val_fraction or 0.5
+        if not 0 < share < 1:
+            raise UsageError(f"eval.val_fraction: expected a number between 0 and 1, got {share}")
+        train, val = _open(replace(data, path=path), 0.0, table, share)
+    _log_splits(train, val, "images for the probes")
+    return train, val
+
+
+def _open(
+    data: DataConfig, fraction: float, table: LabelTable | None = None, share: float | None = None
+) -> tuple[ImageSource, ImageSource]:
+    """Both splits. `fraction` is held out before images without labels in `table` are left out; `share`
+    after it, if there is no val split yet."""
+    train, val = (open_source(data.path, split, val_fraction=fraction) for split in ("train", "val"))
+    if table is not None:
+        train, val = (labeled(source, table) if len(source) else source for source in (train, val))
+    if share is not None and not len(val):
+        train, val = (hold_out(train, split, share) for split in ("train", "val"))
+    train, val = (as_trained(source, data.slices, data.channels) for source in (train, val))
+    train.value_range = val.value_range = data.value_range or choose_value_range(train, data.bit_depth)
+    return train, val
+
+
+def _log_splits(train: ImageSource, val: ImageSource, what: str) -> None:
+    log.info("%s: %s", what, train.summary())
     log.info("validation images: %s", val.summary())
-    if values is not None:
-        log.info("images of more than 8 bits: %g is black, %g is white", *values)
-    if (train.labeled or val.labeled) and (reason := _no_labels(train, val)):
+    if train.value_range is not None:
+        log.info("images of more than 8 bits: %g is black, %g is white", *train.value_range)
+    if len(val) and (train.labeled or val.labeled) and (reason := _no_labels(train, val)):
         way_out = f" Or give the training images alone ({train.origin}), and some of them are held out."
         log.info("note: %s%s", reason, way_out if train.labeled else "")
-    return train, val
 
 
 def _no_labels(train_source: ImageSource, val_source: ImageSource) -> str | None:
     """Why there is no kNN and no linear probe, for the report; None if every image has a class."""
     for role, source in (("training", train_source), ("validation", val_source)):
+        if source.values is not None:
+            continue
         targets = source.targets
         unlabeled = len(source) if targets is None else sum(target < 0 for target in targets)
         if unlabeled:

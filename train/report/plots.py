@@ -16,6 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
@@ -89,23 +90,18 @@ def plot_losses(path: Path, rows: Rows, *, sigreg_floor: float, batch: int) -> N
             if level is not None:
                 ax.axhline(level, color=TARGET, linestyle="--", linewidth=1.3)
                 _note(ax, label, (0.995, level), ("axes fraction", "data"), color=TARGET, fontsize=9)
-            if is_wide(values):
-                ax.set_yscale("log")
-                label_log_axis(ax.yaxis)
+            log_if_wide(ax.yaxis, values)
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             ax.set_xlabel("step")
 
 
-def is_wide(values: Any) -> bool:
-    """Whether positive values span enough for a logarithmic axis."""
-    return min(values) > 0 and max(values) > 8 * min(values)
-
-
-def label_log_axis(axis: Axis) -> None:
-    """Label a logarithmic axis 0.2, 0.5, 1, 2 ..."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+def log_if_wide(axis: Axis, values: Any) -> None:
+    """A logarithmic axis for positive values over a wide range, labeled 0.2, 0.5, 1, 2 ..."""
+    if min(values) > 0 and max(values) > 8 * min(values):
+        getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _plot_curve(ax: Axes, steps: np.ndarray, values: np.ndarray) -> None:
@@ -114,9 +110,13 @@ def _plot_curve(ax: Axes, steps: np.ndarray, values: np.ndarray) -> None:
         ax.plot(steps, values, color=TRAINED, marker="o" if len(steps) < 25 else None, markersize=3.5)
         return
     ax.plot(steps, values, color=TRAINED, alpha=0.25, linewidth=0.9)
+    ax.plot(steps, _running_median(values), color=TRAINED)
+
+
+def _running_median(values: np.ndarray) -> np.ndarray:
     window = max(5, len(values) // 40) | 1
     padded = np.pad(values, window // 2, mode="edge")
-    ax.plot(steps, np.median(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1), color=TRAINED)
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1)
 
 
 def _note(ax: Axes, text: str, point: tuple[float, float], coordinates: Any, **style: Any) -> None:
@@ -145,6 +145,44 @@ def plot_knn(
         ax.set(title="kNN accuracy on the validation images", xlabel="step", ylabel="top-1 accuracy (%)")
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         ax.legend(loc="best")
+
+
+def plot_runs(path: Path, runs: Mapping[str, Rows]) -> None:
+    """kNN, total loss, prediction loss and SIGReg of several runs over steps, a color for each.
+
+    An "eval" row of step 0 has kNN of the untrained encoder, which is drawn as a dotted line as well.
+    """
+    panels = (
+        ("eval", "knn", "kNN accuracy (%)"),
+        ("train", "loss", "total loss"),
+        ("train", "prediction", "prediction loss"),
+        ("train", "sigreg", "SIGReg of a batch"),
+    )
+    lines = {
+        name: Line2D([], [], color=f"C{i % 10}", linestyle=("-", "--", "-.")[i // 10 % 3], label=name)
+        for i, name in enumerate(runs)
+    }
+    with report_figure(path, 10.0, 6.0 + 0.25 * math.ceil(len(runs) / 3)) as figure:
+        for ax, (kind, key, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+            drawn = []
+            for name, rows in runs.items():
+                steps, values = series(rows, kind, key)
+                if not len(steps):
+                    continue
+                drawn.append(values)
+                style = {"color": lines[name].get_color(), "linestyle": lines[name].get_linestyle()}
+                smooth = values if kind == "eval" or len(values) < 60 else _running_median(values)
+                ax.plot(steps, smooth, marker="o" if len(steps) < 25 else None, markersize=3.5, **style)
+                if kind == "eval" and steps[0] == 0:
+                    ax.axhline(values[0], color=style["color"], linestyle=":", linewidth=1.2)
+            ax.set(title=title, xlabel="step")
+            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            if not drawn:
+                ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color=_MUTED)
+                ax.set(xticks=[], yticks=[])
+            elif kind == "train":
+                log_if_wide(ax.yaxis, np.concatenate(drawn))
+        figure.legend(handles=[*lines.values()], loc="outside lower center", ncols=3, fontsize=9)
 
 
 def plot_views(

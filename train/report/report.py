@@ -1,4 +1,4 @@
-"""The report of a run: `report.html`, `summary.json` and figures. They appear all together or not at all."""
+"""Reports: `report.html`, `summary.json` and figures. They appear all together or not at all."""
 
 import base64
 import contextlib
@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ import jinja2
 import torch
 from torch import Tensor
 
+from lejepa_fast.train.evaluation.backbones import BackboneResult
 from lejepa_fast.train.evaluation.collapse import rank_floors, sigreg_levels
 from lejepa_fast.train.evaluation.protocol import EvalResult
 from lejepa_fast.train.report import plots
+from lejepa_fast.train.report.results_table import TRAINED, UNTRAINED, few_shot_rows, table_rows
 from lejepa_fast.train.runtime.files import disk_errors_named
 
 
@@ -35,6 +37,9 @@ def write_report(
     history: Sequence[Mapping[str, Any]],
     views: Sequence[Tensor],
     steps: int,
+    backbones: Mapping[str, BackboneResult] | None = None,
+    draws: int = 1,
+    views_of: str | None = None,
 ) -> Path:
     """Write `run_dir/report/`, in place of an earlier report, and return the path of its `report.html`.
 
@@ -46,30 +51,65 @@ def write_report(
             the training.
         trained, untrained: results for both encoders, on the same data at the same image size.
         history: rows of `metrics.jsonl`; missing values leave gaps in the figures.
-        views: views of one batch of `evaluated_on`, tensors (B, 3, S, S), global ones first.
+        views: views of one batch, tensors (B, 3, S, S), global ones first.
         steps: optimizer steps of the trained encoder.
+        backbones: further columns of the table, by name.
+        draws: random draws of few labels.
+        views_of: name of the data of `views`; None: `evaluated_on`.
 
     Raises:
         RunError: the folder cannot be written (no space, no permission). An earlier report stays as it is.
     """
-    target, earlier = run_dir / "report", run_dir / ".report-old"
-    temporary = run_dir / ".report-new"  # a fixed name: the next report removes what a killed run left
-    way_out = "free some space or choose another folder, then evaluate the checkpoint again"
     summary = {
         "pretraining_data": config["data"]["path"],
         "pretraining_images": data["train_images"],
         "pretraining_held_out": data["val_images"],
         "evaluation_data": evaluated_on,
         **_summary(config, trained, untrained, history, steps),
+        "backbones": _of_backbones(backbones or {}),
     }
+    results = {UNTRAINED: untrained, TRAINED: trained, **_results(backbones or {})}
+    with replaced_folder(run_dir / "report") as folder:
+        _draw(folder, config, trained, untrained, history, views, steps)
+        more = {"draws": draws, "views_of": views_of or evaluated_on}
+        _write_pages(folder, "report.html.j2", strict_json(summary), results, **more)
+    return run_dir / "report" / "report.html"
+
+
+def write_backbones_report(
+    out: Path, *, evaluated_on: str, seed: int, backbones: Mapping[str, BackboneResult], draws: int = 1
+) -> Path:
+    """Write `out/report/` of backbones alone, without figures, and return the path of its `report.html`.
+
+    The arguments are those of `write_report`, `seed` that of the linear probe. RunError as there.
+    """
+    results = _results(backbones)
+    summary = {
+        "evaluation_data": evaluated_on,
+        **_setting(next(iter(results.values()))),
+        "seed": seed,
+        **_environment(),
+        "backbones": _of_backbones(backbones),
+    }
+    with replaced_folder(out / "report") as folder:
+        _write_pages(folder, "backbones.html.j2", strict_json(summary), results, draws=draws)
+    return out / "report" / "report.html"
+
+
+@contextlib.contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder that takes the place of `target` at the end; after an error `target` is as before.
+
+    RunError, which names `target`, if the disk refuses.
+    """
+    # Fixed names: the next report removes what a killed run left.
+    temporary, earlier = (target.with_name(f".{target.name}-{which}") for which in ("new", "old"))
+    way_out = "free some space or choose another folder, then run the command again"
     try:
         with disk_errors_named(target, way_out):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            _draw(temporary, config, trained, untrained, history, views, steps)
-            text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-            (temporary / "summary.json").write_text(text, encoding="utf-8")
-            (temporary / "report.html").write_text(_render(summary, temporary), encoding="utf-8")
+            yield temporary
             shutil.rmtree(earlier, ignore_errors=True)
             if target.exists():
                 target.rename(earlier)
@@ -79,7 +119,6 @@ def write_report(
             earlier.rename(target)
         for folder in (temporary, earlier):
             shutil.rmtree(folder, ignore_errors=True)
-    return target / "report.html"
 
 
 def _draw(
@@ -105,13 +144,28 @@ def _draw(
     plots.plot_spectrum(folder / "spectrum.png", trained.z_val, untrained.z_val)
 
 
-def _render(summary: Mapping[str, Any], folder: Path) -> str:
-    """The page, with the figures in `folder` embedded."""
+def _write_pages(
+    folder: Path,
+    template: str,
+    summary: Mapping[str, Any],
+    results: Mapping[str, EvalResult],
+    **variables: Any,
+) -> None:
+    """Write summary.json and report.html, with the table of `results`."""
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    (folder / "summary.json").write_text(text, encoding="utf-8")
+    table = {"rows": table_rows(results), "few_rows": few_shot_rows(results), "columns": list(results)}
+    config = json.dumps(summary.get("config"), indent=2)
+    page = render(template, folder, s=summary, config=config, **table, **variables)
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def render(template: str, folder: Path, **variables: Any) -> str:
+    """The page of a template of this package; its variable `figures` holds the figures in `folder`."""
     loader, strict = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.StrictUndefined
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=strict)
     figures = {path.name: base64.b64encode(path.read_bytes()).decode() for path in folder.glob("*.png")}
-    config = json.dumps(summary["config"], indent=2)
-    return environment.get_template("report.html.j2").render(s=summary, figures=figures, config=config)
+    return environment.get_template(template).render(figures=figures, **variables)
 
 
 def _summary(
@@ -125,15 +179,16 @@ def _summary(
     levels = sigreg_levels(trained.n_val)
     collapsed, low = rank_floors(trained.n_val, trained.z_val.shape[1])
     summary: dict[str, Any] = {}
-    for name in ("knn", "linear"):
+    for name in ("knn", "linear", "fine_tuned"):
         before, after = getattr(untrained, name), getattr(trained, name)
         gain = None if before is None or after is None else after - before
         summary |= {f"{name}_untrained": before, f"{name}_trained": after, f"{name}_gain": gain}
     summary |= {
-        "knn_k": trained.k,
-        "chance": trained.chance,
-        "majority_class": trained.majority,
-        "no_labels_because": trained.no_labels_because,
+        "regression_untrained": _scores(untrained),
+        "regression": _scores(trained),
+        "few_shot_untrained": untrained.few_shot,
+        "few_shot": trained.few_shot,
+        **_setting(trained),
         "embedding_std": trained.embedding_std,
         "embedding_std_untrained": untrained.embedding_std,
         "effective_rank": trained.effective_rank,
@@ -153,20 +208,64 @@ def _summary(
         "images_per_second": training_speed(history),
         "steps": steps,
         "seed": config["seed"],
-        "probe_images": trained.n_train,
-        "val_images": trained.n_val,
-        "num_classes": trained.num_classes,
         "image_size": trained.image_size,
         "feature_dim": trained.features_val.shape[1],
         "embedding_dim": trained.z_val.shape[1],
         "linear_learning_rate_untrained": untrained.linear_rate,
         "linear_learning_rate_trained": trained.linear_rate,
-        "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": _machine(),
-        "versions": _versions(),
+        **_environment(),
         "config": config,
     }
-    # Strict JSON: a number that is not finite becomes None, a path text.
+    return summary
+
+
+def _setting(result: EvalResult) -> dict[str, Any]:
+    """What all encoders of a report share."""
+    return {
+        "knn_k": result.k,
+        "chance": result.chance,
+        "majority_class": result.majority,
+        "no_labels_because": result.no_labels_because,
+        "probe_images": result.n_train,
+        "val_images": result.n_val,
+        "num_classes": result.num_classes,
+        "few_shot_note": result.few_shot_note,
+    }
+
+
+def _scores(result: EvalResult) -> dict[str, Any] | None:
+    return result.regression and {name: score._asdict() for name, score in result.regression.items()}
+
+
+def _environment() -> dict[str, Any]:
+    created = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return {"created": created, "machine": _machine(), "versions": _versions()}
+
+
+def _of_backbones(backbones: Mapping[str, BackboneResult]) -> dict[str, Any]:
+    return {
+        name: {
+            "knn": result.knn,
+            "linear": result.linear,
+            "linear_learning_rate": result.linear_rate,
+            "regression": _scores(result),
+            "fine_tuned": result.fine_tuned,
+            "few_shot": result.few_shot,
+            "image_size": result.image_size,
+            "feature_dim": result.features_val.shape[1],
+            "parameters": parameters,
+            "weights": weights,
+        }
+        for name, (result, weights, parameters) in backbones.items()
+    }
+
+
+def _results(backbones: Mapping[str, BackboneResult]) -> dict[str, EvalResult]:
+    return {name: backbone.result for name, backbone in backbones.items()}
+
+
+def strict_json(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy for strict JSON: a number that is not finite becomes None, a path text."""
     return json.loads(json.dumps(summary, default=str), parse_constant=lambda name: None)
 
 
@@ -191,28 +290,6 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-def format_table(trained: EvalResult, untrained: EvalResult) -> str:
-    """The main figures of both encoders side by side, for a terminal."""
-    lines = [f"{'':34}{'untrained':>12}{'trained':>12}{'difference':>12}"]
-    for label, name, form in (
-        (f"kNN accuracy, k = {trained.k} (%)", "knn", ".1f"),
-        ("linear probe accuracy (%)", "linear", ".1f"),
-        ("embedding std (target 1)", "embedding_std", ".3g"),
-        (f"effective rank of {trained.rank_limit}", "effective_rank", ".3g"),
-        (f"SIGReg of {trained.n_val} validation images", "sigreg", ".3g"),
-    ):
-        before, after = getattr(untrained, name), getattr(trained, name)
-        if before is None or after is None:
-            lines.append(f"{label:34}{'-':>12}{'-':>12}{'-':>12}")
-        else:
-            lines.append(f"{label:34}{before:>12{form}}{after:>12{form}}{after - before:>+12{form}}")
-    if trained.chance is not None:
-        lines.append(f"guessing: {trained.chance:.1f} %, always the largest class: {trained.majority:.1f} %")
-    if trained.no_labels_because:
-        lines.append(trained.no_labels_because)
-    return "\n".join([*lines, trained.verdict.sentence])
 
 
 def training_speed(history: Sequence[Mapping[str, Any]]) -> float | None:

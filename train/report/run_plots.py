@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lejepa_fast.train.report.plots import TARGET, TRAINED, UNTRAINED, is_wide, label_log_axis, report_figure
+from lejepa_fast.train.report.plots import TARGET, TRAINED, UNTRAINED, log_if_wide, report_figure
 from lejepa_fast.train.report.runs import RunRecord
 from lejepa_fast.train.report.selection import PROBES, Selection
 
@@ -39,9 +39,7 @@ def plot_selection(path: Path, chosen: Selection) -> None:
         _colored(figure, right, x, y, [math.log10(chosen.runs[i].lambd) for i in shown], "log10(lambda)")
         right.set(xlabel=f"loss / lambda^{chosen.alpha:g}", ylabel=f"{PROBE_LABELS[probe]} (%)")
         right.set_title("Accuracy against the score")
-        if is_wide(x):
-            right.set_xscale("log")
-            label_log_axis(right.xaxis)
+        log_if_wide(right.xaxis, x)
 
 
 def draw_correlations(ax: Axes, correlations: Mapping[str, Mapping[str, Any]]) -> None:
@@ -72,12 +70,8 @@ def draw_loss_plane(figure: Figure, ax: Axes, runs: Sequence[RunRecord]) -> None
     x, y = [run.sigreg for run in runs], [run.prediction for run in runs]
     _colored(figure, ax, x, y, accuracy, f"{PROBE_LABELS[probe]} (%)")
     ax.set(title="Accuracy over the losses", xlabel="SIGReg", ylabel="prediction loss")
-    if is_wide(x):
-        ax.set_xscale("log")
-        label_log_axis(ax.xaxis)
-    if is_wide(y):
-        ax.set_yscale("log")
-        label_log_axis(ax.yaxis)
+    log_if_wide(ax.xaxis, x)
+    log_if_wide(ax.yaxis, y)
 
 
 def _colored(

@@ -53,7 +53,8 @@ def open_source(path: str, split: Split, *, val_fraction: float = 0.1, seed: int
             folder of WebDataset .tar shards, or one .tar; "torchvision:NAME:/dir" for a torchvision data set
             whose files are in /dir (nothing is ever downloaded). `find_splits` says which have own splits.
         split: "train" or "val".
-        val_fraction: share of each class, at least one image, that "val" gets where there are no splits.
+        val_fraction: share of each class, at least one image, that "val" gets where there are no splits; 0:
+            "train" gets all images, and "val" none.
         seed: chooses the images of that share.
 
     Raises:
@@ -61,13 +62,13 @@ def open_source(path: str, split: Split, *, val_fraction: float = 0.1, seed: int
     """
     if split not in ("train", "val"):
         raise UsageError(f"split must be 'train' or 'val'; got {split!r}")
-    if not 0.0 < val_fraction < 1.0:
+    if not 0.0 <= val_fraction < 1.0:
         raise UsageError(f"val_fraction must lie between 0 and 1; got {val_fraction}")
     path = os.fspath(path)
     if path.startswith("torchvision:"):
         source, is_split = open_torchvision_set(path, split)
         source.origin = path
-        return source if is_split else _hold_out(source, split, val_fraction, seed)
+        return source if is_split else hold_out(source, split, val_fraction, seed)
     if path not in EMBEDDED and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
         raise UsageError(
             f"cannot read {path!r}: only local folders, .tar files and torchvision:NAME:/dir are opened, "
@@ -84,7 +85,7 @@ def open_source(path: str, split: Split, *, val_fraction: float = 0.1, seed: int
         source.origin += ", all of one class"
     if train_place != root:
         source.name = path if path in EMBEDDED else root.name or str(root)
-    return source if val_place is not None else _hold_out(source, split, val_fraction, seed)
+    return source if val_place is not None else hold_out(source, split, val_fraction, seed)
 
 
 def find_splits(root: Path, *, below: int = 3) -> tuple[Place, Place | None]:
@@ -193,8 +194,13 @@ def open_place(place: Place, root: Path, train: ImageSource | None = None) -> Im
     return ShardSource(shards, classes=classes or beside or _read_classes(folder))
 
 
-def _hold_out(source: ImageSource, split: Split, val_fraction: float, seed: int) -> ImageSource:
-    """Split by class: the same images are held out on every machine, run and rank."""
+def hold_out(source: ImageSource, split: Split, val_fraction: float, seed: int = 0) -> ImageSource:
+    """One part of a source that is split by class, the same on every machine, run and rank.
+
+    The arguments are those of `open_source`. Raises `HoldOutError` when there are too few images.
+    """
+    if val_fraction == 0:
+        return source if split == "train" else source.subset([])
     targets = source._targets if source._targets is not None else np.zeros(len(source), dtype=np.int64)
     held_out = np.zeros(len(source), dtype=bool)
     labels, counts = np.unique(targets, return_counts=True)

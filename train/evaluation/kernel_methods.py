@@ -1,0 +1,291 @@
+"""Probes with a bandwidth: Nadaraya-Watson, radius neighbors and kernel ridge regression, on frozen features.
+
+Features are scaled to unit length, as for kNN, so the methods differ by their rule alone; distances d are
+Euclidean. A query x gets the mean of the training targets with weights
+
+    exp(-d(x, x_i)^2 / (2 h^2))        Nadaraya-Watson with a Gaussian kernel of bandwidth h
+    1 where d(x, x_i) <= r, else 0     radius neighbors; where there are none, the nearest one
+
+or, in kernel ridge regression, mean + sum_i a_i K(x, x_i) with that kernel and (K + penalty I) a = y - mean.
+The targets are one column of 0 and 1 for each class, of which the largest wins, or numbers.
+
+Bandwidth, radius and penalty are chosen by leave-one-out on up to 1,000 samples of the TRAINING set, by
+accuracy for classes and squared error for numbers; of equal ones the first is taken.
+
+Sources: Nadaraya (1964), Watson (1964); closed-form leave-one-out of kernel ridge: Rasmussen & Williams,
+"Gaussian Processes for Machine Learning" (2006), eq. 5.12.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lejepa_fast.train.evaluation.probes import MEMORY, check_samples
+
+CHOICE_SAMPLES = 1_000
+RIDGE_SAMPLES = 8_000
+BANDWIDTHS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of the median distance of two training samples
+RIDGE_BANDWIDTHS = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)
+RADII = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # shares of all pairs of training samples that are closer
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_FAR = 1e30  # a squared distance beyond all others; infinity would give NaN in differences
+_CHUNK = 1024  # queries that are compared at a time
+
+
+class KernelProbe(NamedTuple):
+    """Result of a probe with a bandwidth."""
+
+    predicted: Tensor
+    """Classes (m,) int64, or numbers (m,)."""
+    width: float
+    """The bandwidth h, or the radius r, that was chosen: a distance of features of unit length."""
+    penalty: float | None = None
+    """The penalty that kernel ridge regression chose."""
+
+
+@torch.no_grad()
+def nadaraya_watson(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    *,
+    num_classes: int | None,
+    bandwidths: Sequence[float] | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    memory: int = MEMORY,
+) -> KernelProbe:
+    """Predict by the mean of all training targets, weighted by a Gaussian kernel.
+
+    Both sets go to the device in blocks, so that its memory does not grow with them.
+
+    Args:
+        train_x, train_y: features (n, D) of any float dtype, and classes or numbers (n,).
+        test_x: features (m, D) of what to predict.
+        num_classes: classes are 0 .. num_classes - 1; None: `train_y` are numbers.
+        bandwidths: positive candidates; a single one is used without a choice. None: `BANDWIDTHS` times the
+            median distance of two training samples.
+        seed: of the training samples that the choice looks at.
+        device: where to compute; None: the device of `train_x`.
+        memory: bound of the bytes on the device.
+
+    Raises:
+        ValueError: empty, mismatched or non-finite inputs, classes out of range, bad candidates.
+    """
+    samples = _Samples(train_x, train_y, test_x, num_classes, seed, device, memory)
+    candidates = samples.candidates("bandwidths", bandwidths, lambda d: [d.median() * b for b in BANDWIDTHS])
+    return samples.smooth(candidates, gaussian=True)
+
+
+@torch.no_grad()
+def radius_neighbors(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    *,
+    num_classes: int | None,
+    radii: Sequence[float] | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    memory: int = MEMORY,
+) -> KernelProbe:
+    """Predict by the mean of the training targets within a radius, or by the nearest one if there is none.
+
+    `radii` are positive candidates; None: those that hold the shares `RADII` of all pairs of training
+    samples. Everything else is as in `nadaraya_watson`.
+    """
+    samples = _Samples(train_x, train_y, test_x, num_classes, seed, device, memory)
+    shares = torch.tensor(RADII, dtype=torch.float64, device=samples.device)
+    # Half the smallest distance asks for the nearest sample alone, as one sample for each class needs.
+    candidates = samples.candidates("radii", radii, lambda d: [d.min() / 2, *torch.quantile(d, shares)])
+    return samples.smooth(candidates, gaussian=False)
+
+
+@torch.no_grad()
+def kernel_ridge(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    *,
+    num_classes: int | None,
+    bandwidths: Sequence[float] | None = None,
+    penalties: Sequence[float] = PENALTIES,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    memory: int = MEMORY,
+) -> KernelProbe:
+    """Predict by kernel ridge regression with a Gaussian kernel, in float64.
+
+    It needs the matrix of all pairs: of more than 8,000 training samples a random part of that size is used
+    (fewer where `memory` is below 2 GB). `penalties` are positive candidates, as `bandwidths` are, which by
+    default are `RIDGE_BANDWIDTHS` times the median distance. Everything else is as in `nadaraya_watson`.
+    """
+    samples = _Samples(train_x, train_y, test_x, num_classes, seed, device, memory)
+    if not penalties or not all(penalty > 0 for penalty in penalties):
+        raise ValueError(f"penalties must be positive numbers, at least one, got {penalties!r}")
+    bandwidths = samples.candidates(
+        "bandwidths", bandwidths, lambda d: [d.median() * b for b in RIDGE_BANDWIDTHS]
+    )
+    few, y = samples.unit(samples.few).double(), samples.columns(samples.few)
+    width, penalty = bandwidths[0], penalties[0]
+    if len(bandwidths) * len(penalties) > 1 and len(few) > 1:
+        scores = {}
+        for h in bandwidths:
+            values, vectors = torch.linalg.eigh(_gaussian(few, few, h))
+            for p in penalties:
+                inverse = 1 / (values.clamp_min(0) + p)
+                a = vectors @ (inverse[:, None] * (vectors.T @ (y - y.mean(dim=0))))
+                left_out = y - a / (vectors.square() @ inverse)[:, None]
+                scores[h, p] = samples.score(samples.decide(left_out), samples.few)
+        width, penalty = max(scores, key=scores.__getitem__)  # of equal ones the first
+    rows = samples.order[: samples.ridge_limit()]
+    x, y = samples.unit(rows).double(), samples.columns(rows)
+    mean = y.mean(dim=0)
+    K = _gaussian(x, x, width)
+    K.diagonal().add_(penalty)
+    a = torch.cholesky_solve(y - mean, torch.linalg.cholesky(K))
+    del K
+    block = max(1, memory // 8 // (24 * len(x) + 32 * x.shape[1] + 16 * y.shape[1]))
+    parts = [
+        samples.decide(_gaussian(samples.unit(part, test_x).double(), x, width) @ a + mean)
+        for part in torch.arange(len(test_x)).split(block)
+    ]
+    return KernelProbe(torch.cat(parts), width, penalty)
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """(m, n) between rows of a (m, D) and b (n, D)."""
+    squares = a.square().sum(dim=1)[:, None], b.square().sum(dim=1)
+    return torch.addmm(squares[1], a, b.T, alpha=-2).add_(squares[0]).clamp_min_(0)
+
+
+def _gaussian(a: Tensor, b: Tensor, h: float) -> Tensor:
+    return _squared_distances(a, b).mul_(-0.5 / h**2).exp_()
+
+
+class _Samples:
+    """Checked samples of a probe: features of unit length in blocks, targets as columns, and the choice."""
+
+    def __init__(
+        self,
+        train_x: Tensor,
+        train_y: Tensor,
+        test_x: Tensor,
+        num_classes: int | None,
+        seed: int,
+        device: torch.device | str | None,
+        memory: int,
+    ) -> None:
+        check_samples(train_x, train_y, test_x, None, num_classes)
+        self.x, self.y, self.test_x, self.num_classes, self.memory = (
+            train_x, train_y, test_x, num_classes, memory
+        )  # fmt: skip
+        self.device = torch.device(device or train_x.device)
+        self.order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed))
+        self.few = self.order[: min(CHOICE_SAMPLES, int((memory / 100) ** 0.5))]  # all pairs of them
+        self.center = torch.zeros((), device=self.device)
+        self.center = self.unit(self.few).mean(dim=0)  # near 0, differences of float32 numbers are exact
+        self.mean = 0.0 if num_classes else train_y.double().mean().item()
+
+    def unit(self, rows: Tensor, of: Tensor | None = None) -> Tensor:
+        """Rows (b,) of the training features, or `of` others, at unit length around the center: (b, D)."""
+        x = self.x if of is None else of
+        with torch.autocast(self.device.type, enabled=False):
+            taken = x[rows.to(x.device)].to(self.device, torch.float32)
+            return F.normalize(taken, dim=1) - self.center
+
+    def columns(self, rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Targets of these training samples: (b, C) of 0 and 1, or centered numbers (b, 1)."""
+        y = self.y[rows.to(self.y.device)].to(self.device)
+        if self.num_classes is None:
+            return (y.double() - self.mean).to(dtype)[:, None]
+        return torch.zeros(len(y), self.num_classes, dtype=dtype, device=self.device).scatter_(
+            1, y[:, None], 1.0
+        )
+
+    def decide(self, columns: Tensor) -> Tensor:
+        """Predictions (m,) from values of the columns (m, C)."""
+        return columns[:, 0].double() + self.mean if self.num_classes is None else columns.argmax(dim=1)
+
+    def score(self, predicted: Tensor, rows: Tensor) -> float:
+        """How well these training samples are predicted; more is better."""
+        truth = self.y[rows.to(self.y.device)].to(self.device)
+        if self.num_classes is None:
+            return -(predicted - truth.double()).square().mean().item()
+        return (predicted == truth).double().mean().item()
+
+    def ridge_limit(self) -> int:
+        """Training samples whose matrix of pairs fits into the memory, twice."""
+        own = 16 * self.x.shape[1] + 32 * (self.num_classes or 1)
+        return min(RIDGE_SAMPLES, int((self.memory / 30) ** 0.5), max(2, self.memory // 4 // own))
+
+    def candidates(
+        self, name: str, given: Sequence[float] | None, of_distances: Callable[[Tensor], list[Tensor]]
+    ) -> list[float]:
+        if given is not None:
+            if not given or not all(width > 0 for width in given):
+                raise ValueError(f"{name} must be positive numbers, at least one, got {given!r}")
+            return list(given)
+        distances = torch.pdist(self.unit(self.few).double())
+        if not len(distances) or not distances.any():
+            return [1.0]  # a single sample, or all are alike
+        found = [float(width) for width in of_distances(distances)]
+        return [width for width in found if width > 0] or [distances.max().item()]
+
+    def smooth(self, widths: list[float], *, gaussian: bool) -> KernelProbe:
+        width = widths[0]
+        if len(widths) > 1 and len(self.few) > 1:
+            left_out = self._smooth(self.x, self.few, widths, gaussian, own=self.few)
+            scores = [self.score(predicted, self.few) for predicted in left_out]
+            width = widths[scores.index(max(scores))]
+        (predicted,) = self._smooth(self.test_x, torch.arange(len(self.test_x)), [width], gaussian)
+        return KernelProbe(predicted, width)
+
+    def _smooth(
+        self, of: Tensor, rows: Tensor, widths: list[float], gaussian: bool, own: Tensor | None = None
+    ) -> list[Tensor]:
+        """Predictions (m,) for these rows of features `of`, for each width. `own`: numbers (m,) of the
+        training samples that the queries are, each of which is left out for itself."""
+        columns, dim = self.num_classes or 1, self.x.shape[1]
+        chunk = min(_CHUNK, len(rows))
+        block = max(1, self.memory // 4 // (16 * dim + 20 * chunk + 8 * columns))
+        part = max(1, self.memory // 4 // (len(widths) * (4 * columns + 16)))
+        found: list[list[Tensor]] = [[] for _ in widths]
+        for first in range(0, len(rows), part):
+            queries = rows[first : first + part]
+            sums = torch.zeros(len(widths), len(queries), columns, device=self.device)
+            totals = torch.zeros(len(widths), len(queries), device=self.device)
+            lowest = torch.full((len(queries),), _FAR, device=self.device)
+            nearest = torch.zeros(len(queries), columns, device=self.device)
+            for samples in torch.arange(len(self.x)).split(block):
+                x, y = self.unit(samples), self.columns(samples, torch.float32)
+                for start in range(0, len(queries), chunk):
+                    at = slice(start, start + chunk)
+                    squared = _squared_distances(self.unit(queries[at], of), x)
+                    if own is not None:
+                        numbers = own[first:][at].to(self.device)[:, None]
+                        squared.masked_fill_(numbers == samples.to(self.device), _FAR)
+                    low, index = squared.min(dim=1)
+                    closer = low < lowest[at]
+                    nearest[at] = torch.where(closer[:, None], y[index], nearest[at])
+                    low = torch.minimum(low, lowest[at])
+                    for each, width in enumerate(widths):
+                        if gaussian:  # relative to the nearest sample, so that not all weights vanish
+                            scale = -0.5 / width**2
+                            weights = ((squared - low[:, None]) * scale).exp_()
+                            faded = ((lowest[at] - low) * scale).exp()
+                            sums[each, at] *= faded[:, None]
+                            totals[each, at] *= faded
+                        else:
+                            weights = (squared <= width**2).float()
+                        sums[each, at] += weights @ y
+                        totals[each, at] += weights.sum(dim=1)
+                    lowest[at] = low
+            for each in range(len(widths)):
+                some = totals[each, :, None] > 0
+                means = torch.where(some, sums[each] / totals[each, :, None], nearest)
+                found[each].append(self.decide(means))
+        return [torch.cat(parts) for parts in found]

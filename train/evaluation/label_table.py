@@ -1,0 +1,149 @@
+"""Labels of images from a CSV file: classes, or numbers such as counts and distances.
+
+The first line names the columns: `file` (or `path`, `image`, `filename`) and `label` (or `value`, `class`,
+`target`); others are ignored. A file is named by its path from the root of the data, or by as much of the end
+of that path as tells it from the others: `photos/7.jpg`, `7.jpg`.
+"""
+
+import csv
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from lejepa_fast.data import ImageSource
+from lejepa_fast.errors import UsageError
+from lejepa_fast.regular_files import open_regular
+
+log = logging.getLogger("lejepa_fast.train")
+
+FILE_COLUMNS = ("file", "path", "image", "filename")
+LABEL_COLUMNS = ("label", "value", "class", "target")
+Kind = Literal["auto", "classes", "numbers"]
+
+
+class LabelRow(NamedTuple):
+    """A row of the file."""
+
+    line: int
+    label: str
+
+
+class LabelTable(NamedTuple):
+    """The labels of a CSV file."""
+
+    path: Path
+    rows: dict[str, LabelRow]
+    """By the name of the image file, with / between folders."""
+    classes: list[str] | None
+    """Names of the classes in sorted order; None: the labels are numbers."""
+
+
+def read_labels(path: Path, kind: Kind = "auto") -> LabelTable:
+    """Read a CSV file of labels.
+
+    Args:
+        path: a file in UTF-8 with commas between columns; the module says which columns.
+        kind: "auto": numbers if all labels can be read as such, else classes.
+
+    Raises:
+        UsageError: the file cannot be read; a column is missing; a row is too short, names a file again, or
+            has no label, or no number where numbers are expected. It names file, line and column.
+    """
+    rows: dict[str, LabelRow] = {}
+    try:
+        with open_regular(path, "r", encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = [name.strip().lower() for name in next(reader, [])]
+            file_at, label_at = (_column(path, header, names) for names in (FILE_COLUMNS, LABEL_COLUMNS))
+            for cells in reader:
+                if not any(cell.strip() for cell in cells):
+                    continue
+                where = f"labels: {path}, line {reader.line_num}"
+                if len(cells) <= max(file_at, label_at):
+                    raise UsageError(f"{where}: expected {len(header)} columns, got {len(cells)}")
+                name, label = cells[file_at].strip().replace("\\", "/"), cells[label_at].strip()
+                for column, cell in ((file_at, name), (label_at, label)):
+                    if not cell:
+                        raise UsageError(f"{where}, column {header[column]}: expected a value, got none")
+                name = name.removeprefix("./")
+                if name in rows:
+                    raise UsageError(f"{where}: {name} has a label already, in line {rows[name].line}")
+                rows[name] = LabelRow(reader.line_num, label)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"labels: cannot read {path} as a CSV file in UTF-8: {error}") from error
+    if not rows:
+        raise UsageError(f"labels: {path} has no rows; expected one for each labeled image")
+    others = [row for row in rows.values() if not _is_number(row.label)]
+    share = 1 - len(others) / len(rows)
+    if kind == "numbers" or (kind == "auto" and share > 0.5):
+        if others:
+            way_out = "" if kind == "numbers" else f", as {share:.0%} are; or say --labels-are classes"
+            place = f"{path}, line {others[0].line}, column {header[label_at]}"
+            raise UsageError(f"labels: {place}: expected a number{way_out}, got {others[0].label!r}")
+        return LabelTable(path, rows, None)
+    return LabelTable(path, rows, sorted({row.label for row in rows.values()}))
+
+
+def labeled(source: ImageSource, table: LabelTable) -> ImageSource:
+    """The images of a source that have a row, with their labels in place of those that they had.
+
+    Classes are those of the whole table; numbers are the source's `values`. Logs how many are left out.
+
+    Raises:
+        UsageError: a row fits several images, several rows fit one, or no row fits any.
+    """
+    by_image: dict[int, str] = {}
+    by_name: dict[str, int] = {}
+    for index in range(len(source)):
+        parts = re.split("/|: ", source.describe(index))  # in shards: "shard.tar: name"
+        for count in range(1, len(parts) + 1):
+            name = "/".join(parts[-count:])
+            if name not in table.rows:
+                continue
+            place = f"labels: {table.path}, line {table.rows[name].line}"
+            if name in by_name:
+                images = f"{source.describe(by_name[name])} and {source.describe(index)}"
+                raise UsageError(f"{place}: {name} fits both {images}; give more of the path")
+            if index in by_image:
+                other = table.rows[by_image[index]].line
+                raise UsageError(f"{place}: {source.describe(index)} has a label already, in line {other}")
+            by_name[name], by_image[index] = index, name
+    if not by_image:
+        example = f"{next(iter(table.rows))!r} and {source.describe(0)!r}" if len(source) else "none"
+        raise UsageError(f"labels: no row of {table.path} names an image of {source.name}; compare {example}")
+    texts = [table.rows[name].label for name in by_image.values()]
+    part = source.subset(list(by_image))
+    part.classes, part._targets, part.values = table.classes, None, None
+    if table.classes is None:
+        part.values = np.array([float(text) for text in texts])
+    else:
+        numbers = {name: number for number, name in enumerate(table.classes)}
+        part._targets = np.array([numbers[text] for text in texts], dtype=np.int64)
+    left_out = len(source) - len(part)
+    log.info(
+        f"labels: {len(part):,} images of {source.origin} have one in {table.path}"
+        + (f"; {left_out:,} have none and are left out" if left_out else "")
+    )
+    return part
+
+
+def _column(path: Path, header: list[str], names: tuple[str, ...]) -> int:
+    found = [index for index, name in enumerate(header) if name in names]
+    if len(found) != 1:
+        some = "several" if found else "none"
+        got = ", ".join(header)[:200] or "an empty line"
+        raise UsageError(
+            f"labels: {path}, line 1: expected one column called {' or '.join(names)}, got {some} in: {got}"
+        )
+    return found[0]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
