@@ -198,20 +198,15 @@ def test_command_puts_backbones_on_a_page_alone_and_beside_a_run(tiny, weights, 
         assert (found["knn"], found["linear"], found["image_size"]) == (expected.knn, None, 32)
 
     tensors = {f"model.{name}": tensor for name, tensor in build_model(cfg).state_dict().items()}
-    saver, counts = (
-        Saver(tmp_path / "run" / "checkpoints", CPU, keep=1),
-        {"train_images": 32, "val_images": 12},
-    )
+    (tmp_path / "run").mkdir()
+    saver = Saver(tmp_path / "run" / "checkpoints", CPU, keep=1)
+    counts = {"train_images": 32, "val_images": 12}
     saver.start(1, tensors, {"config": to_dict(cfg), "data": counts})
     saver.wait()
     run = ["--checkpoint", str(tmp_path / "run"), "--no-linear", "--backbone-size", "64", *given[:2]]
     assert command.main(run) == 0
-    assert capsys.readouterr().out.splitlines()[1].split() == [
-        "untrained",
-        "trained",
-        "difference",
-        "test_resnet",
-    ]
+    head = capsys.readouterr().out.splitlines()[1].split()
+    assert head == ["untrained", "trained", "difference", "test_resnet"]
     summary = next((tmp_path / "run" / "evaluation").glob("*/report/summary.json"))
     found = json.loads(summary.read_text())
     assert (found["image_size"], found["backbones"]["test_resnet"]["image_size"]) == (32, 64)
