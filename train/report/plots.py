@@ -23,7 +23,7 @@ from lejepa_fast.train.evaluation.collapse import covariance_eigenvalues
 Rows = Sequence[Mapping[str, Any]]
 
 TRAINED, UNTRAINED, TARGET = "#0b6bcb", "#d9822b", "#3b4252"
-_MUTED = "#616e7c"
+MUTED = "#616e7c"
 _STYLE = {
     "font.size": 10.5,
     "font.family": "DejaVu Sans",
@@ -32,15 +32,15 @@ _STYLE = {
     "axes.titlelocation": "left",
     "axes.titlecolor": "#1f2933",
     "axes.edgecolor": "#9aa5b1",
-    "axes.labelcolor": _MUTED,
+    "axes.labelcolor": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#e4e7eb",
     "grid.linewidth": 0.8,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "legend.frameon": False,
     "lines.linewidth": 2.0,
 }
@@ -81,7 +81,7 @@ def plot_losses(path: Path, rows: Rows, *, sigreg_floor: float, batch: int) -> N
             steps, values = series(rows, "train", key)
             ax.set_title(title)
             if not len(steps):
-                ax.text(0.5, 0.5, "not logged", transform=ax.transAxes, ha="center", color=_MUTED)
+                ax.text(0.5, 0.5, "not logged", transform=ax.transAxes, ha="center", color=MUTED)
                 ax.set(xticks=[], yticks=[])
                 continue
             _plot_curve(ax, steps, values)
@@ -164,7 +164,7 @@ def plot_views(
         ax.set_axis_off()
         for column, size in enumerate(sizes):
             name = f"global {column + 1}" if column < num_global else f"local {column + 1 - num_global}"
-            ax.text(left[column] + size / 2, -gap, name, ha="center", va="bottom", color=_MUTED, fontsize=9.5)
+            ax.text(left[column] + size / 2, -gap, name, ha="center", va="bottom", color=MUTED, fontsize=9.5)
 
 
 def plot_projections(path: Path, trained: Tensor, untrained: Tensor) -> None:
