@@ -35,8 +35,8 @@ def dimension(small: bool) -> Iterator[Row]:
     """Section 4.3: 16 directions drawn anew at each step do more than thousands of fixed ones. Adam on the
     samples (N 100, dimension 512), all Gaussian but for two dimensions in the shape of an X; then SIGReg
     along 512 directions that no training saw, and in the plane of the X."""
-    N, K, steps = (64, 64, 40) if small else (100, 512, 400)
-    fixed_counts = (16, 64) if small else (16, 256, 2048)
+    N, K, steps = (64, 128, 100) if small else (100, 512, 400)
+    fixed_counts = (16, 32) if small else (16, 256, 2048)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(N, K, generator=generator)
     arm = 1.0 - 2.0 * torch.randint(0, 2, (N,), generator=generator)
@@ -305,8 +305,8 @@ def gradients(small: bool) -> Iterator[Row]:
             (grad,) = torch.autograd.grad(value, x, retain_graph=True)
             row[f"{name}_gradient"] = grad.abs().max().item()
         yield row
-    atoms = torch.tensor([-math.sqrt(3)] * (N // 6) + [0.0] * (4 * (N // 6)) + [math.sqrt(3)] * (N // 6))
-    x = atoms.double()[:, None]
+    atoms = (3**0.5 * torch.tensor([-1, 0, 0, 0, 0, 1], dtype=torch.float64)).repeat(100)
+    x = atoms[:, None]
     gaussian = torch.quantile(
         torch.stack(
             [
