@@ -119,20 +119,26 @@ class Pixels(nn.Module):
         return [F.avg_pool2d(images, PATCH)]
 
 
-def measured(name: str, run: Path, folder: Path, out: Path) -> list[Row]:
-    """Rows of a set: IoU of train/segment.py, and of the baseline."""
+def measured(name: str, run: Path, folder: Path, out: Path, pca: str) -> list[Row]:
+    """Rows of a set: IoU of train/segment.py with --pca, and of the baseline."""
     images, masks = folder / "images", folder / "masks"
     arguments = ["--checkpoint", str(run), "--images", str(images), "--masks", str(masks), "--out", str(out)]
-    if segment.main([*arguments, "--device", "cpu", "--draw", "16"]):
+    if segment.main([*arguments, "--device", "cpu", "--draw", "16", "--pca", pca]):
         raise RunError(f"train/segment.py failed on {images}")
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     files = sorted(images.iterdir())
     pixels = np.stack([np.asarray(Image.open(file)) for file in files]).astype(np.float32) / 255
     truth = torch.from_numpy(np.stack([np.asarray(Image.open(masks / file.name)) > 0 for file in files]))
     seen, batch = truth.flatten(1).any(1), torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    maps = set_maps(Pixels(), [(batch, batch)], "cpu").part(seen)
+    maps = set_maps(Pixels(), [(batch, batch)], "cpu", per_image=pca == "per-image").part(seen)
     found = {**summary["iou"], "pixels": {"pca": score_maps(maps, truth[seen])["pca"]._asdict()}}
-    about = {"set": name, "images": summary["measured"], "image_size": SIZE, "step": summary["step"]}
+    about = {
+        "set": name,
+        "images": summary["measured"],
+        "image_size": SIZE,
+        "step": summary["step"],
+        "pca": pca,
+    }
     about["foreground"] = truth[seen].float().mean().item()
     return [{**about, "encoder": encoder, "iou": figures} for encoder, figures in found.items()]
 
@@ -152,7 +158,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name, data in (("shapes", str(work / "shapes" / "images")), ("trashnet96", "trashnet96")):
         run = work / f"run-{name}"
         train(configuration(data, run, 2 if few else STEPS))
-        rows += writer.write(*measured(name, run, work / f"{name}-measured", work / f"out-{name}"))
+        for pca in ("joint", "per-image"):
+            out = work / f"out-{name}-{pca}"
+            rows += writer.write(*measured(name, run, work / f"{name}-measured", out, pca))
     table = [
         [
             f"{row['set']}, {row['encoder']}",

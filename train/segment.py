@@ -201,7 +201,8 @@ def _table(scores: "dict[str, dict[str, Overlap]]", measured: int, images: int) 
     lines = [
         f"IoU in % with {measured} masks{left_out}, one threshold for all; [of each image]; (random pixels)"
     ]
-    for key, title in (("attention", "attention"), ("best_head", "best head"), ("pca", "PCA 1")):
+    maps = {"attention": "attention", "best_head": "best head", "low_attention": "low att.", "pca": "PCA 1"}
+    for key, title in maps.items():
         for encoder in ("trained", "untrained"):
             if found := scores[encoder].get(key):
                 figures = f"{found.iou:5.1f}  [{found.oracle:5.1f}]  ({found.random:5.1f})"

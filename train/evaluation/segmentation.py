@@ -308,28 +308,35 @@ def best_overlap(scores: Tensor, masks: Tensor, thresholds: Tensor) -> Overlap:
 
 
 def score_maps(maps: SetMaps, masks: Tensor) -> dict[str, Overlap]:
-    """IoU of the mean attention of all heads, of the best head, and of the first principal component.
+    """IoU of the mean attention of all heads, of the best head, of where the mean attention is low, and of the
+    first principal component.
 
-    Which head is best is chosen by the masks as well, as the threshold is.
+    Which head is best is chosen by the masks as well, as the threshold is. Attention may avoid what the masks
+    call foreground: an encoder attends to whatever the views of an image have in common.
 
     Args:
         maps: of n images.
         masks: (n, S, S) bool.
 
     Returns:
-        keys "pca" and, where there is attention, "attention" and "best_head".
+        keys "pca" and, where there is attention, "attention", "best_head" and "low_attention".
     """
     size = masks.shape[-1]
     first = enlarge(maps.components[:, :1], size)[:, 0]
-    sample = first.flatten()[:: max(1, first.numel() // 1_000_000)]
-    found = {"pca": best_overlap(first, masks, torch.quantile(sample, torch.tensor(SHARES)))}
+    found = {"pca": best_overlap(first, masks, _quantiles(first))}
     if maps.attention is not None:
         shares = torch.tensor(SHARES)
         heads = [attention_rank(enlarge(head, size)[:, 0]) for head in maps.attention.split(1, dim=1)]
-        mean = attention_rank(enlarge(maps.attention.mean(1, keepdim=True), size)[:, 0])
-        found["attention"] = best_overlap(mean, masks, shares)
+        mean = enlarge(maps.attention.mean(1, keepdim=True), size)[:, 0]
+        found["attention"] = best_overlap(attention_rank(mean), masks, shares)
+        found["low_attention"] = best_overlap(-mean, masks, _quantiles(-mean))
         found["best_head"] = max((best_overlap(head, masks, shares) for head in heads), key=lambda o: o.iou)
     return found
+
+
+def _quantiles(scores: Tensor) -> Tensor:
+    sample = scores.flatten()[:: max(1, scores.numel() // 1_000_000)]
+    return torch.quantile(sample, torch.tensor(SHARES))
 
 
 def constant_overlap(masks: Tensor) -> dict[str, Overlap]:

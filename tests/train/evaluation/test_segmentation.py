@@ -177,7 +177,7 @@ def test_command_draws_pages_and_measures_against_masks(run, tmp_path, capsys):
     figures = summary["iou"]
     assert figures.keys() == {"trained", "untrained", "constant"}
     for name in ("trained", "untrained"):
-        assert figures[name].keys() == {"pca", "attention", "best_head"}
+        assert figures[name].keys() == {"pca", "attention", "best_head", "low_attention"}
         for found in figures[name].values():
             assert 0 < found["iou"] <= found["oracle"] <= 100
     assert figures["trained"] != figures["untrained"]
