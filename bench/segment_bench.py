@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows += writer.write(*measured(name, run, work / f"{name}-measured", out, pca))
     table = [
         [
-            f"{row['set']}, {row['encoder']}",
+            f"{row['set']}, {row['encoder']}, {row['pca']} PCA",
             key,
             *(f"{iou[part]:.1f}" for part in ("iou", "oracle", "random")),
         ]

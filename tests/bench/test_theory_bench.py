@@ -31,7 +31,7 @@ def test_every_row_states_what_it_shows_and_agrees(rows):
 @pytest.mark.parametrize(
     ("name", "spoil"),
     [
-        ("dimension", lambda rows: rows[0].update(unseen=9.0)),
+        ("dimension", lambda rows: rows[0].update(after=9.0)),
         ("quadrature", lambda rows: rows[8].update(rule_error=0.02)),
         ("linear", lambda rows: rows[0].update(bias=9.0)),
         ("linear", lambda rows: rows[0].update(variance=9.0)),

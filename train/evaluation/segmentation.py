@@ -106,7 +106,7 @@ def _attention(
     """(B, heads, h, w), or None if the last attention was not over the patches of each image."""
     if inputs is None:
         return None
-    q, k, mask, scale = (x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+    q, k, mask, scale = inputs[0].float(), inputs[1].float(), inputs[2], inputs[3]
     B, _, h, w = features.shape
     prefix = k.shape[-2] - h * w  # CLS and registers
     if (
@@ -290,7 +290,8 @@ def best_overlap(scores: Tensor, masks: Tensor, thresholds: Tensor) -> Overlap:
     if not masks.flatten(1).any(1).all():
         raise ValueError("masks: expected some foreground in each, got one without")
     thresholds = thresholds.sort().values.to(scores)
-    taken, hit = [], []
+    taken: list[Tensor] = []
+    hit: list[Tensor] = []
     for image, mask in zip(scores.flatten(1), masks.flatten(1), strict=True):
         passed = torch.bucketize(image, thresholds, right=True)  # thresholds that this pixel reaches
         for found, bins in ((taken, passed), (hit, passed[mask])):
@@ -308,8 +309,8 @@ def best_overlap(scores: Tensor, masks: Tensor, thresholds: Tensor) -> Overlap:
 
 
 def score_maps(maps: SetMaps, masks: Tensor) -> dict[str, Overlap]:
-    """IoU of the mean attention of all heads, of the best head, of where the mean attention is low, and of the
-    first principal component.
+    """IoU of the mean attention of all heads, of the best head, of where the mean attention is low, and of
+    the first principal component.
 
     Which head is best is chosen by the masks as well, as the threshold is. Attention may avoid what the masks
     call foreground: an encoder attends to whatever the views of an image have in common.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -87,7 +88,13 @@ def draw_page(path: Path, columns: Mapping[str, Tensor], names: Sequence[str]) -
         for column, title in enumerate(columns):
             ax.text(column * step + size / 2, -3, title, ha="center", va="bottom", color=MUTED, fontsize=9.5)
         for row, name in enumerate(names):
-            style = {"rotation": 90, "ha": "right", "va": "center", "color": MUTED, "fontsize": 6.5}
+            style: dict[str, Any] = {
+                "rotation": 90,
+                "ha": "right",
+                "va": "center",
+                "color": MUTED,
+                "fontsize": 6.5,
+            }
             ax.text(-3, row * step + size / 2, name[-24:], **style)
 
 
