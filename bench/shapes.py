@@ -27,7 +27,7 @@ class Picture(NamedTuple):
 
     pixels: np.ndarray
     mask: np.ndarray
-    count: int
+    shapes: int
     distance: float
 
 
@@ -37,7 +37,8 @@ def draw_picture(index: int, size: int = 96, seed: int = 0) -> Picture:
     pixels = _texture(random, size)
     mask = np.zeros((size, size), bool)
     y, x = np.mgrid[:size, :size] + 0.5
-    wanted, placed = int(random.integers(1, MOST_SHAPES + 1)), []
+    wanted = int(random.integers(1, MOST_SHAPES + 1))
+    placed: list[tuple[np.ndarray, float]] = []
     while len(placed) < wanted:
         radius = size * random.uniform(0.08, 0.17)
         center = random.uniform(radius, size - radius, 2)
@@ -90,7 +91,7 @@ def write_shapes(folder: Path, count: int, size: int = 96, seed: int = 0) -> Non
             picture, name = draw_picture(index, size, seed), f"{index:05d}.png"
             Image.fromarray(picture.pixels).save(folder / "images" / name)
             Image.fromarray(picture.mask.astype(np.uint8) * 255).save(folder / "masks" / name)
-            table.writerow((name, picture.count, f"{picture.distance:.2f}"))
+            table.writerow((name, picture.shapes, f"{picture.distance:.2f}"))
 
 
 def main(arguments: list[str] | None = None) -> None:
