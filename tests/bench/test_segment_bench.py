@@ -14,7 +14,7 @@ from lejepa_fast.train.evaluation.segmentation import score_maps, set_maps
 
 def parts(mask):
     """Number of connected parts of a mask."""
-    image, count = Image.fromarray(mask.astype(np.uint8) * 255), 0
+    image, count = Image.fromarray(mask.astype(np.uint8) * 255).copy(), 0
     while (left := np.argwhere(np.asarray(image) == 255)).size:
         ImageDraw.floodfill(image, (int(left[0][1]), int(left[0][0])), 0)
         count += 1
