@@ -88,10 +88,42 @@ _ACCURACY = {"": "{variant}, J {J}"} | {
     for i, scale in enumerate(("1", "10", "100", "1e3", "1e4"))
 }
 _SPEED = {"loader": "{contender}", "images/s": "{images_per_s:,.0f}"}
+
+
+def segmentation() -> str:
+    """IoU of the newest run for each set, encoder and kind of principal components."""
+    newest = {(row["set"], row["encoder"], row["pca"]): row for row in rows_of("segment")}
+    maps = ("attention", "best_head", "low_attention", "pca")
+    table = []
+    for (where, encoder, pca), row in newest.items():
+        iou = row["iou"]
+        if encoder == "constant" and pca == "joint":
+            best = " / ".join(f"{iou[key]['iou']:.1f}" for key in ("all_foreground", "centered"))
+            table.append([f"{where}: all foreground / centered disc", best, "", "", "", ""])
+        elif encoder != "constant" and pca == "joint":
+            each = newest[where, encoder, "per-image"]["iou"]["pca"]
+            figures = [f"{iou[key]['iou']:.1f}" if key in iou else "" for key in maps]
+            table.append([f"{where}: {encoder}", "", *figures[:3], f"{figures[3]} / {each['iou']:.1f}"])
+    header = ["IoU, %", "constant", "attention", "best head", "low attention", "PCA 1, joint / per image"]
+    return markdown(header, table, row)
+
+
+def theory() -> str:
+    """The statements, and whether the newest run of each experiment agrees."""
+    newest = {row["experiment"]: row for row in rows_of("theory")}
+    table = [
+        [f"[{name}](../bench/results/theory_{name}.png)", row["statement"], "yes" if row["holds"] else "no"]
+        for name, row in newest.items()
+    ]
+    return markdown(["figure", "statement", "holds"], table, list(newest.values())[-1])
+
+
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"comparison": comparison, "pretrain": lambda: simple("pretrain", _PRETRAIN)},
     "docs/kernels.md": {"accuracy": lambda: simple("sigreg_accuracy", _ACCURACY)},
     "docs/training.md": {"measured": lambda: simple("train", _TRAIN)},
+    "docs/segmentation.md": {"iou": segmentation},
+    "docs/theory.md": {"statements": theory},
     "docs/loader.md": {"speed": lambda: simple("loader", _SPEED, kind="speed")},
 }
 

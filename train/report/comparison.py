@@ -12,6 +12,7 @@ from lejepa_fast.train.config.settings import TIMM_KEYS
 from lejepa_fast.train.report import plots
 from lejepa_fast.train.report.report import render, replaced_folder, strict_json
 from lejepa_fast.train.report.results_table import PROBE_NAMES, Row
+from lejepa_fast.train.report.runs import flat
 from lejepa_fast.train.runtime.files import read_rows
 
 # Settings that do not change what is learned.
@@ -89,7 +90,7 @@ def read_run(folder: Path) -> Run:
     config = _read_json(folder / "config.json", f"{folder} is no run folder")
     unfinished = f"the run {folder} has not finished"
     summary = _read_json(folder / "report" / "summary.json", unfinished)
-    return Run(folder, summary, _flat(config), read_rows(folder / "metrics.jsonl"))
+    return Run(folder, summary, flat(config), read_rows(folder / "metrics.jsonl"))
 
 
 def _read_json(path: Path, problem: str) -> dict[str, Any]:
@@ -102,17 +103,6 @@ def _read_json(path: Path, problem: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"--compare: {problem}: {path} holds no JSON object")
     return values
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of sections by "section.name"."""
-    settings: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            settings |= {f"{key}.{name}": each for name, each in value.items()}
-        else:
-            settings[key] = value
-    return settings
 
 
 def _differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -8,13 +8,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -25,7 +24,7 @@ from lejepa_fast.train.evaluation.collapse import covariance_eigenvalues
 Rows = Sequence[Mapping[str, Any]]
 
 TRAINED, UNTRAINED, TARGET = "#0b6bcb", "#d9822b", "#3b4252"
-_MUTED = "#616e7c"
+MUTED = "#616e7c"
 _STYLE = {
     "font.size": 10.5,
     "font.family": "DejaVu Sans",
@@ -34,15 +33,15 @@ _STYLE = {
     "axes.titlelocation": "left",
     "axes.titlecolor": "#1f2933",
     "axes.edgecolor": "#9aa5b1",
-    "axes.labelcolor": _MUTED,
+    "axes.labelcolor": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#e4e7eb",
     "grid.linewidth": 0.8,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "legend.frameon": False,
     "lines.linewidth": 2.0,
 }
@@ -83,22 +82,23 @@ def plot_losses(path: Path, rows: Rows, *, sigreg_floor: float, batch: int) -> N
             steps, values = series(rows, "train", key)
             ax.set_title(title)
             if not len(steps):
-                ax.text(0.5, 0.5, "not logged", transform=ax.transAxes, ha="center", color=_MUTED)
+                ax.text(0.5, 0.5, "not logged", transform=ax.transAxes, ha="center", color=MUTED)
                 ax.set(xticks=[], yticks=[])
                 continue
             _plot_curve(ax, steps, values)
             if level is not None:
                 ax.axhline(level, color=TARGET, linestyle="--", linewidth=1.3)
                 _note(ax, label, (0.995, level), ("axes fraction", "data"), color=TARGET, fontsize=9)
-            log_if_wide(ax.yaxis, values)
+            log_if_wide(ax, "y", values)
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             ax.set_xlabel("step")
 
 
-def log_if_wide(axis: Axis, values: Any) -> None:
+def log_if_wide(ax: Axes, which: Literal["x", "y"], values: Any) -> None:
     """A logarithmic axis for positive values over a wide range, labeled 0.2, 0.5, 1, 2 ..."""
     if min(values) > 0 and max(values) > 8 * min(values):
-        getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+        ax.set(**{f"{which}scale": "log"})
+        axis = ax.xaxis if which == "x" else ax.yaxis
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
@@ -178,10 +178,10 @@ def plot_runs(path: Path, runs: Mapping[str, Rows]) -> None:
             ax.set(title=title, xlabel="step")
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             if not drawn:
-                ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color=_MUTED)
+                ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color=MUTED)
                 ax.set(xticks=[], yticks=[])
             elif kind == "train":
-                log_if_wide(ax.yaxis, np.concatenate(drawn))
+                log_if_wide(ax, "y", np.concatenate(drawn))
         figure.legend(handles=[*lines.values()], loc="outside lower center", ncols=3, fontsize=9)
 
 
@@ -213,7 +213,7 @@ def plot_views(
         ax.set_axis_off()
         for column, size in enumerate(sizes):
             name = f"global {column + 1}" if column < num_global else f"local {column + 1 - num_global}"
-            ax.text(left[column] + size / 2, -gap, name, ha="center", va="bottom", color=_MUTED, fontsize=9.5)
+            ax.text(left[column] + size / 2, -gap, name, ha="center", va="bottom", color=MUTED, fontsize=9.5)
 
 
 def plot_projections(path: Path, trained: Tensor, untrained: Tensor) -> None:

@@ -39,7 +39,7 @@ def plot_selection(path: Path, chosen: Selection) -> None:
         _colored(figure, right, x, y, [math.log10(chosen.runs[i].lambd) for i in shown], "log10(lambda)")
         right.set(xlabel=f"loss / lambda^{chosen.alpha:g}", ylabel=f"{PROBE_LABELS[probe]} (%)")
         right.set_title("Accuracy against the score")
-        log_if_wide(right.xaxis, x)
+        log_if_wide(right, "x", x)
 
 
 def draw_correlations(ax: Axes, correlations: Mapping[str, Mapping[str, Any]]) -> None:
@@ -70,8 +70,8 @@ def draw_loss_plane(figure: Figure, ax: Axes, runs: Sequence[RunRecord]) -> None
     x, y = [run.sigreg for run in runs], [run.prediction for run in runs]
     _colored(figure, ax, x, y, accuracy, f"{PROBE_LABELS[probe]} (%)")
     ax.set(title="Accuracy over the losses", xlabel="SIGReg", ylabel="prediction loss")
-    log_if_wide(ax.xaxis, x)
-    log_if_wide(ax.yaxis, y)
+    log_if_wide(ax, "x", x)
+    log_if_wide(ax, "y", y)
 
 
 def _colored(

@@ -1,0 +1,217 @@
+"""Segmentation without labels: `python train/segment.py --checkpoint RUN --images PATH`.
+
+Exit codes: 0 done, 1 the run failed, 2 wrong usage, 130 Ctrl-C.
+"""
+
+import os
+
+if __name__ == "__main__":
+    # Before anything loads OpenMP; see pretrain.py.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lejepa_fast.errors import UsageError
+from lejepa_fast.train.runtime.command import run_with_options
+from lejepa_fast.train.runtime.files import disk_errors_named, write_atomically
+
+if TYPE_CHECKING:
+    from lejepa_fast.data import ImageSource
+    from lejepa_fast.train.config import Config
+    from lejepa_fast.train.evaluation.segmentation import Overlap
+
+ROWS = 8  # of a page
+ANIMATED = (".gif", ".webp", ".png", ".apng", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Show what the last layer of an encoder tells apart: principal components and attention of its
+    patches."""
+
+    checkpoint: Path
+    """A run folder (its newest checkpoint is used) or a folder checkpoints/step-*."""
+    images: Path
+    """A folder of images (also in folders below it), one image, or an animated picture."""
+    masks: Path | None = None
+    """A folder of masks with the names of the images, but for the suffix: any value but 0 is foreground.
+    Prints the IoU with them, of the untrained encoder and of constant answers, too."""
+    sequence: bool = False
+    """The images are frames in the order of their names: write an animation. Animated pictures always are."""
+    fps: float = 8.0
+    """Frames per second of an animation."""
+    pca: Literal["joint", "per-image"] = "joint"
+    """Principal components of all images together, so that a color means the same in all; or of each
+    alone."""
+    threshold: float = 0.6
+    """Share of the attention that is drawn as foreground."""
+    draw: int = 64
+    """Draw so many images, the first ones; all of a sequence. With masks all are measured."""
+    image_size: int | None = None
+    """Side of the images in pixels; None: as in the evaluation of the run. Larger ones give more patches."""
+    batch_size: int = 32
+    """Images per forward pass. The results do not depend on it."""
+    averaged: bool = True
+    """Take the averaged weights if the run keeps them (--average)."""
+    out: Path | None = None
+    """Folder for pictures and summary.json; None: RUN/segmentation/step-N."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: on a GPU if there is one."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_with_options(Options, _segment, argv)
+
+
+def _segment(options: Options) -> None:
+    # Not above: `--help` does not wait for PyTorch.
+    import torch
+
+    from lejepa_fast.data import eval_loader
+    from lejepa_fast.train.checkpoint.trained_model import load_trained
+    from lejepa_fast.train.evaluation.embeddings import calibrate_batchnorm
+    from lejepa_fast.train.evaluation.segmentation import constant_overlap, score_maps, set_maps
+    from lejepa_fast.train.model.model import build_model
+    from lejepa_fast.train.report.overlays import draw_animation, draw_page, map_pictures, to_pixels
+    from lejepa_fast.train.runtime.world import choose_device
+
+    _check(options)
+    model, cfg, step, path, *_ = load_trained(options.checkpoint, averaged=options.averaged)
+    device = choose_device(options.device)
+    source, names, animated = _open_images(options.images, cfg)
+    masks = None if options.masks is None else _open_masks(options.masks, names, source)
+    size = options.image_size or cfg.eval.image_size or cfg.crops.global_size
+    shared: dict[str, Any] = {"image_size": size, "batch_size": options.batch_size, "max_bad_fraction": 0.0}
+
+    def loader(images: "ImageSource", **changes: Any) -> Any:
+        backend = "torchvision" if images.channels == 3 else "cpu"
+        normalized = {"mean": cfg.crops.mean, "std": cfg.crops.std}
+        return eval_loader(images, **{**shared, **normalized, "backend": backend, **changes})
+
+    per_image = options.pca == "per-image"
+    maps = set_maps(model.encoder.to(device), loader(source), device, per_image=per_image)
+    if maps.attention is None:
+        print(f"model {cfg.model.name}: it has no attention over the patches of an image; showing PCA only")
+    run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    out = options.out or run_dir / "segmentation" / path.name
+    summary: dict[str, Any] = {"images": len(names), "image_size": size, "step": step, "pca": options.pca}
+    with disk_errors_named(out, "choose another --out"):
+        out.mkdir(parents=True, exist_ok=True)
+        sequence = options.sequence or animated
+        drawn = len(names) if sequence else min(options.draw, len(names))
+        shown = [] if not drawn else [each for each, _ in loader(source.subset(range(drawn)))]
+        if drawn:
+            pixels = to_pixels(torch.cat(shown), cfg.crops.mean, cfg.crops.std)
+            look: dict[str, Any] = {"threshold": options.threshold, "per_image": per_image}
+            columns = map_pictures(pixels, maps.part(slice(drawn)), **look, heads=not sequence)
+        if sequence:
+            draw_animation(out / "sequence.webp", columns, frames_per_second=options.fps)
+        for page, first in enumerate(range(0, 0 if sequence else drawn, ROWS)):
+            rows = slice(first, min(first + ROWS, drawn))
+            cut = {name: each[rows] for name, each in columns.items()}
+            draw_page(out / f"page-{page + 1:03d}.png", cut, names[rows])
+    if masks is not None:
+        plain = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "backend": "torchvision"}
+        truth = torch.cat([each[:, 0] > 0.5 for each, _ in loader(masks, **plain)])
+        used = truth.flatten(1).any(1)
+        if not used.any():
+            raise UsageError(f"masks: expected foreground in {options.masks}, got none in the centers of all")
+        starting = build_model(cfg).to(device)
+        calibrate_batchnorm(starting, loader(source, batch_size=max(2, options.batch_size)), device)
+        untrained = set_maps(starting.encoder, loader(source), device, per_image=per_image)
+        scores = {
+            "trained": score_maps(maps.part(used), truth[used]),
+            "untrained": score_maps(untrained.part(used), truth[used]),
+            "constant": constant_overlap(truth[used]),
+        }
+        summary["measured"] = int(used.sum())
+        summary["iou"] = {
+            name: {key: overlap._asdict() for key, overlap in each.items()} for name, each in scores.items()
+        }
+        print(_table(scores, int(used.sum()), len(names)))
+    text = json.dumps(summary, indent=2) + "\n"
+    write_atomically(
+        out / "summary.json", lambda file: file.write(text.encode()), way_out="choose another --out"
+    )
+    print(f"pictures: {out}")
+
+
+def _check(options: Options) -> None:
+    """Raise UsageError for numbers beyond their bounds."""
+    for name, low, high in (
+        ("fps", 0.01, 100),
+        ("threshold", 0.01, 0.99),
+        ("draw", 0, 1e6),
+        ("batch_size", 1, 1e6),
+    ):
+        if not low <= (value := getattr(options, name)) <= high:
+            raise UsageError(f"{name}: expected a number from {low:g} to {high:g}, got {value}")
+
+
+def _open_images(path: Path, cfg: "Config") -> "tuple[ImageSource, list[str], bool]":
+    """Images in natural order (frame-2 before frame-10), their names, and whether they are an animation."""
+    from lejepa_fast.data.sources.folder import FileSource, is_image, walk_files
+    from lejepa_fast.data.sources.scientific import as_trained
+
+    if not path.exists():
+        raise UsageError(f"images: expected a folder or a picture, got {path}, which does not exist")
+    single = path.is_file()
+    root, names = (path.parent, [path.name]) if single else (path, walk_files(path)[0])
+    if not names or (single and not is_image(path.name)):
+        raise UsageError(f"images: expected images, got {path}, which holds none")
+    names.sort(key=_natural)
+    about = {"name": path.name, "classes": None, "targets": None}
+    files = FileSource(root, names, **about)
+    slices = "all" if single and path.suffix.lower() in ANIMATED and cfg.data.channels in (1, 3) else "first"
+    source = as_trained(files, slices, cfg.data.channels)  # type: ignore[arg-type]
+    source.value_range = cfg.data.value_range
+    if len(source) > 1 and single:
+        names = [f"{path.stem} {i + 1}" for i in range(len(source))]
+    return source, names, single and len(source) > 1
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+
+
+def _open_masks(folder: Path, names: Sequence[str], images: "ImageSource") -> "ImageSource":
+    from lejepa_fast.data.sources.folder import walk_files
+    from lejepa_fast.train.evaluation.segmentation import MaskSource
+
+    if not folder.is_dir():
+        raise UsageError(f"masks: expected a folder, got {folder}")
+    by_stem = {os.path.splitext(name)[0]: folder / name for name in walk_files(folder)[0]}
+    stems = [os.path.splitext(name)[0] for name in names]
+    if missing := [stem for stem in stems if stem not in by_stem]:
+        found = f"none for {len(missing)} of {len(stems)} images, such as {missing[0]}"
+        raise UsageError(f"masks: expected one of the name of each image in {folder}, got {found}")
+    return MaskSource([by_stem[stem] for stem in stems], images)
+
+
+def _table(scores: "dict[str, dict[str, Overlap]]", measured: int, images: int) -> str:
+    """IoU in percent: one threshold for all images, and in brackets the best of each image."""
+    left_out = "" if measured == images else f" ({images - measured} without foreground left out)"
+    lines = [
+        f"IoU in % with {measured} masks{left_out}, one threshold for all; [of each image]; (random pixels)"
+    ]
+    maps = {"attention": "attention", "best_head": "best head", "low_attention": "low att.", "pca": "PCA 1"}
+    for key, title in maps.items():
+        for encoder in ("trained", "untrained"):
+            if found := scores[encoder].get(key):
+                figures = f"{found.iou:5.1f}  [{found.oracle:5.1f}]  ({found.random:5.1f})"
+                lines.append(f"{title:<10} {encoder:<10} {figures}")
+    for key, title in (("all_foreground", "all foreground"), ("centered", "centered disc")):
+        found = scores["constant"][key]
+        lines.append(f"{title:<21} {found.iou:5.1f}  [{found.oracle:5.1f}]  ({found.random:5.1f})")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
