@@ -197,7 +197,11 @@ def _load_backbones(cfg: Config, options: Options) -> "dict[str, Backbone]":
         return {}
     from lejepa_fast.train.evaluation.backbones import load_backbones
 
-    size = options.backbone_size or cfg.eval.image_size or cfg.crops.global_size
+    size = options.backbone_size
+    if size is None:
+        size = cfg.eval.image_size or cfg.crops.global_size
+    if size != "own" and not 1 <= size <= 10_000:
+        raise UsageError(f"--backbone-size: expected own or 1 to 10,000 pixels, got {size}")
     return load_backbones(options.backbone, image_size=size, channels=cfg.data.channels)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 class Page(HTMLParser):
     """Every tag and attribute of a page, its text, and a check that tags are closed in order."""
 
-    VOID = frozenset({"meta", "img", "br", "link", "input", "hr"})
+    VOID = frozenset({"meta", "img", "br", "link", "input", "hr", "wbr"})
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -172,10 +172,12 @@ def _with_weights(empty: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     arguments, known = cast(dict[str, Any], empty.encoder_args), cast(dict[str, Any], empty.pretrained_cfg)
     classifiers = known.get("classifier") or ()
     layers = (classifiers,) if isinstance(classifiers, str) else classifiers
-    heads = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    heads, kept = {layer.split(".")[0] for layer in layers}, empty.state_dict()
     # timm refuses missing weights only where the number of classes is that of the file.
     overlay: dict[str, Any] = {"num_classes": 0, "label_offset": 0}
-    overlay["state_dict"] = {name: tensor for name, tensor in state.items() if name not in heads}
+    overlay["state_dict"] = {
+        name: tensor for name, tensor in state.items() if name in kept or name.split(".")[0] not in heads
+    }
     return timm.create_model(pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
 
 

@@ -1,5 +1,6 @@
 """Backbones of timm with weights of a file or of the hub's cache: weights, sizes, errors, the command."""
 
+import dataclasses
 import json
 import pickle
 
@@ -9,13 +10,16 @@ import timm
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from training import CPU
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import evaluate as command
+from lejepa_fast.train.checkpoint.saving import Saver
+from lejepa_fast.train.config import to_dict
 from lejepa_fast.train.evaluation import backbones as module
 from lejepa_fast.train.evaluation.backbones import load_backbone, load_backbones
 from lejepa_fast.train.evaluation.protocol import evaluate_model, open_splits
-from lejepa_fast.train.model.model import LeJEPAModel
+from lejepa_fast.train.model.model import LeJEPAModel, build_model
 
 
 @pytest.fixture
@@ -153,11 +157,27 @@ def test_wrong_names_and_files_are_named(weights, tmp_path):
         load_backbones([f"test_resnet:{path}"] * 2, image_size=32)
 
 
-def test_command_puts_backbones_into_the_report_of_a_run_and_on_a_page_alone(tiny, weights, tmp_path, capsys):
+def test_a_backbone_is_evaluated_with_its_own_normalization_and_size(weights, tiny, monkeypatch):
+    model, path = weights("test_vit")
+    calls = []
+    monkeypatch.setattr(
+        module, "evaluate_model", lambda *arguments, **options: calls.append((arguments, options))
+    )
+    backbone, cfg = load_backbone(f"test_vit:{path}", image_size=33), tiny()
+    found = module.evaluate_backbone(backbone, "train", "val", cfg, device=CPU.device, linear_steps=7)  # type: ignore[arg-type]
+    assert (found.weights, found.parameters) == (str(path), backbone.parameters)
+    [((encoder, train, val, used), options)] = calls
+    assert (encoder, train, val, options["linear_steps"]) == (backbone.model, "train", "val", 7)
+    own = model.pretrained_cfg
+    assert cfg.crops.mean != own["mean"]
+    assert (used.crops.mean, used.crops.std, used.eval.image_size) == (own["mean"], own["std"], 48)
+
+
+def test_command_puts_backbones_on_a_page_alone_and_beside_a_run(tiny, weights, tmp_path, capsys):
     """Twice the same model from two files; what is measured is what `evaluate_model` measures."""
     model, path = weights("test_resnet")
     _, other = weights("test_resnet", "other.pth")
-    cfg = tiny(max_steps=1, seed=3)
+    cfg = tiny(seed=3)
     out, given = tmp_path / "out", ["--backbone", f"test_resnet:{path}", f"test_resnet:{other}"]
     data = ["--data", cfg.data.path, "--workers", "0", "--image-size", "32", "--no-linear", "--out", str(out)]
     assert command.main([*data, *given]) == 0
@@ -168,21 +188,41 @@ def test_command_puts_backbones_into_the_report_of_a_run_and_on_a_page_alone(tin
     assert list(alone) == given[1:]
     model.reset_classifier(0)
     own = model.pretrained_cfg
-    crops = cfg.crops.__class__(**{**cfg.crops.__dict__, "mean": own["mean"], "std": own["std"]})
+    crops = dataclasses.replace(cfg.crops, mean=own["mean"], std=own["std"])
     whole = LeJEPAModel(model, torch.nn.Identity(), num_global=1)
+    images_of = open_splits(cfg.data)
     expected = evaluate_model(
-        whole, *open_splits(cfg.data), tiny(crops=crops, eval={"k": 20}), device="cpu", linear_steps=0
+        whole, *images_of, tiny(crops=crops, eval={"k": 20}), device="cpu", linear_steps=0
     )
     for found in alone.values():
         assert (found["knn"], found["linear"], found["image_size"]) == (expected.knn, None, 32)
+
+    tensors = {f"model.{name}": tensor for name, tensor in build_model(cfg).state_dict().items()}
+    (tmp_path / "run").mkdir()
+    saver = Saver(tmp_path / "run" / "checkpoints", CPU, keep=1)
+    counts = {"train_images": 32, "val_images": 12}
+    saver.start(1, tensors, {"config": to_dict(cfg), "data": counts})
+    saver.wait()
+    run = ["--checkpoint", str(tmp_path / "run"), "--no-linear", "--backbone-size", "64", *given[:2]]
+    assert command.main(run) == 0
+    head = capsys.readouterr().out.splitlines()[1].split()
+    assert head == ["untrained", "trained", "difference", "test_resnet"]
+    summary = next((tmp_path / "run" / "evaluation").glob("*/report/summary.json"))
+    found = json.loads(summary.read_text())
+    assert (found["image_size"], found["backbones"]["test_resnet"]["image_size"]) == (32, 64)
+
+
+def test_command_without_images_or_with_a_wrong_name_is_one_line(capsys):
     for arguments, message in (
         ([], "give --checkpoint RUN, or --data PATH --backbone NAME, or --compare RUN RUN"),
-        (given, "give --checkpoint RUN"),  # on which images?
-        ([*data, "--backbone", "resnat"], "--backbone: no model is called 'resnat'"),
+        (["--backbone", "resnet18"], "give --checkpoint RUN"),  # on which images?
+        (["--data", "/data", "--backbone", "resnat"], "--backbone: no model is called 'resnat'"),
+        (["--data", "/data", "--backbone", "resnet18", "--backbone-size", "0"], "--backbone-size: expected"),
     ):
         assert command.main(arguments) == 2
         error = capsys.readouterr().err
-        assert f"error: {message}" in error
+        assert error.startswith(f"error: {message}")
+        assert error.count("\n") == 1
 
 
 def test_efficientnet_lite0_has_the_logits_of_its_authors(tmp_path, capsys):
