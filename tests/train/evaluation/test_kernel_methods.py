@@ -175,6 +175,16 @@ def test_memory_on_the_device_is_bounded(probe):
     assert (found == y[:100]).double().mean() > 0.9
 
 
+def test_memory_of_linear_ridge_is_bounded():
+    x, memory = randn(30_000, 64).half(), 4_000_000
+    assert x.numel() * 8 > 3 * memory  # all features in float64
+    with MemTracker() as tracker:
+        found = linear_ridge(x, 2 * x[:, 0].double(), x[:100], memory=memory).predicted
+    peak = tracker.get_tracker_snapshot("peak")[x.device]["Total"] - x.nbytes
+    assert memory / 8 < peak < memory, peak
+    assert regression_score(found, 2 * x[:100, 0]).r2 > 0.9
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
