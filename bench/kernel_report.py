@@ -22,9 +22,10 @@ overlap; where registers or shared memory leave room for one only, its product a
 `predicted` is a model, no measurement. Every instruction of the loop over tiles is an issue slot, one a clock
 and scheduler; the busiest multiprocessor counts. Two programs or more on one hide each other's waits: the
 slowest of issue slots, matrix product and memory decides. A single one adds its product, its arithmetic, a
-latency for each wait for the tensor cores (`drains`), and what its loads take longer than the instructions
-between a load and the first that needs it (`ahead`). Each launch has an overhead. `measured` is the shipped
-tile's time in bench/results/kernel_tiles.jsonl, once there is one.
+latency for each wait for the tensor cores (`drains`), and what its loads take longer than the instructions or
+the steps of the product between a load and the first that needs it (`ahead`). Each launch has an overhead.
+`measured` is the shipped tile's time in bench/results/kernel_tiles.jsonl, once there is one.
+
 `--check` compares with bench/kernel_budgets.json and exits 1 when a budget is exceeded. A budget
 whose key begins with "triton 3.8" replaces the common one for that version.
 """
@@ -398,17 +399,20 @@ class Code:
                 times[i] *= count
         return times
 
-    def ahead(self, loop: range, times: Counter[int]) -> int | None:
-        """Instructions between the loads of the next tile or step and the first that needs one of them."""
+    def ahead(self, loop: range, times: Counter[int]) -> tuple[int | None, int]:
+        """Instructions between the loads of the next tile or step and the first that needs one of them.
+
+        Also the steps of the product that lie between them.
+        """
         copies = [i for i in loop if self.lines[i].startswith("LDGDEPBAR")]
         waits = [i for i in loop if re.search(r"\bDEPBAR\.LE SB0", self.lines[i]) and times[i] > 1]
         if waits:  # asynchronous copies: a wait leaves so many groups of them in flight
             inner = min((r for r in self.loops if waits[0] in r), key=len)
-            groups = int(self.lines[waits[0]].rsplit(" ", 2)[1], 16)
-            return groups * len(inner) // max(1, sum(i in inner for i in copies))
+            groups = int(self.lines[waits[0]].split()[-1], 16) // max(1, sum(i in inner for i in copies))
+            return groups * len(inner), groups
         loads = [i for i in loop if times[i] == 1 and "LDG.E.128" in self.lines[i]]
         if not loads:
-            return None
+            return None, 0
         first = [int(re.findall(r"\bR(\d+)", self.lines[i])[0]) for i in loads]
         names = re.compile(r"\bR(" + "|".join(str(r + k) for r in first for k in range(4)) + r")\b")
         distance = 0
@@ -416,7 +420,7 @@ class Code:
             if names.search(self.lines[i]) and i not in loads:
                 break
             distance += times[i]
-        return distance
+        return distance, 0
 
 
 def predict(row: Row, code: Code, kernel: Kernel, size: Size) -> Row:
@@ -424,7 +428,7 @@ def predict(row: Row, code: Code, kernel: Kernel, size: Size) -> Row:
     loop, plan = code.tile_loop(kernel), tiles_of(kernel, size)
     times = code.times(loop, kernel, plan.steps)
     drains = sum(times[i] for i in loop if _DRAIN in code.lines[i])
-    ahead, warps = code.ahead(loop, times), kernel.tile.num_warps
+    (ahead, ahead_steps), warps = code.ahead(loop, times), kernel.tile.num_warps
     samples = kernel.tile.block_m * kernel.tile.block_n / (32 * warps)
     # Clocks of a tile on a multiprocessor: issue slots, those of MUFU (16 lanes), product.
     issue = warps / 4 * sum(times.values())
@@ -435,7 +439,8 @@ def predict(row: Row, code: Code, kernel: Kernel, size: Size) -> Row:
     wait = 0.0
     if alone:
         # In a loop over steps each of the first loads of a tile is waited for.
-        late = 0.0 if ahead is None else max(0.0, _LOAD_CLOCKS - ahead * warps / 4)
+        between = max((ahead or 0) * warps / 4, ahead_steps * product / plan.steps)
+        late = 0.0 if ahead is None else max(0.0, _LOAD_CLOCKS - between)
         stepped = plan.steps > 1 and not kernel.tile.resident
         wait = drains * _DRAIN_CLOCKS + (_LOAD_CLOCKS + plan.steps * late if stepped else late)
     busy = issue + product if alone and kernel.name != "product" else max(issue, product)
@@ -528,10 +533,9 @@ def show_steps(rows: list[Row]) -> None:
         fuses = shipped_config("sm_90", 4 if dtype == "fp32" else 2).fuses(size.K, size.M)
         kernels = ("forward", "fused") if fuses else ("forward", "gradient", "product")
         wanted = (dtype, *size)
+        even = [row for row in rows if "predicted_h200" in row and row["uneven"] in ("", "minimal")]
         known = {
-            row["kernel"]: row
-            for row in rows
-            if "predicted_h200" in row and (row["dtype"], *(row[key] for key in Size._fields)) == wanted
+            row["kernel"]: row for row in even if (row["dtype"], *(row[k] for k in Size._fields)) == wanted
         }
         if not known.keys() >= set(kernels):
             continue

@@ -69,6 +69,27 @@ def test_loads_are_in_flight_while_a_tile_is_summed(report):
             assert row["predicted_h200"]["time_us"] > row["floor_h200"]["floor_us"], row
 
 
+def test_predictions_stand_beside_measurements(report, monkeypatch, tmp_path, capsys):
+    rows = [row for row in report("sm_90") if row["dtype"] == "bf16"]
+    row = next(row for row in rows if (row["kernel"], row["K"]) == ("gradient", 1536))
+    size = {name: row[name] for name in kernel_report.Size._fields}
+    timed = {"kernel": "gradient", **size, "J": 17, "dtype": "bfloat16", "device": "NVIDIA H200"}
+    timed["tile"] = {name: row[name] for name in kernel_report.Tile._fields}
+    others = [{"seconds": None}, {"seconds": 3e-6, "rehearsal": True}, {"seconds": 3e-6, "device": "CPU"}]
+    others.append({"seconds": 3e-6, "tile": timed["tile"] | {"num_stages": 9}})
+    times = tmp_path / "times.jsonl"
+    monkeypatch.setattr(kernel_report, "TIMES", times)
+    for changes, expected in ([others, None], [[*others, {"seconds": 2e-6}, others[0]], pytest.approx(20)]):
+        times.write_text("".join(json.dumps(timed | change) + "\n" for change in changes))
+        assert kernel_report.measured(row) == expected, "of ten chunks"
+    kernel_report.show_steps(rows)
+    printed = capsys.readouterr().out
+    assert "predictions: no GPU" in printed
+    parts = {r["kernel"]: r["predicted_h200"]["time_us"] for r in rows if r["K"] == 512 and "ahead" in r}
+    total = sum(parts[name] for name in ("forward", "gradient", "product")) + 12
+    assert f"{total:.0f}" in next(line for line in printed.splitlines() if "reference bf16" in line).split()
+
+
 def test_sizes_whose_backward_is_one_kernel():
     """On sm_90 where two programs fit on a multiprocessor; no buffer for dT/dp then."""
     config = shipped_config("sm_90", 2)
