@@ -3,13 +3,14 @@
 They were chosen from the compiler's output (`bench/kernel_report.py`), not from timings: first no spills and
 tensor-core instructions, then on sm_90 the smallest predicted time, elsewhere the least memory traffic.
 
-- sm_90, half precision: up to K 512 directions are resident and two programs share a multiprocessor.
+- sm_90, half precision: up to K 512 directions are resident and two programs share a multiprocessor; beyond,
+  four stages, so that two steps of the product are on their way.
 - sm_90, float32: 128 x 64; 128 x 128 spills.
 - sm_80, sm_89: 128 x 64; float32 spills from 64 samples on, hence 128 x 32.
 - sm_100: 64 directions; with 128 a thread holds a whole row of the accumulator and spills.
 - gfx942: 64 x 64 in two sub-tiles; 128 x 32 with 8 warps spills.
-- fused: up to the largest K whose dx^T fits into registers. Eight warps take 128 directions; with 64 both
-  groups of four warps would compute the same projections.
+- fused: up to the largest K whose dx^T fits into registers, on sm_90 into those of two programs. Eight warps
+  take 128 directions; with 64 both groups of four warps would compute the same projections.
 """
 
 import functools
@@ -179,8 +180,8 @@ _HALF_OTHERS = {
 }
 _AMD_OTHERS = {k: tuple(tile for tile in tiles if not tile.resident) for k, tiles in _HALF_OTHERS.items()}
 _RESIDENT_OR_WIDE = {RESIDENT_MAX_DIM: _RESIDENT, ANY: _WIDE}
-# At K 512 one program fills a multiprocessor, so that its product and arithmetic add: predicted 132 us at the
-# reference size, the two kernels together 105.
+# Not 512 (`_FUSED_WIDE`): one program fills a multiprocessor, so that its product and its arithmetic add. The
+# model of bench/kernel_report.py takes it for a quarter slower than two kernels, at K 256 for a bit faster.
 _FUSED_SM_90 = {64: _FUSED, 128: _FUSED, 256: _FUSED_FOUR}
 _FUSED_TO_256 = {64: _FUSED, 256: _FUSED}
 _HALF = {
