@@ -44,12 +44,12 @@ class Tile(NamedTuple):
     def steps(self, K: int) -> tuple[int, int]:
         """Step along K, and the number of tiles that cover K if the directions are resident, else 0.
 
-        Resident tiles are as long as the largest power of two that divides K: each is one wait for the
-        tensor cores.
+        Resident tiles are as long as the largest power of two that divides K, or 64: each is one wait for
+        the tensor cores.
         """
         block_k = min(self.block_k, max(16, 1 << (K - 1).bit_length()))
-        if self.resident and K & -K >= 64:
-            block_k = min(block_k, K & -K)
+        if self.resident:
+            block_k = min(block_k, max(64, K & -K))
         return block_k, ceil_div(K, block_k) if self.resident else 0
 
     def options(self, K: int, precision: str) -> dict[str, Any]:
