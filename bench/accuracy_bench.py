@@ -6,6 +6,9 @@ as given. Rows go to bench/results/sigreg_accuracy.jsonl. Each is held to the ac
 by plain float32 on the same inputs, whose errors it carries. The exit code is 1 if one is beyond the rule.
 Plain float32 and tf32 are there to be compared only.
 
+`--tensor-cores` instead adds the products of bf16 inputs as an sm_90 tensor core does, in one sum over all of
+K, and writes the error of the statistic to bench/results/tensor_core_model.jsonl.
+
 On a GPU the kernels are compiled. Without one they run in Triton's interpreter, at a size of one tile, where
 float32 is multiplied as such whatever the precision.
 """
@@ -15,9 +18,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import timing
 import torch
 from benchlib import Row, Rows, command_line
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lejepa_fast import Knots, sample_directions, sample_unit_directions, sigreg, standard_normal_knots
@@ -149,10 +154,62 @@ def measure(device: str, knots: Sequence[int]) -> Iterator[Row]:
             yield from pool.map(measured, *jobs)
 
 
+def tensor_core_product(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """a (N, K) times b (K, M), bf16 values of normal range, bit for bit as an sm_90 tensor core adds.
+
+    It takes 16 products and the sum so far, cuts each off 25 bits below the largest exponent, adds them, and
+    cuts the sum to float32: the model of Xie et al. (arXiv 2511.10909), who compared it with the hardware.
+    """
+
+    def exponent(values: NDArray[np.float64]) -> NDArray[Any]:
+        return np.where(values == 0, -126, np.frexp(values)[1] - 1)
+
+    total = np.zeros((a.shape[0], b.shape[1]))
+    for k in range(0, a.shape[1], 16):
+        left, right = a[:, k : k + 16, None], b[None, k : k + 16]
+        largest = np.maximum((exponent(left) + exponent(right)).max(1), exponent(total))
+        unit = np.ldexp(1.0, largest - 25)
+        exact = (np.trunc(left * right / unit[:, None]).sum(1) + np.trunc(total / unit)) * unit
+        nearest = exact.astype(np.float32)
+        inner = np.nextafter(nearest, np.float32(0))
+        total = np.where(np.abs(nearest.astype(np.float64)) > np.abs(exact), inner, nearest).astype(
+            np.float64
+        )
+    return total
+
+
+def tensor_core_row(N: int = 1024, K: int = 512, M: int = 64) -> Row:
+    """Error of the statistic, in float64 but for the projections, as a share of what the rule allows.
+
+    Args:
+        N, K, M: samples, dimensions, directions.
+    """
+    x = torch.randn(N, K, generator=torch.Generator().manual_seed(0)).bfloat16().double()
+    A, unit = sample_unit_directions(K, M, step=0, dtype=torch.bfloat16, impl="torch")
+    knots = standard_normal_knots()
+
+    def statistic(p: Tensor) -> Tensor:
+        return evaluate(p, torch.eye(M, dtype=p.dtype), knots, impl="reference", scale=unit.to(p.dtype))[0]
+
+    errors = []
+    for scale in (1.0, 16.0, 256.0):  # powers of two, which bf16 multiplies without rounding
+        exact = statistic(scale * x @ A.double())
+        product = torch.from_numpy(tensor_core_product(scale * x.numpy(), A.double().numpy()))
+        errors.append(((statistic(product) - exact).norm() / exact.norm()).item())
+    row: Row = {"model": "sm_90", "dtype": "bfloat16", "N": N, "K": K, "M": M, "J": 17}
+    row |= {"scales": [1.0, 16.0, 256.0], "value_errors": errors}
+    return row | {"allowed": HALF_PRECISION_ERROR, "share_of_allowed": max(errors) / HALF_PRECISION_ERROR}
+
+
 def main() -> int:
     parser = command_line(__doc__)
     parser.add_argument("--knots", type=int, nargs="+", choices=KNOTS, default=KNOTS, help="default: all")
+    parser.add_argument("--tensor-cores", action="store_true", help="only the model of the tensor cores")
     options = parser.parse_args()
+    if options.tensor_cores:
+        (row,) = Rows(options.out / "tensor_core_model.jsonl", "tensor_core_model").write(tensor_core_row())
+        print(f"relative error of the statistic by the model: {row['value_errors']}")
+        return int(row["share_of_allowed"] > 1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not interpreting():  # Triton decides when it is imported
         environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -18,6 +18,14 @@ sample` means: of that stretch, divided by its samples. Beyond 17 knots it is th
 Floors are for one H200 and a launch of the whole size: instructions on the FP32 pipe, the matrix product, and
 the bytes that programs read through the L2 cache, each by its rate below. Programs on a multiprocessor
 overlap; where registers or shared memory leave room for one only, its product and its arithmetic add.
+
+`predicted` is a model, no measurement. Every instruction of the loop over tiles is an issue slot, one a clock
+and scheduler; the busiest multiprocessor counts. Two programs or more on one hide each other's waits: the
+slowest of issue slots, matrix product and memory decides. A single one adds its product, its arithmetic, a
+latency for each wait for the tensor cores (`drains`), and what its loads take longer than the instructions or
+the steps of the product between a load and the first that needs it (`ahead`). Each launch has an overhead.
+`measured` is the shipped tile's time in bench/results/kernel_tiles.jsonl, once there is one.
+
 `--check` compares with bench/kernel_budgets.json and exits 1 when a budget is exceeded. A budget
 whose key begins with "triton 3.8" replaces the common one for that version.
 """
@@ -36,7 +44,7 @@ from unittest import mock
 
 import torch
 import triton
-from benchlib import Row, print_table
+from benchlib import RESULTS, Row, print_table, read_rows
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -47,9 +55,11 @@ from lejepa_fast.kernels.table import Plan, count_splits, make_plan
 from lejepa_fast.triton_operators import default_precision
 
 BUDGETS = Path(__file__).parent / "kernel_budgets.json"
+TIMES = RESULTS / "kernel_tiles.jsonl"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # The names that end in 2 are Blackwell's packed instructions: two operations, issued once.
 FP32 = ("FADD", "FMUL", "FFMA", "FSEL", "FSETP", "FMNMX", "FCHK", "FADD2", "FMUL2", "FFMA2")
+_DRAIN = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
 TENSOR = ("HGMMA", "HMMA", "UTCHMMA", "UTCOMMA")
 # The constant of the range reduction as the disassembler prints it; see `kernels/phases.py`.
 _ROUND = re.compile(r"FADD.*12582912")
@@ -59,6 +69,10 @@ _LINE = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)")
 _FP32 = 128 * 132 * 1.98e9
 _MATMUL = {"bf16": 780e12, "fp16": 780e12, "fp32": 390e12 / 3}  # float32 takes three tf32 products
 _L2 = 5.5e12
+_CLOCK, _SMS = 1.98e9, 132
+# Assumptions until they are measured: device memory by a copy, clocks until a load from L2 arrives and until
+# the tensor cores have finished, seconds of a launch, and of one that computes little.
+_DRAM, _LOAD_CLOCKS, _DRAIN_CLOCKS, _LAUNCH, _SMALL = 4.3e12, 700, 100, 2e-6, 4e-6
 _REGISTERS, _SHARED = 65536, 227 * 1024  # of a multiprocessor, sm_90
 TILED = {
     "_sigreg_fwd_kernel": "forward",
@@ -95,6 +109,8 @@ class Kernel(NamedTuple):
 
 REFERENCE, GIANT = Size(8, 2048, 512, 1024), Size(10, 4096, 1536, 4096)
 MINIMAL = Size(4, 256, 16, 256)
+STEPS = {"reference bf16": ("bf16", REFERENCE), "reference fp32": ("fp32", REFERENCE)}
+STEPS |= {"giant bf16": ("bf16", GIANT), "minimal bf16": ("bf16", MINIMAL)}
 ODD = (Size(8, 2001, 60, 1000), Size(8, 2001, 500, 1000), Size(8, 2001, 768, 1024))
 USUAL = make_plan(17, 3 / 16)
 
@@ -214,13 +230,15 @@ def cases(target: str, dtype: str, *, uneven: bool = True) -> list[Case]:
     add("", REFERENCE, *PLAIN.values())
     for name in ("forward", "gradient", "product"):
         add("", REFERENCE, name)
-        if config.tile(name, GIANT.K) != config.tile(name, REFERENCE.K):
+        new = config.tile(name, GIANT.K) != config.tile(name, REFERENCE.K)
+        if new or (target == "sm_90" and dtype == "bf16"):
             add("", GIANT, name)
     for K in config.fused:
         add("", REFERENCE._replace(K=K), "fused")
+    if target == "sm_90" and dtype == "bf16":
+        add("minimal", MINIMAL, "forward", "fused")
     if target != "sm_90" or dtype == "fp16" or not uneven:
         return found
-    add("minimal", MINIMAL, "forward", "fused")
     small, large = ("forward", "fused"), ("forward", "gradient", "product")
     if dtype == "fp32":  # embeddings in bf16 with directions in float32, read element by element
         add("bf16 x N {1} K {2} M {3}", ODD[1], *large, inputs="bf16", directions="fp32")
@@ -229,7 +247,8 @@ def cases(target: str, dtype: str, *, uneven: bool = True) -> list[Case]:
         add("N {1} K {2} M {3}", size, *(small if size.K <= 64 else large))
     plans = [(f"J {knots}", make_plan(knots, 3 / (knots - 1))) for knots in (33, 65)]
     for what, plan in [*plans, ("arbitrary knots", make_plan(17, None))]:
-        add(what + " K {2}", REFERENCE, *small, plan=plan)
+        add(what + " K {2}", REFERENCE, "forward", "gradient", plan=plan)
+        add(what + " K {2}", REFERENCE._replace(K=256), "fused", plan=plan)
         add(what + " K {2}", GIANT, "gradient", plan=plan)
     add("reduction None K {2}", REFERENCE._replace(K=64), "fused", slice_grad=True)
     add("reduction None K {2}", REFERENCE, "gradient", "product", slice_grad=True)
@@ -260,6 +279,7 @@ def inspect(compiled: Any, target: str, reductions: int = 1) -> Row:
     row |= {"registers": number("REG"), "spills": everything["LDL"] + everything["STL"]}
     row |= {"stack_bytes": number("STACK"), "tensor_instructions": sum(everything[name] for name in TENSOR)}
     row["tensor_kind"] = next((name for name in TENSOR if everything[name]), None)
+    row["code"] = Code(text)
     samples, loop = hot_loop(text)
     if samples:
         samples /= reductions
@@ -314,12 +334,138 @@ def floors(row: Row, kernel: Kernel, size: Size, plan: Plan) -> dict[str, float]
     return {name: 1e6 * seconds for name, seconds in figures.items()} | {"programs_per_sm": resident}
 
 
+class Tiles(NamedTuple):
+    """How a step of one kernel is made of launches, programs and tiles."""
+
+    launches: int
+    programs: int  # of a launch
+    tiles: int  # of a program
+    steps: int  # of the matrix product of a tile
+    flops: float  # of a tile
+
+
+def tiles_of(kernel: Kernel, size: Size) -> Tiles:
+    given, tile, (V, N, K, M) = kernel.arguments, kernel.tile, size
+    steps, flops = -(-K // given["BLOCK_K"]), 2.0 * tile.block_m * tile.block_n * K
+    if kernel.name == "fused":
+        return Tiles(1, V * -(-N // tile.block_n), -(-M // tile.block_m), 1, 2 * flops)
+    if kernel.name == "product":
+        rows, steps = given["rows"], -(-M // tile.block_m)
+        programs = -(-rows // tile.block_n) * -(-K // tile.block_k)
+        return Tiles(-(-V * N // rows), programs, 1, steps, 2.0 * tile.block_n * tile.block_k * M)
+    rows = V * N * given["CHUNKS"] if kernel.name == "forward" else given["out_ptr"].shape[0]
+    samples = N if kernel.name == "forward" else given["n_stop"] - given["n_first"]
+    programs = rows // samples * given["splits"] * -(-M // tile.block_m)
+    launches = 1 if kernel.name == "forward" else -(-V * N // rows)
+    return Tiles(launches, programs, -(-given["split_samples"] // tile.block_n), steps, flops)
+
+
+class Code:
+    """Machine code of a kernel: its instructions, and its loops from branch target to backward branch."""
+
+    def __init__(self, text: str):
+        found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", text)
+        place = {int(address, 16): i for i, (address, _) in enumerate(found)}
+        self.lines = [line for _, line in found]
+        ends: dict[int, int] = {}
+        for i, line in enumerate(self.lines):
+            target = re.search(r"BRA\S* (?:`\()?0x([0-9a-f]+)", line)
+            if target and place[int(target[1], 16)] < i:
+                ends[place[int(target[1], 16)]] = i + 1
+        self.loops = [range(*loop) for loop in ends.items()]
+
+    def has(self, loop: range, *patterns: str) -> bool:
+        return all(any(re.search(pattern, self.lines[i]) for i in loop) for pattern in patterns)
+
+    def tile_loop(self, kernel: Kernel) -> range:
+        """The loop over tiles: of those with the tensor cores and range reductions, the first and smallest.
+
+        That of a product is the whole kernel, one tile.
+        """
+        whole = range(len(self.lines))
+        wanted = ("|".join(TENSOR), _ROUND.pattern)
+        found = [loop for loop in self.loops if self.has(loop, *wanted)]
+        return whole if kernel.name == "product" else min(found, key=lambda loop: (len(loop), loop[0]))
+
+    def times(self, loop: range, kernel: Kernel, steps: int) -> Counter[int]:
+        """How often each instruction of a tile is executed."""
+        times = Counter(loop)
+        for inner in self.loops:
+            if inner[0] < loop[0] or inner[-1] > loop[-1] or inner == loop:
+                continue
+            reduces, multiplies = self.has(inner, _ROUND.pattern), self.has(inner, "|".join(TENSOR))
+            count = kernel.arguments["SUB_TILES"] if reduces else steps if multiplies else 1
+            for i in inner:
+                times[i] *= count
+        return times
+
+    def ahead(self, loop: range, times: Counter[int]) -> tuple[int | None, int]:
+        """Instructions between the loads of the next tile or step and the first that needs one of them.
+
+        Also the steps of the product that lie between them.
+        """
+        copies = [i for i in loop if self.lines[i].startswith("LDGDEPBAR")]
+        waits = [i for i in loop if re.search(r"\bDEPBAR\.LE SB0", self.lines[i]) and times[i] > 1]
+        if waits:  # asynchronous copies: a wait leaves so many groups of them in flight
+            inner = min((r for r in self.loops if waits[0] in r), key=len)
+            groups = int(self.lines[waits[0]].split()[-1], 16) // max(1, sum(i in inner for i in copies))
+            return groups * len(inner), groups
+        loads = [i for i in loop if times[i] == 1 and "LDG.E.128" in self.lines[i]]
+        if not loads:
+            return None, 0
+        first = [int(re.findall(r"\bR(\d+)", self.lines[i])[0]) for i in loads]
+        names = re.compile(r"\bR(" + "|".join(str(r + k) for r in first for k in range(4)) + r")\b")
+        distance = 0
+        for i in [*range(loads[-1] + 1, loop[-1] + 1), *range(loop[0], loads[-1])]:
+            if names.search(self.lines[i]) and i not in loads:
+                break
+            distance += times[i]
+        return distance, 0
+
+
+def predict(row: Row, code: Code, kernel: Kernel, size: Size) -> Row:
+    """Microseconds of a step on an H200 by the model above, and what it is made of."""
+    loop, plan = code.tile_loop(kernel), tiles_of(kernel, size)
+    times = code.times(loop, kernel, plan.steps)
+    drains = sum(times[i] for i in loop if _DRAIN in code.lines[i])
+    (ahead, ahead_steps), warps = code.ahead(loop, times), kernel.tile.num_warps
+    samples = kernel.tile.block_m * kernel.tile.block_n / (32 * warps)
+    # Clocks of a tile on a multiprocessor: issue slots, those of MUFU (16 lanes), product.
+    issue = warps / 4 * sum(times.values())
+    mufu = warps * 2 * sum(times[i] for i in loop if "MUFU" in code.lines[i])
+    product = plan.flops / (_MATMUL[row["dtype"]] / _SMS / _CLOCK)
+    tiles = plan.launches * -(-plan.programs // _SMS) * plan.tiles
+    alone = row["floor_h200"]["programs_per_sm"] < 2 or plan.programs <= _SMS
+    wait = 0.0
+    if alone:
+        # In a loop over steps each of the first loads of a tile is waited for.
+        between = max((ahead or 0) * warps / 4, ahead_steps * product / plan.steps)
+        late = 0.0 if ahead is None else max(0.0, _LOAD_CLOCKS - between)
+        stepped = plan.steps > 1 and not kernel.tile.resident
+        wait = drains * _DRAIN_CLOCKS + (_LOAD_CLOCKS + plan.steps * late if stepped else late)
+    busy = issue + product if alone and kernel.name != "product" else max(issue, product)
+    start = plan.launches * warps / 4 * -(-plan.programs // _SMS) * (len(code.lines) - len(loop))
+    clocks = (max(busy, mufu) + wait) * tiles + start
+    V, N, K, M = size
+    item, outputs = (4 if row["dtype"] == "fp32" else 2), V * N * M if kernel.name != "forward" else 0
+    moved = item * (V * N * K * (1 if kernel.name in ("forward", "gradient") else 2) + K * M)
+    moved += item * outputs if kernel.name in ("gradient", "product") and plan.launches == 1 else 0
+    memory = max(row["floor_h200"]["l2_us"] * 1e-6, moved / _DRAM)
+    parts = {"issue_us": issue * tiles, "product_us": product * tiles, "wait_us": wait * tiles}
+    parts = {name: 1e6 * figure / _CLOCK for name, figure in parts.items()}
+    total = max(clocks / _CLOCK, memory) + plan.launches * _LAUNCH
+    row |= {"ahead": ahead, "drains": drains}
+    if kernel.name != "product":
+        row["slots_per_sample"] = sum(times.values()) / samples
+    return parts | {"memory_us": 1e6 * memory, "launches": plan.launches, "time_us": 1e6 * total}
+
+
 def _row(target: str, dtype: str, uneven: str, plan: Plan, size: Size, kernel: Kernel) -> Row:
     row = {"triton": triton.__version__, "kernel": kernel.name, "uneven": uneven, "target": target}
     row |= {"dtype": dtype, **size._asdict()}
     reductions = 2 if plan.chunks > 1 else 1  # giant steps far from 0 have one of their own
     row |= {**kernel.tile._asdict(), **inspect(compile_kernel(kernel, target), target, reductions)}
-    samples = row.pop("loop_samples", None)
+    samples, code = row.pop("loop_samples", None), row.pop("code", None)
     if not plan.equidistant or kernel.name not in TILED.values():
         # A range reduction for each knot, which counts no samples; normals, where nothing is projected.
         row.pop("per_sample", None)
@@ -330,6 +476,7 @@ def _row(target: str, dtype: str, uneven: str, plan: Plan, size: Size, kernel: K
         row["repeated"] = samples * 32 * kernel.tile.num_warps / due
     if target == "sm_90":
         row["floor_h200"] = floors(row, kernel, size, plan)
+        row["predicted_h200"] = predict(row, code, kernel, size)
     return row
 
 
@@ -366,19 +513,62 @@ def violations(rows: list[Row], budgets: Row) -> list[str]:
     return found
 
 
+def measured(row: Row) -> float | None:
+    """Microseconds of a step with this tile, as bench/tiles_bench.py timed it on an H200, or None."""
+    wanted = {name: row[name] for name in (*Size._fields, "kernel")}
+    wanted |= {"J": 17, "dtype": str(DTYPES[row["dtype"]]).removeprefix("torch."), "rehearsal": False}
+    wanted["tile"] = {name: row[name] for name in Tile._fields}
+    found = None
+    for timed in read_rows(TIMES):
+        known = all(timed.get(name, False) == value for name, value in wanted.items())
+        if known and timed["seconds"] and "H200" in timed["device"]:
+            found = 1e6 * timed["seconds"] * row["predicted_h200"]["launches"]
+    return found
+
+
+def show_steps(rows: list[Row]) -> None:
+    """Predicted time of forward and backward, beside the sum of the floors of its kernels."""
+    table = []
+    for name, (dtype, size) in STEPS.items():
+        fuses = shipped_config("sm_90", 4 if dtype == "fp32" else 2).fuses(size.K, size.M)
+        kernels = ("forward", "fused") if fuses else ("forward", "gradient", "product")
+        wanted = (dtype, *size)
+        even = [row for row in rows if "predicted_h200" in row and row["uneven"] in ("", "minimal")]
+        known = {
+            row["kernel"]: row for row in even if (row["dtype"], *(row[k] for k in Size._fields)) == wanted
+        }
+        if not known.keys() >= set(kernels):
+            continue
+        parts = [known[kernel]["predicted_h200"] for kernel in kernels]
+        total = sum(part["time_us"] for part in parts) + 1e6 * _SMALL * len(PLAIN)
+        floor = sum(known[kernel]["floor_h200"]["floor_us"] for kernel in kernels)
+        launches = sum(part["launches"] for part in parts) + len(PLAIN)
+        target = "200" if name == "reference bf16" else "-"
+        table.append([name, "+".join(kernels), str(launches), f"{floor:.0f}", f"{total:.0f}", target])
+    if table:
+        print("\nA step on an H200. These are predictions: no GPU has measured them.\n")
+        print_table(["step", "kernels", "launches", "floor us", "predicted us", "target us"], table)
+
+
 def show(rows: list[Row]) -> None:
     header = ["kernel", "size", "target", "dtype", "tile", "regs", "spills", "shared", "tensor"]
-    header += ["fp32/smp", "mufu", "shfl", "all/smp", "fp32 us", "matmul us", "l2 us", "floor us"]
+    header += ["fp32/smp", "all/smp", "ahead", "drains", "issue us", "matmul us", "l2 us", "floor us"]
+    header += ["predicted us", "measured us"]
     table = []
     for row in rows:
         tile = f"{row['block_m']}x{row['block_n']}x{row['block_k']} w{row['num_warps']} s{row['num_stages']}"
         tile += f" t{row['sub_tiles']}" + " resident" * row["resident"]
         cells = [row["kernel"], row["uneven"] or f"K {row['K']}", row["target"], row["dtype"], tile]
         cells += [str(row[key]) for key in ("registers", "spills", "shared_bytes", "tensor_kind")]
-        for key, form in (("per_sample", ".1f"), ("floor_h200", ".0f")):
-            cells += [f"{figure:{form}}" for figure in [*row[key].values()][:4]] if key in row else ["-"] * 4
-        table.append(cells)
+        floor, predicted = row.get("floor_h200", {}), row.get("predicted_h200", {})
+        figures = [row.get("per_sample", {}).get("fp32"), row.get("slots_per_sample")]
+        cells += ["-" if figure is None else f"{figure:.1f}" for figure in figures]
+        figures = [row.get("ahead"), row.get("drains"), predicted.get("issue_us")]
+        figures += [floor.get(name) for name in ("matmul_us", "l2_us", "floor_us")]
+        figures += [predicted.get("time_us"), measured(row) if predicted else None]
+        table.append([*cells, *("-" if figure is None else f"{figure:.0f}" for figure in figures)])
     print_table(header, table)
+    show_steps(rows)
 
 
 def main() -> int:

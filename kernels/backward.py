@@ -30,6 +30,7 @@ from .phases import (
     complex_square,
     cos_sin,
     dot,
+    here,
     join_columns,
     load_tiles,
     multiply,
@@ -203,7 +204,7 @@ def _sigreg_dp_kernel(
     n_stop,
     splits,
     split_samples,  # a multiple of BLOCK_N
-    K,
+    K: tl.constexpr,
     M,
     J,
     factor_hi,
@@ -213,7 +214,7 @@ def _sigreg_dp_kernel(
     sub_tiles,  # SUB_TILES, at run time
     sub_tile_stride,
     stride_xv,
-    stride_xn,
+    stride_xn: tl.constexpr,
     stride_xk,
     stride_ak,
     stride_am,
@@ -241,7 +242,8 @@ def _sigreg_dp_kernel(
     """Programs are those of the forward kernel: BLOCK_M directions and a split of the samples of a view."""
     pid = tl.program_id(0)
     m_blocks = tl.cdiv(M, BLOCK_M)
-    m = (pid % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m0 = (pid % m_blocks) * BLOCK_M
+    m = m0 + tl.arange(0, BLOCK_M)
     pid = pid // m_blocks
     start = n_first + (pid % splits) * split_samples
     stop = tl.minimum(n_stop, start + split_samples)
@@ -263,34 +265,34 @@ def _sigreg_dp_kernel(
     if SLICE_GRAD:
         grad = tl.load(grad_ptr + view * stride_gv + m[:, None] * stride_gm, mask=m_mask, other=0.0)
     a = ()
-    p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    samples = tl.arange(0, BLOCK_N)[None, :]
     if RESIDENT > 0:
-        a = load_tiles(a_ptr, m[:, None], M, K, stride_am, stride_ak, BLOCK_K, RESIDENT, EVEN_K, MASK_M)
-        n = start + tl.arange(0, BLOCK_N)
-        x = load_tiles(x_ptr, n[None, :], n_stop, K, stride_xn, stride_xk,
-            BLOCK_K, RESIDENT, EVEN_K, not EVEN_N)  # fmt: skip
-        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
+        directions = tl.arange(0, BLOCK_M)[:, None]
+        a = load_tiles(a_ptr, directions, m0, M, K, stride_am, stride_ak, BLOCK_K, RESIDENT, EVEN_K, MASK_M)
+    p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    LEAD: tl.constexpr = BLOCK_N if RESIDENT > 0 else 0
     last = start + (stop - start - 1) // BLOCK_N * BLOCK_N
-    for n0 in range(start, stop, BLOCK_N):
+    for n0 in range(start - LEAD, stop, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         if RESIDENT > 0:
-            # Prefetch the next tile while this one is processed; the one after the last is not used.
-            ahead = tl.minimum(n0 + BLOCK_N, last) + tl.arange(0, BLOCK_N)
-            x = load_tiles(x_ptr, ahead[None, :], n_stop, K, stride_xn, stride_xk,
+            # As in `forward.py`; the first iteration stores nothing.
+            ahead = tl.minimum(n0 + BLOCK_N, last)
+            x = load_tiles(x_ptr, samples, ahead, n_stop, K, stride_xn, stride_xk,
                 BLOCK_K, RESIDENT, EVEN_K, not EVEN_N)  # fmt: skip
         else:
             p = project(x_ptr, a_ptr, m, n, n_stop, K, M, stride_xn, stride_xk, stride_ak, stride_am,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, not EVEN_N, PRECISION)  # fmt: skip
-        dp = _derivative(p, coef, coef_ptrs, t_ptr, factors, J, sub_tiles, sub_tile_stride,
-            EQUIDISTANT, B, G, FAR, SUB_TILES, BLOCK_M, BLOCK_N)  # fmt: skip
+        dp = _derivative(p, coef, coef_ptrs, t_ptr, factors, J, tl.where(n0 < start, 0, sub_tiles),
+            sub_tile_stride, EQUIDISTANT, B, G, FAR, SUB_TILES, BLOCK_M, BLOCK_N)  # fmt: skip
         if SLICE_GRAD:
             dp *= grad
         if NORMALIZE:
             dp *= power
         out_ptrs = out_ptr + (n - n_first)[None, :].to(tl.int64) * M + m[:, None]
-        tl.store(out_ptrs, to_dtype(dp, out_ptr.dtype.element_ty), mask=m_mask & (n < n_stop)[None, :])
+        inside = m_mask & ((n >= start) & (n < n_stop))[None, :]
+        tl.store(out_ptrs, to_dtype(dp, out_ptr.dtype.element_ty), mask=inside)
         if RESIDENT > 0:
-            p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
+            p = multiply(a, here(x), BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
 
 
 @triton.jit(do_not_specialize=["sub_tile_stride"])
@@ -339,13 +341,15 @@ def _sigreg_bwd_kernel(
 ):
     pid = tl.program_id(0)
     n_blocks = tl.cdiv(N, BLOCK_N)
-    n = (pid % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n0 = (pid % n_blocks) * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_N)
     view = (pid // n_blocks).to(tl.int64)
     x_ptr += view * stride_xv
     if NORMALIZE:
         power = _normalizing_power(coef_ptr, view + tl.zeros((1,), tl.int64), M, ROWS, 1)
     coef_ptr += view * tl.cdiv(M, _COEF_BLOCK) * ((ROWS + 1) * _COEF_BLOCK)
-    x = load_tiles(x_ptr, n[None, :], N, K, stride_xn, stride_xk, BLOCK_K, TILES, EVEN_K, True)
+    samples, directions = tl.arange(0, BLOCK_N)[None, :], tl.arange(0, BLOCK_M)[:, None]
+    x = load_tiles(x_ptr, samples, n0, N, K, stride_xn, stride_xk, BLOCK_K, TILES, EVEN_K, True)
     dx = ()
     for _ in tl.static_range(TILES):
         dx = dx + (tl.zeros((BLOCK_K, BLOCK_N), tl.float32),)
@@ -357,7 +361,7 @@ def _sigreg_bwd_kernel(
         factors = scaled_factor(factor_hi, factor_lo, scale_ptr, m, M, HAS_SCALE)
         if FAR:
             factors = factors + scaled_factor(giant_hi, giant_lo, scale_ptr, m, M, HAS_SCALE)
-        a = load_tiles(a_ptr, m[:, None], M, K, stride_am, stride_ak, BLOCK_K, TILES, EVEN_K, MASK_M)
+        a = load_tiles(a_ptr, directions, m0, M, K, stride_am, stride_ak, BLOCK_K, TILES, EVEN_K, MASK_M)
         p = multiply(a, x, BLOCK_M, BLOCK_N, TILES, PRECISION)
         dp = _derivative(p, (), coef_ptrs, t_ptr, factors, J, sub_tiles, sub_tile_stride,
             EQUIDISTANT, B, G, FAR, SUB_TILES, BLOCK_M, BLOCK_N)  # fmt: skip

@@ -3,13 +3,14 @@
 They were chosen from the compiler's output (`bench/kernel_report.py`), not from timings: first no spills and
 tensor-core instructions, then on sm_90 the smallest predicted time, elsewhere the least memory traffic.
 
-- sm_90, half precision: up to K 512 directions are resident and two programs share a multiprocessor.
+- sm_90, half precision: up to K 512 directions are resident and two programs share a multiprocessor; beyond,
+  four stages, so that two steps of the product are on their way.
 - sm_90, float32: 128 x 64; 128 x 128 spills.
 - sm_80, sm_89: 128 x 64; float32 spills from 64 samples on, hence 128 x 32.
 - sm_100: 64 directions; with 128 a thread holds a whole row of the accumulator and spills.
 - gfx942: 64 x 64 in two sub-tiles; 128 x 32 with 8 warps spills.
-- fused: up to the largest K whose dx^T fits into registers. Eight warps take 128 directions; with 64 both
-  groups of four warps would compute the same projections.
+- fused: up to the largest K whose dx^T fits into registers, on sm_90 into those of two programs. Eight warps
+  take 128 directions; with 64 both groups of four warps would compute the same projections.
 """
 
 import functools
@@ -37,11 +38,18 @@ class Tile(NamedTuple):
     sub_tiles: int = 1
     """A tile of projections is processed in this many parts: fewer values are live in registers."""
     resident: bool = False
-    """The directions of a program, all of K, stay in shared memory; only samples are read in the loop."""
+    """The directions of a program, all of K, stay in shared memory; only samples are read in the loop.
+    NVIDIA only, half precision."""
 
     def steps(self, K: int) -> tuple[int, int]:
-        """Step along K, and the number of tiles that cover K if the directions are resident, else 0."""
+        """Step along K, and the number of tiles that cover K if the directions are resident, else 0.
+
+        Resident tiles are as long as the largest power of two that divides K, or 64: each is one wait for
+        the tensor cores.
+        """
         block_k = min(self.block_k, max(16, 1 << (K - 1).bit_length()))
+        if self.resident:
+            block_k = min(block_k, max(64, K & -K))
         return block_k, ceil_div(K, block_k) if self.resident else 0
 
     def options(self, K: int, precision: str) -> dict[str, Any]:
@@ -145,8 +153,8 @@ def _config(
     return Config(tiles, tiles, {ANY: product}, fused, split, others, stretch=stretch)
 
 
-_RESIDENT = Tile(64, 32, 64, 4, 1, sub_tiles=2, resident=True)
-_WIDE = Tile(128, 128, 64, 8, 2, sub_tiles=4)
+_RESIDENT = Tile(64, 32, 512, 4, 1, sub_tiles=2, resident=True)
+_WIDE = Tile(128, 128, 64, 8, 4, sub_tiles=4)
 _MIDDLE = Tile(128, 64, 64, 8, 3, sub_tiles=2)
 _SMALL = Tile(64, 64, 64, 4, 3, sub_tiles=2)
 _SMALL_AMD = _SMALL._replace(num_stages=2)
@@ -164,20 +172,24 @@ _HALF_OTHERS = {
         Tile(64, 128, 64, 4, 3, sub_tiles=2),
         _MIDDLE,
         _WIDE,
+        _WIDE._replace(num_stages=2),
     ),
-    "gradient": (_RESIDENT, _SMALL, _MIDDLE, _WIDE),
+    "gradient": (_RESIDENT, _SMALL, _MIDDLE, _WIDE, _WIDE._replace(num_stages=2)),
     "product": (Tile(64, 64, 64, 4, 3), _PRODUCT, _PRODUCT_WIDE, Tile(64, 128, 256, 8, 4)),
     "fused": (Tile(64, 32, 64, 4, 1), _FUSED, _FUSED_FOUR, _FUSED_SM_100, _FUSED_WIDE),
 }
+_AMD_OTHERS = {k: tuple(tile for tile in tiles if not tile.resident) for k, tiles in _HALF_OTHERS.items()}
 _RESIDENT_OR_WIDE = {RESIDENT_MAX_DIM: _RESIDENT, ANY: _WIDE}
-_FUSED_SM_90 = {64: _FUSED, 128: _FUSED, 256: _FUSED_FOUR, 512: _FUSED_WIDE}
+# Not 512 (`_FUSED_WIDE`): one program fills a multiprocessor, so that its product and its arithmetic add. The
+# model of bench/kernel_report.py takes it for a quarter slower than two kernels, at K 256 for a bit faster.
+_FUSED_SM_90 = {64: _FUSED, 128: _FUSED, 256: _FUSED_FOUR}
 _FUSED_TO_256 = {64: _FUSED, 256: _FUSED}
 _HALF = {
     "sm_80": _config({ANY: _MIDDLE}, _PRODUCT, {64: _FUSED, 256: _FUSED_WIDE}, 108, _HALF_OTHERS),
     "sm_89": _config({ANY: _MIDDLE}, _PRODUCT, _FUSED_TO_256, 142, _HALF_OTHERS),
     "sm_90": _config(_RESIDENT_OR_WIDE, _PRODUCT_WIDE, _FUSED_SM_90, 132, _HALF_OTHERS),
     "sm_100": _config({ANY: _SMALL}, _PRODUCT_WIDE, {**_FUSED_TO_256, 512: _FUSED_SM_100}, 148, _HALF_OTHERS),
-    "gfx942": _config({ANY: _SMALL_AMD}, _PRODUCT._replace(num_stages=2), _FUSED_TO_256, 304, _HALF_OTHERS),
+    "gfx942": _config({ANY: _SMALL_AMD}, _PRODUCT._replace(num_stages=2), _FUSED_TO_256, 304, _AMD_OTHERS),
 }
 _NARROW = Tile(128, 32, 32, 8, 3)
 _MIDDLE_32 = _MIDDLE._replace(block_k=32)

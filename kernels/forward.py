@@ -20,6 +20,7 @@ from .phases import (
     complex_mul,
     complex_square,
     cos_sin,
+    here,
     load_tiles,
     multiply,
     project,
@@ -145,7 +146,7 @@ def _sigreg_fwd_kernel(
     out_ptr,  # (splits, V, rows, M) float32
     views,
     N,
-    K,
+    K: tl.constexpr,  # compiled in, as the next stride, for short addresses
     M,
     J,
     factor_hi,
@@ -154,7 +155,7 @@ def _sigreg_fwd_kernel(
     split_samples,  # a multiple of BLOCK_N
     sub_tiles,  # SUB_TILES, at run time
     stride_xv,
-    stride_xn,
+    stride_xn: tl.constexpr,
     stride_xk,
     stride_ak,
     stride_am,
@@ -177,7 +178,8 @@ def _sigreg_fwd_kernel(
     # Neighboring programs share samples, so that their tile of x comes from the L2 cache.
     pid = tl.program_id(0)
     m_blocks = tl.cdiv(M, BLOCK_M)
-    m = (pid % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m0 = (pid % m_blocks) * BLOCK_M
+    m = m0 + tl.arange(0, BLOCK_M)
     pid = pid // m_blocks
     chunk = pid % CHUNKS
     pid = pid // CHUNKS
@@ -212,34 +214,38 @@ def _sigreg_fwd_kernel(
     x_ptr += view.to(tl.int64) * stride_xv
     a = ()
     if RESIDENT > 0:
-        a = load_tiles(a_ptr, m[:, None], M, K, stride_am, stride_ak, BLOCK_K, RESIDENT, EVEN_K, True)
+        directions = tl.arange(0, BLOCK_M)[:, None]
+        a = load_tiles(a_ptr, directions, m0, M, K, stride_am, stride_ak, BLOCK_K, RESIDENT, EVEN_K, True)
     start = split * split_samples
     stop = tl.minimum(N, start + split_samples)
     full_stop = stop if EVEN_N else start + (stop - start) // BLOCK_N * BLOCK_N
     valid = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    samples = tl.arange(0, BLOCK_N)[None, :]
     p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if RESIDENT > 0:
-        n = start + tl.arange(0, BLOCK_N)
-        x = load_tiles(x_ptr, n[None, :], N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, True)
-        p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
-    for n0 in range(start, full_stop, BLOCK_N):
+    LEAD: tl.constexpr = BLOCK_N if RESIDENT > 0 else 0
+    for n0 in range(start - tl.minimum(LEAD, full_stop - start), full_stop, BLOCK_N):
         if RESIDENT > 0:
-            # Prefetch the next tile while this one is summed; the one after the last is not used.
-            n = tl.minimum(n0 + BLOCK_N, full_stop - BLOCK_N) + tl.arange(0, BLOCK_N)
-            x = load_tiles(x_ptr, n[None, :], N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, False)
+            # Load the next tile, sum this one, project the next. First there is none to sum; the tile after
+            # the last is not used.
+            ahead = tl.minimum(n0 + BLOCK_N, full_stop - BLOCK_N)
+            x = load_tiles(
+                x_ptr, samples, ahead, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, False
+            )
         else:
             n = n0 + tl.arange(0, BLOCK_N)
             p = project(x_ptr, a_ptr, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, False, PRECISION)  # fmt: skip
-        sums = _add_tile(sums, p, valid, factors_hi, factors_lo, sub_tiles, EQUIDISTANT, B, G,
-            CHUNKS > 1, False, SUB_TILES, BLOCK_M, BLOCK_N)  # fmt: skip
+        sums = _add_tile(sums, p, valid, factors_hi, factors_lo, tl.where(n0 < start, 0, sub_tiles),
+            EQUIDISTANT, B, G, CHUNKS > 1, False, SUB_TILES, BLOCK_M, BLOCK_N)  # fmt: skip
         if RESIDENT > 0:
-            p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
+            p = multiply(a, here(x), BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
     if not EVEN_N:
         for n0 in range(full_stop, stop, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
             if RESIDENT > 0:
-                x = load_tiles(x_ptr, n[None, :], N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, True)
+                x = load_tiles(
+                    x_ptr, samples, n0, N, K, stride_xn, stride_xk, BLOCK_K, RESIDENT, EVEN_K, True
+                )
                 p = multiply(a, x, BLOCK_M, BLOCK_N, RESIDENT, PRECISION)
             else:
                 p = project(x_ptr, a_ptr, m, n, N, K, M, stride_xn, stride_xk, stride_ak, stride_am,

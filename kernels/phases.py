@@ -203,7 +203,8 @@ def multiply(
 @triton.jit
 def load_tiles(
     ptr,
-    index,  # of samples (1, BLOCK_N), or of directions (BLOCK_M, 1)
+    lanes,  # `tl.arange` of samples (1, BLOCK_N), or of directions (BLOCK_M, 1)
+    first,  # the first of them
     bound,
     K,
     stride_index,
@@ -215,13 +216,33 @@ def load_tiles(
 ):
     """Samples or directions, transposed, as a tuple of COUNT tiles that cover K; 0 outside."""
     k = tl.arange(0, BLOCK_K)
-    k = k[:, None] if index.shape[0] == 1 else k[None, :]
-    ptrs = ptr + index.to(tl.int64) * stride_index + k.to(tl.int64) * stride_k
+    k = k[:, None] if lanes.shape[0] == 1 else k[None, :]
+    # One address a thread; with strides known to the compiler the others are constants in the instructions.
+    ptr += tl.cast(first, tl.int64) * stride_index
+    ptrs = ptr + lanes.to(tl.int64) * stride_index + k.to(tl.int64) * stride_k
     tiles = ()
     for i in tl.static_range(COUNT):
-        tiles = tiles + (load_tile(ptrs, index < bound, k < K - i * BLOCK_K, MASK, not EVEN_K),)
+        tiles = tiles + (load_tile(ptrs, lanes < bound - first, k < K - i * BLOCK_K, MASK, not EVEN_K),)
         ptrs += BLOCK_K * tl.cast(stride_k, tl.int64)
     return tiles
+
+
+@triton.jit
+def here(tiles):
+    """The same tiles, which the compiler takes for values that appear here (NVIDIA only).
+
+    It copies operands of the tensor cores to shared memory where they appear; where they were loaded it would
+    wait for them. The instruction is a move, which the assembler removes.
+    """
+    out = ()
+    for i in tl.static_range(len(tiles)):
+        tile = tiles[i]
+        if not _INTERPRETED:
+            tile = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [tile], tile.dtype, False, 32 // tile.dtype.primitive_bitwidth
+            )
+        out = out + (tile,)
+    return out
 
 
 @triton.jit

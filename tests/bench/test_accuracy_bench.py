@@ -4,9 +4,10 @@ import sys
 
 import accuracy_bench
 import benchlib
+import numpy as np
 import pytest
 import torch
-from accuracy_bench import Variant, errors
+from accuracy_bench import Variant, errors, tensor_core_product
 
 
 def test_the_streaming_implementation_keeps_the_rule_of_plain_float32():
@@ -77,3 +78,19 @@ def test_every_precision_is_measured_on_a_gpu():
     variants = list(accuracy_bench.variants("cuda"))
     assert {v.precision for v in variants if v.dtype == torch.float32} >= {"ieee", "tf32", "tf32x3"}
     assert {v.dtype for v in variants} == {torch.float32, torch.bfloat16, torch.float16}
+
+
+def test_the_model_of_tensor_cores_cuts_off_where_float32_rounds():
+    """Of 1 + 2**-26 and 1 - 2**-26 the small term is below what is kept; 1 - 2**-25 loses its last bit."""
+    left = np.array([[1.0, 2.0**-13], [1.0, -(2.0**-13)], [1.0, -(2.0**-12)]])
+    right = np.array([[1.0], [2.0**-13]])
+    assert tensor_core_product(left, right)[:2, 0].tolist() == [1.0, 1.0]
+    assert tensor_core_product(left[2:], right)[0, 0] == 1 - 2.0**-24
+    integers = np.arange(-80.0, 80.0).reshape(4, 40)
+    assert (tensor_core_product(integers, integers.T) == integers @ integers.T).all(), "exact sums stay exact"
+
+
+def test_one_sum_over_k_on_tensor_cores_keeps_the_rule():
+    row = accuracy_bench.tensor_core_row(N=64, K=512, M=8)
+    assert max(row["value_errors"]) > 1e-8
+    assert row["share_of_allowed"] < 1
