@@ -12,12 +12,14 @@ twin; the plot is stability.png. Called again, it goes on where it was stopped.
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchlib import Row, Rows, command_line, print_table, read_rows
 
+from lejepa_fast.errors import UsageError
 from lejepa_fast.train import sweep
 from lejepa_fast.train.report.plots import report_figure
 from lejepa_fast.train.report.run_plots import COLORS, PROBE_LABELS, draw_correlations, draw_loss_plane
@@ -51,8 +53,8 @@ PAPER = {
 
 def train_part(
     part: str, options: Sequence[str], runs: Path, writer: Rows, *, jobs: int, rehearse: bool
-) -> None:
-    """Train the runs of a part that are not finished, and write a row for each as it ends."""
+) -> int:
+    """Train the runs of a part that are not finished, and write a row for each as it ends; how many failed."""
     grid = PARTS[part]
     if rehearse:  # three values of the first option, one of the others
         axes = [axis.partition("=")[::2] for axis in grid]
@@ -68,6 +70,7 @@ def train_part(
     failed = sweep.run_points(points, jobs=jobs, ended=write)
     for folder, reason in failed.items():
         print(f"{folder}: {reason}")
+    return len(failed)
 
 
 def figures_of(run: RunRecord) -> Row:
@@ -164,7 +167,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             free[0].legend(fontsize=7)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = command_line(__doc__, rehearse="a few runs of a few steps, to see that it works")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="(all)")
     parser.add_argument("--runs", type=Path, default=Path("runs/stability"), help="run folders (%(default)s)")
@@ -183,12 +186,18 @@ def main(arguments: list[str] | None = None) -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     writer.about |= {"jobs": options.jobs, "threads": threads}
-    for part in options.part:
-        train_part(part, shared, options.runs, writer, jobs=options.jobs, rehearse=options.rehearse)
+    runs = options.runs / "rehearsal" if options.rehearse else options.runs
+    setting = {"jobs": options.jobs, "rehearse": options.rehearse}
+    try:
+        failed = sum(train_part(part, shared, runs, writer, **setting) for part in options.part)
+    except UsageError as error:
+        parser.error(str(error).replace("--out", "--runs"))
     rows = [row for row in read_rows(writer.path) if bool(row.get("rehearsal")) == options.rehearse]
     newest = {json.dumps([row["part"], row["values"]]): row for row in rows}
-    show(list(newest.values()), options.out / "stability.png")
+    if newest:
+        show(list(newest.values()), options.out / "stability.png")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -370,6 +370,12 @@ def run(name: str, out: Path, *, small: bool) -> list[Row]:
     return written
 
 
+def keys_between(row: Row, first: str, last: str) -> list[str]:
+    """The keys of a row between two of them: the figures of an experiment."""
+    keys = list(row)
+    return keys[keys.index(first) + 1 : keys.index(last)]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = command_line(__doc__, rehearse="run each in small; the rows are marked")
     parser.add_argument("names", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; none: all")
@@ -379,8 +385,8 @@ def main(arguments: list[str] | None = None) -> int:
     agree = True
     for name in options.names or EXPERIMENTS:
         rows = run(name, options.out, small=options.rehearse)
-        keys = [key for key in rows[0] if isinstance(rows[0][key], (int, float, str))]
-        keys = keys[keys.index("holds") + 1 : keys.index("benchmark")]
+        figures = {key: row[key] for row in rows for key in keys_between(row, "holds", "benchmark")}
+        keys = [key for key, value in figures.items() if isinstance(value, (int, float, str))]
         values = [[row.get(key, "") for key in keys] for row in rows]
         cells = [
             [f"{each:.4g}" if isinstance(each, float) else str(each) for each in line] for line in values

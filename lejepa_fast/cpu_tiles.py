@@ -19,6 +19,7 @@ import llvmlite.binding
 import numpy as np
 import torch
 from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from .reference import full_precision
@@ -43,11 +44,18 @@ _JIT: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"con
 _SUM: dict[str, Any] = {**_JIT, "fastmath": {"contract", "reassoc", "nsz"}}
 
 # sin(pi q) = q S(q^2) and cos(pi q) = C(q^2) on |q| <= 1/2: each coefficient a float32, the next ones fitted
-# to it, for errors of at most 8e-9.
+# to it, so that the polynomials are off by at most 8e-9.
 _S0, _S1, _S2, _S3 = map(np.float32, (3.1415925, -5.1677022, 2.5499578, -0.59762526))
 _S4, _C1, _C2, _C3 = map(np.float32, (0.07643315, -4.934802, 4.0587053, -1.3351616))
 _C4, _C5 = map(np.float32, (0.23468372, -0.023963654))
 _HALF, _ONE, _FOUR, _LIMIT = map(np.float32, (0.5, 1.0, 4.0, 0.5625))
+
+
+@intrinsic
+def _fma(typing_context, a, b, c):
+    """a b + c of float32 numbers, rounded once."""
+    signature = types.float32(types.float32, types.float32, types.float32)
+    return signature, lambda context, builder, signature, arguments: builder.fma(*arguments)
 
 
 @njit(**_JIT)
@@ -55,8 +63,8 @@ def _cos_sin(p, factor_hi, factor_lo, cos, sin):
     """Those of pi * (factor_hi + factor_lo) * p: NaN where p is not finite, bounded where p is huge."""
     for i in range(p.size):
         k = np.rint(p[i] * factor_hi)
-        q = p[i] * factor_hi - k  # one FMA, and exact
-        q = p[i] * factor_lo + q
+        # The compiler would not make an FMA of the first, whose product it has already; only an FMA is exact.
+        q = _fma(p[i], factor_lo, _fma(p[i], factor_hi, -k))
         q = -_LIMIT if q < -_LIMIT else q
         q = _LIMIT if q > _LIMIT else q
         half = k * _HALF
@@ -190,7 +198,7 @@ def ecf_sums(x: Tensor, A: Tensor, t: Tensor, spacing: float) -> Tensor:
 
 def ecf_sums_backward(grad: Tensor, x: Tensor, A: Tensor, t: Tensor, spacing: float) -> Tensor:
     """As `streaming.ecf_sums_backward`, for `A` and `t` of float32 on the CPU and at least two knots."""
-    dx = x.new_empty(x.shape)
+    dx = x.new_empty(x.shape) if A.shape[1] else x.new_zeros(x.shape)
     for first, slab, p in _processed_slabs(x, A, t, spacing, grad.contiguous(), backward=True):
         rows = dx.flatten(0, 1)[first : first + p.shape[1]]
         if slab.start == 0:

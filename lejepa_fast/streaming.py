@@ -119,7 +119,7 @@ ecf_sums_backward.register_autograd(refuse_double_backward)
 
 def _compiled_tiles(A: Tensor, t: Tensor) -> Any:
     """The module `cpu_tiles` where it can stand in for what is here, else None."""
-    able = A.device.type == "cpu" and A.dtype == torch.float32 and t.shape[0] > 1
+    able = A.device.type == "cpu" and A.dtype == t.dtype == torch.float32 and t.shape[0] > 1
     return _import_cpu_tiles() if able else None
 
 
@@ -128,9 +128,9 @@ def _import_cpu_tiles() -> Any:
     """`cpu_tiles`, compiled or from the cache of Numba; None without Numba. Warns where it does not work."""
     try:
         from . import cpu_tiles
-    except ModuleNotFoundError:
-        return None
     except Exception as failure:  # compilers raise anything
+        if isinstance(failure, ModuleNotFoundError) and failure.name in ("numba", "numpy"):
+            return None
         log.warning("SIGReg on the CPU does without Numba, which is slower: %r", failure)
         return None
     return cpu_tiles

@@ -45,10 +45,15 @@ def _select(options: Options) -> None:
 
     if not 0 <= options.alpha <= 10:  # NaN, too
         raise UsageError(f"alpha: expected a number from 0 to 10, got {options.alpha}")
-    folders = list(dict.fromkeys(folder.resolve() for folder in options.runs))
-    if len(folders) < 2:
-        raise UsageError(f"runs: expected 2 run folders or more, got {len(folders)}")
-    chosen = select([read_run(folder) for folder in options.runs], options.alpha)
+    runs = []
+    for folder in {folder.resolve(): folder for folder in options.runs}.values():
+        try:
+            runs.append(read_run(folder))
+        except UsageError as problem:  # such as a folder beside the runs, or a run without a finished step
+            print(f"warning: left out: {problem}", file=sys.stderr)
+    if len(runs) < 2:
+        raise UsageError(f"runs: expected 2 run folders or more, got {len(runs)}")
+    chosen = select(runs, options.alpha)
     print(table(chosen))
     if options.out is None:
         return

@@ -140,7 +140,10 @@ def make_points(grid: Sequence[str], shared: Sequence[str], out: Path) -> list[P
         values = {key: settings[key] for key in keys}
         folder = out / _name(values)
         if folder in points:
-            raise UsageError(f"grid: two points have the name {folder.name}; leave out equal values")
+            raise UsageError(
+                f"grid: two points have the name {folder.name}; leave out equal values, and values that differ "
+                "in no letter or digit"
+            )
         config.validate(dataclasses.replace(cfg, out=folder))
         if "model.name" in keys:
             resolve_name(cfg.model.name)
@@ -156,7 +159,7 @@ def _axis(text: str, base: Mapping[str, Any]) -> tuple[str, list[list[str]]]:
     if not equals or not listed:
         raise UsageError(f"grid: expected KEY=VALUE,VALUE, got {text!r}")
     if key in ("out", "resume") or key not in base:
-        near = difflib.get_close_matches(key, base, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(key, base.keys() - {"out", "resume"}, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near and key not in base else ""
         raise UsageError(f"grid: expected an option by its name in config.json, got {key!r}{hint}")
     values: list[Any] = listed.split(",")

@@ -41,6 +41,13 @@ def test_rows_are_written_once_and_shown_beside_the_paper(tmp_path, monkeypatch,
     assert (tmp_path / "rows" / "stability.png").stat().st_size > 10_000
 
 
+def test_failures_are_an_exit_code_without_a_plot(tmp_path, capsys):
+    where = ["--out", str(tmp_path / "rows"), "--runs", str(tmp_path / "runs")]
+    with pytest.raises(SystemExit):
+        stability_bench.main(["--rehearse", "--part", "knots", "--data", "a\0b", *where])
+    assert not (tmp_path / "rows" / "stability.png").exists()
+
+
 def test_the_grids_are_valid_and_the_last_has_24_runs(tmp_path):
     options = stability_bench.OPTIONS
     counts = {

@@ -150,3 +150,14 @@ def test_projections_beyond_float32_phases_are_bounded():
     x = torch.tensor([[1e7, 1e12, 1e30, -1e30]]).mT.reshape(1, 4, 1)
     sums = torch.ops.lejepa_fast.ecf_sums(x, torch.ones(1, 1), KNOTS.t.float(), KNOTS.spacing)
     assert sums.abs().max() <= 4.001
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e4])
+def test_phases_are_reduced_without_rounding(size):
+    """With one dimension projections are exact, and so is the phase, however large, with a fused multiply-add."""
+    x = size * torch.randn(1, 64, 1)
+    A, t = torch.ones(1, 1), torch.tensor([0.0, 0.25])
+    sums = cpu_tiles.ecf_sums(x, A, t, 0.25)[0, :, 1, 0]
+    phases = 0.25 * x.double()
+    truth = torch.stack([phases.cos().sum(), phases.sin().sum()])
+    torch.testing.assert_close(sums.double(), truth, rtol=0, atol=64 * 2e-7)

@@ -186,6 +186,16 @@ def test_select_prints_the_ranking_and_writes_it_with_a_figure(make, tmp_path, c
         assert np.asarray(image.convert("L")).std() > 1
 
 
+def test_select_leaves_out_folders_that_are_no_runs(make, tmp_path, capsys):
+    first, second, empty = str(make().folder), str(make().folder), tmp_path / "empty"
+    empty.mkdir()
+    assert select_runs.main([first, str(empty), first, second]) == 0
+    printed = capsys.readouterr()
+    assert f"warning: left out: {empty}: expected a run folder" in printed.err
+    assert printed.out.count(first) == 2  # in the table and as the best
+    assert select_runs.main([first, str(empty)]) == 2
+
+
 def test_select_without_labels_and_with_runs_that_do_not_compare(make, tmp_path, capsys):
     folders = [str(make().folder), str(make(steps=40).folder)]
     assert select_runs.main([*folders, "--out", str(tmp_path / "out")]) == 0
@@ -201,7 +211,6 @@ def test_select_without_labels_and_with_runs_that_do_not_compare(make, tmp_path,
     [
         ([], "runs: expected 2 run folders or more, got 0"),
         (["{run}", "{run}"], "runs: expected 2 run folders or more, got 1"),
-        (["{run}", "nowhere"], "nowhere: expected a run folder"),
         (["{run}", "{run}", "--alpha", "nan"], "alpha: expected a number from 0 to 10, got nan"),
     ],
 )
