@@ -54,7 +54,7 @@ PAPER = {
 def train_part(
     part: str, options: Sequence[str], runs: Path, writer: Rows, *, jobs: int, rehearse: bool
 ) -> int:
-    """Train the runs of a part that are not finished, and write a row for each as it ends; how many failed."""
+    """Train what is not finished of a part, write a row for each run as it ends, return how many failed."""
     grid = PARTS[part]
     if rehearse:  # three values of the first option, one of the others
         axes = [axis.partition("=")[::2] for axis in grid]

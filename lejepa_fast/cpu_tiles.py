@@ -51,11 +51,13 @@ _C4, _C5 = map(np.float32, (0.23468372, -0.023963654))
 _HALF, _ONE, _FOUR, _LIMIT = map(np.float32, (0.5, 1.0, 4.0, 0.5625))
 
 
-@intrinsic
-def _fma(typing_context, a, b, c):
+def _make_fma(typing_context, a, b, c):
     """a b + c of float32 numbers, rounded once."""
     signature = types.float32(types.float32, types.float32, types.float32)
     return signature, lambda context, builder, signature, arguments: builder.fma(*arguments)
+
+
+_fma: Any = intrinsic(_make_fma)
 
 
 @njit(**_JIT)

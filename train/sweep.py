@@ -141,8 +141,8 @@ def make_points(grid: Sequence[str], shared: Sequence[str], out: Path) -> list[P
         folder = out / _name(values)
         if folder in points:
             raise UsageError(
-                f"grid: two points have the name {folder.name}; leave out equal values, and values that differ "
-                "in no letter or digit"
+                f"grid: two points have the name {folder.name}; leave out equal values, and values "
+                "that differ in no letter or digit"
             )
         config.validate(dataclasses.replace(cfg, out=folder))
         if "model.name" in keys:

@@ -41,10 +41,12 @@ def test_rows_are_written_once_and_shown_beside_the_paper(tmp_path, monkeypatch,
     assert (tmp_path / "rows" / "stability.png").stat().st_size > 10_000
 
 
-def test_failures_are_an_exit_code_without_a_plot(tmp_path, capsys):
+def test_failed_runs_are_an_exit_code_without_a_plot(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "SCRIPT", tmp_path / "no_such_trainer.py")
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.01)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     where = ["--out", str(tmp_path / "rows"), "--runs", str(tmp_path / "runs")]
-    with pytest.raises(SystemExit):
-        stability_bench.main(["--rehearse", "--part", "knots", "--data", "a\0b", *where])
+    assert stability_bench.main(["--rehearse", "--part", "knots", *where]) == 1
     assert not (tmp_path / "rows" / "stability.png").exists()
 
 

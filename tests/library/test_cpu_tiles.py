@@ -154,7 +154,7 @@ def test_projections_beyond_float32_phases_are_bounded():
 
 @pytest.mark.parametrize("size", [1.0, 1e3, 1e4])
 def test_phases_are_reduced_without_rounding(size):
-    """With one dimension projections are exact, and so is the phase, however large, with a fused multiply-add."""
+    """Projections on one dimension are exact; by a fused multiply-add their phases are, however large."""
     x = size * torch.randn(1, 64, 1)
     A, t = torch.ones(1, 1), torch.tensor([0.0, 0.25])
     sums = cpu_tiles.ecf_sums(x, A, t, 0.25)[0, :, 1, 0]
