@@ -204,9 +204,11 @@ def test_both_splits_are_told_with_a_way_out_where_one_has_no_classes(tmp_path, 
     )
 
 
-def test_one_validation_image_is_refused(cfg):
-    with pytest.raises(UsageError, match="at least 2 validation images"):
-        protocol.check_validation_images(protocol.open_splits(cfg.data)[0].subset([0]))
+def test_one_validation_image_is_refused(cfg, tiny):
+    one = protocol.open_splits(cfg.data)[0].subset([0])
+    for chosen, option in ((cfg, "data"), (tiny(eval={"data": "/other"}), "eval")):
+        with pytest.raises(UsageError, match=f"at least 2 validation images.* raise --{option}.val-fraction,"):
+            protocol.check_validation_images(one, chosen)
 
 
 # ---- the command ---------------------------------------------------------------------------------
