@@ -120,7 +120,9 @@ def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
     evaluated_on = cfg.eval.data or cfg.data.path
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     history = [row for row in read_rows(run_dir / "metrics.jsonl") if row["step"] <= step]
-    if any(each is not None for each in (options.data, options.val_fraction, options.labels, options.image_size)):
+    if any(
+        each is not None for each in (options.data, options.val_fraction, options.labels, options.image_size)
+    ):
         history = [row for row in history if row["kind"] != "eval"]  # measured on other images
     page = write_report(
         _made(options.out or run_dir / "evaluation" / path.name),

@@ -46,7 +46,9 @@ def test_labels_are_drawn_for_each_class_and_depend_on_labels_and_seed_alone():
     note = few_shot_note(y, [1, 5, None], ["ant", "bee", "cat", "dog", "fly"])
     assert note.endswith("that they have: bee (3), cat (0), dog (0).")
     assert few_shot_note(y, [1, 3, None], []) == few_shot_note(y.double(), [73, None], []) == ""
-    assert few_shot_note(y.double(), [74], []) == "There are 73 training images; more labels mean all of them."
+    assert (
+        few_shot_note(y.double(), [74], []) == "There are 73 training images; more labels mean all of them."
+    )
 
 
 def test_table_holds_mean_and_deviation_over_draws_and_all_labels_once():
