@@ -332,7 +332,8 @@ def open_evaluation(
         UsageError: they cannot be opened, a label is wrong, or there are too few of them.
     """
     data, settings = cfg.data, cfg.eval
-    path, labels, share = settings.data or data.path, settings.labels, settings.val_fraction
+    path, share = settings.data or data.path, settings.val_fraction
+    labels, kind = settings.labels, settings.labels_are
     of_training = path == data.path or Path(path).resolve() == Path(data.path).resolve()
     if share is not None and not 0 < share < 1:
         raise UsageError(f"eval.val_fraction: expected a number between 0 and 1, got {share}")
@@ -341,7 +342,7 @@ def open_evaluation(
             f"eval.val_fraction: {path} is the data of the training, whose own held-out images are evaluated "
             "on; leave this out, or evaluate on others with --eval.data"
         )
-    table = None if labels is None else read_labels(labels, settings.labels_are)
+    table = None if labels is None else read_labels(labels, kind)
     if share is None and of_training and (data.val_fraction or settings.data is None):
         if table is None:
             return splits or open_splits(data)

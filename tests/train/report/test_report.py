@@ -249,7 +249,7 @@ def test_backbones_alone_have_a_page_without_figures(tmp_path):
     assert summary["backbones"]["<b>"]["knn"] == 70.0
     assert "kNN accuracy, k = 20 (%) 80.0 ± 4.5 70.0 ± 5.1 Linear probe accuracy (%) 85.5 ± 3.9 -" in text
     assert "Embedding std" not in text
-    assert "Labels /data/birds.csv Fine-tuning 7 epochs" in text
+    assert "Labels/data/birds.csv Fine-tuning7 epochs" in text
     assert (summary["evaluation"], "trained" in summary) == (evaluation, False)
 
 
