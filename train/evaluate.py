@@ -49,6 +49,9 @@ class Options:
     """Run folders to show side by side on one page; nothing is evaluated again."""
     data: str | None = None
     """Images to evaluate on, in any form that training takes; None: those of the run."""
+    val_fraction: float | None = None
+    """Share of each class of --data that is held out, where it has no val split of its own; the probes are
+    fitted on the others. None: a half; of the data of the run, what was held out there."""
     image_size: int | None = None
     """Side of the evaluated images in pixels; None: as in the run."""
     batch_size: int | None = None
@@ -85,14 +88,17 @@ def _evaluate(options: Options) -> None:
     if options.compare:
         from lejepa_fast.train.report.comparison import write_comparison
 
-        if options.checkpoint is not None or options.backbone:
-            raise UsageError("--compare takes finished runs alone; leave out --checkpoint and --backbone")
+        if others := _given(options) - {"compare", "out"}:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
+            raise UsageError(f"--compare takes finished runs alone; leave out {names}")
         page = write_comparison(options.compare, _made(options.out or Path()))
         print(f"comparison: {page}")
     elif options.checkpoint is not None:
-        _evaluate_checkpoint(options, options.checkpoint)
+        with _own_options_named():
+            _evaluate_checkpoint(options, options.checkpoint)
     elif options.backbone and options.data is not None:
-        _evaluate_backbones(options, options.data)
+        with _own_options_named():
+            _evaluate_backbones(options, options.data)
     else:
         raise UsageError("give --checkpoint RUN, or --data PATH --backbone NAME, or --compare RUN RUN")
 
@@ -108,21 +114,22 @@ def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
     cfg = _settings(run, options)
     backbones = _load_backbones(cfg, options)
     train_source, val_source, setting = _opened(cfg, options)
-    with _own_options_named():  # the model may refuse the size
-        untrained = evaluate_untrained(cfg, train_source, val_source, **setting)
+    untrained = evaluate_untrained(cfg, train_source, val_source, **setting)
     trained = evaluate_model(model.to(setting["device"]), train_source, val_source, cfg, **setting)
     others = _results(backbones, train_source, val_source, cfg, setting)
     evaluated_on = cfg.eval.data or cfg.data.path
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     history = [row for row in read_rows(run_dir / "metrics.jsonl") if row["step"] <= step]
-    if any(each is not None for each in (options.data, options.labels, options.image_size)):
+    if any(
+        each is not None for each in (options.data, options.val_fraction, options.labels, options.image_size)
+    ):
         history = [row for row in history if row["kind"] != "eval"]  # measured on other images
     page = write_report(
         _made(options.out or run_dir / "evaluation" / path.name),
         config=to_dict(run),
         data=pretraining,
         evaluated_on=evaluated_on,
-        draws=cfg.eval.draws,
+        evaluation=to_dict(cfg)["eval"],
         history=history,
         views=_example_views(train_source, cfg),
         steps=step,
@@ -145,7 +152,7 @@ def _evaluate_backbones(options: Options, data: str) -> None:
     from lejepa_fast.train.report.report import write_backbones_report
     from lejepa_fast.train.report.results_table import format_table
 
-    cfg = _settings(Config(data=DataConfig(path=data)), options)
+    cfg = _settings(Config(data=DataConfig(path=data, val_fraction=0.0)), options)
     backbones = _load_backbones(cfg, options)
     train_source, val_source, setting = _opened(cfg, options)
     results = _results(backbones, train_source, val_source, cfg, setting)
@@ -153,7 +160,7 @@ def _evaluate_backbones(options: Options, data: str) -> None:
         _made(options.out or Path("evaluation")),
         evaluated_on=data,
         seed=cfg.seed,
-        draws=cfg.eval.draws,
+        evaluation=to_dict(cfg)["eval"],
         backbones=results,
     )
     print(format_table({name: each.result for name, each in results.items()}))
@@ -163,11 +170,14 @@ def _evaluate_backbones(options: Options, data: str) -> None:
 def _settings(run: Config, options: Options) -> Config:
     """The configuration of a run with the options of this command in place of its own."""
     data = _replaced(run.data, workers=options.workers)
-    other: dict[str, Any] = {} if options.data is None else {"data": options.data, "labels": None}
+    other: dict[str, Any] = {}
+    if options.data is not None:
+        other = {"data": options.data, "val_fraction": None, "labels": None}
     evaluation = _replaced(
         dataclasses.replace(run.eval, **other),
         image_size=options.image_size,
         batch_size=options.batch_size,
+        val_fraction=options.val_fraction,
         labels=options.labels,
         labels_are=options.labels_are,
         few_shot=options.few_shot,
@@ -175,9 +185,22 @@ def _settings(run: Config, options: Options) -> Config:
         fine_tune=options.fine_tune,
     )
     cfg = dataclasses.replace(run, eval=evaluation, data=data)
-    with _own_options_named():
-        validate(cfg)
+    validate(cfg)
+    for name, needs, there in (
+        ("backbone_size", "--backbone", options.backbone),
+        ("labels_are", "--labels", evaluation.labels),
+        ("draws", "--few-shot", evaluation.few_shot),
+    ):
+        if getattr(options, name) is not None and not there:
+            raise UsageError(
+                f"--{name.replace('_', '-')} has no effect without {needs}; give both or neither"
+            )
     return cfg
+
+
+def _given(options: Options) -> set[str]:
+    """Names of the options that differ from their defaults."""
+    return {each.name for each in dataclasses.fields(options) if getattr(options, each.name) != each.default}
 
 
 def _opened(cfg: Config, options: Options) -> "tuple[ImageSource, ImageSource, dict[str, Any]]":
@@ -237,12 +260,13 @@ def _replaced(section: Any, **values: Any) -> Any:
 
 @contextlib.contextmanager
 def _own_options_named() -> Iterator[None]:
-    """Let errors about settings of the section eval name the options of this command."""
+    """Let errors about settings of a run name the options of this command."""
     try:
         yield
     except UsageError as error:
-        message = re.sub(r"\beval\.(?=(image|batch)[_-]size|few_shot|draws|fine_tune|labels)", "", str(error))
-        raise UsageError(message) from error
+        message = str(error).replace("raise --data.val-fraction, ", "")  # a finished run keeps its own
+        ours = "data|val[_-]fraction|(image|batch)[_-]size|few_shot|draws|fine_tune|labels"
+        raise UsageError(re.sub(rf"\beval\.(?={ours})", "", message)) from error
 
 
 def _example_views(source: "ImageSource", cfg: Config) -> "list[Tensor]":

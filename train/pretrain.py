@@ -97,7 +97,6 @@ def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
         config=config.to_dict(cfg),
         data=trainer.data_identity,
         evaluated_on=cfg.eval.data or cfg.data.path,
-        draws=cfg.eval.draws,
         views_of=cfg.data.path,
         trained=trained,
         untrained=untrained,
@@ -108,7 +107,7 @@ def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
     print(format_table({"untrained": untrained, "trained": trained}))
     if trained.no_labels_because:
         score = f"python train/evaluate.py --checkpoint {trainer.run_dir} --data FOLDER"
-        print(f"to score this encoder on labeled images later: {score}")
+        print(f"to score this encoder on labeled images later: {score} [--labels FILE.csv]")
     return page
 
 

@@ -280,6 +280,9 @@ def test_bad_folders(tmp_path, class_folders):
     assert r"line\nbreak does not exist" in usage_error(with_break, "train")
     write_images(tmp_path / "one", 1)
     assert "too few images" in usage_error(tmp_path / "one", "train")
+    for name in ("ant", "bee"):
+        write_images(tmp_path / "singles" / name, 1)
+    assert "a single image in every class" in usage_error(tmp_path / "singles", "train")
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(b"x" * 1000))
     assert "x.tar.gz is compressed" in usage_error(tmp_path / "x.tar.gz", "train")
     assert "split must be 'train' or 'val'; got 'test'" in usage_error("trashnet96", "test")

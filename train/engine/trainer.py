@@ -159,7 +159,7 @@ class Trainer:
         self.cfg = cfg = replace(cfg, data=data)
         if world.is_main:  # now, not after the training
             self.evaluated = protocol.open_evaluation(cfg, (self.train_source, self.val_source))
-            protocol.check_validation_images(self.evaluated[1])
+            protocol.check_validation_images(self.evaluated[1], cfg)
         self.data_identity = resume.data_identity(self.train_source, self.val_source)
         self.bad_images = self.run_dir / "bad_images.txt"
         processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -142,11 +142,15 @@ def draw_labels(y: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def few_shot_note(y: Tensor, shots: Sequence[int | None], names: Sequence[str]) -> str:
-    """Which classes have fewer samples in y (n,) than the shots ask for; "" if none has."""
-    if y.is_floating_point():
-        return ""
-    counts = {label: int((y == label).sum()) for label in y.unique().tolist()}
+    """Which classes of `names`, or in y (n,), have fewer samples than the shots ask for; "" if none has."""
     most = max((count for count in shots if count is not None), default=0)
-    few = [f"{names[label] if names else label} ({n})" for label, n in counts.items() if n < most]
+    if y.is_floating_point():
+        return f"There are {len(y)} training images; more labels mean all of them." if len(y) < most else ""
+    counts = dict(enumerate(y.bincount(minlength=len(names)).tolist()))
+    few = [
+        f"{names[label] if names else label} ({n})"
+        for label, n in counts.items()
+        if n < most and (n or names)
+    ]
     listed = f"{', '.join(few[:10])}{', ...' if len(few) > 10 else ''}"
     return f"Classes with fewer than {most} training images give all that they have: {listed}." if few else ""

@@ -46,8 +46,8 @@ def fine_tune(
 
     Args:
         encoder: images (B, C, S, S) -> features (B, D); it stays as it is.
-        source, val_source: images of both splits, whose targets are their numbers in the source.
-        y, val_y: classes or numbers of these images, by their numbers.
+        source, val_source: images of both splits, whose targets are their numbers in `y` and `val_y`.
+        y, val_y: classes or numbers to predict. Those of other images than the given ones are not read.
         val_batches: makes batches (images, targets) of a source without augmentation.
         recipe: its flips, aspect ratios, `mean` and `std` are used.
         image_size: side of the crops in pixels.
@@ -65,9 +65,15 @@ def fine_tune(
     )
     plain |= {"global_crops": 1, "global_size": image_size, "global_scale": (0.3, 1.0), "min_image_size": 1}
     recipe = replace(recipe, **plain)
-    center, scale = (0.0, 1.0) if num_classes else (y.mean().item(), max(y.std(correction=0).item(), 1e-12))
+    numbers = torch.tensor(source.targets)
+    center, scale = 0.0, 1.0
+    if num_classes is None:
+        center, deviation = y[numbers].mean().item(), y[numbers].std(correction=0).item()
+        scale = deviation if deviation > 1e-14 * abs(center) else 1.0  # below that it is rounding
 
     def batches(images: ImageSource) -> Generator[tuple[Tensor, Tensor], None, None]:
+        if len(images) == 1:
+            images = images.subset([0, 0])  # BatchNorm takes statistics over at least two crops
         options = {"batch_size": min(BATCH, len(images)), "seed": seed, **loading}
         loader = multicrop_loader(images, recipe, **options)
         try:
@@ -124,7 +130,6 @@ def fine_tune(
 
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.no_grad():
-        numbers = torch.tensor(source.targets)
         labels = y[numbers]
         held_out = stratified_holdout(labels if num_classes else torch.zeros_like(numbers), seed)
         best = LEARNING_RATES[-1]

@@ -88,16 +88,29 @@ def read_labels(path: Path, kind: Kind = "auto") -> LabelTable:
     return LabelTable(path, rows, sorted({row.label for row in rows.values()}))
 
 
-def labeled(source: ImageSource, table: LabelTable) -> ImageSource:
-    """The images of a source that have a row, with their labels in place of those that they had.
+def labeled(table: LabelTable, *sources: ImageSource) -> list[ImageSource]:
+    """The images of each source that have a row, with their labels in place of those that they had.
 
-    Classes are those of the whole table; numbers are the source's `values`. Logs how many are left out.
+    Classes are those of the whole table; numbers are the source's `values`. An empty source stays as it is.
+    Logs how many images and rows are left out.
 
     Raises:
-        UsageError: a row fits several images, several rows fit one, or no row fits any.
+        UsageError: a row fits several images of all sources, several rows fit one, or no row fits any image
+            of a source.
     """
+    used: dict[str, str] = {}
+    parts = [_labeled(table, source, used) if len(source) else source for source in sources]
+    if unused := [name for name in table.rows if name not in used]:
+        line = table.rows[unused[0]].line
+        log.info(
+            f"labels: {len(unused):,} rows of {table.path} name no image, such as {unused[0]}, line {line}"
+        )
+    return parts
+
+
+def _labeled(table: LabelTable, source: ImageSource, used: dict[str, str]) -> ImageSource:
+    """One source. `used`: images by the names in the table that fit them, of all sources so far."""
     by_image: dict[int, str] = {}
-    by_name: dict[str, int] = {}
     for index in range(len(source)):
         parts = re.split("/|: ", source.describe(index))  # in shards: "shard.tar: name"
         for count in range(1, len(parts) + 1):
@@ -105,16 +118,18 @@ def labeled(source: ImageSource, table: LabelTable) -> ImageSource:
             if name not in table.rows:
                 continue
             place = f"labels: {table.path}, line {table.rows[name].line}"
-            if name in by_name:
-                images = f"{source.describe(by_name[name])} and {source.describe(index)}"
+            if name in used:
+                images = f"{used[name]} and {source.describe(index)}"
                 raise UsageError(f"{place}: {name} fits both {images}; give more of the path")
             if index in by_image:
                 other = table.rows[by_image[index]].line
                 raise UsageError(f"{place}: {source.describe(index)} has a label already, in line {other}")
-            by_name[name], by_image[index] = index, name
+            used[name], by_image[index] = source.describe(index), name
     if not by_image:
-        example = f"{next(iter(table.rows))!r} and {source.describe(0)!r}" if len(source) else "none"
-        raise UsageError(f"labels: no row of {table.path} names an image of {source.name}; compare {example}")
+        example = f"{next(iter(table.rows))!r} and {source.describe(0)!r}"
+        raise UsageError(
+            f"labels: no row of {table.path} names an image of {source.origin}; compare {example}"
+        )
     texts = [table.rows[name].label for name in by_image.values()]
     part = source.subset(list(by_image))
     part.classes, part._targets, part.values = table.classes, None, None

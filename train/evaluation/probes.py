@@ -112,6 +112,7 @@ def knn_predict(
         else:  # relative to the largest, so that no exponential overflows
             votes = ((best - best.amax(dim=1, keepdim=True)) / temperature).exp()
         if num_classes is None:
+            votes = votes.double()  # float32 would round large numbers, such as times in seconds
             predicted.append((votes * best_labels).sum(dim=1) / votes.sum(dim=1))
         else:
             tally = votes.new_zeros(len(votes), num_classes).scatter_add_(1, best_labels, votes)

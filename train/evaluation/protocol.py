@@ -143,10 +143,12 @@ def evaluate_model(
         UsageError: a source is empty, or has fewer than 2 validation images.
         RunError: the model gives NaN or infinite embeddings.
     """
-    check_validation_images(val_source)
+    check_validation_images(val_source, cfg)
     device = torch.device(device)
     settings = cfg.eval
     no_labels_because = _no_labels(train_source, val_source)
+    if no_labels_because and with_few_labels and (settings.few_shot or settings.fine_tune):
+        no_labels_because += " Few labels and fine-tuning, which were asked for, are skipped as well."
     if no_labels_because is None:
         train_y, val_y = _labels(train_source), _labels(val_source)
         num_classes = None
@@ -283,12 +285,13 @@ def evaluate_untrained(
     return evaluate_model(model, train_source, val_source, cfg, device=device, calibrate=True, **options)
 
 
-def check_validation_images(source: ImageSource) -> None:
+def check_validation_images(source: ImageSource, cfg: Config) -> None:
     """Raise UsageError if there are fewer than 2 validation images, too few for statistics."""
     if len(source) < 2:
+        share = "data" if cfg.eval.data is None else "eval"
         raise UsageError(
             f"evaluation needs at least 2 validation images, and {source.name} has {len(source)}; "
-            "raise --data.val-fraction, give more images, or evaluate on others with --eval.data"
+            f"raise --{share}.val-fraction, give more images, or evaluate on others with --eval.data"
         )
 
 
@@ -329,17 +332,23 @@ def open_evaluation(
         UsageError: they cannot be opened, a label is wrong, or there are too few of them.
     """
     data, settings = cfg.data, cfg.eval
-    path, labels, kind, share = settings.data, settings.labels, settings.labels_are, settings.val_fraction
-    if path is None and labels is None:
-        return splits or open_splits(data)
+    path, share = settings.data or data.path, settings.val_fraction
+    labels, kind = settings.labels, settings.labels_are
+    of_training = path == data.path or Path(path).resolve() == Path(data.path).resolve()
+    if share is not None and not 0 < share < 1:
+        raise UsageError(f"eval.val_fraction: expected a number between 0 and 1, got {share}")
+    if share is not None and of_training and data.val_fraction:
+        raise UsageError(
+            f"eval.val_fraction: {path} is the data of the training, whose own held-out images are evaluated "
+            "on; leave this out, or evaluate on others with --eval.data"
+        )
     table = None if labels is None else read_labels(labels, kind)
-    if path is None:
-        train, val = _open(data, data.val_fraction, table)  # held out as in the training
+    if share is None and of_training and (data.val_fraction or settings.data is None):
+        if table is None:
+            return splits or open_splits(data)
+        train, val = _open(data, data.val_fraction, table)
     else:
-        share = share if share is not None else data.val_fraction or 0.5
-        if not 0 < share < 1:
-            raise UsageError(f"eval.val_fraction: expected a number between 0 and 1, got {share}")
-        train, val = _open(replace(data, path=path), 0.0, table, share)
+        train, val = _open(replace(data, path=path), 0.0, table, 0.5 if share is None else share)
     _log_splits(train, val, "images for the probes")
     return train, val
 
@@ -351,7 +360,7 @@ def _open(
     after it, if there is no val split yet."""
     train, val = (open_source(data.path, split, val_fraction=fraction) for split in ("train", "val"))
     if table is not None:
-        train, val = (labeled(source, table) if len(source) else source for source in (train, val))
+        train, val = labeled(table, train, val)
     if share is not None and not len(val):
         train, val = (hold_out(train, split, share) for split in ("train", "val"))
     train, val = (as_trained(source, data.slices, data.channels) for source in (train, val))
@@ -379,6 +388,7 @@ def _no_labels(train_source: ImageSource, val_source: ImageSource) -> str | None
         if unlabeled:
             return (
                 f"{unlabeled} of the {len(source)} {role} images in {source.name} have no class: kNN and "
-                "linear probe need one for every image. Give labeled images (a folder of class folders)."
+                "linear probe need one for every image. Give labeled images (a folder of class folders), or "
+                "their labels in a CSV file (--labels; in a training --eval.labels)."
             )
     return None

@@ -38,7 +38,7 @@ def write_report(
     views: Sequence[Tensor],
     steps: int,
     backbones: Mapping[str, BackboneResult] | None = None,
-    draws: int = 1,
+    evaluation: Mapping[str, Any] | None = None,
     views_of: str | None = None,
 ) -> Path:
     """Write `run_dir/report/`, in place of an earlier report, and return the path of its `report.html`.
@@ -54,7 +54,7 @@ def write_report(
         views: views of one batch, tensors (B, 3, S, S), global ones first.
         steps: optimizer steps of the trained encoder.
         backbones: further columns of the table, by name.
-        draws: random draws of few labels.
+        evaluation: how both were evaluated, the section `eval` of a configuration; None: that of `config`.
         views_of: name of the data of `views`; None: `evaluated_on`.
 
     Raises:
@@ -65,19 +65,25 @@ def write_report(
         "pretraining_images": data["train_images"],
         "pretraining_held_out": data["val_images"],
         "evaluation_data": evaluated_on,
+        "evaluation": config["eval"] if evaluation is None else evaluation,
         **_summary(config, trained, untrained, history, steps),
         "backbones": _of_backbones(backbones or {}),
     }
     results = {UNTRAINED: untrained, TRAINED: trained, **_results(backbones or {})}
     with replaced_folder(run_dir / "report") as folder:
         _draw(folder, config, trained, untrained, history, views, steps)
-        more = {"draws": draws, "views_of": views_of or evaluated_on}
+        more = {"views_of": views_of or evaluated_on}
         _write_pages(folder, "report.html.j2", strict_json(summary), results, **more)
     return run_dir / "report" / "report.html"
 
 
 def write_backbones_report(
-    out: Path, *, evaluated_on: str, seed: int, backbones: Mapping[str, BackboneResult], draws: int = 1
+    out: Path,
+    *,
+    evaluated_on: str,
+    seed: int,
+    backbones: Mapping[str, BackboneResult],
+    evaluation: Mapping[str, Any],
 ) -> Path:
     """Write `out/report/` of backbones alone, without figures, and return the path of its `report.html`.
 
@@ -86,13 +92,14 @@ def write_backbones_report(
     results = _results(backbones)
     summary = {
         "evaluation_data": evaluated_on,
+        "evaluation": evaluation,
         **_setting(next(iter(results.values()))),
         "seed": seed,
         **_environment(),
         "backbones": _of_backbones(backbones),
     }
     with replaced_folder(out / "report") as folder:
-        _write_pages(folder, "backbones.html.j2", strict_json(summary), results, draws=draws)
+        _write_pages(folder, "backbones.html.j2", strict_json(summary), results)
     return out / "report" / "report.html"
 
 

@@ -41,7 +41,8 @@ class HoldOutError(UsageError):
     """No class has an image to spare for validation. `source` holds all the images."""
 
     def __init__(self, source: ImageSource) -> None:
-        super().__init__(f"{source.name} has too few images to hold some out for validation; add images")
+        few = "too few images" if len(source) < 2 else "a single image in every class"
+        super().__init__(f"{source.name} has {few}, and none to hold out for validation; add images")
         self.source = source
 
 

@@ -87,7 +87,10 @@ class ImageSource(ABC):
         names = self.classes or []
         shown = f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
         count = len(names) or (0 if self._targets is None else len(np.unique(self._targets)))
-        text = f"{len(self):,} images, {count or 'no'} class{'es' * (count != 1)}{shown} from {self.origin}"
+        kind = f"{count or 'no'} class{'es' * (count != 1)}{shown}"
+        if self.values is not None:
+            kind = "numbers to predict"
+        text = f"{len(self):,} images, {kind} from {self.origin}"
         return f"{text}; not read there: {self.left_out}" if self.left_out else text
 
     def target(self, index: int) -> int:

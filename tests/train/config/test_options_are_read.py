@@ -47,8 +47,10 @@ def reads(monkeypatch):
 
 
 def test_a_run_reads_every_option(tiny, monkeypatch, reads):
-    """Two epochs with an average and both probes. Planted options, one in each section, are found."""
-    cfg = planted(tiny(average={"kind": "ema"}, eval={"every": 1, "linear_steps": 2}, epochs=2))
+    """Two epochs with an average, both probes and few labels. Planted options, one in each section, are found."""
+    cfg = planted(
+        tiny(average={"kind": "ema"}, eval={"every": 1, "linear_steps": 2, "few_shot": "1"}, epochs=2)
+    )
     monkeypatch.setattr(config, "parse", lambda argv: cfg)
     every = {(section.__name__, field.name) for section in SECTIONS for field in dataclasses.fields(section)}
     unread = {(section.__name__, "nobody_reads_this") for section in SECTIONS}

@@ -204,9 +204,13 @@ def test_both_splits_are_told_with_a_way_out_where_one_has_no_classes(tmp_path, 
     )
 
 
-def test_one_validation_image_is_refused(cfg):
-    with pytest.raises(UsageError, match="at least 2 validation images"):
-        protocol.check_validation_images(protocol.open_splits(cfg.data)[0].subset([0]))
+def test_one_validation_image_is_refused(cfg, tiny):
+    one = protocol.open_splits(cfg.data)[0].subset([0])
+    for chosen, option in ((cfg, "data"), (tiny(eval={"data": "/other"}), "eval")):
+        with pytest.raises(
+            UsageError, match=f"at least 2 validation images.* raise --{option}.val-fraction,"
+        ):
+            protocol.check_validation_images(one, chosen)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -233,7 +237,7 @@ def test_command_evaluates_a_run_and_an_earlier_checkpoint_on_other_data(tiny, u
     assert "have no class" in capsys.readouterr().out
     summary = json.loads((out / "report" / "summary.json").read_text(encoding="utf-8"))
     pretrained = {"pretraining_data": cfg.data.path, "pretraining_images": 32, "pretraining_held_out": 12}
-    assert summary.items() >= (pretrained | {"evaluation_data": unlabeled, "val_images": 2}).items()
+    assert summary.items() >= (pretrained | {"evaluation_data": unlabeled, "val_images": 12}).items()
     assert summary["config"] == mine["config"]  # that of the training
     rates = [row["images_per_second"] for row in rows_of(cfg)]
     assert (summary["steps"], summary["images_per_second"]) == (2, statistics.median(rates[:2]))
@@ -284,6 +288,22 @@ def test_command_refuses_what_is_no_checkpoint_and_missing_data(cfg, tmp_path, c
         (["--checkpoint", str(tmp_path / "mixed" / "nothing")], "does not exist"),
     ):
         assert export.main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_options_without_effect_are_refused(cfg, tmp_path, capsys):
+    tensors = {f"model.{name}": tensor for name, tensor in build_model(cfg).state_dict().items()}
+    saver = Saver(tmp_path / "checkpoints", CPU, keep=1)
+    saver.start(1, tensors, {"config": to_dict(cfg), "data": {}})
+    saver.wait()
+    run = ["--checkpoint", str(tmp_path)]
+    for arguments, message in (
+        ([*run, "--backbone-size", "32"], "--backbone-size has no effect without --backbone;"),
+        ([*run, "--labels-are", "classes"], "--labels-are has no effect without --labels;"),
+        ([*run, "--draws", "3"], "--draws has no effect without --few-shot;"),
+        (["--compare", "a", "b", "--few-shot", "1", "--no-linear"], "leave out --few-shot, --linear"),
+    ):
+        assert command.main(arguments) == 2
         assert message in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from lejepa_fast.data import eval_loader
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config import shots, validate
 from lejepa_fast.train.evaluation import fine_tuning, protocol
@@ -42,8 +43,12 @@ def test_labels_are_drawn_for_each_class_and_depend_on_labels_and_seed_alone():
     assert set(first.tolist()) != set(second.tolist())
     assert torch.equal(draw_labels(y, 5, torch.Generator().manual_seed(3)), first)
     assert len(draw_labels(y.double(), 7, generator)) == 7
-    assert few_shot_note(y, [1, 5, None], ["ant", "bee", "", "", "fly"]).endswith("that they have: bee (3).")
-    assert few_shot_note(y, [1, 3, None], []) == ""
+    note = few_shot_note(y, [1, 5, None], ["ant", "bee", "cat", "dog", "fly"])
+    assert note.endswith("that they have: bee (3), cat (0), dog (0).")
+    assert few_shot_note(y, [1, 3, None], []) == few_shot_note(y.double(), [73, None], []) == ""
+    assert (
+        few_shot_note(y.double(), [74], []) == "There are 73 training images; more labels mean all of them."
+    )
 
 
 def test_table_holds_mean_and_deviation_over_draws_and_all_labels_once():
@@ -113,3 +118,31 @@ def test_fine_tuning_learns_leaves_the_encoder_alone_and_repeats(tiny, monkeypat
         assert torch.equal(tensor, before[name]), name
     during = protocol.evaluate_model(model, *splits, cfg, device="cpu", linear_steps=0, with_few_labels=False)
     assert (during.fine_tuned, during.few_shot) == (None, None)
+
+
+def fine_tuned(cfg, rows, y):
+    """R2 of an encoder that is fine-tuned on these training images, whose numbers are y (32,)."""
+    train, val = (protocol._numbered(source) for source in protocol.open_splits(cfg.data))
+    return fine_tuning.fine_tune(
+        build_model(cfg).encoder,
+        train.subset(rows),
+        y,
+        lambda source: eval_loader(source, image_size=32, batch_size=8),
+        val,
+        torch.arange(12).double(),
+        recipe=cfg.crops,
+        image_size=32,
+        num_classes=None,
+        epochs=1,
+        seed=0,
+        device=torch.device("cpu"),
+        loading={},
+    )
+
+
+def test_fine_tuning_reads_drawn_labels_alone_and_takes_a_single_image(tiny, monkeypatch):
+    monkeypatch.setattr(fine_tuning, "SMALLEST_NUMBER_OF_STEPS", 2)
+    cfg, y = tiny(model={"name": "test_resnet"}), torch.arange(32).double()
+    others = torch.where(y < 4, y, 1000 + 7 * y)
+    assert fine_tuned(cfg, [0, 1, 2, 3], y) == fine_tuned(cfg, [0, 1, 2, 3], others)
+    assert fine_tuned(cfg, [5], y) == pytest.approx(fine_tuned(cfg, [5, 5], y))

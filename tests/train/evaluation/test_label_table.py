@@ -35,14 +35,17 @@ def test_numbers_and_classes_are_read_and_joined(tmp_path, flat, caplog):
     caplog.set_level("INFO")
     source = open_source(str(flat), "train", val_fraction=0)
     text = "\ufeffWhen, Value ,File\nnow,1.5,./3.png\n\nnow,-2e1, flat/10.png\nnow,7,gone.png\n"
-    part = labeled(source, read_labels(table(tmp_path / "a.csv", text)))
+    [part] = labeled(read_labels(table(tmp_path / "a.csv", text)), source)
     assert [part.describe(i).rsplit("/")[-1] for i in range(2)] == ["10.png", "3.png"]
     assert part.values is not None
     assert part.values.tolist() == [-20.0, 1.5]
     assert part.subset([1]).values == np.array([1.5])
     assert "2 images of folder" in caplog.text
     assert "28 have none and are left out" in caplog.text
-    classes = labeled(source, read_labels(tmp_path / "a.csv", "classes"))
+    assert "1 rows of" in caplog.text
+    assert "name no image, such as gone.png, line 5" in caplog.text
+    assert part.summary().startswith("2 images, numbers to predict from")
+    [classes] = labeled(read_labels(tmp_path / "a.csv", "classes"), source)
     assert (classes.classes, classes.targets, classes.values) == (["-2e1", "1.5", "7"], [0, 1], None)
     text = "image,class\n1.png,owl\n2.png,bat\n"
     assert read_labels(table(tmp_path / "b.csv", text)).classes == ["bat", "owl"]
@@ -76,21 +79,17 @@ def test_errors_name_file_line_and_column(tmp_path, text, message):
     [
         ("0.png,1", r"line 2: 0.png fits both .*blue/0.png and .*red/0.png; give more of the path"),
         ("blue/0.png,1\ntrain/blue/0.png,2", r"line 3: .* has a label already, in line 2"),
-        ("green/0.png,1", r"no row of .* names an image of images.*; compare 'green/0.png' and"),
+        ("green/0.png,1", r"no row of .* names an image of folder .*; compare 'green/0.png' and"),
+        ("blue/0.png,1", r"line 2: blue/0.png fits both .*train/blue/0.png and .*val/blue/0.png; give more"),
     ],
 )
 def test_rows_that_fit_no_image_or_several_are_refused(image_folder, tmp_path, text, message):
     path = table(tmp_path / "labels.csv", f"file,label\n{text}\n")
+    splits = [open_source(str(image_folder), "train"), open_source(str(image_folder), "val")]
     with pytest.raises(UsageError, match=message):
-        labeled(open_source(str(image_folder), "train"), read_labels(path))
-    assert (
-        len(
-            labeled(
-                open_source(str(image_folder), "train"), read_labels(table(path, "file,label\nblue/1.png,1"))
-            )
-        )
-        == 1
-    )
+        labeled(read_labels(path), *splits)
+    both = read_labels(table(path, "file,label\ntrain/blue/1.png,1\nval/red/2.png,2"))
+    assert [len(part) for part in labeled(both, *splits)] == [1, 1]
 
 
 def test_numbers_are_predicted_by_the_command(tiny, image_folder, flat, tmp_path, capsys):
@@ -104,13 +103,22 @@ def test_numbers_are_predicted_by_the_command(tiny, image_folder, flat, tmp_path
     assert "linear probe (R2)" in printed
     assert "8 labels: kernel ridge" in printed
     summary = json.loads((tmp_path / "out" / "report" / "summary.json").read_text())
-    assert (summary["probe_images"], summary["val_images"]) == (22, 2)
+    assert (summary["probe_images"], summary["val_images"]) == (12, 12)
+    how = {"data": str(flat), "labels": str(labels), "few_shot": "8", "draws": 2, "val_fraction": None}
+    assert summary["evaluation"].items() >= how.items()
+    assert summary["config"]["eval"]["labels"] is None
     assert set(summary["regression"]) == {"linear", "knn", "kernel", "mean"}
     assert summary["regression"]["linear"]["mae"] < summary["regression"]["mean"]["mae"]
     assert len(summary["few_shot_untrained"]["8"]["knn"]) == 2
     assert (summary["knn_trained"], summary["num_classes"]) == (None, None)
     assert "numbers to predict" in (tmp_path / "out" / "report" / "report.html").read_text()
     for option, value, message in (
+        (
+            "--val-fraction",
+            "0.05",
+            "has 1; raise --val-fraction, give more images, or evaluate on others with --data",
+        ),
+        ("--val-fraction", "1.0", "error: val_fraction: expected a number between 0 and 1, got 1.0"),
         ("--few-shot", "x", "error: few_shot: expected numbers from 1"),
         ("--labels", str(tmp_path / "none.csv"), "error: labels: cannot read"),
     ):
@@ -140,9 +148,11 @@ def test_a_run_on_unlabeled_images_is_evaluated_on_others(tiny, image_folder, fl
 
 
 def test_a_run_without_labels_says_how_to_score_it_later(tiny, flat, capsys):
-    cfg = tiny(data={"path": str(flat)}, max_steps=1)
+    cfg = tiny(data={"path": str(flat)}, max_steps=1, eval={"few_shot": "1"})
     pretrain(cfg, CPU)
-    assert f"train/evaluate.py --checkpoint {cfg.out} --data FOLDER" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"train/evaluate.py --checkpoint {cfg.out} --data FOLDER [--labels FILE.csv]" in printed
+    assert "Few labels and fine-tuning, which were asked for, are skipped as well." in printed
     with pytest.raises(UsageError, match=r"has 0; .* evaluate on others with --eval.data"):
         pretrain(tiny(data={"path": str(flat), "val_fraction": 0.0}), CPU)
 
@@ -169,10 +179,17 @@ def test_labeled_images_in_one_folder_are_split_by_class(tiny, flat, image_folde
     labels = "file,label\n" + "".join(f"{i}.png,{'odd' if i % 2 else 'even'}\n" for i in range(20))
     path = table(flat.parent / "labels.csv", labels)
     options = {"data": str(flat), "labels": path, "labels_are": "classes"}
-    for given, fraction, held_out in ((0.1, None, 2), (0.0, None, 10), (0.1, 0.3, 6)):
+    for given, fraction, held_out in ((0.1, None, 10), (0.1, 0.3, 6)):
         cfg = tiny(data={"val_fraction": given}, eval={**options, "val_fraction": fraction})
         train, val = protocol.open_evaluation(cfg)
         assert (len(train), len(val)) == (20 - held_out, held_out)
         assert np.bincount(val.targets or []).tolist() == [held_out // 2] * 2
+    # Of the data of the training those that were held out there, where some were.
+    both = {"data": {"path": str(flat), "val_fraction": 0.1}, "eval": {**options, "labels": None}}
+    assert len(protocol.open_evaluation(tiny(**both))[1]) == 3
+    with pytest.raises(UsageError, match=r"eval.val_fraction: .* is the data of the training"):
+        protocol.open_evaluation(tiny(**both | {"eval": {"val_fraction": 0.5}}))
+    both["data"]["val_fraction"] = 0.0
+    assert len(protocol.open_evaluation(tiny(**both))[1]) == 15
     with pytest.raises(UsageError, match=r"eval.val_fraction: expected a number between 0 and 1, got 1"):
         protocol.open_evaluation(tiny(eval={**options, "val_fraction": 1.0}))

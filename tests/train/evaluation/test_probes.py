@@ -10,7 +10,7 @@ import torch.overrides
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from lejepa_fast.train.evaluation.probes import MEMORY, knn_accuracy, linear_probe
+from lejepa_fast.train.evaluation.probes import MEMORY, knn_accuracy, knn_predict, linear_probe
 
 
 def randn(*shape, seed=0):
@@ -104,6 +104,17 @@ def test_knn_sends_each_block_of_training_features_once():
     with Calls() as calls:
         knn_accuracy(*blobs(100, seed=1), *blobs(50, seed=2), num_classes=4, test_chunk=7, train_chunk=32)
     assert sum(rows for name, _, rows in calls.seen if name == "normalize") == 100 + 4 * 50
+
+
+@pytest.mark.parametrize("temperature", [None, 0.07])
+def test_knn_of_large_numbers_loses_no_digits(temperature):
+    """Times in seconds: float32 knows them to 128 only."""
+    x, y = torch.randn(40, 8), torch.arange(40).double()
+    small, large = (
+        knn_predict(x, each, x + 0.1, num_classes=None, k=5, temperature=temperature)
+        for each in (y, y + 1.7e9)
+    )
+    torch.testing.assert_close(large - 1.7e9, small, rtol=0, atol=1e-3)
 
 
 def test_knn_takes_half_precision_and_ignores_length():

@@ -28,6 +28,7 @@ CONFIG = {
     "model": {"name": "resnet10t"},
     "loss": {"lambd": 0.07, "form": "convex", "t_max": 3.0, "n_points": 17, "unbiased": False},
     "crops": {"global_crops": 2, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+    "eval": {"draws": 3, "labels": None, "fine_tune": 0},
 }
 
 
@@ -147,6 +148,7 @@ def test_summary_has_the_promised_keys_and_types(written):
         "pretraining_images": 9000,
         "pretraining_held_out": 1000,
         "evaluation_data": "/data/birds",
+        "evaluation": CONFIG["eval"],
         "embedding_std": pytest.approx(collapse.embedding_std(randn(80, 12))),
         "effective_rank_limit": 12,
         "rankme": pytest.approx(collapse.rankme(randn(80, 12))),
@@ -238,7 +240,8 @@ def test_backbones_stand_beside_both_encoders(tmp_path):
 
 def test_backbones_alone_have_a_page_without_figures(tmp_path):
     options = {"evaluated_on": "/data/birds", "seed": 4, "backbones": BACKBONES}
-    path = report.write_backbones_report(tmp_path, **options)
+    evaluation = {**CONFIG["eval"], "labels": "/data/birds.csv", "fine_tune": 7}
+    path = report.write_backbones_report(tmp_path, evaluation=evaluation, **options)
     assert sorted(each.name for each in path.parent.iterdir()) == ["report.html", "summary.json"]
     summary, text = read_summary(path), " ".join(Page(path).text.split())
     expected = {"evaluation_data": "/data/birds", "seed": 4, "val_images": 80, "num_classes": 6, "knn_k": 20}
@@ -246,7 +249,8 @@ def test_backbones_alone_have_a_page_without_figures(tmp_path):
     assert summary["backbones"]["<b>"]["knn"] == 70.0
     assert "kNN accuracy, k = 20 (%) 80.0 ± 4.5 70.0 ± 5.1 Linear probe accuracy (%) 85.5 ± 3.9 -" in text
     assert "Embedding std" not in text
-    assert "trained" not in summary
+    assert "Labels/data/birds.csv Fine-tuning7 epochs" in text
+    assert (summary["evaluation"], "trained" in summary) == (evaluation, False)
 
 
 @pytest.mark.usefixtures("no_figures")
