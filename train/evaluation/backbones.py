@@ -6,6 +6,8 @@ hub itself. It gets its own normalization, and the image size nearest to the one
 
 import contextlib
 import math
+import pickle
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -20,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from lejepa_fast.data import ImageSource
-from lejepa_fast.errors import UsageError, first_line
+from lejepa_fast.errors import RunError, UsageError, first_line
 from lejepa_fast.train.config import Config, ModelConfig
 from lejepa_fast.train.evaluation.protocol import EvalResult, evaluate_model
 from lejepa_fast.train.model.model import LeJEPAModel, build_encoder, takes
+from lejepa_fast.train.model.strided_pointwise import avoid_strided_pointwise
 
 # What the hub has of a model, in the order of preference.
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -92,6 +95,11 @@ def load_backbone(text: str, *, image_size: int | Literal["own"], channels: int 
         UsageError: no such model, no such weights, weights of another model, or no network and no cache.
     """
     name, _, file = text.partition(":")
+    if name in ("hf-hub", "hf_hub", "local-dir"):
+        forms = "NAME for timm's weights on the hub, or NAME:FILE, such as resnet18:FOLDER/model.safetensors"
+        raise UsageError(
+            f"--backbone: expected a model's name, got the prefix {name}: in {text}; give {forms}"
+        )
     candidates = _sizes(name, image_size, channels)
     known: Any = candidates[0][1].pretrained_cfg
     path = Path(file) if file else _hub_file(name, known)
@@ -107,7 +115,7 @@ def load_backbone(text: str, *, image_size: int | Literal["own"], channels: int 
             mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
         model = LeJEPAModel(encoder, nn.Identity(), num_global=1)
         return Backbone(name, model, size, mean, std, str(path) if file else "hub")
-    problem = " ".join(str(refusals[-1]).split())[:200]
+    problem = _in_short(refusals[-1])
     raise UsageError(f"--backbone: {path} does not hold the weights of {name} ({problem})") from refusals[-1]
 
 
@@ -122,7 +130,8 @@ def evaluate_backbone(
 ) -> BackboneResult:
     """Evaluate a backbone by `evaluate_model`, at its image size and with its normalization.
 
-    `cfg` and `options` are those of `evaluate_model`; the model leaves the device afterwards.
+    `cfg` and `options` are those of `evaluate_model`; the model leaves the device afterwards. A RunError
+    names the backbone and its weights.
     """
     own = replace(
         cfg,
@@ -130,7 +139,10 @@ def evaluate_backbone(
         eval=replace(cfg.eval, image_size=backbone.image_size),
     )
     model = backbone.model.to(device)
-    result = evaluate_model(model, train_source, val_source, own, device=device, **options)
+    try:
+        result = evaluate_model(model, train_source, val_source, own, device=device, **options)
+    except RunError as error:
+        raise RunError(f"--backbone: {backbone.name} (weights: {backbone.weights}): {error}") from error
     model.cpu()
     return BackboneResult(result, backbone.weights, backbone.parameters)
 
@@ -173,33 +185,46 @@ def _with_weights(empty: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     classifiers = known.get("classifier") or ()
     layers = (classifiers,) if isinstance(classifiers, str) else classifiers
     heads, kept = {layer.split(".")[0] for layer in layers}, empty.state_dict()
+    own = {name: tensor for name, tensor in state.items() if name in kept or name.split(".")[0] not in heads}
+    if not own:  # timm would take those of the hub
+        raise ValueError("it has none of the encoder")
     # timm refuses missing weights only where the number of classes is that of the file.
-    overlay: dict[str, Any] = {"num_classes": 0, "label_offset": 0}
-    overlay["state_dict"] = {
-        name: tensor for name, tensor in state.items() if name in kept or name.split(".")[0] not in heads
-    }
-    return timm.create_model(pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    overlay: dict[str, Any] = {"num_classes": 0, "label_offset": 0, "state_dict": own}
+    encoder = timm.create_model(pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    avoid_strided_pointwise(encoder)
+    return encoder
+
+
+def _in_short(refusal: Exception) -> str:
+    """The message of PyTorch or timm. Of keys, which may be hundreds: how many, and the first."""
+    found = re.findall(r"^\s*(Missing|Unexpected) key\(s\) in state_dict: (.*)", str(refusal), re.MULTILINE)
+    lists = [(kind.lower(), re.findall(r'"([^"]+)"', keys)) for kind, keys in found]
+    said = [f"{kind} keys: {len(keys)}, the first {keys[0]}" for kind, keys in lists]
+    return "; ".join(said) or " ".join(str(refusal).split())[:200]
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file, or of another without running code of it; UsageError if it
-    cannot be read or holds no tensors by name."""
+    cannot be read or holds no tensors by name. The prefix `module.` of parallel training is left out."""
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+            found: Any = safetensors.torch.load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UsageError(f"--backbone: cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # of pickle, zip or safetensors
+        # PyTorch's own text advises to run the code of such a file.
+        objects = "it is damaged, or holds Python objects, not tensors alone"
+        reason = objects if isinstance(error, pickle.UnpicklingError) else first_line(error)
         advice = "give a safetensors file, or one that torch.load(weights_only=True) reads"
-        raise UsageError(
-            f"--backbone: {path} is no file of weights ({first_line(error)}); {advice}"
-        ) from error
+        raise UsageError(f"--backbone: {path} is no file of weights ({reason}); {advice}") from error
     for key in _NESTED:
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict) or not any(isinstance(value, Tensor) for value in found.values()):
-        raise UsageError(f"--backbone: {path}: expected tensors by name, got {type(found).__name__}")
+        got = type(found).__name__ if found else "none"
+        raise UsageError(f"--backbone: {path}: expected tensors by name, got {got}")
     return {key.removeprefix("module."): value for key, value in found.items() if isinstance(value, Tensor)}
 
 

@@ -75,7 +75,8 @@ def embed_source(
     targets, features, z, *probe = map(torch.cat, zip(*batches, strict=True))
     for name, values in (("encoder", features), ("projector", z)):
         if not values.isfinite().all():
-            raise RunError(f"the {name} gives NaN or infinite embeddings: the training has diverged")
+            reason = "the training has diverged, or the weights are damaged"
+            raise RunError(f"the {name} gives NaN or infinite embeddings: {reason}")
     return Embeddings(features, probe[0] if probe else features, z, targets)
 
 

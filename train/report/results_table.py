@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lejepa_fast.train.evaluation.collapse import sigreg_levels
+from lejepa_fast.train.evaluation.few_shot import Table
 from lejepa_fast.train.evaluation.protocol import EvalResult
 
 UNTRAINED, TRAINED = "untrained", "trained"
@@ -59,7 +60,10 @@ def table_rows(results: Mapping[str, EvalResult]) -> list[Row]:
         _accuracy("Linear probe accuracy (%)", "linear", results),
     ]
     if one.regression is not None:
-        rows = _scores_of_numbers(results)
+        scores = {name: result.regression or {} for name, result in results.items()}
+        rows = score_rows(
+            {name: {key: score._asdict() for key, score in of.items()} for name, of in scores.items()}
+        )
     if any(result.fine_tuned is not None for result in results.values()):
         label, row = (
             ("Fine-tuning (%)", _accuracy) if one.regression is None else ("Fine-tuning (R2)", _plain)
@@ -94,31 +98,37 @@ def _plain(label: str, key: str, results: Mapping[str, EvalResult]) -> Row:
     return Row(label, {name: getattr(result, key) for name, result in results.items()}, form=".3f")
 
 
-def _scores_of_numbers(results: Mapping[str, EvalResult]) -> list[Row]:
-    """R2 and mean absolute error of each probe of numbers."""
+def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> list[Row]:
+    """R2 and mean absolute error of numbers: rows for each probe of `scores[encoder][probe]`, where they are
+    called "r2" and "mae"."""
     rows = []
     for key, label in {**PROBE_NAMES, "mean": "Always the mean"}.items():
-        scores = {name: (result.regression or {}).get(key) for name, result in results.items()}
-        if any(score is not None for score in scores.values()):
+        found = {name: probes.get(key, {}) for name, probes in scores.items()}
+        if any(found.values()):
             for figure, form in (("r2", ".3f"), ("mae", ".4g")):
-                values = {name: getattr(score, figure, None) for name, score in scores.items()}
+                values = {name: score.get(figure) for name, score in found.items()}
                 rows.append(Row(f"{label} ({figure.upper()})", values, form=form))
     return rows
 
 
 def few_shot_rows(results: Mapping[str, EvalResult]) -> list[Row]:
     """A row for each number of labels and each probe: mean, and standard deviation over the draws."""
-    one = next(iter(results.values()))
-    numbers = one.regression is not None
     tables = {name: result.few_shot for name, result in results.items() if result.few_shot}
+    return shot_rows(tables, numbers=next(iter(results.values())).regression is not None)
+
+
+def shot_rows(tables: Mapping[str, Table], *, numbers: bool) -> list[Row]:
+    """`few_shot_rows` of the tables of encoders, which need not have the same counts and probes; `numbers`:
+    the labels are numbers and not classes."""
     rows = []
-    for count, figures in (one.few_shot or {}).items():
+    for count in dict.fromkeys(count for table in tables.values() for count in table):
         labels = f"{count} label{'s' * (count != '1')}{'' if numbers or count == 'all' else ' per class'}"
-        for key in figures:
-            means, spreads = ({name: table[count][key][i] for name, table in tables.items()} for i in (0, 1))
-            spreads = {} if count == "all" else spreads
-            label, form = f"{labels}: {PROBE_NAMES[key]}", ".3f" if numbers else ".1f"
-            rows.append(Row(label, means, spreads, form=form))
+        for key, probe in PROBE_NAMES.items():
+            cells = {name: table[count][key] for name, table in tables.items() if key in table.get(count, {})}
+            if cells:
+                means, spreads = ({name: cell[i] for name, cell in cells.items()} for i in (0, 1))
+                spreads = {} if count == "all" else spreads
+                rows.append(Row(f"{labels}: {probe}", means, spreads, form=".3f" if numbers else ".1f"))
     return rows
 
 

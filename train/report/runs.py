@@ -2,13 +2,16 @@
 
 import json
 import math
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lejepa_fast.errors import UsageError
+from lejepa_fast.regular_files import open_regular
 from lejepa_fast.train import config
+from lejepa_fast.train.config.settings import TIMM_KEYS
 from lejepa_fast.train.runtime.files import read_rows
 
 END_SHARE, END_ROWS = 0.1, 5
@@ -30,6 +33,8 @@ class RunRecord:
     """Its two terms at the end, not weighted."""
     summary: dict[str, Any]
     """report/summary.json; {} for a run that has not finished, or has been continued since."""
+    rows: Sequence[Mapping[str, Any]] = ()
+    """metrics.jsonl."""
 
     @property
     def lambd(self) -> float:
@@ -47,31 +52,86 @@ class RunRecord:
         return float(value) if isinstance(value, (int, float)) else math.nan
 
 
+@dataclass(frozen=True)
+class _Summary:
+    """What is read of a summary.json, and its types; None for what was not measured."""
+
+    __pydantic_config__: ClassVar = {"strict": True}
+
+    steps: int
+    state: str
+    verdict: str = ""
+    created: str = ""
+    machine: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
+    image_size: int | None = None
+    val_images: int | None = None
+    knn_trained: float | None = None
+    knn_untrained: float | None = None
+    linear_trained: float | None = None
+    linear_untrained: float | None = None
+    fine_tuned_trained: float | None = None
+    fine_tuned_untrained: float | None = None
+    regression: dict[str, dict[str, float | None]] | None = None
+    regression_untrained: dict[str, dict[str, float | None]] | None = None
+    few_shot: dict[str, dict[str, tuple[float | None, float | None]]] | None = None
+    few_shot_untrained: dict[str, dict[str, tuple[float | None, float | None]]] | None = None
+    embedding_std: float | None = None
+    effective_rank: float | None = None
+    effective_rank_untrained: float | None = None
+    rankme: float | None = None
+    sigreg_val: float | None = None
+    images_per_second: float | None = None
+
+
 def read_run(folder: Path) -> RunRecord:
-    """Read a run folder. UsageError, which names it, if it has no settings or no finite training loss."""
-    path = folder / "config.json"
-    if not path.is_file():
+    """Read a run folder.
+
+    UsageError, which names it, if it has no settings or no finite training loss, or if a file cannot be read.
+    """
+    found = _read_json(folder, "config.json")
+    if found is None:
         raise UsageError(f"{folder}: expected a run folder, got one without config.json")
-    settings = config.to_dict(config.load_json(path))
-    rows = [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
+    own = {key: value for key, value in found.items() if key not in TIMM_KEYS}
+    settings = config.to_dict(config.from_dict(own, f"{folder}: config.json"))
+    rows = read_rows(folder / "metrics.jsonl")
+    training = [row for row in rows if row["kind"] == "train"]
     try:
-        losses = {name: loss_at_the_end(rows, name) for name in ("loss", "prediction", "sigreg")}
+        losses = {name: loss_at_the_end(training, name) for name in ("loss", "prediction", "sigreg")}
     except ValueError as error:
         raise UsageError(f"{folder}: metrics.jsonl: {error}") from error
-    steps, summary = max(row["step"] for row in rows), _summary(folder)
+    steps, summary = max(row["step"] for row in training), _read_json(folder, "report/summary.json") or {}
+    if summary:
+        _check(summary, folder)
     summary = summary if summary.get("steps") == steps else {}
-    return RunRecord(folder, settings, steps, summary=summary, **losses)
+    return RunRecord(folder, settings, steps, summary=summary, rows=rows, **losses)
 
 
-def _summary(folder: Path) -> dict[str, Any]:
-    path = folder / "report" / "summary.json"
+def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
+    """The object in a file of a run folder; None if the file does not exist."""
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
+        with open_regular(folder / name) as file:
+            values = json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{folder}: cannot read report/summary.json: {error}") from error
-    return summary if isinstance(summary, dict) else {}
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+        raise UsageError(f"{folder}: cannot read {name} ({reason})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{folder}: {name}: expected a JSON object, got {reprlib.repr(values)}")
+    return values
+
+
+def _check(summary: Mapping[str, Any], folder: Path) -> None:
+    import pydantic
+
+    try:
+        pydantic.TypeAdapter(_Summary).validate_json(json.dumps(summary))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        got = "" if first["type"] == "missing" else f", got {reprlib.repr(first['input'])}"
+        raise UsageError(f"{folder}: report/summary.json: {where}: {first['msg']}{got}") from error
 
 
 def loss_at_the_end(rows: list[dict[str, Any]], name: str = "loss") -> float:

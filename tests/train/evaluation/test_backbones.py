@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from training import CPU
 
-from lejepa_fast.errors import UsageError
+from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.train import evaluate as command
 from lejepa_fast.train.checkpoint.saving import Saver
 from lejepa_fast.train.config import to_dict
@@ -20,6 +20,7 @@ from lejepa_fast.train.evaluation import backbones as module
 from lejepa_fast.train.evaluation.backbones import load_backbone, load_backbones
 from lejepa_fast.train.evaluation.protocol import evaluate_model, open_splits
 from lejepa_fast.train.model.model import LeJEPAModel, build_model
+from lejepa_fast.train.model.strided_pointwise import StridedPointwise
 
 
 @pytest.fixture
@@ -58,6 +59,22 @@ def test_a_file_gives_the_features_of_its_model(weights, file):
     torch.testing.assert_close(backbone.model.eval().embed(images(40))[0], features(model, images(40)))
     assert (backbone.image_size, backbone.weights) == (40, str(path))
     assert backbone.parameters == sum(p.numel() for n, p in model.named_parameters() if "fc." not in n)
+
+
+@pytest.mark.parametrize("file", ["parallel.safetensors", "parallel.pth"])
+def test_the_prefix_of_parallel_training_is_left_out(weights, tmp_path, file):
+    model, _ = weights("test_resnet")
+    tensors = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    (save_file if file.endswith("safetensors") else torch.save)(tensors, tmp_path / file)
+    backbone = load_backbone(f"test_resnet:{tmp_path / file}", image_size=32)
+    torch.testing.assert_close(backbone.model.eval().embed(images(32))[0], features(model, images(32)))
+
+
+def test_fine_tuning_a_backbone_avoids_the_fault_of_onednn(weights):
+    """Else strided 1 x 1 convolutions of few channels may get wrong gradients, or end the process."""
+    _, path = weights("mobileone_s0")
+    backbone = load_backbone(f"mobileone_s0:{path}", image_size=32)
+    assert any(isinstance(module, StridedPointwise) for module in backbone.model.modules())
 
 
 @pytest.mark.parametrize(("size", "taken"), [(32, 32), (33, 48), ("own", 160)])
@@ -128,7 +145,7 @@ class Hostile:
         return (pytest.fail, ("code of the file ran",))
 
 
-def test_wrong_names_and_files_are_named(weights, tmp_path):
+def test_wrong_names_and_files_are_named(weights, tmp_path, monkeypatch):
     _, path = weights("test_resnet")
     (tmp_path / "hostile.pth").write_bytes(pickle.dumps({"state_dict": Hostile()}))
     torch.save(Hostile(), tmp_path / "hostile.pt")
@@ -136,17 +153,26 @@ def test_wrong_names_and_files_are_named(weights, tmp_path):
     half = timm.create_model("test_resnet").state_dict()
     del half["layer1.0.conv1.weight"]
     save_file(half, tmp_path / "half.safetensors")
+    save_file({"fc.weight": half["fc.weight"]}, tmp_path / "head.safetensors")
+    save_file({}, tmp_path / "empty.safetensors")
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: half)
+    objects = "it is damaged, or holds Python objects, not tensors alone"
     for text, message in (
         ("resnat18", "--backbone: no model is called 'resnat18'; did you mean resnet18"),
         ("resnet18.nonsense", "Invalid pretrained tag (nonsense)"),
         (f"test_vit:{path}", f"--backbone: {path} does not hold the weights of test_vit ("),
         (
             f"test_resnet:{tmp_path / 'half.safetensors'}",
-            'Missing key(s) in state_dict: "layer1.0.conv1.weight"',
+            "(missing keys: 1, the first layer1.0.conv1.weight)",
         ),
+        (f"test_vit:{path}", "(missing keys: 78, the first cls_token; unexpected keys: "),
+        (f"test_resnet:{tmp_path / 'head.safetensors'}", "(it has none of the encoder)"),
+        (f"test_resnet:{tmp_path / 'empty.safetensors'}", "expected tensors by name, got none"),
         (f"test_resnet:{tmp_path / 'none.pth'}", "none.pth: No such file"),
-        (f"test_resnet:{tmp_path / 'hostile.pth'}", "hostile.pth is no file of weights"),
-        (f"test_resnet:{tmp_path / 'hostile.pt'}", "hostile.pt is no file of weights"),
+        (f"test_resnet:{tmp_path / 'hostile.pth'}", f"hostile.pth is no file of weights ({objects}); give"),
+        (f"test_resnet:{tmp_path / 'hostile.pt'}", f"hostile.pt is no file of weights ({objects}); give"),
+        ("hf-hub:timm/resnet18.a1_in1k", "got the prefix hf-hub: in hf-hub:timm/resnet18.a1_in1k; give NAME"),
+        (f"local-dir:{tmp_path}", "or NAME:FILE, such as resnet18:FOLDER/model.safetensors"),
         (f"test_resnet:{tmp_path / 'list.pth'}", "expected tensors by name, got list"),
     ):
         with pytest.raises(UsageError) as caught:
@@ -171,6 +197,14 @@ def test_a_backbone_is_evaluated_with_its_own_normalization_and_size(weights, ti
     own = model.pretrained_cfg
     assert cfg.crops.mean != own["mean"]
     assert (used.crops.mean, used.crops.std, used.eval.image_size) == (own["mean"], own["std"], 48)
+
+
+def test_weights_that_are_not_finite_are_named(weights, tiny):
+    model, path = weights("test_resnet")
+    save_file({**model.state_dict(), "bn1.bias": torch.full_like(model.bn1.bias, torch.nan)}, path)
+    backbone, cfg = load_backbone(f"test_resnet:{path}", image_size=32), tiny()
+    with pytest.raises(RunError, match=rf"test_resnet \(weights: {path}\): the encoder gives NaN"):
+        module.evaluate_backbone(backbone, *open_splits(cfg.data), cfg, device=CPU.device)
 
 
 def test_command_puts_backbones_on_a_page_alone_and_beside_a_run(tiny, weights, tmp_path, capsys):

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from report_page import Page
 
+from lejepa_fast.errors import UsageError
 from lejepa_fast.train import evaluate as command
 from lejepa_fast.train.report.comparison import write_comparison
 from lejepa_fast.train.report.plots import plot_runs
@@ -80,7 +81,7 @@ def test_two_runs_stand_side_by_side(run, tmp_path, capsys):
     text = text_of(page)
     for expected in (
         "kNN (%) 68.1 70.0 untrained 54.0 54.0 gain +14.1 +16.0",
-        "1 labels per class: kNN 33 33 untrained 22 22",
+        "1 label per class: kNN 33.0 33.0 untrained 22.0 22.0",
         "Effective rank 40 40 untrained 20 20",
         "Training speed (images/s) 1,234 1,234",
         "State healthy collapsed",
@@ -111,6 +112,87 @@ def test_runs_of_other_images_or_sizes_are_not_comparable(run, tmp_path):
     assert "None: the runs repeat one another." in text_of(page)
 
 
+def test_other_labels_counts_and_classes_are_not_comparable(run, tmp_path):
+    """Epochs of fine-tuning and draws matter where both runs have the figures; paths, not their texts."""
+    settings = {"labels": "a.csv", "few_shot": "1", "draws": 3, "fine_tune": 0}
+    more, where = (
+        settings | {"few_shot": "", "draws": 7, "fine_tune": 5},
+        {"evaluation_data": f"{tmp_path}/x"},
+    )
+    folders = [
+        run("a", evaluation=settings, num_classes=3, evaluation_data=f"{tmp_path}/x/"),
+        run("b", evaluation=more, num_classes=3, **where),
+        run("old", **where),  # records neither
+    ]
+    page = write_comparison(folders, tmp_path)
+    assert json.loads((page.parent / "compare.json").read_text())["not_comparable_because"] is None
+    other = settings | {"labels": None, "draws": 7}
+    folders[1] = run("c", evaluation=other, num_classes=None, probe_images=9, **where)
+    page = write_comparison(folders[:2], tmp_path)
+    found = json.loads((page.parent / "compare.json").read_text())["not_comparable_because"]
+    for expected in (
+        "labels (a: a.csv; c: none)",
+        "numbers of classes (a: 3; c: none)",
+        "draws of few labels (a: 3; c: 7)",
+    ):
+        assert expected in found
+    assert "images (" not in found
+    assert "for the probes" not in found  # one run does not record them
+
+
+def test_numbers_have_their_scores(run, tmp_path):
+    def scores(r2):
+        return {"linear": {"r2": r2, "mae": 2.5}, "mean": {"r2": -0.01, "mae": 4.0}}
+
+    numbers = {
+        **dict.fromkeys(("knn_trained", "knn_untrained"), None),
+        "regression": scores(0.5),
+        "regression_untrained": scores(0.2),
+        "fine_tuned_trained": 0.532,
+        "fine_tuned_untrained": 0.25,
+        "few_shot": {"10": {"nadaraya_watson": [0.512, 0.1]}, "all": {"fine_tuned": [0.6, 0.0]}},
+        "few_shot_untrained": {"10": {"nadaraya_watson": [0.4, 0.1]}},
+    }
+    text = text_of(write_comparison([run("a", **numbers), run("b", **numbers)], tmp_path))
+    for expected in (
+        "linear probe (R2) 0.500 0.500 untrained 0.200 0.200 gain +0.300 +0.300",
+        "linear probe (MAE) 2.5 2.5 untrained 2.5 2.5 Always",
+        "Always the mean (R2) -0.010 -0.010 Always the mean (MAE) 4 4 Fine-tuning (R2) 0.532 0.532",
+        "10 labels: Nadaraya-Watson 0.512 0.512 untrained 0.400 0.400 all labels: fine-tuning 0.600 0.600",
+    ):
+        assert expected in text, expected
+    assert "(%)" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"steps": 1.5}, "steps: Input should be a valid integer, got 1.5"),
+        ({"state": None}, "state: Input should be a valid string, got None"),
+        ({"few_shot": [1]}, "few_shot: Input should be an object, got [1]"),
+        ({"few_shot": {"1": {"knn": []}}}, "few_shot.1.knn.0: Field required"),
+        ({"knn_trained": "x"}, "knn_trained: Input should be a valid number, got 'x'"),
+        ({"machine": "x"}, "machine: Input should be an object, got 'x'"),
+    ],
+)
+def test_a_summary_of_other_types_is_one_line(run, tmp_path, capsys, changes, problem):
+    folders = [run("good"), run("odd", **changes)]
+    assert command.main(["--compare", *map(str, folders), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {folders[1]}: report/summary.json: {problem}\n"
+
+
+def test_an_older_summary_without_verdict_and_machine_is_shown(run, tmp_path):
+    folders = [run("new"), run("old")]
+    path, left_out = folders[1] / "report" / "summary.json", ("verdict", "machine", "created", "few_shot")
+    old = {key: value for key, value in SUMMARY.items() if key not in left_out}
+    path.write_text(json.dumps(old))
+    assert "old healthy unknown processor, undated" in text_of(write_comparison(folders, tmp_path))
+    del old["state"]
+    path.write_text(json.dumps(old))
+    with pytest.raises(UsageError, match=r"old: report/summary\.json: state: Field required$"):
+        write_comparison(folders, tmp_path)
+
+
 def test_folders_of_one_name_are_told_apart(run, tmp_path):
     folders = [run("seed-1/run"), run("seed-2/run", loss=0.2)]
     page = write_comparison(folders, tmp_path)
@@ -121,14 +203,21 @@ def test_what_is_no_finished_run_is_named_and_the_earlier_page_stays(run, tmp_pa
     good, unfinished, broken = run("good"), run("unfinished"), run("broken")
     (unfinished / "report" / "summary.json").unlink()
     (broken / "config.json").write_text("[1")
+    continued = run("continued")
+    with (continued / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 500, "loss": 0.1, "prediction": 0.1, "sigreg": 1.1}\n')
     page = write_comparison([good, run("other")], tmp_path)
     before = page.read_bytes()
     for folders, message in (
         ([good], "--compare: expected two or more different run folders"),
         ([good, good], "--compare: expected two or more different run folders"),
-        ([good, tmp_path / "gone"], f"--compare: {tmp_path / 'gone'} is no run folder: cannot read "),
-        ([good, broken], f"{broken / 'config.json'} (it is not JSON)"),
-        ([good, unfinished], f"--compare: the run {unfinished} has not finished: cannot read "),
+        (
+            [good, tmp_path / "gone"],
+            f"{tmp_path / 'gone'}: expected a run folder, got one without config.json",
+        ),
+        ([good, broken], f"{broken}: cannot read config.json (it is not JSON)"),
+        ([good, unfinished], f"--compare: the run {unfinished} has not finished: "),
+        ([good, continued], "has not finished: expected report/summary.json of step 500, its last"),
         ([good, "--checkpoint", good], "--compare takes finished runs alone"),
     ):
         assert command.main(["--compare", *map(str, folders), "--out", str(tmp_path)]) == 2

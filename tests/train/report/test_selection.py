@@ -58,7 +58,7 @@ def test_a_folder_says_what_is_wrong_with_it(tmp_path):
         read_run(write_run(tmp_path / "empty", config_of(), [None]))
     broken = write_run(tmp_path / "broken", config_of(), [1.0], knn_trained=50.0)
     (broken / "report" / "summary.json").write_text("{")
-    with pytest.raises(UsageError, match=r"broken: cannot read report/summary\.json"):
+    with pytest.raises(UsageError, match=r"broken: cannot read report/summary\.json \(it is not JSON\)"):
         read_run(broken)
 
 
