@@ -47,7 +47,7 @@ def reads(monkeypatch):
 
 
 def test_a_run_reads_every_option(tiny, monkeypatch, reads):
-    """Two epochs with an average, both probes and few labels. Planted options, one in each section, are found."""
+    """Two epochs with an average, probes and few labels. Planted options, one in each section, are found."""
     cfg = planted(
         tiny(average={"kind": "ema"}, eval={"every": 1, "linear_steps": 2, "few_shot": "1"}, epochs=2)
     )
