@@ -94,17 +94,25 @@ def segmentation() -> str:
     """IoU of the newest run for each set, encoder and kind of principal components."""
     newest = {(row["set"], row["encoder"], row["pca"]): row for row in rows_of("segment")}
     maps = ("attention", "best_head", "low_attention", "pca")
+    cell = "{iou:.1f} ({random:.1f})".format
     table = []
     for (where, encoder, pca), row in newest.items():
         iou = row["iou"]
         if encoder == "constant" and pca == "joint":
-            best = " / ".join(f"{iou[key]['iou']:.1f}" for key in ("all_foreground", "centered"))
+            best = " / ".join(cell(**iou[key]) for key in ("all_foreground", "centered"))
             table.append([f"{where}: all foreground / centered disc", best, "", "", "", ""])
         elif encoder != "constant" and pca == "joint":
             each = newest[where, encoder, "per-image"]["iou"]["pca"]
-            figures = [f"{iou[key]['iou']:.1f}" if key in iou else "" for key in maps]
-            table.append([f"{where}: {encoder}", "", *figures[:3], f"{figures[3]} / {each['iou']:.1f}"])
-    header = ["IoU, %", "constant", "attention", "best head", "low attention", "PCA 1, joint / per image"]
+            figures = [cell(**iou[key]) if key in iou else "" for key in maps]
+            table.append([f"{where}: {encoder}", "", *figures[:3], f"{figures[3]} / {cell(**each)}"])
+    header = [
+        "IoU, % (random pixels)",
+        "constant",
+        "attention",
+        "best head",
+        "low attention",
+        "PCA 1, joint / per image",
+    ]
     return markdown(header, table, row)
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from benchlib import Row, Rows, command_line, print_table
 from PIL import Image, ImageDraw, ImageFilter
-from shapes import write_shapes
+from shapes import write_labels, write_shapes
 from torch import Tensor, nn
 
 from lejepa_fast.data import MultiCropRecipe, open_source
@@ -98,10 +98,12 @@ def _filled(mask: np.ndarray) -> np.ndarray:
 
 
 def write_photos(folder: Path) -> None:
-    """Photos of the validation split with clear masks, their centers of 96 x 96 px, as write_shapes does."""
+    """Photos of the validation split with clear masks, their centers of 96 x 96 px, as write_shapes does;
+    labels.csv has the names alone."""
     source = open_source("trashnet96", "val")
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True, exist_ok=True)
+    names = []
     for index in range(len(source)):
         photo, _ = source[index]
         if (mask := object_mask(photo)) is None:
@@ -110,13 +112,15 @@ def write_photos(folder: Path) -> None:
         box, name = (left, top, left + SIZE, top + SIZE), f"{index:05d}.png"
         photo.crop(box).save(folder / "images" / name)
         Image.fromarray(mask.astype(np.uint8) * 255).crop(box).save(folder / "masks" / name)
+        names.append(name)
+    write_labels(folder, [("file",), *((name,) for name in names)])
 
 
 class Pixels(nn.Module):
     """The baseline: the mean color of each patch."""
 
-    def forward_intermediates(self, images: Tensor, **options: object) -> list[Tensor]:
-        return [F.avg_pool2d(images, PATCH)]
+    def forward_intermediates(self, images: Tensor, **options: object) -> tuple[Tensor, list[Tensor]]:
+        return images, [F.avg_pool2d(images, PATCH)]
 
 
 def measured(name: str, run: Path, folder: Path, out: Path, pca: str) -> list[Row]:
@@ -147,12 +151,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command_line(__doc__, rehearse="two steps on few pictures; the rows are marked")
     parser.add_argument("--work", type=Path, default=Path("runs/segment_bench"), help="pictures and runs")
     options = parser.parse_args(arguments)
-    work, few = options.work, options.rehearse
+    few = options.rehearse
+    work = options.work / "rehearsal" if few else options.work
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if not (work / "shapes" / "labels.csv").exists():
-        write_shapes(work / "shapes", 80 if few else 2000)
-        write_shapes(work / "shapes-measured", 8 if few else 300, seed=1)
-        write_photos(work / "trashnet96-measured")
+    for name, write in {
+        "shapes": lambda folder: write_shapes(folder, 80 if few else 2000),
+        "shapes-measured": lambda folder: write_shapes(folder, 8 if few else 300, seed=1),
+        "trashnet96-measured": write_photos,
+    }.items():
+        if not (work / name / "labels.csv").exists():
+            write(work / name)
     writer = Rows(options.out / "segment.jsonl", "segment", torch.device("cpu"), rehearsal=few)
     rows = []
     for name, data in (("shapes", str(work / "shapes" / "images")), ("trashnet96", "trashnet96")):

@@ -10,12 +10,16 @@ background.
 
 import argparse
 import csv
+import io
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from lejepa_fast.train.runtime.files import write_atomically
 
 KINDS = ("disc", "square", "triangle", "cross")
 MOST_SHAPES = 5
@@ -80,18 +84,25 @@ def _inside(
 
 
 def write_shapes(folder: Path, count: int, size: int = 96, seed: int = 0) -> None:
-    """Write `count` pictures of `size` pixels with masks and labels.csv; files that are there are
+    """Write `count` pictures of `size` pixels with masks and, last, labels.csv; files that are there are
     replaced."""
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(("file", "count", "distance"))
-        for index in range(count):
-            picture, name = draw_picture(index, size, seed), f"{index:05d}.png"
-            Image.fromarray(picture.pixels).save(folder / "images" / name)
-            Image.fromarray(picture.mask.astype(np.uint8) * 255).save(folder / "masks" / name)
-            table.writerow((name, picture.shapes, f"{picture.distance:.2f}"))
+    rows: list[tuple[object, ...]] = [("file", "count", "distance")]
+    for index in range(count):
+        picture, name = draw_picture(index, size, seed), f"{index:05d}.png"
+        Image.fromarray(picture.pixels).save(folder / "images" / name)
+        Image.fromarray(picture.mask.astype(np.uint8) * 255).save(folder / "masks" / name)
+        rows.append((name, picture.shapes, f"{picture.distance:.2f}"))
+    write_labels(folder, rows)
+
+
+def write_labels(folder: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write labels.csv, whole or not at all: where it is, the pictures are complete."""
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows(rows)
+    content = table.getvalue().encode()
+    write_atomically(folder / "labels.csv", lambda file: file.write(content), way_out="free some space")
 
 
 def main(arguments: list[str] | None = None) -> None:

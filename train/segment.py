@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lejepa_fast.train.evaluation.segmentation import Overlap
 
 ROWS = 8  # of a page
+WRITTEN = ("page-[0-9][0-9][0-9]*.png", "sequence.webp", "summary.json")
 ANIMATED = (".gif", ".webp", ".png", ".apng", ".tif", ".tiff")
 
 
@@ -40,7 +41,8 @@ class Options:
     images: Path
     """A folder of images (also in folders below it), one image, or an animated picture."""
     masks: Path | None = None
-    """A folder of masks with the names of the images, but for the suffix: any value but 0 is foreground.
+    """A folder of masks with the names of the images, but for the suffix: any value but 0 is foreground
+    (alpha does not count).
     Prints the IoU with them, of the untrained encoder and of constant answers, too."""
     sequence: bool = False
     """The images are frames in the order of their names: write an animation. Animated pictures always are."""
@@ -73,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _segment(options: Options) -> None:
     # Not above: `--help` does not wait for PyTorch.
     import torch
+    from torch.nn.modules.batchnorm import _BatchNorm
 
     from lejepa_fast.data import eval_loader
     from lejepa_fast.train.checkpoint.trained_model import load_trained
@@ -86,8 +89,10 @@ def _segment(options: Options) -> None:
     model, cfg, step, path, *_ = load_trained(options.checkpoint, averaged=options.averaged)
     device = choose_device(options.device)
     source, names, animated = _open_images(options.images, cfg)
-    masks = None if options.masks is None else _open_masks(options.masks, names, source)
-    size = options.image_size or cfg.eval.image_size or cfg.crops.global_size
+    masks = None if options.masks is None else _open_masks(options.masks, names, source, animated)
+    size = options.image_size
+    if size is None:
+        size = cfg.eval.image_size or cfg.crops.global_size
     shared: dict[str, Any] = {"image_size": size, "batch_size": options.batch_size, "max_bad_fraction": 0.0}
 
     def loader(images: "ImageSource", **changes: Any) -> Any:
@@ -95,15 +100,28 @@ def _segment(options: Options) -> None:
         normalized = {"mean": cfg.crops.mean, "std": cfg.crops.std}
         return eval_loader(images, **{**shared, **normalized, "backend": backend, **changes})
 
+    run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    out = options.out or run_dir / "segmentation" / path.name
+    earlier = _earlier_files(out, options)
+    if masks is not None:
+        plain = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "backend": "torchvision"}
+        truth = torch.cat([each[:, 0] > 0.5 for each, _ in loader(masks, **plain)])
+        used = truth.flatten(1).any(1)
+        if not used.any():
+            raise UsageError(f"masks: expected foreground in {options.masks}, got none in the centers of all")
+        full = int((truth.flatten(1).sum(1) > 0.99 * size**2).sum())
+        if full > 0.9 * len(truth):
+            print(f"warning: {full} of {len(truth)} masks are foreground nearly everywhere; background is 0")
+        truth = truth[used]
     per_image = options.pca == "per-image"
     maps = set_maps(model.encoder.to(device), loader(source), device, per_image=per_image)
     if maps.attention is None:
-        print(f"model {cfg.model.name}: it has no attention over the patches of an image; showing PCA only")
-    run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    out = options.out or run_dir / "segmentation" / path.name
+        print(f"model {cfg.model.name}: its attention cannot be read here; showing PCA only")
     summary: dict[str, Any] = {"images": len(names), "image_size": size, "step": step, "pca": options.pca}
     with disk_errors_named(out, "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
+        for file in earlier:
+            file.unlink(missing_ok=True)
         sequence = options.sequence or animated
         drawn = len(names) if sequence else min(options.draw, len(names))
         shown = [] if not drawn else [each for each, _ in loader(source.subset(range(drawn)))]
@@ -118,24 +136,20 @@ def _segment(options: Options) -> None:
             cut = {name: each[rows] for name, each in columns.items()}
             draw_page(out / f"page-{page + 1:03d}.png", cut, names[rows])
     if masks is not None:
-        plain = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "backend": "torchvision"}
-        truth = torch.cat([each[:, 0] > 0.5 for each, _ in loader(masks, **plain)])
-        used = truth.flatten(1).any(1)
-        if not used.any():
-            raise UsageError(f"masks: expected foreground in {options.masks}, got none in the centers of all")
         starting = build_model(cfg).to(device)
-        calibrate_batchnorm(starting, loader(source, batch_size=max(2, options.batch_size)), device)
+        if any(isinstance(part, _BatchNorm) for part in starting.encoder.modules()):
+            calibrate_batchnorm(starting, loader(source, batch_size=max(2, options.batch_size)), device)
         untrained = set_maps(starting.encoder, loader(source), device, per_image=per_image)
         scores = {
-            "trained": score_maps(maps.part(used), truth[used]),
-            "untrained": score_maps(untrained.part(used), truth[used]),
-            "constant": constant_overlap(truth[used]),
+            "trained": score_maps(maps.part(used), truth),
+            "untrained": score_maps(untrained.part(used), truth),
+            "constant": constant_overlap(truth),
         }
-        summary["measured"] = int(used.sum())
+        summary["measured"] = len(truth)
         summary["iou"] = {
             name: {key: overlap._asdict() for key, overlap in each.items()} for name, each in scores.items()
         }
-        print(_table(scores, int(used.sum()), len(names)))
+        print(_table(scores, len(truth), len(names)))
     text = json.dumps(summary, indent=2) + "\n"
     write_atomically(
         out / "summary.json", lambda file: file.write(text.encode()), way_out="choose another --out"
@@ -150,8 +164,9 @@ def _check(options: Options) -> None:
         ("threshold", 0.01, 0.99),
         ("draw", 0, 1e6),
         ("batch_size", 1, 1e6),
+        ("image_size", 1, 1e6),
     ):
-        if not low <= (value := getattr(options, name)) <= high:
+        if (value := getattr(options, name)) is not None and not low <= value <= high:
             raise UsageError(f"{name}: expected a number from {low:g} to {high:g}, got {value}")
 
 
@@ -181,18 +196,43 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
-def _open_masks(folder: Path, names: Sequence[str], images: "ImageSource") -> "ImageSource":
+def _earlier_files(out: Path, options: Options) -> list[Path]:
+    """What an earlier call wrote to `out`; UsageError if that is among the images or masks of this one."""
+    earlier = [file for name in WRITTEN for file in sorted(out.glob(name))]
+    for argument in ("images", "masks"):
+        path = getattr(options, argument)
+        if path and (read := [file for file in earlier if file.resolve().is_relative_to(path.resolve())]):
+            got = f"{read[0]}, which would be removed as written by an earlier call; choose another --out"
+            raise UsageError(f"{argument}: expected files outside {out}, got {got}")
+    return earlier
+
+
+def _open_masks(folder: Path, names: Sequence[str], images: "ImageSource", animated: bool) -> "ImageSource":
     from lejepa_fast.data.sources.folder import walk_files
     from lejepa_fast.train.evaluation.segmentation import MaskSource
 
     if not folder.is_dir():
         raise UsageError(f"masks: expected a folder, got {folder}")
-    by_stem = {os.path.splitext(name)[0]: folder / name for name in walk_files(folder)[0]}
-    stems = [os.path.splitext(name)[0] for name in names]
+    found = walk_files(folder)[0]
+    stems = list(names) if animated else [os.path.splitext(name)[0] for name in names]
+    _refuse_twins("images", names, stems)
+    mask_stems = [os.path.splitext(name)[0] for name in found]
+    by_stem = dict(zip(mask_stems, found, strict=True))
     if missing := [stem for stem in stems if stem not in by_stem]:
-        found = f"none for {len(missing)} of {len(stems)} images, such as {missing[0]}"
-        raise UsageError(f"masks: expected one of the name of each image in {folder}, got {found}")
-    return MaskSource([by_stem[stem] for stem in stems], images)
+        got = f"none for {len(missing)} of {len(stems)} images, such as {missing[0]}"
+        raise UsageError(f"masks: expected one of the name of each image in {folder}, got {got}")
+    _refuse_twins("masks", found, mask_stems)
+    return MaskSource([folder / by_stem[stem] for stem in stems], images)
+
+
+def _refuse_twins(argument: str, names: Sequence[str], stems: Sequence[str]) -> None:
+    first: dict[str, str] = {}
+    for name, stem in zip(names, stems, strict=True):
+        if stem in first:
+            raise UsageError(
+                f"{argument}: expected names that differ before the suffix, got {first[stem]} and {name}"
+            )
+        first[stem] = name
 
 
 def _table(scores: "dict[str, dict[str, Overlap]]", measured: int, images: int) -> str:

@@ -4,10 +4,12 @@ import csv
 
 import numpy as np
 import pytest
+import segment_bench
+import shapes
 import torch
 from PIL import Image, ImageDraw
 from segment_bench import PATCH, Pixels, object_mask
-from shapes import draw_picture, write_shapes
+from shapes import draw_picture, write_labels, write_shapes
 
 from lejepa_fast.train.evaluation.segmentation import score_maps, set_maps
 
@@ -39,6 +41,42 @@ def test_shapes_are_a_function_of_seed_and_index_and_labels_say_what_is_there(tm
         nearest = np.hypot(*(np.argwhere(picture.mask) + 0.5 - 32).T).min()
         assert nearest - 1 <= float(row["distance"]) <= nearest + 0.17 * 64 + 1
     assert (draw_picture(0, 64, 1).pixels != draw_picture(0, 64).pixels).any()
+
+
+def test_labels_are_there_only_when_all_pictures_are(tmp_path, monkeypatch):
+    def dies(index, size, seed):
+        if index == 3:
+            raise KeyboardInterrupt
+        return draw_picture(index, size, seed)
+
+    monkeypatch.setattr(shapes, "draw_picture", dies)
+    with pytest.raises(KeyboardInterrupt):
+        write_shapes(tmp_path, 12, size=64)
+    assert len(list((tmp_path / "masks").iterdir())) == 3
+    assert not (tmp_path / "labels.csv").exists()
+
+
+def test_a_rehearsal_leaves_the_pictures_of_the_bench_alone_and_each_set_is_completed(tmp_path, monkeypatch):
+    written = []
+
+    def fake(folder, *_, **__):
+        written.append(folder.relative_to(tmp_path).as_posix())
+        folder.mkdir(parents=True)
+        write_labels(folder, [("file",)])
+
+    monkeypatch.setattr(segment_bench, "write_shapes", fake)
+    monkeypatch.setattr(segment_bench, "write_photos", fake)
+    monkeypatch.setattr(segment_bench, "train", lambda cfg: None)
+    monkeypatch.setattr(segment_bench, "measured", lambda *_: [])
+    options = ["--work", str(tmp_path), "--out", str(tmp_path / "rows")]
+    sets = ["shapes", "shapes-measured", "trashnet96-measured"]
+    segment_bench.main([*options, "--rehearse"])
+    assert written == [f"rehearsal/{name}" for name in sets]
+    written.clear()
+    (tmp_path / "shapes").mkdir()
+    write_labels(tmp_path / "shapes", [("file",)])
+    segment_bench.main(options)
+    assert written == sets[1:]
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 Two maps of each image, scored against masks where there are any:
 
-- attention of the last block, in vision transformers: how much each head's CLS token draws from each patch. A
-  model without CLS has no such query; there, the mean over the queries of all patches is taken.
+- attention of the last block, in vision transformers: how much each head's CLS token draws from each patch.
+  Without CLS there is no such query; there, the mean over the queries of all patches is taken.
 - principal components of the patch features, of all encoders: of the last layer, after its norm.
 
 Sources: Caron et al., "Emerging properties in self-supervised vision transformers", arXiv 2104.14294
@@ -11,7 +11,7 @@ Sources: Caron et al., "Emerging properties in self-supervised vision transforme
 LeJEPA, arXiv 2511.08544.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class PatchMaps(NamedTuple):
     """Of the last layer, (B, D, h, w) float32."""
     attention: Tensor | None
     """Shares of attention of each head, (B, heads, h, w) float32; the sum over the patches is 1. None: the
-    encoder has no attention over the patches of an image."""
+    encoder has no attention over the patches of an image, or computes it in another way."""
 
 
 class _LastAttention(TorchFunctionMode):
@@ -86,12 +86,13 @@ def patch_maps(encoder: nn.Module, images: Tensor) -> PatchMaps:
 
 
 def _last_features(model: Any, images: Tensor) -> Tensor:
-    options = {"indices": 1, "output_fmt": "NCHW", "intermediates_only": True}
+    # To the end of the model, for CaiT and XCiT bring CLS in after the last block of patches.
+    options = {"indices": 1, "output_fmt": "NCHW", "intermediates_only": False}
     try:
         try:
-            maps = model.forward_intermediates(images, norm=True, **options)
+            _, maps = model.forward_intermediates(images, norm=True, **options)
         except AssertionError:  # some models have no norm for it
-            maps = model.forward_intermediates(images, **options)
+            _, maps = model.forward_intermediates(images, **options)
     except Exception as error:  # of timm's, or an attribute that is not there
         raise UsageError(
             f"model: {type(model).__name__} gives no map of features for {images.shape[-1]} px "
@@ -110,13 +111,17 @@ def _attention(
     B, _, h, w = features.shape
     prefix = k.shape[-2] - h * w  # CLS and registers
     if (
-        q.shape != k.shape
+        q.shape[:2] != k.shape[:2]
+        or q.shape[2:-1] not in (k.shape[2:-1], (1,))
+        or q.ndim != 4
         or len(q) != B
         or prefix != getattr(model, "num_prefix_tokens", prefix)
         or prefix < 0
     ):
         return None  # over windows of the image, over channels, or between other tokens
-    queries = slice(0, 1) if getattr(model, "cls_token", None) is not None else slice(prefix, None)
+    # VOLO has a CLS token, but not in the block recorded here; in CaiT and XCiT, CLS is the only query.
+    has_cls = prefix > 0 and getattr(model, "cls_token", None) is not None
+    queries = slice(0, 1) if has_cls or q.shape[-2] == 1 else slice(prefix, None)
     scores = scale * q[..., queries, :] @ k.mT
     if mask is not None:
         mask = mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2])[..., queries, :]
@@ -230,7 +235,7 @@ def attention_rank(attention: Tensor) -> Tensor:
 
 class MaskSource(ImageSource):
     """Masks in black and white, 255 for any value but 0, so that they are resized and cut as their images
-    are.
+    are. Opacity (alpha) is no value.
 
     Args:
         files: image files, one for each image.
@@ -249,8 +254,8 @@ class MaskSource(ImageSource):
 
     def open_image(self, index: int) -> Image.Image:
         with Image.open(self.files[index]) as file:
-            values = np.asarray(file)
-        mask = (values != 0).reshape(*values.shape[:2], -1).any(-1)
+            values, alpha = np.atleast_3d(np.asarray(file)), file.mode in ("LA", "PA", "RGBA")
+        mask = (values[..., :-1] if alpha else values).any(-1)
         if mask.shape[::-1] != (size := self.images.load(index).size):  # upright, as the encoder sees it
             width, height = mask.shape[::-1]
             got = f"{width} x {height} px for {size[0]} x {size[1]} px"
@@ -272,30 +277,32 @@ class Overlap(NamedTuple):
     """The one threshold, on the scale of the scores."""
 
 
-def best_overlap(scores: Tensor, masks: Tensor, thresholds: Tensor) -> Overlap:
+def best_overlap(scores: Iterable[Tensor], masks: Tensor, thresholds: Tensor) -> Overlap:
     """IoU of `scores >= threshold` with the masks. The thresholds are chosen by the masks that they are
     judged by, for every encoder and baseline alike: one number for the set, or one for each image (the
     oracle).
 
     Args:
-        scores: (n, H, W), high in the foreground.
+        scores: of each of n images, (H, W), high in the foreground; one is held at a time.
         masks: (n, H, W) bool, each with some foreground.
         thresholds: (T,), those to choose from.
 
     Raises:
-        ValueError: other shapes, or a mask without foreground.
+        ValueError: other shapes, another number of scores, or a mask without foreground.
     """
-    if scores.shape != masks.shape or scores.ndim != 3:
-        raise ValueError(f"masks: expected shape {tuple(scores.shape)} (n, H, W), got {tuple(masks.shape)}")
     if not masks.flatten(1).any(1).all():
         raise ValueError("masks: expected some foreground in each, got one without")
-    thresholds = thresholds.sort().values.to(scores)
+    thresholds = thresholds.sort().values
     taken: list[Tensor] = []
     hit: list[Tensor] = []
-    for image, mask in zip(scores.flatten(1), masks.flatten(1), strict=True):
-        passed = torch.bucketize(image, thresholds, right=True)  # thresholds that this pixel reaches
+    for image, mask in zip(scores, masks, strict=True):
+        if image.shape != mask.shape:
+            raise ValueError(f"masks: expected the shape of scores {(*image.shape,)}, got {(*mask.shape,)}")
+        passed = torch.bucketize(
+            image.contiguous(), thresholds.to(image), right=True
+        )  # thresholds that a pixel reaches
         for found, bins in ((taken, passed), (hit, passed[mask])):
-            counts = torch.bincount(bins, minlength=len(thresholds) + 1)
+            counts = torch.bincount(bins.flatten(), minlength=len(thresholds) + 1)
             found.append(counts.flip(0).cumsum(0).flip(0)[1:])
     predicted, inside = torch.stack(taken).double(), torch.stack(hit).double()  # (n, T)
     true, pixels = masks.flatten(1).sum(1, keepdim=True).double(), masks[0].numel()
@@ -323,21 +330,29 @@ def score_maps(maps: SetMaps, masks: Tensor) -> dict[str, Overlap]:
         keys "pca" and, where there is attention, "attention", "best_head" and "low_attention".
     """
     size = masks.shape[-1]
-    first = enlarge(maps.components[:, :1], size)[:, 0]
-    found = {"pca": best_overlap(first, masks, _quantiles(first))}
+
+    def enlarged(each: Tensor) -> Iterator[Tensor]:
+        return (enlarge(one[None, None], size)[0, 0] for one in each)  # all at once do not fit into memory
+
+    def by_value(each: Tensor) -> Overlap:
+        step = max(1, masks.numel() // 1_000_000)
+        # Cloned, for a slice would keep its whole map.
+        sample = [
+            one.flatten()[-i * one.numel() % step :: step].clone() for i, one in enumerate(enlarged(each))
+        ]
+        return best_overlap(enlarged(each), masks, torch.quantile(torch.cat(sample), torch.tensor(SHARES)))
+
+    def by_share(each: Tensor) -> Overlap:
+        ranks = (attention_rank(one[None])[0] for one in enlarged(each))
+        return best_overlap(ranks, masks, torch.tensor(SHARES))
+
+    found = {"pca": by_value(maps.components[:, 0])}
     if maps.attention is not None:
-        shares = torch.tensor(SHARES)
-        heads = [attention_rank(enlarge(head, size)[:, 0]) for head in maps.attention.split(1, dim=1)]
-        mean = enlarge(maps.attention.mean(1, keepdim=True), size)[:, 0]
-        found["attention"] = best_overlap(attention_rank(mean), masks, shares)
-        found["low_attention"] = best_overlap(-mean, masks, _quantiles(-mean))
-        found["best_head"] = max((best_overlap(head, masks, shares) for head in heads), key=lambda o: o.iou)
+        mean = maps.attention.mean(1)
+        found["attention"] = by_share(mean)
+        found["low_attention"] = by_value(-mean)
+        found["best_head"] = max(map(by_share, maps.attention.unbind(1)), key=lambda o: o.iou)
     return found
-
-
-def _quantiles(scores: Tensor) -> Tensor:
-    sample = scores.flatten()[:: max(1, scores.numel() // 1_000_000)]
-    return torch.quantile(sample, torch.tensor(SHARES))
 
 
 def constant_overlap(masks: Tensor) -> dict[str, Overlap]:
@@ -347,6 +362,6 @@ def constant_overlap(masks: Tensor) -> dict[str, Overlap]:
     disc = -torch.hypot(*torch.meshgrid(ramp, ramp, indexing="ij")).expand(masks.shape)
     radii = torch.quantile(disc[0].flatten(), torch.tensor(SHARES))
     return {
-        "all_foreground": best_overlap(torch.zeros(masks.shape), masks, torch.zeros(1)),
+        "all_foreground": best_overlap(torch.zeros(()).expand(masks.shape), masks, torch.zeros(1)),
         "centered": best_overlap(disc, masks, radii),
     }

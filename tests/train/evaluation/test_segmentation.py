@@ -1,6 +1,7 @@
 """Attention and principal components of patches, their overlap with masks, and the command on a run."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -8,8 +9,11 @@ import timm
 import torch
 from PIL import Image
 from shapes import write_shapes
+from timm.models.nest import Nest
+from timm.models.volo import VOLO
 from training import train_only
 
+from lejepa_fast.data.sources.folder import FileSource
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import segment as command
 from lejepa_fast.train.evaluation import segmentation
@@ -58,6 +62,60 @@ def test_attention_equals_the_matrix_of_the_last_block(name, options):
     torch.testing.assert_close(maps.features.flatten(2).mT, tokens)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cait_xxs24_224", {"depth": 2, "img_size": 64, "embed_dim": 48, "num_heads": 4}),
+        ("xcit_nano_12_p16_224", {"depth": 2, "img_size": 64}),
+    ],
+)
+def test_class_attention_gives_the_row_of_its_only_query(name, options):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0, **options).eval()
+    images = torch.randn(2, 3, 64, 64)
+    maps = patch_maps(model, images)
+    last = (model.blocks_token_only if "cait" in name else model.cls_attn_blocks)[-1].attn
+    seen = []
+    last.fused_attn = False
+    last.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    with torch.no_grad():
+        model.forward_features(images)
+    expected = seen[0][:, :, 0, 1:]
+    assert maps.attention is not None
+    assert maps.attention.shape == (2, 4, 4, 4)  # heads are kept
+    torch.testing.assert_close(
+        maps.attention.flatten(2), expected / expected.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_a_cls_token_outside_of_the_last_block_is_no_query():
+    """VOLO brings it in after the blocks of patches."""
+    torch.manual_seed(0)
+    model = VOLO(
+        [1] * 4,
+        64,
+        embed_dims=(24, 48, 48, 48),
+        num_heads=(2, 2, 2, 2),
+        outlook_attention=(True, False, False, False),
+    ).eval()
+    images = torch.randn(2, 3, 64, 64)
+    maps = patch_maps(model, images)
+    matrix, last = [], model.network[-1][-1].attn
+    last.fused_attn = False
+    last.attn_drop.register_forward_hook(lambda module, inputs, output: matrix.append(inputs[0]))
+    with torch.no_grad():
+        model.forward_features(images)
+    assert model.cls_token is not None
+    assert maps.attention is not None
+    torch.testing.assert_close(maps.attention.flatten(2), matrix[0].mean(2), rtol=1e-4, atol=1e-6)
+
+
+def test_attention_in_another_layout_is_left_out():
+    """NesT attends within blocks of the image, with one dimension more; even where there is one block."""
+    model = Nest(64, embed_dims=(16, 16, 16), num_heads=(2, 2, 2), depths=(1, 1, 1)).eval()
+    assert patch_maps(model, torch.randn(2, 3, 64, 64)).attention is None
+
+
 def test_convolutional_networks_have_features_without_attention_and_others_are_refused():
     torch.manual_seed(0)
     maps = patch_maps(timm.create_model("test_resnet", num_classes=0).eval(), torch.randn(2, 3, 64, 64))
@@ -71,7 +129,7 @@ class Planted(torch.nn.Module):
     """Features that are the channels of the image, doubled per 8 x 8 patch."""
 
     def forward_intermediates(self, images, **options):
-        return [2 * torch.nn.functional.avg_pool2d(images, 8)]
+        return images, [2 * torch.nn.functional.avg_pool2d(images, 8)]
 
 
 def planted_images(count=6, size=64):
@@ -135,10 +193,47 @@ def test_overlap_equals_a_loop_and_names_its_baselines():
     assert constant["all_foreground"].iou == pytest.approx(100 * masks.float().mean().item(), abs=1e-4)
     with pytest.raises(ValueError, match=r"masks: expected some foreground in each, got one without"):
         best_overlap(scores, masks & (torch.arange(5) > 0)[:, None, None], thresholds)
-    with pytest.raises(
-        ValueError, match=r"masks: expected shape \(5, 12, 12\) \(n, H, W\), got \(5, 9, 12\)"
-    ):
+    with pytest.raises(ValueError, match=r"masks: expected the shape of scores \(12, 12\), got \(9, 12\)"):
         best_overlap(scores, masks[:, :9], thresholds)
+
+
+def test_scores_of_all_images_are_never_held_at_once(monkeypatch):
+    """Alive at a time: a few enlarged maps, however many images and heads there are."""
+    count, size, alive, most = 40, 32, weakref.WeakSet(), []
+    plain = segmentation.enlarge
+
+    def counted(maps, size):
+        result = plain(maps, size)
+        storage = result.untyped_storage()
+        alive.add(storage)
+        most.append(sum(each.nbytes() for each in alive))
+        return result
+
+    monkeypatch.setattr(segmentation, "enlarge", counted)
+    generator = torch.Generator().manual_seed(0)
+    components = torch.randn(count, 3, 4, 4, generator=generator)
+    attention = torch.rand(count, 3, 4, 4, generator=generator)
+    masks = torch.rand(count, size, size, generator=generator) > 0.5
+    segmentation.score_maps(segmentation.SetMaps(components, attention), masks)
+    assert max(most) <= 4 * size**2 * 4
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "PA", "P", "RGB", "RGBA"])
+def test_alpha_is_no_foreground(tmp_path, mode):
+    values = np.zeros((6, 8), np.uint8)
+    values[2:4, 1:5] = 1
+    if mode in ("P", "PA"):
+        mask = Image.fromarray(values).convert("P")
+        mask.putpalette([0, 0, 0, 255, 255, 255])
+        mask = mask.convert("PA") if mode == "PA" else mask
+    else:
+        mask = Image.fromarray(255 * values).convert(mode)
+    file = tmp_path / ("mask.tif" if mode == "PA" else "mask.png")
+    mask.save(file)
+    Image.new("RGB", (8, 6)).save(tmp_path / "image.png")
+    images = FileSource(tmp_path, ["image.png"], name="images", classes=None, targets=None)
+    seen = np.asarray(segmentation.MaskSource([file], images).open_image(0))
+    np.testing.assert_array_equal(seen, 255 * values)
 
 
 def test_the_threshold_keeps_the_fewest_pixels_that_hold_the_share():
@@ -190,6 +285,47 @@ def test_command_draws_pages_and_measures_against_masks(run, tmp_path, capsys):
     Image.new("L", (40, 30)).save(masks / "00003.png")
     assert command.main([*arguments, "--masks", str(masks)]) == 2
     assert "of 40 x 30 px for 40 x 40 px" in capsys.readouterr().err
+    Image.new("L", (40, 40), 255).save(masks / "00003.png")
+    for argument, folder, twin in (("masks", masks, "00003.bmp"), ("images", images, "00003.bmp")):
+        Image.new("RGB", (40, 40)).save(folder / twin)
+        assert command.main([*arguments, "--masks", str(masks)]) == 2
+        error = capsys.readouterr().err
+        assert f"{argument}: expected names that differ before the suffix, got 00003" in error
+        assert twin in error
+        (folder / twin).unlink()
+    for file in masks.iterdir():
+        Image.new("L", (40, 40), 7).save(file)
+    assert command.main([*arguments, "--masks", str(masks), "--draw", "0", "--out", str(out)]) == 0
+    assert "warning: 10 of 10 masks are foreground nearly everywhere" in capsys.readouterr().out
+    # Bad masks are found before anything is drawn, and pictures of an earlier call go before new ones come.
+    (out / "page-009.png").touch()
+    (out / "page-of-mine.png").touch()
+    (masks / "00009.png").write_bytes(b"no picture")
+    assert command.main([*arguments, "--masks", str(masks), "--out", str(out)]) == 1
+    assert sorted(file.name for file in out.glob("*.png")) == ["page-009.png", "page-of-mine.png"]
+    assert command.main([*arguments, "--out", str(out)]) == 0
+    names = [file.name for file in out.glob("*.png")]
+    assert sorted(names) == ["page-001.png", "page-002.png", "page-of-mine.png"]
+    capsys.readouterr()
+    arguments[-1] = str(out)
+    assert command.main([*arguments, "--out", str(out)]) == 2
+    assert f"images: expected files outside {out}, got " in capsys.readouterr().err
+
+
+def test_one_image_and_frames_of_an_animated_picture_are_measured_against_masks(run, tmp_path):
+    frames = [Image.new("RGB", (40, 40), (90 * i, 0, 0)) for i in range(3)]
+    mask = Image.new("L", (40, 40))
+    mask.paste(255, (10, 10, 30, 30))
+    (tmp_path / "masks").mkdir()
+    frames[0].save(tmp_path / "a.png")
+    frames[0].save(tmp_path / "v1.5.gif", save_all=True, append_images=frames[1:])
+    for name in ("a", "v1.5 1", "v1.5 2", "v1.5 3"):
+        mask.save(tmp_path / "masks" / f"{name}.png")
+    for name, count in (("a.png", 1), ("v1.5.gif", 3)):
+        out = tmp_path / name.replace(".", "-")
+        arguments = ["--images", str(tmp_path / name), "--masks", str(tmp_path / "masks"), "--out", str(out)]
+        assert command.main(["--checkpoint", str(run), *arguments]) == 0
+        assert json.loads((out / "summary.json").read_text())["measured"] == count
 
 
 def test_command_animates_a_folder_of_frames_in_order_and_an_animated_picture(run, tmp_path):
@@ -219,6 +355,7 @@ def test_command_animates_a_folder_of_frames_in_order_and_an_animated_picture(ru
         (["--images", "empty"], "images: expected images, got empty, which holds none"),
         (["--images", ".", "--threshold", "1.5"], "threshold: expected a number from 0.01 to 0.99, got 1.5"),
         (["--images", ".", "--masks", "gone"], "masks: expected a folder, got gone"),
+        (["--images", ".", "--image-size", "0"], "image_size: expected a number from 1 to 1e+06, got 0"),
         (["--images", ".", "--image-size", "50"], "no map of features for 50 px"),
     ],
 )
@@ -238,5 +375,5 @@ def test_command_shows_components_alone_where_there_is_no_attention(tiny, image_
     train_only(cfg)
     arguments = ["--checkpoint", str(cfg.out), "--images", str(image_folder / "val"), "--pca", "per-image"]
     assert command.main([*arguments, "--out", str(tmp_path / "out")]) == 0
-    assert "no attention over the patches" in capsys.readouterr().out
+    assert "its attention cannot be read here" in capsys.readouterr().out
     assert (tmp_path / "out" / "page-001.png").is_file()
