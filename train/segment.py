@@ -109,7 +109,7 @@ def _segment(options: Options) -> None:
         used = truth.flatten(1).any(1)
         if not used.any():
             raise UsageError(f"masks: expected foreground in {options.masks}, got none in the centers of all")
-        full = int((truth.flatten(1).sum(1) > 0.99 * size**2).sum())
+        full = sum(int(mask.sum()) > 0.99 * size**2 for mask in truth)
         if full > 0.9 * len(truth):
             print(f"warning: {full} of {len(truth)} masks are foreground nearly everywhere; background is 0")
         truth = truth[used]
