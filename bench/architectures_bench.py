@@ -15,22 +15,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from benchlib import Row, Rows, command_line, print_table, read_rows
 
-from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.errors import RunError, UsageError
-from lejepa_fast.train.config import (
-    EMBEDDED_DATA,
-    Config,
-    DataConfig,
-    EvalConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-)
+from lejepa_fast.train.config import EMBEDDED_DATA, Config, ModelConfig
+from lejepa_fast.train.config.presets import PRESETS
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained
 from lejepa_fast.train.runtime import files
@@ -93,21 +86,15 @@ MODELS = _FAMILIES.split()
 
 def configuration(name: str, steps: int, out: Path, data: str = EMBEDDED_DATA) -> Config:
     """The settings, the same for every model."""
-    return Config(
-        data=DataConfig(data, batch_size=32, workers=0),
-        crops=MultiCropRecipe(
-            global_size=64,
-            local_crops=2,
-            local_size=32,
-            local_scale=(0.1, 0.4),
-            blur_kernel=5,
-            min_image_size=1,
-            solarize_prob=0.0,
-        ),
+    usual = PRESETS["laptop"]
+    return replace(
+        usual,
+        data=replace(usual.data, path=data, batch_size=32, workers=0),
+        crops=replace(usual.crops, global_size=64, min_image_size=1),
         model=ModelConfig(name=name, projector_hidden=256, projector_dim=32),
-        loss=LossConfig(lambd=0.1, num_slices=128),
-        optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup_fraction=0.2),
-        eval=EvalConfig(every=0),
+        loss=replace(usual.loss, num_slices=128),
+        optim=replace(usual.optim, lr=1e-3, warmup_fraction=0.2),
+        eval=replace(usual.eval, every=0),
         max_steps=steps,
         log_every=1,
         checkpoint_every=steps,

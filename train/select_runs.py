@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.runtime.command import run_with_options
+from lejepa_fast.train.runtime.command import aligned, run_with_options
 from lejepa_fast.train.runtime.files import disk_errors_named
 
 if TYPE_CHECKING:
@@ -90,11 +90,7 @@ def table(chosen: "Selection") -> str:
         cells += [f"{run.lambd:g}", f"{run.steps}", f"{run.loss:.4g}", placed(chosen.scores[i], by_loss[i])]
         cells += [placed(-values[i], places[name][i]) for name, values in ranks.items()]
         rows.append([*cells, run.state, *(f"{run.figure(f'{p}_trained'):.1f}" for p in probes)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
+    lines = [aligned(rows)]
     if chosen.warning:
         lines.append(f"warning: {chosen.warning}")
     best = runs[chosen.order()[0]]

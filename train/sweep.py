@@ -27,7 +27,13 @@ from lejepa_fast.errors import RunError, UsageError, printable
 from lejepa_fast.train import config
 from lejepa_fast.train.config.names import resolve_name
 from lejepa_fast.train.report.runs import END_SHARE, RunRecord, flat, read_run
-from lejepa_fast.train.runtime.command import checked_arguments, log_to_stderr, parse_options, run_command
+from lejepa_fast.train.runtime.command import (
+    aligned,
+    checked_arguments,
+    log_to_stderr,
+    parse_options,
+    run_command,
+)
 from lejepa_fast.train.runtime.files import disk_errors_named, write_atomically
 from lejepa_fast.train.runtime.signals import Interrupted, SignalWatch
 
@@ -343,8 +349,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         cells = ["-" if row.get(name) is None else f"{row[name]:{form}}" for name, form in figures]
         lines.append([*(str(row["values"][key]) for key in keys), *cells, row["state"]])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
+    return aligned(lines)
 
 
 if __name__ == "__main__":
