@@ -7,17 +7,16 @@ from typing import Any
 
 
 def lazy(
-    package: str, names: Sequence[str], *modules: str
+    package: str, names: Sequence[str], *modules: str, at_once: bool = True
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """The `__getattr__` and `__dir__` of a package; to be called at the end of its `__init__`.
-
-    Where PyTorch is imported already, the modules are imported now: that registers their operators, which
-    `torch.export.load` looks up.
 
     Args:
         package: its name.
         names: what it offers.
         modules: its modules that define the names; the first one that has a name counts.
+        at_once: import them now where PyTorch is imported already: that registers their operators, which
+            `torch.export.load` looks up.
     """
     module = sys.modules[package]
 
@@ -39,6 +38,6 @@ def lazy(
                 raise
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
-    if sys.modules.get("torch"):
+    if at_once and sys.modules.get("torch"):
         load()
     return get, lambda: sorted({*vars(module), *names})

@@ -115,7 +115,7 @@ print(lejepa_fast.__file__, x.grad.shape)
 print([importlib.util.find_spec(name) for name in ("kernels", "train", "torchvision", "timm", "PIL")])
 for package in ("train", "data"):
     try:
-        importlib.import_module("lejepa_fast." + package)
+        getattr(importlib.import_module("lejepa_fast." + package), "open_source", None)
     except ModuleNotFoundError as error:
         print(error)
 for command in sys.argv[1:]:

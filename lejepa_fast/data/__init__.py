@@ -7,15 +7,12 @@ for views, targets in loader: ...
 
 from typing import TYPE_CHECKING
 
-from lejepa_fast.errors import require_extra
-
-require_extra("train", "torchvision", "annotated_types", "numpy", "PIL", "pydantic", "tqdm")
-
-from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe
 from lejepa_fast.lazy_names import lazy
 
 if TYPE_CHECKING:
     from lejepa_fast.data.loader import EvalLoader, MultiCropLoader, eval_loader, multicrop_loader
+    from lejepa_fast.data.masks import MultiBlockMasks
+    from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe
     from lejepa_fast.data.sources import EncodedSource, ImageSource, open_source
 
 __all__ = [
@@ -24,6 +21,7 @@ __all__ = [
     "EncodedSource",
     "EvalLoader",
     "ImageSource",
+    "MultiBlockMasks",
     "MultiCropLoader",
     "MultiCropRecipe",
     "eval_loader",
@@ -31,5 +29,6 @@ __all__ = [
     "open_source",
 ]
 
+# Not at once: masks and draws need less than the loader, and are found without the extra.
 if not TYPE_CHECKING:
-    __getattr__, __dir__ = lazy(__name__, __all__, "loader", "sources")
+    __getattr__, __dir__ = lazy(__name__, __all__, "masks", "recipe", "loader", "sources", at_once=False)

@@ -8,14 +8,15 @@ its raw 64-bit words are used, which NumPy guarantees to be the same in all vers
 import math
 from collections.abc import Sequence
 from itertools import permutations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lejepa_fast.data.recipe import MultiCropRecipe
+if TYPE_CHECKING:
+    from lejepa_fast.data.recipe import MultiCropRecipe
 
 # Purposes (streams). A new purpose takes a new number; changing one changes every run.
-ORDER, AUGMENT, HOLDOUT, PACK, SUBSTITUTE, SLICE = 1, 2, 3, 4, 5, 6
+ORDER, AUGMENT, HOLDOUT, PACK, SUBSTITUTE, SLICE, MASKS = 1, 2, 3, 4, 5, 6, 7
 
 _MASK = (1 << 64) - 1
 _CROP_TRIES = 10  # as torchvision's RandomResizedCrop
@@ -49,6 +50,12 @@ def _rows_of_words(
     return rows
 
 
+def uniforms(seed: int, stream: int, epoch: int, indices: Sequence[int], count: int) -> np.ndarray:
+    """`count` uniform numbers in [0, 1) of each image: (B, count) float64."""
+    words = np.array(_rows_of_words(seed, stream, epoch, indices, count), np.uint64)
+    return (words.reshape(len(indices), count) >> np.uint64(11)) * 2.0**-53
+
+
 def permutation(seed: int, stream: int, epoch: int, index: int, count: int) -> np.ndarray:
     """A random order of 0 .. count-1 (int64): the ranks of random 64-bit keys."""
     return np.argsort(raw_words(seed, stream, epoch, index, count), kind="stable")
@@ -64,7 +71,7 @@ SKIP, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(5)
 
 
 def view_table(
-    recipe: MultiCropRecipe,
+    recipe: "MultiCropRecipe",
     *,
     seed: int,
     epoch: int,
@@ -73,8 +80,8 @@ def view_table(
 ) -> np.ndarray:
     """Draw all views, globals first, of images of these (width, height): (B, V, COLUMNS) float64."""
     shape = (len(indices), recipe.num_views)
-    words = _rows_of_words(seed, AUGMENT, epoch, indices, recipe.num_views * _WORDS_PER_VIEW)
-    u = (np.stack(words) >> np.uint64(11)).reshape(*shape, _WORDS_PER_VIEW) * 2.0**-53  # in [0, 1)
+    u = uniforms(seed, AUGMENT, epoch, indices, recipe.num_views * _WORDS_PER_VIEW)
+    u = u.reshape(*shape, _WORDS_PER_VIEW)
     table = np.zeros((*shape, COLUMNS))
     _draw_windows(recipe, u, np.asarray(sizes, dtype=np.float64), table)
     table[..., FLIP] = u[..., _FLIP] < recipe.flip_prob
@@ -86,7 +93,7 @@ def view_table(
     return table
 
 
-def _draw_windows(recipe: MultiCropRecipe, u: np.ndarray, sizes: np.ndarray, table: np.ndarray) -> None:
+def _draw_windows(recipe: "MultiCropRecipe", u: np.ndarray, sizes: np.ndarray, table: np.ndarray) -> None:
     """Take the first of ten windows per view that fits, else a central one, as torchvision does."""
     scales = [recipe.global_scale] * recipe.global_crops + [recipe.local_scale] * recipe.local_crops
     scale_low, scale_high = np.array(scales).T[..., None]  # (V, 1)
@@ -109,7 +116,7 @@ def _draw_windows(recipe: MultiCropRecipe, u: np.ndarray, sizes: np.ndarray, tab
         table[..., column] = np.where(fits.any(axis=-1), drawn, central)
 
 
-def _draw_jitter(recipe: MultiCropRecipe, u: np.ndarray, table: np.ndarray) -> None:
+def _draw_jitter(recipe: "MultiCropRecipe", u: np.ndarray, table: np.ndarray) -> None:
     """Draw the color operations with their factors, in random order; those of range 0 are left out."""
     spreads = np.array([getattr(recipe, name) for name in JITTER_OPS])
     low, high = np.maximum(0.0, 1.0 - spreads), 1.0 + spreads

@@ -1,5 +1,9 @@
 """The command `lejepa-data`: verify, pack and index data sets. Also `python -m lejepa_fast.data`."""
 
+from lejepa_fast.errors import require_extra
+
+require_extra("train", "torchvision", "numpy", "PIL", "tqdm")
+
 import argparse
 import math
 import os

@@ -4,6 +4,10 @@
 image files. To add a kind, subclass `EncodedSource` or `ImageSource` and give it a form of path here.
 """
 
+from lejepa_fast.errors import require_extra
+
+require_extra("train", "torchvision", "annotated_types", "numpy", "PIL", "pydantic", "tqdm")
+
 import os
 import re
 from itertools import islice
