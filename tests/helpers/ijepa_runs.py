@@ -13,6 +13,7 @@ from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.runtime.world import World
 
 STEPS = 20
+CASES = [("ijepa", "ddp"), ("ijepa", "fsdp"), ("masked-lejepa", "fsdp")]
 MODEL = {
     "name": "test_vit",
     "kwargs": '{"depth": 2, "patch_size": 4}',  # 8 x 8 patches
@@ -48,12 +49,11 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
     """The runs `folder/NAME` of two ranks; the results go to `folder/rankN.pt`."""
     results: dict[str, Any] = {}
     with process_group(rank, size, folder) as world:
-        for objective in ("ijepa", "masked-lejepa"):
-            for strategy in ("ddp", "fsdp"):
-                name = f"{objective} {strategy}"
-                parallel = {"strategy": strategy, "activation_checkpointing": "selective"}
-                cfg = run_config(images, Path(folder) / name, objective, parallel=parallel)
-                results[name] = train(cfg, world)
+        for objective, strategy in CASES:
+            name = f"{objective} {strategy}"
+            parallel = {"strategy": strategy, "activation_checkpointing": "selective"}
+            cfg = run_config(images, Path(folder) / name, objective, parallel=parallel)
+            results[name] = train(cfg, world)
     torch.save(results, Path(folder) / f"rank{rank}.pt")
 
 
@@ -79,6 +79,7 @@ def train(cfg: Config, world: World) -> dict[str, Any]:
 
     trainer.train_step = followed
     trainer.run()
+    del trainer.train_step  # a circle, which would keep the process group alive
     sharded = sum(isinstance(tensor, DTensor) for tensor in parameters.values())
     encoder = gathered("encoder.")
     return {"target": gathered("target."), "encoder": encoder, "averaged": averaged, "sharded": sharded}

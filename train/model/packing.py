@@ -69,7 +69,8 @@ class Packing:
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """(1, H, T, D) each -> (1, H, T, D): every row attends to the rows of its own sequence."""
-        if self._flash and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
+        half, width = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+        if self._flash and half and width % 8 == 0 and width <= 256 and not dropout:
             q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
             longest = self.size[1]
             out = varlen_attn(q, k.to(q.dtype), v.to(q.dtype), self.offsets, self.offsets, longest, longest)

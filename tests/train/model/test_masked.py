@@ -3,10 +3,11 @@
 import pytest
 import torch
 from plain_ijepa import plain_loss
-from torch.nn.functional import mse_loss, smooth_l1_loss
+from torch.nn.functional import mse_loss, scaled_dot_product_attention, smooth_l1_loss
 
 from lejepa_fast import SIGReg
 from lejepa_fast.errors import UsageError
+from lejepa_fast.train.model import packing
 from lejepa_fast.train.model.masked import MaskedModel, masked_batch
 from lejepa_fast.train.model.model import build_model, evaluated
 from lejepa_fast.train.model.objective import MaskedLoss
@@ -159,3 +160,31 @@ def test_what_masked_prediction_cannot_train_is_refused(changes, message, tiny):
     options = {"objective": "ijepa", "crops": ONE_VIEW, "masked": SMALL} | changes
     with pytest.raises(UsageError, match=message):
         build_model(tiny(**options))
+
+
+def test_the_kernel_of_gpus_gets_the_rows_and_where_sequences_begin(monkeypatch):
+    """A loop in place of FlashAttention's kernel, with its arguments."""
+
+    def loop(query, key, value, first_q, first_k, longest_q, longest_k):
+        assert query.shape == (10, 2, 8)  # (rows, heads, width)
+        assert first_q.dtype == first_k.dtype == torch.int32
+        assert (first_q.tolist(), longest_q, longest_k) == ([0, 3, 8, 10], 5, 5)
+        pieces = zip(*(x.transpose(0, 1).split([3, 5, 2], 1) for x in (query, key, value)), strict=True)
+        return torch.cat([scaled_dot_product_attention(*each) for each in pieces], 1).transpose(0, 1)
+
+    monkeypatch.setattr(packing, "varlen_attn", loop)
+    flash, padded = (packing.Packing(torch.tensor([3, 5, 2]), CPU) for _ in range(2))
+    flash._flash = True
+    q, k, v = torch.randn(3, 1, 2, 10, 8)
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=padded)
+    found = scaled_dot_product_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), attn_mask=flash)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+    for first, last in ((0, 3), (3, 8), (8, 10)):
+        alone = scaled_dot_product_attention(*(x[:, :, first:last] for x in (q, k, v)))
+        torch.testing.assert_close(expected[:, :, first:last], alone)
+    long = torch.randn(1, 2, 10, 8)  # float32 goes without the kernel
+    assert torch.equal(
+        scaled_dot_product_attention(long, k, v, attn_mask=flash),
+        scaled_dot_product_attention(long, k, v, attn_mask=padded),
+    )
