@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.runtime.command import run_with_options
@@ -23,6 +24,8 @@ class Options:
     """File to write; the settings go beside it, to the same name with .json, and for timm to config.json."""
     averaged: bool = True
     """Take the averaged weights if the run keeps them (--average)."""
+    encoder: Literal["target", "context"] = "target"
+    """Of I-JEPA: the target encoder, which is evaluated, or the context encoder. Other runs have one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,9 +41,17 @@ def _export(options: Options) -> None:
         raise UsageError(f"out: expected a file name that ends in .safetensors, got {out}")
     if out.name == "config.safetensors":
         raise UsageError(f"out: {out} would put its settings where those for timm go; use another name")
-    found = load_trained(options.checkpoint, averaged=options.averaged)
+    found = load_trained(options.checkpoint, averaged=options.averaged, which=options.encoder)
+    if options.encoder == "context" and found.cfg.objective != "ijepa":
+        raise UsageError(f"encoder: {options.checkpoint} is a run of {found.cfg.objective}, with one encoder")
     export_encoder(
-        found.model.encoder, found.cfg, found.step, out.parent, out.name, way_out="choose another --out"
+        found.model.encoder,
+        found.cfg,
+        found.step,
+        out.parent,
+        out.name,
+        which=options.encoder,
+        way_out="choose another --out",
     )
     print(f"step {found.step} of {found.path}{', averaged weights' if found.averaged else ''}: {out}")
 

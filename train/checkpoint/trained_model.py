@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from safetensors.torch import save
 from torch import nn
@@ -17,7 +17,7 @@ from lejepa_fast.errors import UsageError
 from lejepa_fast.regular_files import open_regular
 from lejepa_fast.train.checkpoint.storage import find_checkpoint, has_average, load_model
 from lejepa_fast.train.config import Config, from_dict
-from lejepa_fast.train.model.model import LeJEPAModel, build_model
+from lejepa_fast.train.model.model import LeJEPAModel, build_model, evaluated
 from lejepa_fast.train.runtime.files import write_atomically
 
 log = logging.getLogger("lejepa_fast.train")
@@ -30,6 +30,8 @@ class TrainedModel(NamedTuple):
     """A model from the checkpoint `path`, on the CPU, and the configuration of its run."""
 
     model: LeJEPAModel
+    """What is evaluated and exported: of I-JEPA with the target encoder, unless the context encoder was
+    asked for."""
     cfg: Config
     step: int
     path: Path
@@ -39,9 +41,12 @@ class TrainedModel(NamedTuple):
     """Counts of the images that it was trained on and that were held out: `resume.data_identity`."""
 
 
-def load_trained(where: Path, *, averaged: bool = True) -> TrainedModel:
+def load_trained(
+    where: Path, *, averaged: bool = True, which: Literal["target", "context"] = "target"
+) -> TrainedModel:
     """Load the model of a checkpoint, see `find_checkpoint`; with averaged weights if the run keeps them and
-    `averaged`. UsageError if there is none, or it holds another model than its configuration describes."""
+    `averaged`, and with the encoder `which` if there are two. UsageError if there is none, or it holds
+    another model than its configuration describes."""
     path, state = find_checkpoint(where)
     cfg = from_dict(state["config"], where=f"checkpoint {path}")
     averaged = averaged and has_average(state)
@@ -54,7 +59,7 @@ def load_trained(where: Path, *, averaged: bool = True) -> TrainedModel:
             f"checkpoint {path} does not hold the model that its configuration describes ({difference}); "
             "use the version of lejepa_fast that wrote it"
         ) from error
-    return TrainedModel(model, cfg, state["step"], path, averaged, state["data"])
+    return TrainedModel(evaluated(model, which), cfg, state["step"], path, averaged, state["data"])
 
 
 def export_encoder(
@@ -64,11 +69,13 @@ def export_encoder(
     run_dir: Path,
     name: str = "encoder.safetensors",
     *,
+    which: Literal["target", "context"] = "target",
     way_out: str = "free some space and run the same command again: it resumes at this step",
 ) -> Path:
     """Write `run_dir/name` and, beside it, its settings as .json and for timm; return the weights' path.
 
-    The settings are "model" (arguments of `timm.create_model`), "input" (size, mean and std of the evaluated
+    The settings are "encoder" (of I-JEPA "target" or, if `which` says so, "context"; else "online", the only
+    one), "model" (arguments of `timm.create_model`), "input" (size, mean and std of the evaluated
     images, RGB in 0-1 before normalization, how they are resized, and the values of black and white of images
     with more than 8 bits), "trained_with" and "step". timm reads config.json, which in a run folder holds the
     configuration of the run as well. It stays as it is, with a warning, if it is of another program, or if
@@ -83,6 +90,7 @@ def export_encoder(
     normalized = {"mean": list(crops.mean), "std": list(crops.std)}
     resized = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
     settings = {
+        "encoder": which if cfg.objective == "ijepa" else "online",
         "model": arguments,
         "input": {"size": size, "value_range": cfg.data.value_range, **normalized, **resized},
         "trained_with": "lejepa_fast",

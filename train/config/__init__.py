@@ -9,6 +9,7 @@ from lejepa_fast.train.config.settings import (
     DataConfig,
     EvalConfig,
     LossConfig,
+    MaskedConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,

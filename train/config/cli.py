@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.config.presets import PRESETS
+from lejepa_fast.train.config.presets import PRESETS, usual_preset
 from lejepa_fast.train.config.settings import EMBEDDED_DATA, Config, load_json
 from lejepa_fast.train.runtime.command import checked_arguments, parse_options
 
@@ -18,12 +18,18 @@ def parse(argv: Sequence[str] | None) -> Config:
     """Parse the command line of a training run; None: that of this process.
 
     The base is `--config FILE.json`, else `--preset NAME`, else the preset `laptop` for the embedded images
-    and `default` for other data. `--config` supplies the settings of a run, but not its folder and not the
-    checkpoint it resumed from. UsageError for an unknown option or a value of the wrong type.
+    and `default` for other data, or with a masked objective those of I-JEPA. `--config` supplies the settings
+    of a run, but not its folder and not the checkpoint it resumed from. UsageError for an unknown option or a
+    value of the wrong type.
     """
+    what = "Pretrain an encoder with LeJEPA or I-JEPA. The embedded images start from a preset for laptops."
     embedded = _given(argv, "--data", "--data.path") in (None, EMBEDDED_DATA)
-    what = "Pretrain an encoder with LeJEPA. The embedded images start from the preset laptop."
-    return parse_as(Config, argv, preset="laptop" if embedded else "default", what=what)
+    return parse_as(Config, argv, preset=preset_for(argv, embedded=embedded), what=what)
+
+
+def preset_for(argv: Sequence[str] | None, *, embedded: bool) -> str:
+    """The base of a command line that names none, by its objective; `embedded`: for the embedded images."""
+    return usual_preset(embedded, _given(argv, "--objective"))
 
 
 def _given(argv: Sequence[str] | None, *names: str) -> str | None:

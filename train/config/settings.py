@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 from annotated_types import Ge, Gt, Le, Lt
 
-from lejepa_fast.data.recipe import Finite, MultiCropRecipe, Pixels
+from lejepa_fast.data.recipe import Area, Finite, MultiCropRecipe, Pixels
 from lejepa_fast.errors import UsageError, in_plain_words
 from lejepa_fast.train.config.names import default_weight_decay
 from lejepa_fast.train.runtime import files
@@ -125,8 +125,39 @@ class LossConfig:
     """What all views are drawn to: the mean of the global views of an image, or of all its views."""
     form: Literal["convex", "additive"] = "convex"
     """convex: (1 - lambda) prediction + lambda SIGReg; additive: prediction + lambda SIGReg."""
+    distance: Literal["smooth_l1", "l2"] = "smooth_l1"
+    """Of masked prediction: smooth L1, as in the authors' code of I-JEPA, or the squared difference."""
+    sigreg_over: Literal["image", "position", "token"] = "position"
+    """With --objective masked-lejepa, the samples of SIGReg: the mean embedding of each image; the images at
+    each position of the grid; or all patches of all images as one sample."""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"
     """What computes SIGReg. auto: the Triton kernels on GPUs where they can run, else PyTorch."""
+
+
+@dataclass(frozen=True)
+class MaskedConfig:
+    """Masked prediction, with --objective ijepa and masked-lejepa: masks, predictor, target encoder."""
+
+    targets: Annotated[int, Ge(1), Le(64)] = 4
+    """Target blocks of an image."""
+    target_area: tuple[Area, Area] = (0.15, 0.2)
+    """Lowest and highest share of the image's patches in a target block."""
+    target_aspect: tuple[Positive, Positive] = (0.75, 1.5)
+    """Lowest and highest height / width of a target block."""
+    context_area: tuple[Area, Area] = (0.85, 1.0)
+    """Lowest and highest share of the context block, before the targets are taken out of it."""
+    min_keep: AtLeast1 = 10
+    """Context patches that stay, at least."""
+    predictor_width: Width = 384
+    """Width of the predictor."""
+    predictor_depth: Layers = 6
+    """Blocks of the predictor; the paper has 12 for ViT-L and ViT-H."""
+    predictor_heads: Annotated[int, Ge(1), Le(1000)] = 12
+    """Attention heads of the predictor."""
+    momentum: Share = 0.996
+    """What the target encoder of I-JEPA keeps of itself at the first step."""
+    final_momentum: Share = 1.0
+    """The same at the end; in between it changes linearly."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +168,14 @@ class OptimConfig:
     """Peak learning rate of AdamW; it is not scaled with the batch."""
     weight_decay: Nonnegative | Literal["auto"] = "auto"
     """auto: 5e-2 for transformers and ConvNeXt, 5e-4 for other convolutional networks."""
+    final_weight_decay: Nonnegative | None = None
+    """The weight decay goes there on half a cosine over all steps; None: it stays."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay of AdamW's averages of the gradient and of its square."""
     warmup_fraction: Share = 0.05
     """Share of all steps during which the rate rises linearly."""
+    start_lr_fraction: Share = 0.0
+    """The rise begins at this share of the peak rate."""
     final_lr_fraction: Share = 1e-3
     """The cosine ends at this share of the peak rate."""
     clip_grad_norm: Nonnegative = 0.0
@@ -224,10 +259,15 @@ class Config:
     crops: MultiCropRecipe = field(default_factory=MultiCropRecipe)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    masked: MaskedConfig = field(default_factory=MaskedConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     average: AverageConfig = field(default_factory=AverageConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    objective: Literal["lejepa", "ijepa", "masked-lejepa"] = "lejepa"
+    """lejepa: views of an image predict their mean, with SIGReg. ijepa: from a part of an image, predict what
+    a moving average of the encoder says of the rest. masked-lejepa (research): the same with one encoder, and
+    SIGReg in place of the average."""
     out: Path | None = None
     """Run folder; None: runs/DATA-MODEL."""
     epochs: AtLeast1 = 100
@@ -288,6 +328,8 @@ def validate(cfg: Config, world_size: int = 1) -> None:
     if cfg.data.value_range is not None and not cfg.data.value_range[0] < cfg.data.value_range[1]:
         raise UsageError(f"data.value_range: expected black < white, got {cfg.data.value_range}")
     shots(cfg.eval.few_shot)
+    if cfg.objective != "lejepa":
+        _check_masked(cfg)
     groups, images = cfg.parallel.replicate, cfg.data.batch_size
     if world_size % groups:
         raise UsageError(
@@ -305,6 +347,22 @@ def validate(cfg: Config, world_size: int = 1) -> None:
             "image(s) for each, and BatchNorm and SIGReg take statistics over at least 2; "
             f"use --batch-size {2 * world_size} or more (rule of thumb: 256 or more in all)"
         )
+
+
+def _check_masked(cfg: Config) -> None:
+    """UsageError for what masked prediction cannot work with."""
+    views = cfg.crops.global_crops, cfg.crops.local_crops
+    if views != (1, 0):
+        raise UsageError(
+            f"crops: {cfg.objective} takes one global view of an image, got {views[0]} global and {views[1]} "
+            "local; use --preset ijepa-vit-b, or --crops.global-crops 1 --crops.local-crops 0"
+        )
+    if cfg.parallel.keep_gathered:
+        raise UsageError("parallel.keep_gathered: expected False unless --objective is lejepa")
+    for name in ("target_area", "target_aspect", "context_area"):
+        low, high = getattr(cfg.masked, name)
+        if low > high:
+            raise UsageError(f"masked.{name}: expected (lowest, highest), got {(low, high)}")
 
 
 def shots(text: str) -> list[int | None]:

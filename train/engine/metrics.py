@@ -5,7 +5,11 @@ Rows of metrics.jsonl, one JSON object a line (a value that is not finite is nul
     {"kind": "run", "step", "device", "world_size", ...}     at each start of the program
     {"kind": "train", "step", "epoch", "loss", "prediction", "sigreg", "lr", "images_per_second",
      "data_wait", "save_seconds", "mfu", "memory_gib", "eta_seconds", "grad_norm", "embedding_std"}
-                                                             every `log_every` steps
+                                                             every `log_every` steps; with a masked
+                                                             objective also "target_std", "within_rank",
+                                                             "between_rank", "padding", "momentum"
+                                                             (engine/objectives.py), with a schedule
+                                                             "weight_decay"
     {"kind": "evaluating", "step", "epoch"}                  when an evaluation begins
     {"kind": "eval", "step", "epoch", "knn", "linear", ...}  every `eval.every` epochs and at the end
     {"kind": "skipped", "step", "epoch", "rank", "loss", "ids", "images"}
@@ -169,9 +173,11 @@ class Metrics:
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
         """Show a row on the progress bar or, without a terminal, as a line of the log."""
+        parts = "(prediction {prediction:.4f}, sigreg {sigreg:.3f}) ".format_map(values)
+        if "momentum" in values:  # I-JEPA: the loss is the prediction
+            parts = "(target std {target_std:.3f}) ".format_map(values)
         text = (
-            f"loss {values['loss']:.4f} (prediction {values['prediction']:.4f}, "
-            f"sigreg {values['sigreg']:.3f}) | {values['images_per_second']:.0f} images/s | "
+            f"loss {values['loss']:.4f} {parts}| {values['images_per_second']:.0f} images/s | "
             f"{'MFU {mfu:.1%} | '.format_map(values) if 'mfu' in values else ''}"
             f"data wait {values['data_wait']:.0%} | {values['memory_gib']:.1f} GiB"
         )

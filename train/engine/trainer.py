@@ -33,7 +33,8 @@ from lejepa_fast.train.config import Config
 from lejepa_fast.train.engine import random_state
 from lejepa_fast.train.engine.guard import StepGuard
 from lejepa_fast.train.engine.metrics import Metrics, peak_memory_gib
-from lejepa_fast.train.engine.optimization import build_optimizer, build_scheduler
+from lejepa_fast.train.engine.objectives import LeJEPA, Masked, Objective
+from lejepa_fast.train.engine.optimization import build_optimizer, build_scheduler, set_weight_decay
 from lejepa_fast.train.engine.out_of_memory import settings_that_help
 from lejepa_fast.train.engine.profiling import step_profiler
 from lejepa_fast.train.engine.weights_and_biases import WandbRun
@@ -43,7 +44,7 @@ from lejepa_fast.train.model.average import WeightAverage
 from lejepa_fast.train.model.crop_sizes import sizes_explained
 from lejepa_fast.train.model.flops import count_flops, peak_flops
 from lejepa_fast.train.model.initialize import memory_format, whole_model
-from lejepa_fast.train.model.model import LeJEPAModel, build_model
+from lejepa_fast.train.model.model import LeJEPAModel, TrainedModule, build_model, evaluated
 from lejepa_fast.train.model.objective import build_loss
 from lejepa_fast.train.parallel.parallelize import (
     choose_strategy,
@@ -123,7 +124,7 @@ class Trainer:
             "range of values": self.cfg.data.value_range,
             "precision in use": str(self.amp_dtype),
             "strategy in use": self.strategy,
-            "implementation of SIGReg in use": self.loss_fn.sigreg.chosen_impl,
+            "implementation of SIGReg in use": self._sigreg_impl,
             "backend of the data in use": self.loader.backend,
         }
         require_same_on_all(world, in_use)
@@ -138,6 +139,7 @@ class Trainer:
             self.total_steps = config.total_steps(cfg, len(self.loader))
             averages = cfg.average.kind != "none"
             self.average = WeightAverage(self.model, cfg.average, self.total_steps) if averages else None
+            self.objective = self._build_objective()
         self.scheduler = build_scheduler(self.optimizer, cfg.optim, self.total_steps)
         self.step = 0  # finished steps
         self.position = (0, 0)  # epoch, and number of the batch in it, of the step in progress
@@ -187,6 +189,23 @@ class Trainer:
         if self.strategy != "fsdp":  # every process holds the whole model
             with self._memory_advice():
                 self.model = build_model(cfg)
+
+    def _build_objective(self) -> Objective:
+        if isinstance(self.model, LeJEPAModel):
+            return LeJEPA()
+        schedule = self._schedule(self.world.rank)
+        return Masked(self.cfg, self.model, schedule, self.world.device, self.total_steps)
+
+    def _schedule(self, rank: int) -> EpochSchedule:
+        """Which images make up the batches of a rank."""
+        images, ranks = len(self.train_source), self.world.size
+        return EpochSchedule(images, self.cfg.data.batch_size // ranks, self.cfg.seed, rank, ranks)
+
+    @property
+    def _sigreg_impl(self) -> str:
+        """The implementation of SIGReg in use; "none" without SIGReg."""
+        sigreg = self.loss_fn.sigreg
+        return "none" if sigreg is None else sigreg.chosen_impl
 
     def _memory_advice(self) -> AbstractContextManager[None]:
         return settings_that_help(self.cfg, self.world, self.strategy, len(self.train_source))
@@ -270,7 +289,7 @@ class Trainer:
             "world_size": world.size,
             "precision": "bf16" if self.amp_dtype else "fp32",
             "compiled_blocks": compiled_blocks(self.model, cfg, world.device),
-            "sigreg_impl": self.loss_fn.sigreg.chosen_impl,
+            "sigreg_impl": self._sigreg_impl,
             "loader_backend": self.loader.backend,
             "loader_workers": self.workers,
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -285,8 +304,9 @@ class Trainer:
             f"training {cfg.model.name} on {source.name}: {len(source)} images, {self.total_steps} steps of "
             f"{batch} images, run folder {self.run_dir}"
         )
-        # The preset of the embedded images is made for small batches.
-        if cfg.data.path != config.EMBEDDED_DATA and (warning := config.small_batch_warning(batch)):
+        # The preset of the embedded images is made for small batches, and I-JEPA has no SIGReg.
+        for_small = cfg.data.path == config.EMBEDDED_DATA or cfg.objective == "ijepa"
+        if not for_small and (warning := config.small_batch_warning(batch)):
             log.warning("%s", warning)
 
     def _load(self, path: Path, state: Mapping[str, Any]) -> None:
@@ -374,29 +394,33 @@ class Trainer:
         """
         device = self.world.device
         self.guard.before_forward(self.step + 1)
+        inputs = self.objective.inputs(views, epoch, self.position[1])
         with torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            global_z, all_z = self.wrapped(views)
-        out = self.loss_fn(global_z, all_z)
+            outputs = self.wrapped(*inputs)
+        out = self.loss_fn(*outputs)
         out.total.backward()
 
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
-        own_part = all_z.detach().sum(dtype=torch.float32)
+        own_part = outputs[-1].detach().sum(dtype=torch.float32)
         stop = self.signals.requested or self.saver.failed
         self.guard.check(out.total.detach(), own_part, grad_norm, stop=stop)
         if self.cfg.optim.clip_grad_norm > 0:
             clip_grads_with_norm_(parameters, self.cfg.optim.clip_grad_norm, grad_norm)
 
         lr = self.scheduler.get_last_lr()[0]
+        decay = set_weight_decay(self.optimizer, self.cfg.optim, self.step, self.total_steps)
         self.optimizer.step()  # skipped on the device if the guard found a bad value
         self.optimizer.zero_grad(set_to_none=True)  # no gradients are held during the next forward pass
         self.scheduler.step()
         self.step += 1
         parts = [part.detach() for part in out]
-        self.last = {"parts": parts, "z": all_z.detach(), "grad_norm": grad_norm, "lr": lr, "epoch": epoch}
+        self.last: dict[str, Any] = {"parts": parts, "kept": self.objective.kept(outputs)}
+        self.last |= {"grad_norm": grad_norm, "lr": lr, "weight_decay": decay, "epoch": epoch}
         self.guard.settle(self.step, self.position)
+        self.objective.finish(self.step, self.guard.bad)
         if self.average is not None:
             self.average.update(self.step, self.guard.bad)
 
@@ -429,22 +453,23 @@ class Trainer:
     def log_metrics(self) -> None:
         """Write a row of kind "train" about the last step: the only place where metrics leave the device."""
         last = self.last
-        spread = last["z"].float().std(dim=1).mean()  # over samples, within each view and dimension
+        spread = self.objective.spread(last["kept"])
         values = mean_over_ranks(self.world, torch.stack([*last["parts"], spread, last["grad_norm"]]))
         names = ("loss", "prediction", "sigreg", "embedding_std", "grad_norm")
         row = dict(zip(names, values.tolist(), strict=True))  # waits for the device
         row |= {"lr": last["lr"], "memory_gib": peak_memory_gib(self.world.device)}
+        if self.cfg.optim.final_weight_decay is not None:
+            row["weight_decay"] = last["weight_decay"]
+        if self.world.is_main:
+            row |= self.objective.figures(last["kept"])
         self.metrics.write("train", self.step, epoch=last["epoch"], **row)
 
     def _record_skipped(self, step: int, position: tuple[int, int], losses: dict[int, float]) -> None:
         """Write a row of kind "skipped" for each rank in `losses`, with the images of its batch: a function
         of seed and position. A bad image is listed although another one took its place."""
         epoch, batch = position
-        images, ranks = len(self.train_source), self.world.size
         for rank, loss in losses.items():
-            share = self.cfg.data.batch_size // ranks
-            schedule = EpochSchedule(images, share, self.cfg.seed, rank, ranks)
-            ids = list(next(schedule.keys(epoch, batch)).indices)
+            ids = list(next(self._schedule(rank).keys(epoch, batch)).indices)
             names = [self.train_source.describe(index) for index in ids]
             self.metrics.write("skipped", step, epoch=epoch, rank=rank, loss=loss, ids=ids, images=names)
 
@@ -520,12 +545,13 @@ class Trainer:
         self.metrics.pause(time.perf_counter() - began)
 
     def whole_model(self) -> LeJEPAModel | None:
-        """Return the model to evaluate and export, unsharded, on rank 0: the averaged one if there is one.
-        All ranks call it."""
+        """Return the model to evaluate and export, unsharded, on rank 0: the averaged one if there is one,
+        with the target encoder if there is one. All ranks call it."""
         averaged = self.averaged()
+        whole: TrainedModule | None = self.model
         if self.strategy == "fsdp" or averaged:
-            return whole_model(self.model, self.cfg, self.world, averaged)
-        return self.model
+            whole = whole_model(self.model, self.cfg, self.world, averaged)
+        return None if whole is None else evaluated(whole)
 
     def evaluate(self, model: LeJEPAModel | None, *, during_training: bool) -> EvalResult:
         """Evaluate the `whole_model` on rank 0 and write a row of kind "eval", unless this step has one.

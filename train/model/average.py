@@ -72,7 +72,9 @@ class WeightAverage:
 
     def _pairs(self, names: list[str]) -> tuple[list[Tensor], list[Tensor]]:
         """This rank's shards of the average and of the model."""
-        return [_local(self._averaged[name]) for name in names], [_local(self._model[name]) for name in names]
+        return [local_shard(self._averaged[name]) for name in names], [
+            local_shard(self._model[name]) for name in names
+        ]
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -80,6 +82,7 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
+    """The part of a parameter that this rank holds, as a plain tensor without a gradient."""
     # Not cached: FSDP2 moves its parameters at their first use.
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -16,11 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lejepa_fast import LeJEPALoss, SIGReg
+from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.train.config import Config
-from lejepa_fast.train.model.model import LeJEPAModel, build_model
+from lejepa_fast.train.model.masked import MaskedModel
+from lejepa_fast.train.model.model import TrainedModule, build_model
+from lejepa_fast.train.model.objective import MaskedLoss
 from lejepa_fast.train.runtime.gpu_specs import by_device_name
 
 _IMAGES = 2  # to count on; BatchNorm refuses one. All operations are proportional to their number.
+_MASKED_IMAGES = 16  # whose masks leave different numbers of patches
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,42 @@ class Flops:
     per_image: float
     """The whole step."""
 
+    def summary(self, crops: MultiCropRecipe) -> str:
+        """The parts, in 10^9 operations."""
+        return (
+            f"global {crops.global_size} px {crops.global_crops} x {self.global_view / 1e9:,.1f}, "
+            f"local {crops.local_size} px {crops.local_crops} x {self.local_view / 1e9:,.1f}, "
+            f"projector {self.projector / 1e9:,.1f}, loss {self.loss / 1e9:,.2f}"
+        )
 
-def count_flops(cfg: Config, model: LeJEPAModel | None = None) -> Flops:
+
+@dataclass(frozen=True)
+class MaskedFlops:
+    """Operations of one image of masked prediction, the mean over a few masks."""
+
+    context: float
+    """Context patches through the encoder, forward and backward, as `predictor`."""
+    target: float
+    """The whole image through the target encoder, forward; without one, through encoder and projector,
+    forward and backward."""
+    predictor: float
+    loss: float
+    per_image: float
+    """The whole step."""
+
+    def summary(self, crops: MultiCropRecipe) -> str:
+        """The parts, in 10^9 operations."""
+        return (
+            f"context at {crops.global_size} px {self.context / 1e9:,.1f}, targets {self.target / 1e9:,.1f}, "
+            f"predictor {self.predictor / 1e9:,.1f}, loss {self.loss / 1e9:,.2f}"
+        )
+
+
+def count_flops(cfg: Config, model: TrainedModule | None = None) -> Flops | MaskedFlops:
     """Count the operations of a configuration; `model`, on the meta device, saves building one."""
     model = model or build_model(cfg, meta=True)
+    if isinstance(model, MaskedModel):
+        return _count_masked(cfg, model)
     crops = cfg.crops
     large, small = (
         torch.empty(_IMAGES, cfg.data.channels, s, s, device="meta")
@@ -56,6 +92,26 @@ def count_flops(cfg: Config, model: LeJEPAModel | None = None) -> Flops:
     return Flops(of_global, of_local, of_projector, of_loss, views + of_projector + of_loss)
 
 
+def _count_masked(cfg: Config, model: MaskedModel) -> MaskedFlops:
+    size, images = cfg.crops.global_size, _MASKED_IMAGES
+    view = torch.empty(images, cfg.data.channels, size, size, device="meta")
+    batch = model.batch(cfg.seed, 0, range(images), view.device)
+    outputs, step = _counted(lambda view: model([view], batch), view, images=images)
+    rows, width = len(batch.places), model.encoder.num_features
+    context = torch.empty(rows, width, device="meta", requires_grad=True)
+    _, predictor = _counted(lambda x: model.predictor(x, batch, model.packed), context, images=images)
+    with torch.set_grad_enabled(model.target is None):
+        _, target = _counted(model.targets, view, images=images)
+    loss = 0.0
+    if model.target is None:
+        z = torch.empty(outputs.tokens.shape, device="meta", requires_grad=True)
+        regularizer = SIGReg(num_slices=cfg.loss.num_slices, impl="torch", sync=False).to("meta")
+        loss_fn = MaskedLoss("l2", regularizer, cfg.loss.sigreg_over)
+        pair = torch.empty(outputs.wanted.shape, device="meta")
+        _, loss = _counted(lambda z: loss_fn(z, pair, pair).total, z, images=images)
+    return MaskedFlops(step - predictor - target, target, predictor, loss, step + loss)
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Return the dense bf16 operations per second of a device; None if unknown, as for CPUs."""
     if device.type != "cuda":
@@ -64,13 +120,15 @@ def peak_flops(device: torch.device) -> float | None:
     return known.tflops * 1e12 if known else None
 
 
-def _counted(call: Any, *inputs: Tensor) -> tuple[Tensor, float]:
-    """Return the output and the operations per image, forward and backward."""
+def _counted(call: Any, *inputs: Tensor, images: int = _IMAGES) -> tuple[Any, float]:
+    """Return the output and the operations per image, forward and, if there is a gradient, backward."""
     counter = FlopCounterMode(display=False, custom_mapping=_OURS)
     with counter, sdpa_kernel(SDPBackend.MATH):
         output = call(*inputs)
-        output.float().sum().backward()
-    return output, counter.get_total_flops() / _IMAGES
+        found = output if isinstance(output, tuple) else (output,)
+        if torch.is_grad_enabled():
+            torch.stack([each.float().sum() for each in found]).sum().backward()
+    return output, counter.get_total_flops() / images
 
 
 def _projections(x_shape: Any, A_shape: Any, *rest: Any, **options: Any) -> int:

@@ -15,12 +15,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.config.names import is_convolutional
-from lejepa_fast.train.model.model import LeJEPAModel, build_model
+from lejepa_fast.train.model.model import TrainedModule, build_model
 from lejepa_fast.train.runtime.world import World, on_main
 
 
 @torch.no_grad()
-def initialize(model: LeJEPAModel, cfg: Config, device: torch.device) -> None:
+def initialize(model: TrainedModule, cfg: Config, device: torch.device) -> None:
     """Move `model` to `device`; a model on the meta device gets the weights of `cfg.seed`. All ranks call it.
 
     UsageError if modules of a model on the meta device share a parameter, which sharding would separate.
@@ -68,14 +68,14 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def whole_model(
-    model: LeJEPAModel, cfg: Config, world: World, instead: Mapping[str, Tensor]
-) -> LeJEPAModel | None:
+    model: TrainedModule, cfg: Config, world: World, instead: Mapping[str, Tensor]
+) -> TrainedModule | None:
     """Gather a sharded model on rank 0 and return it there, None elsewhere. All ranks call it.
 
     `instead` holds tensors, sharded like the model's, to take in place of those with their names.
     """
 
-    def without_values() -> LeJEPAModel:
+    def without_values() -> TrainedModule:
         return build_model(cfg, meta=True).to_empty(device=world.device)
 
     whole = on_main(world, without_values)

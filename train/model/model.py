@@ -13,15 +13,24 @@ import json
 import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lejepa_fast.errors import UsageError, first_line
 from lejepa_fast.train.config import Config, ModelConfig
 from lejepa_fast.train.config.names import fixed_input_size, resolve_name
+from lejepa_fast.train.model.masked import (
+    ENCODER_DEFAULTS,
+    MaskedModel,
+    Predictor,
+    check_masked_encoder,
+    grid_of,
+    start_positions,
+)
 from lejepa_fast.train.model.strided_pointwise import avoid_strided_pointwise
 
 # Arguments of timm.create_model that `model.kwargs` must not set, and what to do instead.
@@ -144,7 +153,19 @@ class LeJEPAModel(nn.Module):
         return features, self.projector(features)
 
 
-def build_model(cfg: Config, *, meta: bool = False) -> LeJEPAModel:
+TrainedModule = LeJEPAModel | MaskedModel
+
+
+def evaluated(model: TrainedModule, which: Literal["target", "context"] = "target") -> LeJEPAModel:
+    """The part of a model that is evaluated and exported, which shares its weights: with a target encoder
+    that one, unless `which` is "context"."""
+    if isinstance(model, LeJEPAModel):
+        return model
+    encoder = model.encoder if model.target is None or which == "context" else model.target
+    return LeJEPAModel(encoder, model.projector, num_global=1)
+
+
+def build_model(cfg: Config, *, meta: bool = False) -> TrainedModule:
     """Build the model of a run on the CPU; its weights depend on `cfg.seed` alone.
 
     With `meta` it is on the meta device, without memory and weights, for `parallelize`. UsageError for an
@@ -159,13 +180,39 @@ def build_model(cfg: Config, *, meta: bool = False) -> LeJEPAModel:
         return _build_model(cfg).to("meta")
 
 
-def _build_model(cfg: Config) -> LeJEPAModel:
+def _build_model(cfg: Config) -> TrainedModule:
     options = replace(cfg.model, img_size=cfg.model.img_size or cfg.crops.global_size)
+    if cfg.objective != "lejepa":
+        return _build_masked(cfg, options)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(cfg.seed)  # torch.manual_seed would touch the GPUs' as well
         encoder = build_encoder(options, cfg.data.channels)
         projector = build_projector(_check_sizes(encoder, cfg), options)
     return LeJEPAModel(encoder, projector, num_global=cfg.crops.global_crops)
+
+
+def _build_masked(cfg: Config, options: ModelConfig) -> MaskedModel:
+    options = replace(options, kwargs=json.dumps(ENCODER_DEFAULTS | parse_kwargs(options.kwargs)))
+    ijepa = cfg.objective == "ijepa"
+
+    def encoder_of() -> VisionTransformer:
+        try:
+            return check_masked_encoder(build_encoder(options, cfg.data.channels), cfg.model.name)
+        except UsageError:  # for a model that is no vision transformer: of options that it was not given
+            check_masked_encoder(build_encoder(cfg.model, cfg.data.channels), cfg.model.name)
+            raise
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(cfg.seed)
+        encoder = encoder_of()
+        start_positions(encoder)
+        features = _check_sizes(encoder, cfg)
+        projector = nn.Identity() if ijepa else build_projector(features, options)
+        out = features if ijepa else options.projector_dim
+        predictor = Predictor(features, out, grid_of(encoder, cfg.crops.global_size), cfg.masked)
+        target = encoder_of() if ijepa else None
+    # Stochastic depth draws a number for each sequence, which packed rows are not.
+    return MaskedModel(encoder, projector, predictor, target, cfg.masked, packed=not options.drop_path)
 
 
 def _check_sizes(encoder: nn.Module, cfg: Config) -> int:

@@ -35,7 +35,8 @@ from lejepa_fast.errors import UsageError, first_line
 from lejepa_fast.train.config import Config, ParallelConfig
 from lejepa_fast.train.model.drop_path import share_drop_path
 from lejepa_fast.train.model.initialize import initialize
-from lejepa_fast.train.model.model import LeJEPAModel
+from lejepa_fast.train.model.masked import MaskedModel
+from lejepa_fast.train.model.model import LeJEPAModel, TrainedModule
 from lejepa_fast.train.parallel.blocks import find_blocks
 
 log = logging.getLogger("lejepa_fast.train")
@@ -89,7 +90,7 @@ def make_mesh(options: ParallelConfig, device_type: str) -> DeviceMesh | None:
 
 
 def parallelize(
-    model: LeJEPAModel, cfg: Config, mesh: DeviceMesh | None, device: torch.device, *, weights: bool = True
+    model: TrainedModule, cfg: Config, mesh: DeviceMesh | None, device: torch.device, *, weights: bool = True
 ) -> nn.Module:
     """Make a model ready to train on `device`, in place.
 
@@ -101,14 +102,17 @@ def parallelize(
     strategy = choose_strategy(cfg.parallel, parameters, ranks=mesh.size() if mesh is not None else None)
     if mesh is not None:
         model = _with_global_batchnorm(model, device, mesh.size())
-    blocks = list(find_blocks(model.encoder).values())
+    parts = blocks_by_part(model)
+    frozen = parts.get("target", [])
     compiling = compiles(cfg, device)
-    recompute(blocks, cfg.parallel.activation_checkpointing, compilable(blocks) if compiling else [])
+    trained = [block for name, blocks in parts.items() if name != "target" for block in blocks]
+    recompute(trained, cfg.parallel.activation_checkpointing, compilable(trained) if compiling else [])
     if compiling:
-        compile_blocks(blocks, device)
+        compile_blocks(trained, device, ragged=isinstance(model, MaskedModel))
+        compile_blocks(frozen, device)
     if strategy == "fsdp":
         assert mesh is not None
-        shard(model, blocks, mesh, compute_dtype(cfg, device), keep=cfg.parallel.keep_gathered)
+        shard(model, parts, mesh, compute_dtype(cfg, device), keep=cfg.parallel.keep_gathered)
     if weights:
         initialize(model, cfg, device)
     if strategy != "ddp":
@@ -116,6 +120,12 @@ def parallelize(
     device_ids = [device.index] if device.type == "cuda" else None
     options: dict[str, Any] = {"gradient_as_bucket_view": True, _BUFFER_OPTION: False}
     return DistributedDataParallel(model, device_ids=device_ids, **options)
+
+
+def blocks_by_part(model: TrainedModule) -> dict[str, list[nn.Module]]:
+    """The blocks of the encoder and, of masked prediction, of the predictor and the target encoder."""
+    parts = {name: getattr(model, name, None) for name in ("encoder", "predictor", "target")}
+    return {name: list(find_blocks(part).values()) for name, part in parts.items() if part is not None}
 
 
 # ---- activation checkpointing ----------------------------------------------------------------------------
@@ -193,11 +203,12 @@ def compiles(cfg: Config, device: torch.device) -> bool:
     return cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
 
 
-def compile_blocks(blocks: list[nn.Module], device: torch.device) -> None:
+def compile_blocks(blocks: list[nn.Module], device: torch.device, *, ragged: bool = False) -> None:
     """Compile the forward of each block that can be; equal blocks share one graph per size of crops.
 
     A run has two sizes that occur at every step, so sizes are constants of the graphs; a shape that varies
-    (the last batch of an evaluation) runs uncompiled (`eagerly`).
+    (the last batch of an evaluation) runs uncompiled (`eagerly`). With `ragged`, the number of tokens differs
+    from step to step, and is a variable of the graphs.
     """
     config = torch._dynamo.config
     # Blocks that differ, for example in width, count as recompilations of one function, once per size.
@@ -210,7 +221,7 @@ def compile_blocks(blocks: list[nn.Module], device: torch.device) -> None:
         log.info("%d of %d blocks are not compiled: %s", skipped, len(blocks), reason)
     for block in found:
         share_drop_path(block, device)
-        compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=compile_or_not)
+        compiled = torch.compile(block.forward, fullgraph=True, dynamic=ragged, backend=compile_or_not)
         block.forward = compiled  # type: ignore[method-assign]
 
 
@@ -235,9 +246,10 @@ def compilable(blocks: Iterable[nn.Module]) -> list[nn.Module]:
     return [b for b in blocks if not any(isinstance(m, nn.SyncBatchNorm) for m in b.modules())]
 
 
-def compiled_blocks(model: LeJEPAModel, cfg: Config, device: torch.device) -> int:
+def compiled_blocks(model: TrainedModule, cfg: Config, device: torch.device) -> int:
     """Return how many blocks of a model that went through `parallelize` are compiled."""
-    return len(compilable(find_blocks(model.encoder).values())) if compiles(cfg, device) else 0
+    blocks = [block for part in blocks_by_part(model).values() for block in part]
+    return len(compilable(blocks)) if compiles(cfg, device) else 0
 
 
 def eagerly() -> Any:
@@ -249,9 +261,14 @@ def eagerly() -> Any:
 
 
 def shard(
-    model: LeJEPAModel, blocks: list[nn.Module], mesh: DeviceMesh, dtype: torch.dtype | None, *, keep: bool
+    model: TrainedModule,
+    parts: dict[str, list[nn.Module]],
+    mesh: DeviceMesh,
+    dtype: torch.dtype | None,
+    *,
+    keep: bool,
 ) -> None:
-    """Apply FSDP2 to each block, to the projector, and to the rest of the model.
+    """Apply FSDP2 to each block of `blocks_by_part`, to the projector, and to the rest of the model.
 
     Parameters, moments and the reduction of gradients, once per step, are float32. Blocks are gathered in
     `dtype` (None: float32) for forward and backward of each size of crops, with `keep` once per step.
@@ -259,6 +276,7 @@ def shard(
     # The embeddings are views of one tensor, and nothing changes them in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     done: set[nn.Module] = set()
+    blocks = [block for part in parts.values() for block in part]
     for unit in [*blocks, model.projector, model]:
         own = [module for module in unit.modules() if module not in done]
         done.update(own)
@@ -269,10 +287,11 @@ def shard(
         once = keep or unit in (model.projector, model)
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not once)
     # Gather the next block while this one computes. FSDP2 itself does so in the backward pass.
-    for block, following in itertools.pairwise(blocks):
+    for block, following in itertools.chain(*map(itertools.pairwise, parts.values())):
         assert isinstance(block, FSDPModule)
         block.set_modules_to_forward_prefetch([following])  # type: ignore[list-item]
     if keep:
+        assert isinstance(model, LeJEPAModel)
         _keep_until_the_first_call(model, blocks)
 
 
@@ -310,7 +329,7 @@ def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16
 
 
-def _with_global_batchnorm(model: LeJEPAModel, device: torch.device, ranks: int) -> LeJEPAModel:
+def _with_global_batchnorm(model: TrainedModule, device: torch.device, ranks: int) -> TrainedModule:
     if ranks == 1 or not any(map(_is_batchnorm, model.modules())):
         return model
     if device.type == "cuda":

@@ -14,6 +14,7 @@ from lejepa_fast.train.planning.options import PlanOptions
 from lejepa_fast.train.runtime.gpu_specs import GIB, by_option
 
 GPUS_OF_A_MACHINE = 8
+_PARTS = {name: name for name in ("encoder", "projector", "predictor")} | {"target": "target encoder"}
 _STRATEGIES = {"none": "no wrapper", "ddp": "DDP", "fsdp": "FSDP2"}
 
 
@@ -46,8 +47,9 @@ class Plan:
             raise UsageError(f"images: expected at least one batch of {self.batch}, got {options.images}")
         self.steps = config.total_steps(options, options.images // self.batch)
         model = build_model(options, meta=True)
-        self.encoder_parameters = sum(p.numel() for p in model.encoder.parameters())
-        self.parameters = sum(p.numel() for p in model.parameters())
+        sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+        self.part_sizes = {_PARTS[name]: size for name, size in sizes.items() if size}
+        self.parameters = sum(sizes.values())
         alone = options.gpus == 1 and options.parallel.strategy in ("auto", "none")
         ranks = None if alone else options.gpus
         self.strategy = choose_strategy(options.parallel, self.parameters, ranks=ranks)
@@ -102,7 +104,7 @@ class Plan:
 
     def report(self) -> str:
         """Return the text that train/plan.py prints."""
-        cfg, flops, crops, asked = self.cfg, self.flops, self.cfg.crops, self.row(self.options.gpus)
+        cfg, flops, asked = self.cfg, self.flops, self.row(self.options.gpus)
         parallel, smallest = cfg.parallel, self.smallest()
         average = f", {cfg.average.kind} of the weights" if cfg.average.kind != "none" else ""
         groups = f" in {parallel.replicate} groups" if parallel.replicate > 1 else ""
@@ -114,12 +116,10 @@ class Plan:
             f"{cfg.model.name} on {asked.gpus} x {self.gpu.name}{groups}, {_STRATEGIES[self.strategy]}{kept}"
             f", {cfg.precision}, activation checkpointing {parallel.activation_checkpointing}{average}, "
             f"{self.batch:,} images a step",
-            f"parameters        {self.encoder_parameters / 1e6:,.1f} M encoder, "
-            f"{(self.parameters - self.encoder_parameters) / 1e6:,.1f} M projector",
+            "parameters        "
+            + ", ".join(f"{count / 1e6:,.1f} M {name}" for name, count in self.part_sizes.items()),
             f"GFLOP per image   {flops.per_image / 1e9:,.1f} forward and backward: "
-            f"global {crops.global_size} px {crops.global_crops} x {flops.global_view / 1e9:,.1f}, "
-            f"local {crops.local_size} px {crops.local_crops} x {flops.local_view / 1e9:,.1f}, "
-            f"projector {flops.projector / 1e9:,.1f}, loss {flops.loss / 1e9:,.2f}",
+            + flops.summary(cfg.crops),
             f"memory per GPU    {_gib(asked.peak)} GiB at the peak, "
             f"{asked.peak / (self.gpu.memory_gib * GIB):.0%} of {self.gpu.memory_gib:g}: "
             f"{'fits' if asked.fits else 'DOES NOT FIT'} ({self.options.reserve:.0%} kept free); "
@@ -136,7 +136,7 @@ class Plan:
             else "this batch does not fit; try a smaller --batch-size, "
             "--parallel.activation-checkpointing full, or more --gpus with --parallel.strategy fsdp",
         ]
-        if warning := config.small_batch_warning(self.batch):
+        if cfg.objective != "ijepa" and (warning := config.small_batch_warning(self.batch)):
             lines.append(f"warning: {warning}")
         return "\n".join(lines)
 

@@ -36,6 +36,7 @@ from lejepa_fast.train.config import Config, resolve
 from lejepa_fast.train.engine.optimization import build_optimizer
 from lejepa_fast.train.model.average import WeightAverage
 from lejepa_fast.train.model.initialize import named_tensors
+from lejepa_fast.train.model.masked import MaskedBatch, MaskedModel
 from lejepa_fast.train.model.model import build_model
 from lejepa_fast.train.model.objective import build_loss
 from lejepa_fast.train.parallel.parallelize import compute_dtype, make_mesh, parallelize
@@ -126,6 +127,7 @@ class PlannedStep:
         fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.context: Any = fake_mode if fake else contextlib.nullcontext()
         self.buckets: list[Tensor] = []
+        self.masked = _masks_for(self.model, cfg, images) if isinstance(self.model, MaskedModel) else None
         self.loss_fn = build_loss(cfg, CPU)
         self.amp_dtype = compute_dtype(cfg, CPU)
         imitated = fake and cfg.parallel.strategy == "ddp"
@@ -140,13 +142,12 @@ class PlannedStep:
                     for name, value in module.named_buffers(recurse=False):
                         setattr(module, name, fake_mode.from_tensor(value))
             if imitated:  # DDP's reducer copies a finished gradient into a bucket, and makes it a view of it
-                for parameter in self.model.parameters():
+                for parameter in filter(lambda each: each.requires_grad, self.model.parameters()):
                     self.buckets.append(torch.empty_like(parameter, requires_grad=False))
                     hook = functools.partial(_into_bucket, self.buckets[-1])
                     parameter.register_post_accumulate_grad_hook(hook)
-            self.views = [
-                torch.zeros(images, cfg.data.channels, size, size) for size in cfg.crops.view_sizes()
-            ]
+            views = [torch.zeros(images, cfg.data.channels, size, size) for size in cfg.crops.view_sizes()]
+            self.views = views
             self.optimizer = build_optimizer(self.model, cfg.optim)
             self.skipped = torch.zeros(())
             averages = cfg.average.kind != "none"
@@ -162,13 +163,25 @@ class PlannedStep:
         """Do what `Trainer.train_step` does on a GPU."""
         with autocast_as_on_gpus():  # the backward pass may recompute activations
             with torch.autocast("cpu", dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-                global_z, all_z = self.called(self.views)
-            self.loss_fn(global_z, all_z).total.backward()
+                outputs = self.called(self.views, *([] if self.masked is None else [self.masked]))
+            self.loss_fn(*outputs).total.backward()
         get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.model, MaskedModel):
+            self.model.follow(0.5, self.skipped)
         if self.average is not None:
             self.average.update(1, self.skipped)
+
+
+def _masks_for(model: MaskedModel, cfg: Config, images: int) -> MaskedBatch:
+    """The masks, for every image, of the one among 64 that leaves most patches: memory is then in proportion
+    to the number of images, and seldom more."""
+    contexts, targets = model.masks(cfg.seed, 0, range(64))
+    blocks = targets.shape[1]
+    rows = (1 + blocks) * contexts.flatten(1).sum(1) + targets.flatten(1).sum(1)
+    image = int(rows.argmax())
+    return model.batch(cfg.seed, 0, [image] * images, CPU)
 
 
 def _into_bucket(bucket: Tensor, parameter: Any) -> None:

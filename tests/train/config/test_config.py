@@ -48,7 +48,7 @@ def test_long_names_and_aliases_are_the_same():
         (["--no-tensorbord"], "unknown option --no-tensorbord; did you mean --no-tensorboard?"),
         (["stray"], "unexpected argument 'stray'; see --help"),
         (["--lr", "fast"], "--lr/--optim.lr: could not convert string to float: 'fast'; see --help"),
-        (["--preset", "desktop"], "--preset: expected one of default, laptop, got 'desktop'"),
+        (["--preset", "desktop"], "--preset: expected one of default, laptop, ijepa-vit-b, "),
         (["--lr"], "Missing value for argument '--lr/--optim.lr'"),
         (["--optim.betas", "2"], "Missing value for argument '--optim.betas'. Expected 2 values"),
         (["--data.backend", "x"], "invalid choice 'x' for argument '--data.backend'"),

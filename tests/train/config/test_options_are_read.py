@@ -16,6 +16,7 @@ PACKAGE = Path(lejepa_fast.__file__).parent
 # These copy, check or print all fields, which is not reading one. Some of their functions read.
 OWN = {"config", "recipe.py", "command.py"}
 ANSWERS = {"total_steps", "loader_workers", "smallest_image"}
+PATCHES = '{"patch_size": 8}'
 SECTIONS = [Config, *(type(value) for value in vars(Config()).values() if dataclasses.is_dataclass(value))]
 
 
@@ -47,14 +48,17 @@ def reads(monkeypatch):
 
 
 def test_a_run_reads_every_option(tiny, monkeypatch, reads):
-    """Two epochs with an average, probes and few labels. Planted options, one in each section, are found."""
-    cfg = planted(
-        tiny(average={"kind": "ema"}, eval={"every": 1, "linear_steps": 2, "few_shot": "1"}, epochs=2)
-    )
-    monkeypatch.setattr(config, "parse", lambda argv: cfg)
+    """Two epochs with an average, probes and few labels; a step of each masked objective. Planted options,
+    one in each section, are found."""
+    runs = [tiny(average={"kind": "ema"}, eval={"every": 1, "linear_steps": 2, "few_shot": "1"}, epochs=2)]
+    masked = {"crops": {"global_crops": 1, "local_crops": 0}, "max_steps": 1, "model": {"kwargs": PATCHES}}
+    masked["masked"] = {"min_keep": 1, "predictor_depth": 1, "target_area": (0.1, 0.3)}
+    runs += [tiny(objective=name, out=tiny().out / name, **masked) for name in ("ijepa", "masked-lejepa")]
     every = {(section.__name__, field.name) for section in SECTIONS for field in dataclasses.fields(section)}
     unread = {(section.__name__, "nobody_reads_this") for section in SECTIONS}
-    assert pretrain.main([]) == 0
+    for cfg in map(planted, runs):
+        monkeypatch.setattr(config, "parse", lambda argv, cfg=cfg: cfg)
+        assert pretrain.main([]) == 0
     assert (every | unread) - reads == unread
 
 

@@ -1,0 +1,85 @@
+"""Runs of masked prediction for tests: a small configuration, and what each rank of two runs."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from parallel_worker import full, process_group
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lejepa_fast.train.config import Config, from_dict
+from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.runtime.world import World
+
+STEPS = 20
+CASES = [("ijepa", "ddp"), ("ijepa", "fsdp"), ("masked-lejepa", "fsdp")]
+MODEL = {
+    "name": "test_vit",
+    "kwargs": '{"depth": 2, "patch_size": 4}',  # 8 x 8 patches
+    "projector_hidden": 32,
+    "projector_layers": 2,
+    "projector_dim": 16,
+    "projector_norm": "layer",
+}
+MASKED = {"predictor_width": 32, "predictor_depth": 2, "predictor_heads": 4, "momentum": 0.9}
+
+
+def run_config(images: str, out: Path, objective: str = "ijepa", **changes: Any) -> Config:
+    """20 steps of a small transformer, 4 an epoch."""
+    values = {
+        "objective": objective,
+        "data": {"path": images, "batch_size": 8, "workers": 0, "backend": "torchvision"},
+        "crops": {"global_size": 32, "global_crops": 1, "local_crops": 0, "blur_prob": 0.0},
+        "model": MODEL,
+        "loss": {"num_slices": 32},
+        "masked": MASKED,
+        "optim": {"lr": 1e-3, "weight_decay": 0.04, "final_weight_decay": 0.4},
+        "eval": {"every": 0, "linear_steps": 20, "batch_size": 16, "k": 3},
+        "out": str(out),
+        "max_steps": STEPS,
+        "device": "cpu",
+        "log_every": 1,
+        "tensorboard": False,
+    }
+    return from_dict(values | changes)
+
+
+def run(rank: int, size: int, folder: str, images: str) -> None:
+    """The runs `folder/NAME` of two ranks; the results go to `folder/rankN.pt`."""
+    results: dict[str, Any] = {}
+    with process_group(rank, size, folder) as world:
+        for objective, strategy in CASES:
+            name = f"{objective} {strategy}"
+            parallel = {"strategy": strategy, "activation_checkpointing": "selective"}
+            cfg = run_config(images, Path(folder) / name, objective, parallel=parallel)
+            results[name] = train(cfg, world)
+    torch.save(results, Path(folder) / f"rank{rank}.pt")
+
+
+def train(cfg: Config, world: World) -> dict[str, Any]:
+    """Train, and average the gathered encoder beside it as one process would.
+
+    Returns the whole target encoder by name, that average, and the number of sharded parameters."""
+    trainer = Trainer(cfg, world)
+    parameters = dict(trainer.model.named_parameters())
+    averaged: dict[str, Tensor] = {}
+    step = trainer.train_step
+
+    def gathered(part: str) -> dict[str, Tensor]:
+        found = {name: tensor for name, tensor in parameters.items() if name.startswith(part)}
+        return {name.removeprefix(part): full(tensor).clone() for name, tensor in found.items()}
+
+    def followed(views: list[Tensor], epoch: int) -> None:
+        averaged.update(averaged or gathered("encoder."))
+        momentum = cfg.masked.momentum + (1 - cfg.masked.momentum) * trainer.step / trainer.total_steps
+        step(views, epoch)
+        for name, tensor in gathered("encoder.").items():
+            averaged[name].mul_(momentum).add_(tensor, alpha=1 - momentum)
+
+    trainer.train_step = followed
+    trainer.run()
+    del trainer.train_step  # a circle, which would keep the process group alive
+    sharded = sum(isinstance(tensor, DTensor) for tensor in parameters.values())
+    encoder = gathered("encoder.")
+    return {"target": gathered("target."), "encoder": encoder, "averaged": averaged, "sharded": sharded}
