@@ -90,7 +90,8 @@ def configuration(name: str, steps: int, out: Path, data: str = EMBEDDED_DATA) -
     return replace(
         usual,
         data=replace(usual.data, path=data, batch_size=32, workers=0),
-        crops=replace(usual.crops, global_size=64, min_image_size=1),
+        # One size of crops, as some models take one alone.
+        crops=replace(usual.crops, global_size=64, local_size=64, local_crops=1, min_image_size=1),
         model=ModelConfig(name=name, projector_hidden=256, projector_dim=32),
         loss=replace(usual.loss, num_slices=128),
         optim=replace(usual.optim, lr=1e-3, warmup_fraction=0.2),

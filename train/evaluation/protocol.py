@@ -34,7 +34,7 @@ from lejepa_fast.train.evaluation.fine_tuning import fine_tune
 from lejepa_fast.train.evaluation.label_table import LabelTable, labeled, read_labels
 from lejepa_fast.train.evaluation.probes import MAX_STEPS, linear_probe
 from lejepa_fast.train.evaluation.regression import Score, regression_score
-from lejepa_fast.train.model.initialize import memory_format
+from lejepa_fast.train.model.initialize import lay_out
 from lejepa_fast.train.model.model import build_model, evaluated
 
 log = logging.getLogger("lejepa_fast.train")
@@ -281,7 +281,8 @@ def evaluate_untrained(
 
     Further `options` are those of `evaluate_model`.
     """
-    model = evaluated(build_model(cfg)).to(device).to(memory_format=memory_format(cfg))
+    model = evaluated(build_model(cfg)).to(device)
+    lay_out(model, cfg)
     return evaluate_model(model, train_source, val_source, cfg, device=device, calibrate=True, **options)
 
 

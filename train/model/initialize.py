@@ -26,7 +26,7 @@ def initialize(model: TrainedModule, cfg: Config, device: torch.device) -> None:
     UsageError if modules of a model on the meta device share a parameter, which sharding would separate.
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
-        model.to(device).to(memory_format=memory_format(cfg))
+        lay_out(model.to(device), cfg)
         return
     if len(list(model.named_parameters(remove_duplicate=False))) != len(list(model.parameters())):
         raise UsageError(
@@ -58,6 +58,15 @@ def memory_format(cfg: Config) -> torch.memory_format:
     contiguous weights only; there the layout of the images counts.
     """
     return torch.channels_last if is_convolutional(cfg.model.name) else torch.contiguous_format
+
+
+@torch.no_grad()
+def lay_out(model: nn.Module, cfg: Config) -> None:
+    """Give a model's weights the `memory_format` of the run, in place: those of 2-D convolutions, as
+    `Module.to` refuses channels last for a model with a 3-D one."""
+    for _, tensor in named_tensors(model):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=memory_format(cfg))
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -18,6 +18,7 @@ from lejepa_fast.train.config import Config, ModelConfig
 from lejepa_fast.train.config.names import SHORT_NAMES
 from lejepa_fast.train.model.crop_sizes import fitting_sizes
 from lejepa_fast.train.model.drop_path import TensorDropPath
+from lejepa_fast.train.model.initialize import initialize
 from lejepa_fast.train.model.model import build_encoder, build_model, build_projector
 from lejepa_fast.train.model.strided_pointwise import StridedPointwise
 
@@ -259,3 +260,17 @@ def test_strided_pointwise_convolutions_have_the_right_gradient():
     found = step(build_encoder(ModelConfig(name)), torch.channels_last)
     torch.testing.assert_close(found, step(plain, torch.contiguous_format), rtol=1e-3, atol=1e-6)
     assert any(isinstance(m, StridedPointwise) for m in build_encoder(ModelConfig(name)).modules())
+
+
+def test_weights_of_convolutions_are_channels_last_also_beside_a_3d_one(tiny):
+    """Of which PyTorch's own `Module.to` makes an error."""
+    cfg = tiny(model={"name": "lambda_resnet26t"}, crops={"global_size": 64, "local_crops": 0})
+    model = build_model(cfg)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    initialize(model, cfg, torch.device("cpu"))
+    shapes = {parameter.ndim for parameter in model.parameters()}
+    assert {4, 5} <= shapes
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+        if tensor.ndim == 4:
+            assert tensor.is_contiguous(memory_format=torch.channels_last), name
