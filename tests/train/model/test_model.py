@@ -165,7 +165,7 @@ def test_exported_encoder_is_what_timm_loads(name, options, tiny, tmp_path):
     for side in (local, size) if cfg.crops.local_crops else (size,):
         images = torch.randn(2, 3, side, side)
         with torch.no_grad():
-            assert torch.equal(encoder(images), model.embed(images)[0])
+            torch.testing.assert_close(encoder(images), model.embed(images)[0], rtol=1e-5, atol=1e-6)
     assert settings["input"]["size"] == size
     assert settings["step"] == 5
 
