@@ -29,7 +29,7 @@ from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untra
 from lejepa_fast.train.runtime import files
 from lejepa_fast.train.runtime.world import World
 
-STEPS = 60
+STEPS = 30
 FIGURES = ("knn", "linear", "embedding_std", "effective_rank")
 # Below 20 M parameters, one line a family (a module of timm), the families in alphabetical order.
 _FAMILIES = """

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from benchlib import RESULTS, ROOT, Row, read_rows
+from domain_bench import summarize
 from loader_bench import OURS, STABLE
 from sigreg_variants import BASELINE, COMPILED, PACKAGES, STREAMING, TRITON
 
@@ -116,6 +117,15 @@ def segmentation() -> str:
     return markdown(header, table, row)
 
 
+def domain() -> str:
+    """Accuracies with few labels, of the newest run for each set and seed."""
+    newest = {(row["set"], row["settings"]["seed"]): row for row in rows_of("domain")}
+    if not newest:
+        return "Not measured yet."
+    header, *lines = summarize([*newest.values()])
+    return markdown(header, lines, [*newest.values()][-1])
+
+
 def theory() -> str:
     """The statements, and whether the newest run of each experiment agrees."""
     newest = {row["experiment"]: row for row in rows_of("theory")}
@@ -129,6 +139,7 @@ def theory() -> str:
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"comparison": comparison, "pretrain": lambda: simple("pretrain", _PRETRAIN)},
     "docs/kernels.md": {"accuracy": lambda: simple("sigreg_accuracy", _ACCURACY)},
+    "docs/evaluation.md": {"domain": domain},
     "docs/training.md": {"measured": lambda: simple("train", _TRAIN)},
     "docs/segmentation.md": {"iou": segmentation},
     "docs/theory.md": {"statements": theory},

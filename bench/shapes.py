@@ -38,7 +38,7 @@ class Picture(NamedTuple):
 def draw_picture(index: int, size: int = 96, seed: int = 0) -> Picture:
     """Draw the picture with this index: a pure function of its arguments, `size` pixels wide."""
     random = np.random.default_rng((seed, index))
-    pixels = _texture(random, size)
+    pixels = texture(random, size)
     mask = np.zeros((size, size), bool)
     y, x = np.mgrid[:size, :size] + 0.5
     wanted = int(random.integers(1, MOST_SHAPES + 1))
@@ -49,8 +49,8 @@ def draw_picture(index: int, size: int = 96, seed: int = 0) -> Picture:
         if any(math.dist(center, other) < radius + far + 0.03 * size for other, far in placed):
             continue
         placed.append((center, radius))
-        shape = _inside(KINDS[random.integers(len(KINDS))], x - center[0], y - center[1], radius, random)
-        pixels[shape] = _texture(random, size)[shape]
+        shape = inside(KINDS[random.integers(len(KINDS))], x - center[0], y - center[1], radius, random)
+        pixels[shape] = texture(random, size)[shape]
         mask |= shape
     middle = (size / 2, size / 2)
     distance = min(math.dist(center, middle) for center, _ in placed)
@@ -58,7 +58,7 @@ def draw_picture(index: int, size: int = 96, seed: int = 0) -> Picture:
     return Picture(noisy.clip(0, 255).astype(np.uint8), mask, wanted, distance)
 
 
-def _texture(random: np.random.Generator, size: int) -> np.ndarray:
+def texture(random: np.random.Generator, size: int) -> np.ndarray:
     """Smooth noise between two random colors, (S, S, 3)."""
     coarse = Image.fromarray(random.random((8, 8)).astype(np.float32))
     blend = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))[..., None]
@@ -67,9 +67,7 @@ def _texture(random: np.random.Generator, size: int) -> np.ndarray:
     return first + (second - first) * blend
 
 
-def _inside(
-    kind: str, x: np.ndarray, y: np.ndarray, radius: float, random: np.random.Generator
-) -> np.ndarray:
+def inside(kind: str, x: np.ndarray, y: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
     """Which pixels at offsets (x, y) from its center belong to the shape, which is turned at random."""
     angle = random.uniform(0, 2 * math.pi)
     u, v = math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y
@@ -97,12 +95,12 @@ def write_shapes(folder: Path, count: int, size: int = 96, seed: int = 0) -> Non
     write_labels(folder, rows)
 
 
-def write_labels(folder: Path, rows: Iterable[Sequence[object]]) -> None:
-    """Write labels.csv, whole or not at all: where it is, the pictures are complete."""
+def write_labels(folder: Path, rows: Iterable[Sequence[object]], name: str = "labels.csv") -> None:
+    """Write a table, whole or not at all: where it is, the pictures are complete."""
     table = io.StringIO(newline="")
     csv.writer(table).writerows(rows)
     content = table.getvalue().encode()
-    write_atomically(folder / "labels.csv", lambda file: file.write(content), way_out="free some space")
+    write_atomically(folder / name, lambda file: file.write(content), way_out="free some space")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,7 +6,8 @@ images at 48 px in a few epochs. One run for each value and one seed: difference
 the validation images, which is printed, mean nothing.
 
 Each run is a row of bench/results/stability.jsonl, written when it ends, with the figures of its untrained
-twin; the plot is stability.png. Called again, it goes on where it was stopped.
+twin; the plot is stability.png. Called again, it goes on where it was stopped: a run of as many epochs on the
+same data that has a row is not trained again.
 """
 
 import json
@@ -27,7 +28,7 @@ from lejepa_fast.train.report.runs import RunRecord, flat, read_run
 from lejepa_fast.train.report.selection import PROBES, correlate
 
 # Epochs, so that runs with other batches see as many images.
-EPOCHS = 10
+EPOCHS = 4
 NET = '{"channels": [16, 32, 64, 128], "layers": [1, 1, 1, 1]}'
 OPTIONS = ["--preset", "laptop", "--model.kwargs", NET, "--eval.every", "0", "--no-tensorboard"]
 OPTIONS += ["--checkpoint-every", "100000", "--keep-checkpoints", "1"]
@@ -52,20 +53,22 @@ PAPER = {
 
 
 def train_part(
-    part: str, options: Sequence[str], runs: Path, writer: Rows, *, jobs: int, rehearse: bool
+    part: str, options: Sequence[str], runs: Path, writer: Rows, length: Row, *, jobs: int, rehearse: bool
 ) -> int:
-    """Train what is not finished of a part, write a row for each run as it ends, return how many failed."""
+    """Train what has no row of a part, write a row for each run as it ends, return how many failed.
+
+    `length`: settings that say how long and on what the runs train; rows of others do not count.
+    """
     grid = PARTS[part]
     if rehearse:  # three values of the first option, one of the others
         axes = [axis.partition("=")[::2] for axis in grid]
         grid = [f"{key}={','.join(v.split(',')[: 1 if i else 3])}" for i, (key, v) in enumerate(axes)]
-    points = sweep.make_points(grid, options, runs / part)
-    known = {_key(row) for row in read_rows(writer.path)}
+    rows = [row for row in read_rows(writer.path) if length.items() <= row["settings"].items()]
+    known = [row["values"] for row in rows if row["part"] == part]
+    points = [p for p in sweep.make_points(grid, options, runs / part) if p.values not in known]
 
     def write(point: sweep.Point) -> None:
-        row = {"part": part, "values": point.values, **figures_of(read_run(point.folder))}
-        if _key(row) not in known:
-            writer.write(row)
+        writer.write({"part": part, "values": point.values, **figures_of(read_run(point.folder))})
 
     failed = sweep.run_points(points, jobs=jobs, ended=write)
     for folder, reason in failed.items():
@@ -88,10 +91,6 @@ def record_of(row: Mapping[str, Any]) -> RunRecord:
     losses = {name: row[name] for name in ("loss", "prediction", "sigreg")}
     settings = {"loss": {"lambd": row["settings"]["loss.lambd"]}}
     return RunRecord(Path(row["part"]), settings, row["steps"], summary=dict(row), **losses)
-
-
-def _key(row: Mapping[str, Any]) -> str:
-    return json.dumps([row["part"], row["values"], row["steps"], row["settings"]], sort_keys=True)
 
 
 def show(rows: Sequence[Row], path: Path) -> None:
@@ -180,19 +179,21 @@ def main(arguments: list[str] | None = None) -> int:
     if options.jobs < 1:
         parser.error(f"jobs: expected at least 1, got {options.jobs}")
     shared = [*OPTIONS, "--data", options.data]
-    shared += ["--max-steps", "6"] if options.rehearse else ["--epochs", str(options.epochs)]
+    length = {"max_steps": 6} if options.rehearse else {"max_steps": None, "epochs": options.epochs}
+    shared += [f"--{name.replace('_', '-')}={value}" for name, value in length.items() if value is not None]
     writer = Rows(options.out / "stability.jsonl", "stability", rehearsal=options.rehearse)
     # A net this small gains little from a second thread.
     threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     writer.about |= {"jobs": options.jobs, "threads": threads}
     runs = options.runs / "rehearsal" if options.rehearse else options.runs
+    length |= {"data.path": options.data}
     setting = {"jobs": options.jobs, "rehearse": options.rehearse}
     try:
-        failed = sum(train_part(part, shared, runs, writer, **setting) for part in options.part)
+        failed = sum(train_part(part, shared, runs, writer, length, **setting) for part in options.part)
     except UsageError as error:
         parser.error(str(error).replace("--out", "--runs"))
-    rows = [row for row in read_rows(writer.path) if bool(row.get("rehearsal")) == options.rehearse]
+    rows = [row for row in read_rows(writer.path) if length.items() <= row["settings"].items()]
     newest = {json.dumps([row["part"], row["values"]]): row for row in rows}
     if newest:
         show(list(newest.values()), options.out / "stability.png")

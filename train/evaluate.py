@@ -40,8 +40,9 @@ class Options:
     checkpoint: Path | None = None
     """A run folder (its newest checkpoint is used) or a folder checkpoints/step-*."""
     backbone: tuple[str, ...] = ()
-    """Further encoders for the same table: timm's names, for weights of the Hugging Face hub or its cache, or
-    NAME:FILE. Without --checkpoint they are evaluated alone, on --data."""
+    """Further encoders for the same table: timm's names, for weights of the Hugging Face hub or its cache,
+    NAME:FILE, or NAME:untrained for random weights. Without --checkpoint they are evaluated alone, on
+    --data."""
     backbone_size: int | Literal["own"] | None = None
     """Side of the images for backbones. own: as each was trained; None: as for the checkpoint, or the next
     larger size that the backbone takes."""
@@ -225,7 +226,7 @@ def _load_backbones(cfg: Config, options: Options) -> "dict[str, Backbone]":
         size = cfg.eval.image_size or cfg.crops.global_size
     if size != "own" and not 1 <= size <= 10_000:
         raise UsageError(f"--backbone-size: expected own or 1 to 10,000 pixels, got {size}")
-    return load_backbones(options.backbone, image_size=size, channels=cfg.data.channels)
+    return load_backbones(options.backbone, image_size=size, channels=cfg.data.channels, seed=cfg.seed)
 
 
 def _results(

@@ -58,8 +58,8 @@ def test_candidates_for_a_benchmark():
     rows = time_candidates(case, device, True, timer)
     assert len(rows) == len(calls)
     assert {row["kernel"] for row in rows} == {"forward", "fused"}
-    assert (rows[0]["seconds"], rows[0]["error"]) == (None, "RuntimeError: too large")
-    assert all(row["seconds"] == 0.5 and row["error"] is None for row in rows[1:])
+    assert (rows[0]["median_us"], rows[0]["error"]) == (None, "RuntimeError: too large")
+    assert all(row["median_us"] == 0.5e6 and row["error"] is None for row in rows[1:])
     assert [row["shipped"] for row in rows[:2]] == [True, False]
     assert all(row["N"] == 5 and row["dtype"] == "float32" for row in rows)
     rows = time_candidates(case, device, False, lambda call: call() or 0.5)

@@ -1,7 +1,8 @@
 """Backbones of others with their trained weights, evaluated by the protocol of our encoders.
 
 A backbone is any timm model. Its weights come from a file, from the cache of the Hugging Face hub or from the
-hub itself. It gets its own normalization, and the image size nearest to the one asked for that it takes.
+hub itself; or it stays untrained, as a baseline. It gets its own normalization, and the image size nearest to
+the one asked for that it takes.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from lejepa_fast.train.evaluation.protocol import EvalResult, evaluate_model
 from lejepa_fast.train.model.model import LeJEPAModel, build_encoder, takes
 from lejepa_fast.train.model.strided_pointwise import avoid_strided_pointwise
 
+UNTRAINED = "untrained"
 # What the hub has of a model, in the order of preference.
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Where training scripts put the weights inside a file.
@@ -46,7 +48,7 @@ class Backbone:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     weights: str
-    """The file that was given, or "hub"."""
+    """The file that was given, "hub" or "untrained"."""
 
     @property
     def parameters(self) -> int:
@@ -64,9 +66,9 @@ class BackboneResult(NamedTuple):
 
 
 def load_backbones(
-    names: Sequence[str], *, image_size: int | Literal["own"], channels: int = 3
+    names: Sequence[str], *, image_size: int | Literal["own"], channels: int = 3, seed: int = 0
 ) -> dict[str, Backbone]:
-    """Load several backbones, `NAME` or `NAME:FILE` each; see `load_backbone`.
+    """Load several backbones, `NAME`, `NAME:FILE` or `NAME:untrained` each; see `load_backbone`.
 
     The keys are the names, or the whole texts where a name is given twice. UsageError for a text twice.
     """
@@ -75,21 +77,25 @@ def load_backbones(
     only = [name.partition(":")[0] for name in names]
     keys = [text if only.count(name) > 1 else name for text, name in zip(names, only, strict=True)]
     return {
-        key: load_backbone(text, image_size=image_size, channels=channels)
+        key: load_backbone(text, image_size=image_size, channels=channels, seed=seed)
         for key, text in zip(keys, names, strict=True)
     }
 
 
-def load_backbone(text: str, *, image_size: int | Literal["own"], channels: int = 3) -> Backbone:
-    """Load a timm model with trained weights.
+def load_backbone(
+    text: str, *, image_size: int | Literal["own"], channels: int = 3, seed: int = 0
+) -> Backbone:
+    """Load a timm model with trained weights, or build it without.
 
     Args:
-        text: timm's name, for the weights of the hub or its cache, or `NAME:FILE` for those of a file:
-            safetensors, or one that `torch.load(weights_only=True)` reads.
+        text: timm's name, for the weights of the hub or its cache, `NAME:FILE` for those of a file
+            (safetensors, or one that `torch.load(weights_only=True)` reads), or `NAME:untrained` for random
+            weights.
         image_size: side of the images in pixels. A model that cannot take it gets the next larger size that
             fits its patches, or its own size. "own": the size that timm records for it.
         channels: of the images. Unless 3, timm adapts the first layer, and all channels are normalized by the
             average of the model's means and deviations.
+        seed: of random weights.
 
     Raises:
         UsageError: no such model, no such weights, weights of another model, or no network and no cache.
@@ -102,19 +108,23 @@ def load_backbone(text: str, *, image_size: int | Literal["own"], channels: int 
         )
     candidates = _sizes(name, image_size, channels)
     known: Any = candidates[0][1].pretrained_cfg
+    mean, std = tuple(known["mean"]), tuple(known["std"])
+    if channels != 3:
+        mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
+
+    def backbone(encoder: nn.Module, size: int) -> Backbone:
+        model = LeJEPAModel(encoder, nn.Identity(), num_global=1)
+        return Backbone(name, model, size, mean, std, file or "hub")
+
+    if file == UNTRAINED:
+        return backbone(_with_random_weights(candidates[0][1], seed), candidates[0][0])
     path = Path(file) if file else _hub_file(name, known)
     state, refusals = read_weights(path), []
     for size, empty in candidates:
         try:
-            encoder = _with_weights(empty, state)
+            return backbone(_with_weights(empty, state), size)
         except Exception as error:  # of PyTorch, or of timm's conversion of older files
             refusals.append(error)
-            continue
-        mean, std = tuple(known["mean"]), tuple(known["std"])
-        if channels != 3:
-            mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
-        model = LeJEPAModel(encoder, nn.Identity(), num_global=1)
-        return Backbone(name, model, size, mean, std, str(path) if file else "hub")
     problem = _in_short(refusals[-1])
     raise UsageError(f"--backbone: {path} does not hold the weights of {name} ({problem})") from refusals[-1]
 
@@ -130,8 +140,9 @@ def evaluate_backbone(
 ) -> BackboneResult:
     """Evaluate a backbone by `evaluate_model`, at its image size and with its normalization.
 
-    `cfg` and `options` are those of `evaluate_model`; the model leaves the device afterwards. A RunError
-    names the backbone and its weights.
+    `cfg` and `options` are those of `evaluate_model`; the model leaves the device afterwards. BatchNorm of an
+    untrained one is calibrated, as that of our untrained encoder. A RunError names the backbone and its
+    weights.
     """
     own = replace(
         cfg,
@@ -140,6 +151,7 @@ def evaluate_backbone(
     )
     model = backbone.model.to(device)
     try:
+        options["calibrate"] = backbone.weights == UNTRAINED
         result = evaluate_model(model, train_source, val_source, own, device=device, **options)
     except RunError as error:
         raise RunError(f"--backbone: {backbone.name} (weights: {backbone.weights}): {error}") from error
@@ -177,6 +189,14 @@ def _sizes(name: str, image_size: int | Literal["own"], channels: int) -> list[t
 def _on_meta(name: str, img_size: int | None, channels: int) -> nn.Module:
     with torch.device("meta"):
         return build_encoder(ModelConfig(name=name, img_size=img_size), channels)
+
+
+def _with_random_weights(empty: nn.Module, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        encoder = timm.create_model(**cast(dict[str, Any], empty.encoder_args))
+    avoid_strided_pointwise(encoder)
+    return encoder
 
 
 def _with_weights(empty: nn.Module, state: dict[str, Tensor]) -> nn.Module:

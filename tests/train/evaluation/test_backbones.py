@@ -18,7 +18,7 @@ from lejepa_fast.train.checkpoint.saving import Saver
 from lejepa_fast.train.config import to_dict
 from lejepa_fast.train.evaluation import backbones as module
 from lejepa_fast.train.evaluation.backbones import load_backbone, load_backbones
-from lejepa_fast.train.evaluation.protocol import evaluate_model, open_splits
+from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained, open_splits
 from lejepa_fast.train.model.model import LeJEPAModel, build_model
 from lejepa_fast.train.model.strided_pointwise import StridedPointwise
 
@@ -68,6 +68,20 @@ def test_the_prefix_of_parallel_training_is_left_out(weights, tmp_path, file):
     (save_file if file.endswith("safetensors") else torch.save)(tensors, tmp_path / file)
     backbone = load_backbone(f"test_resnet:{tmp_path / file}", image_size=32)
     torch.testing.assert_close(backbone.model.eval().embed(images(32))[0], features(model, images(32)))
+
+
+def test_an_untrained_backbone_is_the_untrained_encoder_of_a_run(tiny):
+    """Same weights for the same seed, and its BatchNorm calibrated alike."""
+    backbone = load_backbone("test_resnet:untrained", image_size=32, seed=3)
+    assert backbone.weights == "untrained"
+    crops = {"mean": backbone.mean, "std": backbone.std}
+    cfg = tiny(seed=3, model={"name": "test_resnet"}, crops=crops, eval={"image_size": 32})
+    sources, options = open_splits(cfg.data), {"device": CPU.device, "linear_steps": 5}
+    expected = evaluate_untrained(cfg, *sources, **options)
+    found = module.evaluate_backbone(backbone, *sources, cfg, **options).result
+    assert (found.knn, found.linear) == (expected.knn, expected.linear)
+    running = backbone.model.encoder.bn1.running_var  # type: ignore[union-attr]
+    assert not torch.equal(running, torch.ones_like(running))
 
 
 def test_fine_tuning_a_backbone_avoids_the_fault_of_onednn(weights):

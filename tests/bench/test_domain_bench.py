@@ -1,0 +1,112 @@
+"""In-domain against transfer: drawn images, a row for each set and seed, the same labels, the table."""
+
+from dataclasses import replace
+
+import domain_bench
+import efficientnet_lite0
+import pytest
+import timm
+import torch
+from benchlib import read_rows
+from PIL import Image
+
+from lejepa_fast.data import open_source
+from lejepa_fast.train.evaluation import fine_tuning
+from lejepa_fast.train.evaluation.backbones import evaluate_backbone, load_backbone
+from lejepa_fast.train.evaluation.protocol import open_evaluation
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Short fine-tuning, small images, and weights without their package."""
+    torch.manual_seed(0)
+    weights = timm.create_model(efficientnet_lite0.MODEL).state_dict()
+    monkeypatch.setattr(efficientnet_lite0, "converted_weights", lambda: weights)
+    monkeypatch.setattr(fine_tuning, "SMALLEST_NUMBER_OF_STEPS", 1)
+    monkeypatch.setattr(domain_bench, "STORED_SIZE", 32)
+
+
+def test_each_set_and_seed_is_a_row_once_and_all_encoders_get_the_same_labels(
+    small, image_folder, tmp_path, capsys, monkeypatch
+):
+    command = ["--rehearse", "--sets", f"tints={image_folder}", "--work", str(tmp_path / "work")]
+    command += ["--out", str(tmp_path), "--fine-tune", "1", "--seeds"]
+    assert domain_bench.main([*command, "3", "--fine-tune-lejepa"]) == 0
+    (row,) = read_rows(tmp_path / "domain.jsonl")
+    assert (row["set"], row["settings"]["seed"], row["rehearsal"], row["n_train"]) == ("tints", 3, True, 32)
+    assert {"device", "torch", "timm", "commit"} <= row.keys()
+    assert "fine_tuned" in row["few_shot"]["lejepa"]["1"]
+    assert "LeJEPA, fine-tuned" in capsys.readouterr().out
+    assert row["few_shot"]["untrained"]["1"].keys() >= {"linear", "knn", "fine_tuned"}
+
+    # The transferred encoder by the protocol of the evaluation, whose labels the others have.
+    work = tmp_path / "work" / "rehearsal"
+    cfg = domain_bench.configuration(work / "images" / "tints-64-32-32", tmp_path, 3, 1, 0)
+    cfg = replace(cfg, eval=replace(cfg.eval, few_shot="1,all"))
+    backbone = load_backbone(domain_bench.transfer_weights(work), image_size=32)
+    expected = evaluate_backbone(backbone, *open_evaluation(cfg), cfg, device=torch.device("cpu")).result
+    assert row["few_shot"]["transfer"] == domain_bench.means(expected.few_shot)
+
+    trained = []
+
+    def measure(cfg, transfer, *, fine_tune_lejepa):
+        trained.append((cfg.seed, fine_tune_lejepa))
+        return {"few_shot": row["few_shot"], "seconds": 0}
+
+    monkeypatch.setattr(domain_bench, "measure", measure)
+    for _ in range(2):
+        assert domain_bench.main([*command, "3", "4", "--fine-tune-lejepa"]) == 0
+    assert domain_bench.main([*command, "3"]) == 0  # without that column: another measurement
+    assert trained == [(4, True), (3, False)]
+    assert len(read_rows(tmp_path / "domain.jsonl")) == 3
+
+
+def test_drawn_images_are_a_fixed_part_reduced_to_the_stored_size(small, image_folder, tmp_path):
+    for name in ("first", "second"):
+        domain_bench.write_images(str(image_folder), tmp_path / name, {"train": 20, "val": 12})
+    files = [
+        sorted(path.relative_to(tmp_path / n) for path in (tmp_path / n).rglob("*.jpg"))
+        for n in ("first", "second")
+    ]
+    assert files[0] == files[1]
+    train, val = (open_source(str(tmp_path / "first"), split) for split in ("train", "val"))
+    assert (len(train), len(val), train.classes) == (20, 12, ["blue", "red"])
+    original = open_source(str(image_folder), "train")
+    for file in (tmp_path / "first" / "train").rglob("*.jpg"):
+        image, label = original[int(file.stem)]
+        assert original.classes[label] == file.parent.name
+        with Image.open(file) as stored:
+            assert stored.size == (32, 32)
+            colors = [each.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)) for each in (stored, image)]
+        assert colors[0] == pytest.approx(colors[1], abs=4)
+
+
+def test_the_table_has_mean_and_deviation_over_seeds_of_the_columns_that_all_rows_have():
+    def row(name, value):
+        figures = {
+            encoder: {"1": {"linear": value + i}}
+            for i, encoder in enumerate(("lejepa", "untrained", "transfer"))
+        }
+        figures["untrained"]["1"]["fine_tuned"] = 2 * value
+        return {"set": name, "few_shot": figures}
+
+    header, *lines = domain_bench.summarize([row("a", 10.0), row("b", 50.0), row("a", 14.0)])
+    assert header[1:] == ["LeJEPA, frozen", "from scratch", "ImageNet, frozen", "untrained, frozen"]
+    assert lines == [
+        ["a, 1", "12.0 ± 2.8", "24.0 ± 5.7", "14.0 ± 2.8", "13.0 ± 2.8"],
+        ["b, 1", "50.0", "100.0", "52.0", "51.0"],
+    ]
+
+
+def test_wrong_use_is_one_line(tmp_path, capsys, monkeypatch, small):
+    command = ["--work", str(tmp_path), "--out", str(tmp_path)]
+    assert domain_bench.main([*command, "--sets", "photos"]) == 2
+    assert "error: sets: expected NAME=PATH, got photos" in capsys.readouterr().err
+
+    def missing():
+        raise ImportError
+
+    monkeypatch.setattr(efficientnet_lite0, "converted_weights", missing)
+    assert domain_bench.main(["--work", str(tmp_path / "other"), "--out", str(tmp_path)]) == 2
+    assert "pip install .[bench]" in capsys.readouterr().err
+    assert not (tmp_path / "domain.jsonl").exists()
