@@ -142,7 +142,7 @@ class PlannedStep:
                     for name, value in module.named_buffers(recurse=False):
                         setattr(module, name, fake_mode.from_tensor(value))
             if imitated:  # DDP's reducer copies a finished gradient into a bucket, and makes it a view of it
-                for parameter in self.model.parameters():
+                for parameter in filter(lambda each: each.requires_grad, self.model.parameters()):
                     self.buckets.append(torch.empty_like(parameter, requires_grad=False))
                     hook = functools.partial(_into_bucket, self.buckets[-1])
                     parameter.register_post_accumulate_grad_hook(hook)

@@ -1,6 +1,7 @@
 """The plan: memory against real processes, any number of GPUs from three traces, traffic, bad options."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import parallel_worker as worker
@@ -11,7 +12,7 @@ from training import run_ranks
 
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.train import config, plan
-from lejepa_fast.train.config import Config, DataConfig, ModelConfig, ParallelConfig, from_dict
+from lejepa_fast.train.config import Config, DataConfig, MaskedConfig, ModelConfig, ParallelConfig, from_dict
 from lejepa_fast.train.model.model import build_model
 from lejepa_fast.train.parallel.blocks import find_blocks
 from lejepa_fast.train.planning.autocast import autocast_as_on_gpus
@@ -55,6 +56,32 @@ def test_memory_of_real_processes(tmp_path):
     alone = config.resolve(small(strategy="none", average="ema"))
     planned_alone = trace_step(alone, shards=1, images=4).peak
     assert planned_alone == pytest.approx(worker.allocator_peak(alone, 4), rel=0.1)
+
+
+@pytest.mark.parametrize("objective", ["ijepa", "masked-lejepa"])
+def test_memory_of_masked_prediction(objective):
+    """Target encoder and predictor count; against PyTorch's CPU allocator, and in proportion to images."""
+    cfg = config.resolve(masked(objective, strategy="none"))
+    found = plan_memory(cfg, shards=1, images=4)
+    assert found.traced.peak == pytest.approx(worker.allocator_peak(cfg, 4), rel=0.1)
+    assert found.peak(1, 10) == pytest.approx(trace_step(cfg, shards=1, images=10).peak, rel=0.03)
+    model = build_model(cfg, meta=True)
+    sizes = [4 * (3 if p.requires_grad else 1) * p.numel() for p in model.parameters()]
+    assert found.traced.state == pytest.approx(sum(sizes), rel=0.01)
+    for parallel, shards in ({"strategy": "ddp"}, 1), ({"strategy": "fsdp"}, 4):
+        trace = trace_step(masked(objective, **parallel), shards=shards, images=4)
+        assert trace.state == pytest.approx(sum(sizes) / shards, rel=0.04)  # small ones are not cut evenly
+        trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        sent = trace.traffic.summed if shards == 1 else trace.traffic.scattered
+        assert sent == pytest.approx(trained, rel=0.02)
+
+
+def masked(objective, **parallel):
+    """The same model on one view."""
+    cfg = small(**parallel)
+    crops = replace(cfg.crops, global_crops=1, local_crops=0)
+    predictor = MaskedConfig(predictor_width=96, predictor_depth=2, predictor_heads=4)
+    return replace(cfg, objective=objective, crops=crops, masked=predictor)
 
 
 def test_autocast_has_the_rules_of_gpus():
