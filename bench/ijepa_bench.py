@@ -68,7 +68,7 @@ def batch_of(way: str, masks: str, model: MaskedModel, images: int, device: torc
         return masked_batch(context, targets, prefix, device)
     batch = masked_batch(shortened(context), shortened(targets), prefix, device)
     for packing in (batch.context, batch.blocks):
-        packing.keys = None  # all are of one length: attention goes without a mask
+        packing.keys = None  # type: ignore[assignment]  # one length: attention needs no mask
     return batch
 
 
