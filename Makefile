@@ -21,10 +21,11 @@ help:
 pretrain: $(VENV)/.installed
 	@$(BIN)/python train/pretrain.py --preset laptop --out $(RUN) $(ARGS)
 
-# Tests start many processes: idle OpenMP threads must sleep and not spin on the cores of the others.
+# Tests start many processes: each has one thread, and idle OpenMP threads sleep instead of spinning.
 # The files are shared between two test processes; most tests keep one core busy. In their own order: the default
 # starts the files of few tests, which are the long ones, last.
 test: export OMP_WAIT_POLICY ?= PASSIVE
+test: export OMP_NUM_THREADS ?= 1
 test: lint
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 

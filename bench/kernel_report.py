@@ -39,7 +39,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from unittest import mock
 
 import torch
@@ -73,7 +73,9 @@ _CLOCK, _SMS = 1.98e9, 132
 # Assumptions until they are measured: device memory by a copy, clocks until a load from L2 arrives and until
 # the tensor cores have finished, seconds of a launch, and of one that computes little.
 _DRAM, _LOAD_CLOCKS, _DRAIN_CLOCKS, _LAUNCH, _SMALL = 4.3e12, 700, 100, 2e-6, 4e-6
-_REGISTERS, _SHARED = 65536, 227 * 1024  # of a multiprocessor, sm_90
+_SHARED_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # of a program
+SHARED_BYTES = {target: 1024 * kib for target, kib in _SHARED_KIB.items()}
+_REGISTERS, _SHARED = 65536, SHARED_BYTES["sm_90"]  # of a multiprocessor, sm_90
 TILED = {
     "_sigreg_fwd_kernel": "forward",
     "_sigreg_dp_kernel": "gradient",
@@ -480,8 +482,15 @@ def _row(target: str, dtype: str, uneven: str, plan: Plan, size: Size, kernel: K
     return row
 
 
-def report(target: str, dtypes: list[str], *, uneven: bool = True) -> list[Row]:
-    return [_row(target, dtype, *case) for dtype in dtypes for case in cases(target, dtype, uneven=uneven)]
+def report(target: str, dtypes: list[str], *, which: Literal["all", "even", "first"] = "all") -> list[Row]:
+    """Rows of all cases, of those of even sizes, or of the first case of each kernel."""
+    rows = []
+    for dtype in dtypes:
+        found = cases(target, dtype, uneven=which == "all")
+        if which == "first":
+            found = [*{case[-1].name: case for case in reversed(found)}.values()]
+        rows += [_row(target, dtype, *case) for case in found]
+    return rows
 
 
 def budget_key(row: Row) -> str:
@@ -490,11 +499,14 @@ def budget_key(row: Row) -> str:
 
 def violations(rows: list[Row], budgets: Row) -> list[str]:
     """What breaks the rules: no recorded budget, more spills than recorded (none, if none are), other
-    tensor-core instructions, 10 % more FP32 instructions than recorded.
+    tensor-core instructions, 10 % more FP32 instructions than recorded, more shared memory than a program
+    can have.
     """
     found = []
     for row in rows:
         version, name = ".".join(row["triton"].split(".")[:2]), budget_key(row)
+        if row["shared_bytes"] > SHARED_BYTES[row["target"]]:
+            found.append(f"{name}: {row['shared_bytes']} bytes of shared memory")
         budget = budgets.get(f"triton {version} {name}") or budgets.get(name)
         if budget is None:
             found.append(f"{name}: no budget in {BUDGETS.name}")

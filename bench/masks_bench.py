@@ -39,7 +39,8 @@ def _multi_block(side: int) -> MultiBlockMasks:
 def ours(side: int, batch: int, number: int) -> Masks:
     """Batch `number` of this project."""
     images = range(number * batch, (number + 1) * batch)
-    return Masks(*(mask.numpy() for mask in _multi_block(side)(0, 0, images)))
+    context, targets = _multi_block(side)(0, 0, images)
+    return Masks(context.numpy(), targets.numpy())
 
 
 def public_collator(side: int, batch: int, number: int) -> Masks:

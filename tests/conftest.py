@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,8 +75,14 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny(image_folder: Path, tmp_path: Path) -> "Callable[..., Config]":
+def tiny(configure: "Callable[..., Config]", tmp_path: Path) -> "Callable[..., Config]":
     """Makes a configuration of 12 steps in 3 epochs; keywords replace fields, dicts those of a section."""
+    return partial(configure, out=tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def configure(image_folder: Path) -> "Callable[..., Config]":
+    """As `tiny`, for fixtures that several tests share, which give `out`."""
     # Not above: the tests of the kernels run without the trainer's command line.
     from lejepa_fast.train.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig
 
@@ -93,7 +100,6 @@ def tiny(image_folder: Path, tmp_path: Path) -> "Callable[..., Config]":
             loss=LossConfig(num_slices=32),
             optim=OptimConfig(lr=1e-3),
             eval=EvalConfig(every=0, batch_size=16, k=3),
-            out=tmp_path / "run",
             epochs=3,
             device="cpu",
             log_every=1,

@@ -18,7 +18,7 @@ SIX = [
 
 
 def test_six_architectures_train_with_the_same_settings(image_folder, tmp_path, capsys):
-    command = ["--data", str(image_folder), "--steps", "4", "--out", str(tmp_path)]
+    command = ["--data", str(image_folder), "--steps", "2", "--out", str(tmp_path)]
     architectures_bench.main([*command, "--models", *SIX, "no_such_model"])
     *rows, refused = read_rows(tmp_path / "architectures.jsonl")
     assert [row["model"] for row in rows] == SIX

@@ -64,8 +64,10 @@ def test_the_grids_are_valid_and_the_last_has_24_runs(tmp_path):
 @pytest.mark.slow
 def test_a_rehearsal_trains(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(stability_bench, "PARTS", {"lambda": ["loss.lambd=0.05"]})
     rows, runs = str(tmp_path / "rows"), str(tmp_path / "runs")
     stability_bench.main(["--rehearse", "--part", "lambda", "--out", rows, "--runs", runs])
-    found = read_rows(tmp_path / "rows" / "stability.jsonl")
-    assert len(found) == 3
-    assert all(row["rehearsal"] and row["steps"] == 6 and row["knn_trained"] > 0 for row in found)
+    (row,) = read_rows(tmp_path / "rows" / "stability.jsonl")
+    assert row["rehearsal"]
+    assert row["steps"] == 6
+    assert row["knn_trained"] > 0

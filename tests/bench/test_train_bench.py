@@ -55,7 +55,10 @@ def test_the_budget_ends_the_cases(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_rehearsal_measures_the_real_trainer_in_every_kind_of_case_and_judges_nothing(tmp_path, capsys):
+def test_a_rehearsal_measures_the_real_trainer_in_every_kind_of_case_and_judges_nothing(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train_bench, "DISTINCT", 16)
     train_bench.main(["--rehearse", "--out", str(tmp_path)])
     rows = benchlib.read_rows(tmp_path / "train.jsonl")
     assert all(row["rehearsal"] and "error" not in row for row in rows)

@@ -80,20 +80,25 @@ def lejepa_loss(**options: Any):
     return lambda z: loss_fn(z[:2], z).total
 
 
-def run(rank: int, world_size: int, folder: str) -> None:
+def run(rank: int, folder: str) -> None:
+    """This rank of four, of two if it is one of the first, and rank 0 alone: `folder/WORLD_SIZE-RANK.pt`."""
     from interpreter_speed import patch_language_once  # not above: it imports Triton, which is to interpret
 
     torch.set_num_threads(1)
     patch_language_once()
-    modules = {impl: lejepa_loss(impl=impl) for impl in ("reference", "torch")}  # before the group exists
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
-    try:
-        results = collect(rank, world_size, modules)
-    finally:
-        gc.collect()  # a DDP module that outlives its process group can abort the interpreter's exit
-        with contextlib.suppress(Exception):
-            dist.destroy_process_group()
-    torch.save(results, Path(folder) / f"rank{rank}.pt")
+    for world_size in sorted(EQUAL, reverse=True):
+        if rank >= world_size:
+            break
+        modules = {impl: lejepa_loss(impl=impl) for impl in ("reference", "torch")}  # before the group exists
+        store = f"file://{folder}/init{world_size}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+        try:
+            results = collect(rank, world_size, modules)
+        finally:
+            gc.collect()  # a DDP module that outlives its process group can abort the interpreter's exit
+            with contextlib.suppress(Exception):
+                dist.destroy_process_group()
+        torch.save(results, Path(folder) / f"{world_size}-{rank}.pt")
 
 
 def collect(rank: int, world_size: int, modules: dict[str, Any]) -> dict[Any, Any]:

@@ -31,7 +31,7 @@ from lejepa_fast.train.planning.memory import PlannedStep
 from lejepa_fast.train.pretrain import pretrain
 from lejepa_fast.train.runtime.world import World, reported_elsewhere
 
-STEPS = 20
+STEPS = 12
 CPU = torch.device("cpu")
 SWIN = '{"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "strict_img_size": false}'
 # Small members of each family: timm's name, arguments, size of the local crops.
@@ -58,7 +58,7 @@ MODEL = {"name": "test_vit", "kwargs": '{"depth": 3}', **PROJECTOR}
 
 
 def run_config(images: str, out: Path, **changes: Any) -> Config:
-    """20 steps of a small transformer, 4 an epoch: clipping, averaged weights, probes after 3 epochs."""
+    """12 steps of a small transformer, 4 an epoch: clipping, averaged weights, probes after 2 epochs."""
     values = {
         "data": {"path": images, "batch_size": 8, "workers": 0},
         "crops": {"global_size": 32, "local_crops": 1, "local_size": 16, "blur_kernel": 3},
@@ -66,12 +66,12 @@ def run_config(images: str, out: Path, **changes: Any) -> Config:
         "loss": {"num_slices": 32},
         "optim": {"lr": 2e-4, "clip_grad_norm": 0.5},
         "average": {"kind": "ema", "decay": 0.7},
-        "eval": {"every": 3, "linear_steps": 20, "batch_size": 16, "k": 3},
+        "eval": {"every": 2, "linear_steps": 20, "batch_size": 16, "k": 3},
         "out": str(out),
         "max_steps": STEPS,
         "device": "cpu",
         "log_every": 1,
-        "checkpoint_every": 10,
+        "checkpoint_every": 6,
         "tensorboard": False,
     }
     return from_dict(values | changes)
@@ -92,7 +92,7 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
     """All that two ranks do; the results go to `folder/rankN.pt`. Some resume the run `folder/one`."""
     results: dict[str, Any] = {}
     root = Path(folder)
-    middle = str(root / "one" / "checkpoints" / "step-00000010")
+    middle = str(root / "one" / "checkpoints" / "step-00000006")
     ddp, fsdp = {"strategy": "ddp"}, {"strategy": "fsdp"}
     kept = {"keep_gathered": True, "activation_checkpointing": "full"}
 

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Shard
 from lejepa_fast.train.checkpoint.saving import Saver
 from lejepa_fast.train.runtime.world import World
 
-SHAPE = (20_000, 300)  # 24 MB: large enough that writing, and not planning, is most of a save
+SHAPE = (8_000, 300)  # 10 MB: large enough that writing, and not planning, is most of a save
 
 
 def save_without_end(rank: int, folder: str, attempt: int, step: int) -> None:

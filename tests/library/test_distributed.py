@@ -9,14 +9,20 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 two_ranks_only = "two ranks only, to save time"
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda w: f"{w}-ranks")
-def ranks(request, tmp_path_factory):
-    """Results of every rank; one set of processes serves all tests of this file."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Results of every number of ranks and rank; four processes, which start once, serve all tests."""
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TRITON_INTERPRET", "1")  # impl="triton" on CPU tensors, in these processes only
-        mp.spawn(worker.run, args=(request.param, str(folder)), nprocs=request.param)
-    return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(request.param)]
+        mp.spawn(worker.run, args=(str(folder),), nprocs=max(worker.EQUAL))
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(worker.EQUAL), ids=lambda w: f"{w}-ranks")
+def ranks(request, folder):
+    """Results of every rank."""
+    return [torch.load(folder / f"{request.param}-{r}.pt", weights_only=False) for r in range(request.param)]
 
 
 def single_process(loss_fn, dtype):

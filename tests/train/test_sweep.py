@@ -65,12 +65,12 @@ def test_a_failed_run_is_reported_and_the_others_go_on_and_the_next_call_runs_it
 
 def test_runs_take_turns_on_the_gpus(sweeping, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
-    assert sweeping("--grid", "loss.lambd=0.01,0.02,0.05,0.06") == 0
+    assert sweeping("--grid", "loss.lambd=0.01,0.02,0.05") == 0
     assert {call[1] for call in sweeping.calls()[:2]} == {"3", "GPU-5"}
     assert {call[1] for call in sweeping.calls()} == {"3", "GPU-5"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert sweeping("--grid", "loss.lambd=0.07", "--jobs", "2") == 0
-    assert len(sweeping.calls()) == 5
+    assert len(sweeping.calls()) == 4
 
 
 def test_sigterm_lets_the_runs_save_and_starts_no_more(sweeping, tmp_path, capsys):

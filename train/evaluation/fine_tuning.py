@@ -86,7 +86,7 @@ def fine_tune(
 
     def fit(images: ImageSource, rate: float) -> nn.Module:
         torch.manual_seed(seed)
-        trunk = copy.deepcopy(encoder).train()
+        trunk = copy.deepcopy(encoder).train().requires_grad_()  # a target encoder is frozen
         steps = max(SMALLEST_NUMBER_OF_STEPS, epochs * (len(images) // min(BATCH, len(images))))
         head = None
         with torch.enable_grad():

@@ -160,7 +160,7 @@ def test_a_second_ctrl_c_exits_with_130(tiny, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_signals_end_the_command_with_the_state_saved(tiny, tmp_path):
     """SIGTERM: exit code 0; Ctrl-C: 130; each saves, and the losses are those of the undisturbed run."""
-    cfg = tiny(epochs=400, data={"workers": 2})
+    cfg = tiny(epochs=400, data={"workers": 1})
     command = [sys.executable, str(SCRIPT), *arguments_of(cfg, tmp_path / "configs")]
     # As many threads as here, so that both add up in the same order.
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}

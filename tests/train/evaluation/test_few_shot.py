@@ -120,11 +120,11 @@ def test_fine_tuning_learns_leaves_the_encoder_alone_and_repeats(tiny, monkeypat
     assert (during.fine_tuned, during.few_shot) == (None, None)
 
 
-def fine_tuned(cfg, rows, y):
+def fine_tuned(cfg, rows, y, *, frozen=False):
     """R2 of an encoder that is fine-tuned on these training images, whose numbers are y (32,)."""
     train, val = (protocol._numbered(source) for source in protocol.open_splits(cfg.data))
     return fine_tuning.fine_tune(
-        build_model(cfg).encoder,
+        build_model(cfg).encoder.requires_grad_(not frozen),
         train.subset(rows),
         y,
         lambda source: eval_loader(source, image_size=32, batch_size=8),
@@ -146,3 +146,4 @@ def test_fine_tuning_reads_drawn_labels_alone_and_takes_a_single_image(tiny, mon
     others = torch.where(y < 4, y, 1000 + 7 * y)
     assert fine_tuned(cfg, [0, 1, 2, 3], y) == fine_tuned(cfg, [0, 1, 2, 3], others)
     assert fine_tuned(cfg, [5], y) == pytest.approx(fine_tuned(cfg, [5, 5], y))
+    assert fine_tuned(cfg, [0, 1, 2, 3], y, frozen=True) == fine_tuned(cfg, [0, 1, 2, 3], y)

@@ -249,10 +249,10 @@ def test_the_threshold_keeps_the_fewest_pixels_that_hold_the_share():
 # ---- the command ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(tiny):
-    """A run of one step."""
-    cfg = tiny(max_steps=1)
+@pytest.fixture(scope="module")
+def run(configure, tmp_path_factory):
+    """A run of one step, which the tests only read."""
+    cfg = configure(out=tmp_path_factory.mktemp("segmentation") / "run", max_steps=1)
     train_only(cfg)
     return cfg.out
 

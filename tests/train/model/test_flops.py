@@ -52,7 +52,7 @@ def test_convolutional_networks_against_their_published_count(name, macs, stem):
 
 def test_recomputation_is_not_counted():
     """Activation checkpointing runs the blocks once more: the counter sees it, the model has not grown."""
-    cfg = Config(model=ModelConfig(name="vit_tiny"), crops=CROPS)
+    cfg = Config(model=ModelConfig(name="vit_tiny", kwargs='{"depth": 2}'), crops=CROPS)
     model = build_model(cfg, meta=True)
     plain = flops.count_flops(cfg, model).global_view
     model.encoder.set_grad_checkpointing()

@@ -64,11 +64,11 @@ def check_same_course(one, name, *, first=1, rel=1e-05):
     losses = [row["loss"] for row in expected.values()]
     assert max(losses) / min(losses) > 1.001  # they moved: the tolerance compares something
     probes = [{row["step"]: (row["knn"], row["linear"]) for row in rows_of(c, "eval")} for c in (other, one)]
-    assert probes[0][12] == probes[1][12]
-    assert None not in probes[0][12]
+    assert probes[0][8] == probes[1][8]
+    assert None not in probes[0][8]
 
     mine, theirs, weights = (
-        checkpoint.load_model(folder_of(one) / run / "checkpoints" / "step-00000020", section)
+        checkpoint.load_model(folder_of(one) / run / "checkpoints" / "step-00000012", section)
         for run, section in ((name, "average"), ("one", "average"), ("one", "model"))
     )
     assert mine.keys() == theirs.keys()
@@ -82,7 +82,7 @@ def check_same_course(one, name, *, first=1, rel=1e-05):
 
 
 @pytest.mark.parametrize(
-    ("name", "first"), [("ddp", 1), ("fsdp", 1), ("hsdp", 1), ("one to fsdp", 11), ("one to ddp", 11)]
+    ("name", "first"), [("ddp", 1), ("fsdp", 1), ("hsdp", 1), ("one to fsdp", 7), ("one to ddp", 7)]
 )
 def test_two_ranks_equal_one_process(name, first, one, ranks):
     """From the start, or from the middle of a run of one process."""
@@ -117,15 +117,15 @@ def test_recomputed_and_compiled_it_is_the_same(one, ranks):
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_a_run_goes_on_on_fewer_ranks(name, one, ranks):
     out = folder_of(one) / f"{name} to one"
-    cfg = replace(one, out=out, resume=str(folder_of(one) / name / "checkpoints" / "step-00000010"))
+    cfg = replace(one, out=out, resume=str(folder_of(one) / name / "checkpoints" / "step-00000006"))
     worker.train(cfg, CPU)
-    check_same_course(one, out.name, first=11)
+    check_same_course(one, out.name, first=7)
 
 
 def test_a_sharded_run_is_evaluated_and_exported_whole(one, ranks):
     run = folder_of(one) / "fsdp"
     assert (run / "report" / "report.html").exists()
-    assert [row["step"] for row in rows_of(replace(one, out=run), "eval")] == [12, 20]
+    assert [row["step"] for row in rows_of(replace(one, out=run), "eval")] == [8, 12]
     out = run / "again.safetensors"  # of the average
     assert export.main(["--checkpoint", str(run), "--out", str(out)]) == 0
     assert out.read_bytes() == (run / "encoder.safetensors").read_bytes()

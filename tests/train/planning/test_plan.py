@@ -21,13 +21,13 @@ from lejepa_fast.train.planning.memory import Traffic, plan_memory, trace_step
 from lejepa_fast.train.planning.options import PlanOptions
 from lejepa_fast.train.runtime.gpu_specs import GIB
 
-MODEL = {"name": "vit_tiny", "kwargs": '{"depth": 4}', "projector_hidden": 256, "projector_dim": 64}
+MODEL = {"name": "vit_tiny", "projector_hidden": 256, "projector_dim": 64}
 
 
-def small(*, precision="fp32", average="none", **parallel):
+def small(*, depth=2, precision="fp32", average="none", **parallel):
     return from_dict(
         {
-            "model": MODEL,
+            "model": MODEL | {"kwargs": json.dumps({"depth": depth})},
             "crops": {"global_size": 112, "local_size": 56, "local_crops": 2},
             "loss": {"num_slices": 128, "impl": "torch"},
             "parallel": {"strategy": "fsdp", **parallel},
@@ -113,7 +113,7 @@ def test_any_number_of_gpus_from_three_traces():
 
 @pytest.mark.parametrize(("replicate", "shards"), [(1, 4), (4, 4), (4, 1)])
 def test_state_is_sharded_within_a_group_and_nothing_is_left(replicate, shards):
-    cfg = small(replicate=replicate)
+    cfg = small(depth=4, replicate=replicate)
     resize = torch.UntypedStorage.resize_
     trace = trace_step(cfg, shards=shards, images=2)
     assert not torch.distributed.is_initialized()
