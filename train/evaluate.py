@@ -106,8 +106,9 @@ def _evaluate(options: Options) -> None:
 
 def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
     # Not above: `--help` does not wait for PyTorch.
-    from lejepa_fast.train.checkpoint.trained_model import load_trained
+    from lejepa_fast.train.checkpoint.trained_model import load_masked, load_trained
     from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained
+    from lejepa_fast.train.report.predictor_pictures import masked_examples
     from lejepa_fast.train.report.report import write_report
     from lejepa_fast.train.report.results_table import format_table
 
@@ -125,6 +126,9 @@ def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
         each is not None for each in (options.data, options.val_fraction, options.labels, options.image_size)
     ):
         history = [row for row in history if row["kind"] != "eval"]  # measured on other images
+    masked = None
+    if (whole := load_masked(path, averaged=averaged)) is not None:
+        masked = masked_examples(whole.to(setting["device"]), cfg, train_source, val_source)
     page = write_report(
         _made(options.out or run_dir / "evaluation" / path.name),
         config=to_dict(run),
@@ -137,6 +141,7 @@ def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
         trained=trained,
         untrained=untrained,
         backbones=others,
+        masked=masked,
     )
     if averaged:
         print("of the averaged weights:")

@@ -77,8 +77,9 @@ def pretrain(cfg: Config, world: "World") -> Path:
 
 
 def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
-    from lejepa_fast.train.checkpoint.trained_model import export_encoder
+    from lejepa_fast.train.checkpoint.trained_model import export_encoder, load_masked
     from lejepa_fast.train.evaluation.protocol import evaluate_untrained
+    from lejepa_fast.train.report.predictor_pictures import masked_examples
     from lejepa_fast.train.report.report import write_report
     from lejepa_fast.train.report.results_table import format_table
 
@@ -92,6 +93,9 @@ def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
         untrained = evaluate_untrained(cfg, *trainer.evaluated, **trainer.evaluation_options)
     trainer.loader.set_epoch(0)
     views = next(iter(trainer.loader))[0]
+    masked = None
+    if cfg.objective != "lejepa" and (whole := load_masked(trainer.run_dir)) is not None:
+        masked = masked_examples(whole.to(trainer.world.device), cfg, *trainer.evaluated)
     page = write_report(
         trainer.run_dir,
         config=config.to_dict(cfg),
@@ -103,6 +107,7 @@ def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
         history=read_rows(trainer.metrics.path),
         views=[view[:6].cpu() for view in views],
         steps=trainer.step,
+        masked=masked,
     )
     print(format_table({"untrained": untrained, "trained": trained}))
     if trained.no_labels_because:

@@ -17,7 +17,8 @@ from lejepa_fast.errors import UsageError
 from lejepa_fast.regular_files import open_regular
 from lejepa_fast.train.checkpoint.storage import find_checkpoint, has_average, load_model
 from lejepa_fast.train.config import Config, from_dict
-from lejepa_fast.train.model.model import LeJEPAModel, build_model, evaluated
+from lejepa_fast.train.model.masked import MaskedModel
+from lejepa_fast.train.model.model import LeJEPAModel, TrainedModule, build_model, evaluated
 from lejepa_fast.train.runtime.files import write_atomically
 
 log = logging.getLogger("lejepa_fast.train")
@@ -48,6 +49,22 @@ def load_trained(
     `averaged`, and with the encoder `which` if there are two. UsageError if there is none, or it holds
     another model than its configuration describes."""
     path, state = find_checkpoint(where)
+    model, cfg, averaged = _load_whole(path, state, averaged)
+    return TrainedModel(evaluated(model, which), cfg, state["step"], path, averaged, state["data"])
+
+
+def load_masked(where: Path, *, averaged: bool = True) -> MaskedModel | None:
+    """Load the whole model of a masked objective, on the CPU; None of LeJEPA. UsageError as there."""
+    path, state = find_checkpoint(where)
+    if state["config"].get("objective", "lejepa") == "lejepa":
+        return None
+    model = _load_whole(path, state, averaged)[0]
+    assert isinstance(model, MaskedModel)
+    return model
+
+
+def _load_whole(path: Path, state: Mapping[str, Any], averaged: bool) -> tuple[TrainedModule, Config, bool]:
+    """Model with all its parts, configuration, and whether the weights are the averaged ones."""
     cfg = from_dict(state["config"], where=f"checkpoint {path}")
     averaged = averaged and has_average(state)
     model = build_model(cfg)
@@ -59,7 +76,7 @@ def load_trained(
             f"checkpoint {path} does not hold the model that its configuration describes ({difference}); "
             "use the version of lejepa_fast that wrote it"
         ) from error
-    return TrainedModel(evaluated(model, which), cfg, state["step"], path, averaged, state["data"])
+    return model, cfg, averaged
 
 
 def export_encoder(

@@ -22,6 +22,7 @@ from torch import Tensor
 from lejepa_fast.train.evaluation.collapse import covariance_eigenvalues
 
 Rows = Sequence[Mapping[str, Any]]
+_Panel = tuple[str, str, float | None, str]
 
 TRAINED, UNTRAINED, TARGET = "#0b6bcb", "#d9822b", "#3b4252"
 MUTED = "#616e7c"
@@ -71,12 +72,28 @@ def series(rows: Rows, kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
 def plot_losses(path: Path, rows: Rows, *, sigreg_floor: float, batch: int) -> None:
     """Losses and embedding std over steps of `batch` images; `sigreg_floor` is the expectation of SIGReg
     under N(0, I)."""
-    panels = [
+    panels: list[_Panel] = [
         ("loss", "total loss", None, ""),
         ("prediction", "prediction loss", None, ""),
         ("sigreg", f"SIGReg of {batch} images", sigreg_floor, f"N(0, I): {sigreg_floor:.2f}"),
         ("embedding_std", "embedding std", 1.0, "target: 1"),
     ]
+    _plot_panels(path, rows, panels)
+
+
+def plot_targets(path: Path, rows: Rows) -> None:
+    """Of a masked objective: prediction loss, and how the targets spread, over steps."""
+    panels: list[_Panel] = [
+        ("prediction", "prediction loss", None, ""),
+        ("target_std", "std of the targets", None, ""),
+        ("between_rank", "effective rank between images", None, ""),
+        ("within_rank", "effective rank within images", None, ""),
+    ]
+    _plot_panels(path, rows, panels)
+
+
+def _plot_panels(path: Path, rows: Rows, panels: Sequence[_Panel]) -> None:
+    """Four panels of rows of kind "train": key, title, and a level with its label or None."""
     with report_figure(path, 10.0, 5.6) as figure:
         for ax, (key, title, level, label) in zip(figure.subplots(2, 2).flat, panels, strict=True):
             steps, values = series(rows, "train", key)

@@ -22,6 +22,9 @@ from lejepa_fast.train.evaluation.backbones import BackboneResult
 from lejepa_fast.train.evaluation.collapse import rank_floors, sigreg_levels
 from lejepa_fast.train.evaluation.protocol import EvalResult
 from lejepa_fast.train.report import plots
+from lejepa_fast.train.report.mask_overlays import draw_masks
+from lejepa_fast.train.report.overlays import to_pixels
+from lejepa_fast.train.report.predictor_pictures import MaskedExamples, draw_predictions
 from lejepa_fast.train.report.results_table import TRAINED, UNTRAINED, few_shot_rows, table_rows
 from lejepa_fast.train.runtime.files import disk_errors_named
 
@@ -40,6 +43,7 @@ def write_report(
     backbones: Mapping[str, BackboneResult] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     views_of: str | None = None,
+    masked: MaskedExamples | None = None,
 ) -> Path:
     """Write `run_dir/report/`, in place of an earlier report, and return the path of its `report.html`.
 
@@ -56,6 +60,8 @@ def write_report(
         backbones: further columns of the table, by name.
         evaluation: how both were evaluated, the section `eval` of a configuration; None: that of `config`.
         views_of: name of the data of `views`; None: `evaluated_on`.
+        masked: of a masked objective, model and images for the pages of masks and predictions; None: no such
+            pages.
 
     Raises:
         RunError: the folder cannot be written (no space, no permission). An earlier report stays as it is.
@@ -72,7 +78,13 @@ def write_report(
     results = {UNTRAINED: untrained, TRAINED: trained, **_results(backbones or {})}
     with replaced_folder(run_dir / "report") as folder:
         _draw(folder, config, trained, untrained, history, views, steps)
-        more = {"views_of": views_of or evaluated_on}
+        if masked is not None:
+            crops = config["crops"]
+            mean, std = crops["mean"], crops["std"]
+            pixels = to_pixels(masked.images, mean, std)
+            draw_masks(folder / "masks.png", pixels, masked.context, masked.targets)
+            draw_predictions(folder / "predictor.png", masked, mean, std)
+        more = {"views_of": views_of or evaluated_on, "objective": objective_of(config)}
         _write_pages(folder, "report.html.j2", strict_json(summary), results, **more)
     return run_dir / "report" / "report.html"
 
@@ -138,17 +150,25 @@ def _draw(
     steps: int,
 ) -> None:
     """Draw all figures; the arguments are those of `write_report`."""
-    loss, crops = config["loss"], config["crops"]
+    loss, crops, objective = config["loss"], config["crops"], objective_of(config)
     level = sigreg_levels(2, t_max=loss["t_max"], n_points=loss["n_points"]).gaussian
     floor, batch = 0.0 if loss["unbiased"] else level, config["data"]["batch_size"]
-    plots.plot_losses(folder / "loss.png", history, sigreg_floor=floor, batch=batch)
+    if objective != "lejepa":
+        plots.plot_targets(folder / "targets.png", history)
+    if objective != "ijepa":  # which has no SIGReg
+        plots.plot_losses(folder / "loss.png", history, sigreg_floor=floor, batch=batch)
+        plots.plot_projections(folder / "projections.png", trained.z_val, untrained.z_val)
     if trained.knn is not None and untrained.knn is not None and trained.majority is not None:
         ends = {"trained": trained.knn, "untrained": untrained.knn}
         plots.plot_knn(folder / "knn.png", history, steps=steps, majority=trained.majority, **ends)
     normalized = {"mean": crops["mean"], "std": crops["std"]}
     plots.plot_views(folder / "views.png", views, num_global=crops["global_crops"], **normalized)
-    plots.plot_projections(folder / "projections.png", trained.z_val, untrained.z_val)
     plots.plot_spectrum(folder / "spectrum.png", trained.z_val, untrained.z_val)
+
+
+def objective_of(config: Mapping[str, Any]) -> str:
+    """The objective of a run; runs from before there were several trained with LeJEPA."""
+    return config.get("objective", "lejepa")
 
 
 def _write_pages(
