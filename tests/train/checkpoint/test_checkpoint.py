@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -423,7 +424,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(tiny,
 
     def start_and_let_it_fail(*args):
         start(*args)
-        object.__setattr__(trainer, "cfg", tiny(max_steps=200, checkpoint_every=100))
+        trainer.cfg = replace(trainer.cfg, checkpoint_every=100)
         wait_until(lambda: trainer.saver.failed, alive=lambda: True)
 
     monkeypatch.setattr(trainer.saver, "start", start_and_let_it_fail)
