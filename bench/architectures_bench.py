@@ -114,9 +114,10 @@ def train(name: str, steps: int, folder: Path, data: str = EMBEDDED_DATA) -> Row
         losses = [row["loss"] for row in files.read_rows(trainer.metrics.path) if row["kind"] == "train"]
         sources, options = (trainer.train_source, trainer.val_source), trainer.evaluation_options | short
         model, encoder = trainer.model, trainer.model.encoder
-        # So few steps leave the running statistics of some BatchNorm layers far behind.
-        trained = evaluate_model(model, *sources, trainer.cfg, calibrate=True, **options)
-        untrained = evaluate_untrained(trainer.cfg, *sources, **options)
+        with trainer.outside_training():  # SIGTERM ends the evaluation, too
+            # So few steps leave the running statistics of some BatchNorm layers far behind.
+            trained = evaluate_model(model, *sources, trainer.cfg, calibrate=True, **options)
+            untrained = evaluate_untrained(trainer.cfg, *sources, **options)
     row: Row = {
         "family": type(encoder).__module__.rpartition(".")[2],
         "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
