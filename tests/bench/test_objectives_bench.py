@@ -1,0 +1,39 @@
+"""The benchmark of objectives: each run trains and is scored once, and what its row holds."""
+
+import objectives_bench
+import pytest
+from benchlib import read_rows
+
+from lejepa_fast.train import config
+
+NET = ["--model.kwargs", '{"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}']
+TINY = """
+    --masked.predictor-width 16 --masked.predictor-depth 1 --masked.predictor-heads 2
+    --masked.min-keep 1 --masked.target-area 0.1 0.3 --crops.global-size 32 --loss.num-slices 8
+    --data.workers 0 --data.batch-size 8 --eval.linear-steps 2 --no-tensorboard
+"""
+
+
+def test_a_row_has_photographs_ranks_and_numbers(tmp_path, image_folder, monkeypatch, capsys):
+    name = "masked LeJEPA, image"
+    monkeypatch.setattr(objectives_bench, "TABLES", ("count",))  # for time
+    command = ["--rehearse", "--out", str(tmp_path), "--work", str(tmp_path / "work"), "--runs", name]
+    command += ["--extra", "--data.path", str(image_folder), *NET, *TINY.split()]
+    objectives_bench.main(command)
+    (row,) = read_rows(tmp_path / "objectives.jsonl")
+    assert (row["name"], row["steps"], row["rehearsal"]) == (name, 2, True)
+    assert max(row["count_linear_trained"], row["count_knn_untrained"]) < 1
+    assert row["within_rank"] >= 1
+    assert 0 <= row["knn_trained"] <= 100
+    monkeypatch.setattr(objectives_bench, "train", lambda *arguments: pytest.fail("trained again"))
+    objectives_bench.main(command)
+    assert f"{row['count_linear_trained']:.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", objectives_bench.RUNS)
+def test_runs_differ_in_their_objective_alone(name):
+    cfg = config.parse(["--preset", "ijepa-laptop", *objectives_bench.RUNS[name]])
+    assert cfg.objective == {"I-JEPA": "ijepa", "LeJEPA": "lejepa"}.get(name, "masked-lejepa")
+    assert cfg.model == config.parse(["--preset", "ijepa-laptop"]).model
+    assert (cfg.loss.lambd == 0) == ("neither" in name)
+    assert cfg.crops.global_crops == (2 if name == "LeJEPA" else 1)
