@@ -92,7 +92,8 @@ _IJEPA_LAPTOP = Config(
         projector_dim=64,
     ),
     loss=LossConfig(lambd=0.05, num_slices=256),
-    masked=MaskedConfig(predictor_width=64, predictor_depth=2, predictor_heads=4, min_keep=8),
+    # So few steps: at 0.996 the targets lose what differs between images.
+    masked=MaskedConfig(predictor_width=64, predictor_depth=2, predictor_heads=4, min_keep=8, momentum=0.999),
     optim=OptimConfig(lr=1e-3, weight_decay=0.04, final_weight_decay=0.4, warmup_fraction=0.1),
     eval=EvalConfig(every=10),
     epochs=40,
