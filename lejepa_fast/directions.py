@@ -8,13 +8,15 @@ be a tensor on it. Column m does not depend on how many columns are asked for.
 """
 
 import math
-from itertools import starmap
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from . import triton_operators
 from .checks import check_integer
+from .compiled import compiled_module
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
@@ -147,12 +149,20 @@ def _step_tensor(step: int | Tensor, device: torch.device | str | None) -> Tenso
 def _normals(dim: int, num_slices: int, step: Tensor, seed: int) -> Tensor:
     """Standard normal float32 matrix of shape (dim, num_slices)."""
     quads = (dim + 3) // 4
+    u = _uniforms(quads, num_slices, step, seed)
+    rows = [*_box_muller(u[0], u[1]), *_box_muller(u[2], u[3])]  # 4 x (quads, num_slices)
+    return torch.stack(rows, dim=1).view(quads * 4, num_slices)[:dim]
+
+
+def _uniforms(quads: int, num_slices: int, step: Tensor, seed: int) -> Sequence[Tensor]:
+    """Four float32 matrices (quads, num_slices) of multiples of 2^-24: the first and third in (0, 1], where
+    the logarithm is finite and 0 at 1, the second and fourth in [0, 1)."""
+    if step.device.type == "cpu" and (numba := compiled_module("cpu_philox")):
+        return cast("Tensor", numba.uniforms(quads, num_slices, int(step), seed)).unbind()
     column = torch.arange(num_slices, dtype=torch.int64, device=step.device)
     quad = torch.arange(quads, dtype=torch.int64, device=step.device).unsqueeze(1)
     words = philox_4x32(column, quad, step & _MASK, step >> 32, key=(seed & _MASK, (seed >> 32) & _MASK))
-    pairs = starmap(_box_muller, ((words[0], words[1]), (words[2], words[3])))
-    rows = [row for pair in pairs for row in pair]  # 4 x (quads, num_slices)
-    return torch.stack(rows, dim=1).view(quads * 4, num_slices)[:dim]
+    return [((word >> 8) + first).float() * 2.0**-24 for word, first in zip(words, (1, 0, 1, 0), strict=True)]
 
 
 def philox_4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -180,11 +190,8 @@ def _mul_hi_lo(a: Tensor, complement: int) -> tuple[Tensor, Tensor]:
     return a + (negative >> 32), negative & _MASK
 
 
-def _box_muller(word_1: Tensor, word_2: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent standard normals from two 32-bit words, in float32."""
-    scale = 2.0**-24
-    u1 = ((word_1 >> 8) + 1).float() * scale  # (0, 1]: the logarithm is finite, and 0 at 1
-    u2 = (word_2 >> 8).float() * scale  # [0, 1)
+def _box_muller(u1: Tensor, u2: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent standard normals from two uniform numbers, in float32."""
     radius = torch.sqrt(-2 * torch.log(u1))
     angle = (2 * math.pi) * u2
     return radius * torch.cos(angle), radius * torch.sin(angle)

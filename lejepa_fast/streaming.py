@@ -22,8 +22,6 @@ c_{k+1} = 2 c_1 c_k - c_{k-1}, which costs the same here, like j^2.
 Knots that are not equidistant take one sine and cosine each.
 """
 
-import functools
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,9 +29,9 @@ import torch
 from torch import Tensor
 
 from .checks import refuse_double_backward
+from .compiled import compiled_module
 from .reference import full_precision
 
-log = logging.getLogger("lejepa_fast")
 # Elements of one tile (directions x samples): about ten such arrays stay in a CPU's last-level cache, and
 # an operation is long enough for its threads to be worth waking. A GPU needs larger ones to fill it.
 _TILE_ELEMENTS = {"cpu": 1 << 18}
@@ -120,20 +118,7 @@ ecf_sums_backward.register_autograd(refuse_double_backward)
 def _compiled_tiles(A: Tensor, t: Tensor) -> Any:
     """The module `cpu_tiles` where it can stand in for what is here, else None."""
     able = A.device.type == "cpu" and A.dtype == t.dtype == torch.float32 and t.shape[0] > 1
-    return _import_cpu_tiles() if able else None
-
-
-@functools.cache
-def _import_cpu_tiles() -> Any:
-    """`cpu_tiles`, compiled or from the cache of Numba; None without Numba. Warns where it does not work."""
-    try:
-        from . import cpu_tiles
-    except Exception as failure:  # compilers raise anything
-        if isinstance(failure, ModuleNotFoundError) and failure.name in ("numba", "numpy"):
-            return None
-        log.warning("SIGReg on the CPU does without Numba, which is slower: %r", failure)
-        return None
-    return cpu_tiles
+    return compiled_module("cpu_tiles") if able else None
 
 
 def _projection_tiles(x: Tensor, A: Tensor) -> Iterator[tuple[int, slice, slice, Tensor]]:

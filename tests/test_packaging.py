@@ -169,7 +169,8 @@ def test_imports_scripts_and_version_are_declared(installed):
 
     optional = {"nvidia", "wandb"}
     assert declared("") == {"torch", "triton"}
-    library = {*(ROOT / "lejepa_fast").glob("*.py")} - {ROOT / "lejepa_fast" / "cpu_tiles.py"}  # needs Numba
+    need_numba = {ROOT / "lejepa_fast" / f"cpu_{name}.py" for name in ("tiles", "philox")}
+    library = {*(ROOT / "lejepa_fast").glob("*.py")} - need_numba
     assert imported([*library, *(ROOT / "kernels").glob("*.py")]) <= declared("")
     used = imported([*(ROOT / "lejepa_fast" / "data").rglob("*.py"), *(ROOT / "train").rglob("*.py")])
     assert used - optional <= declared("train")

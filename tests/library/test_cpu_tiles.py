@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from accuracy import arbitrary_knots, check_accuracy, evaluate
+from accuracy import arbitrary_knots, check_accuracy, evaluate, functional
 
 import lejepa_fast
-from lejepa_fast import sample_directions, standard_normal_knots, streaming
+from lejepa_fast import sample_directions, standard_normal_knots
+from lejepa_fast.compiled import compiled_module
 
 cpu_tiles = pytest.importorskip("lejepa_fast.cpu_tiles", reason="Numba is not installed")
 KNOTS = standard_normal_knots()
@@ -29,10 +30,10 @@ def numba(monkeypatch):
         monkeypatch.setitem(sys.modules, "numba", module)
         monkeypatch.delitem(sys.modules, "lejepa_fast.cpu_tiles", raising=False)
         monkeypatch.delitem(vars(lejepa_fast), "cpu_tiles", raising=False)
-        streaming._import_cpu_tiles.cache_clear()
+        compiled_module.cache_clear()
 
     yield becomes
-    streaming._import_cpu_tiles.cache_clear()
+    compiled_module.cache_clear()
 
 
 @pytest.fixture
@@ -129,12 +130,13 @@ def test_results_do_not_depend_on_threads_or_run():
 
 def _in_child(queue, x, A):
     torch.set_num_threads(1)  # as a DataLoader does in its workers
-    queue.put(evaluate(x, A, KNOTS, impl="torch").value.item())
+    queue.put(functional(x, A, KNOTS, impl="torch").item())
 
 
 def test_a_forked_process_computes_too():
+    """The value: after a backward pass in its parent, PyTorch refuses one in a forked process."""
     x, A = problem(1000, 8, M=100)
-    expected = evaluate(x, A, KNOTS, impl="torch").value.item()
+    expected = functional(x, A, KNOTS, impl="torch").item()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(queue, x, A))

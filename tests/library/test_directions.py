@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import COMPILE_BACKEND
 
-from lejepa_fast import sample_directions, sample_unit_directions
+from lejepa_fast import directions, sample_directions, sample_unit_directions
 from lejepa_fast.directions import philox_4x32
 
 GOLDEN = [
@@ -74,6 +74,15 @@ def test_function_of_seed_and_step_alone():
         other = sample_directions(8, 16, step=step, seed=seed)
         assert (A - other).abs().max() > 0.1, (step, seed)
     assert torch.equal(A, sample_directions(8, 50, step=3, seed=7)[:, :16]), "whatever their number"
+
+
+@pytest.mark.parametrize(("step", "seed"), [(0, 0), ((1 << 40) + 3, (1 << 63) + 5), (7, -1)])
+def test_numba_draws_the_same_bits(step, seed, monkeypatch):
+    pytest.importorskip("numba")
+    drawn = sample_directions(21, 34, step=step, seed=seed)
+    assert directions.compiled_module("cpu_philox") is not None
+    monkeypatch.setattr(directions, "compiled_module", lambda name: None)
+    assert torch.equal(drawn, sample_directions(21, 34, step=step, seed=seed))
 
 
 def test_same_in_compiled_code():
