@@ -58,14 +58,16 @@ MODEL = {"name": "test_vit", "kwargs": '{"depth": 3}', **PROJECTOR}
 
 
 def run_config(images: str, out: Path, **changes: Any) -> Config:
-    """12 steps of a small transformer, 4 an epoch: clipping, averaged weights, probes after 2 epochs."""
+    """12 steps of a small transformer, 4 an epoch: clipping, averaged weights, probes after 2 epochs.
+
+    From step 3 on the center of the views comes from the averaged weights."""
     values = {
         "data": {"path": images, "batch_size": 8, "workers": 0},
         "crops": {"global_size": 32, "local_crops": 1, "local_size": 16, "blur_kernel": 3},
         "model": MODEL,
-        "loss": {"num_slices": 32},
+        "loss": {"num_slices": 32, "center_from": "average"},
         "optim": {"lr": 2e-4, "clip_grad_norm": 0.5},
-        "average": {"kind": "ema", "decay": 0.7},
+        "average": {"kind": "ema", "decay": 0.7, "start": 0.1},
         "eval": {"every": 2, "linear_steps": 20, "batch_size": 16, "k": 3},
         "out": str(out),
         "max_steps": STEPS,
