@@ -1,8 +1,8 @@
 """The center of the views from averaged weights: `--loss.center-from average` (LeJEPA, arXiv 2511.08544).
 
-The paper's variant for vision transformers: the center is the mean of embeddings that a second model gives
-the views, whose weights are the average of the trained model's (`average.py`). No gradient reaches it. The
-trained model's embeddings are drawn to it, and SIGReg is taken of them, as ever.
+The paper's variant for vision transformers. The views go through a second model, whose weights are the
+average of the trained model's (`average.py`), and the center is the mean of its embeddings, without a
+gradient. The trained model's embeddings are drawn to it, and SIGReg is taken of them, as ever.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,11 @@ from lejepa_fast.train.model.model import LeJEPAModel
 
 
 def without_noise(model: LeJEPAModel) -> LeJEPAModel:
-    """Let a model that is not trained give embeddings like those of the trained one, in place: no stochastic
-    depth and no dropout. BatchNorm takes the statistics of the batch, which an average of running statistics
-    follows too slowly, and leaves its running statistics as they are."""
+    """Make a model that is not trained give embeddings like those of the trained one, in place.
+
+    Stochastic depth and dropout are off. BatchNorm normalizes by the batch, as averages of running statistics
+    lag behind the weights; its running statistics stay as they are.
+    """
     model.requires_grad_(False).eval()
     for norm in model.modules():
         if isinstance(norm, _BatchNorm):

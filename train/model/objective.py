@@ -88,7 +88,7 @@ def build_loss(cfg: Config, device: torch.device) -> LeJEPALoss | MaskedLoss:
             seed=cfg.seed,
         )
         if cfg.objective == "lejepa":
-            # `CenterFromAverage` chooses the views: the first argument of the loss is what has the center.
+            # From the average, the first argument of the loss is all that the center is the mean of.
             center = "global" if options.center_from == "average" else options.center
             loss_fn: LeJEPALoss | MaskedLoss = LeJEPALoss(
                 lambd=options.lambd, sigreg=sigreg, center=center, form=options.form
