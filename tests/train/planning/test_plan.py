@@ -140,6 +140,11 @@ def test_blocks_are_gathered_twice_for_each_size_of_crops_or_once():
         assert 2 * 4 * blocks <= gathered <= 2 * 5 * blocks + 4 * rest
     kept = trace_step(small(precision="bf16", keep_gathered=True), shards=2, images=2).traffic.gathered
     assert 2 * blocks <= kept <= 2 * blocks + 4 * rest
+    # The second model of a center from the average gathers them once more, and its tensors are the average.
+    average = {"average": "ema", "center_from": "average"}
+    trace = trace_step(small(precision="bf16", keep_gathered=True, **average), shards=2, images=2)
+    assert 2 * 2 * blocks <= trace.traffic.gathered <= 2 * 2 * blocks + 2 * 4 * rest
+    assert trace.state == pytest.approx(4 * 4 * (blocks + rest) / 2, rel=0.02)
 
 
 def test_what_a_rank_sends():
