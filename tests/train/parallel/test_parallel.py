@@ -201,8 +201,8 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("name", worker.FAMILIES)
 def test_every_family_shards(name, ranks):
     """Bit for bit timm's weights of the seed, buffers outside the state dict included, also on one device,
-    and copied to the second model for the center of the views; the same loss and averaged gradient under FSDP2 as
-    under DDP."""
+    and copied to the second model for the center of the views; the same loss and averaged gradient under
+    FSDP2 as under DDP."""
     cfg = worker.family_config(name)
     expected = dict(named_tensors(build_model(cfg)))
     model = build_model(cfg, meta=True)
