@@ -79,7 +79,8 @@ class LeJEPALoss(nn.Module):
         """The loss of one batch.
 
         Args:
-            global_views: embeddings of the global views, shape (Vg, N, K).
+            global_views: embeddings of the global views, shape (Vg, N, K). Those of another model, without
+                a gradient, give a fixed center.
             all_views: embeddings of all views, the global ones included, shape (V, N, K).
             step: directions to use, see `SIGReg.forward`; None counts by itself.
 

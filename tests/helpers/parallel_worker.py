@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,12 +22,12 @@ from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.loss import LeJEPAOutput
 from lejepa_fast.regularizer import SIGReg
 from lejepa_fast.train.checkpoint.saving import Saver
-from lejepa_fast.train.config import Config, from_dict
+from lejepa_fast.train.config import Config, LossConfig, from_dict
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.model import initialize
 from lejepa_fast.train.model.initialize import named_tensors
 from lejepa_fast.train.model.model import build_model
-from lejepa_fast.train.parallel.parallelize import make_mesh, parallelize
+from lejepa_fast.train.parallel.parallelize import center_model, make_mesh, parallelize
 from lejepa_fast.train.planning.memory import PlannedStep
 from lejepa_fast.train.pretrain import pretrain
 from lejepa_fast.train.runtime.world import World, reported_elsewhere
@@ -58,14 +59,16 @@ MODEL = {"name": "test_vit", "kwargs": '{"depth": 3}', **PROJECTOR}
 
 
 def run_config(images: str, out: Path, **changes: Any) -> Config:
-    """12 steps of a small transformer, 4 an epoch: clipping, averaged weights, probes after 2 epochs."""
+    """12 steps of a small transformer, 4 an epoch: clipping, averaged weights, probes after 2 epochs.
+
+    From step 3 on the center of the views comes from the averaged weights."""
     values = {
         "data": {"path": images, "batch_size": 8, "workers": 0},
         "crops": {"global_size": 32, "local_crops": 1, "local_size": 16, "blur_kernel": 3},
         "model": MODEL,
-        "loss": {"num_slices": 32},
+        "loss": {"num_slices": 32, "center_from": "average"},
         "optim": {"lr": 2e-4, "clip_grad_norm": 0.5},
-        "average": {"kind": "ema", "decay": 0.7},
+        "average": {"kind": "ema", "decay": 0.7, "start": 0.1},
         "eval": {"every": 2, "linear_steps": 20, "batch_size": 16, "k": 3},
         "out": str(out),
         "max_steps": STEPS,
@@ -228,11 +231,15 @@ def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None
 
 
 def family_step(name: str, kind: str, rank: int) -> dict[str, Any]:
-    """Weights after building from the meta device, then loss and gradients of one step."""
+    """Weights after building from the meta device, those of a second model for the center of the views, then
+    loss and gradients of one step."""
     cfg = family_config(name, strategy=kind, activation_checkpointing="full" if kind == "fsdp" else "none")
-    model = build_model(cfg, meta=True)
-    called = parallelize(model, cfg, make_mesh(cfg.parallel, "cpu"), CPU)
+    model, mesh = build_model(cfg, meta=True), make_mesh(cfg.parallel, "cpu")
+    called = parallelize(model, cfg, mesh, CPU)
     weights = {n: full(t).clone() for n, t in named_tensors(model)}
+    second = center_model(model, replace(cfg, loss=LossConfig(center_from="average")), mesh, CPU)
+    assert second is not None
+    copied = {n: full(t).clone() for n, t in named_tensors(second)}
     generator = torch.Generator().manual_seed(rank)
     views = [torch.randn(2, 3, size, size, generator=generator) for size in cfg.crops.view_sizes()]
     torch.manual_seed(rank)  # drop path, which swin has by default
@@ -240,7 +247,7 @@ def family_step(name: str, kind: str, rank: int) -> dict[str, Any]:
     loss = z.square().mean() + z[0].mean()
     loss.backward()
     grads = {n: full(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"weights": weights, "loss": loss.detach(), "grads": grads}
+    return {"weights": weights, "copied": copied, "loss": loss.detach(), "grads": grads}
 
 
 def full(tensor: Tensor) -> Tensor:

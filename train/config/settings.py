@@ -123,6 +123,9 @@ class LossConfig:
     """Remove the bias of SIGReg that a small batch has; a Gaussian then gives 0 on average."""
     center: Literal["global", "all"] = "global"
     """What all views are drawn to: the mean of the global views of an image, or of all its views."""
+    center_from: Literal["views", "average"] = "views"
+    """Which weights embed the views for that mean. views: those that train, with a gradient; average: those
+    of --average, without one: the paper's variant for transformers, for one more forward pass."""
     form: Literal["convex", "additive"] = "convex"
     """convex: (1 - lambda) prediction + lambda SIGReg; additive: prediction + lambda SIGReg."""
     distance: Literal["smooth_l1", "l2"] = "smooth_l1"
@@ -328,6 +331,10 @@ def validate(cfg: Config, world_size: int = 1) -> None:
     if cfg.data.value_range is not None and not cfg.data.value_range[0] < cfg.data.value_range[1]:
         raise UsageError(f"data.value_range: expected black < white, got {cfg.data.value_range}")
     shots(cfg.eval.few_shot)
+    if cfg.loss.center_from == "average" and cfg.objective != "lejepa":
+        raise UsageError(f"loss.center_from: expected views with --objective {cfg.objective}, got average")
+    if cfg.loss.center_from == "average" and cfg.average.kind == "none":
+        raise UsageError("loss.center_from: expected views without --average ema or swa, got average")
     if cfg.objective != "lejepa":
         _check_masked(cfg)
     groups, images = cfg.parallel.replicate, cfg.data.batch_size

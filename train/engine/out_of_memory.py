@@ -33,12 +33,13 @@ def describe(cfg: Config, world: World, strategy: Strategy, images: int) -> str:
     assert cfg.out is not None  # see config.resolve
     parallel, batch, mode = cfg.parallel, cfg.data.batch_size, cfg.parallel.activation_checkpointing
     better = {"none": "selective or full", "selective": "full"}.get(mode)
+    center = " (nor the center from it)" if cfg.loss.center_from == "average" else ""
     ways = {
         f"--parallel.activation-checkpointing {better} (now {mode})": better,
         "no --parallel.keep-gathered": parallel.keep_gathered,
         f"--parallel.strategy fsdp (now {strategy})": strategy != "fsdp" and world.size > 1,
         f"fewer groups than --parallel.replicate {parallel.replicate}": parallel.replicate > 1,
-        f"no --average {cfg.average.kind}": cfg.average.kind != "none",
+        f"no --average {cfg.average.kind}{center}": cfg.average.kind != "none",
         f"a smaller --batch-size (now {batch}, {batch // world.size} images per process)": True,
         "more processes" + ("" if strategy == "fsdp" else " with --parallel.strategy fsdp"): True,
     }

@@ -40,13 +40,14 @@ from lejepa_fast.train.engine.profiling import step_profiler
 from lejepa_fast.train.engine.weights_and_biases import WandbRun
 from lejepa_fast.train.evaluation import protocol
 from lejepa_fast.train.evaluation.protocol import EvalResult
-from lejepa_fast.train.model.average import WeightAverage
 from lejepa_fast.train.model.crop_sizes import sizes_explained
 from lejepa_fast.train.model.flops import count_flops, peak_flops
 from lejepa_fast.train.model.initialize import memory_format, whole_model
 from lejepa_fast.train.model.model import LeJEPAModel, TrainedModule, build_model, evaluated
 from lejepa_fast.train.model.objective import build_loss
 from lejepa_fast.train.parallel.parallelize import (
+    add_average,
+    center_model,
     choose_strategy,
     compiled_blocks,
     compiles,
@@ -130,15 +131,15 @@ class Trainer:
         require_same_on_all(world, in_use)
         with self._memory_advice():
             mesh = make_mesh(cfg.parallel, world.device.type)
-            self.wrapped = parallelize(self.model, cfg, mesh, world.device)
+            wrapped = parallelize(self.model, cfg, mesh, world.device)
+            self.total_steps = config.total_steps(cfg, len(self.loader))
+            second = center_model(self.model, cfg, mesh, world.device)
+            self.average, self.wrapped = add_average(self.model, wrapped, second, cfg, mesh, self.total_steps)
             # Random numbers of the training (drop path) differ between ranks, and not between runs.
             random_state.seed_rng(cfg.seed, world.rank)
             self.optimizer = build_optimizer(self.model, cfg.optim)
             max_norm, record = cfg.optim.skip_grad_norm, self._record_skipped
             self.guard = StepGuard(self.model, self.optimizer, world, record, max_norm)
-            self.total_steps = config.total_steps(cfg, len(self.loader))
-            averages = cfg.average.kind != "none"
-            self.average = WeightAverage(self.model, cfg.average, self.total_steps) if averages else None
             self.objective = self._build_objective()
         self.scheduler = build_scheduler(self.optimizer, cfg.optim, self.total_steps)
         self.step = 0  # finished steps

@@ -1,8 +1,9 @@
 """The average of the weights over the training steps: `--average ema` or `swa`.
 
-It never changes the training. Evaluations, report and export use it in place of the weights. The averaging
-functions are those of `torch.optim.swa_utils`. Its `AveragedModel` copies a module, which FSDP2 refuses
-(torch 2.11 to 2.15), so here they run over tensors: each rank averages its own shards, without communication.
+Evaluations, report and export use it in place of the weights. It acts on the training only if it gives the
+center of the views (`center.py`). The averaging functions are those of `torch.optim.swa_utils`. Its
+`AveragedModel` copies a module, which FSDP2 refuses (torch 2.11 to 2.15), so here they run over tensors: each
+rank averages its own shards, without communication.
 
 Running statistics of BatchNorm are averaged like weights. A skipped step leaves the weights unchanged, but
 its running statistics may be NaN and are left out.
@@ -19,16 +20,26 @@ from lejepa_fast.train.config import AverageConfig
 
 
 class WeightAverage:
-    """The averaged model of a run, encoder and projector; `count` steps are in it so far."""
+    """The averaged model of a run, encoder and projector; `count` steps are in it so far.
 
-    def __init__(self, model: nn.Module, cfg: AverageConfig, total_steps: int):
+    Args:
+        model: the model to average.
+        cfg: kind, decay and start.
+        total_steps: of the run, for the start.
+        into: a model with the same values, sharded alike, whose tensors become the average; None: copies.
+    """
+
+    def __init__(self, model: nn.Module, cfg: AverageConfig, total_steps: int, into: nn.Module | None = None):
         assert not isinstance(cfg.start, str)  # see config.resolve
         self.kind = cfg.kind
         self.count = 0
         self._average = get_ema_multi_avg_fn(cfg.decay) if cfg.kind == "ema" else get_swa_multi_avg_fn()
         self._first = math.floor(cfg.start * total_steps) + 1
         self._model = model.state_dict(keep_vars=True)
-        self._averaged = {name: tensor.detach().clone() for name, tensor in self._model.items()}
+        if into is None:
+            self._averaged = {name: tensor.detach().clone() for name, tensor in self._model.items()}
+        else:
+            self._averaged = into.state_dict(keep_vars=True)
         self._weights = [name for name, tensor in self._model.items() if isinstance(tensor, nn.Parameter)]
         others = self._model.keys() - set(self._weights)
         self._counts = sorted(name for name in others if not self._model[name].is_floating_point())
@@ -54,7 +65,7 @@ class WeightAverage:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the average by the names of the state dict, sharded like it; {} before the first step."""
-        return self._averaged if self.count else {}
+        return {name: tensor.detach() for name, tensor in self._averaged.items()} if self.count else {}
 
     def state(self) -> dict[str, int | str]:
         """Return what a checkpoint holds of it beside the tensors."""

@@ -39,13 +39,16 @@ class Flops:
     loss: float
     per_image: float
     """The whole step."""
+    center: float = 0.0
+    """The views of the center through the averaged model, forward; also counted before the average begins."""
 
     def summary(self, crops: MultiCropRecipe) -> str:
         """The parts, in 10^9 operations."""
+        center = f", center {self.center / 1e9:,.1f}" if self.center else ""
         return (
             f"global {crops.global_size} px {crops.global_crops} x {self.global_view / 1e9:,.1f}, "
             f"local {crops.local_size} px {crops.local_crops} x {self.local_view / 1e9:,.1f}, "
-            f"projector {self.projector / 1e9:,.1f}, loss {self.loss / 1e9:,.2f}"
+            f"projector {self.projector / 1e9:,.1f}{center}, loss {self.loss / 1e9:,.2f}"
         )
 
 
@@ -89,7 +92,15 @@ def count_flops(cfg: Config, model: TrainedModule | None = None) -> Flops | Mask
     loss = LeJEPALoss(sigreg=SIGReg(num_slices=cfg.loss.num_slices, impl="torch", sync=False)).to("meta")
     _, of_loss = _counted(lambda z: loss(z[: crops.global_crops], z).total, z)
     views = crops.global_crops * of_global + crops.local_crops * of_local
-    return Flops(of_global, of_local, of_projector, of_loss, views + of_projector + of_loss)
+    of_center = 0.0
+    if cfg.loss.center_from == "average":
+        images = [large] * crops.global_crops
+        if cfg.loss.center == "all":
+            images += [small] * crops.local_crops
+        with torch.no_grad():
+            _, of_center = _counted(lambda *views: model(views)[1], *images)
+    whole = views + of_projector + of_center + of_loss
+    return Flops(of_global, of_local, of_projector, of_loss, whole, of_center)
 
 
 def _count_masked(cfg: Config, model: MaskedModel) -> MaskedFlops:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.config.names import is_convolutional
+from lejepa_fast.train.model.average import local_shard
 from lejepa_fast.train.model.model import TrainedModule, build_model
 from lejepa_fast.train.runtime.world import World, on_main
 
@@ -49,6 +50,17 @@ def initialize(model: TrainedModule, cfg: Config, device: torch.device) -> None:
         if world.distributed:
             dist.broadcast(whole, src=0)
         target.copy_(whole)
+
+
+@torch.no_grad()
+def copy_values(copy: TrainedModule, model: TrainedModule, cfg: Config, device: torch.device) -> None:
+    """Move `copy` to `device`, with the values of `model`, which is sharded alike."""
+    if any(parameter.is_meta for parameter in copy.parameters()):
+        copy.to_empty(device=device)
+    else:
+        lay_out(copy.to(device), cfg)
+    for (_, own), (_, its) in zip(named_tensors(copy), named_tensors(model), strict=True):
+        local_shard(own).copy_(local_shard(its))
 
 
 def memory_format(cfg: Config) -> torch.memory_format:

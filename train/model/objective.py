@@ -88,8 +88,10 @@ def build_loss(cfg: Config, device: torch.device) -> LeJEPALoss | MaskedLoss:
             seed=cfg.seed,
         )
         if cfg.objective == "lejepa":
+            # From the average, the first argument of the loss is all that the center is the mean of.
+            center = "global" if options.center_from == "average" else options.center
             loss_fn: LeJEPALoss | MaskedLoss = LeJEPALoss(
-                lambd=options.lambd, sigreg=sigreg, center=options.center, form=options.form
+                lambd=options.lambd, sigreg=sigreg, center=center, form=options.form
             )
         else:
             loss_fn = MaskedLoss(options.distance, sigreg, options.sigreg_over, options.lambd, options.form)

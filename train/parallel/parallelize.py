@@ -33,10 +33,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lejepa_fast.errors import UsageError, first_line
 from lejepa_fast.train.config import Config, ParallelConfig
+from lejepa_fast.train.model.average import WeightAverage
+from lejepa_fast.train.model.center import CenterFromAverage, views_of_center, without_noise
 from lejepa_fast.train.model.drop_path import share_drop_path
-from lejepa_fast.train.model.initialize import initialize
+from lejepa_fast.train.model.initialize import copy_values, initialize
 from lejepa_fast.train.model.masked import MaskedModel
-from lejepa_fast.train.model.model import LeJEPAModel, TrainedModule
+from lejepa_fast.train.model.model import LeJEPAModel, TrainedModule, build_model
 from lejepa_fast.train.parallel.blocks import find_blocks
 
 log = logging.getLogger("lejepa_fast.train")
@@ -120,6 +122,56 @@ def parallelize(
     device_ids = [device.index] if device.type == "cuda" else None
     options: dict[str, Any] = {"gradient_as_bucket_view": True, _BUFFER_OPTION: False}
     return DistributedDataParallel(model, device_ids=device_ids, **options)
+
+
+def center_model(
+    model: TrainedModule, cfg: Config, mesh: DeviceMesh | None, device: torch.device, *, weights: bool = True
+) -> LeJEPAModel | None:
+    """A second model for the center of the views, with the values of `model`, which `parallelize` made ready:
+    sharded and compiled alike, but without a gradient. None if the run takes the center from the first.
+
+    `mesh`, `device` and `weights`: as of `parallelize`.
+    """
+    if cfg.loss.center_from == "views":
+        return None
+    sharded = isinstance(model, FSDPModule)
+    second = build_model(cfg, meta=sharded or not weights)
+    if mesh is not None:
+        second = _with_global_batchnorm(second, device, mesh.size())
+    assert isinstance(second, LeJEPAModel)  # see config.validate
+    without_noise(second)
+    parts = blocks_by_part(second)
+    if compiles(cfg, device):
+        compile_blocks(parts["encoder"], device)
+    if sharded:
+        assert mesh is not None
+        shard(second, parts, mesh, compute_dtype(cfg, device), keep=False, trained=False)
+    if weights:
+        copy_values(second, model, cfg, device)
+    return second
+
+
+def add_average(
+    model: TrainedModule,
+    called: nn.Module,
+    second: LeJEPAModel | None,
+    cfg: Config,
+    mesh: DeviceMesh | None,
+    total_steps: int,
+) -> tuple[WeightAverage | None, nn.Module]:
+    """Return the average of the weights of `model`, if the run keeps one, and the module to call in the
+    training step: `called`, of `parallelize`, or with a `center_model` one that takes the center from it."""
+    if cfg.average.kind == "none":
+        return None, called
+    average = WeightAverage(model, cfg.average, total_steps, into=second)
+    if second is None:
+        return average, called
+    joint = CenterFromAverage(called, second, average, views_of_center(cfg))
+    if isinstance(model, FSDPModule):
+        assert mesh is not None
+        # One root for both models: FSDP2 ends a step of all its modules in the backward pass of the root.
+        fully_shard(joint, mesh=mesh)
+    return average, joint
 
 
 def blocks_by_part(model: TrainedModule) -> dict[str, list[nn.Module]]:
@@ -267,11 +319,13 @@ def shard(
     dtype: torch.dtype | None,
     *,
     keep: bool,
+    trained: bool = True,
 ) -> None:
     """Apply FSDP2 to each block of `blocks_by_part`, to the projector, and to the rest of the model.
 
     Parameters, moments and the reduction of gradients, once per step, are float32. Blocks are gathered in
-    `dtype` (None: float32) for forward and backward of each size of crops, with `keep` once per step.
+    `dtype` (None: float32) for forward and backward of each size of crops, with `keep` once per step. A model
+    that is not `trained` keeps nothing gathered: no backward pass would free it, and its weights change.
     """
     # The embeddings are views of one tensor, and nothing changes them in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
@@ -284,7 +338,7 @@ def shard(
         gathered = None if any(map(_is_batchnorm, own)) else dtype
         policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
         # Projector and rest end the forward pass and begin the backward pass: gathered once.
-        once = keep or unit in (model.projector, model)
+        once = trained and (keep or unit in (model.projector, model))
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not once)
     # Gather the next block while this one computes. FSDP2 itself does so in the backward pass.
     for block, following in itertools.chain(*map(itertools.pairwise, parts.values())):
@@ -335,7 +389,7 @@ def _with_global_batchnorm(model: TrainedModule, device: torch.device, ranks: in
     if device.type == "cuda":
         return convert_sync_batchnorm(model)  # timm's keeps the activation that some of its norms contain
     if dist.get_rank() == 0:
-        log.warning(
+        warn_once(
             "BatchNorm statistics are per rank: PyTorch has no SyncBatchNorm on CPU tensors, so the "
             "losses differ slightly from those of one process with the same global batch"
         )

@@ -107,6 +107,7 @@ class Plan:
         cfg, flops, asked = self.cfg, self.flops, self.row(self.options.gpus)
         parallel, smallest = cfg.parallel, self.smallest()
         average = f", {cfg.average.kind} of the weights" if cfg.average.kind != "none" else ""
+        average += " for the center" if cfg.loss.center_from == "average" else ""
         groups = f" in {parallel.replicate} groups" if parallel.replicate > 1 else ""
         kept = ", gathered once a step" if parallel.keep_gathered else ""
         state = min(asked.peak, self.memory.traced.state)

@@ -34,12 +34,17 @@ from torch.utils._pytree import tree_map_only
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config import Config, resolve
 from lejepa_fast.train.engine.optimization import build_optimizer
-from lejepa_fast.train.model.average import WeightAverage
 from lejepa_fast.train.model.initialize import named_tensors
 from lejepa_fast.train.model.masked import MaskedBatch, MaskedModel
 from lejepa_fast.train.model.model import build_model
 from lejepa_fast.train.model.objective import build_loss
-from lejepa_fast.train.parallel.parallelize import compute_dtype, make_mesh, parallelize
+from lejepa_fast.train.parallel.parallelize import (
+    add_average,
+    center_model,
+    compute_dtype,
+    make_mesh,
+    parallelize,
+)
 from lejepa_fast.train.planning.autocast import autocast_as_on_gpus
 
 CPU = torch.device("cpu")
@@ -134,10 +139,13 @@ class PlannedStep:
         if imitated:
             cfg = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, strategy="none"))
         mesh = None if imitated else make_mesh(cfg.parallel, "cpu")
-        self.called = parallelize(self.model, cfg, mesh, CPU, weights=not fake)
+        called = parallelize(self.model, cfg, mesh, CPU, weights=not fake)
+        second = center_model(self.model, cfg, mesh, CPU, weights=not fake)
         with self.context:
             if fake:
                 self.model.to_empty(device=CPU)
+                if second is not None:
+                    second.to_empty(device=CPU)
                 for module in self.loss_fn.modules():
                     for name, value in module.named_buffers(recurse=False):
                         setattr(module, name, fake_mode.from_tensor(value))
@@ -150,8 +158,10 @@ class PlannedStep:
             self.views = views
             self.optimizer = build_optimizer(self.model, cfg.optim)
             self.skipped = torch.zeros(())
-            averages = cfg.average.kind != "none"
-            self.average = WeightAverage(self.model, cfg.average, total_steps=1) if averages else None
+            found = add_average(self.model, called, second, cfg, mesh, total_steps=1)
+            self.average, self.called = found
+            if self.average is not None:  # planned is a step after the first averaged one
+                self.average.update(1, self.skipped)
 
     def state(self) -> list[Tensor]:
         """Return parameters, buffers, moments and averaged weights."""

@@ -155,7 +155,10 @@ def _mean_ranks(values: Sequence[float]) -> np.ndarray:
 def _loss_setting(run: RunRecord) -> dict[str, Any]:
     """Everything that must be equal for two losses to be comparable."""
     every = flat(run.config)
-    found = {k: v for k, v in every.items() if k.partition(".")[0] in _SECTIONS and k not in _COMPARABLE}
+    sections = set(_SECTIONS)
+    if every.setdefault("loss.center_from", "views") == "average":  # older runs lack this option
+        sections.add("average")
+    found = {k: v for k, v in every.items() if k.partition(".")[0] in sections and k not in _COMPARABLE}
     return found | {"steps": run.steps, "finished": bool(run.summary)}
 
 

@@ -75,7 +75,8 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("planted", [False, True])
 def test_a_step_reads_no_value_on_the_host(planted, tiny, monkeypatch):
     """But for the guard's flags, which are on the host already, and SIGReg's knots on a CPU (`_fits`)."""
-    with Trainer(tiny(log_every=10, average={"kind": "ema"}), CPU) as trainer:
+    cfg = tiny(log_every=10, average={"kind": "ema"}, loss={"center_from": "average"})
+    with Trainer(cfg, CPU) as trainer:
         views = next(iter(trainer.loader))[0]
         trainer.train_step(views, epoch=0)
         if planted:
@@ -89,7 +90,8 @@ def test_a_step_reads_no_value_on_the_host(planted, tiny, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch reports waits for a GPU only on one")
 @pytest.mark.parametrize("planted", [False, True])
 def test_a_step_never_waits_for_the_gpu(planted, tiny, monkeypatch):
-    cfg = tiny(log_every=10, device="cuda", average={"kind": "ema"}, optim={"clip_grad_norm": 1.0})
+    options = {"average": {"kind": "ema"}, "loss": {"center_from": "average"}}
+    cfg = tiny(log_every=10, device="cuda", optim={"clip_grad_norm": 1.0}, **options)
     with Trainer(cfg, setup_world("cuda")) as trainer:
         views = next(iter(trainer.loader))[0]
         for _ in range(2):

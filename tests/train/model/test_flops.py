@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lejepa_fast.data import MultiCropRecipe
-from lejepa_fast.train.config import Config, LossConfig, ModelConfig
+from lejepa_fast.train.config import AverageConfig, Config, LossConfig, ModelConfig
 from lejepa_fast.train.model import flops
 from lejepa_fast.train.model.model import build_model
 from lejepa_fast.train.runtime import gpu_specs
@@ -35,6 +35,20 @@ def test_vit_against_the_formula():
     assert counted.loss == 5 * 4 * 16 * 32  # SIGReg: its directions take no gradient
     views = 2 * counted.global_view + 3 * counted.local_view
     assert counted.per_image == views + counted.projector + counted.loss
+
+
+def test_the_center_from_the_average_is_one_more_forward_of_its_views():
+    """A third of forward and backward, but for the patch embedding, whose input needs no gradient."""
+    model = ModelConfig(name="vit_tiny", projector_hidden=64, projector_layers=2, projector_dim=16)
+    plain = flops.count_flops(Config(model=model, crops=CROPS))
+    stem = 2 * 3 * 14**2 * 192  # of a patch, forward
+    for center, images, patches in (("global", 2, 2 * 16), ("all", 5, 2 * 16 + 3 * 4)):
+        loss = LossConfig(center=center, center_from="average")
+        counted = flops.count_flops(Config(model=model, crops=CROPS, loss=loss, average=AverageConfig("ema")))
+        whole = 2 * plain.global_view + (3 * plain.local_view if center == "all" else 0)
+        forward = (whole + patches * stem) / 3 + images * 2 * (192 * 64 + 64 * 16)
+        assert counted.center == pytest.approx(forward, rel=1e-9)
+        assert counted.per_image == pytest.approx(plain.per_image + forward, rel=1e-9)
 
 
 @pytest.mark.parametrize(

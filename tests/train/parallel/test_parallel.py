@@ -200,8 +200,9 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("name", worker.FAMILIES)
 def test_every_family_shards(name, ranks):
-    """Bit for bit timm's weights of the seed, buffers outside the state dict included, also on one device;
-    the same loss and averaged gradient under FSDP2 as under DDP."""
+    """Bit for bit timm's weights of the seed, buffers outside the state dict included, also on one device,
+    and copied to the second model for the center of the views; the same loss and averaged gradient under
+    FSDP2 as under DDP."""
     cfg = worker.family_config(name)
     expected = dict(named_tensors(build_model(cfg)))
     model = build_model(cfg, meta=True)
@@ -210,8 +211,9 @@ def test_every_family_shards(name, ranks):
     assert_same(dict(named_tensors(model)), expected)
     for results in ranks:
         ddp, fsdp = results[name]["ddp"], results[name]["fsdp"]
-        assert_same(ddp["weights"], expected)
-        assert_same(fsdp["weights"], expected)
+        for found in (ddp, fsdp):
+            assert_same(found["weights"], expected)
+            assert_same(found["copied"], expected)
         torch.testing.assert_close(fsdp["loss"], ddp["loss"], rtol=1e-5, atol=0)
         assert fsdp["grads"].keys() == ddp["grads"].keys()
         norm = torch.stack([g.norm() for g in ddp["grads"].values()]).norm()

@@ -25,12 +25,12 @@ from lejepa_fast.train.runtime.gpu_specs import GIB
 MODEL = {"name": "vit_tiny", "projector_hidden": 256, "projector_dim": 64}
 
 
-def small(*, depth=2, precision="fp32", average="none", **parallel):
+def small(*, depth=2, precision="fp32", average="none", center_from="views", **parallel):
     return from_dict(
         {
             "model": MODEL | {"kwargs": json.dumps({"depth": depth})},
             "crops": {"global_size": 112, "local_size": 56, "local_crops": 2},
-            "loss": {"num_slices": 128, "impl": "torch"},
+            "loss": {"num_slices": 128, "impl": "torch", "center_from": center_from},
             "parallel": {"strategy": "fsdp", **parallel},
             "average": {"kind": average},
             "precision": precision,
@@ -44,17 +44,18 @@ def test_memory_of_real_processes(tmp_path):
     """Fake tensors on one fake rank of two against PyTorch's CPU allocator: two gloo processes, and one.
 
     Under FSDP2 what is measured holds gloo's own copies of a block too, which NCCL does not make. The others
-    have few images, so that the gradients which DDP keeps, and an average, are a good part of the whole.
+    have few images, so that the gradients which DDP keeps, and an average, are a good part of the whole. Two
+    of the three take the center from the average.
     """
     ddp = small(strategy="ddp", average="swa", activation_checkpointing="full")
-    cases = [(small(precision="bf16", average="ema"), 8), (ddp, 4)]
+    cases = [(small(precision="bf16", average="ema", center_from="average"), 8), (ddp, 4)]
     values = [(config.to_dict(config.resolve(case)), images) for case, images in cases]
     run_ranks(worker.measure, 2, str(tmp_path), values, ranks=2)
     planned = [trace_step(case, shards=n, images=i).peak for (case, i), n in zip(cases, (2, 1), strict=True)]
     for rank in (0, 1):
         assert planned == pytest.approx(json.loads((tmp_path / f"{rank}.json").read_text()), rel=0.1)
 
-    alone = config.resolve(small(strategy="none", average="ema"))
+    alone = config.resolve(small(strategy="none", average="ema", center_from="average"))
     planned_alone = trace_step(alone, shards=1, images=4).peak
     assert planned_alone == pytest.approx(worker.allocator_peak(alone, 4), rel=0.1)
 
@@ -139,6 +140,11 @@ def test_blocks_are_gathered_twice_for_each_size_of_crops_or_once():
         assert 2 * 4 * blocks <= gathered <= 2 * 5 * blocks + 4 * rest
     kept = trace_step(small(precision="bf16", keep_gathered=True), shards=2, images=2).traffic.gathered
     assert 2 * blocks <= kept <= 2 * blocks + 4 * rest
+    # The second model of a center from the average gathers them once more, and its tensors are the average.
+    average = {"average": "ema", "center_from": "average"}
+    trace = trace_step(small(precision="bf16", keep_gathered=True, **average), shards=2, images=2)
+    assert 2 * 2 * blocks <= trace.traffic.gathered <= 2 * 2 * blocks + 2 * 4 * rest
+    assert trace.state == pytest.approx(4 * 4 * (blocks + rest) / 2, rel=0.02)
 
 
 def test_what_a_rank_sends():

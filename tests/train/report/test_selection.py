@@ -95,6 +95,7 @@ def test_losses_of_one_scale_are_compared(make, changes):
     [
         ({"changes": {"loss": {"form": "additive"}}}, "loss.form"),
         ({"changes": {"loss": {"n_points": 9}}}, "loss.n_points"),
+        ({"changes": {"loss": {"center_from": "average"}}}, "loss.center_from"),
         ({"changes": {"data": {"batch_size": 64}}}, "data.batch_size"),
         ({"changes": {"crops": {"local_crops": 2}}}, "crops.local_crops"),
         ({"steps": 40}, "steps"),
