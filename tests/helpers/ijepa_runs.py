@@ -51,7 +51,8 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
     with process_group(rank, size, folder) as world:
         for objective, strategy in CASES:
             name = f"{objective} {strategy}"
-            parallel = {"strategy": strategy, "activation_checkpointing": "selective"}
+            parallel = {"strategy": strategy, "keep_gathered": strategy == "fsdp"}
+            parallel |= {"activation_checkpointing": "selective"}
             cfg = run_config(images, Path(folder) / name, objective, parallel=parallel)
             results[name] = train(cfg, world)
     torch.save(results, Path(folder) / f"rank{rank}.pt")

@@ -364,8 +364,6 @@ def _check_masked(cfg: Config) -> None:
             f"crops: {cfg.objective} takes one global view of an image, got {views[0]} global and {views[1]} "
             "local; use --preset ijepa-vit-b, or --crops.global-crops 1 --crops.local-crops 0"
         )
-    if cfg.parallel.keep_gathered:
-        raise UsageError("parallel.keep_gathered: expected False unless --objective is lejepa")
     for name in ("target_area", "target_aspect", "context_area"):
         low, high = getattr(cfg.masked, name)
         if low > high:

@@ -31,7 +31,10 @@ ENCODER_DEFAULTS = {"class_token": False, "global_pool": "avg", "fc_norm": False
 
 
 class MaskedBatch(NamedTuple):
-    """Where the patches of a batch go. B images of P patches, p prefix tokens (class, registers) each."""
+    """Where the patches of a batch go. B images of P patches, p prefix tokens (class, registers) each.
+
+    Sequences are sorted by length, for the attention of `packing.py` on a CPU.
+    """
 
     kept: Tensor
     """Tokens that the context encoder sees, of all B (p + P), as its rows."""
@@ -59,28 +62,36 @@ def masked_batch(context: Tensor, targets: Tensor, prefix: int, device: torch.de
         prefix: tokens of the encoder before the patches.
         device: where the indices go.
     """
-    seen, wanted = context.flatten(1), targets.flatten(2)
-    (images, blocks, P), width = wanted.shape, prefix + seen.shape[1]
+    (images, blocks, P), width = targets.flatten(2).shape, prefix + context[0].numel()
+    seen = context.flatten(1)
     tokens = torch.cat([seen.new_ones(images, prefix), seen], dim=1)
-    kept = _numbers(tokens)
-    is_patch = kept % width >= prefix
-    # Each block's row of context patches, then target patches.
-    both = torch.cat([seen[:, None].expand(-1, blocks, -1), wanted], dim=2)
-    chosen = _numbers(both)
-    image, column = chosen // (2 * P * blocks), chosen % (2 * P)
-    is_target = column >= P
-    number = seen.flatten().cumsum(0) - 1  # of a context patch among those of the batch
-    places = kept[is_patch] % width - prefix
+    image, column, context_lengths = _by_length(tokens)
+    is_patch = column >= prefix
+    places = column[is_patch] - prefix
     count = len(places)
-    of_context = number[image * P + column.clamp(max=P - 1)]
-    sequence = torch.where(is_target, count + column - P, of_context)
-    found = image[is_target] * P + column[is_target] - P
-    indices = kept, _numbers(is_patch), places, sequence, _numbers(is_target), found
+    number = torch.zeros(images, P, dtype=torch.int64)  # of a context patch among those of the batch
+    number[image[is_patch], places] = torch.arange(count)
+    # Each block's row of context patches, then target patches.
+    both = torch.cat([seen[:, None].expand(-1, blocks, -1), targets.flatten(2)], dim=2)
+    block, patch, block_lengths = _by_length(both.flatten(0, 1))
+    of, is_target = block // blocks, patch >= P
+    patch = patch % P
+    sequence = torch.where(is_target, count + patch, number[of, patch])
+    found = (of * P + patch)[is_target]
+    indices = image * width + column, _numbers(is_patch), places, sequence, _numbers(is_target), found
     kept, patches, places, sequence, predicted, found = to_device(device, *indices)
-    packings = Packing(tokens.sum(1), device), Packing(both.sum(2).flatten(), device)
+    packings = Packing(context_lengths, device), Packing(block_lengths, device)
     return MaskedBatch(
         kept, packings[0], patches, places, sequence, packings[1], predicted=predicted, wanted=found
     )
+
+
+def _by_length(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The set places of masks (S, L), the mask with the fewest first: rows (T,), columns (T,), and how many
+    each mask has (S,)."""
+    lengths, order = mask.sum(1).sort(stable=True)
+    row, column = mask[order].nonzero(as_tuple=True)
+    return order[row], column, lengths
 
 
 def _numbers(mask: Tensor) -> Tensor:

@@ -4,14 +4,16 @@ Packed, the tokens of all sequences are the rows of one long sequence, (1, T, C)
 work on rows, so only attention must know where a sequence ends. timm's blocks hand `attn_mask` on to
 `scaled_dot_product_attention`, and PyTorch lets an argument that is no tensor compute the function
 (`__torch_function__`, as `torch.nn.attention.bias` does for causal masks). A `Packing` is such an argument:
-on a GPU it calls FlashAttention's kernel for sequences of different lengths; elsewhere it pads queries, keys
-and values for the attention alone.
+on a GPU it calls FlashAttention's kernel for sequences of different lengths. On a CPU it calls attention once
+for each run of sequences of equal length, whose rows are views of the packed ones. Elsewhere (float32 on a
+GPU, compiled blocks on a CPU) it pads queries, keys and values for the attention alone.
 
 Padded, the batch is (S, L, C), L the longest length, with a mask of the keys. It serves for comparison, and
 where a block draws random numbers for each sequence (stochastic depth).
 """
 
 from collections.abc import Iterable
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ class Packing:
     """Where S sequences lie among T rows, one after the other.
 
     Args:
-        lengths: of the sequences, (S,) int64 on the CPU, each at least 1.
+        lengths: of the sequences, (S,) int64 on the CPU, each at least 1. Sorted is fastest on a CPU.
         device: where the indices go.
     """
 
@@ -38,6 +40,8 @@ class Packing:
         counts = lengths.tolist()
         self.size = S, L = len(counts), max(counts)
         self.rows = sum(counts)
+        self.runs = [(len(list(run)), length) for length, run in groupby(counts)]
+        """Sequences next to each other of equal length: how many, and how long."""
         valid = torch.arange(L) < lengths[:, None]
         slots = valid.flatten().nonzero().squeeze(1)
         filled_by = torch.zeros(S * L, dtype=torch.int64).index_copy_(0, slots, torch.arange(self.rows))
@@ -76,12 +80,25 @@ class Packing:
             out = varlen_attn(q, k.to(q.dtype), v.to(q.dtype), self.offsets, self.offsets, longest, longest)
             assert isinstance(out, Tensor)
             return out.transpose(0, 1)[None]
+        if query.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self._attention_by_length(query, key, value, dropout)
         q, k, v = (
             x[0].index_select(1, self.filled_by).unflatten(1, self.size).transpose(0, 1)
             for x in (query, key, value)
         )
         out = scaled_dot_product_attention(q, k, v, attn_mask=self.keys, dropout_p=dropout)
         return out.transpose(0, 1).flatten(1, 2).index_select(1, self.slots)[None]
+
+    def _attention_by_length(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        """As `_attention`, without padding."""
+        rows = [sequences * length for sequences, length in self.runs]
+        parts = zip(*(x[0].transpose(0, 1).split(rows) for x in (query, key, value)), strict=True)
+        found = []
+        for (sequences, _), part in zip(self.runs, parts, strict=True):
+            q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in part)
+            out = scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+            found.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(found).transpose(0, 1)[None]
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, packing: Packing, *, packed: bool) -> Tensor:

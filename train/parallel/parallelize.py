@@ -324,8 +324,9 @@ def shard(
     """Apply FSDP2 to each block of `blocks_by_part`, to the projector, and to the rest of the model.
 
     Parameters, moments and the reduction of gradients, once per step, are float32. Blocks are gathered in
-    `dtype` (None: float32) for forward and backward of each size of crops, with `keep` once per step. A model
-    that is not `trained` keeps nothing gathered: no backward pass would free it, and its weights change.
+    `dtype` (None: float32) for forward and backward of each size of crops, with `keep` once per step (the
+    encoder of masked LeJEPA, which has two backward passes, twice). A model that is not `trained` keeps nothing
+    gathered: no backward pass would free it, and its weights change.
     """
     # The embeddings are views of one tensor, and nothing changes them in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
@@ -337,15 +338,16 @@ def shard(
         # BatchNorm's parameters must have the dtype of its running statistics, float32.
         gathered = None if any(map(_is_batchnorm, own)) else dtype
         policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
-        # Projector and rest end the forward pass and begin the backward pass: gathered once.
-        once = trained and (keep or unit in (model.projector, model))
+        # Projector and rest end the forward pass and begin the backward pass: gathered once. A target encoder
+        # has no backward pass.
+        kept = keep and unit not in parts.get("target", [])
+        once = trained and (kept or unit in (model.projector, model))
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not once)
     # Gather the next block while this one computes. FSDP2 itself does so in the backward pass.
     for block, following in itertools.chain(*map(itertools.pairwise, parts.values())):
         assert isinstance(block, FSDPModule)
         block.set_modules_to_forward_prefetch([following])  # type: ignore[list-item]
-    if keep:
-        assert isinstance(model, LeJEPAModel)
+    if keep and isinstance(model, LeJEPAModel):
         _keep_until_the_first_call(model, blocks)
 
 

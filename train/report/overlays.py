@@ -68,8 +68,12 @@ def _stretched(values: Tensor, per_image: bool) -> Tensor:
 def _heat(values: Tensor) -> Tensor:
     """Maps (n, S, S) from black to yellow, each by its own range."""
     low, high = values.amin((1, 2), keepdim=True), values.amax((1, 2), keepdim=True)
-    colors = matplotlib.colormaps["inferno"](((values - low) / (high - low).clamp_min(1e-12)).numpy())
-    return torch.from_numpy(colors[..., :3].astype(np.float32)).permute(0, 3, 1, 2)
+    return heat_colors((values - low) / (high - low).clamp_min(1e-12)).permute(0, 3, 1, 2)
+
+
+def heat_colors(values: Tensor) -> Tensor:
+    """Numbers (...) as RGB (..., 3) in 0-1: black is 0 or less, yellow 1 or more."""
+    return torch.from_numpy(matplotlib.colormaps["inferno"](values.numpy())[..., :3].astype(np.float32))
 
 
 def draw_page(path: Path, columns: Mapping[str, Tensor], names: Sequence[str]) -> None:

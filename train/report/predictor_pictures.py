@@ -4,8 +4,12 @@ Features have no picture. Two stand for them: the patch of the training images w
 (cosine of layer-normalized features), and the pixels that a ridge regression, fitted on the training images,
 reads from the feature. Each is drawn of the prediction and of the true target feature, which shows how much
 the pictures can tell at best.
+
+A predictor has no variance of its own. How sure it is shows when several contexts around one block give
+several predictions of it: where they differ, the block does not follow from what is seen.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,16 +18,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lejepa_fast.data import eval_loader
+from lejepa_fast.data.masks import MultiBlockMasks
 from lejepa_fast.data.sources.base import ImageSource
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.evaluation.embeddings import frozen
 from lejepa_fast.train.evaluation.protocol import loading_options
 from lejepa_fast.train.model.masked import MaskedModel, masked_batch
-from lejepa_fast.train.report.mask_overlays import DIMMED, mask_pictures
-from lejepa_fast.train.report.overlays import draw_page, to_pixels
+from lejepa_fast.train.report.mask_overlays import DIMMED, draw_masks, mask_pictures
+from lejepa_fast.train.report.overlays import draw_page, heat_colors, to_pixels
 
 KNOWN, SHOWN = 256, 6
 """Training images whose patches are searched, and images on a page."""
+CONTEXTS, DRAWN = 8, 3
+"""Contexts around a block, and how many of them are on a page."""
 _CHUNK = 32  # images of a forward pass
 _RIDGE = 1e-3  # of the mean variance of the features
 
@@ -40,6 +47,8 @@ class MaskedExamples(NamedTuple):
     """Their masks, (B, h, w) bool."""
     targets: Tensor
     """(B, M, h, w) bool."""
+    around: Tensor
+    """Contexts around the first target block of each image, (C, B, h, w) bool: `context` is the first."""
 
 
 def masked_examples(model: MaskedModel, cfg: Config, train: ImageSource, val: ImageSource) -> MaskedExamples:
@@ -58,45 +67,135 @@ def masked_examples(model: MaskedModel, cfg: Config, train: ImageSource, val: Im
         return torch.cat([images.cpu() for images, _ in eval_loader(source.subset(order.numpy()), **options)])
 
     known, images = some(train, KNOWN), some(val, SHOWN)
-    return MaskedExamples(model, known, images, *model.masks(cfg.seed, 0, range(len(images))))
+    context, targets = model.masks(cfg.seed, 0, range(len(images)))
+    around = contexts_around(model.masks, cfg.seed, context, targets[:, 0])
+    return MaskedExamples(model, known, images, context, targets, around)
 
 
-def predictor_pictures(
-    examples: MaskedExamples, mean: tuple[float, ...], std: tuple[float, ...]
-) -> dict[str, Tensor]:
-    """Columns of a page, by name: RGB (B, 3, S, S) in 0-1, the first target block of each image filled in.
+def contexts_around(masks: MultiBlockMasks, seed: int, context: Tensor, block: Tensor) -> Tensor:
+    """`context`, and contexts of `CONTEXTS` - 1 further epochs without the patches of a block.
 
     Args:
-        examples: model and images.
-        mean, std: by which the images are normalized.
+        masks, seed: of the run.
+        context: of each image, (B, h, w) bool.
+        block: what all contexts leave out, (B, h, w) bool.
+
+    Returns:
+        (`CONTEXTS`, B, h, w) bool. An image of which nothing would stay has `context` again.
     """
-    model, known, images, context, targets = examples
+    found = [context]
+    for epoch in range(1, CONTEXTS):
+        other = masks(seed, epoch, range(len(block)))[0] & ~block
+        found.append(torch.where(other.flatten(1).any(1)[:, None, None], other, context))
+    return torch.stack(found)
+
+
+class Answers(NamedTuple):
+    """What a model says of the first target block of each image, P patches an image."""
+
+    said: Tensor
+    """Predictions (C, B, P, K) from the contexts around it; 0 out of the block."""
+    truth: Tensor
+    """Target features of all patches, (B, P, K)."""
+    block: Tensor
+    """The patches of the block, (B, P) bool."""
+    features: Tensor
+    """Target features of the patches of the training images, (n, K)."""
+    patches: Tensor
+    """Pixels of these patches, (n, Q)."""
+    decode: Callable[[Tensor], Tensor]
+    """Features (R, K) to pixels (R, Q)."""
+    pixels: Tensor
+    """The images, RGB (B, 3, S, S) in 0-1."""
+    side: tuple[int, int]
+    """Of a patch, (height, width) in pixels."""
+
+    def filled(self, found: Tensor) -> Tensor:
+        """The images, dark, with pixels (R, Q) or colors (R, 3) in the patches of the block: (B, 3, S, S)."""
+        pictures = DIMMED * _patches(self.pixels, self.side)
+        pictures[self.block] = found.repeat_interleave(pictures.shape[-1] // found.shape[-1], dim=1)
+        return _image(pictures, self.pixels.shape[-1], self.side)
+
+
+def answers_of(examples: MaskedExamples, mean: tuple[float, ...], std: tuple[float, ...]) -> Answers:
+    """Ask the model; `mean` and `std` are those by which the images are normalized."""
+    model, known, images, _, targets, around = examples
     device = next(model.parameters()).device
-    batch = masked_batch(context, targets[:, :1], model.encoder.num_prefix_tokens, device)
+    said = []
     with frozen(model, device):
-        out = model([images.to(device)], batch)
+        on_device = images.to(device)
+        for context in around:
+            batch = masked_batch(context, targets[:, :1], model.encoder.num_prefix_tokens, device)
+            out = model([on_device], batch)
+            rows = torch.zeros_like(out.tokens, dtype=torch.float32).flatten(0, 1)
+            rows[batch.wanted] = out.predictions.float()
+            said.append(rows.view_as(out.tokens).cpu())
+        truth = out.tokens.float().cpu()
         features = torch.cat([model.targets(part.to(device)).cpu() for part in known.split(_CHUNK)])
-    dictionary, side = features.float().flatten(0, 1), model.encoder.patch_embed.patch_size
-    patches = _patches(to_pixels(known, mean, std), side).flatten(0, 1)
-    units, decode, pixels = _unit(dictionary), _Decoder(dictionary, patches), to_pixels(images, mean, std)
-    columns = mask_pictures(pixels, context, targets[:, :0])
-    block = targets[:, 0].flatten(1)  # its patches in the order of `predicted` and `wanted`
-    for name, rows in (("predicted", out.predictions), ("target", out.wanted)):
-        values = rows.float().cpu()
-        nearest = patches[(_unit(values) @ units.T).argmax(1)]
-        for how, found in (("nearest", nearest), ("decoded", decode(values))):
-            filled = DIMMED * _patches(pixels, side)
-            filled[block] = found
-            columns[f"{name}, {how}"] = _image(filled, pixels.shape[-1], side)
-    columns["true block"] = mask_pictures(pixels, targets[:, 0], targets[:, :0])["context"]
-    return columns
+    features, side = features.float().flatten(0, 1), model.encoder.patch_embed.patch_size
+    patches, pixels = _patches(to_pixels(known, mean, std), side).flatten(0, 1), to_pixels(images, mean, std)
+    decode, block = _Decoder(features, patches), targets[:, 0].flatten(1)
+    return Answers(torch.stack(said), truth, block, features, patches, decode, pixels, side)
+
+
+def predictor_pictures(examples: MaskedExamples, answers: Answers) -> dict[str, Tensor]:
+    """Columns of a page, by name: RGB (B, 3, S, S) in 0-1, the first target block of each image filled in."""
+    units = _unit(answers.features)
+    columns = mask_pictures(answers.pixels, examples.context, examples.targets[:, :0])
+    for name, of in (("predicted", answers.said[0]), ("target", answers.truth)):
+        values = of[answers.block]
+        columns[f"{name}, nearest"] = answers.filled(answers.patches[(_unit(values) @ units.T).argmax(1)])
+        columns[f"{name}, decoded"] = answers.filled(answers.decode(values))
+    return columns | _true_block(examples, answers)
+
+
+def uncertainty_pictures(
+    examples: MaskedExamples, answers: Answers
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """How predictions of a block from several contexts differ from each other, and from the truth.
+
+    Returns:
+        columns of a page, as of `predictor_pictures`, and two figures of each patch of the blocks, (R,), in
+        row-major order of images and patches:
+        "spread" is the standard deviation of the predictions over the contexts, "error" the root mean square
+        of their distances to the target. Unit: the standard deviation of target features over patches. Spread
+        is 0 where all contexts give the same answer; error is 1 for the mean of all patches as the answer.
+    """
+    said, truth = answers.said[:, answers.block], answers.truth[answers.block]
+    columns: dict[str, Tensor] = {}
+    for number, (context, values) in enumerate(zip(examples.around[:DRAWN], said, strict=False), 1):
+        columns[f"context {number}"] = _masked(answers, context)
+        columns[f"answer {number}"] = answers.filled(answers.decode(values))
+    unit = answers.features.var(0).mean().clamp_min(1e-12)
+    figures = {
+        "spread": (said.var(0).mean(-1) / unit).sqrt(),
+        "error": ((said - truth).square().mean((0, -1)) / unit).sqrt(),
+    }
+    columns |= {name: answers.filled(heat_colors(values)) for name, values in figures.items()}
+    return columns | _true_block(examples, answers), figures
+
+
+def _true_block(examples: MaskedExamples, answers: Answers) -> dict[str, Tensor]:
+    return {"true block": _masked(answers, examples.targets[:, 0])}
+
+
+def _masked(answers: Answers, mask: Tensor) -> Tensor:
+    return mask_pictures(answers.pixels, mask, mask[:, None][:, :0])["context"]
 
 
 def draw_predictions(
-    path: Path, examples: MaskedExamples, mean: tuple[float, ...], std: tuple[float, ...]
+    folder: Path, examples: MaskedExamples, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> None:
-    """Write a PNG of `predictor_pictures`, a row for each image."""
-    draw_page(path, predictor_pictures(examples, mean, std), [""] * len(examples.images))
+    """Write masks.png, predictor.png and uncertainty.png, a row for each image."""
+    answers = answers_of(examples, mean, std)
+    draw_masks(folder / "masks.png", answers.pixels, examples.context, examples.targets)
+    none = [""] * len(answers.pixels)
+    draw_page(folder / "predictor.png", predictor_pictures(examples, answers), none)
+    columns, figures = uncertainty_pictures(examples, answers)
+    counts = answers.block.sum(1).tolist()
+    of_image = ([v.square().mean().sqrt() for v in figures[name].split(counts)] for name in figures)
+    labels = [f"spread {spread:.2f}, error {error:.2f}" for spread, error in zip(*of_image, strict=True)]
+    draw_page(folder / "uncertainty.png", columns, labels)
 
 
 def _patches(pixels: Tensor, side: tuple[int, int]) -> Tensor:

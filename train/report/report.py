@@ -22,8 +22,6 @@ from lejepa_fast.train.evaluation.backbones import BackboneResult
 from lejepa_fast.train.evaluation.collapse import rank_floors, sigreg_levels
 from lejepa_fast.train.evaluation.protocol import EvalResult
 from lejepa_fast.train.report import plots
-from lejepa_fast.train.report.mask_overlays import draw_masks
-from lejepa_fast.train.report.overlays import to_pixels
 from lejepa_fast.train.report.predictor_pictures import MaskedExamples, draw_predictions
 from lejepa_fast.train.report.results_table import TRAINED, UNTRAINED, few_shot_rows, table_rows
 from lejepa_fast.train.runtime.files import disk_errors_named
@@ -79,11 +77,7 @@ def write_report(
     with replaced_folder(run_dir / "report") as folder:
         _draw(folder, config, trained, untrained, history, views, steps)
         if masked is not None:
-            crops = config["crops"]
-            mean, std = crops["mean"], crops["std"]
-            pixels = to_pixels(masked.images, mean, std)
-            draw_masks(folder / "masks.png", pixels, masked.context, masked.targets)
-            draw_predictions(folder / "predictor.png", masked, mean, std)
+            draw_predictions(folder, masked, config["crops"]["mean"], config["crops"]["std"])
         more = {"views_of": views_of or evaluated_on, "objective": objective_of(config)}
         _write_pages(folder, "report.html.j2", strict_json(summary), results, **more)
     return run_dir / "report" / "report.html"

@@ -162,6 +162,39 @@ def test_what_masked_prediction_cannot_train_is_refused(changes, message, tiny):
         build_model(tiny(**options))
 
 
+def test_attention_ends_where_a_sequence_ends_with_and_without_padding(monkeypatch):
+    """Runs of equal lengths, alone and repeated; padded as in compiled blocks and on a GPU in float32."""
+    lengths = [1, 3, 3, 3, 5, 2, 2]
+    ragged = packing.Packing(torch.tensor(lengths), CPU)
+    assert ragged.runs == [(1, 1), (3, 3), (1, 5), (2, 2)]
+    qkv = torch.randn(1, 19, 3, 2, 8, dtype=torch.float64, requires_grad=True)
+
+    def of(attend):
+        out = attend(*qkv.permute(2, 0, 3, 1, 4))
+        return out, *torch.autograd.grad((out * torch.arange(8)).square().sum(), qkv)
+
+    def alone(*qkv):
+        pieces = zip(*(x.split(lengths, dim=2) for x in qkv), strict=True)
+        return torch.cat([scaled_dot_product_attention(*each) for each in pieces], dim=2)
+
+    def packed(*qkv):
+        return scaled_dot_product_attention(*qkv, attn_mask=ragged)
+
+    expected = of(alone)
+    torch.testing.assert_close(of(packed), expected, rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(of(packed), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_sequences_of_a_batch_are_sorted_by_length():
+    """Few calls of attention on a CPU: one for each length."""
+    batch = masked_batch(*masks_of(8), 0, CPU)
+    for ragged in (batch.context, batch.blocks):
+        lengths = [length for _, length in ragged.runs]
+        assert lengths == sorted(set(lengths))
+        assert ragged.size[0] > len(lengths)
+
+
 def test_the_kernel_of_gpus_gets_the_rows_and_where_sequences_begin(monkeypatch):
     """A loop in place of FlashAttention's kernel, with its arguments."""
 

@@ -147,6 +147,21 @@ def test_blocks_are_gathered_twice_for_each_size_of_crops_or_once():
     assert trace.state == pytest.approx(4 * 4 * (blocks + rest) / 2, rel=0.02)
 
 
+@pytest.mark.parametrize(("objective", "passes"), [("ijepa", 1), ("masked-lejepa", 2)])
+def test_masked_prediction_keeps_what_it_gathered(objective, passes):
+    """One gathering less for each forward pass with a gradient: the encoder of masked LeJEPA sees images and
+    contexts. The target encoder is not kept."""
+    cfg = masked(objective, precision="bf16")
+    model = build_model(cfg, meta=True)
+    encoder, predictor = (
+        sum(p.numel() for block in find_blocks(part).values() for p in block.parameters())
+        for part in (model.encoder, model.predictor)
+    )
+    kept = replace(cfg, parallel=replace(cfg.parallel, keep_gathered=True))
+    gathered = [trace_step(each, shards=2, images=2).traffic.gathered for each in (cfg, kept)]
+    assert gathered[0] - gathered[1] == 2 * (passes * encoder + predictor)
+
+
 def test_what_a_rank_sends():
     traffic = Traffic(gathered=800, scattered=400, summed=400)
     assert traffic.sent(shards=1, copies=1) == (0, 0)
