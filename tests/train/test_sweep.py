@@ -8,10 +8,11 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from training import arguments_of, wait_until
+from training import arguments_of, train_only, wait_until
 
 from lejepa_fast.train import sweep
 
@@ -156,16 +157,17 @@ def test_a_bad_grid_is_an_error_before_the_first_run(sweeping, capsys, grid, mes
 
 @pytest.mark.slow
 def test_the_trainer_itself_runs_a_grid(tiny, tmp_path, monkeypatch, capsys):
-    """The run without a report, as if it was stopped before its evaluation, is resumed."""
+    """Two runs; one has trained already, but has no report, as if it was stopped before its evaluation."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    shared = arguments_of(tiny(out=None, max_steps=3), tmp_path)
+    cfg = tiny(out=None, max_steps=3, eval={"linear_steps": 20})
+    train_only(replace(cfg, out=tmp_path / "sweep" / "loss.lambd=0.2", loss=replace(cfg.loss, lambd=0.2)))
+    shared = arguments_of(cfg, tmp_path)
     command = ["--grid", "loss.lambd=0.1,0.2", "--out", str(tmp_path / "sweep"), "--", *shared[:2]]
     assert sweep.main(command) == 0
     found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [run["steps"] for run in found["runs"]] == [3, 3]
     assert all(run["knn_trained"] > 0 and run["rankme"] > 1 for run in found["runs"])
-    report = tmp_path / "sweep" / "loss.lambd=0.2" / "report"
-    report.rename(tmp_path / "lost")
-    assert sweep.main(command) == 0
-    assert report.is_dir()
-    assert "1 of 2 runs are finished already" in capsys.readouterr().out
+    for point in ("loss.lambd=0.1", "loss.lambd=0.2"):
+        assert (tmp_path / "sweep" / point / "report" / "report.html").exists()
+    rows = (tmp_path / "sweep" / "loss.lambd=0.2" / "metrics.jsonl").read_text()
+    assert rows.count('"kind": "train"') == 3  # its steps were not made again
