@@ -22,6 +22,8 @@ def speed_up() -> None:
     interpreter._get_np_dtype = _remembering(interpreter._get_np_dtype)
     TritonSemantic.broadcast_impl_value = _broadcasting_if_needed(TritonSemantic.broadcast_impl_value)
     TritonSemantic.cast = _casting_if_needed(TritonSemantic.cast)
+    check = TritonSemantic.binary_op_type_checking_impl
+    TritonSemantic.binary_op_type_checking_impl = _checking_if_needed(check)
     tl.block_type.__init__ = _sharing(tl.block_type.__init__, _block_key)
     tl.tensor.__init__ = _sharing(tl.tensor.__init__, _tensor_key, "handle", "type")
 
@@ -77,12 +79,21 @@ def _casting_if_needed(cast: Function) -> Function:
     return cast_if_needed
 
 
+def _checking_if_needed(check: Function) -> Function:
+    def check_if_needed(self: Any, lhs: Any, rhs: Any, *options: Any, **more: Any) -> Any:
+        if isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor) and lhs.dtype is rhs.dtype is tl.float32:
+            return self.broadcast_impl_value(lhs, rhs)  # any operation of two float32 is one of float32
+        return check(self, lhs, rhs, *options, **more)
+
+    return check_if_needed
+
+
 def _block_key(element_ty: Any, shape: Any) -> tuple[Any, ...]:
     return element_ty.name, *(getattr(size, "value", size) for size in shape)
 
 
-def _tensor_key(handle: Any, type: Any) -> tuple[Any, ...]:
-    return _block_key(type.scalar, type.shape if type.is_block() else ())
+def _tensor_key(handle: Any, type: Any) -> str:
+    return type.name  # of blocks with their shape
 
 
 def _sharing(make: Function, key_of: Function, *own: str) -> Function:
