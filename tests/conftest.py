@@ -35,9 +35,9 @@ TRAIN_IMAGES, VAL_IMAGES = 32, 12
 # Without a GPU, test_kernels.py runs these in the interpreter.
 collect_ignore_glob = [] if torch.cuda.is_available() or interpreting() else ["kernels/kernel_*.py"]
 if interpreting():
-    from interpreter_speed import patch_language_once
+    from interpreter_speed import speed_up
 
-    patch_language_once()
+    speed_up()
 
 
 @pytest.fixture(autouse=True)

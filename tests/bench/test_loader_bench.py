@@ -2,6 +2,7 @@
 
 import benchlib
 import loader_bench
+import timing
 import torch
 from loader_bench import FALLBACK, OURS, PLAIN, PLAIN_TENSORS, STABLE, Setting
 
@@ -12,6 +13,10 @@ def test_rehearsal_measures_everything_and_says_what_cannot_run(tmp_path, monkey
     def unavailable():
         raise RuntimeError("no such thing\nmore")
 
+    # Two short epochs, in this process: `test_memory_is_measured_in_a_fresh_process` starts one.
+    monkeypatch.setattr(timing, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(loader_bench, "MEMORY_EPOCHS", 2)
+    monkeypatch.setattr(loader_bench, "MEMORY_COPIES", 1)
     makers = loader_bench.contenders
     monkeypatch.setattr(loader_bench, "contenders", lambda *args: {**makers(*args), "broken": unavailable})
     loader_bench.main(["--rehearse", "--device", "cpu", "--workers", "1", "--out", str(tmp_path)])

@@ -62,11 +62,14 @@ def test_the_grids_are_valid_and_the_last_has_24_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rehearsal_trains(tmp_path, monkeypatch):
+def test_a_rehearsal_trains(image_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(stability_bench, "PARTS", {"lambda": ["loss.lambd=0.05"]})
+    few = ["--batch-size", "16", "--crops.min-image-size", "1"]  # 32 images of 40 px
+    monkeypatch.setattr(stability_bench, "OPTIONS", [*stability_bench.OPTIONS, *few])
     rows, runs = str(tmp_path / "rows"), str(tmp_path / "runs")
-    stability_bench.main(["--rehearse", "--part", "lambda", "--out", rows, "--runs", runs])
+    command = ["--rehearse", "--part", "lambda", "--data", str(image_folder), "--out", rows, "--runs", runs]
+    stability_bench.main(command)
     (row,) = read_rows(tmp_path / "rows" / "stability.jsonl")
     assert row["rehearsal"]
     assert row["steps"] == 6

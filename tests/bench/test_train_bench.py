@@ -59,6 +59,7 @@ def test_a_rehearsal_measures_the_real_trainer_in_every_kind_of_case_and_judges_
     tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(train_bench, "DISTINCT", 16)
+    monkeypatch.setattr(train_bench, "WINDOW", 2)
     train_bench.main(["--rehearse", "--out", str(tmp_path)])
     rows = benchlib.read_rows(tmp_path / "train.jsonl")
     assert all(row["rehearsal"] and "error" not in row for row in rows)

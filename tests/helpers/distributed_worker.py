@@ -82,10 +82,10 @@ def lejepa_loss(**options: Any):
 
 def run(rank: int, folder: str) -> None:
     """This rank of four, of two if it is one of the first, and rank 0 alone: `folder/WORLD_SIZE-RANK.pt`."""
-    from interpreter_speed import patch_language_once  # not above: it imports Triton, which is to interpret
+    from interpreter_speed import speed_up  # not above: it imports Triton, which is to interpret
 
     torch.set_num_threads(1)
-    patch_language_once()
+    speed_up()
     for world_size in sorted(EQUAL, reverse=True):
         if rank >= world_size:
             break

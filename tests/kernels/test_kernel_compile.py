@@ -40,7 +40,8 @@ def test_shipped_configurations_keep_their_budgets_on_sm_90(report, budgets):
 
 @pytest.mark.parametrize(
     ("target", "dtype"),
-    [("sm_90", "fp32"), *((target, "bf16") for target in ("sm_80", "sm_89", "sm_100")), ("gfx942", "fp32")],
+    # sm_80 takes the tiles of sm_89 with more shared memory, see also `test_float16_on_other_targets`.
+    [("sm_90", "fp32"), ("sm_89", "bf16"), ("sm_100", "bf16"), ("gfx942", "fp32")],
 )
 def test_one_tile_of_each_kernel_keeps_its_budget_on(target, dtype, budgets):
     check_budgets(kernel_report.report(target, [dtype], which="first"), budgets)

@@ -8,23 +8,31 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from training import arguments_of, wait_until
+from training import arguments_of, rows_of, train_only, wait_until
 
 from lejepa_fast.train import sweep
+from lejepa_fast.train.report import run_plots
 
 TRAINER = Path(__file__).parents[1] / "helpers" / "standin_trainer.py"
 
 
 @pytest.fixture
 def sweeping(tiny, tmp_path, monkeypatch):
-    """Runs the command with a grid in tmp_path/sweep; `calls` are lambda and GPU of each started run."""
-    cfg = tiny(out=None)
+    """Runs the command with a grid in tmp_path/sweep; `calls` are lambda and GPU of each started run.
+
+    The figures are empty files: `test_the_trainer_itself_runs_a_grid` draws them.
+    """
+    # With a weight decay, for which each stand-in would import timm: the default depends on the model.
+    cfg = tiny(out=None, optim={"weight_decay": 0.05})
     (tmp_path / "calls").touch()
     monkeypatch.setattr(sweep, "SCRIPT", TRAINER)
     monkeypatch.setattr(sweep, "POLL_SECONDS", 0.01)
+    for plot in ("plot_grid", "plot_loss_plane"):
+        monkeypatch.setattr(run_plots, plot, lambda path, *_: path.touch())
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     shared = arguments_of(cfg, tmp_path)
@@ -156,16 +164,20 @@ def test_a_bad_grid_is_an_error_before_the_first_run(sweeping, capsys, grid, mes
 
 @pytest.mark.slow
 def test_the_trainer_itself_runs_a_grid(tiny, tmp_path, monkeypatch, capsys):
-    """The run without a report, as if it was stopped before its evaluation, is resumed."""
+    """Two runs; one has trained already, but has no report, as if it was stopped before its evaluation."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    shared = arguments_of(tiny(out=None, max_steps=3), tmp_path)
+    cfg = tiny(out=None, max_steps=3)
+    second = replace(cfg, out=tmp_path / "sweep" / "loss.lambd=0.2", loss=replace(cfg.loss, lambd=0.2))
+    train_only(second)
+    shared = arguments_of(cfg, tmp_path)
     command = ["--grid", "loss.lambd=0.1,0.2", "--out", str(tmp_path / "sweep"), "--", *shared[:2]]
     assert sweep.main(command) == 0
     found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [run["steps"] for run in found["runs"]] == [3, 3]
     assert all(run["knn_trained"] > 0 and run["rankme"] > 1 for run in found["runs"])
-    report = tmp_path / "sweep" / "loss.lambd=0.2" / "report"
-    report.rename(tmp_path / "lost")
-    assert sweep.main(command) == 0
-    assert report.is_dir()
-    assert "1 of 2 runs are finished already" in capsys.readouterr().out
+    for point in ("loss.lambd=0.1", "loss.lambd=0.2"):
+        assert (tmp_path / "sweep" / point / "report" / "report.html").exists()
+    for figure in ("sweep.png", "plane.png"):
+        assert (tmp_path / "sweep" / figure).stat().st_size > 10_000
+    assert len(rows_of(second, "run")) == 2
+    assert [row["step"] for row in rows_of(second)] == [1, 2, 3]
