@@ -27,7 +27,6 @@ from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.model import initialize
 from lejepa_fast.train.model.initialize import named_tensors
 from lejepa_fast.train.model.model import build_model
-from lejepa_fast.train.parallel import parallelize as parallelizing
 from lejepa_fast.train.parallel.parallelize import center_model, make_mesh, parallelize
 from lejepa_fast.train.planning.memory import PlannedStep
 from lejepa_fast.train.pretrain import pretrain
@@ -103,9 +102,7 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
     def cfg(name: str, **changes: Any) -> Config:
         return run_config(images, root / name, **changes)
 
-    # What Dynamo traces and AOTAutograd cuts into forward and backward; the C++ compiler behind is not ours.
-    backend = mock.patch.object(parallelizing, "COMPILE_BACKEND", "aot_eager_decomp_partition")
-    with process_group(rank, size, folder) as world, backend:
+    with process_group(rank, size, folder) as world:
         for name, changes in {
             "ddp": {"parallel": ddp},
             "fsdp": {"parallel": fsdp},

@@ -133,7 +133,7 @@ def ranks(image_folder, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "strategy"), ijepa_runs.CASES)
 def test_two_ranks_equal_one_process(objective, strategy, ranks):
-    """Losses of 12 steps; of I-JEPA the target encoder, against one process and an average beside it."""
+    """Losses of 20 steps; of I-JEPA the target encoder, against one process and an average beside it."""
     runs, alone, results = ranks
     name, cfg = f"{objective} {strategy}", runs[objective]
     course = course_of(replace(cfg, out=cfg.out.with_name(name)))
