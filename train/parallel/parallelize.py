@@ -326,7 +326,7 @@ def shard(
     Parameters, moments and the reduction of gradients, once per step, are float32. Blocks are gathered in
     `dtype` (None: float32) for forward and backward of each size of crops, with `keep` once per step (the
     encoder of masked LeJEPA, which has two backward passes, twice). A model that is not `trained` keeps
-    nothing gathered: no backward pass would free it, and its weights change.
+    nothing gathered: only the end of the step would free it.
     """
     # The embeddings are views of one tensor, and nothing changes them in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
