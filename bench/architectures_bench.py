@@ -19,11 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from benchlib import Row, Rows, command_line, print_table, read_rows
+from benchlib import SHORT_RUN, Row, Rows, command_line, print_table, read_rows
 
 from lejepa_fast.errors import RunError, UsageError
-from lejepa_fast.train.config import EMBEDDED_DATA, Config, ModelConfig
-from lejepa_fast.train.config.presets import PRESETS
+from lejepa_fast.train.config import EMBEDDED_DATA, Config, ModelConfig, parse
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained
 from lejepa_fast.train.runtime import files
@@ -86,7 +85,7 @@ MODELS = _FAMILIES.split()
 
 def configuration(name: str, steps: int, out: Path, data: str = EMBEDDED_DATA) -> Config:
     """The settings, the same for every model."""
-    usual = PRESETS["laptop"]
+    usual = parse(SHORT_RUN)
     return replace(
         usual,
         data=replace(usual.data, path=data, batch_size=32, workers=0),

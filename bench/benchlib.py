@@ -23,6 +23,13 @@ from lejepa_fast.kernels.runtime import interpreting
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+# Options of the trainer for many short runs on a CPU. They stay when the preset changes: rows made with them
+# are compared with older ones.
+SHORT_RUN = ["--preset", "laptop", "--model", "resnet18"]
+SHORT_RUN += ["--model.kwargs", '{"channels": [16, 32, 64, 128], "layers": [1, 1, 1, 1]}']
+SHORT_RUN += ["--crops.global-scale", "0.3", "1.0", "--crops.local-scale", "0.1", "0.4"]
+SHORT_RUN += ["--crops.brightness", "0.4", "--crops.contrast", "0.4", "--crops.saturation", "0.2"]
+SHORT_RUN += ["--crops.hue", "0.1", "--crops.grayscale-prob", "0.1"]
 
 
 def let_interpreter_take_numpy() -> None:

@@ -25,14 +25,13 @@ from typing import Any
 import efficientnet_lite0
 import numpy as np
 import torch
-from benchlib import Row, Rows, command_line, installed_version, print_table, read_rows
+from benchlib import SHORT_RUN, Row, Rows, command_line, installed_version, print_table, read_rows
 from PIL import Image
 from safetensors.torch import save_file
 
 from lejepa_fast.data import ImageSource, eval_loader, open_source
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.config import EMBEDDED_DATA, Config, shots, to_dict
-from lejepa_fast.train.config.presets import PRESETS
+from lejepa_fast.train.config import EMBEDDED_DATA, Config, parse, shots, to_dict
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.evaluation.backbones import load_backbone
 from lejepa_fast.train.evaluation.embeddings import embed_source
@@ -46,7 +45,6 @@ EPOCHS, FINE_TUNE = 15, 10
 LIMITS = {"train": 1500, "val": 500}
 # The transferred encoder sees the images at this size, larger than the crops of the others: it needs it.
 STORED_SIZE = 96
-NET = '{"channels": [16, 32, 64, 128], "layers": [1, 1, 1, 1]}'
 # Columns of the table: an encoder, and the protocol.
 COLUMNS = {
     "LeJEPA, frozen": ("lejepa", "linear"),
@@ -59,12 +57,11 @@ COLUMNS = {
 
 def configuration(images: Path, out: Path, seed: int, epochs: int, fine_tune: int) -> Config:
     """The settings of a run; those of every set are the same."""
-    usual = PRESETS["laptop"]
+    usual = parse(SHORT_RUN)
     return replace(
         usual,
         data=replace(usual.data, path=str(images), workers=0),
         crops=replace(usual.crops, min_image_size=1),
-        model=replace(usual.model, kwargs=NET),
         eval=replace(usual.eval, every=0, few_shot="1,10,100,all", draws=1, fine_tune=fine_tune),
         out=out,
         epochs=epochs,

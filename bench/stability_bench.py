@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchlib import Row, Rows, command_line, print_table, read_rows
+from benchlib import SHORT_RUN, Row, Rows, command_line, print_table, read_rows
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import sweep
@@ -29,8 +29,7 @@ from lejepa_fast.train.report.selection import PROBES, correlate
 
 # Epochs, so that runs with other batches see as many images.
 EPOCHS = 4
-NET = '{"channels": [16, 32, 64, 128], "layers": [1, 1, 1, 1]}'
-OPTIONS = ["--preset", "laptop", "--model.kwargs", NET, "--eval.every", "0", "--no-tensorboard"]
+OPTIONS = [*SHORT_RUN, "--eval.every", "0", "--no-tensorboard"]
 OPTIONS += ["--checkpoint-every", "100000", "--keep-checkpoints", "1"]
 
 PARTS: dict[str, list[str]] = {

@@ -248,7 +248,7 @@ def test_every_option_has_a_sentence(command, capsys):
     ("arguments", "kept"),
     [
         (["--preset", "laptop"], True),
-        (["--preset", "laptop", "--model=resnet18"], True),
+        (["--preset", "laptop", f"--model={PRESETS['laptop'].model.name}"], True),
         (["--preset", "laptop", "--model=resnet50"], False),
         (["--model.name", "vit_tiny"], False),
         (["--model", "resnet50", "--model.kwargs", PRESETS["laptop"].model.kwargs], True),
