@@ -12,7 +12,7 @@ from lejepa_fast.train.config import Config, from_dict
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.runtime.world import World
 
-STEPS = 12
+STEPS = 20
 CASES = [("ijepa", "ddp"), ("ijepa", "fsdp"), ("masked-lejepa", "fsdp")]
 MODEL = {
     "name": "test_vit",
@@ -26,7 +26,7 @@ MASKED = {"predictor_width": 32, "predictor_depth": 2, "predictor_heads": 4, "mo
 
 
 def run_config(images: str, out: Path, objective: str = "ijepa", **changes: Any) -> Config:
-    """12 steps of a small transformer, 4 an epoch."""
+    """20 steps of a small transformer, 4 an epoch."""
     values = {
         "objective": objective,
         "data": {"path": images, "batch_size": 8, "workers": 0, "backend": "torchvision"},
