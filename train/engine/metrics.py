@@ -6,8 +6,9 @@ Rows of metrics.jsonl, one JSON object a line (a value that is not finite is nul
     {"kind": "train", "step", "epoch", "loss", "prediction", "sigreg", "lr", "images_per_second",
      "data_wait", "save_seconds", "mfu", "memory_gib", "eta_seconds", "grad_norm", "embedding_std"}
                                                              every `log_every` steps; with a masked
-                                                             objective also "target_std", "within_rank",
-                                                             "between_rank", "padding", "momentum"
+                                                             objective also "target_std", "within_std",
+                                                             "within_rank", "between_rank", "padding",
+                                                             "momentum"
                                                              (engine/objectives.py), with a schedule
                                                              "weight_decay"
     {"kind": "evaluating", "step", "epoch"}                  when an evaluation begins

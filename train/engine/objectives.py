@@ -97,16 +97,20 @@ class Masked:
 
     def figures(self, kept: Tensor) -> dict[str, float]:
         """`target_std`: standard deviation of the targets over images and patches, averaged over dimensions.
-        `between_rank`, `within_rank`: effective rank of the images' means, and of what patches differ from
-        the mean of their image, over 64 images and 512 patches at most. `padding`: share of the batch that
-        padding to its longest sequence would be. `momentum`: of the target encoder."""
+        `within_std`: the same of what patches differ from the mean of their image; near 0 if all patches of
+        an image are alike. `between_rank`, `within_rank`: effective rank of the images' means, and of these
+        differences, over 64 images and 512 random patches at most. `padding`: share of the batch that padding
+        to its longest sequence would be. `momentum`: of the target encoder."""
         tokens = kept.float()
         means = tokens.mean(dim=1)
         patches = (tokens - means[:, None]).flatten(0, 1)
+        # Random: every n-th patch would be one column of the grid where n is a multiple of its width.
+        some = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:_PATCHES]
         figures = {
             "target_std": tokens.flatten(0, 1).std(dim=0).mean().item(),
+            "within_std": patches.std(dim=0).mean().item(),
             "between_rank": effective_rank(means),
-            "within_rank": effective_rank(patches[:: -(-len(patches) // _PATCHES)]),
+            "within_rank": effective_rank(patches[some.to(patches.device)]),
             "padding": self._padding,
         }
         return figures | ({"momentum": self._momentum} if self._model.target is not None else {})

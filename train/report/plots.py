@@ -85,17 +85,20 @@ def plot_targets(path: Path, rows: Rows) -> None:
     """Of a masked objective: prediction loss, and how the targets spread, over steps."""
     panels: list[_Panel] = [
         ("prediction", "prediction loss", None, ""),
-        ("target_std", "std of the targets", None, ""),
+        ("embedding_std", "std between images", None, ""),
         ("between_rank", "effective rank between images", None, ""),
+        ("target_std", "std of the targets", None, ""),
+        ("within_std", "std within images", None, ""),
         ("within_rank", "effective rank within images", None, ""),
     ]
     _plot_panels(path, rows, panels)
 
 
 def _plot_panels(path: Path, rows: Rows, panels: Sequence[_Panel]) -> None:
-    """Four panels of rows of kind "train": key, title, and a level with its label or None."""
-    with report_figure(path, 10.0, 5.6) as figure:
-        for ax, (key, title, level, label) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    """Two lines of panels of rows of kind "train": key, title, and a level with its label or None."""
+    columns = len(panels) // 2
+    with report_figure(path, 5.0 * columns, 5.6) as figure:
+        for ax, (key, title, level, label) in zip(figure.subplots(2, columns).flat, panels, strict=True):
             steps, values = series(rows, "train", key)
             ax.set_title(title)
             if not len(steps):

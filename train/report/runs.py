@@ -37,6 +37,11 @@ class RunRecord:
     """metrics.jsonl."""
 
     @property
+    def objective(self) -> str:
+        """lejepa, ijepa or masked-lejepa."""
+        return self.config["objective"]
+
+    @property
     def lambd(self) -> float:
         """Weight of SIGReg."""
         return self.config["loss"]["lambd"]

@@ -21,6 +21,7 @@ ALPHAS = tuple(round(0.05 * i, 2) for i in range(21))
 PROBES = ("linear", "knn")
 RANKS = ("effective_rank", "rankme")
 LOSS, RANKME, NEITHER = "loss / lambda^alpha", "RankMe", "neither"
+_NO_VERDICT = "the loss of I-JEPA follows its targets and is no verdict"
 
 # What the loss of two runs may differ in and still be compared: what is being selected, and where it ran.
 # Everything else in these sections changes the scale of the loss or what is predicted.
@@ -45,7 +46,7 @@ class Selection:
     """One line on what is not comparable and why; None if everything is."""
     alpha: float
     scores: Sequence[float]
-    """loss / lambda^alpha of each run; NaN for lambda = 0, which the rule does not cover."""
+    """`score` of each run."""
     correlations: dict[str, dict[str, Any]] = field(default_factory=dict)
     """With labels, by probe: see `correlate`."""
 
@@ -113,7 +114,9 @@ def select(runs: Sequence[RunRecord], alpha: float = ALPHA) -> Selection:
 
 
 def score(run: RunRecord, alpha: float) -> float:
-    """loss / lambda^alpha; NaN for lambda = 0 and alpha above 0."""
+    """loss / lambda^alpha; NaN where the rule does not hold: lambda = 0 and alpha above 0, or I-JEPA."""
+    if run.objective == "ijepa":
+        return math.nan
     return run.loss / run.lambd**alpha if run.lambd or not alpha else math.nan
 
 
@@ -125,7 +128,11 @@ def correlate(runs: Sequence[RunRecord], probe: str, alpha: float = ALPHA) -> di
         and "c_at_best": its maximum; "effective_rank" and "rankme": their Spearman correlation with the
         accuracy, None where runs lack the figure.
     """
-    known = [run for run in runs if run.lambd and math.isfinite(run.figure(f"{probe}_trained"))]
+    known = [
+        run
+        for run in runs
+        if run.lambd and run.objective != "ijepa" and math.isfinite(run.figure(f"{probe}_trained"))
+    ]
     if len(known) < 3:
         return {}
     accuracy = [run.figure(f"{probe}_trained") for run in known]
@@ -158,19 +165,23 @@ def _loss_setting(run: RunRecord) -> dict[str, Any]:
     sections = set(_SECTIONS)
     if every.setdefault("loss.center_from", "views") == "average":  # older runs lack this option
         sections.add("average")
+    if run.objective != "lejepa":
+        sections |= {"objective", "masked"}
     found = {k: v for k, v in every.items() if k.partition(".")[0] in sections and k not in _COMPARABLE}
     return found | {"steps": run.steps, "finished": bool(run.summary)}
 
 
 def _rule(runs: Sequence[RunRecord], differing: Sequence[str]) -> tuple[str, str | None]:
     """The rule over all runs, and the warning, given the settings that make their losses differ."""
-    if not differing:
+    ijepa = any(run.objective == "ijepa" for run in runs)
+    if not differing and not ijepa:
         return LOSS, None
     names = ", ".join(differing[:4]) + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")
-    warning = f"the runs differ in {names}: their losses compare within a group only"
-    model = [name for name in differing if name.startswith("model.")]
+    problems = [f"the runs differ in {names}: their losses compare within a group only"] if differing else []
+    warning = "; ".join(problems + [_NO_VERDICT] * ijepa)
+    model = [name for name in differing if name == "objective" or name.startswith("model.")]
     others = [name for name in _OF_RANKS if len({run.summary.get(name) for run in runs}) > 1]
     if model or others or any(math.isnan(run.figure("rankme")) for run in runs):
         why = (model or others or ["no rankme in some summary.json"])[0]
-        return NEITHER, f"{warning}, and RankMe does not compare across groups either ({why})"
+        return NEITHER, f"{warning}, and RankMe does not compare them either ({why})"
     return RANKME, f"{warning}; RankMe compares over all of them"

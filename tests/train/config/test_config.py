@@ -130,6 +130,38 @@ def test_decay_goes_by_family_and_the_folder_by_data_and_model(arguments, decay,
 
 
 @pytest.mark.parametrize(
+    ("arguments", "preset"),
+    [
+        (["--objective", "ijepa"], "ijepa-laptop"),
+        (["--data", "x", "--objective", "ijepa"], "ijepa-vit-b"),
+        (["--data", "x", "--objective=masked-lejepa"], "ijepa-vit-b"),
+        (["--data", "x", "--objective", "lejepa"], "default"),
+    ],
+)
+def test_the_objective_chooses_the_preset(arguments, preset):
+    cfg, expected = config.parse(arguments), PRESETS[preset]
+    assert dataclasses.replace(cfg, data=expected.data, objective=expected.objective) == expected
+
+
+def test_presets_of_ijepa_have_the_numbers_of_the_authors_code():
+    for preset, epochs, depth, heads in (("ijepa-vit-b", 600, 6, 12), ("ijepa-vit-h", 300, 12, 16)):
+        cfg = PRESETS[preset]
+        optim, masked = cfg.optim, cfg.masked
+        assert (cfg.epochs, masked.predictor_depth, masked.predictor_heads) == (epochs, depth, heads)
+        assert (cfg.data.batch_size, cfg.crops.global_size, cfg.crops.global_scale) == (2048, 224, (0.3, 1.0))
+        assert optim.lr * optim.start_lr_fraction == pytest.approx(2e-4)
+        assert (optim.lr, optim.lr * optim.final_lr_fraction) == (1e-3, pytest.approx(1e-6))
+        assert optim.warmup_fraction * epochs == pytest.approx(40)
+        assert (optim.weight_decay, optim.final_weight_decay) == (0.04, 0.4)
+        assert (masked.momentum, masked.final_momentum, masked.predictor_width) == (0.996, 1.0, 384)
+        assert (masked.targets, masked.min_keep, cfg.loss.distance) == (4, 10, "smooth_l1")
+        assert (masked.target_area, masked.target_aspect) == ((0.15, 0.2), (0.75, 1.5))
+        assert masked.context_area == (0.85, 1.0)
+        crops = cfg.crops
+        assert {crops.flip_prob, crops.jitter_prob, crops.grayscale_prob, crops.blur_prob} == {0.0}
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--epochs", "0"], "epochs: expected at least 1, got 0"),
@@ -148,6 +180,14 @@ def test_decay_goes_by_family_and_the_folder_by_data_and_model(arguments, decay,
         (
             ["--objective", "ijepa", "--average", "ema", "--loss.center-from", "average"],
             "loss.center_from: expected views with --objective ijepa, got average",
+        ),
+        (
+            ["--preset", "laptop", "--objective", "ijepa"],
+            "crops: ijepa takes one global view of an image, got 2 global and 2 local; use --preset ",
+        ),
+        (
+            ["--objective", "masked-lejepa", "--masked.target-area", "0.3", "0.2"],
+            r"masked.target_area: expected \(lowest, highest\), got \(0.3, 0.2\)",
         ),
         (["--crops.global-crops", "0"], "crops.global_crops: expected at least 1, got 0"),
         (["--batch-size", "1"], "at least 2; use --batch-size 2"),

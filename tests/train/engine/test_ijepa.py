@@ -16,7 +16,9 @@ from lejepa_fast.errors import UsageError
 from lejepa_fast.train import export
 from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.checkpoint.trained_model import load_trained
+from lejepa_fast.train.engine.objectives import Masked
 from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.model.model import build_model
 from lejepa_fast.train.parallel import parallelize
 from lejepa_fast.train.pretrain import pretrain
 
@@ -67,10 +69,28 @@ def test_schedules_and_figures_are_logged(image_folder, tmp_path):
     assert [row["momentum"] for row in rows] == pytest.approx([0.9 + 0.1 * step / 9 for step in range(9)])
     for row in rows:
         assert 0.1 < row["target_std"] <= 1.01  # of layer-normalized features
+        assert 0.05 < row["within_std"] <= row["target_std"]
         assert 1 < row["between_rank"] <= 7
         assert 1 < row["within_rank"] <= 64
         assert 0 < row["padding"] < 0.5
         assert row["loss"] == row["prediction"]
+
+
+def test_figures_are_those_of_planted_targets(tmp_path):
+    """Images differ in 3 directions; columns of the grid, alike in all images, in 7 (8 around their mean)."""
+    cfg = run_config("", tmp_path)
+    objective = Masked(cfg, build_model(cfg), None, CPU, 9)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.zeros(64, 64, 16)  # (B, P, K)
+    tokens[..., :3] = torch.randn(64, 1, 3, generator=generator)
+    without = tokens + 1e-5 * torch.randn(tokens.shape, generator=generator)
+    tokens[..., 8:] = torch.eye(8)[torch.arange(64) % 8]
+    found, alike = objective.figures(tokens), objective.figures(without)
+    assert found["between_rank"] == pytest.approx(3, abs=0.3)
+    assert found["within_rank"] == pytest.approx(7, abs=0.1)
+    assert found["within_std"] == pytest.approx(0.5 * (7 / 64) ** 0.5, rel=1e-3)
+    assert alike["within_std"] < 2e-5
+    assert alike["target_std"] == pytest.approx(3 / 16, abs=0.03)
 
 
 def test_the_target_encoder_is_evaluated_and_exported(image_folder, tmp_path, monkeypatch):
@@ -118,6 +138,7 @@ def test_without_target_encoder_and_sigreg_it_collapses_and_the_verdict_says_so(
         row = rows_of(cfg)[-1]
         assert (row["target_std"] < 0.05) == (lambd == 0.0)
     assert states[0.0] == "collapsed"
+    assert states[0.2] != "collapsed"
 
 
 @pytest.fixture(scope="module")

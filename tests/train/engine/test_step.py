@@ -72,10 +72,19 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("planted", [False, True])
-def test_a_step_reads_no_value_on_the_host(planted, tiny, monkeypatch):
+LEJEPA = {"loss": {"center_from": "average"}}
+IJEPA = {
+    "objective": "ijepa",
+    "crops": {"global_crops": 1, "local_crops": 0},
+    "model": {"kwargs": '{"patch_size": 8}'},
+    "masked": {"min_keep": 1, "predictor_depth": 1, "target_area": (0.1, 0.3)},
+}
+
+
+@pytest.mark.parametrize(("planted", "options"), [(False, LEJEPA), (True, LEJEPA), (False, IJEPA)])
+def test_a_step_reads_no_value_on_the_host(planted, options, tiny, monkeypatch):
     """But for the guard's flags, which are on the host already, and SIGReg's knots on a CPU (`_fits`)."""
-    cfg = tiny(log_every=10, average={"kind": "ema"}, loss={"center_from": "average"})
+    cfg = tiny(log_every=10, average={"kind": "ema"}, **options)
     with Trainer(cfg, CPU) as trainer:
         views = next(iter(trainer.loader))[0]
         trainer.train_step(views, epoch=0)

@@ -23,7 +23,13 @@ ON = {"evaluation_data": "birds", "val_images": 80, "image_size": 48, "embedding
 def config_of(lambd=0.1, lr=1e-3, **changes):
     cfg = Config()
     changes = {"loss": {"lambd": lambd}, "optim": {"lr": lr, "weight_decay": 0.05}, **changes}
-    return replace(cfg, **{name: replace(getattr(cfg, name), **values) for name, values in changes.items()})
+    return replace(
+        cfg,
+        **{
+            name: replace(getattr(cfg, name), **values) if isinstance(values, dict) else values
+            for name, values in changes.items()
+        },
+    )
 
 
 @pytest.fixture
@@ -122,6 +128,26 @@ def test_where_rankme_does_not_compare_either_no_rule_does(make, changes):
     chosen = select([make(), make(**changes)])
     assert chosen.rule == NEITHER
     assert "RankMe does not compare" in str(chosen.warning)
+
+
+def test_the_loss_of_ijepa_is_no_verdict_and_objectives_do_not_compare(make):
+    """The smaller loss is the worse run by RankMe; masked LeJEPA has a group of its own."""
+
+    def of(objective, loss, rankme=9.0):
+        changes = {"changes": {"objective": objective}, "linear_trained": 10 * rankme}
+        return make(loss=loss, rankme=rankme, **changes)
+
+    runs = [of("ijepa", 1.0), of("ijepa", 2.0, 12.0), of("ijepa", 3.0, 10.0)]
+    chosen = select(runs)
+    assert (chosen.rule, chosen.groups, chosen.order()) == (RANKME, [0, 0, 0], [1, 2, 0])
+    assert all(map(math.isnan, chosen.scores))
+    assert "no verdict" in str(chosen.warning)
+    assert chosen.correlations == {}
+    mixed = select([runs[0], of("masked-lejepa", 1.0), of("masked-lejepa", 2.0), of("lejepa", 1.0)])
+    assert (mixed.rule, mixed.groups) == (NEITHER, [0, 1, 1, 2])
+    assert "differ in" in str(mixed.warning)
+    alone = select([of("masked-lejepa", 2.0), of("masked-lejepa", 1.0)])
+    assert (alone.rule, alone.warning, alone.order()) == (LOSS, None, [1, 0])
 
 
 def test_the_score_orders_runs_and_collapsed_ones_come_last(make):
