@@ -91,9 +91,9 @@ def sample_unit_directions(
     check_integer("dim", dim, at_least=1)
     check_integer("num_slices", num_slices, at_least=1)
     check_integer("seed", seed)
-    if not dtype.is_floating_point:
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype: expected a floating dtype, got {dtype}")
-    signed_seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # operators take signed 64-bit integers
+    signed_seed = (int(seed) + (1 << 63)) % (1 << 64) - (1 << 63)  # operators take signed 64-bit integers
     step = _step_tensor(step, device)
     by_kernel = impl == "triton" or (impl == "auto" and step.is_cuda)
     by_kernel = by_kernel and triton_operators.why_not(step.device, dtype) is None
@@ -139,11 +139,19 @@ def _step_tensor(step: int | Tensor, device: torch.device | str | None) -> Tenso
             got = f"{step.dtype} of shape {tuple(step.shape)}"
             raise ValueError(f"step: expected an int or a 0-dim integer tensor, got {got}")
         target = step.device if device is None else torch.device(device)
-        if step.device.type != "cpu" or target.type == "cpu":
+        if not _on_host(step):
             return step.to(target, torch.int64)
         step, device = int(step), target
     check_integer("step", step, at_least=0)
     return torch.full((), step, dtype=torch.int64, device=device)
+
+
+def _on_host(step: Tensor) -> bool:
+    """Whether the value of `step` can be read without waiting for a GPU, and is there: not so in a trace, nor
+    under `torch.vmap`."""
+    if step.device.type != "cpu" or triton_operators.tracing(step):
+        return False
+    return not torch._C._functorch.is_batchedtensor(step)
 
 
 def _normals(dim: int, num_slices: int, step: Tensor, seed: int) -> Tensor:
@@ -157,7 +165,7 @@ def _normals(dim: int, num_slices: int, step: Tensor, seed: int) -> Tensor:
 def _uniforms(quads: int, num_slices: int, step: Tensor, seed: int) -> Sequence[Tensor]:
     """Four float32 matrices (quads, num_slices) of multiples of 2^-24: the first and third in (0, 1], where
     the logarithm is finite and 0 at 1, the second and fourth in [0, 1)."""
-    if step.device.type == "cpu" and (numba := compiled_module("cpu_philox")):
+    if _on_host(step) and (numba := compiled_module("cpu_philox")):
         return cast("Tensor", numba.uniforms(quads, num_slices, int(step), seed)).unbind()
     column = torch.arange(num_slices, dtype=torch.int64, device=step.device)
     quad = torch.arange(quads, dtype=torch.int64, device=step.device).unsqueeze(1)

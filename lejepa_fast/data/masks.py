@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lejepa_fast.checks import check_integer
+from lejepa_fast.checks import check_integer, check_number
 from lejepa_fast.data.draws import MASKS, uniforms
 from lejepa_fast.errors import UsageError
 
@@ -45,7 +45,7 @@ class MultiBlockMasks:
     Raises:
         UsageError: no block of the grid has the area and the aspect asked for, or fewer than 5 % of the draws
             leave `min_keep` context patches. A `ValueError`.
-        TypeError, ValueError: a number is not an integer, or too small.
+        TypeError, ValueError: a number is of another type, or too small.
     """
 
     grid: tuple[int, int] = (14, 14)
@@ -62,7 +62,7 @@ class MultiBlockMasks:
     """Context patches that stay, at least."""
 
     def __post_init__(self) -> None:
-        if len(self.grid) != 2:
+        if np.shape(self.grid) != (2,):
             raise UsageError(f"grid: expected (height, width) in patches, got {self.grid!r}")
         for side in self.grid:
             check_integer("grid", side, at_least=1)
@@ -70,8 +70,11 @@ class MultiBlockMasks:
         check_integer("min_keep", self.min_keep, at_least=1)
         for name, highest in (("target_area", 1), ("target_aspect", np.inf), ("context_area", 1)):
             values = getattr(self, name)
-            if len(values) != 2 or not 0 < values[0] <= values[1] <= highest:
-                above = "" if highest == np.inf else ", at most 1"
+            two = np.shape(values) == (2,)
+            for value in values if two else ():
+                check_number(name, value)
+            if not two or not 0 < values[0] <= values[1] <= highest or values[1] == np.inf:
+                above = " and finite" if highest == np.inf else ", at most 1"
                 raise UsageError(f"{name}: expected (lowest, highest) above 0{above}, got {values!r}")
         kept = self._draw(uniforms(0, MASKS, 0, range(_TRIAL), self._words))[0].sum((1, 2))
         if (share := (kept >= self.min_keep).mean()) < _RAREST:
@@ -91,12 +94,18 @@ class MultiBlockMasks:
             context (B, h, w) and targets (B, `targets`, h, w), bool, on the CPU. No patch is in both.
 
         Raises:
+            TypeError: seed, epoch or indices are not integers.
             ValueError: `indices` has another shape.
         """
-        numbers = torch.as_tensor(indices, dtype=torch.int64)
+        check_integer("seed", seed)
+        check_integer("epoch", epoch)
+        seed, epoch = int(seed), int(epoch)
+        numbers = torch.as_tensor(indices)
         if numbers.dim() != 1:
             raise ValueError(f"indices: expected shape (B,), got {tuple(numbers.shape)}")
         images = numbers.tolist()
+        for image in images:
+            check_integer("indices", image)
         context = np.empty((len(images), *self.grid), bool)
         targets = np.empty((len(images), self.targets, *self.grid), bool)
         pending, start = np.arange(len(images)), 0

@@ -162,7 +162,10 @@ def test_an_image_with_too_little_context_is_drawn_anew_alone():
         ({"grid": (6, 6), "min_keep": 30}, r"min_keep: 30 context patches stay in 0.0% of the draws"),
         ({"target_area": (0.2, 0.15)}, r"target_area: expected \(lowest, highest\) above 0, at most 1, got"),
         ({"context_area": (0.5, 1.5)}, r"context_area: expected .* got \(0.5, 1.5\)"),
-        ({"target_aspect": (0, 1)}, r"target_aspect: expected \(lowest, highest\) above 0, got"),
+        ({"target_aspect": (0, 1)}, r"target_aspect: expected \(lowest, highest\) above 0 and finite, got"),
+        ({"target_aspect": (1, float("inf"))}, r"target_aspect: expected .* got \(1, inf\)"),
+        ({"target_area": 0.2}, r"target_area: expected \(lowest, highest\) .* got 0.2"),
+        ({"grid": 14}, r"grid: expected \(height, width\) in patches, got 14"),
         ({"grid": (14,)}, r"grid: expected \(height, width\) in patches, got \(14,\)"),
         ({"targets": 0}, r"targets: expected at least 1, got 0"),
     ],
@@ -171,6 +174,22 @@ def test_what_cannot_be_drawn_is_refused_by_the_name_of_the_argument(options, me
     with pytest.raises(ValueError, match=message) as error:
         MultiBlockMasks(**options)
     assert isinstance(error.value, UsageError) or "targets" in options
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("seed", 1.0), ("epoch", None), ("indices", [0.5]), ("indices", torch.tensor([True]))]
+)
+def test_masks_are_of_whole_numbers_alone(name, value):
+    with pytest.raises(TypeError, match=f"^{name}: expected an integer, got"):
+        MultiBlockMasks()(**{"seed": 0, "epoch": 0, "indices": [1], name: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    masks = MultiBlockMasks()
+    ours, theirs = masks(5, 1, [3]), masks(np.int64(5), np.int32(1), np.array([3], np.uint64))
+    assert ours[0].equal(theirs[0])
+    with pytest.raises(TypeError, match="target_area: expected a number, got 'a'"):
+        MultiBlockMasks(target_area=("a", "b"))
 
 
 def test_masks_need_torch_and_numpy_alone():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from accuracy import COMPILE_BACKEND
@@ -85,6 +86,17 @@ def test_numba_draws_the_same_bits(step, seed, monkeypatch):
     assert torch.equal(drawn, sample_directions(21, 34, step=step, seed=seed))
 
 
+def test_numba_that_does_not_compile_is_left_out(monkeypatch):
+    """Interpreted, its loops take seconds."""
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    assert directions.compiled_module.__wrapped__("cpu_philox") is None
+
+
+def test_steps_under_vmap_and_seeds_of_numpy():
+    A = torch.vmap(lambda step: sample_directions(5, 3, step=step, seed=11))(torch.tensor([6, 7]))
+    assert torch.equal(A[1], sample_directions(5, 3, step=7, seed=np.int64(11)))
+
+
 def test_same_in_compiled_code():
     sample = lambda step: sample_directions(9, 12, step=step)  # noqa: E731
     compiled = torch.compile(sample, fullgraph=True, backend=COMPILE_BACKEND)
@@ -114,10 +126,12 @@ def test_operator_contract():
         (ValueError, {"dim": 0}),
         (ValueError, {"num_slices": 0}),
         (ValueError, {"step": -1}),
+        (ValueError, {"step": torch.tensor(-1)}),
         (ValueError, {"step": torch.zeros(2, dtype=torch.int64)}),
         (ValueError, {"step": torch.tensor(1.0)}),
         (ValueError, {"step": torch.tensor(True)}),
         (ValueError, {"dtype": torch.int32}),
+        (ValueError, {"dtype": "float32"}),
         (TypeError, {"dim": 4.0}),
         (TypeError, {"num_slices": True}),
         (TypeError, {"seed": 0.5}),

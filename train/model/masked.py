@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import PatchDropout, build_sincos2d_pos_embed
+from timm.layers import PatchDropout, PatchEmbed, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -246,6 +246,8 @@ def check_masked_encoder(encoder: nn.Module, name: str) -> VisionTransformer:
     problem = None
     if not isinstance(encoder, VisionTransformer):
         problem = "is no plain vision transformer of timm"
+    elif not isinstance(encoder.patch_embed, PatchEmbed):
+        problem = "sees beyond a patch before its patches can be masked"
     elif encoder.attn_pool is not None:
         problem = "pools its patches by attention, which masked prediction does not train"
     elif isinstance(encoder.patch_drop, PatchDropout):

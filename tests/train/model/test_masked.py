@@ -148,6 +148,7 @@ def test_the_target_encoder_follows_and_starts_equal(tiny):
     ("changes", "message"),
     [
         ({"model": {"name": "test_resnet"}}, "no plain vision transformer"),
+        ({"model": {"name": "vit_tiny_r_s16_p8_224", "kwargs": '{"depth": 1}'}}, "sees beyond a patch"),
         (
             {"model": {"name": "test_vit3", "img_size": 96, "kwargs": '{"global_pool": "map"}'}},
             "by attention",
