@@ -1,9 +1,9 @@
 """Can SIGReg stand in for I-JEPA's teacher? In small: python bench/objectives_bench.py [--runs NAME ...]
 
 Trains one vision transformer by each of `RUNS` with the settings of the preset ijepa-laptop, and scores it
-beside its untrained twin: kNN and linear probe on photographs of the kind it was trained on, ranks of the
-targets, and low-level numbers on pictures that it has not seen (bench/shapes_data.py): how many shapes there
-are, how far the nearest one is from the center.
+beside its untrained twin: kNN and linear probe on photographs of the kind it was trained on, how its patches
+spread between and within images, and low-level numbers on pictures that it has not seen
+(bench/shapes_data.py): how many shapes there are, how far the nearest one is from the center.
 
 Each run is a row of bench/results/objectives.jsonl, written when it ends. Called again, it goes on where it
 was stopped: a run with the same settings that has a row is not trained again.
@@ -11,7 +11,6 @@ was stopped: a run with the same settings that has a row is not trained again.
 
 import argparse
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,13 @@ import torch
 from benchlib import Row, Rows, command_line, print_table, read_rows
 from shapes_data import write_set
 
+from lejepa_fast.data import eval_loader
 from lejepa_fast.errors import RunError
 from lejepa_fast.train import evaluate, pretrain
-from lejepa_fast.train.runtime.files import read_rows as metrics_of
+from lejepa_fast.train.checkpoint.trained_model import load_trained
+from lejepa_fast.train.evaluation.collapse import effective_rank, embedding_std
+from lejepa_fast.train.evaluation.protocol import open_splits
+from lejepa_fast.train.model.model import build_model, evaluated
 
 _MASKED = ["--objective", "masked-lejepa", "--loss.sigreg-over"]
 # Crops and colors of the preset laptop, at the size that the transformer takes.
@@ -39,8 +42,7 @@ RUNS: dict[str, list[str]] = {
 }
 TABLES = ("count", "distance")  # of bench/shapes_data.py
 _PROBES = ("knn", "linear")
-_METRICS = ("loss", "target_std", "between_rank", "within_rank")  # means of the last rows of metrics.jsonl
-_LAST = 5
+_PATCHES = 4096  # of all validation images, drawn at random for the effective rank within images
 
 
 def train(name: str, extra: Sequence[str], folder: Path) -> Path:
@@ -51,12 +53,11 @@ def train(name: str, extra: Sequence[str], folder: Path) -> Path:
 
 
 def measure(run: Path, shapes: Path) -> Row:
-    """What a finished run's report says, and R2 of the numbers of the shapes, trained and untrained."""
+    """What a finished run's report says, `spread`, and R2 of the numbers of the shapes."""
     summary = _summary(run)
-    rows = [row for row in metrics_of(run / "metrics.jsonl") if row["kind"] == "train"][-_LAST:]
-    found: Row = {key: summary[f"{key}"] for key in ("steps", "state", "embedding_std", "effective_rank")}
+    found: Row = {key: summary[key] for key in ("steps", "state", "embedding_std", "effective_rank")}
     found |= {f"{p}_{which}": summary[f"{p}_{which}"] for p in _PROBES for which in ("trained", "untrained")}
-    found |= {key: statistics.fmean(row[key] for row in rows) for key in _METRICS if key in rows[0]}
+    found |= spread(run)
     batch = summary["config"]["data"]["batch_size"]
     found["minutes"] = round(summary["steps"] * batch / summary["images_per_second"] / 60, 1)
     for table in TABLES:
@@ -66,6 +67,29 @@ def measure(run: Path, shapes: Path) -> Row:
         for which, suffix in (("trained", ""), ("untrained", "_untrained")):
             scores: Mapping[str, Any] = _summary(out)[f"regression{suffix}"]
             found |= {f"{table}_{p}_{which}": scores[p]["r2"] for p in _PROBES}
+    return found
+
+
+@torch.no_grad()
+def spread(run: Path) -> Row:
+    """How the encoder's patches spread on validation images, trained and untrained: `between`, the means of
+    the images, and `within`, patches around the mean of their image; std and effective rank."""
+    trained = load_trained(run)
+    cfg, size = trained.cfg, trained.cfg.crops.global_size
+    _, images = open_splits(cfg.data)
+    mean, std = cfg.crops.mean, cfg.crops.std
+    batches = [x for x, _ in eval_loader(images, image_size=size, batch_size=64, mean=mean, std=std)]
+    found: Row = {}
+    for which, model in (("trained", trained.model), ("untrained", evaluated(build_model(cfg)))):
+        encoder: Any = model.encoder.eval()
+        features = torch.cat([encoder.forward_features(x) for x in batches])
+        tokens = features[:, encoder.num_prefix_tokens :]
+        means = tokens.mean(dim=1)
+        patches = (tokens - means[:, None]).flatten(0, 1)
+        chosen = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:_PATCHES]
+        for name, values in (("between", means), ("within", patches[chosen])):
+            found[f"{name}_std_{which}"] = embedding_std(values)
+            found[f"{name}_rank_{which}"] = effective_rank(values)
     return found
 
 
@@ -81,13 +105,13 @@ def _summary(folder: Path) -> dict[str, Any]:
 def show(rows: Sequence[Row]) -> None:
     """Print two tables, trained with the untrained twin in parentheses."""
     cells = [f"{probe} (untrained)" for probe in _PROBES]
-    header = ["objective, seed", *cells, "rank between", "rank within", "target std", "state"]
+    kinds = ("between_rank", "within_rank", "between_std", "within_std")
+    header = ["objective, seed", *cells, *(kind.replace("_", ", ") for kind in kinds), "state"]
     lines, numbers = [], []
     for row in rows:
         name = f"{row['name']}, {row['seed']}"
         lines.append([name, *(_pair(row, probe, ".1f") for probe in _PROBES)])
-        ranks = ("between_rank", "within_rank", "target_std")
-        lines[-1] += [f"{row[key]:.3g}" if key in row else "" for key in ranks] + [row["state"]]
+        lines[-1] += [*(_pair(row, kind, ".3g") for kind in kinds), row["state"]]
         numbers.append([name, *(_pair(row, f"{t}_{p}", ".3f") for t in TABLES for p in _PROBES)])
     print_table(header, lines)
     print()

@@ -23,7 +23,8 @@ def test_a_row_has_photographs_ranks_and_numbers(tmp_path, image_folder, monkeyp
     (row,) = read_rows(tmp_path / "objectives.jsonl")
     assert (row["name"], row["steps"], row["rehearsal"]) == (name, 2, True)
     assert max(row["count_linear_trained"], row["count_knn_untrained"]) < 1
-    assert row["within_rank"] >= 1
+    assert row["within_rank_trained"] >= 1
+    assert row["between_std_untrained"] > 0
     assert 0 <= row["knn_trained"] <= 100
     monkeypatch.setattr(objectives_bench, "train", lambda *arguments: pytest.fail("trained again"))
     objectives_bench.main(command)
