@@ -46,15 +46,20 @@ def run_config(images: str, out: Path, objective: str = "ijepa", **changes: Any)
 
 
 def run(rank: int, size: int, folder: str, images: str) -> None:
-    """The runs `folder/NAME` of two ranks; the results go to `folder/rankN.pt`."""
+    """The runs `folder/NAME` of two ranks, and one resumed; the results go to `folder/rankN.pt`."""
     results: dict[str, Any] = {}
     with process_group(rank, size, folder) as world:
         for objective, strategy in CASES:
             name = f"{objective} {strategy}"
             parallel = {"strategy": strategy, "keep_gathered": strategy == "fsdp"}
             parallel |= {"activation_checkpointing": "selective"}
-            cfg = run_config(images, Path(folder) / name, objective, parallel=parallel)
+            options = {"parallel": parallel, "checkpoint_every": STEPS // 2}
+            cfg = run_config(images, Path(folder) / name, objective, **options)
             results[name] = train(cfg, world)
+            if (objective, strategy) == ("ijepa", "fsdp"):
+                middle = str(cfg.out / "checkpoints" / f"step-{STEPS // 2:08}")
+                cfg = run_config(images, Path(folder) / "resumed", objective, resume=middle, **options)
+                results["resumed"] = train(cfg, world)
     torch.save(results, Path(folder) / f"rank{rank}.pt")
 
 

@@ -23,10 +23,11 @@ class Objective(Protocol):
     """One run's objective on one rank."""
 
     def inputs(self, views: list[Tensor], epoch: int, batch: int) -> tuple[Any, ...]:
-        """Return the model's inputs: views of batch number `batch` of an epoch, and what goes with them."""
+        """Return the model's inputs: views, (B, C, S, S) each, of batch number `batch` of an epoch, and what
+        goes with them."""
 
     def kept(self, outputs: Any) -> Tensor:
-        """Return what log rows need of the model's outputs."""
+        """Return what log rows need of the model's outputs: embeddings (V, N, K), or targets (B, P, K)."""
 
     def spread(self, kept: Tensor) -> Tensor:
         """Return the standard deviation over images, averaged over dimensions: a 0-dim tensor."""

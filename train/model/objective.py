@@ -55,6 +55,9 @@ class MaskedLoss(nn.Module):
         Args:
             tokens: targets of all patches, (B, P, K).
             wanted, predictions: targets of the target patches, and what was predicted, (R, K).
+
+        Returns:
+            total, prediction and SIGReg, 0-dim; SIGReg is 0 for I-JEPA.
         """
         group = resolve_group(None, sync=True)
         with full_precision(tokens.device):
