@@ -4,6 +4,7 @@ The trainer calls `inputs` before the forward pass, `finish` after the optimizer
 `figures` of what `kept` left. All three objectives train with the same trainer.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -103,10 +104,13 @@ class Masked:
         tokens = kept.float()
         means = tokens.mean(dim=1)
         patches = (tokens - means[:, None]).flatten(0, 1)
+        samples = means, patches[:: -(-len(patches) // _PATCHES)]
+        finite = bool(tokens.isfinite().all())  # or the step was skipped
+        between, within = (effective_rank(each) if finite else math.nan for each in samples)
         figures = {
             "target_std": tokens.flatten(0, 1).std(dim=0).mean().item(),
-            "between_rank": effective_rank(means),
-            "within_rank": effective_rank(patches[:: -(-len(patches) // _PATCHES)]),
+            "between_rank": between,
+            "within_rank": within,
             "padding": self._padding,
         }
         return figures | ({"momentum": self._momentum} if self._model.target is not None else {})

@@ -1,8 +1,10 @@
 """I-JEPA and masked LeJEPA in the trainer: schedules, resume, ranks, evaluation and export of the target."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import ijepa_runs
 import pytest
@@ -16,6 +18,7 @@ from lejepa_fast.errors import UsageError
 from lejepa_fast.train import export
 from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.checkpoint.trained_model import load_trained
+from lejepa_fast.train.engine.objectives import Masked
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.parallel import parallelize
 from lejepa_fast.train.pretrain import pretrain
@@ -71,6 +74,14 @@ def test_schedules_and_figures_are_logged(image_folder, tmp_path):
         assert 1 < row["within_rank"] <= 64
         assert 0 < row["padding"] < 0.5
         assert row["loss"] == row["prediction"]
+
+
+def test_a_log_row_of_a_skipped_step_has_no_ranks(tiny):
+    """Bad values have no singular values: the guard skips the step, and its figures are NaN."""
+    objective = Masked(tiny(), SimpleNamespace(target=None), None, CPU, 1)
+    figures = objective.figures(torch.randn(4, 9, 8).index_fill(0, torch.tensor(2), torch.nan))
+    assert math.isnan(figures["between_rank"])
+    assert math.isnan(figures["within_rank"])
 
 
 def test_the_target_encoder_is_evaluated_and_exported(image_folder, tmp_path, monkeypatch):
