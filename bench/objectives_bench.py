@@ -10,6 +10,7 @@ was stopped: a run with the same settings that has a row is not trained again.
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,9 +47,11 @@ _PATCHES = 4096  # of all validation images, drawn at random for the effective r
 
 
 def train(name: str, extra: Sequence[str], folder: Path) -> Path:
-    """Train a run, or go on with it; returns its folder."""
-    run = folder / name.replace(", ", "-").replace(" ", "-")
-    _succeed(pretrain.main, ["--preset", "ijepa-laptop", *RUNS[name], *extra, "--out", str(run)])
+    """Train a run, or go on with it; returns its folder, which those of other options do not share."""
+    options = [*RUNS[name], *extra]
+    digest = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:8]
+    run = folder / f"{name.replace(', ', '-').replace(' ', '-')}-{digest}"
+    _succeed(pretrain.main, ["--preset", "ijepa-laptop", *options, "--out", str(run)])
     return run
 
 

@@ -31,6 +31,14 @@ def test_a_row_has_photographs_ranks_and_numbers(tmp_path, image_folder, monkeyp
     assert f"{row['count_linear_trained']:.3f}" in capsys.readouterr().out
 
 
+def test_other_options_do_not_go_on_with_a_finished_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(objectives_bench.pretrain, "main", lambda arguments: 0)
+    first, other, again = (
+        objectives_bench.train("I-JEPA", ["--epochs", epochs], tmp_path) for epochs in ("2", "3", "2")
+    )
+    assert first == again != other
+
+
 @pytest.mark.parametrize("name", objectives_bench.RUNS)
 def test_runs_differ_in_their_objective_alone(name):
     cfg = config.parse(["--preset", "ijepa-laptop", *objectives_bench.RUNS[name]])

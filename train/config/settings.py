@@ -337,6 +337,11 @@ def validate(cfg: Config, world_size: int = 1) -> None:
         raise UsageError("loss.center_from: expected views without --average ema or swa, got average")
     if cfg.objective != "lejepa":
         _check_masked(cfg)
+    elif cfg.crops.num_views < 2:
+        raise UsageError(
+            "crops: lejepa predicts the views of an image from each other, got 1 view; use "
+            "--crops.global-crops 2, or --objective ijepa"
+        )
     groups, images = cfg.parallel.replicate, cfg.data.batch_size
     if world_size % groups:
         raise UsageError(

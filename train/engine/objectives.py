@@ -4,6 +4,7 @@ The trainer calls `inputs` before the forward pass, `finish` after the optimizer
 `figures` of what `kept` left. All three objectives train with the same trainer.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -107,11 +108,14 @@ class Masked:
         patches = (tokens - means[:, None]).flatten(0, 1)
         # Random: every n-th patch would be one column of the grid where n is a multiple of its width.
         some = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:_PATCHES]
+        samples = means, patches[some.to(patches.device)]
+        finite = bool(tokens.isfinite().all())  # or the step was skipped
+        between, within = (effective_rank(each) if finite else math.nan for each in samples)
         figures = {
             "target_std": tokens.flatten(0, 1).std(dim=0).mean().item(),
             "within_std": patches.std(dim=0).mean().item(),
-            "between_rank": effective_rank(means),
-            "within_rank": effective_rank(patches[some.to(patches.device)]),
+            "between_rank": between,
+            "within_rank": within,
             "padding": self._padding,
         }
         return figures | ({"momentum": self._momentum} if self._model.target is not None else {})

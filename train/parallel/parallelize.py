@@ -281,7 +281,7 @@ def compile_or_not(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[.
     """`COMPILE_BACKEND` for a graph of a block; where it fails, a warning, and the graph as it is."""
     try:
         return torch._dynamo.lookup_backend(COMPILE_BACKEND)(graph, inputs)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch._dynamo.exc.RestartAnalysis):  # the latter: Dynamo tries again
         raise
     except Exception as error:  # compilers raise anything
         warn_once(f"torch.compile failed ({first_line(error)}): blocks run uncompiled, which is slower")

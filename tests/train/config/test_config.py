@@ -173,6 +173,7 @@ def test_presets_of_ijepa_have_the_numbers_of_the_authors_code():
         (["--eval.temperature", "0"], "eval.temperature: expected above 0, got 0.0"),
         (["--data.hw-decoder-load", "1.5"], "data.hw_decoder_load: expected at most 1, got 1.5"),
         (["--lambda", "1.5"], "loss.lambd: expected a number from 0 to 1 with loss.form convex, got 1.5"),
+        (["--preset", "ijepa-laptop", "--objective", "lejepa"], "crops: lejepa predicts .* got 1 view; use"),
         (
             ["--loss.center-from", "average"],
             "loss.center_from: expected views without --average ema or swa, got average",

@@ -1,8 +1,10 @@
 """I-JEPA and masked LeJEPA in the trainer: schedules, resume, ranks, evaluation and export of the target."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import ijepa_runs
 import pytest
@@ -91,6 +93,14 @@ def test_figures_are_those_of_planted_targets(tmp_path):
     assert found["within_std"] == pytest.approx(0.5 * (7 / 64) ** 0.5, rel=1e-3)
     assert alike["within_std"] < 2e-5
     assert alike["target_std"] == pytest.approx(3 / 16, abs=0.03)
+
+
+def test_a_log_row_of_a_skipped_step_has_no_ranks(tiny):
+    """Bad values have no singular values: the guard skips the step, and its figures are NaN."""
+    objective = Masked(tiny(), SimpleNamespace(target=None), None, CPU, 1)
+    figures = objective.figures(torch.randn(4, 9, 8).index_fill(0, torch.tensor(2), torch.nan))
+    assert math.isnan(figures["between_rank"])
+    assert math.isnan(figures["within_rank"])
 
 
 def test_the_target_encoder_is_evaluated_and_exported(image_folder, tmp_path, monkeypatch):

@@ -391,6 +391,17 @@ def test_a_compiler_that_fails_is_told_once_and_done_without(tiny, monkeypatch, 
     assert warning == ("torch.compile failed (ptxas was not found): blocks run uncompiled, which is slower")
 
 
+def test_dynamo_may_start_over(monkeypatch):
+    """Inductor asks for it where a block has a float that it must take as a constant."""
+
+    def again(graph, inputs):
+        raise torch._dynamo.exc.TensorifyScalarRestartAnalysis
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: again)
+    with pytest.raises(torch._dynamo.exc.RestartAnalysis):
+        parallelize.compile_or_not(torch.fx.GraphModule({}, torch.fx.Graph()), [])
+
+
 @pytest.mark.parametrize("name", worker.FAMILIES)
 def test_recomputation_changes_no_gradient_or_statistic_and_keeps_less(name):
     grads, buffers, kept = {}, {}, {}
