@@ -94,7 +94,8 @@ def _forward(model: Any, images: Tensor) -> tuple[Tensor, ...]:
     has_cls = getattr(encoder, "cls_token", None) is not None
     pairs = [block if isinstance(block, tuple) else (block, None) for block in blocks]
     probe = [prefix[:, 0] if has_cls else patches.mean(dim=1) for patches, prefix in pairs]
-    return features, model.projector(features), torch.cat(probe, dim=1)
+    z = model.project(features, final[:, encoder.num_prefix_tokens :])
+    return features, z, torch.cat(probe, dim=1)
 
 
 def calibrate_batchnorm(

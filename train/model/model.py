@@ -152,6 +152,25 @@ class LeJEPAModel(nn.Module):
         features = self.encoder(images)
         return features, self.projector(features)
 
+    def project(self, features: Tensor, patches: Tensor) -> Tensor:
+        """Features (B, D) of images, and of their patches (B, P, D) -> embeddings (B, K)."""
+        return self.projector(features)
+
+
+class PatchwiseModel(LeJEPAModel):
+    """Encoder and projector of masked LeJEPA: the projector embeds patches, and the embedding of an image is
+    their mean."""
+
+    encoder: VisionTransformer
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.encoder.forward_features(images)
+        features = self.encoder.forward_head(tokens)
+        return features, self.project(features, tokens[:, self.encoder.num_prefix_tokens :])
+
+    def project(self, features: Tensor, patches: Tensor) -> Tensor:
+        return self.projector(patches.flatten(0, 1)).unflatten(0, patches.shape[:2]).mean(dim=1)
+
 
 TrainedModule = LeJEPAModel | MaskedModel
 
@@ -161,8 +180,9 @@ def evaluated(model: TrainedModule, which: Literal["target", "context"] = "targe
     that one, unless `which` is "context"."""
     if isinstance(model, LeJEPAModel):
         return model
-    encoder = model.encoder if model.target is None or which == "context" else model.target
-    return LeJEPAModel(encoder, model.projector, num_global=1)
+    if model.target is None:
+        return PatchwiseModel(model.encoder, model.projector, num_global=1)
+    return LeJEPAModel(model.encoder if which == "context" else model.target, model.projector, num_global=1)
 
 
 def build_model(cfg: Config, *, meta: bool = False) -> TrainedModule:

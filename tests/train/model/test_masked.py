@@ -7,6 +7,7 @@ from torch.nn.functional import mse_loss, scaled_dot_product_attention, smooth_l
 
 from lejepa_fast import SIGReg
 from lejepa_fast.errors import UsageError
+from lejepa_fast.train.evaluation.embeddings import embed_source
 from lejepa_fast.train.model import packing
 from lejepa_fast.train.model.masked import MaskedModel, masked_batch
 from lejepa_fast.train.model.model import build_model, evaluated
@@ -122,8 +123,14 @@ def test_what_is_evaluated_is_the_target_encoder(tiny):
     assert torch.equal(features, z)
     pooled = model.target.forward_features(images).mean(1)
     torch.testing.assert_close(features, pooled)
-    alone = model_of(tiny, "masked-lejepa")
+    alone = model_of(tiny, "masked-lejepa").eval()
     assert evaluated(alone).encoder is alone.encoder
+    # Of masked LeJEPA the embedding of an image is the mean of what the loss sees: embeddings of patches.
+    features, z = evaluated(alone).embed(images)
+    torch.testing.assert_close(features, alone.encoder(images))
+    torch.testing.assert_close(z, alone.targets(images).mean(1))
+    loader = [(images, torch.zeros(2))]
+    torch.testing.assert_close(embed_source(evaluated(alone), loader, device="cpu").z, z.float())
 
 
 def test_the_target_encoder_follows_and_starts_equal(tiny):
