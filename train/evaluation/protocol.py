@@ -82,6 +82,8 @@ class EvalResult:
     """Figures with few labels, see `few_shot.few_shot`."""
     few_shot_note: str = ""
     """Which classes have fewer images than that asks for."""
+    gaussian: bool = True
+    """Whether the training draws `z_val` to a standard Gaussian: not so of I-JEPA."""
 
     @property
     def verdict(self) -> collapse.Verdict:
@@ -238,6 +240,7 @@ def evaluate_model(
         image_size=image_size,
         k=settings.k,
         no_labels_because=no_labels_because,
+        gaussian=cfg.objective != "ijepa",
         **figures,
     )
 

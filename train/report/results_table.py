@@ -74,11 +74,11 @@ def table_rows(results: Mapping[str, EvalResult]) -> list[Row]:
         one = ours[TRAINED]
         levels = sigreg_levels(one.n_val)
         rule = f"{levels.gaussian:.2f} for a Gaussian, {levels.collapsed:.3g} if all were zero"
-        for label, key, hint in (
-            ("Embedding std (target 1)", "embedding_std", ""),
-            (f"Effective rank of {one.rank_limit}", "effective_rank", ""),
-            (f"SIGReg of {one.n_val} validation images", "sigreg", rule),
-        ):
+        std = "Embedding std (target 1)" if one.gaussian else "Embedding std"
+        figures = [(std, "embedding_std", ""), (f"Effective rank of {one.rank_limit}", "effective_rank", "")]
+        if one.gaussian:
+            figures.append((f"SIGReg of {one.n_val} validation images", "sigreg", rule))
+        for label, key, hint in figures:
             rows.append(Row(label, {name: getattr(each, key) for name, each in ours.items()}, hint=hint))
     return rows
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lejepa_fast.train.evaluation import collapse
 from lejepa_fast.train.evaluation.backbones import BackboneResult
 from lejepa_fast.train.evaluation.protocol import EvalResult
 from lejepa_fast.train.report import plots, report
-from lejepa_fast.train.report.results_table import format_table
+from lejepa_fast.train.report.results_table import format_table, table_rows
 
 FIGURES = {"loss.png", "knn.png", "views.png", "projections.png", "spectrum.png"}
 CONFIG = {
@@ -369,3 +370,17 @@ def test_terminal_table_shows_both_encoders_and_the_verdict():
         line = next(line for line in table.splitlines() if line.startswith("kNN"))
         assert line.split()[-3:] == figures.split()
         assert said in table
+
+
+def test_embeddings_of_i_jepa_have_no_gaussian_as_their_target():
+    both = {
+        name: replace(result(randn(80, 12), 60.0, 70.0), gaussian=False) for name in ("untrained", "trained")
+    }
+    labels = [row.label for row in table_rows(both)]
+    assert labels[-2:] == ["Embedding std", "Effective rank of 12"]
+    both = {name: replace(each, gaussian=True) for name, each in both.items()}
+    assert [row.label for row in table_rows(both)][-3:] == [
+        "Embedding std (target 1)",
+        "Effective rank of 12",
+        "SIGReg of 80 validation images",
+    ]
