@@ -88,7 +88,7 @@ def figures_of(run: RunRecord) -> Row:
 def record_of(row: Mapping[str, Any]) -> RunRecord:
     """The run of a row, as far as selection needs it."""
     losses = {name: row[name] for name in ("loss", "prediction", "sigreg")}
-    settings = {"loss": {"lambd": row["settings"]["loss.lambd"]}}
+    settings = {"objective": "lejepa", "loss": {"lambd": row["settings"]["loss.lambd"]}}
     return RunRecord(Path(row["part"]), settings, row["steps"], summary=dict(row), **losses)
 
 

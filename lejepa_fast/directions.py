@@ -141,7 +141,7 @@ def _step_tensor(step: int | Tensor, device: torch.device | str | None) -> Tenso
         target = step.device if device is None else torch.device(device)
         if not _on_host(step):
             return step.to(target, torch.int64)
-        step, device = int(step), target
+        step, device = int(step.numpy()), target  # `int(step)` would be a read in a profile
     check_integer("step", step, at_least=0)
     return torch.full((), step, dtype=torch.int64, device=device)
 
@@ -166,7 +166,7 @@ def _uniforms(quads: int, num_slices: int, step: Tensor, seed: int) -> Sequence[
     """Four float32 matrices (quads, num_slices) of multiples of 2^-24: the first and third in (0, 1], where
     the logarithm is finite and 0 at 1, the second and fourth in [0, 1)."""
     if _on_host(step) and (numba := compiled_module("cpu_philox")):
-        return cast("Tensor", numba.uniforms(quads, num_slices, int(step), seed)).unbind()
+        return cast("Tensor", numba.uniforms(quads, num_slices, int(step.numpy()), seed)).unbind()
     column = torch.arange(num_slices, dtype=torch.int64, device=step.device)
     quad = torch.arange(quads, dtype=torch.int64, device=step.device).unsqueeze(1)
     words = philox_4x32(column, quad, step & _MASK, step >> 32, key=(seed & _MASK, (seed >> 32) & _MASK))

@@ -374,7 +374,7 @@ def test_out_of_memory_says_which_settings_help_and_plans_this_run(tiny, monkeyp
 
 def test_no_memory_for_the_average_is_told_too(tiny, monkeypatch):
     """Here it is the machine's memory that ends: none has so much. Each attempt in a folder plans itself."""
-    monkeypatch.setattr(WeightAverage, "__init__", lambda *args: torch.empty(2**60))
+    monkeypatch.setattr(WeightAverage, "__init__", lambda *args, **options: torch.empty(2**60))
     for kind in ("ema", "swa"):
         cfg = tiny(average={"kind": kind})
         with pytest.raises(RunError, match=rf"^out of memory; what helps: .*no --average {kind}"):
