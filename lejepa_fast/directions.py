@@ -7,6 +7,7 @@ directions without communication, a checkpoint needs only the step, and nothing 
 be a tensor on it. Column m does not depend on how many columns are asked for.
 """
 
+import ctypes
 import math
 from collections.abc import Sequence
 from typing import cast
@@ -139,19 +140,23 @@ def _step_tensor(step: int | Tensor, device: torch.device | str | None) -> Tenso
             got = f"{step.dtype} of shape {tuple(step.shape)}"
             raise ValueError(f"step: expected an int or a 0-dim integer tensor, got {got}")
         target = step.device if device is None else torch.device(device)
-        if not _on_host(step):
+        value = _host_value(step)
+        if value is None:
             return step.to(target, torch.int64)
-        step, device = int(step.numpy()), target  # `int(step)` would be a read in a profile
+        step, device = value, target
     check_integer("step", step, at_least=0)
     return torch.full((), step, dtype=torch.int64, device=device)
 
 
-def _on_host(step: Tensor) -> bool:
-    """Whether the value of `step` can be read without waiting for a GPU, and is there: not so in a trace, nor
-    under `torch.vmap`."""
+def _host_value(step: Tensor) -> int | None:
+    """The value of `step` in the memory of the host: None on a GPU, in a trace, and in a transform of
+    torch.func. Not by an operator: those that read show up in profiles, as a wait for a GPU would."""
     if step.device.type != "cpu" or triton_operators.tracing(step):
-        return False
-    return not torch._C._functorch.is_batchedtensor(step)
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(step):
+        return None
+    step = step.to(torch.int64)
+    return ctypes.c_int64.from_address(step.data_ptr()).value
 
 
 def _normals(dim: int, num_slices: int, step: Tensor, seed: int) -> Tensor:
@@ -165,8 +170,9 @@ def _normals(dim: int, num_slices: int, step: Tensor, seed: int) -> Tensor:
 def _uniforms(quads: int, num_slices: int, step: Tensor, seed: int) -> Sequence[Tensor]:
     """Four float32 matrices (quads, num_slices) of multiples of 2^-24: the first and third in (0, 1], where
     the logarithm is finite and 0 at 1, the second and fourth in [0, 1)."""
-    if _on_host(step) and (numba := compiled_module("cpu_philox")):
-        return cast("Tensor", numba.uniforms(quads, num_slices, int(step.numpy()), seed)).unbind()
+    value = _host_value(step)
+    if value is not None and (numba := compiled_module("cpu_philox")):
+        return cast("Tensor", numba.uniforms(quads, num_slices, value, seed)).unbind()
     column = torch.arange(num_slices, dtype=torch.int64, device=step.device)
     quad = torch.arange(quads, dtype=torch.int64, device=step.device).unsqueeze(1)
     words = philox_4x32(column, quad, step & _MASK, step >> 32, key=(seed & _MASK, (seed >> 32) & _MASK))
