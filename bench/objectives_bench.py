@@ -29,7 +29,7 @@ from lejepa_fast.train.evaluation.protocol import open_splits
 from lejepa_fast.train.model.model import build_model, evaluated
 
 _MASKED = ["--objective", "masked-lejepa", "--loss.sigreg-over"]
-# Crops and colors of the preset laptop, at the size that the transformer takes.
+# Like the crops and colors of benchlib.SHORT_RUN, at the size that the transformer takes.
 _VIEWS = ["--crops.global-crops", "2", "--crops.local-crops", "2", "--crops.local-size", "32"]
 _VIEWS += ["--crops.local-scale", "0.1", "0.4", "--crops.flip-prob", "0.5", "--crops.jitter-prob", "0.8"]
 _VIEWS += ["--crops.grayscale-prob", "0.1", "--crops.blur-prob", "0.5", "--crops.blur-kernel", "5"]

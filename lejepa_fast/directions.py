@@ -141,7 +141,9 @@ def _step_tensor(step: int | Tensor, device: torch.device | str | None) -> Tenso
             raise ValueError(f"step: expected an int or a 0-dim integer tensor, got {got}")
         target = step.device if device is None else torch.device(device)
         value = _host_value(step)
-        if value is None:
+        if value is not None:
+            check_integer("step", value, at_least=0)
+        if value is None or target.type == "cpu":
             return step.to(target, torch.int64)
         step, device = value, target
     check_integer("step", step, at_least=0)
