@@ -144,10 +144,10 @@ def saved_tensors(path: Path) -> dict[str, Tensor]:
     }
 
 
-def load_tensors(path: Path, into: dict[str, Tensor]) -> None:
-    """Fill tensors, sharded or not, from a checkpoint of any number of ranks. All ranks call it. UsageError
-    if the checkpoint lacks a name or has it in another shape."""
-    reader, alone = HuggingFaceStorageReader(str(path)), not dist.is_initialized()
+def load_tensors(path: Path, into: dict[str, Tensor], *, alone: bool = False) -> None:
+    """Fill tensors, sharded or not, from a checkpoint of any number of ranks. All ranks call it, or one that
+    is `alone`, with whole tensors. UsageError if the checkpoint lacks a name or has it in another shape."""
+    reader, alone = HuggingFaceStorageReader(str(path)), alone or not dist.is_initialized()
     try:
         dcp.load(into, storage_reader=reader, no_dist=alone)  # type: ignore[arg-type]
     except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
@@ -159,13 +159,14 @@ def load_tensors(path: Path, into: dict[str, Tensor]) -> None:
 
 
 def load_model(path: Path, section: str = "model") -> dict[str, Tensor]:
-    """Load the whole model of a checkpoint to the CPU, by the names of its state dict. For one process.
+    """Load the whole model of a checkpoint to the CPU, by the names of its state dict. For one process,
+    which other ranks need not follow.
 
     `section`: "model", "average" for the averaged model (see `has_average`), or a part: "model.encoder".
     """
     saved, prefix = saved_tensors(path), f"{section}."
     whole = {n: torch.empty_like(t, device="cpu") for n, t in saved.items() if n.startswith(prefix)}
-    load_tensors(path, whole)
+    load_tensors(path, whole, alone=True)
     return {name.removeprefix(prefix): tensor for name, tensor in whole.items()}
 
 
