@@ -16,7 +16,8 @@ is off is reported as wrong and not timed. The others take turns in one process,
 written at once. Peak memory is the allocator's on a GPU, and that of a fresh process for each variant on a
 CPU. The exit code is 1 when an implementation of ours fails or is wrong.
 
-The floor of a pass is the largest of three times: its matmul flops at the speed of a measured matmul, its
+On a CPU the floor is the time of the three matrix products alone, which take turns with the others. On a
+GPU the floor of a pass is the largest of three times: its matmul flops at the speed of a measured matmul, its
 FP32 instructions at the rate of the chip, its bytes at the speed of a measured copy. `floor_ms` is forward
 plus backward; `serial_floor_ms` adds the three instead.
 
@@ -47,6 +48,7 @@ from torch import Tensor
 
 # Their results live in a memory pool of the graph: the allocator's peak says nothing about them.
 GRAPH_POOLS = (REDUCED, GRAPH)
+PRODUCTS = "matrix products alone"
 REHEARSED = Size(1, 9, 8, 8, 5)
 LONGEST_STEP = {"cpu": 60.0, "cuda": 2.0}  # seconds
 Calls = dict[tuple[str, str], timing.Call]
@@ -100,10 +102,18 @@ def measure_together(
         for phase, function in phases.items():
             inputs = map(function, itertools.cycle(xs))
             calls[name, phase] = functools.partial(next, inputs)
+    if not setting.clock:
+        rows[PRODUCTS], x = {"correct": True}, xs[0].detach().flatten(0, 1)
+        A = torch.randn(x.shape[1], case.size.M, dtype=x.dtype)
+        calls[PRODUCTS, "forward_backward"] = functools.partial(multiply, x, A)
     add_times(rows, calls, setting, repeats)
+    products = rows.pop(PRODUCTS, None)
     for name, row in rows.items():
         if not row["correct"]:
             continue
+        if products:
+            row["floor_ms"] = products["forward_backward"]["median_ms"]
+            row["share_of_floor"] = row["floor_ms"] / row["forward_backward"]["median_ms"]
         if setting.ceilings and case.half:  # the ceilings are those of half precision
             row |= floors(case.size, case.dtype.itemsize, setting.ceilings)
             row["share_of_floor"] = row["floor_ms"] / row["forward_backward"]["median_ms"]
@@ -113,6 +123,11 @@ def measure_together(
         except Exception as failure:  # the times are worth keeping
             print(f"{name}: memory or launches not measured: {first_line(failure)}", flush=True)
     return list(rows.values())
+
+
+def multiply(x: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+    """The matrix products of forward, recomputation and backward, alone."""
+    return x @ A, (p := x @ A), p @ A.T
 
 
 def checked(

@@ -84,7 +84,13 @@ def test_a_variant_that_fails_leaves_the_others(monkeypatch, capsys, measure, er
     assert [row["correct"] for row in rows] == [True, False]
     assert rows[1]["problem"] == problem
     assert rows[0]["forward_backward"]["median_ms"] > 0
+    assert rows[0]["share_of_floor"] == rows[0]["floor_ms"] / rows[0]["forward_backward"]["median_ms"] > 0
     assert problem.split(":")[0] in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_floor_of_a_cpu_is_the_products_of_forward_recomputation_and_backward():
+    x, A = torch.randn(5, 3), torch.randn(3, 4)
+    torch.testing.assert_close(sigreg_bench.multiply(x, A), (x @ A, x @ A, x @ A @ A.T))
 
 
 def test_rows_are_written_before_a_compiler_that_never_ends(tmp_path, monkeypatch, measure):
