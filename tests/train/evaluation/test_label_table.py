@@ -191,5 +191,9 @@ def test_labeled_images_in_one_folder_are_split_by_class(tiny, flat, image_folde
         protocol.open_evaluation(tiny(**both | {"eval": {"val_fraction": 0.5}}))
     both["data"]["val_fraction"] = 0.0
     assert len(protocol.open_evaluation(tiny(**both))[1]) == 15
+    # The few labeled ones among all images of the training, which holds out none.
+    among = tiny(data=both["data"], eval={**options, "data": None})
+    train, val = protocol.open_evaluation(among, protocol.open_splits(among.data))
+    assert (len(train), len(val)) == (10, 10)
     with pytest.raises(UsageError, match=r"eval.val_fraction: expected a number between 0 and 1, got 1"):
         protocol.open_evaluation(tiny(eval={**options, "val_fraction": 1.0}))
