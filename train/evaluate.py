@@ -116,11 +116,12 @@ def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
     cfg = _settings(run, options)
     backbones = _load_backbones(cfg, options)
     train_source, val_source, setting = _opened(cfg, options)
+    run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    out = _made(options.out or run_dir / "evaluation" / path.name)  # a wrong one shows before the work
     untrained = evaluate_untrained(cfg, train_source, val_source, **setting)
     trained = evaluate_model(model.to(setting["device"]), train_source, val_source, cfg, **setting)
     others = _results(backbones, train_source, val_source, cfg, setting)
     evaluated_on = cfg.eval.data or cfg.data.path
-    run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     history = [row for row in read_rows(run_dir / "metrics.jsonl") if row["step"] <= step]
     if any(
         each is not None for each in (options.data, options.val_fraction, options.labels, options.image_size)
@@ -130,7 +131,7 @@ def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
     if (whole := load_masked(path, averaged=averaged)) is not None:
         masked = masked_examples(whole.to(setting["device"]), cfg, train_source, val_source)
     page = write_report(
-        _made(options.out or run_dir / "evaluation" / path.name),
+        out,
         config=to_dict(run),
         data=pretraining,
         evaluated_on=evaluated_on,
@@ -161,9 +162,10 @@ def _evaluate_backbones(options: Options, data: str) -> None:
     cfg = _settings(Config(data=DataConfig(path=data, val_fraction=0.0)), options)
     backbones = _load_backbones(cfg, options)
     train_source, val_source, setting = _opened(cfg, options)
+    out = _made(options.out or Path("evaluation"))
     results = _results(backbones, train_source, val_source, cfg, setting)
     page = write_backbones_report(
-        _made(options.out or Path("evaluation")),
+        out,
         evaluated_on=data,
         seed=cfg.seed,
         evaluation=to_dict(cfg)["eval"],

@@ -89,7 +89,8 @@ def table(chosen: "Selection") -> str:
         cells = [names[i], f"{chosen.groups[i] + 1}"] if several else [names[i]]
         cells += [f"{run.lambd:g}", f"{run.steps}", f"{run.loss:.4g}", placed(chosen.scores[i], by_loss[i])]
         cells += [placed(-values[i], places[name][i]) for name, values in ranks.items()]
-        rows.append([*cells, run.state, *(f"{run.figure(f'{p}_trained'):.1f}" for p in probes)])
+        accuracies = [f"{run.figure(f'{probe}_trained'):.1f}".replace("nan", "-") for probe in probes]
+        rows.append([*cells, run.state, *accuracies])
     lines = [aligned(rows)]
     if chosen.warning:
         lines.append(f"warning: {chosen.warning}")

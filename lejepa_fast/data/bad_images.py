@@ -135,11 +135,11 @@ class BadImages:
         index, reason = next(reversed(self._reasons.items()))
         listed = f" ({self._listed} of them listed before this start)" if self._listed else ""
         way_out = "and begin with an empty list" if self._listed else "(`lejepa-data verify` lists all)"
+        way_out += ", or raise max_bad_fraction" if self._max_bad_fraction else ""  # 0: what needs all images
         raise RunError(
             f"{count} of {total} images are bad{listed}, more than the allowed "
             f"{100 * self._max_bad_fraction:g} % (max_bad_fraction); the last one: "
-            f"{printable(self._source.describe(index))}: {reason}; repair or remove them {way_out}, "
-            "or raise max_bad_fraction"
+            f"{printable(self._source.describe(index))}: {reason}; repair or remove them {way_out}"
         )
 
     def _read(self) -> None:

@@ -239,7 +239,7 @@ class EvalConfig:
     """Other images to evaluate on, such as a few with labels, in any form of --data; None: data.path."""
     val_fraction: Share | None = None
     """Share of each class of eval.data that is held out, where it has no val split of its own; the probes are
-    fitted on the others. None: a half; of the data of the training, what is held out there."""
+    fitted on the others. None: a half; of the data of the training, what is held out there, if any."""
     labels: Path | None = None
     """CSV file with a column `file` and a column `label` or `value`: classes or numbers of the images."""
     labels_are: Literal["auto", "classes", "numbers"] = "auto"

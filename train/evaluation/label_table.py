@@ -51,7 +51,8 @@ def read_labels(path: Path, kind: Kind = "auto") -> LabelTable:
 
     Raises:
         UsageError: the file cannot be read; a column is missing; a row is too short, names a file again, or
-            has no label, or no number where numbers are expected. It names file, line and column.
+            has no label, or no number where numbers are expected; all classes are the same. It names file,
+            line and column.
     """
     rows: dict[str, LabelRow] = {}
     try:
@@ -84,8 +85,13 @@ def read_labels(path: Path, kind: Kind = "auto") -> LabelTable:
             way_out = "" if kind == "numbers" else f", as {share:.0%} are; or say --labels-are classes"
             place = f"{path}, line {others[0].line}, column {header[label_at]}"
             raise UsageError(f"labels: {place}: expected a number{way_out}, got {others[0].label!r}")
+        if kind == "auto":
+            log.info(f"labels: predicting the numbers of {path}; --labels-are classes takes them for classes")
         return LabelTable(path, rows, None)
-    return LabelTable(path, rows, sorted({row.label for row in rows.values()}))
+    classes = sorted({row.label for row in rows.values()})
+    if len(classes) < 2:  # any classifier would be right about every image
+        raise UsageError(f"labels: {path}: expected two classes or more, got {classes[0]!r} alone")
+    return LabelTable(path, rows, classes)
 
 
 def labeled(table: LabelTable, *sources: ImageSource) -> list[ImageSource]:
@@ -126,10 +132,11 @@ def _labeled(table: LabelTable, source: ImageSource, used: dict[str, str]) -> Im
                 raise UsageError(f"{place}: {source.describe(index)} has a label already, in line {other}")
             used[name], by_image[index] = source.describe(index), name
     if not by_image:
-        example = f"{next(iter(table.rows))!r} and {source.describe(0)!r}"
-        raise UsageError(
-            f"labels: no row of {table.path} names an image of {source.origin}; compare {example}"
-        )
+        hint = f"compare {next(iter(table.rows))!r} and {source.describe(0)!r}"
+        if used:  # rows name images of the training split
+            hint = "label some of these, too, or hold out none (--data.val-fraction 0): then a part of the "
+            hint += "labeled images is held out"
+        raise UsageError(f"labels: no row of {table.path} names an image of {source.origin}; {hint}")
     texts = [table.rows[name].label for name in by_image.values()]
     part = source.subset(list(by_image))
     part.classes, part._targets, part.values = table.classes, None, None

@@ -347,7 +347,8 @@ def open_evaluation(
             "on; leave this out, or evaluate on others with --eval.data"
         )
     table = None if labels is None else read_labels(labels, kind)
-    if share is None and of_training and (data.val_fraction or settings.data is None):
+    # Where the training holds out none of its images, a part of the labeled ones among them is held out here.
+    if share is None and of_training and (data.val_fraction or (settings.data is None and table is None)):
         if table is None:
             return splits or open_splits(data)
         train, val = _open(data, data.val_fraction, table)

@@ -74,7 +74,9 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         plots.plot_runs(folder / "curves.png", curves)
         text = json.dumps(found, indent=2, allow_nan=False) + "\n"
         (folder / "compare.json").write_text(text, encoding="utf-8")
-        rows = _rows({name: run.summary for name, run in runs.items()})
+        # Nothing draws embeddings of I-JEPA to a Gaussian.
+        without = {name: {"sigreg_val": None} for name, run in runs.items() if run.objective == "ijepa"}
+        rows = _rows({name: {**run.summary, **without.get(name, {})} for name, run in runs.items()})
         page = render("comparison.html.j2", folder, found=found, rows=rows)
         (folder / "compare.html").write_text(page, encoding="utf-8")
     return out / "comparison" / "compare.html"

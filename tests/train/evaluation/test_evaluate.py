@@ -253,7 +253,7 @@ def test_command_evaluates_a_run_and_an_earlier_checkpoint_on_other_data(tiny, u
         assert "eval." not in error
 
 
-def test_command_refuses_what_is_no_checkpoint_and_missing_data(cfg, tmp_path, capsys):
+def test_command_refuses_what_is_no_checkpoint_and_missing_data(cfg, tmp_path, capsys, monkeypatch):
     foreign, mixed, out = tmp_path / "other.pt", tmp_path / "mixed", tmp_path / "out"
     torch.save({"state_dict": {}}, foreign)
     tensors = {f"model.{name}": tensor for name, tensor in build_model(cfg).state_dict().items()}
@@ -276,6 +276,9 @@ def test_command_refuses_what_is_no_checkpoint_and_missing_data(cfg, tmp_path, c
     assert command.main(arguments) == 2
     assert "does not exist" in capsys.readouterr().err
     assert not out.exists()
+    monkeypatch.setattr(protocol, "evaluate_untrained", pytest.fail)  # before anything is evaluated
+    assert command.main(["--checkpoint", str(tmp_path), "--out", str(foreign)]) == 1
+    assert f"cannot write {foreign}: File exists; choose another --out" in capsys.readouterr().err
     for arguments, message in (
         (
             ["--checkpoint", str(tmp_path), "--out", "x.pt"],

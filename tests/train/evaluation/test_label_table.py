@@ -41,6 +41,7 @@ def test_numbers_and_classes_are_read_and_joined(tmp_path, flat, caplog):
     assert part.values.tolist() == [-20.0, 1.5]
     assert part.subset([1]).values == np.array([1.5])
     assert "2 images of folder" in caplog.text
+    assert caplog.text.count("--labels-are classes takes them for classes") == 1
     assert "28 have none and are left out" in caplog.text
     assert "1 rows of" in caplog.text
     assert "name no image, such as gone.png, line 5" in caplog.text
@@ -65,6 +66,7 @@ def test_numbers_and_classes_are_read_and_joined(tmp_path, flat, caplog):
         ("file,label\na,nan\nb,2\nc,3", r"line 2, column label: expected a number"),
         ("file,label\n", r"has no rows"),
         ('file,label\n"a,1', r"cannot read .* as a CSV file"),
+        ("file,label\na,owl\nb,owl", r"labels.csv: expected two classes or more, got 'owl' alone"),
     ],
 )
 def test_errors_name_file_line_and_column(tmp_path, text, message):
@@ -80,6 +82,7 @@ def test_errors_name_file_line_and_column(tmp_path, text, message):
         ("0.png,1", r"line 2: 0.png fits both .*blue/0.png and .*red/0.png; give more of the path"),
         ("blue/0.png,1\ntrain/blue/0.png,2", r"line 3: .* has a label already, in line 2"),
         ("green/0.png,1", r"no row of .* names an image of folder .*; compare 'green/0.png' and"),
+        ("train/red/0.png,1", r"names an image of folder .*val; label some of these, too, or hold out none"),
         ("blue/0.png,1", r"line 2: blue/0.png fits both .*train/blue/0.png and .*val/blue/0.png; give more"),
     ],
 )
@@ -191,5 +194,9 @@ def test_labeled_images_in_one_folder_are_split_by_class(tiny, flat, image_folde
         protocol.open_evaluation(tiny(**both | {"eval": {"val_fraction": 0.5}}))
     both["data"]["val_fraction"] = 0.0
     assert len(protocol.open_evaluation(tiny(**both))[1]) == 15
+    # The few labeled ones among all images of the training, which holds out none.
+    among = tiny(data=both["data"], eval={**options, "data": None})
+    train, val = protocol.open_evaluation(among, protocol.open_splits(among.data))
+    assert (len(train), len(val)) == (10, 10)
     with pytest.raises(UsageError, match=r"eval.val_fraction: expected a number between 0 and 1, got 1"):
         protocol.open_evaluation(tiny(eval={**options, "val_fraction": 1.0}))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.overrides
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -217,6 +218,20 @@ def test_linear_probe_equals_a_plain_training_loop_in_float64():
     options: dict[str, Any] = {"epochs": epochs, "batch_size": batch, "learning_rates": [rate]}
     agreement = linear_probe(train_x, train_y, test_x, expected, num_classes=2, **options).accuracy
     assert agreement >= 99.5  # at most 1 of the 200 samples lies within rounding of the boundary
+
+
+def test_linear_probe_is_as_accurate_as_scikit_learns_logistic_regression():
+    """On random features, classes by a noisy linear rule."""
+    sides, rule = [], randn(16, 4, seed=9)
+    for seed in (1, 2):
+        x = F.layer_norm(randn(2000, 16, seed=seed), (16,))
+        sides += [x, (x @ rule + 2 * randn(2000, 4, seed=10 + seed)).argmax(dim=1)]
+    train_x, train_y, test_x, test_y = sides
+    theirs = LogisticRegression(C=1e6, max_iter=1000).fit(train_x.numpy(), train_y.numpy())
+    expected = 100 * theirs.score(test_x.numpy(), test_y.numpy())
+    assert 40 < expected < 95
+    found = linear_probe(train_x, train_y, test_x, test_y, num_classes=4)
+    assert found.accuracy == pytest.approx(expected, abs=0.5)
 
 
 def test_linear_probe_chooses_the_rate_without_the_test_set():

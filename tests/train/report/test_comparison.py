@@ -100,6 +100,13 @@ def test_two_runs_stand_side_by_side(run, tmp_path, capsys):
     assert found["runs"]["<second>"].items() >= {"knn_trained": 70.0, "folder": str(folders[1])}.items()
 
 
+def test_sigreg_of_ijepa_is_left_out(run, tmp_path):
+    folders = [run("a", sigreg_val=1.25), run("b", sigreg_val=5.5)]
+    config = json.loads((folders[1] / "config.json").read_text())
+    (folders[1] / "config.json").write_text(json.dumps(config | {"objective": "ijepa"}))
+    assert "SIGReg of the validation images 1.25 - " in text_of(write_comparison(folders, tmp_path))
+
+
 def test_runs_of_other_images_or_sizes_are_not_comparable(run, tmp_path):
     folders = [run("a"), run("b", image_size=64), run("c", evaluation_data="/data/fish")]
     page = write_comparison(folders, tmp_path)
