@@ -59,6 +59,8 @@ class Options:
     """Images per forward pass; None: as in the run. The results do not depend on it."""
     linear: bool = True
     """Fit the linear probe as well."""
+    linear_blocks: int | None = None
+    """Last blocks of a vision transformer that the linear probe sees side by side; None: as in the run."""
     averaged: bool = True
     """Take the averaged weights if the run keeps them (--average)."""
     labels: Path | None = None
@@ -184,6 +186,7 @@ def _settings(run: Config, options: Options) -> Config:
     evaluation = _replaced(
         dataclasses.replace(run.eval, **other),
         image_size=options.image_size,
+        linear_blocks=options.linear_blocks,
         batch_size=options.batch_size,
         val_fraction=options.val_fraction,
         labels=options.labels,
@@ -273,7 +276,7 @@ def _own_options_named() -> Iterator[None]:
         yield
     except UsageError as error:
         message = str(error).replace("raise --data.val-fraction, ", "")  # a finished run keeps its own
-        ours = "data|val[_-]fraction|(image|batch)[_-]size|few_shot|draws|fine_tune|labels"
+        ours = "data|val[_-]fraction|(image|batch)[_-]size|linear_blocks|few_shot|draws|fine_tune|labels"
         raise UsageError(re.sub(rf"\beval\.(?={ours})", "", message)) from error
 
 

@@ -18,8 +18,8 @@ class Embeddings(NamedTuple):
     features: Tensor
     """Pooled encoder output, (n, D) float32: the input of kNN."""
     probe: Tensor
-    """Input of the linear probe, (n, D') float32. Vision transformers: the CLS tokens of the last two blocks
-    side by side (the mean of the patch tokens if there is no CLS), D' = 2 D. Others: `features` itself."""
+    """Input of the linear probe, (n, D') float32. Vision transformers: the CLS tokens of the last blocks side
+    by side (the mean of the patch tokens if there is no CLS), D' = 2 D for two. Others: `features` itself."""
     z: Tensor
     """Projector output, (n, K) float32: the input of the loss."""
     targets: Tensor
@@ -47,6 +47,7 @@ def embed_source(
     device: torch.device | str,
     *,
     amp_dtype: torch.dtype | None = None,
+    linear_blocks: int = 2,
 ) -> Embeddings:
     """Embed all images of `loader` with `model` in evaluation mode.
 
@@ -56,6 +57,7 @@ def embed_source(
         loader: yields images (B, 3, S, S) and targets (B,), as `lejepa_fast.data.eval_loader` does.
         device: where the images go.
         amp_dtype: autocast dtype of the forward pass; None: the dtype of the weights.
+        linear_blocks: how many of the last blocks of a vision transformer the linear probe sees.
 
     Raises:
         UsageError: the loader yields nothing.
@@ -66,7 +68,7 @@ def embed_source(
     with frozen(model, device):
         for images, targets in loader:
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                features, z, *probe = _forward(model, images.to(device, non_blocking=True))
+                features, z, *probe = _forward(model, images.to(device, non_blocking=True), linear_blocks)
             batches.append((targets.cpu().long(), *(x.float().cpu() for x in (features, z, *probe))))
     if not batches:
         raise UsageError(
@@ -80,7 +82,7 @@ def embed_source(
     return Embeddings(features, probe[0] if probe else features, z, targets)
 
 
-def _forward(model: Any, images: Tensor) -> tuple[Tensor, ...]:
+def _forward(model: Any, images: Tensor, linear_blocks: int) -> tuple[Tensor, ...]:
     """Features (B, D), embeddings (B, K) and, of a vision transformer, input of the linear probe (B, D')."""
     encoder = model.encoder
     method = getattr(encoder, "forward_intermediates", model.embed)
@@ -88,7 +90,11 @@ def _forward(model: Any, images: Tensor) -> tuple[Tensor, ...]:
     if not hasattr(encoder, "blocks") or "return_prefix_tokens" not in inspect.signature(method).parameters:
         return model.embed(images)
     final, blocks = encoder.forward_intermediates(
-        images, indices=min(2, len(encoder.blocks)), norm=True, output_fmt="NLC", return_prefix_tokens=True
+        images,
+        indices=min(linear_blocks, len(encoder.blocks)),
+        norm=True,
+        output_fmt="NLC",
+        return_prefix_tokens=True,
     )
     features = encoder.forward_head(final)
     has_cls = getattr(encoder, "cls_token", None) is not None

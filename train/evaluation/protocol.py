@@ -181,7 +181,9 @@ def evaluate_model(
         # One image has no variance.
         batch_size = min(max(settings.batch_size, 2), CALIBRATION_IMAGES, len(train_source))
         calibrate_batchnorm(model, part(CALIBRATION_IMAGES, batch_size=batch_size), device)
-    embed = functools.partial(embed_source, model, device=device, amp_dtype=amp_dtype)
+    embed = functools.partial(
+        embed_source, model, device=device, amp_dtype=amp_dtype, linear_blocks=settings.linear_blocks
+    )
     val, n_train = embed(loader(val_source)), len(train_source)
     figures: dict[str, Any] = {}
     if no_labels_because is None:

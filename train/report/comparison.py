@@ -24,6 +24,7 @@ _SHARED = {
     "num_classes": "numbers of classes",
     "image_size": "image sizes in pixels",
     "knn_k": "numbers of neighbors",
+    "evaluation.linear_blocks": "blocks for the linear probe",
     "evaluation.draws": "draws of few labels",
     "evaluation.fine_tune": "epochs of fine-tuning",
 }

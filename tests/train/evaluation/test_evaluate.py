@@ -75,15 +75,20 @@ def test_embedding_leaves_no_trace_and_equals_evaluation_mode():
 
 
 @pytest.mark.parametrize(
-    ("options", "cls"),
-    [({}, True), ({"reg_tokens": 2}, True), ({"class_token": False, "global_pool": "avg"}, False)],
+    ("options", "cls", "count"),
+    [
+        ({}, True, 2),
+        ({"reg_tokens": 2}, True, 2),
+        ({"class_token": False, "global_pool": "avg"}, False, 2),
+        ({"class_token": False, "global_pool": "avg"}, False, 4),
+    ],
 )
-def test_vit_probe_takes_the_last_two_blocks(options, cls):
+def test_vit_probe_takes_the_last_blocks(options, cls, count):
     model = tiny_model("test_vit", img_size=32, **options).eval()
     data = batches(4)
-    found = embed_source(model, data, "cpu")
+    found = embed_source(model, data, "cpu", **({} if count == 2 else {"linear_blocks": count}))
     outputs: list[Tensor] = []
-    for block in model.encoder.blocks[-2:]:
+    for block in model.encoder.blocks[-count:]:
         block.register_forward_hook(lambda _module, _inputs, out: outputs.append(out))
     with torch.no_grad():
         features, z = model.embed(data[0][0])
