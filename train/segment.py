@@ -103,6 +103,8 @@ def _segment(options: Options) -> None:
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     out = options.out or run_dir / "segmentation" / path.name
     earlier = _earlier_files(out, options)
+    with disk_errors_named(out, "choose another --out"):  # before the work
+        out.mkdir(parents=True, exist_ok=True)
     if masks is not None:
         plain = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "backend": "torchvision"}
         truth = torch.cat([each[:, 0] > 0.5 for each, _ in loader(masks, **plain)])
@@ -119,7 +121,6 @@ def _segment(options: Options) -> None:
         print(f"model {cfg.model.name}: its attention cannot be read here; showing PCA only")
     summary: dict[str, Any] = {"images": len(names), "image_size": size, "step": step, "pca": options.pca}
     with disk_errors_named(out, "choose another --out"):
-        out.mkdir(parents=True, exist_ok=True)
         for file in earlier:
             file.unlink(missing_ok=True)
         sequence = options.sequence or animated

@@ -11,13 +11,14 @@ SIX = ["test_resnet", "test_byobnet", "test_efficientnet", "test_vit", "test_coa
 
 
 def test_six_architectures_train_with_the_same_settings(image_folder, tmp_path, capsys):
-    command = ["--data", str(image_folder), "--steps", "2", "--out", str(tmp_path)]
+    command = ["--data", str(image_folder), "--steps", "5", "--out", str(tmp_path)]
     architectures_bench.main([*command, "--models", *SIX, "no_such_model"])
     *rows, refused = read_rows(tmp_path / "architectures.jsonl")
     assert [row["model"] for row in rows] == SIX
     assert len({row["family"] for row in rows}) == len(SIX)
     for row in rows:
         assert row["finite"]
+        assert row["loss_last"] < row["loss_first"]
         assert row["embedding_std_trained"] > 0
         assert None not in (row["knn_trained"], row["linear_untrained"])
     assert "no model is called 'no_such_model'" in refused["error"]

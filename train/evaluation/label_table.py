@@ -82,11 +82,11 @@ def read_labels(path: Path, kind: Kind = "auto") -> LabelTable:
     share = 1 - len(others) / len(rows)
     if kind == "numbers" or (kind == "auto" and share > 0.5):
         if others:
-            way_out = "" if kind == "numbers" else f", as {share:.0%} are; or say --labels-are classes"
+            way_out = "" if kind == "numbers" else f", as {share:.0%} are; or say --eval.labels-are classes"
             place = f"{path}, line {others[0].line}, column {header[label_at]}"
             raise UsageError(f"labels: {place}: expected a number{way_out}, got {others[0].label!r}")
         if kind == "auto":
-            log.info(f"labels: predicting the numbers of {path}; --labels-are classes takes them for classes")
+            log.info(f"labels: predicting the numbers of {path}; with labels-are classes they are classes")
         return LabelTable(path, rows, None)
     classes = sorted({row.label for row in rows.values()})
     if len(classes) < 2:  # any classifier would be right about every image

@@ -41,7 +41,7 @@ def test_numbers_and_classes_are_read_and_joined(tmp_path, flat, caplog):
     assert part.values.tolist() == [-20.0, 1.5]
     assert part.subset([1]).values == np.array([1.5])
     assert "2 images of folder" in caplog.text
-    assert caplog.text.count("--labels-are classes takes them for classes") == 1
+    assert caplog.text.count("with labels-are classes they are classes") == 1
     assert "28 have none and are left out" in caplog.text
     assert "1 rows of" in caplog.text
     assert "name no image, such as gone.png, line 5" in caplog.text
