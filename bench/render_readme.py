@@ -23,13 +23,17 @@ def rows_of(name: str, **wanted: object) -> list[Row]:
     return [row for row in rows if row["driver"]] or rows
 
 
-def markdown(header: Sequence[str], table: Sequence[Sequence[str]], row: Row) -> str:
-    """A table, and below it where, with what and when `row` was measured."""
+def markdown(header: Sequence[str], table: Sequence[Sequence[str]], *rows: Row) -> str:
+    """A table, and below it where, with what and when each of `rows` was measured."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *table]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return text + "\n\n" + "; ".join(map(origin, rows))
+
+
+def origin(row: Row) -> str:
     threads = f"{row['threads']} thread" + "s" * (row["threads"] != 1)
-    origin = "{device}, {0}, torch {torch}, triton {triton}, {date:.10}: `{command}`"
-    return f"{text}\n\n{origin.format(threads, **row)}"
+    text = "{device}, {0}, torch {torch}, triton {triton}, {date:.10}: `{command}`"
+    return text.format(threads, **row)
 
 
 def comparison() -> str:
@@ -49,18 +53,15 @@ def comparison() -> str:
         times = [f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms" for ms in (theirs, its)]
         memory = "{:.0f} against {:.0f} MiB".format(*(r.get("peak_extra_mib", 0) for r in (row, mine)))
         table.append([what, f"{name}: {times[0]}", f"**{times[1]}**", f"{theirs / its:.1f}x", memory])
-    loaders, command = (
-        {row["contender"]: row for row in rows_of("loader", kind="peers")},
-        right[-1]["command"],
-    )
+    loaders, measured = {row["contender"]: row for row in rows_of("loader", kind="peers")}, [right[-1]]
     if {OURS, STABLE} <= loaders.keys():
         theirs, its = (loaders[name]["images_per_s"] for name in (STABLE, OURS))
         what = "loading JPEGs, {views} crops, one worker".format(**loaders[OURS])
         name = f"{STABLE} {loaders[STABLE]['version']}: {theirs:.0f} images/s"
         table.append([what, name, f"**{its:.0f} images/s**", f"{its / theirs:.1f}x", ""])
-        command += f"`, `{loaders[OURS]['command']}"
+        measured.append(loaders[OURS])
     header = ["forward + backward of the loss; the loader", "other", "lejepa_fast", "faster", "memory"]
-    return markdown(header, table, {**right[-1], "command": command})
+    return markdown(header, table, *measured)
 
 
 def simple(name: str, columns: dict[str, str], **wanted: object) -> str:

@@ -162,7 +162,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         else:
             plane.set_axis_off()
         if any(part != "alpha" for part in parts):
-            free[0].legend(fontsize=7)
+            free[len(parts)].legend(*free[0].get_legend_handles_labels(), loc="center left")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -47,7 +47,14 @@ def test_the_first_table_compares_with_packages(tmp_path, monkeypatch):
         row(LIGHTLY, "peers", "float32", 350.0, version="1.6.0", **cpu),
         row(BASELINE, "cpu", "float32", 1.0, **cpu),
     ]
-    about = {**cpu, "kind": "peers", "views": "2 x 224", "command": "python bench/y.py"}
+    about = {
+        **row("", "", "", 0),
+        **cpu,
+        "device": "Intel",
+        "kind": "peers",
+        "views": "2 x 224",
+        "command": "python bench/y.py",
+    }
     loader = [
         {"contender": STABLE, "images_per_s": 60.0, "version": "0.1.8", **about},
         {"contender": OURS, "images_per_s": 900.0, **about},
@@ -59,8 +66,8 @@ def test_the_first_table_compares_with_packages(tmp_path, monkeypatch):
         [loss, "lightly 1.6.0: 350 ms", "**70 ms**", "5.0x", "350 against 70 MiB"],
         ["loading JPEGs, 2 x 224 crops, one worker", *speeds],
     ]
-    where = "AMD EPYC, 16 threads, torch 2.11, triton 3.6, 2030-01-02"
-    assert origin == where + ": `python bench/x.py`, `python bench/y.py`"
+    where = "16 threads, torch 2.11, triton 3.6, 2030-01-02"
+    assert origin == f"AMD EPYC, {where}: `python bench/x.py`; Intel, {where}: `python bench/y.py`"
 
 
 def test_rows_of_a_gpu_take_the_place_of_those_of_a_cpu(tmp_path, monkeypatch):
