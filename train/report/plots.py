@@ -14,6 +14,7 @@ import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -55,7 +56,7 @@ def report_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     with matplotlib.style.context(["default", _STYLE]):
         figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
         yield figure
-        figure.savefig(path, format="png")
+        FigureCanvasAgg(figure).print_png(path)  # savefig would draw twice
 
 
 def series(rows: Rows, kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
