@@ -27,6 +27,7 @@ from lejepa_fast.train.checkpoint.trained_model import load_trained
 from lejepa_fast.train.evaluation.collapse import effective_rank, embedding_std
 from lejepa_fast.train.evaluation.protocol import open_splits
 from lejepa_fast.train.model.model import build_model, evaluated
+from lejepa_fast.train.runtime import files
 
 _MASKED = ["--objective", "masked-lejepa", "--loss.sigreg-over"]
 # Like the crops and colors of benchlib.SHORT_RUN, at the size that the transformer takes.
@@ -61,6 +62,8 @@ def measure(run: Path, shapes: Path) -> Row:
     found: Row = {key: summary[key] for key in ("steps", "state", "embedding_std", "effective_rank")}
     found |= {f"{p}_{which}": summary[f"{p}_{which}"] for p in _PROBES for which in ("trained", "untrained")}
     found |= spread(run)
+    rows = [row for row in files.read_rows(run / "metrics.jsonl") if row["kind"] == "eval"]
+    found["evaluations"] = [[row["step"], *(round(row[probe], 2) for probe in _PROBES)] for row in rows]
     batch = summary["config"]["data"]["batch_size"]
     found["minutes"] = round(summary["steps"] * batch / summary["images_per_second"] / 60, 1)
     for table in TABLES:
