@@ -131,7 +131,7 @@ def train(name: str, steps: int, folder: Path, data: str = EMBEDDED_DATA) -> Row
 
 
 def summarize(rows: Sequence[Row]) -> None:
-    """Print the rows as a table, and how many models did what the paper says of them."""
+    """Print the rows as a table, and `counts`."""
     trained = [row for row in rows if "error" not in row]
     columns = [
         "loss_first",
@@ -151,7 +151,13 @@ def summarize(rows: Sequence[Row]) -> None:
     for row in rows:
         if "error" in row:
             print(f"{row['model']} cannot take part: {row['error']}")
-    counts = {
+    print(", ".join(f"{name}: {count}" for name, count in counts(rows).items()))
+
+
+def counts(rows: Sequence[Row]) -> dict[str, int]:
+    """How many models did what the paper says of them."""
+    trained = [row for row in rows if "error" not in row]
+    return {
         "trained": len(trained),
         "families": len({row["family"] for row in trained}),
         "with a finite loss": sum(row["finite"] for row in trained),
@@ -160,7 +166,6 @@ def summarize(rows: Sequence[Row]) -> None:
         "better than untrained in kNN": sum(row["knn_trained"] > row["knn_untrained"] for row in trained),
         "better in the linear probe": sum(row["linear_trained"] > row["linear_untrained"] for row in trained),
     }
-    print(", ".join(f"{name}: {count}" for name, count in counts.items()))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,6 +6,7 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; what is between is 
 import re
 from collections.abc import Callable, Sequence
 
+from architectures_bench import counts
 from benchlib import RESULTS, ROOT, Row, read_rows
 from domain_bench import summarize
 from loader_bench import OURS, STABLE
@@ -121,10 +122,17 @@ def segmentation() -> str:
 def domain() -> str:
     """Accuracies with few labels, of the newest run for each set and seed."""
     newest = {(row["set"], row["settings"]["seed"]): row for row in rows_of("domain")}
-    if not newest:
-        return "Not measured yet."
     header, *lines = summarize([*newest.values()])
     return markdown(header, lines, [*newest.values()][-1])
+
+
+def architectures() -> str:
+    """How many models trained as the paper says, and which could not take part."""
+    rows = {row["model"]: row for row in rows_of("architectures")}
+    refused = ", ".join(f"`{name}` ({row['error']})" for name, row in rows.items() if "error" in row)
+    table = [[name, str(count)] for name, count in counts([*rows.values()]).items()]
+    text = markdown(["models", "count"], table, [*rows.values()][-1])
+    return text + f"\n\nCannot take part: {refused}." * bool(refused)
 
 
 def theory() -> str:
@@ -140,7 +148,7 @@ def theory() -> str:
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"comparison": comparison, "pretrain": lambda: simple("pretrain", _PRETRAIN)},
     "docs/kernels.md": {"accuracy": lambda: simple("sigreg_accuracy", _ACCURACY)},
-    "docs/evaluation.md": {"domain": domain},
+    "docs/evaluation.md": {"architectures": architectures, "domain": domain},
     "docs/training.md": {"measured": lambda: simple("train", _TRAIN)},
     "docs/segmentation.md": {"iou": segmentation},
     "docs/theory.md": {"statements": theory},

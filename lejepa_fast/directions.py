@@ -147,6 +147,8 @@ def _step_tensor(step: int | Tensor, device: torch.device | str | None) -> Tenso
             return step.to(target, torch.int64)
         step, device = value, target
     check_integer("step", step, at_least=0)
+    if step >= 1 << 63:
+        raise ValueError(f"step: expected at most 2**63 - 1, got {step}")
     return torch.full((), step, dtype=torch.int64, device=device)
 
 

@@ -127,6 +127,7 @@ def test_operator_contract():
         (ValueError, {"num_slices": 0}),
         (ValueError, {"step": -1}),
         (ValueError, {"step": torch.tensor(-1)}),
+        (ValueError, {"step": 1 << 63}),
         (ValueError, {"step": torch.zeros(2, dtype=torch.int64)}),
         (ValueError, {"step": torch.tensor(1.0)}),
         (ValueError, {"step": torch.tensor(True)}),

@@ -318,12 +318,14 @@ def test_a_run_folder_or_a_checkpoint_can_be_named(tmp_path):
 def test_another_projector_is_named():
     def check(channels=3, **changes):
         model = {"name": "resnet18", "img_size": None, "drop_path": 0.0, "projector_dim": 64}
+        model["kwargs"] = '{"a": 1, "b": [2]}'
         shared = {"crops": {"global_size": 48}, "data": {}}
         saved, current = ({**shared, "model": m} for m in (model, model | changes))
         current["data"] = {"channels": channels}
         resume.check_same_model(saved, current, Path("step-00000001"))
 
     check(img_size=48, drop_path=0.2)  # the same weights
+    check(kwargs='{"b":[2], "a":1}')
     with pytest.raises(UsageError, match=r"resnet18 \(projector_dim 64\).*resnet18 \(projector_dim 32\)"):
         check(projector_dim=32)
     with pytest.raises(UsageError, match=r"resnet18 \(data.channels 3\).*resnet18 \(data.channels 5\)"):
