@@ -12,8 +12,8 @@ Stages run one after another, each in its own process with a time limit. What a 
 to the next ones, which get twice theirs at most; one that overruns takes no time from the others. A stage
 that fails or overruns is reported, and the later ones still run. DIR gets the rows of the benchmarks as they
 are measured, and `gpu_check.jsonl` with a row for each stage and, at the end, for each target. The package
-need not be installed. Without git history, LEJEPA_COMMIT=HASH in the environment names the commit that the
-rows carry.
+need not be installed; PyTorch, Triton, timm, pytest and hypothesis must be. Without git history,
+LEJEPA_COMMIT=HASH in the environment names the commit that the rows carry.
 
 A stage that ran nothing (no test passed, no row written) has failed. Optional stages may lack their time or
 their tool, but not fail. Exit codes: 0 all stages ran and all targets are met (in a rehearsal: all stages

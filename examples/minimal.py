@@ -1,6 +1,6 @@
 """LeJEPA in one file: a stock DataLoader, a stock encoder, and the loss of lejepa_fast.
 
-    pip install 'lejepa_fast[train]'
+    pip install '.[train]'                  # in a clone of the repository
     python examples/minimal.py              # two minutes on two CPU cores
 
 Random views of an image go through an encoder and a projector. The loss pulls the views of an image together

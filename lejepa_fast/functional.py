@@ -47,7 +47,12 @@ def sigreg(
     """Sliced Epps-Pulley statistic of embeddings for any knots, target, weights and directions.
 
     T[v, m] = N * sum_j weights[j] * ((C - phi[j])^2 + S^2), with C and S the means of cos and sin of
-    t[j] * <x[v, n], A[:, m]> over the samples n of all ranks. Mathematics: `lejepa_fast.reference`.
+    t[j] * <x[v, n], A[:, m]> over the samples n of all ranks. Mathematics: `lejepa_fast.reference`. With the
+    knots of N(0, 1) and fresh directions, as the module `SIGReg` has them:
+
+        A = sample_directions(x.shape[-1], 1024, step=step, device=x.device)
+        t, phi, weights, spacing = standard_normal_knots()
+        loss = sigreg(x, A, t, phi, weights, spacing=spacing)
 
     Args:
         x: embeddings, shape (..., N, K), any floating dtype. Each leading index (view) gets its own
@@ -67,7 +72,8 @@ def sigreg(
         impl: "triton" (fused kernels for GPUs), "torch" (streaming, any device), "reference"
             (materializes N x M x J; allows double backward, forward mode, `torch.func` and directions
             that require grad), or "auto": "triton" on a GPU that can run it, else "torch". "auto" compares
-            the two once for each kind of problem, and warns and takes "torch" where they differ.
+            the two once for each kind of problem, and warns and takes "torch" where they differ, but not
+            under `torch.compile` or while a CUDA graph is captured.
         spacing: the distance of the knots when t[j] = j * spacing (faster), None for arbitrary knots, "auto"
             to detect it. Only knots on the CPU can be read without a synchronization; "auto" takes knots on
             another device as arbitrary.

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluate a checkpoint against the untrained encoder, and write a report."""
+    """Evaluate a checkpoint against the untrained encoder and write a report; or evaluate backbones alone,
+    with --data and --backbone; or show finished runs side by side, with --compare."""
 
     checkpoint: Path | None = None
     """A run folder (its newest checkpoint is used) or a folder checkpoints/step-*."""
@@ -66,7 +67,7 @@ class Options:
     labels: Path | None = None
     """CSV file with a column `file` and a column `label` or `value`: classes or numbers of the images."""
     labels_are: Literal["auto", "classes", "numbers"] | None = None
-    """What they are. auto: numbers if all can be read as such; None: as in the run."""
+    """What the labels of the CSV file are. auto: numbers if all can be read as such; None: as in the run."""
     few_shot: str | None = None
     """Labels per class for all probes, such as 1,10,100,all; None: as in the run."""
     draws: int | None = None
@@ -79,7 +80,7 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: on a GPU if there is one."""
     workers: int | None = None
-    """Loader processes; None: as in the run."""
+    """Loader threads, or processes with the backend torchvision; None: as in the run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -41,9 +41,8 @@ class Options:
     images: Path
     """A folder of images (also in folders below it), one image, or an animated picture."""
     masks: Path | None = None
-    """A folder of masks with the names of the images, but for the suffix: any value but 0 is foreground
-    (alpha does not count).
-    Prints the IoU with them, of the untrained encoder and of constant answers, too."""
+    """A folder of masks with the names of the images, but for the suffix. Any value but 0 is foreground;
+    alpha does not count. Prints the IoU with them, of the untrained encoder and of constant answers, too."""
     sequence: bool = False
     """The images are frames in the order of their names: write an animation. Animated pictures always are."""
     fps: float = 8.0
@@ -54,7 +53,7 @@ class Options:
     threshold: float = 0.6
     """Share of the attention that is drawn as foreground."""
     draw: int = 64
-    """Draw so many images, the first ones; all of a sequence. With masks all are measured."""
+    """Draw the first images, this many; of a sequence all. With masks, all images are measured."""
     image_size: int | None = None
     """Side of the images in pixels; None: as in the evaluation of the run. Larger ones give more patches."""
     batch_size: int = 32

@@ -70,7 +70,8 @@ class DataConfig:
     """Of files that hold several images, such as TIFF stacks: the first; a random one in each epoch; or all,
     each as an image of its own."""
     workers: Workers | None = None
-    """Loader worker processes per training process; 0: load in the training process; None: by CPU count."""
+    """Loader threads of each training process; with the backend torchvision processes, and 0: load in the
+    training process. None: by CPU count."""
     backend: Literal["auto", "dali", "cpu", "torchvision"] = "auto"
     """What decodes and augments. auto: dali on a GPU where it is installed, else cpu where Numba is, else
     torchvision."""
@@ -129,7 +130,7 @@ class LossConfig:
     form: Literal["convex", "additive"] = "convex"
     """convex: (1 - lambda) prediction + lambda SIGReg; additive: prediction + lambda SIGReg."""
     distance: Literal["smooth_l1", "l2"] = "smooth_l1"
-    """Of masked prediction: smooth L1, as in the authors' code of I-JEPA, or the squared difference."""
+    """In masked prediction: smooth L1, as in the authors' code of I-JEPA, or the squared difference."""
     sigreg_over: Literal["image", "position", "token"] = "position"
     """With --objective masked-lejepa, the samples of SIGReg: the mean embedding of each image; the images at
     each position of the grid; or all patches of all images as one sample."""
@@ -158,7 +159,7 @@ class MaskedConfig:
     predictor_heads: Annotated[int, Ge(1), Le(1000)] = 12
     """Attention heads of the predictor."""
     momentum: Share = 0.996
-    """What the target encoder of I-JEPA keeps of itself at the first step."""
+    """Share of its weights that the target encoder of I-JEPA keeps at the first step."""
     final_momentum: Share = 1.0
     """The same at the end; in between it changes linearly."""
 
@@ -172,7 +173,7 @@ class OptimConfig:
     weight_decay: Nonnegative | Literal["auto"] = "auto"
     """auto: 5e-2 for transformers and ConvNeXt, 5e-4 for other convolutional networks."""
     final_weight_decay: Nonnegative | None = None
-    """The weight decay goes there on half a cosine over all steps; None: it stays."""
+    """Weight decay at the end, reached on half a cosine over all steps; None: it stays."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay of AdamW's averages of the gradient and of its square."""
     warmup_fraction: Share = 0.05
@@ -212,9 +213,9 @@ class AverageConfig:
     """Average of the weights over the steps, which is then what is evaluated and exported. ema: exponential
     moving average; swa: plain mean. 4 bytes a parameter, sharded as the weights are."""
     decay: BelowOne = 0.999
-    """What the ema keeps of itself at each step."""
+    """Share of the ema that each step keeps."""
     start: BelowOne | Literal["auto"] = "auto"
-    """Share of all steps before the first that counts. auto: 0 for ema, 0.75 for swa."""
+    """Averaging begins after this share of all steps. auto: 0 for ema, 0.75 for swa."""
 
 
 @dataclass(frozen=True)
@@ -270,9 +271,9 @@ class Config:
     average: AverageConfig = field(default_factory=AverageConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     objective: Literal["lejepa", "ijepa", "masked-lejepa"] = "lejepa"
-    """lejepa: views of an image predict their mean, with SIGReg. ijepa: from a part of an image, predict what
-    a moving average of the encoder says of the rest. masked-lejepa (research): the same with one encoder, and
-    SIGReg in place of the average."""
+    """lejepa: the views of an image predict their mean, with SIGReg. ijepa: predict from a part of an image
+    the features of the rest, which a moving average of the encoder gives. masked-lejepa, for research: the
+    same with one encoder, and SIGReg in place of the average."""
     out: Path | None = None
     """Run folder; None: runs/DATA-MODEL."""
     epochs: AtLeast1 = 100
@@ -280,7 +281,7 @@ class Config:
     max_steps: AtLeast1 | None = None
     """Train this many steps, and let the schedule span them; None: `epochs` epochs."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
-    """Of starting weights, order of images, crops and directions."""
+    """Seed of starting weights, order of images, crops and directions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. auto: on GPUs if there are any."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
