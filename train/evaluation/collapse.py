@@ -105,20 +105,22 @@ def rank_limit(n: int, dim: int) -> int:
     return max(1, min(dim, n - 1))
 
 
-def rank_floors(n: int, dim: int) -> tuple[float, float]:
+def rank_floors(n: int, dim: int, *, gaussian: bool = True) -> tuple[float, float]:
     """The effective ranks below which n embeddings in `dim` dimensions are collapsed, and of low rank."""
     low = LOW_RANK_SHARE * rank_limit(n, dim)
-    return min(max(COLLAPSE_RANK, COLLAPSE_RANK_SHARE * rank_limit(n, dim)), low), low
+    share = COLLAPSE_RANK_SHARE * rank_limit(n, dim) if gaussian else 0.0
+    return min(max(COLLAPSE_RANK, share), low), low
 
 
-def verdict(std: float, rank: float, n: int, dim: int) -> Verdict:
+def verdict(std: float, rank: float, n: int, dim: int, *, gaussian: bool = True) -> Verdict:
     """Judge n embeddings in `dim` dimensions by their `embedding_std` and `effective_rank`.
 
     Collapsed: the std is below 0.1 (all images share one embedding), or the effective rank is below 2 (all
     images lie on a line) or below 2 % of its maximum min(dim, n - 1). Low rank: the effective rank is below
-    half of that maximum. Where the maximum is below 4, half of it is the only floor.
+    half of that maximum. Where the maximum is below 4, half of it is the only floor. Unless the training
+    draws the embeddings to a `gaussian`, which varies in all directions, the 2 % do not count.
     """
-    collapsed, low = rank_floors(n, dim)
+    collapsed, low = rank_floors(n, dim, gaussian=gaussian)
     rule = f"collapsed below std {COLLAPSE_STD:g} or rank {collapsed:.3g}, low rank below {low:.3g}"
     figures = f"embedding std {std:.3g}, effective rank {rank:.3g} of at most {rank_limit(n, dim)}"
     state: State = "healthy"

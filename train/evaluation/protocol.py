@@ -88,7 +88,9 @@ class EvalResult:
     @property
     def verdict(self) -> collapse.Verdict:
         """Healthy, low rank or collapsed, by the rule of `collapse.verdict`."""
-        return collapse.verdict(self.embedding_std, self.effective_rank, self.n_val, self.z_val.shape[1])
+        samples, dim = self.n_val, self.z_val.shape[1]
+        std, rank = self.embedding_std, self.effective_rank
+        return collapse.verdict(std, rank, samples, dim, gaussian=self.gaussian)
 
     @property
     def rankme(self) -> float:

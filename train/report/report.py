@@ -198,7 +198,7 @@ def _summary(
 ) -> dict[str, Any]:
     """Contents of `summary.json`; accuracies in percent, None without labels."""
     levels = sigreg_levels(trained.n_val)
-    collapsed, low = rank_floors(trained.n_val, trained.z_val.shape[1])
+    collapsed, low = rank_floors(trained.n_val, trained.z_val.shape[1], gaussian=trained.gaussian)
     summary: dict[str, Any] = {}
     for name in ("knn", "linear", "fine_tuned"):
         before, after = getattr(untrained, name), getattr(trained, name)

@@ -38,6 +38,9 @@ def test_verdict_on_planted_embeddings(name, z, state):
         f"rule: collapsed below std 0.1 or rank {collapsed:.3g}, low rank below {low:.3g})"
         in verdict.sentence
     )
+    assert collapse.verdict(1.0, 2.3, 500, 128).state == "collapsed"  # below 2 % of 128
+    assert collapse.verdict(1.0, 2.3, 500, 128, gaussian=False).state == "low rank"  # I-JEPA
+    assert collapse.verdict(1.0, 1.9, 500, 128, gaussian=False).state == "collapsed"
     assert collapse.verdict(float("nan"), 50.0, 100, 64).state == "collapsed"
     assert collapse.verdict(1.0, float("nan"), 100, 64).state == "collapsed"
 
