@@ -24,6 +24,11 @@ def rows_of(name: str, **wanted: object) -> list[Row]:
     return [row for row in rows if row["driver"]] or rows
 
 
+def whole(rows: Sequence[Row]) -> Row:
+    """The last of rows that a few calls measured part by part, with the command that measures all of them."""
+    return {**rows[-1], "command": re.split(" --(?:models|seeds) ", rows[-1]["command"])[0]}
+
+
 def markdown(header: Sequence[str], table: Sequence[Sequence[str]], *rows: Row) -> str:
     """A table, and below it where, with what and when each of `rows` was measured."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *table]
@@ -123,7 +128,7 @@ def domain() -> str:
     """Accuracies with few labels, of the newest run for each set and seed."""
     newest = {(row["set"], row["settings"]["seed"]): row for row in rows_of("domain")}
     header, *lines = summarize([*newest.values()])
-    return markdown(header, lines, [*newest.values()][-1])
+    return markdown(header, lines, whole([*newest.values()]))
 
 
 def architectures() -> str:
@@ -131,7 +136,7 @@ def architectures() -> str:
     rows = {row["model"]: row for row in rows_of("architectures")}
     refused = ", ".join(f"`{name}` ({row['error']})" for name, row in rows.items() if "error" in row)
     table = [[name, str(count)] for name, count in counts([*rows.values()]).items()]
-    text = markdown(["models", "count"], table, [*rows.values()][-1])
+    text = markdown(["models", "count"], table, whole([*rows.values()]))
     return text + f"\n\nCannot take part: {refused}." * bool(refused)
 
 
