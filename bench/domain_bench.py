@@ -113,7 +113,8 @@ def embed_transfer(weights: str, cfg: Config) -> tuple[Samples, Samples]:
     def embed(source: ImageSource) -> Samples:
         mean, std = backbone.mean, backbone.std
         loader = eval_loader(source, image_size=size, batch_size=batch, mean=mean, std=std)
-        found = embed_source(backbone.model, loader, device=torch.device("cpu"))
+        blocks = cfg.eval.linear_blocks
+        found = embed_source(backbone.model, loader, torch.device("cpu"), linear_blocks=blocks)
         return Samples(found.features, found.probe, found.targets, torch.arange(len(found.targets)))
 
     train, val = map(embed, open_splits(cfg.data))
@@ -164,7 +165,8 @@ def summarize(rows: Sequence[Row]) -> list[list[str]]:
             values = [[each[encoder][count][probe] for each in own] for encoder, probe in known.values()]
             spread = [f" ± {statistics.stdev(each):.1f}" if len(own) > 1 else "" for each in values]
             figures = [f"{statistics.fmean(each):.1f}" for each in values]
-            lines.append([f"{name}, {count}", *map(str.__add__, figures, spread)])
+            seeds = f"{len(own)} seed" + "s" * (len(own) > 1)
+            lines.append([f"{name} ({seeds}), {count}", *map(str.__add__, figures, spread)])
     return lines
 
 

@@ -6,7 +6,7 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; what is between is 
 import re
 from collections.abc import Callable, Sequence
 
-from architectures_bench import counts
+from architectures_bench import MODELS, counts
 from benchlib import RESULTS, ROOT, Row, read_rows
 from domain_bench import summarize
 from loader_bench import OURS, STABLE
@@ -26,7 +26,8 @@ def rows_of(name: str, **wanted: object) -> list[Row]:
 
 def whole(rows: Sequence[Row]) -> Row:
     """The last of rows that a few calls measured part by part, with the command that measures all of them."""
-    return {**rows[-1], "command": re.split(" --(?:models|seeds) ", rows[-1]["command"])[0]}
+    commands = [re.sub(r" --(?:models|seeds)(?: (?!--)\S+)+", "", row["command"]) for row in rows]
+    return {**rows[-1], "command": max(commands, key=len)}
 
 
 def markdown(header: Sequence[str], table: Sequence[Sequence[str]], *rows: Row) -> str:
@@ -135,7 +136,8 @@ def architectures() -> str:
     """How many models trained as the paper says, and which could not take part."""
     rows = {row["model"]: row for row in rows_of("architectures")}
     refused = ", ".join(f"`{name}` ({row['error']})" for name, row in rows.items() if "error" in row)
-    table = [[name, str(count)] for name, count in counts([*rows.values()]).items()]
+    table = [["tried", f"{len(rows)} of {len(MODELS)}"]]
+    table += [[name, str(count)] for name, count in counts([*rows.values()]).items()]
     text = markdown(["models", "count"], table, whole([*rows.values()]))
     return text + f"\n\nCannot take part: {refused}." * bool(refused)
 

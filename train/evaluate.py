@@ -61,7 +61,8 @@ class Options:
     linear: bool = True
     """Fit the linear probe as well."""
     linear_blocks: int | None = None
-    """Last blocks of a vision transformer that the linear probe sees side by side; None: as in the run."""
+    """Last blocks of a vision transformer that the linear probe sees side by side, all if there are fewer;
+    None: as in the run."""
     averaged: bool = True
     """Take the averaged weights if the run keeps them (--average)."""
     labels: Path | None = None
@@ -202,6 +203,7 @@ def _settings(run: Config, options: Options) -> Config:
         ("backbone_size", "--backbone", options.backbone),
         ("labels_are", "--labels", evaluation.labels),
         ("draws", "--few-shot", evaluation.few_shot),
+        ("linear_blocks", "--linear", options.linear),
     ):
         if getattr(options, name) is not None and not there:
             raise UsageError(

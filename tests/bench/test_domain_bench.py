@@ -93,8 +93,8 @@ def test_the_table_has_mean_and_deviation_over_seeds_of_the_columns_that_all_row
     header, *lines = domain_bench.summarize([row("a", 10.0), row("b", 50.0), row("a", 14.0)])
     assert header[1:] == ["LeJEPA, frozen", "from scratch", "ImageNet, frozen", "untrained, frozen"]
     assert lines == [
-        ["a, 1", "12.0 ± 2.8", "24.0 ± 5.7", "14.0 ± 2.8", "13.0 ± 2.8"],
-        ["b, 1", "50.0", "100.0", "52.0", "51.0"],
+        ["a (2 seeds), 1", "12.0 ± 2.8", "24.0 ± 5.7", "14.0 ± 2.8", "13.0 ± 2.8"],
+        ["b (1 seed), 1", "50.0", "100.0", "52.0", "51.0"],
     ]
 
 

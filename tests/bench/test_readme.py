@@ -70,6 +70,14 @@ def test_the_first_table_compares_with_packages(tmp_path, monkeypatch):
     assert origin == f"AMD EPYC, {where}: `python bench/x.py`; Intel, {where}: `python bench/y.py`"
 
 
+def test_the_command_of_rows_in_parts_is_that_of_all():
+    rows = [{"command": f"python bench/x.py --seeds 0 1 --sets a=x{more}"} for more in (" b=y", "")]
+    assert render_readme.whole(rows)["command"] == "python bench/x.py --sets a=x b=y"
+    assert (
+        render_readme.whole([{"command": "python bench/x.py --models a b"}])["command"] == "python bench/x.py"
+    )
+
+
 def test_rows_of_a_gpu_take_the_place_of_those_of_a_cpu(tmp_path, monkeypatch):
     rows = [
         row(STREAMING, "peers", "float32", 70.0, driver=None),

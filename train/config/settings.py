@@ -227,7 +227,8 @@ class EvalConfig:
     linear_steps: AtLeast0 = 200
     """Steps of the linear probe during training, 0: none; at the end it gets its full length."""
     linear_blocks: AtLeast1 = 2
-    """Last blocks of a vision transformer that the linear probe sees side by side; I-JEPA also takes 4."""
+    """Last blocks of a vision transformer that the linear probe sees side by side, all if there are fewer;
+    I-JEPA's authors also take 4."""
     train_images: AtLeast0 = 100_000
     """Training images for evaluations during training, at most, drawn at random; 0: all, as at the end."""
     image_size: Pixels | None = None

@@ -86,7 +86,10 @@ def read_labels(path: Path, kind: Kind = "auto") -> LabelTable:
             place = f"{path}, line {others[0].line}, column {header[label_at]}"
             raise UsageError(f"labels: {place}: expected a number{way_out}, got {others[0].label!r}")
         if kind == "auto":
-            log.info(f"labels: predicting the numbers of {path}; with labels-are classes they are classes")
+            log.info(
+                f"labels: those of {path} are numbers and are predicted as such; for classes say "
+                "--labels-are classes (in a training --eval.labels-are)"
+            )
         return LabelTable(path, rows, None)
     classes = sorted({row.label for row in rows.values()})
     if len(classes) < 2:  # any classifier would be right about every image
@@ -134,8 +137,9 @@ def _labeled(table: LabelTable, source: ImageSource, used: dict[str, str]) -> Im
     if not by_image:
         hint = f"compare {next(iter(table.rows))!r} and {source.describe(0)!r}"
         if used:  # rows name images of the training split
-            hint = "label some of these, too, or hold out none (--data.val-fraction 0): then a part of the "
-            hint += "labeled images is held out"
+            hint = "label some of these, too"
+            if source.origin.endswith(", held out"):
+                hint += ", or train with --data.val-fraction 0: then a part of the labeled images is held out"
         raise UsageError(f"labels: no row of {table.path} names an image of {source.origin}; {hint}")
     texts = [table.rows[name].label for name in by_image.values()]
     part = source.subset(list(by_image))

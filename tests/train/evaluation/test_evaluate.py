@@ -309,10 +309,30 @@ def test_options_without_effect_are_refused(cfg, tmp_path, capsys):
         ([*run, "--backbone-size", "32"], "--backbone-size has no effect without --backbone;"),
         ([*run, "--labels-are", "classes"], "--labels-are has no effect without --labels;"),
         ([*run, "--draws", "3"], "--draws has no effect without --few-shot;"),
+        ([*run, "--linear-blocks", "1", "--no-linear"], "--linear-blocks has no effect without --linear;"),
         (["--compare", "a", "b", "--few-shot", "1", "--no-linear"], "leave out --few-shot, --linear"),
     ):
         assert command.main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_linear_blocks_count_for_every_encoder(tiny, tmp_path, monkeypatch):
+    cfg = tiny()
+    tensors = {f"model.{name}": tensor for name, tensor in build_model(cfg).state_dict().items()}
+    saver = Saver(tmp_path / "checkpoints", CPU, keep=1)
+    saver.start(1, tensors, {"config": to_dict(cfg), "data": {"train_images": 32, "val_images": 12}})
+    saver.wait()
+    (tmp_path / "metrics.jsonl").write_text("")
+    seen = []
+
+    def embed(*args, linear_blocks, **options):
+        seen.append(linear_blocks)
+        return embed_source(*args, **options)
+
+    monkeypatch.setattr(protocol, "embed_source", embed)
+    arguments = ["--checkpoint", str(tmp_path), "--linear-blocks", "1", "--backbone", "test_vit:untrained"]
+    assert command.main(arguments) == 0
+    assert seen == 6 * [1]  # both splits, of the trained encoder, the untrained one and the backbone
 
 
 def test_script_runs_by_its_path_and_exits_with_2(tmp_path):

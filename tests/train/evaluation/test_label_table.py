@@ -41,7 +41,7 @@ def test_numbers_and_classes_are_read_and_joined(tmp_path, flat, caplog):
     assert part.values.tolist() == [-20.0, 1.5]
     assert part.subset([1]).values == np.array([1.5])
     assert "2 images of folder" in caplog.text
-    assert caplog.text.count("with labels-are classes they are classes") == 1
+    assert caplog.text.count("are numbers and are predicted as such") == 1
     assert "28 have none and are left out" in caplog.text
     assert "1 rows of" in caplog.text
     assert "name no image, such as gone.png, line 5" in caplog.text
@@ -82,7 +82,7 @@ def test_errors_name_file_line_and_column(tmp_path, text, message):
         ("0.png,1", r"line 2: 0.png fits both .*blue/0.png and .*red/0.png; give more of the path"),
         ("blue/0.png,1\ntrain/blue/0.png,2", r"line 3: .* has a label already, in line 2"),
         ("green/0.png,1", r"no row of .* names an image of folder .*; compare 'green/0.png' and"),
-        ("train/red/0.png,1", r"names an image of folder .*val; label some of these, too, or hold out none"),
+        ("train/red/0.png,1", r"names an image of folder .*val; label some of these, too$"),
         ("blue/0.png,1", r"line 2: blue/0.png fits both .*train/blue/0.png and .*val/blue/0.png; give more"),
     ],
 )

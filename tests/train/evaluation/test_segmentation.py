@@ -370,6 +370,14 @@ def test_command_refuses_in_one_line(run, tmp_path, monkeypatch, capsys, argumen
     assert message in error
 
 
+def test_an_unusable_out_shows_before_the_work(run, image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(segmentation, "set_maps", lambda *args, **options: pytest.fail("the work began"))
+    (tmp_path / "file").touch()
+    arguments = ["--checkpoint", str(run), "--images", str(image_folder / "val")]
+    assert command.main([*arguments, "--out", str(tmp_path / "file")]) == 1
+    assert f"cannot write {tmp_path / 'file'}" in capsys.readouterr().err
+
+
 def test_command_shows_components_alone_where_there_is_no_attention(tiny, image_folder, tmp_path, capsys):
     cfg = tiny(max_steps=1, model={"name": "test_resnet"})
     train_only(cfg)

@@ -121,7 +121,7 @@ def test_runs_of_other_images_or_sizes_are_not_comparable(run, tmp_path):
 
 def test_other_labels_counts_and_classes_are_not_comparable(run, tmp_path):
     """Epochs of fine-tuning and draws matter where both runs have the figures; paths, not their texts."""
-    settings = {"labels": "a.csv", "few_shot": "1", "draws": 3, "fine_tune": 0}
+    settings = {"labels": "a.csv", "few_shot": "1", "draws": 3, "fine_tune": 0, "linear_blocks": 2}
     more, where = (
         settings | {"few_shot": "", "draws": 7, "fine_tune": 5},
         {"evaluation_data": f"{tmp_path}/x"},
@@ -133,7 +133,7 @@ def test_other_labels_counts_and_classes_are_not_comparable(run, tmp_path):
     ]
     page = write_comparison(folders, tmp_path)
     assert json.loads((page.parent / "compare.json").read_text())["not_comparable_because"] is None
-    other = settings | {"labels": None, "draws": 7}
+    other = settings | {"labels": None, "draws": 7, "linear_blocks": 4}
     folders[1] = run("c", evaluation=other, num_classes=None, probe_images=9, **where)
     page = write_comparison(folders[:2], tmp_path)
     found = json.loads((page.parent / "compare.json").read_text())["not_comparable_because"]
@@ -141,6 +141,7 @@ def test_other_labels_counts_and_classes_are_not_comparable(run, tmp_path):
         "labels (a: a.csv; c: none)",
         "numbers of classes (a: 3; c: none)",
         "draws of few labels (a: 3; c: 7)",
+        "blocks for the linear probe (a: 2; c: 4)",
     ):
         assert expected in found
     assert "images (" not in found

@@ -54,6 +54,12 @@ def result(z, knn, linear):
     )
 
 
+def test_a_share_of_the_dimensions_is_no_collapse_of_ijepa():
+    found = replace(result(torch.randn(300, 128), 50.0, 50.0), effective_rank=2.3)
+    assert found.verdict.state == "collapsed"
+    assert replace(found, gaussian=False).verdict.state == "low rank"
+
+
 def history():
     values = {"prediction": 0.1, "sigreg": 3.0, "embedding_std": 0.8, "images_per_second": 100.0}
     train = [{"kind": "train", "step": step, "loss": 2.0 / (1 + step), **values} for step in range(1, 13)]
