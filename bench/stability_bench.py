@@ -67,7 +67,10 @@ def train_part(
     points = [p for p in sweep.make_points(grid, options, runs / part) if p.values not in known]
 
     def write(point: sweep.Point) -> None:
-        writer.write({"part": part, "values": point.values, **figures_of(read_run(point.folder))})
+        run = read_run(point.folder)
+        # A run that an earlier call finished may have had other threads.
+        writer.about["threads"] = run.summary["machine"]["torch_threads"]
+        writer.write({"part": part, "values": point.values, **figures_of(run)})
 
     failed = sweep.run_points(points, jobs=jobs, ended=write)
     for folder, reason in failed.items():
@@ -184,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     # A net this small gains little from a second thread.
     threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    writer.about |= {"jobs": options.jobs, "threads": threads}
+    writer.about["jobs"] = options.jobs
     runs = options.runs / "rehearsal" if options.rehearse else options.runs
     length |= {"data.path": options.data}
     setting = {"jobs": options.jobs, "rehearse": options.rehearse}

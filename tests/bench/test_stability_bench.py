@@ -34,6 +34,7 @@ def test_rows_are_written_once_and_shown_beside_the_paper(tmp_path, monkeypatch,
     assert len((tmp_path / "calls").read_text().splitlines()) == 5
     assert {row["knn_untrained"] for row in rows} == {1.0}
     assert rows[1]["settings"]["loss.lambd"] == 0.5
+    assert rows[1]["threads"] == 7  # of the run
     assert {"device", "torch", "commit", "command"} <= rows[0].keys()
     printed = capsys.readouterr().out
     assert "50.0 (1.0)" in printed

@@ -31,4 +31,5 @@ losses = {"loss": lambd, "prediction": lambd, "sigreg": 1.0}
 summary = {"steps": 5, "state": "healthy", "val_images": 100, "effective_rank": 3.0, "rankme": 4.0}
 for probe in ("knn", "linear"):
     summary |= {f"{probe}_trained": 100 * lambd, f"{probe}_untrained": 1.0}
+summary["machine"] = {"torch_threads": 7}
 (out / "report" / "summary.json").write_text(json.dumps(summary))

@@ -51,7 +51,7 @@ def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any], path:
         """The model's settings that its weights depend on."""
         size = config["model"]["img_size"] or config["crops"]["global_size"]
         own = {k: v for k, v in config["model"].items() if k != "drop_path"}
-        own |= {"objective": config.get("objective", "lejepa"), "kwargs": json.loads(own["kwargs"])}
+        own |= {"objective": config.get("objective", "lejepa"), "kwargs": json.loads(own.get("kwargs", "{}"))}
         if own["objective"] != "lejepa":
             own |= {k: v for k, v in config["masked"].items() if k.startswith("predictor")}
         return own | {"img_size": size, "data.channels": config["data"].get("channels", 3)}
