@@ -196,7 +196,7 @@ def work_through(options: argparse.Namespace) -> None:
                 data, few = replace(cfg.data, batch_size=16), replace(cfg.eval, few_shot="1,all")
                 cfg = replace(cfg, data=data, eval=few, max_steps=3)
             wanted = {"set": name, **about, "settings": settings_of(cfg)}
-            found = [row for row in read_rows(writer.path) if wanted.items() <= row.items()]
+            found = [row for row in map(completed, read_rows(writer.path)) if wanted.items() <= row.items()]
             if not found:
                 transfer = transfer or embed_transfer(weights, cfg)
                 row = {**wanted, **measure(cfg, transfer, fine_tune_lejepa=options.fine_tune_lejepa)}
@@ -225,6 +225,11 @@ def settings_of(cfg: Config) -> Row:
     """The settings of a run by their names, without paths."""
     settings = flat(to_dict(cfg))
     return {key: value for key, value in settings.items() if key not in ("out", "resume", "data.path")}
+
+
+def completed(row: Row) -> Row:
+    """A row in which settings that are younger than it have their defaults."""
+    return {**row, "settings": {**settings_of(Config()), **row["settings"]}}
 
 
 if __name__ == "__main__":
