@@ -58,7 +58,15 @@ def test_each_set_and_seed_is_a_row_once_and_all_encoders_get_the_same_labels(
         assert domain_bench.main([*command, "3", "4", "--fine-tune-lejepa"]) == 0
     assert domain_bench.main([*command, "3"]) == 0  # without that column: another measurement
     assert trained == [(4, True), (3, False)]
-    assert len(read_rows(tmp_path / "domain.jsonl")) == 3
+    rows = read_rows(tmp_path / "domain.jsonl")
+    assert len(rows) == 3
+
+    # Rows from before a setting existed count as rows of its default.
+    for each in rows:
+        del each["settings"]["eval.linear_blocks"]
+    monkeypatch.setattr(domain_bench, "read_rows", lambda path: rows)
+    assert domain_bench.main([*command, "4", "--fine-tune-lejepa"]) == 0
+    assert len(trained) == 2
 
 
 def test_drawn_images_are_a_fixed_part_reduced_to_the_stored_size(small, image_folder, tmp_path):
