@@ -6,19 +6,16 @@ disk refuses, 2 wrong usage.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import tyro
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.runtime.command import aligned, run_with_options
 from lejepa_fast.train.runtime.files import disk_errors_named
-
-if TYPE_CHECKING:
-    from lejepa_fast.train.report.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -59,26 +56,24 @@ def _select(options: Options) -> None:
         return
     with disk_errors_named(options.out, "choose another --out"):
         options.out.mkdir(parents=True, exist_ok=True)
-        found = {"rule": chosen.rule, "warning": chosen.warning, "alpha": chosen.alpha, "runs": chosen.rows}
-        text = json_text(found | {"correlations": chosen.correlations})
-        (options.out / "select.json").write_text(text, encoding="utf-8")
-        if chosen.correlations:
+        (options.out / "select.json").write_text(json_text(chosen), encoding="utf-8")
+        if chosen["correlations"]:
             from lejepa_fast.train.report.run_plots import plot_selection
 
             plot_selection(options.out / "select.png", chosen)
 
 
-def table(chosen: "Selection") -> str:
-    """The runs, the best first, with their places by each rule; below, what to trust."""
+def table(chosen: Mapping[str, Any]) -> str:
+    """The runs of `select`, the best first, with their places by each rule; below, what to trust."""
     from lejepa_fast.train.report.selection import LOSS, NEITHER, PROBES, RANKS
 
-    alpha = chosen.alpha
-    several = len({row["group"] for row in chosen.rows}) > 1
-    probes = [probe for probe in PROBES if any(math.isfinite(row[probe]) for row in chosen.rows)]
+    alpha, runs = chosen["alpha"], chosen["runs"]
+    several = len({row["group"] for row in runs}) > 1
+    probes = [probe for probe in PROBES if any(math.isfinite(row[probe]) for row in runs)]
     header = ["run", "group"] if several else ["run"]
     header += ["lambda", "steps", "loss", f"loss/lambda^{alpha:g}", "eff. rank", "RankMe", "state"]
     lines = [[*header, *probes]]
-    for row in chosen.rows:
+    for row in runs:
         cells = [row["run"], f"{row['group'] + 1}"] if several else [row["run"]]
         cells += [f"{row['lambda']:g}", f"{row['steps']}", f"{row['loss']:.4g}"]
         for name, place in row["places"].items():
@@ -86,16 +81,16 @@ def table(chosen: "Selection") -> str:
         accuracies = ["-" if math.isnan(row[probe]) else f"{row[probe]:.1f}" for probe in probes]
         lines.append([*cells, row["state"], *accuracies])
     texts = [aligned(lines)]
-    if chosen.warning:
-        texts.append(f"warning: {chosen.warning}")
-    if chosen.rule == NEITHER:
+    if chosen["warning"]:
+        texts.append(f"warning: {chosen['warning']}")
+    if chosen["rule"] == NEITHER:
         texts.append("trusted rule: loss / lambda^alpha within each group; none between groups")
     else:
-        best = chosen.rows[0]
-        rule = f"{chosen.rule}, alpha {alpha:g}" if chosen.rule == LOSS else chosen.rule
+        best, rule = runs[0], chosen["rule"]
+        rule += f", alpha {alpha:g}" if rule == LOSS else ""
         collapsed = " (collapsed)" if best["state"] == "collapsed" else ""
         texts.append(f"trusted rule: {rule}; best: {best['run']}{collapsed}")
-    for probe, found in chosen.correlations.items():
+    for probe, found in chosen["correlations"].items():
         line = (
             f"rank correlation with {probe} accuracy over {found['runs']} runs: C(0) = {found['c'][0]:.2f}, "
             f"C({alpha:g}) = {found['c_at_alpha']:.2f}, "

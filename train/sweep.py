@@ -69,12 +69,8 @@ class Point:
     values: dict[str, Any]
     """Value of each option of the grid, by its name in config.json."""
     folder: Path
-    arguments: list[str]
-    """The command line of train/pretrain.py."""
-
-    @property
-    def command(self) -> list[str]:
-        return [sys.executable, str(SCRIPT), *self.arguments]
+    command: list[str]
+    """That trains it."""
 
     @property
     def log(self) -> Path:
@@ -158,7 +154,8 @@ def make_points(grid: Sequence[str], shared: Sequence[str], out: Path) -> list[P
         if "model.name" in keys:
             resolve_name(cfg.model.name)
         _check_same_settings(folder, settings)
-        points[folder] = Point(values, folder, [*arguments, "--out", str(folder)])
+        command = [sys.executable, str(SCRIPT), *arguments, "--out", str(folder)]
+        points[folder] = Point(values, folder, command)
     return list(points.values())
 
 

@@ -1,16 +1,14 @@
 """Finished runs side by side on one page. Reads run folders, trains and evaluates nothing."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.report import plots
 from lejepa_fast.train.report.report import render, replaced_folder
 from lejepa_fast.train.report.results_table import TRAINED, UNTRAINED, Row, label_rows, shot_rows
-from lejepa_fast.train.report.runs import RunRecord, flat, json_text, knn_at_the_ends, read_run
+from lejepa_fast.train.report.runs import RunRecord, differing, flat, json_text, knn_at_the_ends, read_run
 
 # Settings that do not change what is learned.
 _PLACES = ("out", "resume", "log_every", "tensorboard", "wandb", "profile")
@@ -64,10 +62,15 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         if not run.summary:
             problem = f"expected report/summary.json of step {run.steps}, its last"
             raise UsageError(f"--compare: the run {run.folder} has not finished: {problem}")
-    differing = _differing({name: flat(run.config) for name, run in runs.items()})
+    configs = {name: flat(run.config) for name, run in runs.items()}
+    settings = {
+        key: {name: each.get(key) for name, each in configs.items()}
+        for key in differing(list(configs.values()))
+        if key not in _PLACES
+    }
     found = {
         "not_comparable_because": _not_comparable(runs),
-        "differing_settings": differing,
+        "differing_settings": settings,
         "runs": {
             name: {"folder": str(run.folder), "state": run.state, **run.summary} for name, run in runs.items()
         },
@@ -78,20 +81,10 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         (folder / "compare.json").write_text(json_text(found), encoding="utf-8")
         lines = [(row.label, [row.text(name) for name in runs]) for row in _rows(runs)]
         lines.append(("State", [run.state for run in runs.values()]))
-        settings = [(key, list(values.values())) for key, values in differing.items()]
-        page = render("comparison.html.j2", folder, found=found, lines=lines, settings=settings)
+        differ = [(key, list(values.values())) for key, values in settings.items()]
+        page = render("comparison.html.j2", folder, found=found, lines=lines, settings=differ)
         (folder / "compare.html").write_text(page, encoding="utf-8")
     return out / "comparison" / "compare.html"
-
-
-def _differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The settings that not all runs share, by name and run; None where it does not exist."""
-    found = {}
-    for key in dict.fromkeys(key for each in settings.values() for key in each):
-        values = {name: each.get(key) for name, each in settings.items()}
-        if key not in _PLACES and len({json.dumps(value) for value in values.values()}) > 1:
-            found[key] = values
-    return found
 
 
 def _not_comparable(runs: Mapping[str, RunRecord]) -> str | None:

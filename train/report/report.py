@@ -210,7 +210,6 @@ def _summary(
     steps: int,
 ) -> dict[str, Any]:
     """Contents of `summary.json`; accuracies in percent, None without labels."""
-    levels = sigreg_levels(trained.n_val)
     collapsed, low = rank_floors(trained.n_val, trained.z_val.shape[1], gaussian=trained.gaussian)
     summary: dict[str, Any] = {}
     before, after = encoder_figures(untrained), encoder_figures(trained)
@@ -227,8 +226,6 @@ def _summary(
         "effective_rank_limit": trained.rank_limit,
         "sigreg_val": trained.sigreg,
         "sigreg_val_untrained": untrained.sigreg,
-        "sigreg_val_gaussian": levels.gaussian,
-        "sigreg_val_all_zero": levels.collapsed,
         "rank_collapsed_below": collapsed,
         "rank_low_below": low,
         "collapsed": trained.verdict.state == "collapsed",

@@ -11,28 +11,28 @@ from matplotlib.figure import Figure
 
 from lejepa_fast.train.report.plots import TARGET, TRAINED, UNTRAINED, log_if_wide, report_figure
 from lejepa_fast.train.report.runs import RunRecord
-from lejepa_fast.train.report.selection import PROBES, Selection
+from lejepa_fast.train.report.selection import PROBES
 
 PROBE_LABELS = {"linear": "linear probe", "knn": "kNN"}
 COLORS = {"linear": TRAINED, "knn": UNTRAINED}
 
 
-def plot_selection(path: Path, chosen: Selection) -> None:
-    """Left: C(alpha) by probe, and RankMe's correlation as a dotted line. Right: accuracy against
-    loss / lambda^alpha, colored by lambda."""
-    probe = next(probe for probe in PROBES if probe in chosen.correlations)
+def plot_selection(path: Path, chosen: Mapping[str, Any]) -> None:
+    """What `selection.select` found. Left: C(alpha) by probe, and RankMe's correlation as a dotted line.
+    Right: accuracy against loss / lambda^alpha, colored by lambda."""
+    probe = next(probe for probe in PROBES if probe in chosen["correlations"])
     with report_figure(path, 10.0, 4.2) as figure:
         left, right = figure.subplots(1, 2)
-        draw_correlations(left, chosen.correlations)
-        left.axvline(chosen.alpha, color=TARGET, linestyle="--", linewidth=1.2)
-        runs = chosen.correlations[probe]["runs"]
+        draw_correlations(left, chosen["correlations"])
+        left.axvline(chosen["alpha"], color=TARGET, linestyle="--", linewidth=1.2)
+        runs = chosen["correlations"][probe]["runs"]
         left.set_title(f"Rank correlation with accuracy, {runs} runs")
-        groups = [row["group"] for row in chosen.rows]
+        groups = [row["group"] for row in chosen["runs"]]
         largest = max(sorted(groups), key=groups.count)  # as in `select`
-        shown = [row for row in chosen.rows if row["group"] == largest and row["lambda"]]
+        shown = [row for row in chosen["runs"] if row["group"] == largest and row["lambda"]]
         x, y = [row["score"] for row in shown], [row[probe] for row in shown]
         _colored(figure, right, x, y, [math.log10(row["lambda"]) for row in shown], "log10(lambda)")
-        right.set(xlabel=f"loss / lambda^{chosen.alpha:g}", ylabel=f"{PROBE_LABELS[probe]} (%)")
+        right.set(xlabel=f"loss / lambda^{chosen['alpha']:g}", ylabel=f"{PROBE_LABELS[probe]} (%)")
         right.set_title("Accuracy against the score")
         log_if_wide(right, "x", x)
 

@@ -145,6 +145,12 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of the settings that are not the same everywhere."""
+    names = dict.fromkeys(name for each in settings for name in each)
+    return [name for name in names if len({json.dumps(each.get(name)) for each in settings}) > 1]
+
+
 def strict_json(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy for strict JSON: a number that is not finite becomes None, a path text."""
     return json.loads(json.dumps(values, default=str), parse_constant=lambda name: None)

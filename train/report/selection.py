@@ -9,12 +9,11 @@ the perfect ranking. RankMe (arXiv 2210.02885) and the effective rank are larger
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lejepa_fast.train.report.runs import RunRecord, flat
+from lejepa_fast.train.report.runs import RunRecord, differing, flat
 
 ALPHA = 0.4
 ALPHAS = tuple(round(0.05 * i, 2) for i in range(21))
@@ -33,36 +32,26 @@ _COMPARABLE = {"loss.lambd", "loss.num_slices", "loss.impl", "model.drop_path", 
 _OF_RANKS = ("evaluation_data", "val_images", "image_size", "embedding_dim")
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Runs, the best first, and the rule that holds for all of them."""
-
-    rows: list[dict[str, Any]]
-    """A run each: "run", its folder; "group", from 0 on, in which losses are comparable; "steps", "state",
-    "lambda", "loss", "score" and the ranks and accuracies, NaN where there is none; "places" by score (in
-    its group) and by each rank (of all), from 1 on, None for NaN."""
-    rule: str
-    """LOSS, RANKME or NEITHER: what to trust over all the runs; in a group it is LOSS."""
-    warning: str | None
-    """One line on what is not comparable and why; None if everything is."""
-    alpha: float
-    correlations: dict[str, dict[str, Any]]
-    """With labels, by probe: `correlate` over the largest group."""
-
-
-def select(runs: Sequence[RunRecord], alpha: float = ALPHA) -> Selection:
+def select(runs: Sequence[RunRecord], alpha: float = ALPHA) -> dict[str, Any]:
     """Group the runs by what makes losses comparable, choose the rule, and rank them by it; collapsed runs
     and those without a figure come last.
 
     Args:
         runs: one or more.
         alpha: exponent of lambda.
+
+    Returns:
+        What select.json holds, NaN for figures that are not there:
+        "rule": LOSS, RANKME or NEITHER, what to trust over all the runs; in a group it is LOSS.
+        "warning": one line on what is not comparable and why; None if everything is.
+        "alpha"; "correlations": with labels `correlate` over the largest group, by probe.
+        "runs", the best first: "run", its folder; "group", from 0 on, whose losses are comparable; "steps",
+        "state", "lambda", "loss", "score", the ranks and the accuracies; "places" by score (in its group) and
+        by each rank (of all), from 1 on.
     """
     settings = [_loss_setting(run) for run in runs]
     keys = [json.dumps(setting, sort_keys=True) for setting in settings]
-    names = sorted({name for setting in settings for name in setting})
-    differing = [name for name in names if len({json.dumps(each.get(name)) for each in settings}) > 1]
-    rule, warning = _rule(runs, differing)
+    rule, warning = _rule(runs, sorted(differing(settings)))
     rows: list[dict[str, Any]] = [
         {
             "run": str(run.folder),
@@ -92,7 +81,8 @@ def select(runs: Sequence[RunRecord], alpha: float = ALPHA) -> Selection:
     largest = max(keys, key=keys.count)
     members = [run for run, key in zip(runs, keys, strict=True) if key == largest]
     correlations = {probe: found for probe in PROBES if (found := correlate(members, probe, alpha))}
-    return Selection(sorted(rows, key=order), rule, warning, alpha, correlations)
+    rows.sort(key=order)
+    return {"rule": rule, "warning": warning, "alpha": alpha, "runs": rows, "correlations": correlations}
 
 
 def score(run: RunRecord, alpha: float) -> float:
@@ -154,15 +144,15 @@ def _loss_setting(run: RunRecord) -> dict[str, Any]:
     return found | {"steps": run.steps, "finished": bool(run.summary)}
 
 
-def _rule(runs: Sequence[RunRecord], differing: Sequence[str]) -> tuple[str, str | None]:
+def _rule(runs: Sequence[RunRecord], names: Sequence[str]) -> tuple[str, str | None]:
     """The rule over all runs, and the warning, given the settings that make their losses differ."""
     ijepa = any(run.objective == "ijepa" for run in runs)
-    if not differing and not ijepa:
+    if not names and not ijepa:
         return LOSS, None
-    names = ", ".join(differing[:4]) + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")
-    problems = [f"the runs differ in {names}: their losses compare within a group only"] if differing else []
+    some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    problems = [f"the runs differ in {some}: their losses compare within a group only"] if names else []
     warning = "; ".join(problems + [_NO_VERDICT] * ijepa)
-    model = [name for name in differing if name == "objective" or name.startswith("model.")]
+    model = [name for name in names if name == "objective" or name.startswith("model.")]
     others = [name for name in _OF_RANKS if len({run.summary.get(name) for run in runs}) > 1]
     if model or others or any(math.isnan(run.figure("rankme")) for run in runs):
         why = (model or others or ["no rankme in some summary.json"])[0]

@@ -57,11 +57,7 @@ def test_two_runs_stand_side_by_side(run, tmp_path, capsys):
     assert command.main(["--compare", *map(str, folders), "--out", str(tmp_path / "out")]) == 0
     page = tmp_path / "out" / "comparison" / "compare.html"
     assert str(page) in capsys.readouterr().out
-    assert sorted(each.name for each in page.parent.iterdir()) == [
-        "compare.html",
-        "compare.json",
-        "curves.png",
-    ]
+    assert {each.name for each in page.parent.iterdir()} == {"compare.html", "compare.json", "curves.png"}
     text = text_of(page)
     for expected in (
         "kNN accuracy (%) 68.1 70.0 untrained 54.0 54.0 gain +14.1 +16.0",
@@ -104,10 +100,8 @@ def test_runs_of_other_images_or_sizes_are_not_comparable(run, tmp_path):
 def test_other_labels_counts_and_classes_are_not_comparable(run, tmp_path):
     """Epochs of fine-tuning and draws matter where both runs have the figures; paths, not their texts."""
     settings = {"labels": "a.csv", "few_shot": "1", "draws": 3, "fine_tune": 0, "linear_blocks": 2}
-    more, where = (
-        settings | {"few_shot": "", "draws": 7, "fine_tune": 5},
-        {"evaluation_data": f"{tmp_path}/x"},
-    )
+    more = settings | {"few_shot": "", "draws": 7, "fine_tune": 5}
+    where = {"evaluation_data": f"{tmp_path}/x"}
     folders = [
         run("a", evaluation=settings, num_classes=3, evaluation_data=f"{tmp_path}/x/"),
         run("b", evaluation=more, num_classes=3, **where),
@@ -168,21 +162,13 @@ def test_what_is_no_finished_run_is_named_and_the_earlier_page_stays(run, tmp_pa
     good, unfinished, broken = run("good"), run("unfinished"), run("broken")
     (unfinished / "report" / "summary.json").unlink()
     (broken / "config.json").write_text("[1")
-    continued = run("continued")
-    with (continued / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "step": 500, "loss": 0.1, "prediction": 0.1, "sigreg": 1.1}\n')
     page = write_comparison([good, run("other")], tmp_path)
     before = page.read_bytes()
     for folders, message in (
         ([good], "--compare: expected two or more different run folders"),
         ([good, good], "--compare: expected two or more different run folders"),
-        (
-            [good, tmp_path / "gone"],
-            f"{tmp_path / 'gone'}: expected a run folder, got one without config.json",
-        ),
         ([good, broken], f"{broken}: cannot read config.json (it is not JSON)"),
-        ([good, unfinished], f"--compare: the run {unfinished} has not finished: "),
-        ([good, continued], "has not finished: expected report/summary.json of step 500, its last"),
+        ([good, unfinished], "has not finished: expected report/summary.json of step 40, its last"),
         ([good, "--checkpoint", good], "--compare takes finished runs alone"),
     ):
         assert command.main(["--compare", *map(str, folders), "--out", str(tmp_path)]) == 2

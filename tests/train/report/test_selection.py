@@ -13,7 +13,7 @@ from run_folders import write_run
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import select_runs
-from lejepa_fast.train.config import Config
+from lejepa_fast.train.config import from_dict
 from lejepa_fast.train.report import run_plots
 from lejepa_fast.train.report.runs import loss_at_the_end, read_run, series
 from lejepa_fast.train.report.selection import LOSS, NEITHER, RANKME, correlate, score, select, spearman
@@ -22,12 +22,7 @@ ON = {"evaluation_data": "birds", "val_images": 80, "image_size": 48, "embedding
 
 
 def config_of(lambd=0.1, **changes):
-    cfg = Config()
-    changes = {"loss": {"lambd": lambd}, "optim": {"lr": 1e-3, "weight_decay": 0.05}, **changes}
-    for name, values in changes.items():
-        new = replace(getattr(cfg, name), **values) if isinstance(values, dict) else values
-        cfg = replace(cfg, **{name: new})
-    return cfg
+    return from_dict({"loss": {"lambd": lambd}, "optim": {"lr": 1e-3, "weight_decay": 0.05}, **changes})
 
 
 @pytest.fixture
@@ -44,11 +39,11 @@ def make(tmp_path):
 
 def order(chosen):
     """Numbers of the runs, the best first."""
-    return [int(Path(row["run"]).name.removeprefix("run")) for row in chosen.rows]
+    return [int(Path(row["run"]).name.removeprefix("run")) for row in chosen["runs"]]
 
 
 def column(chosen, key):
-    return [row[key] for row in chosen.rows]
+    return [row[key] for row in chosen["runs"]]
 
 
 # ---- run folders ---------------------------------------------------------------------------------
@@ -101,7 +96,7 @@ def test_a_report_of_fewer_steps_is_not_that_of_the_run(tmp_path):
 )
 def test_losses_of_one_scale_are_compared(make, changes):
     chosen = select([make(), make(changes=changes)])
-    assert (chosen.rule, chosen.warning, column(chosen, "group")) == (LOSS, None, [0, 0])
+    assert (chosen["rule"], chosen["warning"], column(chosen, "group")) == (LOSS, None, [0, 0])
 
 
 @pytest.mark.parametrize(
@@ -118,8 +113,8 @@ def test_losses_of_one_scale_are_compared(make, changes):
 def test_other_losses_are_other_groups_and_rankme_compares_them(make, changes, named):
     """The worse by loss is the better by RankMe."""
     chosen = select([make(loss=1.0), make(loss=2.0, rankme=12.0, **changes)])
-    assert (chosen.rule, order(chosen), column(chosen, "group")) == (RANKME, [1, 0], [1, 0])
-    assert named in str(chosen.warning)
+    assert (chosen["rule"], order(chosen), column(chosen, "group")) == (RANKME, [1, 0], [1, 0])
+    assert named in str(chosen["warning"])
 
 
 @pytest.mark.parametrize(
@@ -132,8 +127,8 @@ def test_other_losses_are_other_groups_and_rankme_compares_them(make, changes, n
 )
 def test_where_rankme_does_not_compare_either_no_rule_does(make, changes):
     chosen = select([make(), make(**changes)])
-    assert chosen.rule == NEITHER
-    assert "RankMe does not compare" in str(chosen.warning)
+    assert chosen["rule"] == NEITHER
+    assert "RankMe does not compare" in str(chosen["warning"])
 
 
 def test_the_loss_of_ijepa_is_no_verdict_and_objectives_do_not_compare(make):
@@ -145,23 +140,23 @@ def test_the_loss_of_ijepa_is_no_verdict_and_objectives_do_not_compare(make):
 
     runs = [of("ijepa", 1.0), of("ijepa", 2.0, 12.0), of("ijepa", 3.0, 10.0)]
     chosen = select(runs)
-    assert (chosen.rule, order(chosen), column(chosen, "group")) == (RANKME, [1, 2, 0], [0, 0, 0])
+    assert (chosen["rule"], order(chosen), column(chosen, "group")) == (RANKME, [1, 2, 0], [0, 0, 0])
     assert all(map(math.isnan, column(chosen, "score")))
-    assert "no verdict" in str(chosen.warning)
-    assert chosen.correlations == {}
+    assert "no verdict" in str(chosen["warning"])
+    assert chosen["correlations"] == {}
     mixed = select([runs[0], of("masked-lejepa", 1.0), of("masked-lejepa", 2.0), of("lejepa", 1.0)])
-    assert (mixed.rule, column(mixed, "group")) == (NEITHER, [0, 1, 1, 2])
-    assert "differ in" in str(mixed.warning)
+    assert (mixed["rule"], column(mixed, "group")) == (NEITHER, [0, 1, 1, 2])
+    assert "differ in" in str(mixed["warning"])
     alone = select([of("masked-lejepa", 2.0), of("masked-lejepa", 1.0)])
-    assert (alone.rule, alone.warning, column(alone, "loss")) == (LOSS, None, [1.0, 2.0])
+    assert (alone["rule"], alone["warning"], column(alone, "loss")) == (LOSS, None, [1.0, 2.0])
 
 
 def test_the_score_orders_runs_and_collapsed_ones_come_last(make):
     runs = [make(0.2, 1.0), make(0.1, 1.0), make(0.4, 1.1), make(0.0, 0.1), make(0.9, 0.1, state="collapsed")]
     chosen = select(runs)
     assert order(chosen) == [2, 0, 1, 4, 3]  # 1.1 / 0.4^0.4 = 1.59, 1.90, 2.51
-    assert math.isnan(chosen.rows[-1]["score"])  # lambda 0
-    assert [row["places"]["score"] for row in chosen.rows] == [2, 3, 4, 1, None]
+    assert math.isnan(chosen["runs"][-1]["score"])  # lambda 0
+    assert [row["places"]["score"] for row in chosen["runs"]] == [2, 3, 4, 1, None]
     assert order(select(runs, alpha=0))[:3] == [3, 0, 1]
 
 
