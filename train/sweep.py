@@ -315,14 +315,13 @@ def finish(points: Sequence[Point], out: Path, asked: Mapping[str, Any], failed:
     runs = {point.folder: read_run(point.folder) for point in points if point.finished}
     rows = []
     for point in points:
-        run = runs.get(point.folder)
-        state = "unfinished" if run is None else run.state
-        row: dict[str, Any] = {"run": point.folder.name, "values": point.values, "state": state}
+        row: dict[str, Any] = {"run": point.folder.name, "values": point.values, "state": "unfinished"}
+        if run := runs.get(point.folder):
+            losses = {name: getattr(run, name) for name in ("loss", "prediction", "sigreg")}
+            figures = {name: run.summary.get(name) for name in _FIGURES}
+            row |= {"state": run.state, "steps": run.steps, **losses, **figures}
         if point.folder in failed:
             row |= {"state": "failed", "error": failed[point.folder]}
-        if run is not None:
-            row |= {"steps": run.steps, "loss": run.loss, "prediction": run.prediction, "sigreg": run.sigreg}
-            row |= {name: run.summary.get(name) for name in _FIGURES}
         rows.append(row)
     write_atomically(
         out / "sweep.json",

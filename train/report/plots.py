@@ -176,15 +176,28 @@ def plot_projections(path: Path, trained: Tensor, untrained: Tensor) -> None:
             label = f"all {_DIRECTIONS} directions"
             ax.hist(p.ravel(), bins=bins, density=True, color=color, alpha=0.3, label=label)
             # Pooled over directions, a collapsed model with an offset looks Gaussian; one direction does not.
-            label = ["single directions"] + ["_"] * 7
-            style: dict[str, Any] = {"color": [color] * 8, "alpha": 0.6, "linewidth": 0.8}
-            ax.hist(p[:, :8], bins=bins[::4], density=True, histtype="step", label=label, **style)
+            for column in range(8):
+                curve = _smooth_density(p[:, column], narrowest=reach / 500)
+                label = "_" if column else "single directions"
+                ax.plot(*curve, color=color, alpha=0.7, linewidth=0.9, label=label)
             grid = np.linspace(-reach, reach, 401)
             density = np.exp(-(grid**2) / 2) / math.sqrt(2 * math.pi)
             ax.plot(grid, density, color=TARGET, linestyle="--", linewidth=1.6, label="N(0, 1), the target")
             title = f"{name}: std {width:.3g}, offset {np.abs(p.mean(axis=0)).mean():.2g}"
             ax.set(title=title, xlabel="projection of an embedding", ylabel="density", xlim=(-reach, reach))
             ax.legend(loc="upper left", fontsize=8.5, handlelength=1.4)
+
+
+def _smooth_density(values: np.ndarray, *, narrowest: float) -> tuple[np.ndarray, np.ndarray]:
+    """Gaussian kernel density of values (n,) by Silverman's rule: points and densities, (201,) each.
+
+    A spread below `narrowest` is drawn as a needle of about that width.
+    """
+    center, width = values.mean(), max(values.std(), narrowest)
+    bandwidth = 1.06 * width * len(values) ** -0.2
+    grid = np.linspace(center - 4 * width, center + 4 * width, 201)
+    kernels = np.exp(-(((grid[:, None] - values) / bandwidth) ** 2) / 2)
+    return grid, kernels.mean(axis=1) / (bandwidth * math.sqrt(2 * math.pi))
 
 
 def plot_spectrum(path: Path, trained: Tensor, untrained: Tensor) -> None:

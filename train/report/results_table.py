@@ -51,7 +51,9 @@ class Row:
 
 def encoder_figures(result: EvalResult) -> dict[str, Any]:
     """What summary.json holds of an encoder, and the tables below show."""
-    scores = result.regression and {name: score._asdict() for name, score in result.regression.items()}
+    scores = None
+    if result.regression is not None:
+        scores = {name: score._asdict() for name, score in result.regression.items()}
     return {
         "knn": result.knn,
         "linear": result.linear,

@@ -129,14 +129,16 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
         return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
-    return float(np.corrcoef(ranks(a), ranks(b))[0, 1]) if min(len(set(a)), len(set(b))) > 1 else math.nan
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return math.nan
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 
 def _loss_setting(run: RunRecord) -> dict[str, Any]:
     """Everything that must be equal for two losses to be comparable."""
     every = flat(run.config)
     sections = set(_SECTIONS)
-    if every.setdefault("loss.center_from", "views") == "average":  # older runs lack this option
+    if every["loss.center_from"] == "average":
         sections.add("average")
     if run.objective != "lejepa":
         sections |= {"objective", "masked"}
