@@ -6,19 +6,16 @@ disk refuses, 2 wrong usage.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import tyro
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.runtime.command import aligned, run_with_options
 from lejepa_fast.train.runtime.files import disk_errors_named
-
-if TYPE_CHECKING:
-    from lejepa_fast.train.report.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _select(options: Options) -> None:
-    from lejepa_fast.train.report.runs import read_run  # after --help
+    from lejepa_fast.train.report.runs import json_text, read_run  # after --help
     from lejepa_fast.train.report.selection import select
 
     if not 0 <= options.alpha <= 10:  # NaN, too
@@ -59,61 +56,50 @@ def _select(options: Options) -> None:
         return
     with disk_errors_named(options.out, "choose another --out"):
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "select.json").write_text(chosen.to_json(), encoding="utf-8")
-        if chosen.correlations:
+        (options.out / "select.json").write_text(json_text(chosen), encoding="utf-8")
+        if chosen["correlations"]:
             from lejepa_fast.train.report.run_plots import plot_selection
 
             plot_selection(options.out / "select.png", chosen)
 
 
-def table(chosen: "Selection") -> str:
-    """The runs, the best first, with their places by each rule; below, what to trust."""
-    from lejepa_fast.train.report.selection import LOSS, NEITHER, PROBES
+def table(chosen: Mapping[str, Any]) -> str:
+    """The runs of `select`, the best first, with their places by each rule; below, what to trust."""
+    from lejepa_fast.train.report.selection import LOSS, NEITHER, PROBES, RANKS
 
-    runs, alpha = chosen.runs, chosen.alpha
-    ranks = {name: [-run.figure(name) for run in runs] for name in ("effective_rank", "rankme")}
-    by_loss = chosen.places(chosen.scores, grouped=True)
-    places = {name: chosen.places(values, grouped=False) for name, values in ranks.items()}
-    several = len(set(chosen.groups)) > 1
-
-    def placed(value: float, place: int | None) -> str:
-        return "-" if place is None else f"{value:.4g} ({place})"
-
-    names = [str(run.folder) for run in runs]
+    alpha, runs = chosen["alpha"], chosen["runs"]
+    several = len({row["group"] for row in runs}) > 1
+    probes = [probe for probe in PROBES if any(math.isfinite(row[probe]) for row in runs)]
     header = ["run", "group"] if several else ["run"]
     header += ["lambda", "steps", "loss", f"loss/lambda^{alpha:g}", "eff. rank", "RankMe", "state"]
-    probes = [p for p in PROBES if any(math.isfinite(run.figure(f"{p}_trained")) for run in runs)]
-    rows = [[*header, *probes]]
-    for i in chosen.order():
-        run = runs[i]
-        cells = [names[i], f"{chosen.groups[i] + 1}"] if several else [names[i]]
-        cells += [f"{run.lambd:g}", f"{run.steps}", f"{run.loss:.4g}", placed(chosen.scores[i], by_loss[i])]
-        cells += [placed(-values[i], places[name][i]) for name, values in ranks.items()]
-        accuracies = [f"{run.figure(f'{probe}_trained'):.1f}".replace("nan", "-") for probe in probes]
-        rows.append([*cells, run.state, *accuracies])
-    lines = [aligned(rows)]
-    if chosen.warning:
-        lines.append(f"warning: {chosen.warning}")
-    best = runs[chosen.order()[0]]
-    if chosen.rule != NEITHER:
-        rule = f"{chosen.rule}, alpha {alpha:g}" if chosen.rule == LOSS else chosen.rule
-        lines.append(
-            f"trusted rule: {rule}; best: {best.folder}{' (collapsed)' * (best.state == 'collapsed')}"
-        )
+    lines = [[*header, *probes]]
+    for row in runs:
+        cells = [row["run"], f"{row['group'] + 1}"] if several else [row["run"]]
+        cells += [f"{row['lambda']:g}", f"{row['steps']}", f"{row['loss']:.4g}"]
+        for name, place in row["places"].items():
+            cells.append("-" if place is None else f"{row[name]:.4g} ({place})")
+        accuracies = ["-" if math.isnan(row[probe]) else f"{row[probe]:.1f}" for probe in probes]
+        lines.append([*cells, row["state"], *accuracies])
+    texts = [aligned(lines)]
+    if chosen["warning"]:
+        texts.append(f"warning: {chosen['warning']}")
+    if chosen["rule"] == NEITHER:
+        texts.append("trusted rule: loss / lambda^alpha within each group; none between groups")
     else:
-        lines.append("trusted rule: loss / lambda^alpha within each group; none between groups")
-    for probe, found in chosen.correlations.items():
-        ranks_found = [
-            f"{label} {found[name]:.2f}"
-            for name, label in (("effective_rank", "effective rank"), ("rankme", "RankMe"))
-            if found[name] is not None
-        ]
-        lines.append(
+        best, rule = runs[0], chosen["rule"]
+        rule += f", alpha {alpha:g}" if rule == LOSS else ""
+        collapsed = " (collapsed)" if best["state"] == "collapsed" else ""
+        texts.append(f"trusted rule: {rule}; best: {best['run']}{collapsed}")
+    for probe, found in chosen["correlations"].items():
+        line = (
             f"rank correlation with {probe} accuracy over {found['runs']} runs: C(0) = {found['c'][0]:.2f}, "
-            f"C({alpha:g}) = {found['c_at_alpha']:.2f}, best C({found['best_alpha']:g}) = "
-            f"{found['c_at_best']:.2f}{''.join(', ' + each for each in ranks_found)}"
+            f"C({alpha:g}) = {found['c_at_alpha']:.2f}, "
+            f"best C({found['best_alpha']:g}) = {found['c_at_best']:.2f}"
         )
-    return "\n".join(lines)
+        for name, label in RANKS.items():
+            line += "" if found[name] is None else f", {label} {found[name]:.2f}"
+        texts.append(line)
+    return "\n".join(texts)
 
 
 if __name__ == "__main__":

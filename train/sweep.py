@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -26,7 +25,7 @@ from typing import Any
 from lejepa_fast.errors import RunError, UsageError, printable
 from lejepa_fast.train import config
 from lejepa_fast.train.config.names import resolve_name
-from lejepa_fast.train.report.runs import END_SHARE, RunRecord, flat, read_run
+from lejepa_fast.train.report.runs import END_SHARE, RunRecord, flat, json_text, read_run
 from lejepa_fast.train.runtime.command import (
     aligned,
     checked_arguments,
@@ -70,12 +69,13 @@ class Point:
     values: dict[str, Any]
     """Value of each option of the grid, by its name in config.json."""
     folder: Path
-    arguments: list[str]
-    """The command line of train/pretrain.py."""
+    command: list[str]
+    """That trains it."""
 
     @property
-    def command(self) -> list[str]:
-        return [sys.executable, str(SCRIPT), *self.arguments]
+    def log(self) -> Path:
+        """Gets the output of the run."""
+        return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
     def finished(self) -> bool:
@@ -140,7 +140,7 @@ def make_points(grid: Sequence[str], shared: Sequence[str], out: Path) -> list[P
         raise UsageError(f"grid: {min(twice)} is given twice; put all its values into one list")
     points: dict[Path, Point] = {}
     for choice in itertools.product(*(values for _, values in axes)):
-        arguments = [*shared, *itertools.chain(*choice)]
+        arguments = [*shared, *itertools.chain.from_iterable(choice)]
         cfg = config.resolve(config.parse(arguments))
         settings = flat(config.to_dict(cfg))
         values = {key: settings[key] for key in keys}
@@ -154,7 +154,8 @@ def make_points(grid: Sequence[str], shared: Sequence[str], out: Path) -> list[P
         if "model.name" in keys:
             resolve_name(cfg.model.name)
         _check_same_settings(folder, settings)
-        points[folder] = Point(values, folder, [*arguments, "--out", str(folder)])
+        command = [sys.executable, str(SCRIPT), *arguments, "--out", str(folder)]
+        points[folder] = Point(values, folder, command)
     return list(points.values())
 
 
@@ -233,15 +234,15 @@ def run_points(
     """
     failed: dict[Path, str] = {}
     waiting = [point for point in points if not point.finished]
-    if done := [point for point in points if point.finished]:
-        print(f"{len(done)} of {len(points)} runs are finished already", flush=True)
-    for point in done:
-        ended(point)
-    gpus = _gpus() if waiting else []
-    free = [gpus[i % len(gpus)] if gpus else None for i in range(jobs or max(1, len(gpus)))]
+    if len(waiting) < len(points):
+        print(f"{len(points) - len(waiting)} of {len(points)} runs are finished already", flush=True)
+    for point in points:
+        if point.finished:
+            ended(point)
+    gpus: Sequence[str | None] = _gpus() or [None]
+    free = [gpus[i % len(gpus)] for i in range(jobs or len(gpus))]
     running: dict[subprocess.Popen[bytes], tuple[Point, str | None, float]] = {}
-    signals = SignalWatch()
-    with signals:
+    with (signals := SignalWatch()):
         try:
             while (waiting or running) and not signals.requested:
                 while waiting and free:
@@ -282,34 +283,31 @@ def _gpus() -> list[str]:
 
 def _start(point: Point, gpu: str | None) -> "subprocess.Popen[bytes]":
     """Start a run in a session of its own: Ctrl-C at the terminal reaches it through this process alone."""
-    log = point.folder.with_name(f"{point.folder.name}.log")
-    environment = dict(os.environ) if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-    with disk_errors_named(log, "choose another --out"):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
+    environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    with disk_errors_named(point.log, "choose another --out"):
+        point.log.parent.mkdir(parents=True, exist_ok=True)
+        with point.log.open("ab") as file:
             return subprocess.Popen(
                 point.command,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env={**os.environ, **environment},
                 start_new_session=True,
             )
 
 
 def _reason(point: Point, code: int) -> str:
     """Why a run failed: the last error of its log, else its exit code; and where the log is."""
-    log = point.folder.with_name(f"{point.folder.name}.log")
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = point.log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line for line in lines[-50:] if re.match(r"error|\w*Error\b", line)]
-    return f"{printable(errors[-1]) if errors else f'exit code {code}'} ({log})"
+    return f"{printable(errors[-1]) if errors else f'exit code {code}'} ({point.log})"
 
 
 def _figures(run: RunRecord) -> str:
-    figures = [(name, run.figure(f"{name}_trained")) for name in ("knn", "linear")]
-    return ", ".join(
-        [f"loss {run.loss:.4g}", *(f"{name} {v:.1f} %" for name, v in figures if math.isfinite(v))]
-    )
+    accuracies = {name: run.summary.get(f"{name}_trained") for name in ("knn", "linear")}
+    known = [f"{name} {value:.1f} %" for name, value in accuracies.items() if value is not None]
+    return ", ".join([f"loss {run.loss:.4g}", *known])
 
 
 def finish(points: Sequence[Point], out: Path, asked: Mapping[str, Any], failed: Mapping[Path, str]) -> None:
@@ -317,22 +315,21 @@ def finish(points: Sequence[Point], out: Path, asked: Mapping[str, Any], failed:
     runs = {point.folder: read_run(point.folder) for point in points if point.finished}
     rows = []
     for point in points:
-        run = runs.get(point.folder)
-        state = "unfinished" if run is None else run.state
-        row: dict[str, Any] = {"run": point.folder.name, "values": point.values, "state": state}
+        row: dict[str, Any] = {"run": point.folder.name, "values": point.values, "state": "unfinished"}
+        if run := runs.get(point.folder):
+            losses = {name: getattr(run, name) for name in ("loss", "prediction", "sigreg")}
+            figures = {name: run.summary.get(name) for name in _FIGURES}
+            row |= {"state": run.state, "steps": run.steps, **losses, **figures}
         if point.folder in failed:
             row |= {"state": "failed", "error": failed[point.folder]}
-        if run is not None:
-            row |= {"steps": run.steps, "loss": run.loss, "prediction": run.prediction, "sigreg": run.sigreg}
-            row |= {name: run.summary.get(name) for name in _FIGURES}
         rows.append(row)
-    text = json.dumps({**asked, "loss_over_last": END_SHARE, "runs": rows}, indent=2) + "\n"
     write_atomically(
-        out / "sweep.json", lambda file: file.write(text.encode()), way_out="choose another --out"
+        out / "sweep.json",
+        lambda file: file.write(json_text({**asked, "loss_over_last": END_SHARE, "runs": rows}).encode()),
+        way_out="choose another --out",
     )
     print(_table(rows))
-    known = [point for point in points if point.folder in runs]
-    if known:
+    if known := [point for point in points if point.folder in runs]:
         from lejepa_fast.train.report.run_plots import plot_grid, plot_loss_plane
 
         with disk_errors_named(out, "choose another --out"):

@@ -1,16 +1,14 @@
 """Finished runs side by side on one page. Reads run folders, trains and evaluates nothing."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.report import plots
-from lejepa_fast.train.report.report import render, replaced_folder, strict_json
-from lejepa_fast.train.report.results_table import TRAINED, UNTRAINED, Row, score_rows, shot_rows
-from lejepa_fast.train.report.runs import RunRecord, flat, read_run
+from lejepa_fast.train.report.report import render, replaced_folder
+from lejepa_fast.train.report.results_table import TRAINED, UNTRAINED, Row, label_rows, shot_rows
+from lejepa_fast.train.report.runs import RunRecord, differing, flat, json_text, knn_at_the_ends, read_run
 
 # Settings that do not change what is learned.
 _PLACES = ("out", "resume", "log_every", "tensorboard", "wandb", "profile")
@@ -64,35 +62,29 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         if not run.summary:
             problem = f"expected report/summary.json of step {run.steps}, its last"
             raise UsageError(f"--compare: the run {run.folder} has not finished: {problem}")
+    configs = {name: flat(run.config) for name, run in runs.items()}
+    settings = {
+        key: {name: each.get(key) for name, each in configs.items()}
+        for key in differing(list(configs.values()))
+        if key not in _PLACES
+    }
     found = {
         "not_comparable_because": _not_comparable(runs),
-        "differing_settings": _differing({name: flat(run.config) for name, run in runs.items()}),
-        "runs": {name: {"folder": str(run.folder), **run.summary} for name, run in runs.items()},
+        "differing_settings": settings,
+        "runs": {
+            name: {"folder": str(run.folder), "state": run.state, **run.summary} for name, run in runs.items()
+        },
     }
-    found = strict_json(found)
+    curves = {name: [*run.rows, *knn_at_the_ends(run.summary)] for name, run in runs.items()}
     with replaced_folder(out / "comparison") as folder:
-        curves = {name: [*run.rows, *_ends(run.summary)] for name, run in runs.items()}
-        plots.plot_runs(folder / "curves.png", curves)
-        text = json.dumps(found, indent=2, allow_nan=False) + "\n"
-        (folder / "compare.json").write_text(text, encoding="utf-8")
-        # Nothing draws embeddings of I-JEPA to a Gaussian.
-        without = {name: {"sigreg_val": None} for name, run in runs.items() if run.objective == "ijepa"}
-        rows = _rows({name: {**run.summary, **without.get(name, {})} for name, run in runs.items()})
-        page = render("comparison.html.j2", folder, found=found, rows=rows)
+        plots.plot_curves(folder / "curves.png", curves, plots.RUNS)
+        (folder / "compare.json").write_text(json_text(found), encoding="utf-8")
+        lines = [(row.label, [row.text(name) for name in runs]) for row in _rows(runs)]
+        lines.append(("State", [run.state for run in runs.values()]))
+        differ = [(key, list(values.values())) for key, values in settings.items()]
+        page = render("comparison.html.j2", folder, found=found, lines=lines, settings=differ)
         (folder / "compare.html").write_text(page, encoding="utf-8")
     return out / "comparison" / "compare.html"
-
-
-def _differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The settings that not all runs share, by name and run; None where it does not exist."""
-    keys = dict.fromkeys(key for each in settings.values() for key in each)
-    found = {}
-    for key in keys:
-        values = {name: each.get(key) for name, each in settings.items()}
-        section = key.partition(".")[0]
-        if section not in _PLACES and len({json.dumps(v) for v in values.values()}) > 1:
-            found[key] = values
-    return found
 
 
 def _not_comparable(runs: Mapping[str, RunRecord]) -> str | None:
@@ -111,51 +103,36 @@ def _not_comparable(runs: Mapping[str, RunRecord]) -> str | None:
     return f"{problem} {' and '.join(parts)}." if parts else None
 
 
-def _ends(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows with kNN of the untrained encoder at step 0, and of the trained one at the last."""
-    return [
-        {"kind": "eval", "step": step, "knn": summary.get(key)}
-        for step, key in ((summary["steps"], "knn_trained"), (0, "knn_untrained"))
-    ]
-
-
-def _rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+def _rows(runs: Mapping[str, RunRecord]) -> list[Row]:
     """The figures of the runs, those of the untrained encoders and the gain below each."""
-    rows, untrained = [], {row.label: row for row in _measured(summaries, UNTRAINED)}
-    for row in _measured(summaries, TRAINED):
+    rows, untrained = [], {row.label: row for row in _measured(runs, UNTRAINED)}
+    for row in _measured(runs, TRAINED):
         rows.append(row)
-        if twin := untrained.get(row.label):
-            rows.append(replace(twin, label="- untrained"))
-            pairs = {name: (value, twin.values.get(name)) for name, value in row.values.items()}
-            gains = {name: a - b for name, (a, b) in pairs.items() if a is not None and b is not None}
-            if gains and row.label.endswith(("(%)", "(R2)")):
-                rows.append(Row("- gain", gains, form="+" + row.form))
-    rows += [Row(label, _of(summaries, key), form=form) for label, key, form in _FIGURES]
-    return [row for row in rows if any(value is not None for value in row.values.values())]
-
-
-def _of(summaries: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, Any]:
-    return {name: summary.get(key) for name, summary in summaries.items()}
-
-
-def _measured(summaries: Mapping[str, Mapping[str, Any]], which: str) -> list[Row]:
-    """The rows that trained and untrained encoders both have, for one of them."""
-    suffix = "" if which == TRAINED else "_untrained"
-    scores = {name: each or {} for name, each in _of(summaries, f"regression{suffix}").items()}
-    if suffix:  # the mean of the labels is that of all encoders
-        scores = {name: {key: v for key, v in each.items() if key != "mean"} for name, each in scores.items()}
-    numbers, classes = (
-        {name: each for name, each in summaries.items() if (each.get("regression") is not None) == wanted}
-        for wanted in (True, False)
-    )
-    rows = [
-        Row("kNN (%)", _of(classes, f"knn_{which}"), form=".1f"),
-        Row("Linear probe (%)", _of(classes, f"linear_{which}"), form=".1f"),
-        Row("Fine-tuning (%)", _of(classes, f"fine_tuned_{which}"), form=".1f"),
-        *score_rows(scores),
-        Row("Fine-tuning (R2)", _of(numbers, f"fine_tuned_{which}"), form=".3f"),
-    ]
-    for some in (classes, numbers):
-        tables = {name: table for name, table in _of(some, f"few_shot{suffix}").items() if table}
-        rows += shot_rows(tables, numbers=some is numbers)
+        twin = untrained.get(row.label)
+        if twin is None or row.label.startswith("Always the mean"):  # which no encoder changes
+            continue
+        rows.append(replace(twin, label="- untrained"))
+        pairs = {name: (value, twin.values.get(name)) for name, value in row.values.items()}
+        gains = {name: a - b for name, (a, b) in pairs.items() if a is not None and b is not None}
+        if gains and row.label.endswith(("(%)", "(R2)")):
+            rows.append(Row("- gain", gains, form="+" + row.form))
+    for label, key, form in _FIGURES:
+        # Nothing draws embeddings of I-JEPA to a Gaussian.
+        values = {
+            name: None if key == "sigreg_val" and run.objective == "ijepa" else run.summary.get(key)
+            for name, run in runs.items()
+        }
+        if any(value is not None for value in values.values()):
+            rows.append(Row(label, values, form=form))
     return rows
+
+
+def _measured(runs: Mapping[str, RunRecord], which: str) -> list[Row]:
+    """The rows of the trained or of the untrained encoders."""
+    suffix = "" if which == TRAINED else "_untrained"
+    keys = {name: f"{name}_{which}" for name in ("knn", "linear", "fine_tuned")}
+    keys |= {name: f"{name}{suffix}" for name in ("regression", "few_shot")}
+    encoders = {
+        name: {figure: run.summary.get(key) for figure, key in keys.items()} for name, run in runs.items()
+    }
+    return [*label_rows(encoders), *shot_rows(encoders)]

@@ -1,4 +1,4 @@
-"""Pictures of the maps of `evaluation/segmentation.py`: pages of images with their maps, and animations."""
+"""Pages and animations of pictures: views, masks, and the maps of `evaluation/segmentation.py`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,12 +7,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from lejepa_fast.train.evaluation.segmentation import SetMaps, attention_rank, enlarge
 from lejepa_fast.train.report.plots import MUTED, report_figure
 
+DIMMED = 0.15  # brightness outside of a mask
 WARM, COLD = (0.95, 0.45, 0.10), (0.10, 0.35, 0.80)
 
 
@@ -76,30 +78,42 @@ def heat_colors(values: Tensor) -> Tensor:
     return torch.from_numpy(matplotlib.colormaps["inferno"](values.numpy())[..., :3].astype(np.float32))
 
 
-def draw_page(path: Path, columns: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """Write a PNG: a row for each image, a column for each entry (n, 3, S, S)."""
-    size = next(iter(columns.values())).shape[-1]
-    step = size + max(2, size // 24)
-    canvas = np.ones((step * len(names), step * len(columns), 3), np.float32)
-    for column, pictures in enumerate(columns.values()):
-        for row, picture in enumerate(pictures.permute(0, 2, 3, 1).numpy()):
-            canvas[row * step : row * step + size, column * step : column * step + size] = picture
-    inches = 1.35
-    with report_figure(path, inches * len(columns) + 0.3, inches * len(names) + 0.3) as figure:
+def dimmed(pixels: Tensor, mask: Tensor) -> Tensor:
+    """The images (B, 3, S, S), dark outside of a mask of their patches, (B, h, w) bool."""
+    seen = F.interpolate(mask[:, None].float(), size=pixels.shape[-2:], mode="nearest")
+    return pixels * (DIMMED + (1 - DIMMED) * seen)
+
+
+def draw_page(path: Path, columns: Mapping[str, Tensor], names: Sequence[str] = ()) -> None:
+    """Write a PNG: a row for each image, a column for each entry (n, 3, S, S), which may differ in S.
+
+    Args:
+        path: the PNG.
+        columns: RGB in 0-1, by title.
+        names: to write beside the rows.
+    """
+    sizes = [pictures.shape[-1] for pictures in columns.values()]
+    largest = max(sizes)
+    gap = max(2, largest // 24)
+    padded = []
+    for pictures, size in zip(columns.values(), sizes, strict=True):
+        above = (largest - size) // 2
+        padded.append(F.pad(pictures, (0, gap, above, largest - size - above + gap), value=1.0))
+    canvas = torch.cat(padded, dim=3).permute(0, 2, 3, 1).flatten(0, 1).numpy()
+    height, width = canvas.shape[:2]
+    # A picture has 1.35 inches at least, and more where the page has room.
+    scale = max(1.35 / (largest + gap), min(10 / width, 8.5 / height))
+    with report_figure(path, scale * width + 0.3, scale * height + 0.3) as figure:
         ax = figure.subplots()
-        ax.imshow(canvas, interpolation="nearest")
+        ax.imshow(canvas)
         ax.set_axis_off()
-        for column, title in enumerate(columns):
-            ax.text(column * step + size / 2, -3, title, ha="center", va="bottom", color=MUTED, fontsize=9.5)
+        style: dict[str, Any] = {"color": MUTED, "va": "bottom", "fontsize": 9.5}
+        for column, (title, size) in enumerate(zip(columns, sizes, strict=True)):
+            left = sum(sizes[:column]) + column * gap
+            ax.text(left + size / 2, -3, title, ha="center", **style)
+        style |= {"va": "center", "fontsize": 6.5, "rotation": 90}
         for row, name in enumerate(names):
-            style: dict[str, Any] = {
-                "rotation": 90,
-                "ha": "right",
-                "va": "center",
-                "color": MUTED,
-                "fontsize": 6.5,
-            }
-            ax.text(-3, row * step + size / 2, name[-24:], **style)
+            ax.text(-3, row * (largest + gap) + largest / 2, name[-24:], ha="right", **style)
 
 
 def draw_animation(path: Path, columns: Mapping[str, Tensor], *, frames_per_second: float) -> None:

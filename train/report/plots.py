@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import matplotlib.style
 import numpy as np
@@ -21,9 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from torch import Tensor
 
 from lejepa_fast.train.evaluation.collapse import covariance_eigenvalues
-
-Rows = Sequence[Mapping[str, Any]]
-_Panel = tuple[str, str, float | None, str]
+from lejepa_fast.train.report.runs import Rows, series
 
 TRAINED, UNTRAINED, TARGET = "#0b6bcb", "#d9822b", "#3b4252"
 MUTED = "#616e7c"
@@ -50,6 +48,32 @@ _STYLE = {
 _DIRECTIONS = 256  # that embeddings are projected on
 
 
+class Panel(NamedTuple):
+    """What `plot_curves` draws of rows of metrics.jsonl."""
+
+    title: str
+    key: str
+    kind: str = "train"
+    levels: tuple[tuple[float, str], ...] = ()
+    """Horizontal lines, the first dashed, the second dotted: value and label."""
+
+
+TARGETS = (  # of a masked objective: prediction loss, and how the targets spread
+    Panel("prediction loss", "prediction"),
+    Panel("std between images", "embedding_std"),
+    Panel("effective rank between images", "between_rank"),
+    Panel("std of the targets", "target_std"),
+    Panel("std within images", "within_std"),
+    Panel("effective rank within images", "within_rank"),
+)
+RUNS = (
+    Panel("kNN accuracy (%)", "knn", kind="eval"),
+    Panel("total loss", "loss"),
+    Panel("prediction loss", "prediction"),
+    Panel("SIGReg of a batch", "sigreg"),
+)
+
+
 @contextmanager
 def report_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     """A figure of width x height inches in the report's style, saved to `path` at the end."""
@@ -59,60 +83,65 @@ def report_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
         FigureCanvasAgg(figure).print_png(path)  # savefig would draw twice
 
 
-def series(rows: Rows, kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, ascending, and finite values of `key` in rows of `kind`; of two rows of a step, the later."""
-    points = {
-        int(row["step"]): float(row[key])
-        for row in rows
-        if row.get("kind") == kind and isinstance(row.get(key), (int, float)) and math.isfinite(row[key])
-    }
-    steps = sorted(points)
-    return np.array(steps, dtype=float), np.array([points[step] for step in steps])
-
-
-def plot_losses(path: Path, rows: Rows, *, sigreg_floor: float, batch: int) -> None:
+def loss_panels(*, sigreg_floor: float, batch: int) -> tuple[Panel, ...]:
     """Losses and embedding std over steps of `batch` images; `sigreg_floor` is the expectation of SIGReg
     under N(0, I)."""
-    panels: list[_Panel] = [
-        ("loss", "total loss", None, ""),
-        ("prediction", "prediction loss", None, ""),
-        ("sigreg", f"SIGReg of {batch} images", sigreg_floor, f"N(0, I): {sigreg_floor:.2f}"),
-        ("embedding_std", "embedding std", 1.0, "target: 1"),
-    ]
-    _plot_panels(path, rows, panels)
+    return (
+        Panel("total loss", "loss"),
+        Panel("prediction loss", "prediction"),
+        Panel(
+            f"SIGReg of {batch} images", "sigreg", levels=((sigreg_floor, f"N(0, I): {sigreg_floor:.2f}"),)
+        ),
+        Panel("embedding std", "embedding_std", levels=((1.0, "target: 1"),)),
+    )
 
 
-def plot_targets(path: Path, rows: Rows) -> None:
-    """Of a masked objective: prediction loss, and how the targets spread, over steps."""
-    panels: list[_Panel] = [
-        ("prediction", "prediction loss", None, ""),
-        ("embedding_std", "std between images", None, ""),
-        ("between_rank", "effective rank between images", None, ""),
-        ("target_std", "std of the targets", None, ""),
-        ("within_std", "std within images", None, ""),
-        ("within_rank", "effective rank within images", None, ""),
-    ]
-    _plot_panels(path, rows, panels)
+def plot_curves(path: Path, runs: Mapping[str, Rows], panels: Sequence[Panel]) -> None:
+    """Figures of metrics.jsonl over steps, in one panel or two lines of them; of one run or several by name.
 
-
-def _plot_panels(path: Path, rows: Rows, panels: Sequence[_Panel]) -> None:
-    """Two lines of panels of rows of kind "train": key, title, and a level with its label or None."""
-    columns = len(panels) // 2
-    with report_figure(path, 5.0 * columns, 5.6) as figure:
-        for ax, (key, title, level, label) in zip(figure.subplots(2, columns).flat, panels, strict=True):
-            steps, values = series(rows, "train", key)
-            ax.set_title(title)
-            if not len(steps):
-                ax.text(0.5, 0.5, "not logged", transform=ax.transAxes, ha="center", color=MUTED)
-                ax.set(xticks=[], yticks=[])
-                continue
-            _plot_curve(ax, steps, values)
-            if level is not None:
-                ax.axhline(level, color=TARGET, linestyle="--", linewidth=1.3)
-                _note(ax, label, (0.995, level), ("axes fraction", "data"), color=TARGET, fontsize=9)
-            log_if_wide(ax, "y", values)
+    From 60 values on, their running median, and of one run the values, too. Several runs have colors and a
+    legend, and the untrained encoder, in an "eval" row of step 0, a dotted line.
+    """
+    single, columns = len(runs) == 1, (len(panels) + 1) // 2
+    legend = 0.0 if single else 0.4 + 0.25 * math.ceil(len(runs) / 3)
+    colors = [TRAINED] if single else [f"C{i}" for i in range(10)]
+    lines = {
+        name: Line2D([], [], color=colors[i % 10], linestyle=("-", "--", "-.")[i // 10 % 3], label=name)
+        for i, name in enumerate(runs)
+    }
+    size = (8.4, 4.2) if len(panels) == 1 else (5.0 * columns, 5.6 + legend)
+    with report_figure(path, *size) as figure:
+        axes = figure.subplots(min(2, len(panels)), columns, squeeze=False)
+        for ax, panel in zip(axes.flat, panels, strict=True):
+            drawn = []
+            for name, rows in runs.items():
+                steps, values = series(rows, panel.kind, panel.key)
+                if not len(steps):
+                    continue
+                drawn.append(values)
+                style: dict[str, Any] = {"color": lines[name].get_color(), "ls": lines[name].get_linestyle()}
+                if panel.kind == "train" and len(values) >= 60:
+                    if single:
+                        ax.plot(steps, values, **style, alpha=0.25, linewidth=0.9)
+                    values = _running_median(values)
+                marker = "o" if len(steps) < 25 else None
+                ax.plot(steps, values, **style, marker=marker, markersize=3.5)
+                if not single and steps[0] == 0:
+                    ax.axhline(values[0], color=style["color"], linestyle=":", linewidth=1.2)
+            ax.set(title=panel.title, xlabel="step")
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            ax.set_xlabel("step")
+            if not drawn:
+                ax.text(0.5, 0.5, "not logged", transform=ax.transAxes, ha="center", color=MUTED)
+                ax.set(xlabel="", xticks=[], yticks=[])
+                continue
+            for (level, label), dashes in zip(panel.levels, ("--", ":"), strict=False):
+                ax.axhline(level, color=TARGET, linestyle=dashes, linewidth=1.3)
+                place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+                ax.annotate(label, (0.995, level), (0, 4), ha="right", color=TARGET, fontsize=9, **place)
+            if panel.kind == "train":
+                log_if_wide(ax, "y", np.concatenate(drawn))
+        if not single:
+            figure.legend(handles=[*lines.values()], loc="outside lower center", ncols=3, fontsize=9)
 
 
 def log_if_wide(ax: Axes, which: Literal["x", "y"], values: Any) -> None:
@@ -125,116 +154,10 @@ def log_if_wide(ax: Axes, which: Literal["x", "y"], values: Any) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def _plot_curve(ax: Axes, steps: np.ndarray, values: np.ndarray) -> None:
-    """The raw values; from 60 on, pale under their running median."""
-    if len(steps) < 60:
-        ax.plot(steps, values, color=TRAINED, marker="o" if len(steps) < 25 else None, markersize=3.5)
-        return
-    ax.plot(steps, values, color=TRAINED, alpha=0.25, linewidth=0.9)
-    ax.plot(steps, _running_median(values), color=TRAINED)
-
-
 def _running_median(values: np.ndarray) -> np.ndarray:
     window = max(5, len(values) // 40) | 1
     padded = np.pad(values, window // 2, mode="edge")
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1)
-
-
-def _note(ax: Axes, text: str, point: tuple[float, float], coordinates: Any, **style: Any) -> None:
-    """Text that ends just above `point`."""
-    ax.annotate(
-        text, point, xycoords=coordinates, xytext=(0, 4), textcoords="offset points", ha="right", **style
-    )
-
-
-def plot_knn(
-    path: Path, rows: Rows, *, steps: int, trained: float, untrained: float, majority: float
-) -> None:
-    """kNN accuracy in percent over steps, from the untrained encoder to the trained one at `steps`."""
-    at, values = series(rows, "eval", "knn")
-    between = (at > 0) & (at < steps)  # both ends are known from the final evaluation
-    at = np.concatenate([[0], at[between], [steps]])
-    values = np.concatenate([[untrained], values[between], [trained]])
-    with report_figure(path, 8.4, 4.2) as figure:
-        ax = figure.subplots()
-        ax.plot(at, values, color=TRAINED, marker="o", markersize=5, label="trained", zorder=3)
-        ax.axhline(untrained, color=UNTRAINED, linestyle="--", label=f"untrained encoder: {untrained:.1f} %")
-        ax.axhline(majority, color=TARGET, linestyle=":", label=f"always the largest class: {majority:.1f} %")
-        _note(ax, f"{trained:.1f} %", (steps, trained + 0.5), "data", color=TRAINED, fontweight="bold")
-        low, high = min(*values, majority), max(*values, majority)
-        ax.set_ylim(max(0, low - 0.12 * (high - low) - 1), min(104, high + 0.2 * (high - low) + 1))
-        ax.set(title="kNN accuracy on the validation images", xlabel="step", ylabel="top-1 accuracy (%)")
-        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        ax.legend(loc="best")
-
-
-def plot_runs(path: Path, runs: Mapping[str, Rows]) -> None:
-    """kNN, total loss, prediction loss and SIGReg of several runs over steps, a color for each.
-
-    An "eval" row of step 0 has kNN of the untrained encoder, which is drawn as a dotted line as well.
-    """
-    panels = (
-        ("eval", "knn", "kNN accuracy (%)"),
-        ("train", "loss", "total loss"),
-        ("train", "prediction", "prediction loss"),
-        ("train", "sigreg", "SIGReg of a batch"),
-    )
-    lines = {
-        name: Line2D([], [], color=f"C{i % 10}", linestyle=("-", "--", "-.")[i // 10 % 3], label=name)
-        for i, name in enumerate(runs)
-    }
-    with report_figure(path, 10.0, 6.0 + 0.25 * math.ceil(len(runs) / 3)) as figure:
-        for ax, (kind, key, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-            drawn = []
-            for name, rows in runs.items():
-                steps, values = series(rows, kind, key)
-                if not len(steps):
-                    continue
-                drawn.append(values)
-                style = {"color": lines[name].get_color(), "linestyle": lines[name].get_linestyle()}
-                smooth = values if kind == "eval" or len(values) < 60 else _running_median(values)
-                ax.plot(steps, smooth, marker="o" if len(steps) < 25 else None, markersize=3.5, **style)
-                if kind == "eval" and steps[0] == 0:
-                    ax.axhline(values[0], color=style["color"], linestyle=":", linewidth=1.2)
-            ax.set(title=title, xlabel="step")
-            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            if not drawn:
-                ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color=MUTED)
-                ax.set(xticks=[], yticks=[])
-            elif kind == "train":
-                log_if_wide(ax, "y", np.concatenate(drawn))
-        figure.legend(handles=[*lines.values()], loc="outside lower center", ncols=3, fontsize=9)
-
-
-def plot_views(
-    path: Path, views: Sequence[Tensor], *, num_global: int, mean: Sequence[float], std: Sequence[float]
-) -> None:
-    """A grid of augmented views at their relative sizes: a row per image, at most 6, a column per view.
-
-    The `views` (B, C, S, S), the global ones first, are normalized by `mean` and `std`, which is undone here.
-    Unless there are three channels, the first one is shown in gray.
-    """
-    rows = min(6, len(views[0]))
-    sizes = [view.shape[-1] for view in views]
-    largest, gap = max(sizes), max(2, max(sizes) // 24)
-    left = np.concatenate([[0], np.cumsum([size + gap for size in sizes])])
-    canvas = np.ones((rows * (largest + gap) - gap, left[-1] - gap, 3))
-    shift, scale = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-    for column, (view, size) in enumerate(zip(views, sizes, strict=True)):
-        pixels = (view[:rows].detach().float().cpu() * scale + shift).clamp(0, 1).permute(0, 2, 3, 1)
-        if pixels.shape[-1] != 3:
-            pixels = pixels[..., :1]
-        for row, image in enumerate(pixels.numpy()):
-            top = row * (largest + gap) + (largest - size) // 2
-            canvas[top : top + size, left[column] : left[column] + size] = image
-    inches = min(10.0 / canvas.shape[1], 8.5 / canvas.shape[0])  # per pixel
-    with report_figure(path, inches * canvas.shape[1], inches * canvas.shape[0] + 0.3) as figure:
-        ax = figure.subplots()
-        ax.imshow(canvas)
-        ax.set_axis_off()
-        for column, size in enumerate(sizes):
-            name = f"global {column + 1}" if column < num_global else f"local {column + 1 - num_global}"
-            ax.text(left[column] + size / 2, -gap, name, ha="center", va="bottom", color=MUTED, fontsize=9.5)
 
 
 def plot_projections(path: Path, trained: Tensor, untrained: Tensor) -> None:

@@ -24,8 +24,7 @@ from lejepa_fast.train.config import Config
 from lejepa_fast.train.evaluation.embeddings import frozen
 from lejepa_fast.train.evaluation.protocol import loading_options
 from lejepa_fast.train.model.masked import MaskedModel, masked_batch
-from lejepa_fast.train.report.mask_overlays import DIMMED, draw_masks, mask_pictures
-from lejepa_fast.train.report.overlays import draw_page, heat_colors, to_pixels
+from lejepa_fast.train.report.overlays import DIMMED, dimmed, draw_page, heat_colors, to_pixels
 
 KNOWN, SHOWN = 256, 6
 """Training images whose patches are searched, and images on a page."""
@@ -43,12 +42,10 @@ class MaskedExamples(NamedTuple):
     """Normalized training images, (n, C, S, S)."""
     images: Tensor
     """Normalized validation images, (B, C, S, S)."""
-    context: Tensor
-    """Their masks, (B, h, w) bool."""
     targets: Tensor
-    """(B, M, h, w) bool."""
+    """Their target blocks, (B, M, h, w) bool."""
     around: Tensor
-    """Contexts around the first target block of each image, (C, B, h, w) bool: `context` is the first."""
+    """Contexts around the first target block of each image, (C, B, h, w) bool, its own first."""
 
 
 def masked_examples(model: MaskedModel, cfg: Config, train: ImageSource, val: ImageSource) -> MaskedExamples:
@@ -69,7 +66,7 @@ def masked_examples(model: MaskedModel, cfg: Config, train: ImageSource, val: Im
     known, images = some(train, KNOWN), some(val, SHOWN)
     context, targets = model.masks(cfg.seed, 0, range(len(images)))
     around = contexts_around(model.masks, cfg.seed, context, targets[:, 0])
-    return MaskedExamples(model, known, images, context, targets, around)
+    return MaskedExamples(model, known, images, targets, around)
 
 
 def contexts_around(masks: MultiBlockMasks, seed: int, context: Tensor, block: Tensor) -> Tensor:
@@ -91,14 +88,14 @@ def contexts_around(masks: MultiBlockMasks, seed: int, context: Tensor, block: T
 
 
 class Answers(NamedTuple):
-    """What a model says of the first target block of each image, P patches an image."""
+    """What a model says of the first target block of each image: R patches, ordered by image and place."""
 
     said: Tensor
-    """Predictions (C, B, P, K) from the contexts around it; 0 out of the block."""
+    """Predictions (C, R, K) from the contexts around the blocks."""
     truth: Tensor
-    """Target features of all patches, (B, P, K)."""
+    """Target features (R, K)."""
     block: Tensor
-    """The patches of the block, (B, P) bool."""
+    """The R patches among all of the images, (B, P) bool."""
     features: Tensor
     """Target features of the patches of the training images, (n, K)."""
     patches: Tensor
@@ -112,16 +109,18 @@ class Answers(NamedTuple):
 
     def filled(self, found: Tensor) -> Tensor:
         """The images, dark, with pixels (R, Q) or colors (R, 3) in the patches of the block: (B, 3, S, S)."""
+        size, (height, width) = self.pixels.shape[-1], self.side
         pictures = DIMMED * _patches(self.pixels, self.side)
         pictures[self.block] = found.repeat_interleave(pictures.shape[-1] // found.shape[-1], dim=1)
-        return _image(pictures, self.pixels.shape[-1], self.side)
+        padded = size + -size % height, size + -size % width
+        return F.fold(pictures.mT, padded, self.side, stride=self.side)[..., :size, :size]
 
 
 def answers_of(examples: MaskedExamples, mean: tuple[float, ...], std: tuple[float, ...]) -> Answers:
     """Ask the model; `mean` and `std` are those by which the images are normalized."""
-    model, known, images, _, targets, around = examples
+    model, known, images, targets, around = examples
     device = next(model.parameters()).device
-    said = []
+    said, block = [], targets[:, 0].flatten(1)
     with frozen(model, device):
         on_device = images.to(device)
         for context in around:
@@ -129,24 +128,23 @@ def answers_of(examples: MaskedExamples, mean: tuple[float, ...], std: tuple[flo
             out = model([on_device], batch)
             rows = torch.zeros_like(out.tokens, dtype=torch.float32).flatten(0, 1)
             rows[batch.wanted] = out.predictions.float()
-            said.append(rows.view_as(out.tokens).cpu())
-        truth = out.tokens.float().cpu()
+            said.append(rows.view_as(out.tokens).cpu()[block])
+        truth = out.tokens.float().cpu()[block]
         features = torch.cat([model.targets(part.to(device)).cpu() for part in known.split(_CHUNK)])
     features, side = features.float().flatten(0, 1), model.encoder.patch_embed.patch_size
     patches, pixels = _patches(to_pixels(known, mean, std), side).flatten(0, 1), to_pixels(images, mean, std)
-    decode, block = _Decoder(features, patches), targets[:, 0].flatten(1)
+    decode = _ridge(features, patches)
     return Answers(torch.stack(said), truth, block, features, patches, decode, pixels, side)
 
 
 def predictor_pictures(examples: MaskedExamples, answers: Answers) -> dict[str, Tensor]:
     """Columns of a page, by name: RGB (B, 3, S, S) in 0-1, the first target block of each image filled in."""
     units = _unit(answers.features)
-    columns = mask_pictures(answers.pixels, examples.context, examples.targets[:, :0])
-    for name, of in (("predicted", answers.said[0]), ("target", answers.truth)):
-        values = of[answers.block]
+    columns = {"image": answers.pixels, "context": dimmed(answers.pixels, examples.around[0])}
+    for name, values in (("predicted", answers.said[0]), ("target", answers.truth)):
         columns[f"{name}, nearest"] = answers.filled(answers.patches[(_unit(values) @ units.T).argmax(1)])
         columns[f"{name}, decoded"] = answers.filled(answers.decode(values))
-    return columns | _true_block(examples, answers)
+    return columns | {"true block": dimmed(answers.pixels, examples.targets[:, 0])}
 
 
 def uncertainty_pictures(
@@ -155,16 +153,15 @@ def uncertainty_pictures(
     """How predictions of a block from several contexts differ from each other, and from the truth.
 
     Returns:
-        columns of a page, as of `predictor_pictures`, and two figures of each patch of the blocks, (R,), in
-        row-major order of images and patches:
+        columns of a page, as of `predictor_pictures`, and two figures of each patch of the blocks, (R,):
         "spread" is the standard deviation of the predictions over the contexts, "error" the root mean square
         of their distances to the target. Unit: the standard deviation of target features over patches. Spread
         is 0 where all contexts give the same answer; error is 1 for the mean of all patches as the answer.
     """
-    said, truth = answers.said[:, answers.block], answers.truth[answers.block]
+    said, truth = answers.said, answers.truth
     columns: dict[str, Tensor] = {}
     for number, (context, values) in enumerate(zip(examples.around[:DRAWN], said, strict=False), 1):
-        columns[f"context {number}"] = _masked(answers, context)
+        columns[f"context {number}"] = dimmed(answers.pixels, context)
         columns[f"answer {number}"] = answers.filled(answers.decode(values))
     unit = answers.features.var(0).mean().clamp_min(1e-12)
     figures = {
@@ -172,15 +169,7 @@ def uncertainty_pictures(
         "error": ((said - truth).square().mean((0, -1)) / unit).sqrt(),
     }
     columns |= {name: answers.filled(heat_colors(values)) for name, values in figures.items()}
-    return columns | _true_block(examples, answers), figures
-
-
-def _true_block(examples: MaskedExamples, answers: Answers) -> dict[str, Tensor]:
-    return {"true block": _masked(answers, examples.targets[:, 0])}
-
-
-def _masked(answers: Answers, mask: Tensor) -> Tensor:
-    return mask_pictures(answers.pixels, mask, mask[:, None][:, :0])["context"]
+    return columns | {"true block": dimmed(answers.pixels, examples.targets[:, 0])}, figures
 
 
 def draw_predictions(
@@ -188,9 +177,11 @@ def draw_predictions(
 ) -> None:
     """Write masks.png, predictor.png and uncertainty.png, a row for each image."""
     answers = answers_of(examples, mean, std)
-    draw_masks(folder / "masks.png", answers.pixels, examples.context, examples.targets)
-    none = [""] * len(answers.pixels)
-    draw_page(folder / "predictor.png", predictor_pictures(examples, answers), none)
+    masks = {"context": examples.around[0]}
+    masks |= {f"target {i + 1}": target for i, target in enumerate(examples.targets.unbind(1))}
+    pictures = {name: dimmed(answers.pixels, mask) for name, mask in masks.items()}
+    draw_page(folder / "masks.png", {"image": answers.pixels, **pictures})
+    draw_page(folder / "predictor.png", predictor_pictures(examples, answers))
     columns, figures = uncertainty_pictures(examples, answers)
     counts = answers.block.sum(1).tolist()
     of_image = ([v.square().mean().sqrt() for v in figures[name].split(counts)] for name in figures)
@@ -204,25 +195,15 @@ def _patches(pixels: Tensor, side: tuple[int, int]) -> Tensor:
     return F.unfold(F.pad(pixels, (0, -size % side[1], 0, -size % side[0])), side, stride=side).mT
 
 
-def _image(patches: Tensor, size: int, side: tuple[int, int]) -> Tensor:
-    """The inverse of `_patches`."""
-    padded = size + -size % side[0], size + -size % side[1]
-    return F.fold(patches.mT, padded, side, stride=side)[..., :size, :size]
-
-
 def _unit(features: Tensor) -> Tensor:
     return F.normalize(F.layer_norm(features, features.shape[-1:]), dim=-1)
 
 
-class _Decoder:
+def _ridge(features: Tensor, pixels: Tensor) -> Callable[[Tensor], Tensor]:
     """Ridge regression from features (n, K) to pixels (n, Q) in 0-1."""
-
-    def __init__(self, features: Tensor, pixels: Tensor):
-        self._from, self._to = features.mean(0), pixels.mean(0)
-        x = (features - self._from).double()
-        gram = x.T @ x
-        gram.diagonal().add_(_RIDGE * gram.diagonal().mean().clamp_min(1e-12))
-        self._weight = torch.linalg.solve(gram, x.T @ (pixels - self._to).double()).float()
-
-    def __call__(self, features: Tensor) -> Tensor:
-        return ((features - self._from) @ self._weight + self._to).clamp(0, 1)
+    center, offset = features.mean(0), pixels.mean(0)
+    x = (features - center).double()
+    gram = x.T @ x
+    gram.diagonal().add_(_RIDGE * gram.diagonal().mean().clamp_min(1e-12))
+    weight = torch.linalg.solve(gram, x.T @ (pixels - offset).double()).float()
+    return lambda values: ((values - center) @ weight + offset).clamp(0, 1)

@@ -3,18 +3,17 @@
 import base64
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
 import shutil
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +21,15 @@ from lejepa_fast.train.evaluation.backbones import BackboneResult
 from lejepa_fast.train.evaluation.collapse import rank_floors, sigreg_levels
 from lejepa_fast.train.evaluation.protocol import EvalResult
 from lejepa_fast.train.report import plots
+from lejepa_fast.train.report.overlays import draw_page, to_pixels
 from lejepa_fast.train.report.predictor_pictures import MaskedExamples, draw_predictions
-from lejepa_fast.train.report.results_table import TRAINED, UNTRAINED, few_shot_rows, table_rows
+from lejepa_fast.train.report.results_table import (
+    TRAINED,
+    UNTRAINED,
+    encoder_figures,
+    table_rows,
+)
+from lejepa_fast.train.report.runs import json_text, knn_at_the_ends, series, strict_json
 from lejepa_fast.train.runtime.files import disk_errors_named
 
 
@@ -53,7 +59,7 @@ def write_report(
             the training.
         trained, untrained: results for both encoders, on the same data at the same image size.
         history: rows of `metrics.jsonl`; missing values leave gaps in the figures.
-        views: views of one batch, tensors (B, 3, S, S), global ones first.
+        views: views of a few images, tensors (B, 3, S, S), global ones first.
         steps: optimizer steps of the trained encoder.
         backbones: further columns of the table, by name.
         evaluation: how both were evaluated, the section `eval` of a configuration; None: that of `config`.
@@ -64,6 +70,7 @@ def write_report(
     Raises:
         RunError: the folder cannot be written (no space, no permission). An earlier report stays as it is.
     """
+    others = {name: backbone.result for name, backbone in (backbones or {}).items()}
     summary = {
         "pretraining_data": config["data"]["path"],
         "pretraining_images": data["train_images"],
@@ -73,13 +80,18 @@ def write_report(
         **_summary(config, trained, untrained, history, steps),
         "backbones": _of_backbones(backbones or {}),
     }
-    results = {UNTRAINED: untrained, TRAINED: trained, **_results(backbones or {})}
     with replaced_folder(run_dir / "report") as folder:
-        _draw(folder, config, trained, untrained, history, views, steps)
+        _draw(folder, config, trained, untrained, history, views, summary)
         if masked is not None:
             draw_predictions(folder, masked, config["crops"]["mean"], config["crops"]["std"])
-        more = {"views_of": views_of or evaluated_on, "objective": objective_of(config)}
-        _write_pages(folder, "report.html.j2", strict_json(summary), results, **more)
+        _write_pages(
+            folder,
+            summary,
+            {UNTRAINED: untrained, TRAINED: trained, **others},
+            views_of=views_of or evaluated_on,
+            objective=config["objective"],
+            config=json_text(config),
+        )
     return run_dir / "report" / "report.html"
 
 
@@ -95,7 +107,7 @@ def write_backbones_report(
 
     The arguments are those of `write_report`, `seed` that of the linear probe. RunError as there.
     """
-    results = _results(backbones)
+    results = {name: backbone.result for name, backbone in backbones.items()}
     summary = {
         "evaluation_data": evaluated_on,
         "evaluation": evaluation,
@@ -105,7 +117,7 @@ def write_backbones_report(
         "backbones": _of_backbones(backbones),
     }
     with replaced_folder(out / "report") as folder:
-        _write_pages(folder, "backbones.html.j2", strict_json(summary), results)
+        _write_pages(folder, summary, results)
     return out / "report" / "report.html"
 
 
@@ -141,43 +153,44 @@ def _draw(
     untrained: EvalResult,
     history: Sequence[Mapping[str, Any]],
     views: Sequence[Tensor],
-    steps: int,
+    summary: Mapping[str, Any],
 ) -> None:
-    """Draw all figures; the arguments are those of `write_report`."""
-    loss, crops, objective = config["loss"], config["crops"], objective_of(config)
-    level = sigreg_levels(2, t_max=loss["t_max"], n_points=loss["n_points"]).gaussian
-    floor, batch = 0.0 if loss["unbiased"] else level, config["data"]["batch_size"]
-    if objective != "lejepa":
-        plots.plot_targets(folder / "targets.png", history)
-    if objective != "ijepa":  # which has no SIGReg
-        plots.plot_losses(folder / "loss.png", history, sigreg_floor=floor, batch=batch)
+    """Draw all figures; the arguments are those of `write_report`, and its summary."""
+    loss, crops = config["loss"], config["crops"]
+    if config["objective"] != "lejepa":
+        plots.plot_curves(folder / "targets.png", {"": history}, plots.TARGETS)
+    if config["objective"] != "ijepa":  # which has no SIGReg
+        level = sigreg_levels(2, t_max=loss["t_max"], n_points=loss["n_points"]).gaussian
+        floor = 0.0 if loss["unbiased"] else level
+        panels = plots.loss_panels(sigreg_floor=floor, batch=config["data"]["batch_size"])
+        plots.plot_curves(folder / "loss.png", {"": history}, panels)
         plots.plot_projections(folder / "projections.png", trained.z_val, untrained.z_val)
-    if trained.knn is not None and untrained.knn is not None and trained.majority is not None:
-        ends = {"trained": trained.knn, "untrained": untrained.knn}
-        plots.plot_knn(folder / "knn.png", history, steps=steps, majority=trained.majority, **ends)
-    normalized = {"mean": crops["mean"], "std": crops["std"]}
-    plots.plot_views(folder / "views.png", views, num_global=crops["global_crops"], **normalized)
+    if summary["knn_gain"] is not None:
+        levels = (
+            (summary["knn_untrained"], f"untrained encoder: {summary['knn_untrained']:.1f} %"),
+            (summary["majority_class"], f"always the largest class: {summary['majority_class']:.1f} %"),
+        )
+        panel = plots.Panel("kNN accuracy on the validation images (%)", "knn", "eval", levels)
+        plots.plot_curves(folder / "knn.png", {"": [*history, *knn_at_the_ends(summary)]}, [panel])
+    pixels = [to_pixels(view, crops["mean"], crops["std"]) for view in views]
+    names = [f"global {i + 1}" for i in range(crops["global_crops"])]
+    names += [f"local {i + 1}" for i in range(len(views) - len(names))]
+    draw_page(folder / "views.png", dict(zip(names, pixels, strict=True)))
     plots.plot_spectrum(folder / "spectrum.png", trained.z_val, untrained.z_val)
-
-
-def objective_of(config: Mapping[str, Any]) -> str:
-    """The objective of a run; runs from before there were several trained with LeJEPA."""
-    return config.get("objective", "lejepa")
 
 
 def _write_pages(
     folder: Path,
-    template: str,
     summary: Mapping[str, Any],
     results: Mapping[str, EvalResult],
     **variables: Any,
 ) -> None:
     """Write summary.json and report.html, with the table of `results`."""
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    (folder / "summary.json").write_text(text, encoding="utf-8")
-    table = {"rows": table_rows(results), "few_rows": few_shot_rows(results), "columns": list(results)}
-    config = json.dumps(summary.get("config"), indent=2)
-    page = render(template, folder, s=summary, config=config, **table, **variables)
+    summary = strict_json(summary)
+    (folder / "summary.json").write_text(json_text(summary), encoding="utf-8")
+    rows, few_rows = table_rows(results)
+    table = {"rows": rows, "few_rows": few_rows, "columns": list(results)}
+    page = render("report.html.j2", folder, **{"s": summary, "objective": None, **table, **variables})
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -197,36 +210,28 @@ def _summary(
     steps: int,
 ) -> dict[str, Any]:
     """Contents of `summary.json`; accuracies in percent, None without labels."""
-    levels = sigreg_levels(trained.n_val)
     collapsed, low = rank_floors(trained.n_val, trained.z_val.shape[1], gaussian=trained.gaussian)
     summary: dict[str, Any] = {}
+    before, after = encoder_figures(untrained), encoder_figures(trained)
     for name in ("knn", "linear", "fine_tuned"):
-        before, after = getattr(untrained, name), getattr(trained, name)
-        gain = None if before is None or after is None else after - before
-        summary |= {f"{name}_untrained": before, f"{name}_trained": after, f"{name}_gain": gain}
-    summary |= {
-        "regression_untrained": _scores(untrained),
-        "regression": _scores(trained),
-        "few_shot_untrained": untrained.few_shot,
-        "few_shot": trained.few_shot,
+        gain = None if before[name] is None or after[name] is None else after[name] - before[name]
+        summary |= {f"{name}_untrained": before[name], f"{name}_trained": after[name], f"{name}_gain": gain}
+    for name in ("regression", "few_shot"):
+        summary |= {f"{name}_untrained": before[name], name: after[name]}
+    for name in ("embedding_std", "effective_rank", "rankme"):
+        summary |= {f"{name}_untrained": getattr(untrained, name), name: getattr(trained, name)}
+    speeds = series(history, "train", "images_per_second")[1]
+    return summary | {
         **_setting(trained),
-        "embedding_std": trained.embedding_std,
-        "embedding_std_untrained": untrained.embedding_std,
-        "effective_rank": trained.effective_rank,
-        "effective_rank_untrained": untrained.effective_rank,
         "effective_rank_limit": trained.rank_limit,
-        "rankme": trained.rankme,
-        "rankme_untrained": untrained.rankme,
         "sigreg_val": trained.sigreg,
         "sigreg_val_untrained": untrained.sigreg,
-        "sigreg_val_gaussian": levels.gaussian,
-        "sigreg_val_all_zero": levels.collapsed,
         "rank_collapsed_below": collapsed,
         "rank_low_below": low,
         "collapsed": trained.verdict.state == "collapsed",
         "state": trained.verdict.state,
         "verdict": trained.verdict.sentence,
-        "images_per_second": training_speed(history),
+        "images_per_second": float(np.median(speeds)) if len(speeds) else None,
         "steps": steps,
         "seed": config["seed"],
         "image_size": trained.image_size,
@@ -237,7 +242,6 @@ def _summary(
         **_environment(),
         "config": config,
     }
-    return summary
 
 
 def _setting(result: EvalResult) -> dict[str, Any]:
@@ -254,47 +258,11 @@ def _setting(result: EvalResult) -> dict[str, Any]:
     }
 
 
-def _scores(result: EvalResult) -> dict[str, Any] | None:
-    return result.regression and {name: score._asdict() for name, score in result.regression.items()}
-
-
 def _environment() -> dict[str, Any]:
-    created = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return {"created": created, "machine": _machine(), "versions": _versions()}
-
-
-def _of_backbones(backbones: Mapping[str, BackboneResult]) -> dict[str, Any]:
-    return {
-        name: {
-            "knn": result.knn,
-            "linear": result.linear,
-            "linear_learning_rate": result.linear_rate,
-            "regression": _scores(result),
-            "fine_tuned": result.fine_tuned,
-            "few_shot": result.few_shot,
-            "image_size": result.image_size,
-            "feature_dim": result.features_val.shape[1],
-            "parameters": parameters,
-            "weights": weights,
-        }
-        for name, (result, weights, parameters) in backbones.items()
-    }
-
-
-def _results(backbones: Mapping[str, BackboneResult]) -> dict[str, EvalResult]:
-    return {name: backbone.result for name, backbone in backbones.items()}
-
-
-def strict_json(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy for strict JSON: a number that is not finite becomes None, a path text."""
-    return json.loads(json.dumps(summary, default=str), parse_constant=lambda name: None)
-
-
-def _machine() -> dict[str, Any]:
-    """Processor, cores, memory and GPUs of this machine; nothing that identifies its user."""
+    """When and on what machine a report was made; nothing that identifies its user."""
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     name = re.search(r"^model name\s*: *(.*)", cpuinfo, re.MULTILINE)
-    return {
+    machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": name[1] if name else platform.processor() or "unknown",
         "cores": len(os.sched_getaffinity(0)),
@@ -302,19 +270,16 @@ def _machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-
-
-def _versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on, if they are installed."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in ("lejepa_fast", "torch", "torchvision", "timm", "triton", "numpy", "matplotlib"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            versions[package] = importlib.metadata.version(package)
+    created = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return {"created": created, "machine": machine, "versions": versions}
 
 
-def training_speed(history: Sequence[Mapping[str, Any]]) -> float | None:
-    """Images per second of a run: the median over its train rows; None without such rows."""
-    rates = [row.get("images_per_second") for row in history if row["kind"] == "train"]
-    known = [rate for rate in rates if isinstance(rate, (int, float))]
-    return statistics.median(known) if known else None
+def _of_backbones(backbones: Mapping[str, BackboneResult]) -> dict[str, Any]:
+    return {
+        name: {**encoder_figures(result), "parameters": parameters, "weights": weights}
+        for name, (result, weights, parameters) in backbones.items()
+    }

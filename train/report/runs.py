@@ -6,13 +6,17 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
+
+import numpy as np
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.regular_files import open_regular
 from lejepa_fast.train import config
 from lejepa_fast.train.config.settings import TIMM_KEYS
 from lejepa_fast.train.runtime.files import read_rows
+
+Rows = Sequence[Mapping[str, Any]]
 
 END_SHARE, END_ROWS = 0.1, 5
 
@@ -33,7 +37,7 @@ class RunRecord:
     """Its two terms at the end, not weighted."""
     summary: dict[str, Any]
     """report/summary.json; {} for a run that has not finished, or has been continued since."""
-    rows: Sequence[Mapping[str, Any]] = ()
+    rows: Rows = ()
     """metrics.jsonl."""
 
     @property
@@ -54,39 +58,7 @@ class RunRecord:
     def figure(self, name: str) -> float:
         """A number of the summary; NaN if it is not there, as accuracies without labels."""
         value = self.summary.get(name)
-        return float(value) if isinstance(value, (int, float)) else math.nan
-
-
-@dataclass(frozen=True)
-class _Summary:
-    """What is read of a summary.json, and its types; None for what was not measured."""
-
-    __pydantic_config__: ClassVar = {"strict": True}
-
-    steps: int
-    state: str
-    verdict: str = ""
-    created: str = ""
-    machine: Mapping[str, Any] | None = None
-    evaluation: Mapping[str, Any] | None = None
-    image_size: int | None = None
-    val_images: int | None = None
-    knn_trained: float | None = None
-    knn_untrained: float | None = None
-    linear_trained: float | None = None
-    linear_untrained: float | None = None
-    fine_tuned_trained: float | None = None
-    fine_tuned_untrained: float | None = None
-    regression: dict[str, dict[str, float | None]] | None = None
-    regression_untrained: dict[str, dict[str, float | None]] | None = None
-    few_shot: dict[str, dict[str, tuple[float | None, float | None]]] | None = None
-    few_shot_untrained: dict[str, dict[str, tuple[float | None, float | None]]] | None = None
-    embedding_std: float | None = None
-    effective_rank: float | None = None
-    effective_rank_untrained: float | None = None
-    rankme: float | None = None
-    sigreg_val: float | None = None
-    images_per_second: float | None = None
+        return math.nan if value is None else float(value)
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -100,14 +72,12 @@ def read_run(folder: Path) -> RunRecord:
     own = {key: value for key, value in found.items() if key not in TIMM_KEYS}
     settings = config.to_dict(config.from_dict(own, f"{folder}: config.json"))
     rows = read_rows(folder / "metrics.jsonl")
-    training = [row for row in rows if row["kind"] == "train"]
     try:
-        losses = {name: loss_at_the_end(training, name) for name in ("loss", "prediction", "sigreg")}
+        losses = {name: loss_at_the_end(rows, name) for name in ("loss", "prediction", "sigreg")}
     except ValueError as error:
         raise UsageError(f"{folder}: metrics.jsonl: {error}") from error
-    steps, summary = max(row["step"] for row in training), _read_json(folder, "report/summary.json") or {}
-    if summary:
-        _check(summary, folder)
+    steps = max(row["step"] for row in rows if row["kind"] == "train")
+    summary = _read_json(folder, "report/summary.json") or {}
     summary = summary if summary.get("steps") == steps else {}
     return RunRecord(folder, settings, steps, summary=summary, rows=rows, **losses)
 
@@ -127,36 +97,41 @@ def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
     return values
 
 
-def _check(summary: Mapping[str, Any], folder: Path) -> None:
-    import pydantic
+def series(rows: Rows, kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, ascending, and finite values of `key` in rows of `kind`; of two rows of a step, the later."""
+    points = {
+        int(row["step"]): float(row[key])
+        for row in rows
+        if row["kind"] == kind and isinstance(row.get(key), (int, float)) and math.isfinite(row[key])
+    }
+    steps = sorted(points)
+    return np.array(steps, dtype=float), np.array([points[step] for step in steps])
 
-    try:
-        pydantic.TypeAdapter(_Summary).validate_json(json.dumps(summary))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        got = "" if first["type"] == "missing" else f", got {reprlib.repr(first['input'])}"
-        raise UsageError(f"{folder}: report/summary.json: {where}: {first['msg']}{got}") from error
+
+def knn_at_the_ends(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows with kNN of the untrained encoder at step 0, and of the trained one at the last."""
+    return [
+        {"kind": "eval", "step": step, "knn": summary.get(key)}
+        for step, key in ((0, "knn_untrained"), (summary["steps"], "knn_trained"))
+    ]
 
 
-def loss_at_the_end(rows: list[dict[str, Any]], name: str = "loss") -> float:
+def loss_at_the_end(rows: Rows, name: str = "loss") -> float:
     """The mean of a loss over the last tenth of the steps, where the learning rate is nearly 0, and over the
     last 5 rows at least: a row holds the loss of one batch, which is noisy.
 
     Args:
-        rows: rows of kind "train" of a metrics.jsonl.
+        rows: of a metrics.jsonl.
         name: "loss", "prediction" or "sigreg".
 
     Raises:
         ValueError: no row has a finite value.
     """
-    values = {row["step"]: row[name] for row in rows if isinstance(row.get(name), (int, float))}
-    steps = sorted(values)
-    if not steps:
+    steps, values = series(rows, "train", name)
+    if not len(steps):
         raise ValueError(f"expected rows of the training with a finite {name!r}, got none")
-    last = [step for step in steps if step > (1 - END_SHARE) * steps[-1]]
-    last = last if len(last) >= END_ROWS else steps[-END_ROWS:]
-    return math.fsum(values[step] for step in last) / len(last)
+    count = max(END_ROWS, int((steps > (1 - END_SHARE) * steps[-1]).sum()))
+    return math.fsum(values[-count:]) / len(values[-count:])
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,3 +143,19 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[name] = value
     return found
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of the settings that are not the same everywhere."""
+    names = dict.fromkeys(name for each in settings for name in each)
+    return [name for name in names if len({json.dumps(each.get(name)) for each in settings}) > 1]
+
+
+def strict_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy for strict JSON: a number that is not finite becomes None, a path text."""
+    return json.loads(json.dumps(values, default=str), parse_constant=lambda name: None)
+
+
+def json_text(values: Mapping[str, Any]) -> str:
+    """The text of a file with `strict_json` of the values."""
+    return json.dumps(strict_json(values), indent=2) + "\n"

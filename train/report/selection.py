@@ -9,17 +9,16 @@ the perfect ranking. RankMe (arXiv 2210.02885) and the effective rank are larger
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from lejepa_fast.train.report.runs import RunRecord, flat
+from lejepa_fast.train.report.runs import RunRecord, differing, flat
 
 ALPHA = 0.4
 ALPHAS = tuple(round(0.05 * i, 2) for i in range(21))
 PROBES = ("linear", "knn")
-RANKS = ("effective_rank", "rankme")
+RANKS = {"effective_rank": "effective rank", "rankme": "RankMe"}
 LOSS, RANKME, NEITHER = "loss / lambda^alpha", "RankMe", "neither"
 _NO_VERDICT = "the loss of I-JEPA follows its targets and is no verdict"
 
@@ -33,84 +32,57 @@ _COMPARABLE = {"loss.lambd", "loss.num_slices", "loss.impl", "model.drop_path", 
 _OF_RANKS = ("evaluation_data", "val_images", "image_size", "embedding_dim")
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Runs in groups whose losses are comparable, and the rule that holds for all of them."""
-
-    runs: Sequence[RunRecord]
-    groups: Sequence[int]
-    """The group of each run, from 0 on."""
-    rule: str
-    """LOSS, RANKME or NEITHER: what to trust over all the runs; in a group it is LOSS."""
-    warning: str | None
-    """One line on what is not comparable and why; None if everything is."""
-    alpha: float
-    scores: Sequence[float]
-    """`score` of each run."""
-    correlations: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """With labels, by probe: see `correlate`."""
-
-    def order(self) -> list[int]:
-        """Numbers of the runs, the best first; collapsed ones and those without a figure last."""
-
-        def key(i: int) -> tuple[Any, ...]:
-            run, ranks = self.runs[i], self.rule == RANKME
-            value = -run.figure("rankme") if ranks else self.scores[i]
-            last = run.state == "collapsed" or math.isnan(value)
-            return (0 if ranks else self.groups[i], last, math.inf if math.isnan(value) else value)
-
-        return sorted(range(len(self.runs)), key=key)
-
-    def places(self, values: Sequence[float], *, grouped: bool) -> list[int | None]:
-        """The place of each run by ascending values, within its group if `grouped`; None for NaN."""
-        groups = self.groups if grouped else [0] * len(values)
-        return [
-            None if math.isnan(v) else 1 + sum(w < v for w, h in zip(values, groups, strict=True) if h == g)
-            for v, g in zip(values, groups, strict=True)
-        ]
-
-    def to_json(self) -> str:
-        """The text of select.json; figures that are not there are null."""
-        ranks = {name: [run.figure(name) for run in self.runs] for name in RANKS}
-        runs = [
-            {
-                "run": str(run.folder),
-                "group": self.groups[i],
-                "steps": run.steps,
-                "state": run.state,
-                "lambda": run.lambd,
-                "loss": run.loss,
-                "score": self.scores[i],
-                **{name: values[i] for name, values in ranks.items()},
-                **{probe: run.figure(f"{probe}_trained") for probe in PROBES},
-            }
-            for i, run in ((i, self.runs[i]) for i in self.order())
-        ]
-        found = {"rule": self.rule, "warning": self.warning, "alpha": self.alpha, "runs": runs}
-        text = json.dumps(found | {"correlations": self.correlations})
-        return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=2) + "\n"
-
-
-def select(runs: Sequence[RunRecord], alpha: float = ALPHA) -> Selection:
-    """Group the runs by what makes losses comparable, choose the rule, and correlate it with labels if any.
+def select(runs: Sequence[RunRecord], alpha: float = ALPHA) -> dict[str, Any]:
+    """Group the runs by what makes losses comparable, choose the rule, and rank them by it; collapsed runs
+    and those without a figure come last.
 
     Args:
         runs: one or more.
         alpha: exponent of lambda.
+
+    Returns:
+        What select.json holds, NaN for figures that are not there:
+        "rule": LOSS, RANKME or NEITHER, what to trust over all the runs; in a group it is LOSS.
+        "warning": one line on what is not comparable and why; None if everything is.
+        "alpha"; "correlations": with labels `correlate` over the largest group, by probe.
+        "runs", the best first: "run", its folder; "group", from 0 on, whose losses are comparable; "steps",
+        "state", "lambda", "loss", "score", the ranks and the accuracies; "places" by score (in its group) and
+        by each rank (of all), from 1 on.
     """
     settings = [_loss_setting(run) for run in runs]
     keys = [json.dumps(setting, sort_keys=True) for setting in settings]
-    groups = [list(dict.fromkeys(keys)).index(key) for key in keys]
-    differing = sorted(
-        name
-        for name in {name for setting in settings for name in setting}
-        if len({json.dumps(setting.get(name)) for setting in settings}) > 1
-    )
-    rule, warning = _rule(runs, differing)
-    largest = max(groups, key=groups.count)
-    members = [run for run, group in zip(runs, groups, strict=True) if group == largest]
+    rule, warning = _rule(runs, sorted(differing(settings)))
+    rows: list[dict[str, Any]] = [
+        {
+            "run": str(run.folder),
+            "group": list(dict.fromkeys(keys)).index(key),
+            "steps": run.steps,
+            "state": run.state,
+            "lambda": run.lambd,
+            "loss": run.loss,
+            "score": score(run, alpha),
+            **{name: run.figure(name) for name in RANKS},
+            **{probe: run.figure(f"{probe}_trained") for probe in PROBES},
+        }
+        for run, key in zip(runs, keys, strict=True)
+    ]
+    for row in rows:
+        better = {
+            "score": sum(each["score"] < row["score"] for each in rows if each["group"] == row["group"]),
+            **{name: sum(each[name] > row[name] for each in rows) for name in RANKS},
+        }
+        row["places"] = {name: None if math.isnan(row[name]) else n + 1 for name, n in better.items()}
+
+    def order(row: dict[str, Any]) -> tuple[float, ...]:
+        value = -row["rankme"] if rule == RANKME else row["score"]
+        last = row["state"] == "collapsed" or math.isnan(value)
+        return 0 if rule == RANKME else row["group"], last, math.inf if math.isnan(value) else value
+
+    largest = max(keys, key=keys.count)
+    members = [run for run, key in zip(runs, keys, strict=True) if key == largest]
     correlations = {probe: found for probe in PROBES if (found := correlate(members, probe, alpha))}
-    return Selection(runs, groups, rule, warning, alpha, [score(run, alpha) for run in runs], correlations)
+    rows.sort(key=order)
+    return {"rule": rule, "warning": warning, "alpha": alpha, "runs": rows, "correlations": correlations}
 
 
 def score(run: RunRecord, alpha: float) -> float:
@@ -137,33 +109,36 @@ def correlate(runs: Sequence[RunRecord], probe: str, alpha: float = ALPHA) -> di
         return {}
     accuracy = [run.figure(f"{probe}_trained") for run in known]
     curve = [spearman([-score(run, a) for run in known], accuracy) for a in ALPHAS]
+    ranks = [(name, [run.figure(name) for run in known]) for name in RANKS]
     best = int(np.nanargmax(curve)) if np.isfinite(curve).any() else 0
-    ranks = {}
-    for name in RANKS:
-        values = [run.figure(name) for run in known]
-        ranks[name] = spearman(values, accuracy) if np.isfinite(values).all() else None
-    at_alpha = spearman([-score(run, alpha) for run in known], accuracy)
-    found: dict[str, Any] = {"runs": len(known), "alphas": list(ALPHAS), "c": curve, "c_at_alpha": at_alpha}
-    return found | {"best_alpha": ALPHAS[best], "c_at_best": curve[best]} | ranks
+    return {
+        "runs": len(known),
+        "alphas": list(ALPHAS),
+        "c": curve,
+        "c_at_alpha": spearman([-score(run, alpha) for run in known], accuracy),
+        "best_alpha": ALPHAS[best],
+        "c_at_best": curve[best],
+        **{name: None if np.isnan(values).any() else spearman(values, accuracy) for name, values in ranks},
+    }
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's rank correlation, equal values sharing their mean rank; NaN if all values are equal."""
+
+    def ranks(values: Sequence[float]) -> np.ndarray:
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
     if len(set(a)) < 2 or len(set(b)) < 2:
         return math.nan
-    return float(np.corrcoef(_mean_ranks(a), _mean_ranks(b))[0, 1])
-
-
-def _mean_ranks(values: Sequence[float]) -> np.ndarray:
-    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 
 def _loss_setting(run: RunRecord) -> dict[str, Any]:
     """Everything that must be equal for two losses to be comparable."""
     every = flat(run.config)
     sections = set(_SECTIONS)
-    if every.setdefault("loss.center_from", "views") == "average":  # older runs lack this option
+    if every["loss.center_from"] == "average":
         sections.add("average")
     if run.objective != "lejepa":
         sections |= {"objective", "masked"}
@@ -171,15 +146,15 @@ def _loss_setting(run: RunRecord) -> dict[str, Any]:
     return found | {"steps": run.steps, "finished": bool(run.summary)}
 
 
-def _rule(runs: Sequence[RunRecord], differing: Sequence[str]) -> tuple[str, str | None]:
+def _rule(runs: Sequence[RunRecord], names: Sequence[str]) -> tuple[str, str | None]:
     """The rule over all runs, and the warning, given the settings that make their losses differ."""
     ijepa = any(run.objective == "ijepa" for run in runs)
-    if not differing and not ijepa:
+    if not names and not ijepa:
         return LOSS, None
-    names = ", ".join(differing[:4]) + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")
-    problems = [f"the runs differ in {names}: their losses compare within a group only"] if differing else []
+    some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    problems = [f"the runs differ in {some}: their losses compare within a group only"] if names else []
     warning = "; ".join(problems + [_NO_VERDICT] * ijepa)
-    model = [name for name in differing if name == "objective" or name.startswith("model.")]
+    model = [name for name in names if name == "objective" or name.startswith("model.")]
     others = [name for name in _OF_RANKS if len({run.summary.get(name) for run in runs}) > 1]
     if model or others or any(math.isnan(run.figure("rankme")) for run in runs):
         why = (model or others or ["no rankme in some summary.json"])[0]

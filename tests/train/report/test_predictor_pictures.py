@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from ijepa_runs import run_config
@@ -14,6 +15,7 @@ from lejepa_fast.data.masks import MultiBlockMasks
 from lejepa_fast.train import evaluate
 from lejepa_fast.train.model.model import build_model
 from lejepa_fast.train.pretrain import pretrain
+from lejepa_fast.train.report.overlays import DIMMED, dimmed, draw_page
 from lejepa_fast.train.report.predictor_pictures import (
     CONTEXTS,
     MaskedExamples,
@@ -37,7 +39,7 @@ def test_the_true_features_bring_back_the_block_and_the_predictor_another(tiny):
     colors = torch.rand(8, 3, 6, 6, generator=generator)
     known = colors.repeat_interleave(16, 2).repeat_interleave(16, 3)
     context, targets = MultiBlockMasks((6, 6), min_keep=4)(0, 0, range(3))
-    examples = MaskedExamples(model, known, known[:3], context, targets, context[None])
+    examples = MaskedExamples(model, known, known[:3], targets, context[None])
     columns = predictor_pictures(examples, answers_of(examples, **AS_THEY_ARE))
     block = targets[:, 0].repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None].expand(-1, 3, -1, -1)
     for how, tolerance in (("nearest", 1e-6), ("decoded", 0.02)):
@@ -69,9 +71,8 @@ def test_spread_and_error_are_those_of_planted_predictions(tiny):
     known = torch.rand(8, 3, 96, 96, generator=generator)
     masks = MultiBlockMasks((6, 6), min_keep=4)
     context, targets = masks(0, 0, range(3))
-    examples = MaskedExamples(
-        model, known, known[:3], context, targets, contexts_around(masks, 0, context, targets[:, 0])
-    )
+    around = contexts_around(masks, 0, context, targets[:, 0])
+    examples = MaskedExamples(model, known, known[:3], targets, around)
     columns, figures = uncertainty_pictures(examples, answers_of(examples, **AS_THEY_ARE))
     assert len(calls) == CONTEXTS
     assert len(set(calls)) > 1
@@ -85,6 +86,18 @@ def test_spread_and_error_are_those_of_planted_predictions(tiny):
     spread = columns["spread"][:, :, 8::16, 8::16].mean(1)[targets[:, 0]]
     assert (spread[left] > 0.2).all()  # colors
     assert (spread[~left] < 0.01).all()  # black
+
+
+def test_a_page_is_bright_where_the_masks_are_and_dark_elsewhere(tmp_path):
+    """Images of one color: the share of bright pixels is that of the masks."""
+    context, targets = MultiBlockMasks(grid=(8, 8))(0, 0, range(3))
+    masks = torch.stack([torch.ones_like(context), context, *targets.unbind(1)])
+    color = torch.tensor([0.9, 0.6, 0.3]).view(3, 1, 1)
+    pictures = {f"{i}": dimmed(color.expand(3, 3, 64, 64), mask) for i, mask in enumerate(masks)}
+    draw_page(tmp_path / "masks.png", pictures, ["a.png", "b.png", "c.png"])
+    page = torch.tensor(np.asarray(Image.open(tmp_path / "masks.png").convert("RGB"))) / 255
+    bright, dark = (((page - share * color.view(3)).abs() < 0.03).all(-1).sum() for share in (1.0, DIMMED))
+    assert bright / (bright + dark) == pytest.approx(masks.double().mean().item(), abs=0.02)
 
 
 def test_contexts_around_a_block_leave_it_out_and_are_never_empty():

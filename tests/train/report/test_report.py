@@ -24,6 +24,7 @@ from lejepa_fast.train.report.results_table import format_table, table_rows
 
 FIGURES = {"loss.png", "knn.png", "views.png", "projections.png", "spectrum.png"}
 CONFIG = {
+    "objective": "lejepa",
     "seed": 4,
     "data": {"path": "/data/birds", "batch_size": 64},
     "model": {"name": "resnet10t"},
@@ -54,16 +55,18 @@ def result(z, knn, linear):
     )
 
 
-def test_a_share_of_the_dimensions_is_no_collapse_of_ijepa():
-    found = replace(result(torch.randn(300, 128), 50.0, 50.0), effective_rank=2.3)
-    assert found.verdict.state == "collapsed"
-    assert replace(found, gaussian=False).verdict.state == "low rank"
-
-
 def history():
     values = {"prediction": 0.1, "sigreg": 3.0, "embedding_std": 0.8, "images_per_second": 100.0}
     train = [{"kind": "train", "step": step, "loss": 2.0 / (1 + step), **values} for step in range(1, 13)]
     return [{"kind": "run", "step": 0, "device": "cpu"}, *train, {"kind": "eval", "step": 6, "knn": 60.0}]
+
+
+RED, BLUE = (0.75, 0.1, 0.2), (0.1, 0.2, 0.9)
+
+
+def painted(color, size):
+    """Normalized images of one color."""
+    return ((torch.tensor(color) - 0.5) / 0.25).view(1, 3, 1, 1).expand(2, 3, size, size)
 
 
 def arguments(**changes):
@@ -74,7 +77,7 @@ def arguments(**changes):
         "trained": result(randn(80, 12), 66.25, 71.5),
         "untrained": result(0.2 * randn(80, 12, seed=1) * torch.logspace(0, -3, 12), 54.0, 60.0),
         "history": history(),
-        "views": [randn(4, 3, 32, 32), randn(4, 3, 32, 32, seed=1), randn(4, 3, 16, 16, seed=2)],
+        "views": [painted(RED, 40), painted(RED, 40), painted(BLUE, 20)],
         "steps": 12,
         **changes,
     }
@@ -107,6 +110,11 @@ def test_report_is_complete_and_self_contained(written):
         with Image.open(written.parent / name) as image:
             assert image.format == "PNG"
             assert np.asarray(image.convert("L")).std() > 1, f"{name} is blank"
+    with Image.open(written.parent / "views.png") as image:  # in their colors, at relative sizes, in order
+        pixels = np.asarray(image.convert("RGB")) / 255
+    red, blue = (np.abs(pixels - color).max(axis=2) < 0.02 for color in (RED, BLUE))
+    assert red.sum() / blue.sum() == pytest.approx(8.0, rel=0.15)
+    assert np.nonzero(red)[1].max() < np.nonzero(blue)[1].min()
     page = Page(written)
     for tag, attributes in page.tags:
         assert tag not in {"script", "link", "iframe", "object", "embed"}
@@ -136,36 +144,16 @@ def test_report_is_complete_and_self_contained(written):
 
 def test_summary_has_the_promised_keys_and_types(written):
     summary = read_summary(written)
-    expected = {
-        "knn_untrained": 54.0,
-        "knn_trained": 66.25,
-        "knn_gain": 12.25,
-        "linear_untrained": 60.0,
-        "linear_trained": 71.5,
-        "linear_gain": 11.5,
-        "images_per_second": 100.0,
-        "steps": 12,
-        "seed": 4,
-        "config": CONFIG,
-        "collapsed": False,
-        "state": "healthy",
-        "rank_low_below": 6.0,
-        "rank_collapsed_below": 2.0,
-        "pretraining_data": "/data/birds",
-        "pretraining_images": 9000,
-        "pretraining_held_out": 1000,
-        "evaluation_data": "/data/birds",
-        "evaluation": CONFIG["eval"],
-        "embedding_std": pytest.approx(collapse.embedding_std(randn(80, 12))),
-        "effective_rank_limit": 12,
-        "rankme": pytest.approx(collapse.rankme(randn(80, 12))),
-        "probe_images": 300,
-        "val_images": 80,
-        "num_classes": 6,
-        "majority_class": 23.5,
-        "chance": pytest.approx(100 / 6),
-        "no_labels_because": None,
-    }
+    expected: dict[str, Any] = {"knn_untrained": 54.0, "knn_trained": 66.25, "knn_gain": 12.25}
+    expected |= {"linear_untrained": 60.0, "linear_trained": 71.5, "linear_gain": 11.5}
+    expected |= {"majority_class": 23.5, "chance": pytest.approx(100 / 6), "no_labels_because": None}
+    expected |= {"images_per_second": 100.0, "steps": 12, "seed": 4, "config": CONFIG}
+    expected |= {"pretraining_data": "/data/birds", "pretraining_images": 9000, "pretraining_held_out": 1000}
+    expected |= {"evaluation_data": "/data/birds", "evaluation": CONFIG["eval"], "num_classes": 6}
+    expected |= {"probe_images": 300, "val_images": 80, "effective_rank_limit": 12}
+    expected |= {"rank_low_below": 6.0, "rank_collapsed_below": 2.0, "collapsed": False, "state": "healthy"}
+    expected["embedding_std"] = pytest.approx(collapse.embedding_std(randn(80, 12)))
+    expected["rankme"] = pytest.approx(collapse.rankme(randn(80, 12)))
     assert {key: summary[key] for key in expected} == expected
     assert 1 < summary["effective_rank"] <= 12
     assert summary["verdict"].startswith("Healthy")
@@ -198,11 +186,13 @@ def test_without_labels_and_collapsed_the_report_says_so_and_keeps_the_rest(tmp_
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_low_rank_and_other_data_are_said(tmp_path, monkeypatch):
+def test_low_rank_other_data_and_hostile_names_are_said(tmp_path, monkeypatch):
     """A cliff after 3 of 12 directions, and full rank untrained; evaluated on other images."""
     monkeypatch.setattr(report, "_draw", lambda folder, *_: (folder / "views.png").write_bytes(b"figure"))
+    hostile = '<script>alert("x")</script> & {{ title }}'
+    changes = {"config": {**CONFIG, "model": {"name": hostile}, "out": Path("/some/folder")}}
     few = randn(80, 12) * (torch.arange(12) < 3)
-    changes = {"trained": result(few, 66.25, 71.5), "untrained": result(randn(80, 12, seed=1), 54.0, 60.0)}
+    changes |= {"trained": result(few, 66.25, 71.5), "untrained": result(randn(80, 12, seed=1), 54.0, 60.0)}
     path = report.write_report(tmp_path, **arguments(**changes, evaluated_on="/data/fish"))
     page, summary = Page(path), read_summary(path)
     text = " ".join(page.text.split())
@@ -219,6 +209,9 @@ def test_low_rank_and_other_data_are_said(tmp_path, monkeypatch):
     ):
         assert expected in text, expected
     assert "What the encoder is trained on" not in text
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.text.count(hostile) >= 2  # the title and the heading, unchanged
+    assert summary["config"]["out"] == "/some/folder"
 
 
 BACKBONES = {
@@ -258,17 +251,6 @@ def test_backbones_alone_have_a_page_without_figures(tmp_path):
     assert "Embedding std" not in text
     assert "Labels/data/birds.csv Fine-tuning7 epochs" in text
     assert (summary["evaluation"], "trained" in summary) == (evaluation, False)
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_values_are_escaped(tmp_path):
-    hostile = '<script>alert("x")</script> & {{ title }}'
-    config = {**CONFIG, "model": {"name": hostile}, "out": Path("/some/folder"), "note": hostile}
-    path = report.write_report(tmp_path, **arguments(config=config))
-    page = Page(path)
-    assert "script" not in {tag for tag, _ in page.tags}
-    assert page.text.count(hostile) >= 2  # the title and the heading, unchanged
-    assert read_summary(path)["config"]["out"] == "/some/folder"
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -312,81 +294,43 @@ def test_full_disk_keeps_the_earlier_report(tmp_path, monkeypatch, refused):
 
 
 def test_figures_and_the_callers_style_do_not_touch_each_other(tmp_path, monkeypatch):
-    options = {"steps": 10, "trained": 60.0, "untrained": 50.0, "majority": 20.0}
+    curves = {"": history()}, [plots.Panel("kNN", "knn", "eval", ((50.0, "untrained"),))]
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it would fail
-        importlib.reload(plots).plot_knn(tmp_path / "plain.png", history(), **options)
+        importlib.reload(plots).plot_curves(tmp_path / "plain.png", *curves)
     with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30, "savefig.dpi": 20}):
         before = dict(matplotlib.rcParams)
-        plots.plot_knn(tmp_path / "styled.png", history(), **options)
+        plots.plot_curves(tmp_path / "styled.png", *curves)
         assert dict(matplotlib.rcParams) == before
     assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "styled.png").read_bytes()
-
-
-def test_views_are_shown_denormalized_and_in_place(tmp_path):
-    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.2, 0.2])
-    red, blue = torch.tensor([0.8, 0.1, 0.2]), torch.tensor([0.1, 0.2, 0.9])
-    views = [
-        ((color - mean) / std).view(1, 3, 1, 1).expand(1, 3, size, size)
-        for color, size in ((red, 40), (blue, 20))
-    ]
-    plots.plot_views(tmp_path / "views.png", views, num_global=1, mean=mean.tolist(), std=std.tolist())
-    with Image.open(tmp_path / "views.png") as image:
-        pixels = np.asarray(image.convert("RGB")).astype(float) / 255
-    areas = [np.abs(pixels - color.numpy()).max(axis=2) < 0.02 for color in (red, blue)]
-    assert areas[0].sum() / areas[1].sum() == pytest.approx(4.0, rel=0.15)  # true relative sizes
-    assert np.nonzero(areas[0])[1].max() < np.nonzero(areas[1])[1].min()  # the global view is on the left
-
-
-def test_series_takes_the_later_of_two_rows_of_a_step_and_sorts():
-    rows = [
-        {"kind": "train", "step": step, "loss": loss}
-        for step, loss in ((3, 1.0), (2, 5.0), (3, 2.0), (4, None))
-    ]
-    steps, values = plots.series([*rows, {"kind": "eval", "step": 5, "loss": 9.0}], "train", "loss")
-    assert (steps.tolist(), values.tolist()) == ([2, 3], [5.0, 2.0])
 
 
 # ---- terminal ------------------------------------------------------------------------------------
 
 
-def test_terminal_table_shows_backbones_behind_the_difference_and_alone():
+def test_terminal_table_shows_encoders_and_backbones_and_the_verdict():
     backbones = {name: backbone.result for name, backbone in BACKBONES.items()}
     ours = {name: arguments()[name] for name in ("untrained", "trained")}
-    head, knn, *_rest = format_table(ours | backbones).splitlines()
-    assert head.split() == ["untrained", "trained", "difference", *BACKBONES]
-    assert knn.split()[-5:] == ["54.0", "66.2", "+12.2", "80.0", "70.0"]
-    assert len(head) == len(knn)
-    head, knn, linear, guessing = format_table(backbones).splitlines()
-    assert (head.split(), knn.split()[-2:], linear.split()[-2:]) == (
-        [*BACKBONES],
-        ["80.0", "70.0"],
-        ["85.5", "-"],
-    )
-    assert guessing == "guessing: 16.7 %, always the largest class: 23.5 %"
-
-
-def test_terminal_table_shows_both_encoders_and_the_verdict():
-    labeled, unlabeled = result(randn(80, 12), 66.25, 71.5), result(randn(80, 12), None, None)
-    for trained, figures, said in (
-        (labeled, "54.0 66.2 +12.2", "Healthy"),
-        (unlabeled, "54.0 - -", "have no class"),
-    ):
-        table = format_table({"untrained": arguments()["untrained"], "trained": trained})
-        line = next(line for line in table.splitlines() if line.startswith("kNN"))
-        assert line.split()[-3:] == figures.split()
-        assert said in table
+    lines = format_table(ours | backbones).splitlines()
+    assert lines[0].split() == ["untrained", "trained", "difference", *BACKBONES]
+    assert lines[1].split()[-5:] == ["54.0", "66.2", "+12.2", "80.0", "70.0"]
+    assert len(lines[0]) == len(lines[1])
+    assert lines[-1].startswith("Healthy")
+    lines = [line.split() for line in format_table(backbones).splitlines()]
+    assert (lines[0], lines[1][-2:], lines[2][-2:]) == ([*BACKBONES], ["80.0", "70.0"], ["85.5", "-"])
+    assert " ".join(lines[3]) == "guessing: 16.7 %, always the largest class: 23.5 %"
+    table = format_table(ours | {"trained": result(randn(80, 12), None, None)})
+    assert table.splitlines()[1].split()[-3:] == ["54.0", "-", "-"]
+    assert "have no class" in table
 
 
 def test_embeddings_of_i_jepa_have_no_gaussian_as_their_target():
-    both = {
-        name: replace(result(randn(80, 12), 60.0, 70.0), gaussian=False) for name in ("untrained", "trained")
-    }
-    labels = [row.label for row in table_rows(both)]
-    assert labels[-2:] == ["Embedding std", "Effective rank of 12"]
-    both = {name: replace(each, gaussian=True) for name, each in both.items()}
-    assert [row.label for row in table_rows(both)][-3:] == [
-        "Embedding std (target 1)",
-        "Effective rank of 12",
-        "SIGReg of 80 validation images",
-    ]
+    """Nor does a share of the dimensions make a collapse."""
+    lejepa = replace(result(randn(300, 128), 60.0, 70.0), effective_rank=2.3)
+    ijepa = replace(lejepa, gaussian=False)
+    assert (lejepa.verdict.state, ijepa.verdict.state) == ("collapsed", "low rank")
+    labels = [row.label for row in table_rows({"untrained": ijepa, "trained": ijepa})[0]]
+    assert labels[-2:] == ["Embedding std", "Effective rank of 128"]
+    labels = [row.label for row in table_rows({"untrained": lejepa, "trained": lejepa})[0]]
+    shown = ["Embedding std (target 1)", "Effective rank of 128", "SIGReg of 300 validation images"]
+    assert labels[-3:] == shown
