@@ -1,4 +1,4 @@
-"""`multicrop_loader` and `eval_loader`: what a trainer sees, whichever backend makes the pixels."""
+"""The two loaders: what a trainer sees, whichever backend makes the pixels."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from lejepa_fast.data.backends.base import Backend, Loading, RawBatch, give_memory_back
+from lejepa_fast.data.backends.base import Loading, RawBatch, give_memory_back
 from lejepa_fast.data.backends.choose_backend import make_backend
 from lejepa_fast.data.bad_images import DEFAULT_MAX_BAD_FRACTION, BadImages
 from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe, checked
@@ -85,8 +85,19 @@ class _State:
 class _Loader:
     """What both loaders share: passes over a backend's batches."""
 
-    def __init__(self, backend: Backend, bad: BadImages, normalize: Normalize) -> None:
-        self._backend, self._bad, self._normalize = backend, bad, normalize
+    def __init__(
+        self,
+        views: TrainViews | EvalViews,
+        loading: Loading,
+        backend: str,
+        bad: BadImages,
+        mean: Sequence[float],
+        std: Sequence[float],
+        **made: Any,
+    ) -> None:
+        self._backend, self._reason = make_backend(backend, views, loading)
+        self._bad = bad
+        self._normalize = Normalize(mean, std, loading.device, **made, compiled=self.backend == "cpu")
         self._batches: Generator[RawBatch] | None = None
 
     @property
@@ -95,18 +106,16 @@ class _Loader:
         return self._backend.name
 
     def close(self) -> None:
-        """End the pass under way and the worker processes. A later pass starts new ones.
+        """End the pass under way, and its worker processes.
 
         Without it they end when the loader is freed. In a circle of references Python frees the queues to the
         workers first, and PyTorch then waits 5 s for each worker.
         """
         if self._batches is not None:
             self._batches.close()
-        self._backend.close()
 
     def _pass(self, keys: Iterable[BatchKey]) -> Iterator[tuple[list[Tensor], Tensor]]:
-        if self._batches is not None:
-            self._batches.close()
+        self.close()
         self._bad.begin_epoch()
         current = self._batches = self._backend.batches(keys, self._bad)
         try:
@@ -119,22 +128,82 @@ class _Loader:
 
 
 class MultiCropLoader(_Loader):
-    """Iterable over (views, targets), one epoch per pass. Made by `multicrop_loader`.
+    """Iterable over multi-crop batches (views, targets) of one rank; each pass over it is one epoch.
+
+    `views` is a list of V_g + V_l tensors (batch_size, C, S, S), globals first, normalized by mean and std of
+    the recipe. `targets` is (batch_size,) int64, or None when the source has no labels.
 
     After a complete pass the loader stands at the next epoch, so a trainer that never calls `set_epoch` still
     gets new crops each time. A pass that is broken off starts over.
+
+    The crops and colors of an image are a function of (seed, epoch, number of the image), whatever the
+    backend, the number of workers and ranks and the batch size. The images of step s are the same for every
+    `world_size` with the same `batch_size * world_size`. Global random generators are not touched.
+
+    Args:
+        source: the images, from `open_source`.
+        recipe: number, sizes and augmentation of the views.
+        batch_size: images per rank and step. The last incomplete batch of an epoch is dropped.
+        seed: seed of order, crops and colors.
+        rank: this rank, in 0 .. world_size - 1.
+        world_size: number of ranks.
+        num_workers: processes ("torchvision"; 0: none, in this process) or threads ("cpu", "dali"; at least
+            1) that read, decode and augment.
+        backend: "dali", "cpu", "torchvision", or "auto": dali on a GPU where it is installed, else cpu where
+            Numba is installed, else torchvision.
+        device: where the batches go; None: they stay in the CPU's memory.
+        dtype: float32, bfloat16 or float16 of normalized views; uint8 for raw pixels.
+        channels_last: memory format of the views.
+        shuffle: False takes the images in the order of the source.
+        prefetch: batches that are made ahead of the trainer (with torchvision, by each worker).
+        hw_decoder_load: share of JPEGs for a GPU's hardware decoder (dali).
+        bad_images: file that lists bad images, one for all ranks; see `BadImages`. A bad image is replaced by
+            another one.
+        max_bad_fraction: share of bad images that stops the run.
+
+    Raises:
+        TypeError: `source` has not been opened.
+        UsageError: settings or data cannot work.
+        RunError: while iterating, when too many images are bad.
     """
 
     def __init__(
         self,
-        backend: Backend,
-        schedule: EpochSchedule,
-        bad: BadImages,
-        normalize: Normalize,
         source: ImageSource,
+        recipe: MultiCropRecipe,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        shuffle: bool = True,
+        prefetch: int = 2,
+        hw_decoder_load: float = 0.65,
+        bad_images: str | os.PathLike[str] | None = None,
+        max_bad_fraction: float = DEFAULT_MAX_BAD_FRACTION,
     ) -> None:
-        super().__init__(backend, bad, normalize)
-        self._schedule = schedule
+        _check_opened(source)
+        recipe.validate()
+        recipe.check_channels(source.channels)
+        if not isinstance(seed, int | Integral):  # mypy takes int for no Integral
+            raise UsageError(f"seed must be a whole number; got {seed!r}")
+        if dtype not in _DTYPES:
+            raise UsageError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {dtype}")
+        loading = Loading(batch_size, num_workers, _usable(device), prefetch, hw_decoder_load)
+        self._schedule = EpochSchedule(len(source), batch_size, int(seed), rank, world_size, shuffle)
+        bad = BadImages(source, bad_images, max_bad_fraction=max_bad_fraction)
+        check_sizes(source, recipe.smallest_image, max_bad_fraction, set(dict(bad.items())))
+        options: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last}
+        views = TrainViews(source, recipe, seed)
+        super().__init__(views, loading, backend, bad, recipe.mean, recipe.std, **options)
+        if rank == 0:
+            choice = f"{self.backend} backend ({self._reason}), {num_workers} workers"
+            log.info("multi-crop loader: %s, %s", choice, source.name)
         self._labeled = source.labeled
         self._names = names_digest({"images": source})
         self._epoch = self._batch = 0  # _batch: batches of this epoch that the trainer has taken
@@ -232,13 +301,53 @@ class MultiCropLoader(_Loader):
 
 
 class EvalLoader(_Loader):
-    """Iterable over (images, targets) in the order of the source. Made by `eval_loader`."""
+    """Iterable over every image once, in the order of the source, without randomness.
+
+    It yields (images (B, C, image_size, image_size) float32 normalized, targets (B,) int64, -1 where
+    unlabeled).
+
+    Args:
+        source: the images.
+        image_size: each image's short side is resized to so many pixels (bilinear, antialiased; small images
+            are enlarged), and the center is cut out.
+        batch_size: images per batch. The last batch may be shorter, and so is one with bad images, which are
+            left out.
+        mean: subtracted from each channel (scale 0-1).
+        std: divides each channel (scale 0-1).
+        num_workers, backend, device, prefetch, hw_decoder_load, bad_images, max_bad_fraction: as for
+            `MultiCropLoader`.
+
+    Raises:
+        TypeError: `source` has not been opened.
+        UsageError: a setting cannot work.
+        RunError: while iterating, when too many images are bad.
+    """
 
     def __init__(
-        self, backend: Backend, num_images: int, batch_size: int, bad: BadImages, normalize: Normalize
+        self,
+        source: ImageSource,
+        *,
+        image_size: int,
+        batch_size: int,
+        num_workers: int = 0,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        prefetch: int = 2,
+        hw_decoder_load: float = 0.65,
+        bad_images: str | os.PathLike[str] | None = None,
+        max_bad_fraction: float = DEFAULT_MAX_BAD_FRACTION,
     ) -> None:
-        super().__init__(backend, bad, normalize)
-        self._num_images, self._batch_size = num_images, batch_size
+        _check_opened(source)
+        if not isinstance(image_size, int | Integral) or image_size < 1:
+            raise UsageError(f"image_size must be a whole number of pixels, at least 1; got {image_size!r}")
+        if not len(mean) == len(std) == source.channels:
+            raise UsageError(f"mean and std must have {source.channels} numbers; got {mean!r} and {std!r}")
+        loading = Loading(batch_size, num_workers, _usable(device), prefetch, hw_decoder_load)
+        bad = BadImages(source, bad_images, max_bad_fraction=max_bad_fraction)
+        super().__init__(EvalViews(source, image_size), loading, backend, bad, mean, std)
+        self._num_images, self._batch_size = len(source), batch_size
 
     def __len__(self) -> int:
         """Batches, the last one possibly shorter."""
@@ -252,133 +361,8 @@ class EvalLoader(_Loader):
                 yield images, targets
 
 
-def multicrop_loader(
-    source: ImageSource,
-    recipe: MultiCropRecipe,
-    *,
-    batch_size: int,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
-    backend: str = "auto",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
-    shuffle: bool = True,
-    prefetch: int = 2,
-    hw_decoder_load: float = 0.65,
-    bad_images: str | os.PathLike[str] | None = None,
-    max_bad_fraction: float = DEFAULT_MAX_BAD_FRACTION,
-) -> MultiCropLoader:
-    """Make a loader of multi-crop batches for one rank. Each pass over it is one epoch.
-
-    The crops and colors of an image are a function of (seed, epoch, number of the image), whatever the
-    backend, the number of workers and ranks and the batch size. The images of step s are the same for every
-    `world_size` with the same `batch_size * world_size`. Global random generators are not touched.
-
-    Args:
-        source: the images, from `open_source`.
-        recipe: number, sizes and augmentation of the views.
-        batch_size: images per rank and step. The last incomplete batch of an epoch is dropped.
-        seed: seed of order, crops and colors.
-        rank: this rank, in 0 .. world_size - 1.
-        world_size: number of ranks.
-        num_workers: processes ("torchvision"; 0: none, in this process) or threads ("cpu", "dali"; at least
-            1) that read, decode and augment.
-        backend: "dali", "cpu", "torchvision", or "auto": dali on a GPU where it is installed, else cpu where
-            Numba is installed, else torchvision.
-        device: where the batches go; None: they stay in the CPU's memory.
-        dtype: float32, bfloat16 or float16 of normalized views; uint8 for raw pixels.
-        channels_last: memory format of the views.
-        shuffle: False takes the images in the order of the source.
-        prefetch: batches that are made ahead of the trainer (with torchvision, by each worker).
-        hw_decoder_load: share of JPEGs for a GPU's hardware decoder (dali).
-        bad_images: file that lists bad images, one for all ranks; see `BadImages`. A bad image is replaced by
-            another one.
-        max_bad_fraction: share of bad images that stops the run.
-
-    Returns:
-        An iterable over (views, targets). `views` is a list of V_g + V_l tensors (batch_size, C, S, S),
-        globals first, normalized by the recipe's mean and std. `targets` is (batch_size,) int64, or None when
-        the source has no labels.
-
-    Raises:
-        TypeError: `source` has not been opened.
-        UsageError: settings or data cannot work.
-        RunError: while iterating, when too many images are bad.
-    """
-    _check_opened(source)
-    recipe.validate()
-    recipe.check_channels(source.channels)
-    if not isinstance(seed, Integral):
-        raise UsageError(f"seed must be a whole number; got {seed!r}")
-    if dtype not in _DTYPES:
-        raise UsageError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {dtype}")
-    device = _usable(device)
-    loading = Loading(batch_size, num_workers, device, prefetch, hw_decoder_load)
-    schedule = EpochSchedule(len(source), batch_size, int(seed), rank, world_size, shuffle)
-    bad = BadImages(source, bad_images, max_bad_fraction=max_bad_fraction)
-    check_sizes(source, recipe.smallest_image, max_bad_fraction, set(dict(bad.items())))
-    made, reason = make_backend(backend, TrainViews(source, recipe, seed), loading)
-    if rank == 0:
-        log.info(
-            "multi-crop loader: %s backend (%s), %d workers, %s", made.name, reason, num_workers, source.name
-        )
-    options: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last}
-    normalize = Normalize(recipe.mean, recipe.std, device, **options, compiled=made.name == "cpu")
-    return MultiCropLoader(made, schedule, bad, normalize, source)
-
-
-def eval_loader(
-    source: ImageSource,
-    *,
-    image_size: int,
-    batch_size: int,
-    num_workers: int = 0,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
-    backend: str = "auto",
-    device: torch.device | str | None = None,
-    prefetch: int = 2,
-    hw_decoder_load: float = 0.65,
-    bad_images: str | os.PathLike[str] | None = None,
-    max_bad_fraction: float = DEFAULT_MAX_BAD_FRACTION,
-) -> EvalLoader:
-    """Make a loader of every image once, in order, without randomness.
-
-    Args:
-        source: the images.
-        image_size: each image's short side is resized to so many pixels (bilinear, antialiased; small images
-            are enlarged), and the center is cut out.
-        batch_size: images per batch. The last batch may be shorter, and so is one with bad images, which are
-            left out.
-        mean: subtracted from each channel (scale 0-1).
-        std: divides each channel (scale 0-1).
-        num_workers, backend, device, prefetch, hw_decoder_load, bad_images, max_bad_fraction: as for
-            `multicrop_loader`.
-
-    Returns:
-        An iterable over (images (B, C, image_size, image_size) float32 normalized, targets (B,) int64, -1
-        where unlabeled).
-
-    Raises:
-        TypeError: `source` has not been opened.
-        UsageError: a setting cannot work.
-        RunError: while iterating, when too many images are bad.
-    """
-    _check_opened(source)
-    if not isinstance(image_size, Integral) or image_size < 1:
-        raise UsageError(f"image_size must be a whole number of pixels, at least 1; got {image_size!r}")
-    if not len(mean) == len(std) == source.channels:
-        raise UsageError(f"mean and std must have {source.channels} numbers; got {mean!r} and {std!r}")
-    device = _usable(device)
-    loading = Loading(batch_size, num_workers, device, prefetch, hw_decoder_load)
-    made, _ = make_backend(backend, EvalViews(source, image_size), loading)
-    bad = BadImages(source, bad_images, max_bad_fraction=max_bad_fraction)
-    return EvalLoader(
-        made, len(source), batch_size, bad, Normalize(mean, std, device, compiled=made.name == "cpu")
-    )
+multicrop_loader = MultiCropLoader
+eval_loader = EvalLoader
 
 
 def _check_opened(source: object) -> None:

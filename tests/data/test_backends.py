@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +19,6 @@ from lejepa_fast.data.backends import choose_backend as choice
 from lejepa_fast.errors import UsageError
 
 RECIPE = MultiCropRecipe(global_crops=1, global_size=24, local_crops=1, local_size=16, blur_kernel=3)
-needs_dali = pytest.mark.skipif(choice.dali_fault(False) is not None, reason=str(choice.dali_fault(False)))
 
 
 # --- the choice ---------------------------------------------------------------------------------
@@ -158,23 +156,12 @@ def test_a_loader_that_is_left_early_frees_its_threads(name, tmp_path):
     assert len(os.listdir("/proc/self/task")) <= before + 1
 
 
-BEGIN = """
+PROGRAM = """
 import gc, multiprocessing, os, sys
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader, open_source
 source = open_source(sys.argv[1], "train")
 recipe = MultiCropRecipe(global_crops=1, global_size=24, local_crops=0)
-loader = multicrop_loader(source, recipe, batch_size=2, backend=sys.argv[2])
-"""
-
-
-def run(script: str, *arguments: str | Path) -> tuple[int, str, str]:
-    """Exit code and output of `BEGIN` and this script."""
-    command = [sys.executable, "-c", BEGIN + script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stdout, done.stderr
-
-
-FORKS = """
+loader, other = (multicrop_loader(source, recipe, batch_size=2, backend=sys.argv[2]) for _ in range(2))
 os.register_at_fork(after_in_child=gc.collect)
 list(loader)
 holder = {"loader": loader}
@@ -187,20 +174,16 @@ for again in range(2):
     child.join(30)
     print(child.exitcode)
     child.kill()
+batches = iter(other)
+print(len(next(batches)[0]))
 """
 
 
-@needs_dali
-def test_forked_processes_do_not_wait_for_dalis_threads(tmp_path):
-    """Not even when the child collects garbage before anything else: some other hook may set that off."""
-    numbered_folder(tmp_path / "images", 8)
-    code, printed, errors = run(FORKS, tmp_path / "images", "dali")
-    assert (code, printed) == (0, "0\n0\n"), errors
-
-
 @pytest.mark.parametrize("name", ["cpu", "dali"])
-def test_the_interpreter_ends_with_a_pass_under_way(name, tmp_path):
+def test_neither_forked_processes_nor_the_end_of_the_interpreter_wait_for_threads(tmp_path, name):
+    """Not even when the child collects garbage before anything else: some other hook may set that off."""
     skip_without(name)
     numbered_folder(tmp_path / "images", 40)
-    script = "batches = iter(loader)\nprint(len(next(batches)[0]))\n"
-    assert run(script, tmp_path / "images", name) == (0, "1\n", "")
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "images"), name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n0\n1\n", "")

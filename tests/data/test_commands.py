@@ -1,7 +1,6 @@
 """The command `lejepa-data`: verify decodes every image before a run, pack makes shards of a folder."""
 
 import hashlib
-import io
 import re
 import runpy
 import shutil
@@ -71,17 +70,6 @@ def test_bad_files_are_listed_and_counted(damaged, tmp_path, capsys, monkeypatch
     assert set(read) == set(range(60)) - bad
 
 
-def test_progress_is_shown_on_a_terminal(damaged, monkeypatch, capsys):
-    stream = io.StringIO()
-    stream.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", stream)
-    assert main(["verify", str(damaged)]) == 1
-    for count in (60, 12):  # of each split, from nothing to everything
-        assert f"| 0/{count} " in stream.getvalue()
-        assert f"| {count}/{count} " in stream.getvalue()
-    assert "%|" not in capsys.readouterr().out
-
-
 def test_one_image_per_class_leaves_none_out(tmp_path, capsys):
     for name in ("ant", "bee", "cat"):
         (tmp_path / "few" / name).mkdir(parents=True)
@@ -128,6 +116,10 @@ def test_pack_keeps_every_byte_and_label(folder, tmp_path):
     assert pack_folder(folder, out, shard_bytes=8000) == {"train": 60, "val": 12}
     assert (out / "classes.txt").read_text() == "ant\nbee\n"
     shards = sorted((out / "train").iterdir())
+    for seed in (0, 1):
+        pack_folder(folder, tmp_path / f"seed {seed}", shard_bytes=8000, seed=seed)
+        again = tmp_path / f"seed {seed}" / "train" / shards[0].name
+        assert (again.read_bytes() == shards[0].read_bytes()) == (seed == 0)
     assert shards[0].name == "shard-00000.tar"
     assert len(shards) > 2
     for split in ("train", "val"):
@@ -142,13 +134,6 @@ def test_pack_keeps_every_byte_and_label(folder, tmp_path):
             for info in tar:
                 assert (info.uid, info.gid, info.mtime, info.uname, info.mode) == (0, 0, 0, "", 0o644)
                 assert re.fullmatch(r"\d{8}_img-\d+-v\d\.(jpg|cls)", info.name)
-
-
-def test_the_same_images_and_seed_give_the_same_bytes(folder, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        pack_folder(folder, tmp_path / name, seed=seed)
-    contents = [(tmp_path / name / "train" / "shard-00000.tar").read_bytes() for name in "abc"]
-    assert contents[0] == contents[1] != contents[2]
 
 
 def test_pack_a_folder_without_splits(folder, tmp_path):
@@ -184,8 +169,8 @@ def test_pack_leaves_nothing_half_done(folder, tmp_path, monkeypatch, capsys):
     victim.write_bytes(good[:300])
     assert pack(folder, out) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"error: cannot read image {victim}")
-    assert error.count("\n") == 1
+    message = rf"error: cannot read image {victim}: [^<]+; repair it, or remove it from the data set\n"
+    assert re.fullmatch(message, error)
     assert names_in(tmp_path) == ["set"]
     assert pack(folder, out, "--no-verify") == 0
     assert pack(folder, out) == 2
@@ -238,9 +223,13 @@ def test_pack_of_nothing_but_bad_images_fails(folder, tmp_path, capsys):
 def test_usage_errors(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([])
-    for arguments in (["verify", tmp_path / "missing"], ["pack", tmp_path / "missing", tmp_path / "out"]):
+    for arguments, text in (
+        (["verify", tmp_path / "missing"], "does not exist"),
+        (["pack", tmp_path / "missing", tmp_path / "out"], "does not exist"),
+        (["index", tmp_path], "no .tar shards in"),
+    ):
         assert main([*map(str, arguments)]) == 2
-        assert "does not exist" in capsys.readouterr().err
+        assert text in capsys.readouterr().err
     assert main(["verify", str(tmp_path), "--threads", "0"]) == 2
     (tmp_path / "file").write_text("x")
     assert pack(tmp_path / "file", tmp_path / "out") == 2

@@ -15,32 +15,20 @@ from view_parity import sample_views
 from lejepa_fast.data import MultiCropRecipe, draws, eval_loader, multicrop_loader, open_source
 from lejepa_fast.data import views as views_module
 from lejepa_fast.data.backends.torchvision_backend import apply_view, to_tensor
-from lejepa_fast.data.sources import FolderSource, UnreadableImageError, decoding
+from lejepa_fast.data.sources import FolderSource, UnreadableImageError
 from lejepa_fast.data.sources.decoding import open_encoded, plain_header, to_rgb
 from lejepa_fast.data.views import EvalViews, TrainViews
 from lejepa_fast.errors import RunError
 
-
-def decoded(image: Image.Image, kind: str, **options) -> list:
-    """The pixels after a round trip through a file."""
-    return np.asarray(to_rgb(open_encoded(saved(image, kind, **options)))).tolist()
-
-
 # --- to RGB -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("pixels", "kind", "right"),
-    [
-        (np.array([[0, 257, 25_700, 65_535]], np.uint16), "PNG", [0, 1, 100, 255]),
-        (np.array([[0, 7, 300]], np.int32), "TIFF", [0, 0, 1]),
-        (np.array([[True, False]]), "PNG", [255, 0]),
-        (np.array([[(80, 255), (80, 0)]], np.uint8), "PNG", [80, 255]),  # gray, over white
-    ],
-    ids=["16 bit", "32 bit", "black and white", "transparent"],
-)
-def test_values_are_scaled_and_not_clipped(pixels, kind, right):
-    assert decoded(Image.fromarray(pixels), kind) == [[[value] * 3 for value in right]]
+def pixels_of(file: bytes) -> np.ndarray:
+    return np.asarray(to_rgb(open_encoded(file)))
+
+
+def png(*values: int | tuple[int, int], dtype: type) -> bytes:
+    return saved(Image.fromarray(np.array([values], dtype)), "PNG")
 
 
 def floats(**tags: int) -> bytes:
@@ -51,6 +39,10 @@ def floats(**tags: int) -> bytes:
 @pytest.mark.parametrize(
     ("file", "right"),
     [
+        (png(0, 257, 25_700, 65_535, dtype=np.uint16), [0, 1, 100, 255]),
+        (saved(Image.fromarray(np.array([[0, 7, 300]], np.int32)), "TIFF"), [0, 0, 1]),
+        (png(True, False, dtype=bool), [255, 0]),
+        (png((80, 255), (80, 0), dtype=np.uint8), [80, 255]),  # transparent gray, over white
         # Two values in three bytes: 0, 2,048, 4,095, 16.
         (tiff(b"\0\x08\0\xff\xf0\x10", ImageWidth=4, ImageLength=1, BitsPerSample=12), [0, 128, 255, 1]),
         # 12 bits in 16: the file does not say so.
@@ -59,47 +51,21 @@ def floats(**tags: int) -> bytes:
         (b"P5 2 1 65535\n\0\xff\0\0", [1, 0]),  # dark, as its neighbors may not be
         (floats(SMinSampleValue=0, SMaxSampleValue=4), [0, 32, 64, 191, 0]),
         (floats(SMinSampleValue=1, SMaxSampleValue=3), [0, 0, 0, 255, 0]),
-        (floats(SMinSampleValue=1, SMaxSampleValue=1), None),
-        (floats(), None),
     ],
 )
 def test_black_and_white_are_what_a_file_declares(file, right):
     """A guess from the pixels would change from one image of a data set to the next."""
-    if right is None:
-        with pytest.raises(
-            ValueError, match=r"without a range .* declare it, save 8 or 16 bits, or set --data"
-        ):
-            to_rgb(open_encoded(file))
-    else:
-        assert np.asarray(to_rgb(open_encoded(file)))[0, :, 0].tolist() == right
+    assert pixels_of(file).tolist() == [[[value] * 3 for value in right]]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
-def test_exif_orientation_is_applied(kind):
-    image = Image.new("RGB", (16, 8), "white")
-    image.paste("black", (0, 0, 8, 8))  # black on the left
-    upright = np.array(decoded(image, kind, exif=exif(6)))  # to be turned by 90 degrees clockwise
-    assert upright.shape == (16, 8, 3)
-    assert upright[:7].max() < 30 < 220 < upright[9:].min()  # black on top
+@pytest.mark.parametrize("tags", [{}, {"SMinSampleValue": 1, "SMaxSampleValue": 1}])
+def test_floating_point_images_without_a_range_are_bad(tags):
+    message = r"without a range .* declare it, save 8 or 16 bits, or set --data"
+    with pytest.raises(ValueError, match=message):
+        pixels_of(floats(**tags))
 
 
 # --- limits -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", ["text", "truncated", "bomb"])
-def test_unreadable_files_are_named(tmp_path, how, monkeypatch):
-    file = tmp_path / "0.jpg"
-    good = saved(Image.effect_noise((64, 64), 50), "JPEG")
-    file.write_bytes({"text": b"hello", "truncated": good[:600], "bomb": good}[how])
-    if how == "bomb":
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UnreadableImageError) as caught:
-        FolderSource(tmp_path)[0]
-    text = str(caught.value)
-    assert text.startswith(f"cannot read image {file}: ")
-    assert text.endswith("repair it, or remove it from the data set")
-    assert "BytesIO" not in text
-    assert "\n" not in text
 
 
 @pytest.mark.parametrize("kind", BOMBS)
@@ -115,16 +81,6 @@ def test_bombs_are_refused_before_they_are_decoded(kind, tmp_path, monkeypatch):
     assert plain_header(source.encoded(0)) is None
 
 
-@pytest.mark.parametrize("kind", ["segments", "empty segments", "junk"])
-def test_a_jpeg_of_many_segments_is_left_after_a_few_thousand_steps(kind):
-    """Pillow joins EXIF segments one by one: its work grows with steps times bytes."""
-    header = decoding._Header(BOMBS[kind][0](picture()))
-    with pytest.raises(ValueError, match=BOMBS[kind][1]):
-        Image.open(header, formats=("JPEG",))
-    assert header.reads <= 1 + (1 << 14)
-    assert header.exif_bytes <= (128 + 64) << 10  # the last segment is one too many
-
-
 def test_long_headers_of_real_files_are_read():
     """Cameras store depth maps and second pictures in hundreds of segments."""
     exif = exif_block(ORIENTATION_6, rest=bytes(60_000))
@@ -132,35 +88,29 @@ def test_long_headers_of_real_files_are_read():
     assert to_rgb(open_encoded(data)).size == (32, 48)
 
 
-@pytest.fixture
-def ghostscript(tmp_path, monkeypatch) -> Path:
-    """A Ghostscript that leaves a file behind when it runs; returns that file's path."""
+def test_no_image_runs_ghostscript(tmp_path, monkeypatch):
     ran, program = tmp_path / "ran", tmp_path / "bin" / "gs"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\ntouch {ran}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
-    return ran
-
-
-def test_no_image_runs_ghostscript(tmp_path, ghostscript):
     file = tmp_path / "images" / "5.jpg"
     file.parent.mkdir()
     file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
     with pytest.raises(RunError, match=r"5\.jpg: not an image"):
         FolderSource(file.parent)[0]
-    assert not ghostscript.exists()
+    assert not ran.exists()
     with pytest.raises(OSError), Image.open(file) as image:
         image.load()
-    assert ghostscript.exists()  # the trap does work
+    assert ran.exists()  # the trap does work
 
 
 # --- which files DALI decodes -------------------------------------------------------------------
 
 
-def with_exif(*entries: bytes, magic: int = 42) -> bytes:
-    return with_segment(saved(picture(), "JPEG"), exif_block(*entries, magic=magic))
+def with_exif(*entries: bytes) -> bytes:
+    return with_segment(saved(picture(), "JPEG"), exif_block(*entries))
 
 
 PLAIN = {
@@ -176,43 +126,23 @@ PLAIN = {
 # Pillow decides what their orientation is.
 ODD_EXIF = {
     "entry outside": with_exif(DANGLING, ORIENTATION_6),
-    "entry of many": with_exif(exif_entry(0x010F, 2, 0x7FFFFFFF, 60), ORIENTATION_6),
-    "entry of no kind": with_exif(exif_entry(0x010F, 99, 1, 6), ORIENTATION_6),
     "cut": with_exif(ORIENTATION_6).replace(b"\1\0\x12\1\3", b"\2\2\x12\1\3", 1),
     "no orientation": with_exif(exif_entry(0x0112, 3, 0, 6)),
     "two orientations": with_exif(exif_entry(0x0112, 3, 2, 6)),
     "impossible orientation": with_exif(exif_entry(0x0112, 3, 1, 9)),
-    "twice": with_exif(ORIENTATION_6, exif_entry(0x0112, 3, 1, 3)),
-    "big tiff": with_exif(ORIENTATION_6, magic=43),
     "two segments": with_segment(with_exif(ORIENTATION_6), exif_block(exif_entry(0x0112, 3, 1, 1))),
     "xmp": with_segment(
         saved(picture(), "JPEG"),
         b"http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation='8' tiff:Orientation=\"8\"/>",
     ),
 }
-UNUSUAL = {
-    "cmyk": saved(picture().convert("CMYK"), "JPEG"),
-    "rgb": saved(picture(), "JPEG", keep_rgb=True),
-    "palette": saved(picture().quantize(8), "PNG"),
-    "16 bit": saved(Image.fromarray(np.full((9, 9), 700, np.uint16)), "PNG"),
-    "alpha": saved(picture().convert("RGBA"), "PNG"),
-    "clear color": saved(picture(), "PNG", transparency=(1, 2, 3)),
-    "turned png": saved(picture(), "PNG", exif=exif(6)),
-    "webp": saved(picture(), "WEBP"),
-    "empty": b"",
-    "text": b"no image",
-    "start": b"\xff\xd8\xff",
-    "half": PLAIN["jpeg"][: len(PLAIN["jpeg"]) // 2],
-    "no end": PLAIN["jpeg"][:-2],
-    "half png": PLAIN["png"][: len(PLAIN["png"]) // 2],
-}
 
 
-@pytest.mark.parametrize("kind", PLAIN | ODD_EXIF | UNUSUAL)
-def test_plain_files_are_decoded_as_they_are_and_unusual_ones_by_pillow(kind):
-    data = (PLAIN | ODD_EXIF | UNUSUAL)[kind]
-    header = plain_header(data)
-    assert header is None if kind in UNUSUAL else header[:2] == to_rgb(open_encoded(data)).size
+@pytest.mark.parametrize("kind", PLAIN | ODD_EXIF)
+def test_plain_files_are_decoded_by_dali(kind):
+    """Others take Pillow's way: test_corpus.py shows that they come out right."""
+    data = (PLAIN | ODD_EXIF)[kind]
+    assert plain_header(data)[:2] == to_rgb(open_encoded(data)).size
 
 
 def test_every_orientation_is_seen_as_torchvision_sees_it(backend, tmp_path, caplog):

@@ -125,7 +125,7 @@ def test_workers_change_nothing(start_method):
     source = open_source("trashnet96", "val").subset(range(37))
     expected = multicrop_loader(source, RECIPE, batch_size=4)
     made = multicrop_loader(source, RECIPE, batch_size=4, num_workers=1 + (start_method == "fork"))
-    for _ in range(2):  # the second pass comes from the same, persistent workers
+    for _ in range(2):
         assert same(list(made), list(expected))
 
 
@@ -204,11 +204,8 @@ def test_resume_at_the_end_of_an_epoch(make):
         ({"names_sha256": "0"}, "saved in mid-epoch with names_sha256 0, now it is "),
         ({"images_seen": 38}, "names image 37 of only 37 images"),
         ({"images_seen": -1}, "images_seen must be at least 0; got -1"),
-        ({"epoch": None}, "epoch must be a valid integer; got None"),
         ({"epoch": True}, "epoch must be a valid integer; got True"),
         ({"seed": "0"}, "seed must be a valid integer; got '0'"),
-        ({"names_sha256": 5}, "names_sha256 must be a valid string; got 5"),
-        ({"bad": None}, "bad must be a valid array; got None"),
         ({"bad": [[-1, "text"]]}, r"bad\[0\]\[0\] must be at least 0; got -1"),
         ({"bad": [[1, 2]]}, r"bad\[0\]\[1\] must be a valid string; got 2"),
         ({"bad": [[number, "text"] for number in range(38)]}, "names image 37 of only 37 images"),
@@ -285,7 +282,6 @@ def one_line(caught) -> str:
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"batch_size": 2.5}, "batch_size must be a whole number; got 2.5"),
         ({"seed": "x"}, "seed must be a whole number; got 'x'"),
-        ({"num_workers": 1.5}, "num_workers must be a whole number; got 1.5"),
         ({"device": "gpu"}, "device must be such as 'cpu', 'cuda' or 'cuda:1'; got 'gpu'"),
         ({"device": "cuda:77"}, "device 'cuda:77': there are "),
         ({"batch_size": 38}, "37 images, fewer than one batch of 38; use a batch size of at most 37"),
@@ -293,8 +289,8 @@ def one_line(caught) -> str:
         ({"batch_size": 1, "world_size": 40}, "use fewer ranks"),
         ({"rank": 2, "world_size": 2}, "rank 2, world_size 2"),
         ({"num_workers": -1}, "num_workers must be at least 0; got -1"),
-        ({"backend": "opencv"}, "unknown backend 'opencv'; expected one of 'auto', 'dali', 'cpu', "),
         ({"prefetch": 0}, "prefetch must be at least 1; got 0"),
+        ({"backend": "opencv"}, "unknown backend 'opencv'; expected one of 'auto', 'dali', 'cpu', "),
         ({"hw_decoder_load": 1.5}, "hw_decoder_load must lie in [0, 1]"),
         ({"max_bad_fraction": -0.1}, "max_bad_fraction must lie in [0, 1]"),
         ({"dtype": torch.float64}, "dtype must be one of"),
@@ -312,13 +308,8 @@ def test_small_images_are_refused_with_a_way_out():
     with pytest.raises(UsageError) as caught:
         loader(recipe=recipe)
     text = one_line(caught)
-    for part in (
-        "image-0.png is 40 x 32 px",
-        "short side of 33",
-        "crops of at most 32 px",
-        "min_image_size=1",
-    ):
-        assert part in text
+    assert "image-0.png is 40 x 32 px, the crops need a short side of 33 px" in text
+    assert "use crops of at most 32 px, or allow enlarging with min_image_size=1" in text
     enlarged = loader(recipe=MultiCropRecipe(global_size=48, local_size=40, min_image_size=1))
     assert [v.shape[-1] for v in next(iter(enlarged))[0]] == [48] * 2 + [40] * 6
     loader(recipe=MultiCropRecipe(global_size=32, local_crops=0))  # exactly the short side

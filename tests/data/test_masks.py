@@ -9,7 +9,6 @@ import torch
 
 from lejepa_fast.data.masks import MultiBlockMasks
 from lejepa_fast.data.sampler import EpochSchedule
-from lejepa_fast.errors import UsageError
 
 IMAGES = 10_000
 
@@ -111,7 +110,8 @@ def test_masks_are_a_function_of_seed_epoch_and_image_on_any_number_of_ranks_and
         changed = masks(seed, epoch, list(alone))[1]
         same = (changed == torch.stack([t for _, t in alone.values()])).flatten(1).all(1)
         assert not same.any()
-    assert masks(0, 0, torch.tensor([7, 3]))[0].equal(masks(0, 0, np.array([7, 3]))[0])
+    theirs = masks(np.int64(0), np.int32(0), np.array([7, 3], np.uint64))  # numbers of NumPy are numbers
+    assert masks(0, 0, torch.tensor([7, 3]))[0].equal(theirs[0])
     assert masks(0, 0, [])[1].shape == (0, 4, 14, 14)
     with pytest.raises(ValueError, match=r"indices: expected shape \(B,\), got \(1, 2\)"):
         masks(0, 0, [[1, 2]])
@@ -168,12 +168,12 @@ def test_an_image_with_too_little_context_is_drawn_anew_alone():
         ({"grid": 14}, r"grid: expected \(height, width\) in patches, got 14"),
         ({"grid": (14,)}, r"grid: expected \(height, width\) in patches, got \(14,\)"),
         ({"targets": 0}, r"targets: expected at least 1, got 0"),
+        ({"target_area": ("a", "b")}, "target_area: expected a number, got 'a'"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_by_the_name_of_the_argument(options, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises((ValueError, TypeError), match=message):
         MultiBlockMasks(**options)
-    assert isinstance(error.value, UsageError) or "targets" in options
 
 
 @pytest.mark.parametrize(
@@ -182,14 +182,6 @@ def test_what_cannot_be_drawn_is_refused_by_the_name_of_the_argument(options, me
 def test_masks_are_of_whole_numbers_alone(name, value):
     with pytest.raises(TypeError, match=f"^{name}: expected an integer, got"):
         MultiBlockMasks()(**{"seed": 0, "epoch": 0, "indices": [1], name: value})
-
-
-def test_numbers_of_numpy_are_numbers():
-    masks = MultiBlockMasks()
-    ours, theirs = masks(5, 1, [3]), masks(np.int64(5), np.int32(1), np.array([3], np.uint64))
-    assert ours[0].equal(theirs[0])
-    with pytest.raises(TypeError, match="target_area: expected a number, got 'a'"):
-        MultiBlockMasks(target_area=("a", "b"))
 
 
 def test_masks_need_torch_and_numpy_alone():

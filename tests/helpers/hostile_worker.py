@@ -1,7 +1,8 @@
 """Opens hostile shards for test_shards.py, and prints what came of them as one line of JSON.
 
-Arguments: backend, names of shards in this folder. It loads an epoch of each shard, verifies it and writes
-its index. It also prints by how much its memory has grown over all of them.
+Arguments: names of shards in this folder. It loads an epoch of each shard by each backend that works on a
+CPU, verifies the shard and writes its index.
+It also prints by how much its memory has grown over all of them.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from loader_backends import peak_memory
+from loader_backends import peak_memory, without_gpu
 
 from lejepa_fast.data import MultiCropRecipe, commands, multicrop_loader, open_source
 from lejepa_fast.data.sources import HoldOutError
@@ -37,7 +38,7 @@ def epoch_of(name: str, backend: str) -> list[int] | str:
             num_workers=0 if backend == "torchvision" else 1,  # in this process, whose memory is measured
             backend=backend,
             max_bad_fraction=0.5,
-            bad_images=f"bad-{name}.txt",
+            bad_images=f"bad-{backend}-{name}.txt",
             dtype=torch.uint8,
         )
         return [label for _, labels in loader for label in labels.tolist()]
@@ -54,19 +55,20 @@ def command(*arguments: str) -> tuple[int, str]:
 
 
 def main() -> None:
-    backend, *names = sys.argv[1:]
     torch.set_num_threads(1)
-    assert isinstance(epoch_of("clean.tar", backend), list)  # everything is loaded now
+    backends = without_gpu()
+    for backend in backends:
+        assert isinstance(epoch_of("clean.tar", backend), list)  # everything is loaded now
     before = peak_memory()
     # A limit on the address space, so that a leak ends this process and not the machine.
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + (1 << 30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     found = {}
-    for name in names:
-        signal.alarm(60)  # ends this process
+    for name in sys.argv[1:]:
+        signal.alarm(120)  # ends this process
         found[name] = {
-            "epoch": epoch_of(name, backend),
+            "epochs": {backend: epoch_of(name, backend) for backend in backends},
             "verify": command("verify", name, "--threads", "1"),
             "index": command("index", name),
         }

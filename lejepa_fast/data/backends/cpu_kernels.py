@@ -39,13 +39,13 @@ def render_view(view, p, kernel_size, threshold, out):
     if view.shape[2] == 3:
         load(view, planes)
     else:
-        load_channels(view, planes)
+        planes[:] = view.transpose(2, 0, 1)
     for step in range(4):
         code, factor = int(p[draws.CODES + step]), p[draws.FACTORS + step]
         if code == draws.BRIGHTNESS:
             scale_and_shift(planes, factor, _ZERO)
         elif code == draws.CONTRAST:
-            gray = gray_mean(planes) if view.shape[2] == 3 else channel_mean(planes)
+            gray = gray_mean(planes) if view.shape[2] == 3 else np.float32(planes.astype(np.float64).mean())
             scale_and_shift(planes, factor, (_ONE - factor) * gray)
         elif code == draws.SATURATION:
             saturate(planes, factor)
@@ -68,15 +68,6 @@ def load(view, planes):
 
 
 @njit(**_FAST)
-def load_channels(view, planes):
-    """As `load`, for any number of channels."""
-    for c in range(planes.shape[0]):
-        for i in range(planes.shape[1]):
-            for j in range(planes.shape[2]):
-                planes[c, i, j] = view[i, j, c]
-
-
-@njit(**_FAST)
 def scale_and_shift(planes, factor, shift):
     flat = planes.reshape(planes.size)
     for i in range(flat.size):
@@ -90,15 +81,6 @@ def gray_mean(planes):
     for i in range(r.size):
         total += np.floor(_RED * r[i] + _GREEN * g[i] + _BLUE * b[i])
     return np.float32(total / r.size)
-
-
-@njit(**_FAST)
-def channel_mean(planes):
-    flat = planes.reshape(planes.size)
-    total = 0.0
-    for i in range(flat.size):
-        total += flat[i]
-    return np.float32(total / flat.size)
 
 
 @njit(**_FAST)

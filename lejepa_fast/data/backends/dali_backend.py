@@ -38,7 +38,7 @@ from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.data.sources.base import EncodedSource
-from lejepa_fast.data.sources.decoding import naming_file, plain_header, rgb_of
+from lejepa_fast.data.sources.decoding import decode, naming_file, plain_header
 from lejepa_fast.data.views import EvalViews, TrainViews
 from lejepa_fast.errors import RunError, UsageError
 
@@ -63,7 +63,7 @@ os.register_at_fork(
 
 @dataclass(frozen=True)
 class Encoded:
-    """An image file that any decoder reads. See `decoding.Header`; the decoder must not turn the pixels."""
+    """An image file that any decoder reads, as `plain_header` tells; the decoder must not turn the pixels."""
 
     index: int
     data: bytes
@@ -84,9 +84,9 @@ def read_encoded(views: TrainViews | EvalViews, epoch: int, index: int, *, caref
     def read() -> Encoded:
         data = source.encoded(index)
         header = plain_header(data)
-        if header is not None and views.reduction(header.width, header.height) == 1:
+        if header is not None and views.reduction(*header[:2]) == 1:
             return Encoded(index, data, *header)
-        return _as_ppm(index, rgb_of(data, views.reduction, source.value_range))
+        return _as_ppm(index, decode(data, 3, views.reduction, source.value_range))
 
     found = naming_file(source.describe(index), read)
     views.check_size(index, found.width, found.height)
@@ -227,10 +227,9 @@ class DaliBackend:
             for _, parts in reads:
                 for part in parts:
                     part.cancel()
-            self._drain()
-
-    def close(self) -> None:
-        """Nothing to do: there are no processes."""
+            if self._running:  # their views would come out of the pipeline in the next pass
+                self._pipe = None
+                self._running.clear()
 
     def _read(self, key: BatchKey, bad: BadImages, *, careful: bool = False) -> list[Future[list[Encoded]]]:
         """Start reading the images of a batch, with good ones in the places of bad ones."""
@@ -314,18 +313,6 @@ class DaliBackend:
         for pixels in changed if turned else []:
             pixels[turned] = pixels[turned].transpose(1, 2)
         return [pixels.permute(0, 3, 1, 2) for pixels in changed]
-
-    def _drain(self) -> None:
-        """Take out what is inside DALI, so that the pipeline can be used again."""
-        try:
-            for batch in self._running:
-                if batch.rows and batch.refusal is None and self._pipe is not None:
-                    self._pipe.share_outputs()
-                    self._pipe.release_outputs()
-        except Exception as error:
-            log.debug("DALI failed on an abandoned batch: %s", error)
-            self._pipe = None
-        self._running.clear()
 
     def _build(self) -> Any:
         try:

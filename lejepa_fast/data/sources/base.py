@@ -18,14 +18,13 @@ from lejepa_fast.data.sources.decoding import (
     Reduction,
     UnreadableImageError,
     ValueRange,
+    decode,
     deep_values,
     deep_values_of,
     gray,
     naming_file,
     open_encoded,
     printable,
-    rgb_of,
-    to_channels,
     to_rgb,
 )
 from lejepa_fast.errors import UsageError
@@ -121,10 +120,11 @@ class ImageSource(ABC):
 
         draw: a random number for the choices that a source makes anew in each epoch.
         """
-        rgb = naming_file(
-            self.describe(index), lambda: to_rgb(self._opened(index, draw), reduction, self.value_range)
-        )
-        return rgb if self.channels == 3 else gray(rgb)  # type: ignore[return-value]
+        return naming_file(self.describe(index), lambda: self._decoded(index, reduction, draw))
+
+    def _decoded(self, index: int, reduction: Reduction | None, draw: int | None) -> Any:
+        rgb = to_rgb(self._opened(index, draw), reduction, self.value_range)
+        return rgb if self.channels == 3 else gray(rgb)
 
     def deep_values(self, index: int) -> np.ndarray | None:
         """See `decoding.deep_values`. Raises as `[index]` does."""
@@ -132,11 +132,6 @@ class ImageSource(ABC):
 
     def _opened(self, index: int, draw: int | None) -> Image.Image:
         return self.open_image(index)
-
-    def take_settings(self, base: "ImageSource") -> None:
-        """Be read as `base`, of whose files this source consists."""
-        self.left_out, self.draws = base.left_out, base.draws
-        self.channels, self.value_range = base.channels, base.value_range
 
     def image_size(self, index: int) -> tuple[int, int]:
         """(width, height) in pixels before EXIF rotation, from the file's header where that is possible."""
@@ -157,25 +152,17 @@ class EncodedSource(ImageSource):
     def open_image(self, index: int) -> Image.Image:
         return open_encoded(self.encoded(index))
 
-    def load(self, index: int, reduction: Reduction | None = None, draw: int | None = None) -> Any:
-        def load() -> Any:
-            data = self.encoded(index)
-            if self.channels not in (1, 3):
-                return to_channels(data, self.channels, reduction, self.value_range)
-            rgb = rgb_of(data, reduction, self.value_range)
-            return rgb if self.channels == 3 else gray(rgb)
-
-        return naming_file(self.describe(index), load)
+    def _decoded(self, index: int, reduction: Reduction | None, draw: int | None) -> Any:
+        return decode(self.encoded(index), self.channels, reduction, self.value_range)
 
     def image_size(self, index: int) -> tuple[int, int]:
         if self.channels in (1, 3):
             return super().image_size(index)
-        options = (
-            self.channels,
-            None,
-            (0, 1),
-        )  # so that a file of another number of channels is an error here
-        return naming_file(self.describe(index), lambda: to_channels(self.encoded(index), *options).size)
+
+        def size() -> tuple[int, int]:  # decoded: a file of another number of channels is an error here
+            return decode(self.encoded(index), self.channels, value_range=(0, 1)).size
+
+        return naming_file(self.describe(index), size)
 
     def deep_values(self, index: int) -> np.ndarray | None:
         return naming_file(self.describe(index), lambda: deep_values_of(self.encoded(index), self.channels))
@@ -193,7 +180,8 @@ class SubsetSource(ImageSource):
         targets = None if base._targets is None else base._targets[self._indices]
         super().__init__(name=base.name, classes=base.classes, targets=targets, origin=base.origin)
         self.values = None if base.values is None else base.values[self._indices]
-        self.take_settings(base)
+        self.left_out, self.draws = base.left_out, base.draws
+        self.channels, self.value_range = base.channels, base.value_range
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -202,7 +190,7 @@ class SubsetSource(ImageSource):
         return self.base.describe(int(self._indices[index]))
 
     def open_image(self, index: int) -> Image.Image:
-        return self.base.open_image(int(self._indices[index]))
+        return self._opened(index, None)
 
     def _opened(self, index: int, draw: int | None) -> Image.Image:
         return self.base._opened(int(self._indices[index]), draw)

@@ -11,7 +11,8 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
@@ -168,17 +169,10 @@ def _declared_range(image: Image.Image) -> tuple[float, float]:
     return ends[0].min(), ends[1].max()
 
 
-class Header(NamedTuple):
-    """Size of the upright image in pixels; EXIF orientation, 1-8, of the stored pixels."""
+def plain_header(data: bytes) -> tuple[int, int, int] | None:
+    """Header of an image file that any decoder reads as Pillow does; None for all others.
 
-    width: int
-    height: int
-    orientation: int
-
-
-def plain_header(data: bytes) -> Header | None:
-    """Size and orientation of an image file that any decoder reads as Pillow does; None for all others.
-
+    It is (width, height) of the upright image in pixels, and EXIF orientation, 1-8, of the stored pixels.
     Plain are complete JPEG and PNG files of 8-bit RGB or grayscale without transparency. A damaged file may
     look plain, because pixels are not decoded here.
     """
@@ -200,7 +194,7 @@ def plain_header(data: bytes) -> Header | None:
         return None
     orientation = int(orientation) if orientation in range(1, 9) else 1
     width, height = image.size if orientation < 5 else image.size[::-1]
-    return Header(width, height, orientation)
+    return width, height, orientation
 
 
 # --- to RGB -------------------------------------------------------------------------------------
@@ -257,38 +251,45 @@ def gray(rgb: Image.Image) -> ChannelImage:
     return ChannelImage(np.asarray(rgb.convert("L"))[..., None])
 
 
-def rgb_of(data: bytes, reduction: Reduction | None, value_range: ValueRange | None) -> Image.Image:
-    """As `to_rgb`, of an image file. Of colors of more than 8 bits, Pillow alone would read 8."""
+def decode(
+    data: bytes,
+    channels: int = 3,
+    reduction: Reduction | None = None,
+    value_range: ValueRange | None = None,
+) -> Any:
+    """An image file as an RGB image, or for another number of channels than 3 as a `ChannelImage`.
+
+    One channel is gray; other numbers are the channels of the file, or the pages of a TIFF, scaled as by
+    `to_rgb`; EXIF orientation is then applied except to TIFF files.
+
+    Raises:
+        ValueError: the file has another number of channels.
+    """
+    if channels not in (1, 3):
+        planes = channel_values(data)
+        if len(planes) != channels:
+            raise _OptionError(f"{len(planes)} channels, not {channels} (--data.channels)")
+        return ChannelImage(_to_bytes(planes, reduction, value_range))
     image = open_encoded(data)
-    if not _has_deep_colors(image):
-        return to_rgb(image, reduction, value_range)
+    convert = partial(_deep_to_rgb, data) if _has_deep_colors(image) else to_rgb
+    rgb = convert(image, reduction, value_range)
+    return rgb if channels == 3 else gray(rgb)
+
+
+def _deep_to_rgb(
+    data: bytes, image: Image.Image, reduction: Reduction | None, value_range: ValueRange | None
+) -> Image.Image:
+    """As `to_rgb`, of colors of more than 8 bits. Pillow alone would read 8 of them."""
     planes = channel_values(data)[: len(image.getbands())]  # of the first page
     colors, alpha = (planes[:-1], planes[-1:]) if len(planes) in (2, 4) else (planes, None)
-    upright = Image.fromarray(
-        _to_bytes(np.broadcast_to(colors, (3, *colors.shape[1:])), reduction, value_range)
-    )
+    colors = np.broadcast_to(colors, (3, *colors.shape[1:]))
+    upright = Image.fromarray(_to_bytes(colors, reduction, value_range))
     if alpha is not None:
         upright.putalpha(Image.fromarray(_to_bytes(alpha, reduction, None)[..., 0]))
         upright = _convert(upright, None)
     upright.getexif()[_Tag.Orientation] = image.getexif().get(_Tag.Orientation, 1)
     ImageOps.exif_transpose(upright, in_place=True)
     return upright
-
-
-def to_channels(
-    data: bytes, channels: int, reduction: Reduction | None, value_range: ValueRange | None
-) -> ChannelImage:
-    """An image file as 8-bit channels: those of the file, or the pages of a TIFF.
-
-    Values are scaled as by `to_rgb`. EXIF orientation is applied, except to TIFF files.
-
-    Raises:
-        ValueError: the file has another number of channels.
-    """
-    planes = channel_values(data)
-    if len(planes) != channels:
-        raise _OptionError(f"{len(planes)} channels, not {channels} (--data.channels)")
-    return ChannelImage(_to_bytes(planes, reduction, value_range))
 
 
 def _to_bytes(planes: np.ndarray, reduction: Reduction | None, value_range: ValueRange | None) -> np.ndarray:
@@ -298,19 +299,21 @@ def _to_bytes(planes: np.ndarray, reduction: Reduction | None, value_range: Valu
         raise ValueError(f"pixels of type {planes.dtype}")
     if value_range is None and planes.dtype.kind == "f":
         raise _OptionError("floating-point pixels without a range; set --data.bit-depth percentile")
-    scaled = planes.dtype not in (bool, np.uint8)
-    low, high = (value_range or (0, np.iinfo(planes.dtype).max)) if scaled else (0, 255)
-
-    def of_one(plane: np.ndarray) -> np.ndarray:
-        """One after the other, because values take four times the memory of bytes on the way."""
-        if scaled:
-            values = np.nan_to_num((plane.astype(np.float32) - low) * (255 / (high - low)))
-            plane = np.clip(np.rint(values), 0, 255).astype(np.uint8)
-        elif plane.dtype == bool:
+    made = []
+    for plane in planes:  # one after the other: values take four times the memory of bytes
+        if plane.dtype == bool:
             plane = 255 * plane.astype(np.uint8)
-        return np.asarray(Image.fromarray(plane).reduce(factor)) if factor > 1 else plane
+        elif plane.dtype != np.uint8:
+            ends = value_range or (0, np.iinfo(plane.dtype).max)
+            plane = _scaled(plane.astype(np.float32), ends)
+        made.append(np.asarray(Image.fromarray(plane).reduce(factor)) if factor > 1 else plane)
+    return np.stack(made, axis=-1)
 
-    return np.stack([of_one(plane) for plane in planes], axis=-1)
+
+def _scaled(values: np.ndarray, ends: ValueRange) -> np.ndarray:
+    """Floating-point values of black and white -> 0 and 255, uint8. NaN is black."""
+    values = np.nan_to_num((values - ends[0]) * (255 / (ends[1] - ends[0])), posinf=255.0, neginf=0.0)
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
 def channel_values(data: bytes) -> np.ndarray:
@@ -324,7 +327,11 @@ def channel_values(data: bytes) -> np.ndarray:
         if _has_deep_colors(image):
             if 2 * image.width * image.height * len(image.getbands()) > _MAX_CHUNK_BYTES:
                 raise ValueError(f"more than {_MAX_CHUNK_BYTES >> 20} MiB of pixels")
-            return _deep_png(data)
+            import torch
+            from torchvision.io import ImageReadMode, decode_png
+
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return decode_png(encoded, ImageReadMode.UNCHANGED).numpy()
         pixels = np.asarray(ImageOps.exif_transpose(image))
         return np.moveaxis(np.atleast_3d(pixels), -1, 0)
     from tifffile import TiffFile
@@ -358,9 +365,7 @@ def _check_inflated(chunk: bytes) -> None:
 
 def _convert(image: Image.Image, ends: tuple[float, float] | None) -> Image.Image:
     if ends is not None:
-        values = (np.asarray(image).astype(np.float64) - ends[0]) * (255 / (ends[1] - ends[0]))
-        values = np.nan_to_num(values, posinf=255.0, neginf=0.0)  # NaN is black
-        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_scaled(np.asarray(image).astype(np.float64), ends)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         # The premultiplied modes convert to their plain counterparts only.
         plain = {"RGBa": "RGBA", "La": "LA"}.get(image.mode, image.mode)
@@ -396,18 +401,9 @@ def _has_deep_colors(image: Image.Image) -> bool:
     return max(_tiff_tags(image).get(_Tag.BitsPerSample, (8,))) > 8
 
 
-def _deep_png(data: bytes) -> np.ndarray:
-    """The channels (C, H, W) uint16 of a PNG file."""
-    import torch
-    from torchvision.io import ImageReadMode, decode_png
-
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return decode_png(encoded, ImageReadMode.UNCHANGED).numpy()
-
-
 def deep_values(image: Image.Image) -> np.ndarray | None:
     """Up to 2^16 finite values of an image with more than 8 bits, spread over it; None for other images."""
-    return some_of(np.asarray(image)) if _is_deep(image) else None
+    return _some_of(np.asarray(image)) if _is_deep(image) else None
 
 
 def deep_values_of(data: bytes, channels: int) -> np.ndarray | None:
@@ -415,10 +411,10 @@ def deep_values_of(data: bytes, channels: int) -> np.ndarray | None:
     if channels in (1, 3) and not _has_deep_colors(image := open_encoded(data)):
         return deep_values(image)
     values = channel_values(data)
-    return some_of(values) if values.dtype.itemsize > 1 else None
+    return _some_of(values) if values.dtype.itemsize > 1 else None
 
 
-def some_of(values: np.ndarray) -> np.ndarray:
+def _some_of(values: np.ndarray) -> np.ndarray:
     """Up to 2^16 finite values, spread over an array."""
     spread = values.ravel()[:: -(-values.size // (1 << 16))]
     return spread[np.isfinite(spread)]

@@ -1,12 +1,11 @@
 """Scientific images: values of more than 8 bits, stacks of slices, other numbers of channels than three."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from lejepa_fast.data.sources.base import EncodedSource, ImageSource
+from lejepa_fast.data.sources.base import EncodedSource, ImageSource, SubsetSource
 from lejepa_fast.data.sources.decoding import UnreadableImageError, ValueRange, check_frame, naming_file
 from lejepa_fast.errors import UsageError
 
@@ -35,7 +34,7 @@ def choose_value_range(source: ImageSource, bit_depth: BitDepth) -> ValueRange |
         UsageError: with "percentile", the images have no two values; with "auto", none of the above holds.
         RunError: the images cannot be read now.
     """
-    found, declared = [], True
+    found, floats = [], []
     for index in range(0, len(source), -(-len(source) // _PROBED_IMAGES)):
         try:
             values = source.deep_values(index)
@@ -43,8 +42,7 @@ def choose_value_range(source: ImageSource, bit_depth: BitDepth) -> ValueRange |
             continue  # the loader counts them
         if values is not None and values.size:
             found.append(values)
-            if bit_depth == "auto" and values.dtype.kind == "f":
-                declared = declared and _is_readable(source, index)
+            floats += [index] * (values.dtype.kind == "f")
     if not found:
         return None
     if bit_depth == "percentile":
@@ -55,12 +53,11 @@ def choose_value_range(source: ImageSource, bit_depth: BitDepth) -> ValueRange |
     if bit_depth != "auto":
         return 0.0, 2.0 ** int(bit_depth) - 1
     low, high = min(values.min() for values in found), max(values.max() for values in found)
-    floating = any(values.dtype.kind == "f" for values in found)
-    if floating and low >= 0 and high <= 1:
+    if floats and low >= 0 and high <= 1:
         return 0.0, 1.0
-    if floating and declared:
+    if floats and all(_is_readable(source, index) for index in floats):  # their files declare a range
         return None
-    if floating or low < 0 or high > 65535:
+    if floats or low < 0 or high > 65535:
         raise UsageError(
             f"bit_depth auto: expected values of 8 to 16 bits, or from 0 to 1, or a range that each file "
             f"declares, got {low:g} to {high:g}; set --data.bit-depth percentile"
@@ -108,28 +105,12 @@ def as_trained(source: ImageSource, slices: Slices, channels: int = 3) -> ImageS
     return source
 
 
-class _Stacks(ImageSource):
-    def __init__(self, base: ImageSource, files: Sequence[int] | np.ndarray) -> None:
-        self.base, self._files = base, np.asarray(files, dtype=np.int64)
-        targets = None if base._targets is None else base._targets[self._files]
-        super().__init__(name=base.name, classes=base.classes, targets=targets, origin=base.origin)
-        self.values = None if base.values is None else base.values[self._files]
-        self.take_settings(base)
+class _RandomSlices(SubsetSource):
+    """A slice of each file."""
 
-    def __len__(self) -> int:
-        return len(self._files)
-
-
-class _RandomSlices(_Stacks):
     def __init__(self, base: ImageSource) -> None:
         super().__init__(base, range(len(base)))
         self.draws = True
-
-    def describe(self, index: int) -> str:
-        return self.base.describe(index)
-
-    def open_image(self, index: int) -> Image.Image:
-        return self._opened(index, None)
 
     def _opened(self, index: int, draw: int | None) -> Image.Image:
         image: Any = self.base.open_image(index)
@@ -139,20 +120,23 @@ class _RandomSlices(_Stacks):
         return image
 
 
-class _AllSlices(_Stacks):
+class _AllSlices(SubsetSource):
+    """Every slice of each file."""
+
     def __init__(self, base: ImageSource) -> None:
         counts = [_count_slices(base, index) for index in range(len(base))]
         super().__init__(base, np.repeat(np.arange(len(base)), np.array(counts, dtype=np.int64)))
         self._first = np.cumsum([0, *counts])
 
-    def describe(self, index: int) -> str:
-        file = self._files[index]
-        return f"{self.base.describe(int(file))}, slice {index - self._first[file]}"
+    def _slice(self, index: int) -> int:
+        return int(index - self._first[self._indices[index]])
 
-    def open_image(self, index: int) -> Image.Image:
-        file = int(self._files[index])
-        image = self.base.open_image(file)
-        image.seek(int(index - self._first[file]))
+    def describe(self, index: int) -> str:
+        return f"{super().describe(index)}, slice {self._slice(index)}"
+
+    def _opened(self, index: int, draw: int | None) -> Image.Image:
+        image = super()._opened(index, draw)
+        image.seek(self._slice(index))
         check_frame(image)
         return image
 
