@@ -20,13 +20,11 @@ IMAGES = 16
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("--models", nargs="+", default=MODELS, help="any timm names or short names")
-    options = parser.parse_args(arguments)
+    options = command_line(__doc__).parse_args(arguments)
     writer = Rows(options.out / "plan.jsonl", "plan")
     figure = Figure(figsize=(7.6, 5.0), dpi=100, layout="constrained")
     axes = figure.subplots()
-    for number, model in enumerate(options.models):
+    for number, model in enumerate(MODELS):
         for mode in MODES:
             parallel = ParallelConfig(strategy="fsdp", activation_checkpointing=mode)
             cfg = Config(model=ModelConfig(model), parallel=parallel, precision="bf16", device="cpu")
@@ -44,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     axes.set_yscale("log", base=2)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
-    figure.legend(loc="outside lower center", ncols=len(options.models), fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(MODELS), fontsize=8)
     figure.savefig(options.out / "plan.png")
 
 
