@@ -7,7 +7,7 @@ draws plan.png.
 
 from typing import Literal
 
-from benchlib import Rows, command_line
+from benchlib import Row, Rows, command_line
 from matplotlib.figure import Figure
 
 from lejepa_fast.train.config import Config, ModelConfig, ParallelConfig
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
             cfg = Config(model=ModelConfig(model), parallel=parallel, precision="bf16", device="cpu")
             found = plan_memory(cfg, shards=8, images=IMAGES)
             gib = [found.peak(gpus, IMAGES) / 2**30 for gpus in GPUS]
-            about = {"kind": "memory", "model": model, "activation_checkpointing": mode}
+            about: Row = {"kind": "memory", "model": model, "activation_checkpointing": mode}
             about["images_per_gpu"] = IMAGES
             writer.write(*({**about, "gpus": n, "peak_gib": peak} for n, peak in zip(GPUS, gib, strict=True)))
             label = f"{model}, {'no' if mode == 'none' else mode} checkpointing"
