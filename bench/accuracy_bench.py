@@ -126,14 +126,13 @@ def measured(variant: Variant, J: int, device: str) -> Row:
 
 def share_of_allowed(row: Row) -> float:
     """The largest error of a row as a share of what the rule allows; infinite if an error is NaN."""
-    allowed = {"value": {"relative": RELATIVE_ERROR}, "gradient": {"ulp": 0.0}}
-    if (dtype := getattr(torch, row["dtype"])) != torch.float32:
-        allowed["gradient"]["ulp"] = torch.finfo(dtype).eps / 2  # it has the dtype of the inputs
-        if row["kernels"] == "compiled":
-            allowed["value"]["relative"] = HALF_PRECISION_ERROR
+    dtype, value = getattr(torch, row["dtype"]), RELATIVE_ERROR
+    ulp = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2  # the gradient has the inputs' dtype
+    if ulp and row["kernels"] == "compiled":
+        value = HALF_PRECISION_ERROR
     shares = [
-        error / allowed_error(plain, **allowed[part])
-        for part in allowed
+        error / allowed_error(plain, **options)
+        for part, options in (("value", {"relative": value}), ("gradient", {"ulp": ulp}))
         for error, plain in zip(row[f"{part}_errors"], row[f"plain_{part}_errors"], strict=True)
     ]
     return max(share if share == share else float("inf") for share in shares)
@@ -172,9 +171,7 @@ def tensor_core_product(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArr
         exact = (np.trunc(left * right / unit[:, None]).sum(1) + np.trunc(total / unit)) * unit
         nearest = exact.astype(np.float32)
         inner = np.nextafter(nearest, np.float32(0))
-        total = np.where(np.abs(nearest.astype(np.float64)) > np.abs(exact), inner, nearest).astype(
-            np.float64
-        )
+        total = np.where(abs(nearest.astype(float)) > abs(exact), inner, nearest).astype(float)
     return total
 
 
@@ -217,17 +214,17 @@ def main() -> int:
     writer = Rows(options.out / "sigreg_accuracy.jsonl", "sigreg_accuracy")
     scales = ", ".join(f"{scale:g}" for scale in SCALES)
     print(f"relative error of the statistic / of the gradient, for projections of {scales}", flush=True)
-    rows = []
+    code = 0
     for row in measure(device, options.knots):
-        rows += writer.write(row)
+        writer.write(row)
         pairs = zip(row["value_errors"], row["gradient_errors"], strict=True)
         cells = [f"{value:.0e} / {gradient:.0e}" for value, gradient in pairs]
-        print(f"{row['variant']}, J {row['J']}: {', '.join(cells)}", flush=True)
-    beyond = [row for row in rows if row["judged"] and row["share_of_allowed"] > 1]
-    for row in beyond:
-        share = f"{row['share_of_allowed']:.2g} times the error allowed"
-        print(f"error: {row['variant']}, J {row['J']}: {share}", file=sys.stderr)
-    return int(bool(beyond))
+        what = f"{row['variant']}, J {row['J']}"
+        print(f"{what}: {', '.join(cells)}", flush=True)
+        if row["judged"] and row["share_of_allowed"] > 1:
+            print(f"error: {what}: {row['share_of_allowed']:.2g} times the error allowed", file=sys.stderr)
+            code = 1
+    return code
 
 
 if __name__ == "__main__":

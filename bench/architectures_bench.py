@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from benchlib import SHORT_RUN, Row, Rows, command_line, first_line, print_table, read_rows
+from benchlib import SHORT_RUN, Row, Rows, command_line, first_line, print_rows
 
 from lejepa_fast.train.config import EMBEDDED_DATA, Config, ModelConfig, parse
 from lejepa_fast.train.engine.trainer import Trainer
@@ -29,57 +29,23 @@ from lejepa_fast.train.runtime.world import World
 
 STEPS = 30
 FIGURES = ("knn", "linear", "embedding_std", "effective_rank")
-# Below 20 M parameters, one line a family (a module of timm), the families in alphabetical order.
-_FAMILIES = """
-    repvgg_a0 gernet_s mobileone_s1 mobilevit_xxs mobilevitv2_050 botnet26t_256 halonet26t lambda_resnet26t
-    cait_xxs24_224
-    coat_lite_tiny
-    convit_tiny
-    convnext_atto convnext_femto convnextv2_atto
-    crossvit_tiny_240
-    cs3darknet_focus_s
-    densenet121
-    dla46_c dla60x_c
-    dpn48b
-    edgenext_xx_small
-    efficientformer_l1
-    efficientformerv2_s0
-    efficientnet_b0 efficientnet_lite0 mobilenetv2_100 mnasnet_100 tinynet_e fbnetc_100 spnasnet_100 mixnet_s
-    efficientvit_b0
-    efficientvit_m0
-    eva02_tiny_patch14_224
-    fastvit_t8
-    gcvit_xxtiny
-    ghostnet_100 ghostnetv2_100
-    hgnetv2_b0
-    hrnet_w18_small
-    inception_next_atto
-    levit_128s
-    mambaout_femto
-    maxvit_rmlp_pico_rw_256 coatnet_nano_rw_224
-    poolformer_s12 poolformerv2_s12
-    mixer_s32_224 resmlp_12_224 gmlp_ti16_224
-    mobilenetv3_small_100 mobilenetv4_conv_small lcnet_050 hardcorenas_a
-    nest_tiny
-    nf_regnet_b0
-    pit_ti_224
-    pvt_v2_b0
-    regnetx_002 regnety_002
-    repghostnet_050
-    repvit_m0_9
-    resnet10t resnet14t resnet18 seresnet18 skresnet18 resnest14d
-    resnetv2_18
-    rexnet_100
-    shvit_s1
-    starnet_s1
-    swiftformer_xs
-    tiny_vit_5m_224
-    visformer_tiny
-    vit_tiny_patch16_224 deit_tiny_patch16_224 vit_wee_patch16_reg1_gap_256
-    ese_vovnet19b_dw
+# Below 20 M parameters, those of one family (a module of timm) together.
+_NAMES = """
+    repvgg_a0 gernet_s mobileone_s1 mobilevit_xxs mobilevitv2_050 botnet26t_256 halonet26t
+    lambda_resnet26t cait_xxs24_224 coat_lite_tiny convit_tiny convnext_atto convnext_femto
+    convnextv2_atto crossvit_tiny_240 cs3darknet_focus_s densenet121 dla46_c dla60x_c dpn48b
+    edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientnet_b0 efficientnet_lite0
+    mobilenetv2_100 mnasnet_100 tinynet_e fbnetc_100 spnasnet_100 mixnet_s efficientvit_b0 efficientvit_m0
+    eva02_tiny_patch14_224 fastvit_t8 gcvit_xxtiny ghostnet_100 ghostnetv2_100 hgnetv2_b0 hrnet_w18_small
+    inception_next_atto levit_128s mambaout_femto maxvit_rmlp_pico_rw_256 coatnet_nano_rw_224
+    poolformer_s12 poolformerv2_s12 mixer_s32_224 resmlp_12_224 gmlp_ti16_224 mobilenetv3_small_100
+    mobilenetv4_conv_small lcnet_050 hardcorenas_a nest_tiny nf_regnet_b0 pit_ti_224 pvt_v2_b0 regnetx_002
+    regnety_002 repghostnet_050 repvit_m0_9 resnet10t resnet14t resnet18 seresnet18 skresnet18 resnest14d
+    resnetv2_18 rexnet_100 shvit_s1 starnet_s1 swiftformer_xs tiny_vit_5m_224 visformer_tiny
+    vit_tiny_patch16_224 deit_tiny_patch16_224 vit_wee_patch16_reg1_gap_256 ese_vovnet19b_dw
     xcit_nano_12_p16_224
 """
-MODELS = _FAMILIES.split()
+MODELS = _NAMES.split()
 
 
 def configuration(name: str, steps: int, out: Path, data: str = EMBEDDED_DATA) -> Config:
@@ -133,21 +99,17 @@ def train(name: str, steps: int, folder: Path, data: str = EMBEDDED_DATA) -> Row
 def summarize(rows: Sequence[Row]) -> None:
     """Print the rows as a table, and `counts`."""
     trained = [row for row in rows if "error" not in row]
-    columns = [
+    figures = (
         "loss_first",
         "loss_last",
         "knn_untrained",
         "knn_trained",
         "linear_untrained",
         "linear_trained",
-    ]
-    cells = [
-        [row["model"], row["family"], f"{row['parameters'] / 1e6:.1f} M"]
-        + [f"{row[key]:.3g}" for key in columns]
-        + [row["state"]]
-        for row in sorted(trained, key=lambda row: (row["family"], row["model"]))
-    ]
-    print_table(["model", "family", "parameters", *columns, "state"], cells)
+    )
+    columns = {"model": "{model}", "family": "{family}", "parameters": "{parameters:,}"}
+    columns |= {key: f"{{{key}:.3g}}" for key in figures} | {"state": "{state}"}
+    print_rows(sorted(trained, key=lambda row: (row["family"], row["model"])), columns)
     for row in rows:
         if "error" in row:
             print(f"{row['model']} cannot take part: {row['error']}")
@@ -174,26 +136,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="of each training (%(default)s)")
     parser.add_argument("--data", default=EMBEDDED_DATA, help="labeled images (%(default)s)")
     options = parser.parse_args(arguments)
-    path = options.out / "architectures.jsonl"
-    writer = Rows(path, "architectures", torch.device("cpu"))
-
-    def known() -> dict[str, Row]:
-        same = {"steps": options.steps, "data": options.data}
-        rows = {row["model"]: row for row in read_rows(path) if same.items() <= row.items()}
-        return {name: rows[name] for name in options.models if name in rows}
-
+    writer, rows = Rows(options.out / "architectures.jsonl", "architectures", torch.device("cpu")), []
     for name in options.models:
-        if name in known():
-            continue
-        row: Row = {"model": name, "steps": options.steps, "data": options.data}
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                row |= train(name, options.steps, Path(folder), options.data)
-            except Exception as error:  # models refuse sizes in many ways; the others go on
-                row["error"] = first_line(error)
-        writer.write(row)
-        print(row, flush=True)
-    summarize([*known().values()])
+        wanted: Row = {"model": name, "steps": options.steps, "data": options.data}
+        if not (found := writer.known(wanted)):
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    measured = train(name, options.steps, Path(folder), options.data)
+                except Exception as error:  # models refuse sizes in many ways; the others go on
+                    measured = {"error": first_line(error)}
+            found = writer.write({**wanted, **measured})
+            print(found[-1], flush=True)
+        rows.append(found[-1])
+    summarize(rows)
 
 
 if __name__ == "__main__":

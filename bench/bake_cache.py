@@ -10,23 +10,20 @@ a fresh process that makes the same launches from a copy of the cache: it must c
 Triton finds a kernel by a hash of its own Python files and compiled library, the version of ptxas, the
 kernel's source, its argument types and options, and some environment variables. The library differs between
 the wheels for Python 3.11 and 3.12. So bake with the versions of Python and Triton of the GPU's machine;
-PyTorch's version and the folder do not count. `baked.json` names what it was baked with, and `gpu_check.py`
-says whether that fits.
+PyTorch's version and the folder do not count. Rows of `gpu_check.py` count what was compiled all the same.
 
 Not in the cache: what the C compiler builds at the first launch (Triton's launchers, about a second each),
 kernels of `torch.compile`, and those of the tests.
 """
 
 import argparse
-import contextlib
-import hashlib
 import json
 import os
 import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -45,22 +42,16 @@ from standin_driver import standing_in
 
 FOLDER = ROOT / "bench" / "baked"
 MOST_BYTES = 10 * 10**6
-MANIFEST = "baked.json"
 KEPT = (".cubin", ".json")
 CPU = torch.device("cpu")
 Job = tuple[Callable[..., None], tuple[Any, ...]]
-"""What a process launches: a function of this module, and its arguments."""
+"""What a process launches: a function and its arguments."""
 
 
 def step(case: Case) -> None:
     """A training step."""
     (x,) = variants.make_inputs(case, 1, CPU)
     variants.VARIANTS[TRITON](case, CPU).step(x)
-
-
-def tiles(case: Case, fused: bool, index: int, count: int) -> None:
-    """A share of the candidate tiles."""
-    tiles_bench.compile_share(case, CPU, fused, index, count)
 
 
 def accuracy(variant: accuracy_bench.Variant) -> None:
@@ -72,7 +63,7 @@ def jobs_of_check() -> list[Job]:
     """The launches of `gpu_check.py`'s benchmarks."""
     shares = 8
     jobs: list[Job] = [
-        (tiles, (tiles_bench.CASES[key], fused, index, shares))
+        (tiles_bench.compile_share, (tiles_bench.CASES[key], CPU, fused, index, shares))
         for key in tiles_bench.FIRST
         for fused in tiles_bench.backwards(tiles_bench.CASES[key])
         for index in range(shares)
@@ -97,21 +88,18 @@ def run(job: Job) -> int:
     return len(compiled)
 
 
-@contextlib.contextmanager
-def cache_folder(folder: Path) -> Iterator[None]:
-    with mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(folder)):
-        yield
+def run_all(jobs: Sequence[Job], cache: Path, processes: int) -> int:
+    """`run` all jobs in fresh processes with this cache."""
+    with mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(cache)), timing.fresh_processes(processes) as pool:
+        return sum(pool.map(run, jobs))
 
 
 def bake(folder: Path, jobs: Sequence[Job], processes: int) -> int:
     """Replace `folder` by a cache with the kernels of these jobs; its bytes."""
     with tempfile.TemporaryDirectory() as fresh:
-        with cache_folder(Path(fresh)), timing.fresh_processes(processes) as pool:
-            for number, _ in enumerate(pool.map(run, jobs), 1):
-                print(f"{number} of {len(jobs)} jobs done", flush=True)
+        run_all(jobs, Path(fresh), processes)
         shutil.rmtree(folder, ignore_errors=True)
         install(Path(fresh), folder)
-    (folder / MANIFEST).write_text(json.dumps(versions() | {"kernels": len([*folder.glob("*/*.cubin")])}))
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -130,29 +118,11 @@ def install(cache: Path, folder: Path) -> None:
         (to / group.name).write_text(json.dumps({"child_paths": kept}), encoding="utf-8")
 
 
-def versions() -> dict[str, str]:
-    """What a cache depends on beside kernels and options."""
-    from triton.runtime.cache import triton_key
-
-    key = hashlib.sha256(triton_key().encode()).hexdigest()
-    return {"python": platform.python_version(), "triton": triton.__version__, "triton_key": key}
-
-
-def mismatch(cache: Path) -> str | None:
-    """Why a cache does not fit this Python and Triton, or None if it does."""
-    baked, here = json.loads((cache / MANIFEST).read_text(encoding="utf-8")), versions()
-    if baked["triton_key"] == here["triton_key"]:
-        return None
-    pairs = ", ".join(f"{name} {baked[name]}, here {here[name]}" for name in ("python", "triton"))
-    return f"baked with another build of Triton: {pairs}"
-
-
 def check(folder: Path, jobs: Sequence[Job]) -> int:
     """How many kernels a fresh process compiles for these jobs with a copy of the cache."""
     with tempfile.TemporaryDirectory() as copy:
         install(folder, Path(copy))
-        with cache_folder(Path(copy)), timing.fresh_processes(1) as pool:
-            return sum(pool.map(run, jobs))
+        return run_all(jobs, Path(copy), 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -166,7 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = jobs_of_check()
     if not options.check:
         size = bake(options.out, jobs, options.processes)
-        print(f"{options.out}: {size / 1e6:.1f} MB, {(options.out / MANIFEST).read_text()}", flush=True)
+        versions = f"Python {platform.python_version()}, Triton {triton.__version__}"
+        print(f"{options.out}: {size / 1e6:.1f} MB for {versions}", flush=True)
         if size > MOST_BYTES:
             print(f"error: expected at most {MOST_BYTES / 1e6:.0f} MB", file=sys.stderr)
             return 1

@@ -81,6 +81,10 @@ class Rows:
             file.writelines(json.dumps(row) + "\n" for row in written)
         return written
 
+    def known(self, wanted: Mapping[str, Any]) -> list[Row]:
+        """The rows of the file with these values: what need not be measured again."""
+        return [row for row in read_rows(self.path) if wanted.items() <= row.items()]
+
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a JSONL file: none without the file, and not the last line of an interrupted write."""
@@ -161,6 +165,22 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in [header, ["-" * w for w in widths], *rows]:
         cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
         print("  ".join(cells).rstrip(), flush=True)
+
+
+def print_rows(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+    print_table(list(columns), cells(rows, columns))
+
+
+def cells(rows: Sequence[Row], columns: Mapping[str, str]) -> list[list[str]]:
+    """The lines of a table: a column is a format of the row, and "-" where a row lacks the figure."""
+
+    def cell(form: str, row: Row) -> str:
+        try:
+            return form.format_map(row)
+        except (KeyError, TypeError):  # no such key, or None
+            return "-"
+
+    return [[cell(form, row) for form in columns.values()] for row in rows]
 
 
 def first_line(failure: BaseException) -> str:

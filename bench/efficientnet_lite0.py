@@ -40,9 +40,7 @@ def converted_weights() -> dict[str, Tensor]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the file and return the exit code."""
-    parser = argparse.ArgumentParser(
-        description="Write the weights of EfficientNet-Lite0 under timm's names."
-    )
+    parser = argparse.ArgumentParser(description="Write EfficientNet-Lite0's weights under timm's names.")
     parser.add_argument("out", type=Path, help="the file to write, .safetensors")
     out: Path = parser.parse_args(argv).out
     try:

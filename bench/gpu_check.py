@@ -53,7 +53,7 @@ NO_TESTS = 5  # pytest's exit code
 LEAST_SECONDS = 5  # a stage is not begun with less
 PART_MINUTES = 5.5
 LAST_SECONDS = 20  # kept to import PyTorch and to print the tables
-GRACE = (3, 1, 1)  # seconds that a stage gets after each signal to stop
+GRACE = 5  # seconds that a stage gets to end after the signal to stop
 END_SECONDS = 12  # kept for a benchmark to start and to end within its time
 
 
@@ -97,7 +97,6 @@ def _sigreg(part: int, seconds: int, case: str, *more: str) -> Stage:
     return Stage(" ".join(["sigreg", case, *more]), part, seconds, command, "sigreg.jsonl", case)
 
 
-_ENVIRONMENT = Stage("environment", 1, 15, ("-m", "torch.utils.collect_env"))
 _TILES, _OTHERS = "kernel_tiles.jsonl", ("minimal-float32", "reference-float32")
 _REFERENCE = _sigreg(1, 35, "reference-bfloat16", "--no-compile")
 _KERNELS = ("kernels/kernel_*.py", "kernels/test_kernels_gpu.py")
@@ -106,7 +105,7 @@ _ACCURACY, _ACCURACY_ROWS = _script("accuracy_bench.py"), "sigreg_accuracy.jsonl
 _LOADER = _tests("data/test_*.py", only="gpu")
 _BUDGET = ("--budget-minutes", "{minutes}")
 STAGES = (
-    _ENVIRONMENT,
+    Stage("environment", 1, 15, ("-m", "torch.utils.collect_env")),
     Stage("tiles", 1, 70, _script("tiles_bench.py", "--sizes", *FIRST), _TILES),
     _REFERENCE,
     _sigreg(1, 45, "giant-bfloat16"),
@@ -131,12 +130,11 @@ STAGES = (
     Stage("sigreg against N and M", 3, 90, _script("sigreg_bench.py", "--sweep")),
     Stage("slow kernel tests", 3, 300, _tests(*_KERNELS, only=_SLOW)),
 )
-_CASES = _script("sigreg_bench.py", "--rehearse", "--repeats", "2")
+_CASES = _script("sigreg_bench.py", "--rehearse", "--repeats", "2", "--cases", FIRST[0], _OTHERS[0])
 REHEARSAL = (
-    _ENVIRONMENT,
-    Stage("sigreg, all cases", 1, 90, _CASES, "sigreg.jsonl", "reference-bfloat16"),
+    Stage("sigreg", 1, 90, _CASES, "sigreg.jsonl", "reference-bfloat16"),
     Stage("tiles", 1, 70, _script("tiles_bench.py", "--rehearse"), _TILES),
-    Stage("kernel tests", 2, 100, _tests(*_KERNELS, only="double_backward")),
+    Stage("kernel tests", 2, 100, _tests("kernels/kernel_tiles.py", only="partial_sums")),
     Stage("training, 50 steps", 2, 30, _script("train_bench.py", "--rehearse", "--smoke"), "train.jsonl"),
 )
 
@@ -152,39 +150,20 @@ class Outcome(NamedTuple):
 def execute(arguments: Sequence[str], limit: float, environment: dict[str, str], folder: Path) -> Outcome:
     """Run Python with `arguments`, and stop it with all its processes after `limit` seconds."""
     began = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, *arguments], env=environment, cwd=folder, start_new_session=True
-    )
+    command = [sys.executable, *arguments]
+    process = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True)
     try:
         code = process.wait(limit)
     except subprocess.TimeoutExpired:
-        stop(process)
         return Outcome("stopped", time.monotonic() - began, f"not done after {limit:.0f} s")
-    except BaseException:  # Ctrl-C, or the end of the whole check: leave nothing running
-        stop(process)
-        raise
+    finally:  # also at Ctrl-C, or at the end of the whole check: leave nothing running
+        for number in (signal.SIGINT, signal.SIGKILL):  # at the first one pytest reports what failed so far
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
     seconds = time.monotonic() - began
     return Outcome("failed", seconds, f"exit code {code}") if code else Outcome("ok", seconds)
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    # At the first signal pytest still reports what failed so far.
-    for number, seconds in zip((signal.SIGINT, signal.SIGTERM, signal.SIGKILL), GRACE, strict=True):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-            break
-    with contextlib.suppress(ProcessLookupError):  # what it started may not have followed it
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def make_environment(rehearse: bool) -> dict[str, str]:
-    """The environment of the stages, which import the package from this checkout."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg", "PYTHONPATH": path}
-    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the kernel tests ask for determinism
-    return environment | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if rehearse else {})
 
 
 # A kernel test mostly compiles, in one thread; the machine may lack pytest-xdist.
@@ -231,96 +210,81 @@ def run_ncu(out: Path) -> int:
     return int("_sigreg_fwd_kernel" not in text.stdout)
 
 
-class Check:
-    """Runs stages and keeps the rows.
+def rows_of(writer: Rows, name: str | None) -> list[Row]:
+    """Rows of this check in a file of its folder."""
+    rows = read_rows(writer.path.parent / name) if name else []
+    return [row for row in rows if row["date"] >= writer.about["date"]]
 
-    Args:
-        out: folder of the rows.
-        seconds: for all stages together.
-        folder: an empty one for the stages to run in.
-        stages: all that will be run: each keeps its time.
-        cache: kernels compiled beforehand.
-        rehearse: on the CPU; without limits.
-    """
 
-    def __init__(
-        self,
-        out: Path,
-        seconds: float,
-        folder: Path,
-        stages: Sequence[Stage] = (),
-        cache: Path | None = None,
-        *,
-        rehearse: bool = False,
-    ):
-        self.out = out
-        self.folder = folder
-        self.waiting = list(stages)
-        self.rehearse = rehearse
-        self.deadline = time.monotonic() + seconds - LAST_SECONDS
-        self.environment = make_environment(rehearse)
-        self.cache = folder / "kernels" if cache else None
-        if cache and self.cache:
-            bake_cache.install(cache, self.cache)
-            self.environment["TRITON_CACHE_DIR"] = str(self.cache)
-        self.writer = Rows(out / "gpu_check.jsonl", "gpu_check", rehearsal=rehearse)
-        self.outcomes: dict[Stage, Outcome] = {}
+def run_stages(
+    stages: Sequence[Stage],
+    writer: Rows,
+    seconds: float,
+    cache: Path | None = None,
+    *,
+    rehearse: bool = False,
+) -> dict[Stage, Outcome]:
+    """Run stages within so many seconds, in a rehearsal without limits, and write a row for each."""
+    deadline = time.monotonic() + seconds - LAST_SECONDS
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg", "PYTHONPATH": path}
+    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the kernel tests ask for determinism
+    if rehearse:
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    outcomes: dict[Stage, Outcome] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if cache:
+            bake_cache.install(cache, folder / "kernels")
+            environment["TRITON_CACHE_DIR"] = str(folder / "kernels")
+        for number, stage in enumerate(stages, 1):
+            # Of the time that is left, the stages that must run keep theirs. A busy CPU tells nothing of it.
+            left = deadline - time.monotonic() - GRACE
+            kept = sum(each.seconds + GRACE for each in stages[number:] if each.part != 3)
+            limit = left if rehearse else min(2 * stage.seconds, left - kept)
+            print(f"\n=== {stage.name}: at most {max(0, limit):.0f} s", flush=True)
+            before, kernels = len(rows_of(writer, stage.rows)), len([*folder.glob("kernels/*/*.cubin")])
+            if stage.needs and not (shutil.which(stage.needs) or importlib.util.find_spec(stage.needs)):
+                outcome = Outcome("absent", 0.0, f"{stage.needs} is not installed")
+            elif limit < LEAST_SECONDS:
+                outcome = Outcome("skipped", 0.0, "no time is left")
+            else:
+                out, budget = str(writer.path.parent), f"{(limit - END_SECONDS) / 60:.2f}"
+                arguments = [a.replace("{out}", out).replace("{minutes}", budget) for a in stage.arguments]
+                outcome = execute(arguments, limit, environment, folder)
+            if outcome.status == "ok" and stage.rows and len(rows_of(writer, stage.rows)) == before:
+                outcome = outcome._replace(status="failed", problem=f"it wrote no row to {stage.rows}")
+            outcomes[stage] = outcome
+            print(f"=== {stage.name}: {outcome.status} {outcome.problem or ''}", flush=True)
+            row = {"stage": stage.name, **outcome._asdict()}
+            if cache:
+                row["compiled"] = len([*folder.glob("kernels/*/*.cubin")]) - kernels
+            writer.write(row)
+    return outcomes
 
-    def carry_out(self, stage: Stage) -> None:
-        self.waiting = [each for each in self.waiting if each != stage]
-        left = self.deadline - time.monotonic()
-        # Of the time that is left, the stages that must run keep theirs. A busy CPU says nothing about it.
-        kept = sum(each.seconds + sum(GRACE) for each in self.waiting if each.part != 3) + sum(GRACE)
-        limit = left if self.rehearse else min(2 * stage.seconds, left - kept)
-        print(f"\n=== {stage.name}: at most {max(0, limit):.0f} s", flush=True)
-        before, kernels = len(self.rows_of(stage.rows)), self.kernels()
-        if stage.needs and not (shutil.which(stage.needs) or importlib.util.find_spec(stage.needs)):
-            outcome = Outcome("absent", 0.0, f"{stage.needs} is not installed")
-        elif limit < LEAST_SECONDS:
-            outcome = Outcome("skipped", 0.0, "no time is left")
-        else:
-            told = {"{out}": str(self.out), "{minutes}": f"{(limit - END_SECONDS) / 60:.2f}"}
-            command = [re.sub(r"{out}|{minutes}", lambda m: told[m[0]], each) for each in stage.arguments]
-            outcome = execute(command, limit, self.environment, self.folder)
-        if outcome.status == "ok" and stage.rows and len(self.rows_of(stage.rows)) == before:
-            outcome = outcome._replace(status="failed", problem=f"it wrote no row to {stage.rows}")
-        self.outcomes[stage] = outcome
-        print(f"=== {stage.name}: {outcome.status} {outcome.problem or ''}", flush=True)
-        compiled = {} if self.cache is None else {"compiled": self.kernels() - kernels}
-        self.writer.write({"stage": stage.name, **outcome._asdict(), **compiled})
 
-    def kernels(self) -> int:
-        """Kernels in the cache."""
-        return len([*self.cache.glob("*/*.cubin")]) if self.cache else 0
-
-    def rows_of(self, name: str | None) -> list[Row]:
-        """Rows of this check in a file of its folder."""
-        rows = read_rows(self.out / name) if name else []
-        return [row for row in rows if row["date"] >= self.writer.about["date"]]
-
-    def summarize(self) -> int:
-        """Write and print what the targets say, print the stages; the exit code."""
-        rows = [row for name in targets.FILES for row in self.rows_of(name)]
-        judged = targets.judge(rows, *(stage.case for stage in self.outcomes))
-        self.writer.write(*judged)
-        print()
-        cells = [[s.name, o.status, f"{o.seconds:.0f} s", o.problem or ""] for s, o in self.outcomes.items()]
-        print_table(["stage", "", "time", "problem"], cells)
-        print()
-        targets.print_judged(judged)
-        print(f"rows: {self.out}", flush=True)
-        good = [("ok",), ("ok", "stopped", "skipped", "absent")]
-        failed = any(outcome.status not in good[stage.optional] for stage, outcome in self.outcomes.items())
-        # Of these cases another part measures the rest.
-        elsewhere = {stage.case for stage in STAGES if stage not in self.outcomes}
-        missed = [r for r in judged if r["met"] is False or (r["met"] is None and r["case"] not in elsewhere)]
-        return int(failed or bool(missed and not self.rehearse))
+def summarize(outcomes: dict[Stage, Outcome], writer: Rows) -> int:
+    """Write and print what the targets say, print the stages; the exit code."""
+    rows = [row for name in targets.FILES for row in rows_of(writer, name)]
+    judged = writer.write(*targets.judge(rows, *(stage.case for stage in outcomes)))
+    print()
+    cells = [[s.name, o.status, f"{o.seconds:.0f} s", o.problem or ""] for s, o in outcomes.items()]
+    print_table(["stage", "", "time", "problem"], cells)
+    print()
+    targets.print_judged(judged)
+    print(f"rows: {writer.path.parent}", flush=True)
+    good = [("ok",), ("ok", "stopped", "skipped", "absent")]
+    failed = any(outcome.status not in good[stage.optional] for stage, outcome in outcomes.items())
+    # Of these cases another part measures the rest.
+    elsewhere = {stage.case for stage in STAGES if stage not in outcomes}
+    missed = [r for r in judged if r["met"] is False or (r["met"] is None and r["case"] not in elsewhere)]
+    return int(failed or bool(missed and "rehearsal" not in writer.about))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line(__doc__, rehearse="in small, on the CPU")
-    usual = f"for all stages together; default: {PART_MINUTES} for each part"
-    parser.add_argument("--minutes", type=float, help=usual)
+    minutes = f"for all stages together; default: {PART_MINUTES} for each part"
+    parser.add_argument("--minutes", type=float, help=minutes)
     parts = (1, 2, 3)
     parser.add_argument("--part", type=int, choices=parts, nargs="+", default=parts, help="default: all")
     parser.add_argument("--cache", type=Path, help="folder that bake_cache.py has filled")
@@ -330,10 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.tests:
         return run_tests(options.tests)
-    minutes: float = PART_MINUTES * len(options.part) if options.minutes is None else options.minutes
-    if minutes <= 0:
-        parser.error(f"--minutes: expected a positive number, got {minutes}")
-    if options.cache and not (options.cache / bake_cache.MANIFEST).is_file():
+    if options.cache and not any(options.cache.glob("*/*.cubin")):
         parser.error(f"--cache: expected a folder that bake_cache.py has filled, got {options.cache}")
     if not options.rehearse and not torch.cuda.is_available():
         print("error: PyTorch finds no GPU here; --rehearse runs the stages on the CPU", file=sys.stderr)
@@ -345,18 +306,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.ncu:
         return run_ncu(options.out)
-    if options.cache and (problem := bake_cache.mismatch(options.cache)):
-        print(f"--cache: {problem}; its kernels will be compiled again", flush=True)
     stages = REHEARSAL if options.rehearse else [stage for stage in STAGES if stage.part in options.part]
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    with tempfile.TemporaryDirectory() as folder:
-        seconds = 3600 if options.rehearse else 60 * minutes
-        check = Check(
-            options.out.resolve(), seconds, Path(folder), stages, options.cache, rehearse=options.rehearse
-        )
-        for stage in stages:
-            check.carry_out(stage)
-        return check.summarize()
+    writer = Rows(options.out.resolve() / "gpu_check.jsonl", "gpu_check", rehearsal=options.rehearse)
+    seconds = 3600 if options.rehearse else 60 * (options.minutes or PART_MINUTES * len(options.part))
+    return summarize(run_stages(stages, writer, seconds, options.cache, rehearse=options.rehearse), writer)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ computing takes next to no time.
 from collections.abc import Sequence
 
 import torch
-from benchlib import Rows, command_line, print_table
+from benchlib import Rows, command_line, print_rows
 from sigreg_variants import BASELINE, MINIMAL, TRITON, VARIANTS, Case, Size
 from standin_driver import standing_in
 from timing import interleave, summary, wall_clock_of_many
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=21, help="of all variants in turn (%(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    plain, rows = triton_operators.tracing, Rows(args.out / "host.jsonl", "host_bench", torch.device("cpu"))
+    plain = triton_operators.tracing
 
     def step_of(name: str, size: Size):
         variant = BASELINE if name == BASELINE else TRITON
@@ -42,22 +42,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with standing_in():
         try:
-            seconds = interleave(
-                {name: step_of(name, size) for name, size in SIZES.items()},
-                args.rounds,
-                wall_clock_of_many,
-                warm_up=2,
-            )
+            steps = {name: step_of(name, size) for name, size in SIZES.items()}
+            seconds = interleave(steps, args.rounds, wall_clock_of_many, warm_up=2)
         finally:
             triton_operators.tracing = plain
-    table = []
-    for name, taken in seconds.items():
-        if isinstance(taken, Exception):
-            raise taken
-        row = {"variant": name, **SIZES[name]._asdict(), "host": summary(taken)}
-        rows.write(row)
-        table.append([name, *(f"{1e3 * row['host'][key]:.0f}" for key in ("median_ms", "p20_ms", "p80_ms"))])
-    print_table(["host time of a step", "median us", "p20", "p80"], table)
+    writer = Rows(args.out / "host.jsonl", "host_bench", torch.device("cpu"))
+    rows = writer.write(
+        *(
+            {"variant": name, **SIZES[name]._asdict(), "host": summary(taken)}
+            for name, taken in seconds.items()
+        )
+    )
+    columns = {"host time of a step": "{variant}", "median ms": "{host[median_ms]:.3f}"}
+    print_rows(rows, columns | {"p20": "{host[p20_ms]:.3f}", "p80": "{host[p80_ms]:.3f}"})
 
 
 if __name__ == "__main__":

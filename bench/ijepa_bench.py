@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 import timing
 import torch
-from benchlib import Row, Rows, command_line, first_line, print_table
+from benchlib import Row, Rows, command_line, print_rows
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -114,9 +114,6 @@ def measured(masks: str, options: Namespace) -> list[Row]:
     rows: list[Row] = []
     for way, (batch, _) in made.items():
         taken, packed = seconds[way], seconds["packed"]
-        if isinstance(taken, Exception) or isinstance(packed, Exception):
-            failure = taken if isinstance(taken, Exception) else packed
-            raise RuntimeError(f"{way}: {first_line(failure)}") from failure  # type: ignore[arg-type]
         packings = batch.context, batch.blocks
         held = sum(p.rows for p in packings)
         padded = sum(p.size[0] * p.size[1] for p in packings)
@@ -138,23 +135,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = "width, depth and heads (%(default)s)"
     parser.add_argument("--predictor", type=int, nargs=3, default=[96, 2, 3], help=about)
     parser.add_argument("--rounds", type=int, default=9, help="of all ways in turn (%(default)s)")
-    names = list(CONTEXT_AREAS)
-    parser.add_argument("--masks", nargs="+", choices=names, default=names, help="(%(default)s)")
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=usual, help="(%(default)s)")
     options = parser.parse_args(arguments)
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
     options.threads = torch.get_num_threads()
-    rows, table = Rows(options.out / "ijepa.jsonl", "ijepa_bench", torch.device(options.device)), []
+    writer = Rows(options.out / "ijepa.jsonl", "ijepa_bench", torch.device(options.device))
     setting = {name: getattr(options, name) for name in ("model", "kwargs", "size", "batch", "predictor")}
-    for masks in options.masks:
-        for row in rows.write(*({**each, **setting} for each in measured(masks, options))):
-            counts = [f"{row[name]:,}" for name in ("context_patches", "target_patches", "tokens")]
-            times = f"{row['step']['median_ms']:.1f}", f"{row['time_over_packed']:.2f}"
-            memory = f"{row['peak_mib']:.0f}", f"{1024 * row['peak_mib'] / row['tokens']:.1f}"
-            label = f"{masks}, {row['way']}"
-            table.append([label, *counts, f"{row['padding']:.1%}", *times, *memory])
-    head = ["masks, way", "context patches", "target patches", "tokens", "padding", "ms", "/ packed"]
-    print_table([*head, "peak MiB", "KiB a token"], table)
+    rows: list[Row] = []
+    for masks in CONTEXT_AREAS:
+        rows += writer.write(*({**each, **setting} for each in measured(masks, options)))
+    columns = {
+        "masks, way": "{masks}, {way}",
+        "context patches": "{context_patches:,}",
+        "target patches": "{target_patches:,}",
+        "tokens": "{tokens:,}",
+        "padding": "{padding:.1%}",
+        "ms": "{step[median_ms]:.1f}",
+        "/ packed": "{time_over_packed:.2f}",
+        "peak MiB": "{peak_mib:.0f}",
+        "KiB a token": "{kib:.1f}",
+    }
+    print_rows([{**row, "kib": 1024 * row["peak_mib"] / row["tokens"]} for row in rows], columns)
 
 
 if __name__ == "__main__":

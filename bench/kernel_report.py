@@ -493,10 +493,6 @@ def report(target: str, dtypes: list[str], *, which: Literal["all", "even", "fir
     return rows
 
 
-def budget_key(row: Row) -> str:
-    return f"{row['target']} {row['dtype']} {row['kernel']} {row['uneven'] or row['K']}"
-
-
 def violations(rows: list[Row], budgets: Row) -> list[str]:
     """What breaks the rules: no recorded budget, more spills than recorded (none, if none are), other
     tensor-core instructions, 10 % more FP32 instructions than recorded, more shared memory than a program
@@ -504,7 +500,8 @@ def violations(rows: list[Row], budgets: Row) -> list[str]:
     """
     found = []
     for row in rows:
-        version, name = ".".join(row["triton"].split(".")[:2]), budget_key(row)
+        version = ".".join(row["triton"].split(".")[:2])
+        name = f"{row['target']} {row['dtype']} {row['kernel']} {row['uneven'] or row['K']}"
         if row["shared_bytes"] > SHARED_BYTES[row["target"]]:
             found.append(f"{name}: {row['shared_bytes']} bytes of shared memory")
         budget = budgets.get(f"triton {version} {name}") or budgets.get(name)
@@ -528,13 +525,13 @@ def violations(rows: list[Row], budgets: Row) -> list[str]:
 def measured(row: Row) -> float | None:
     """Microseconds of a step with this tile, as bench/tiles_bench.py timed it on an H200, or None."""
     wanted = {name: row[name] for name in (*Size._fields, "kernel")}
-    wanted |= {"J": 17, "dtype": str(DTYPES[row["dtype"]]).removeprefix("torch."), "rehearsal": False}
+    wanted |= {"J": 17, "dtype": str(DTYPES[row["dtype"]]).removeprefix("torch.")}
     wanted["tile"] = {name: row[name] for name in Tile._fields}
     found = None
     for timed in read_rows(TIMES):
-        known = all(timed.get(name, False) == value for name, value in wanted.items())
-        if known and timed["seconds"] and "H200" in timed["device"]:
-            found = 1e6 * timed["seconds"] * row["predicted_h200"]["launches"]
+        on_h200 = "H200" in timed["device"] and "rehearsal" not in timed
+        if on_h200 and wanted.items() <= timed.items() and timed["median_us"]:
+            found = timed["median_us"] * row["predicted_h200"]["launches"]
     return found
 
 
@@ -544,11 +541,9 @@ def show_steps(rows: list[Row]) -> None:
     for name, (dtype, size) in STEPS.items():
         fuses = shipped_config("sm_90", 4 if dtype == "fp32" else 2).fuses(size.K, size.M)
         kernels = ("forward", "fused") if fuses else ("forward", "gradient", "product")
-        wanted = (dtype, *size)
+        wanted = {"dtype": dtype, **size._asdict()}
         even = [row for row in rows if "predicted_h200" in row and row["uneven"] in ("", "minimal")]
-        known = {
-            row["kernel"]: row for row in even if (row["dtype"], *(row[k] for k in Size._fields)) == wanted
-        }
+        known = {row["kernel"]: row for row in even if wanted.items() <= row.items()}
         if not known.keys() >= set(kernels):
             continue
         parts = [known[kernel]["predicted_h200"] for kernel in kernels]

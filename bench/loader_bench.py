@@ -8,18 +8,16 @@ float32, normalized, with the same number of workers or threads, and take turns 
 DALI, DALI decodes and augments there, and every loader's batches end on the GPU. Rows go to DIR/loader.jsonl.
 """
 
-import argparse
-import functools
 import gc
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -28,7 +26,7 @@ import numpy as np
 import targets
 import timing
 import torch
-from benchlib import Row, Rows, command_line, first_line, installed_version, print_table
+from benchlib import Row, Rows, command_line, first_line, installed_version, print_rows
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -116,13 +114,8 @@ def stock(setting: Setting, dataset: torch.utils.data.Dataset, images: Callable[
         num_workers=setting.workers,
         persistent_workers=True,
         pin_memory=setting.on_gpu,
-        worker_init_fn=_one_thread,
-    )
+    )  # PyTorch gives each worker one thread
     return lambda: sum(images(batch) for batch in loader)
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
 
 
 def _views(recipe: MultiCropRecipe, view: Callable[[int, tuple[float, float]], View]) -> list[View]:
@@ -139,10 +132,11 @@ def multicrop_transform(
     `tensors`: work on uint8 tensors from the start and not on Pillow images, which v2 takes alike.
     `normalized`: views are float32 (3, size, size), normalized, or else uint8.
     """
+    jitter = v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+    blur = v2.GaussianBlur(recipe.blur_kernel, recipe.blur_sigma)
+    to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(recipe.mean), list(recipe.std))]
 
     def view(size: int, scale: tuple[float, float]) -> v2.Compose:
-        jitter = v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
-        blur = v2.GaussianBlur(recipe.blur_kernel, recipe.blur_sigma)
         steps: list[torch.nn.Module] = [
             v2.RandomResizedCrop(size, scale, recipe.aspect_ratio, antialias=True),
             v2.RandomHorizontalFlip(recipe.flip_prob),
@@ -152,12 +146,7 @@ def multicrop_transform(
             v2.RandomSolarize(recipe.solarize_threshold, recipe.solarize_prob),
         ]
         steps.insert(0 if tensors else len(steps), v2.ToImage())
-        if normalized:
-            steps += [
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(list(recipe.mean), list(recipe.std)),
-            ]
-        return v2.Compose(steps)
+        return v2.Compose(steps + to_float * normalized)
 
     views = _views(recipe, view)
     return lambda image: [make(image) for make in views]
@@ -250,19 +239,16 @@ def dali_only(setting: Setting) -> Pass:
 def contenders(setting: Setting, peers: bool = False) -> dict[str, Callable[[], Pass]]:
     """Name to maker. On a GPU the fast ones go through more images; `peers`: other packages for LeJEPA."""
     fast = setting._replace(copies=16) if setting.on_gpu and not peers else setting
-    found: dict[str, Callable[[], Pass]] = {
-        OURS: lambda: ours(fast, "auto"),
-        FALLBACK: lambda: ours(setting, "torchvision"),
-    }
+    mine = {OURS: partial(ours, fast, "auto"), FALLBACK: partial(ours, setting, "torchvision")}
     if peers:
-        return {STABLE: lambda: stable_pretraining(setting), **found}
+        return {STABLE: partial(stable_pretraining, setting), **mine}
     return {
-        PLAIN: lambda: plain(setting, tensors=False),
-        **found,
-        DECODED: lambda: dali_only(fast),
-        PLAIN_TENSORS: lambda: plain(setting, tensors=True),
-        PILLOW: lambda: pillow_only(setting),
-        BYTES: lambda: bytes_only(setting),
+        PLAIN: partial(plain, setting, tensors=False),
+        **mine,
+        DECODED: partial(dali_only, fast),
+        PLAIN_TENSORS: partial(plain, setting, tensors=True),
+        PILLOW: partial(pillow_only, setting),
+        BYTES: partial(bytes_only, setting),
     }
 
 
@@ -272,8 +258,9 @@ def contenders(setting: Setting, peers: bool = False) -> dict[str, Callable[[], 
 def measure_speed(
     kind: str, makers: Mapping[str, Callable[[], Pass]], setting: Setting, repeats: int, deadline: float
 ) -> list[Row]:
-    """Loaders take turns pass by pass, `repeats` times or, from the second on, as often as time allows."""
+    """Loaders take turns pass by pass, `repeats` times or until the time is up, once at least."""
     calls: dict[str, timing.Call] = {}
+    speeds: dict[str, list[float]] = {}
     counts: dict[str, int] = {}
 
     def whole(run: Pass) -> int:
@@ -284,50 +271,39 @@ def measure_speed(
 
     for name, make in makers.items():
         try:
-            call = functools.partial(whole, make())
+            call = partial(whole, make())
             counts[name] = call()  # workers, pipelines and compiled code start
-            calls[name] = call
+            calls[name], speeds[name] = call, []
         except Exception as failure:
             print(f"{name}: not available here: {first_line(failure)}", flush=True)
-    begun = time.monotonic()
-    found = [timing.interleave(calls, 1, timing.once)]
-    allowed = (deadline - time.monotonic()) / (time.monotonic() - begun)
-    found.append(timing.interleave(calls, max(0, min(repeats - 1, int(allowed))), timing.once))
+    for number in range(repeats):
+        if number and time.monotonic() > deadline:
+            break
+        for name, (seconds,) in timing.interleave(calls, 1, timing.once).items():
+            speeds[name].append(counts[name] / seconds)
     calls.clear()
     gc.collect()  # ends their workers: forks to come would inherit them
     rows: list[Row] = []
-    for name, count in counts.items():
-        speeds = [count / seconds for each in found for seconds in each[name]]  # type: ignore[union-attr]
-        row: Row = {"kind": kind, "contender": name, "images_per_s": statistics.median(speeds)}
-        row["passes"] = [round(speed, 1) for speed in speeds]
+    for name, each in speeds.items():
+        row: Row = {"kind": kind, "contender": name, "images_per_s": statistics.median(each)}
+        row["passes"] = [round(speed, 1) for speed in each]
         rows.append(row | ({"version": installed_version(STABLE)} if name == STABLE else {}))
-    print_table(["loader", "images/s"], [[row["contender"], f"{row['images_per_s']:.0f}"] for row in rows])
+    print_rows(rows, {"loader": "{contender}", "images/s": "{images_per_s:.0f}"})
     return rows
 
 
 def resident_mib() -> float:
     """Memory of this process and its children in MiB, without files; what they share counts once."""
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=False
-    )
-    kibibytes = 0
-    for pid in [os.getpid(), *map(int, children.stdout.split())]:
-        try:
-            shares = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        except OSError:  # ps itself, gone by now
-            continue
-        kibibytes += sum(map(int, re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+)", shares, re.MULTILINE)))
-    return kibibytes / 1024
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in ["self", *children.split()]]
+    kibibytes = re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+)", "\n".join(rollups), re.MULTILINE)
+    return sum(map(int, kibibytes)) / 1024
 
 
 def memory_by_epoch(setting: Setting, backend: str) -> list[float]:
     """Resident memory after each epoch; long ones, for the allocator to have settled in the first."""
     run = ours(setting._replace(copies=MEMORY_COPIES), backend)
-    found = []
-    for _ in range(MEMORY_EPOCHS):
-        run()
-        found.append(round(resident_mib(), 1))
-    return found
+    return [round(resident_mib(), 1) for _ in range(MEMORY_EPOCHS) if run()]
 
 
 def measure_memory(setting: Setting, deadline: float) -> list[Row]:
@@ -349,29 +325,24 @@ def measure_memory(setting: Setting, deadline: float) -> list[Row]:
 # --- Command line ---------------------------------------------------------------------------------
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> None:
     parser = command_line(__doc__, rehearse="everything in small; the rows say so")
     parser.add_argument("--budget-minutes", type=float, default=8.0, help="begin nothing new after this long")
-    parser.add_argument("--images", type=int, help="files (default: 384, with a GPU 1024)")
-    parser.add_argument("--batch-size", type=int, help="default: 32, with a GPU 128")
     cores = min(16, os.cpu_count() or 1)
     parser.add_argument("--workers", type=int, default=cores, help="workers or threads")
     parser.add_argument("--repeats", type=int, default=5, help="passes of each loader")
     parser.add_argument("--device", help="where batches end (default: a GPU that DALI can use, else cpu)")
     parser.add_argument("--peers", action="store_true", help="measure against stable-pretraining alone")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
+    options = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * options.budget_minutes
     has_dali = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
     device = torch.device(options.device or ("cuda" if has_dali and torch.cuda.is_available() else "cpu"))
     gpu = device.type == "cuda"
-    recipe, repeats, sizes = MultiCropRecipe(), options.repeats, (1024, 128) if gpu else (384, 32)
+    recipe, repeats = MultiCropRecipe(), options.repeats
+    count, batch_size = (1024, 128) if gpu else (384, 32)
     if options.rehearse:
-        recipe, repeats, sizes = MultiCropRecipe(global_size=32, local_size=16, local_crops=1), 1, (16, 4)
-    count, batch_size = options.images or sizes[0], options.batch_size or sizes[1]
+        recipe = MultiCropRecipe(global_size=32, local_size=16, local_crops=1)
+        repeats, count, batch_size = 1, 16, 4
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder), count)
         setting = Setting(Path(folder), recipe, batch_size, 1 if options.peers else options.workers, device)

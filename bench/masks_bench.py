@@ -14,7 +14,7 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from benchlib import Rows, command_line, print_table
+from benchlib import Rows, command_line, print_rows
 from torch import device
 
 from lejepa_fast.data.masks import MultiBlockMasks
@@ -107,19 +107,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=64, help="images (%(default)s)")
     parser.add_argument("--batches", type=int, default=160, help="of each scheme and grid (%(default)s)")
     options = parser.parse_args(arguments)
-    rows = Rows(options.out / "masks.jsonl", "masks_bench", device("cpu"))
-    table = []
+    writer, rows = Rows(options.out / "masks.jsonl", "masks_bench", device("cpu")), []
     for side in options.sides:
         for name, scheme in SCHEMES.items():
             found = measured(scheme, side, options.batch, options.batches)
             about = {"scheme": name, "grid": [side, side], "batch": options.batch}
-            rows.write({**about, "images": options.batch * options.batches, **found})
-            *shares, correlation = found.values()
-            table.append(
-                [f"{side} x {side}, {name}", *(f"{share:.1%}" for share in shares), f"{correlation:.2f}"]
-            )
-    header = ["grid, scheme", "never target", "never context", "context dropped", "corr. of area and aspect"]
-    print_table(header, table)
+            rows += writer.write({**about, "images": options.batch * options.batches, **found})
+    columns = {
+        "grid, scheme": "{grid[0]} x {grid[1]}, {scheme}",
+        "never target": "{never_target:.1%}",
+        "never context": "{never_context:.1%}",
+        "context dropped": "{context_dropped:.1%}",
+        "corr. of area and aspect": "{area_aspect_correlation:.2f}",
+    }
+    print_rows(rows, columns)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Trains one vision transformer by each of `RUNS` with the settings of the preset ijepa-laptop, and scores it
 beside its untrained twin: kNN and linear probe on photographs of the kind it was trained on, how its patches
 spread between and within images, and low-level numbers on pictures that it has not seen
-(bench/shapes_data.py): how many shapes there are, how far the nearest one is from the center.
+(bench/shapes.py): how many shapes there are, how far the nearest one is from the center.
 
 Each run is a row of bench/results/objectives.jsonl, written when it ends. Called again, it goes on where it
 was stopped: a run with the same settings that has a row is not trained again.
@@ -12,13 +12,13 @@ was stopped: a run with the same settings that has a row is not trained again.
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchlib import Row, Rows, command_line, print_table, read_rows
-from shapes_data import write_set
+from benchlib import Row, Rows, command_line, print_rows
+from shapes import write_set
 
 from lejepa_fast.data import eval_loader
 from lejepa_fast.errors import RunError
@@ -42,23 +42,19 @@ RUNS: dict[str, list[str]] = {
     "masked, neither teacher nor SIGReg": ["--objective", "masked-lejepa", "--loss.lambd", "0"],
     "LeJEPA": ["--objective", "lejepa", *_VIEWS, "--optim.final-weight-decay", "None"],
 }
-TABLES = ("count", "distance")  # of bench/shapes_data.py
+TABLES = ("count", "distance")  # of bench/shapes.py
+PICTURES = (2000, 500)  # to train on and to measure on
 _PROBES = ("knn", "linear")
 _PATCHES = 4096  # of all validation images, drawn at random for the effective rank within images
 
 
-def train(name: str, extra: Sequence[str], folder: Path) -> Path:
-    """Train a run, or go on with it; returns its folder, which those of other options do not share."""
-    options = [*RUNS[name], *extra]
-    digest = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:8]
-    run = folder / f"{name.replace(', ', '-').replace(' ', '-')}-{digest}"
-    _succeed(pretrain.main, ["--preset", "ijepa-laptop", *options, "--out", str(run)])
-    return run
+def measure(options: Sequence[str], work: Path, shapes: Path) -> Row:
+    """Train a run, or go on with it: what its report says, `spread`, and R2 of the numbers of the shapes.
 
-
-def measure(run: Path, shapes: Path) -> Row:
-    """What a finished run's report says, `spread`, and R2 of the numbers of the shapes."""
-    summary = _summary(run)
+    Its folder is in `work`; other options have another one.
+    """
+    run = work / hashlib.sha256(json.dumps(options).encode()).hexdigest()[:8]
+    summary = _run(pretrain.main, ["--preset", "ijepa-laptop", *options], run)
     found: Row = {key: summary[key] for key in ("steps", "state", "embedding_std", "effective_rank")}
     found |= {f"{p}_{which}": summary[f"{p}_{which}"] for p in _PROBES for which in ("trained", "untrained")}
     found |= spread(run)
@@ -67,12 +63,11 @@ def measure(run: Path, shapes: Path) -> Row:
     batch = summary["config"]["data"]["batch_size"]
     found["minutes"] = round(summary["steps"] * batch / summary["images_per_second"] / 60, 1)
     for table in TABLES:
-        out = run / table
-        options = ["--checkpoint", str(run), "--data", str(shapes), "--labels", str(shapes / f"{table}.csv")]
-        _succeed(evaluate.main, [*options, "--out", str(out)])
+        about = ["--checkpoint", str(run), "--data", str(shapes), "--labels", str(shapes / f"{table}.csv")]
+        scores = _run(evaluate.main, about, run / table)
         for which, suffix in (("trained", ""), ("untrained", "_untrained")):
-            scores: Mapping[str, Any] = _summary(out)[f"regression{suffix}"]
-            found |= {f"{table}_{p}_{which}": scores[p]["r2"] for p in _PROBES}
+            r2 = scores[f"regression{suffix}"]
+            found |= {f"{table}_{p}_{which}": r2[p]["r2"] for p in _PROBES}
     return found
 
 
@@ -99,56 +94,42 @@ def spread(run: Path) -> Row:
     return found
 
 
-def _succeed(command: Any, arguments: list[str]) -> None:
-    if code := command(arguments):
+def _run(command: Any, arguments: list[str], out: Path) -> dict[str, Any]:
+    """Run a command of the trainer, and return the summary in its folder `out`."""
+    if code := command([*arguments, "--out", str(out)]):
         raise RunError(f"{' '.join(arguments)}: exit code {code}")
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "report" / "summary.json").read_text(encoding="utf-8")))
+    return dict(json.loads((out / "report" / "summary.json").read_text(encoding="utf-8")))
 
 
 def show(rows: Sequence[Row]) -> None:
     """Print two tables, trained with the untrained twin in parentheses."""
-    cells = [f"{probe} (untrained)" for probe in _PROBES]
-    kinds = ("between_rank", "within_rank", "between_std", "within_std")
-    header = ["objective, seed", *cells, *(kind.replace("_", ", ") for kind in kinds), "state"]
-    lines, numbers = [], []
-    for row in rows:
-        name = f"{row['name']}, {row['seed']}"
-        lines.append([name, *(_pair(row, probe, ".1f") for probe in _PROBES)])
-        lines[-1] += [*(_pair(row, kind, ".3g") for kind in kinds), row["state"]]
-        numbers.append([name, *(_pair(row, f"{t}_{p}", ".3f") for t in TABLES for p in _PROBES)])
-    print_table(header, lines)
-    print()
-    print_table(["R2 of numbers", *(f"{table}, {cell}" for table in TABLES for cell in cells)], numbers)
-
-
-def _pair(row: Row, key: str, form: str) -> str:
-    return f"{row[f'{key}_trained']:{form}} ({row[f'{key}_untrained']:{form}})"
+    run, pair = {"objective, seed": "{name}, {seed}"}, "{{{0}_trained:{1}}} ({{{0}_untrained:{1}}})".format
+    columns = run | {f"{probe} (untrained)": pair(probe, ".1f") for probe in _PROBES}
+    for kind in ("between_rank", "within_rank", "between_std", "within_std"):
+        columns[kind.replace("_", ", ")] = pair(kind, ".3g")
+    print_rows(rows, columns | {"state": "{state}"})
+    print("\nR2 of numbers")
+    numbers = [(table, probe) for table in TABLES for probe in _PROBES]
+    print_rows(rows, run | {f"{t}, {p} (untrained)": pair(f"{t}_{p}", ".3f") for t, p in numbers})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = command_line(__doc__, rehearse="two steps of each run on small sets; the rows are marked")
+    parser = command_line(__doc__)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="(all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/objectives"), help="folder (%(default)s)")
     parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="options of every training")
     options = parser.parse_args(arguments)
-    work = options.work / "rehearsal" if options.rehearse else options.work
-    extra = [*options.extra, *(["--max-steps", "2"] if options.rehearse else [])]
-    shapes = work / "shapes"
+    shapes = options.work / "shapes"
     if not (shapes / f"{TABLES[0]}.csv").is_file():  # written last
-        write_set(shapes, *((40, 20) if options.rehearse else (2000, 500)))
-    path = options.out / "objectives.jsonl"
-    writer, rows = Rows(path, "objectives", torch.device("cpu"), rehearsal=options.rehearse), []
+        write_set(shapes, *PICTURES)
+    writer, rows = Rows(options.out / "objectives.jsonl", "objectives", torch.device("cpu")), []
     for seed in options.seeds:
         for name in options.runs:
-            wanted = {"name": name, "seed": seed, "options": [*RUNS[name], *extra]}
-            found = [row for row in read_rows(path) if wanted.items() <= row.items()]
-            if not found:
-                run = train(name, [*extra, "--seed", str(seed)], work / f"seed-{seed}")
-                found = writer.write({**wanted, **measure(run, shapes)})
+            wanted = {"name": name, "seed": seed, "options": [*RUNS[name], *options.extra]}
+            if not (found := writer.known(wanted)):
+                every = [*RUNS[name], *options.extra, "--seed", str(seed)]
+                found = writer.write({**wanted, **measure(every, options.work, shapes)})
                 print(found[-1], flush=True)
             rows.append(found[-1])
     show(rows)

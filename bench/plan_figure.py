@@ -7,7 +7,7 @@ draws plan.png.
 
 from typing import Literal
 
-from benchlib import Rows, command_line
+from benchlib import Row, Rows, command_line
 from matplotlib.figure import Figure
 
 from lejepa_fast.train.config import Config, ModelConfig, ParallelConfig
@@ -20,19 +20,17 @@ IMAGES = 16
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("--models", nargs="+", default=MODELS, help="any timm names or short names")
-    options = parser.parse_args(arguments)
+    options = command_line(__doc__).parse_args(arguments)
     writer = Rows(options.out / "plan.jsonl", "plan")
     figure = Figure(figsize=(7.6, 5.0), dpi=100, layout="constrained")
     axes = figure.subplots()
-    for number, model in enumerate(options.models):
+    for number, model in enumerate(MODELS):
         for mode in MODES:
             parallel = ParallelConfig(strategy="fsdp", activation_checkpointing=mode)
             cfg = Config(model=ModelConfig(model), parallel=parallel, precision="bf16", device="cpu")
             found = plan_memory(cfg, shards=8, images=IMAGES)
             gib = [found.peak(gpus, IMAGES) / 2**30 for gpus in GPUS]
-            about = {"kind": "memory", "model": model, "activation_checkpointing": mode}
+            about: Row = {"kind": "memory", "model": model, "activation_checkpointing": mode}
             about["images_per_gpu"] = IMAGES
             writer.write(*({**about, "gpus": n, "peak_gib": peak} for n, peak in zip(GPUS, gib, strict=True)))
             label = f"{model}, {'no' if mode == 'none' else mode} checkpointing"
@@ -44,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     axes.set_yscale("log", base=2)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
-    figure.legend(loc="outside lower center", ncols=len(options.models), fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(MODELS), fontsize=8)
     figure.savefig(options.out / "plan.png")
 
 

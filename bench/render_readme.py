@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from architectures_bench import MODELS, counts
-from benchlib import RESULTS, ROOT, Row, read_rows
+from benchlib import RESULTS, ROOT, Row, cells, read_rows
 from domain_bench import summarize
 from loader_bench import OURS, STABLE
 from sigreg_variants import BASELINE, COMPILED, PACKAGES, STREAMING, TRITON
@@ -75,9 +75,7 @@ def simple(name: str, columns: dict[str, str], **wanted: object) -> str:
     """A line for each row that the last command and commit measured; a column is a format of the row."""
     rows = rows_of(name, **wanted)
     last = [row for row in rows if all(row[k] == rows[-1][k] for k in ("commit", "command"))]
-    shown = [{k: float("nan") if v is None else v for k, v in row.items()} for row in last]
-    lines = [[cell.format(**row).replace("nan%", "-") for cell in columns.values()] for row in shown]
-    return markdown(list(columns), list({line[0]: line for line in lines}.values()), rows[-1])
+    return markdown(list(columns), list({line[0]: line for line in cells(last, columns)}.values()), rows[-1])
 
 
 _PRETRAIN = {"seed": "{seed}"} | {
@@ -102,7 +100,6 @@ _SPEED = {"loader": "{contender}", "images/s": "{images_per_s:,.0f}"}
 def segmentation() -> str:
     """IoU of the newest run for each set, encoder and kind of principal components."""
     newest = {(row["set"], row["encoder"], row["pca"]): row for row in rows_of("segment")}
-    maps = ("attention", "best_head", "low_attention", "pca")
     cell = "{iou:.1f} ({random:.1f})".format
     table = []
     for (where, encoder, pca), row in newest.items():
@@ -111,18 +108,11 @@ def segmentation() -> str:
             best = " / ".join(cell(**iou[key]) for key in ("all_foreground", "centered"))
             table.append([f"{where}: all foreground / centered disc", best, "", "", "", ""])
         elif encoder != "constant" and pca == "joint":
+            maps = [cell(**iou[k]) if k in iou else "" for k in ("attention", "best_head", "low_attention")]
             each = newest[where, encoder, "per-image"]["iou"]["pca"]
-            figures = [cell(**iou[key]) if key in iou else "" for key in maps]
-            table.append([f"{where}: {encoder}", "", *figures[:3], f"{figures[3]} / {cell(**each)}"])
-    header = [
-        "IoU, % (random pixels)",
-        "constant",
-        "attention",
-        "best head",
-        "low attention",
-        "PCA 1, joint / per image",
-    ]
-    return markdown(header, table, row)
+            table.append([f"{where}: {encoder}", "", *maps, f"{cell(**iou['pca'])} / {cell(**each)}"])
+    header = ["IoU, % (random pixels)", "constant", "attention", "best head", "low attention"]
+    return markdown([*header, "PCA 1, joint / per image"], table, row)
 
 
 def domain() -> str:
@@ -145,11 +135,11 @@ def architectures() -> str:
 def theory() -> str:
     """The statements, and whether the newest run of each experiment agrees."""
     newest = {row["experiment"]: row for row in rows_of("theory")}
-    table = [
-        [f"[{name}](../bench/results/theory_{name}.png)", row["statement"], "yes" if row["holds"] else "no"]
-        for name, row in newest.items()
-    ]
-    return markdown(["figure", "statement", "holds"], table, list(newest.values())[-1])
+    table = []
+    for name, row in newest.items():
+        figure = f"[{name}](../bench/results/theory_{name}.png)"
+        table.append([figure, row["statement"], "yes" if row["holds"] else "no"])
+    return markdown(["figure", "statement", "holds"], table, row)
 
 
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchlib import Row, Rows, command_line, print_table
+from benchlib import Row, Rows, command_line, print_rows
 from PIL import Image, ImageDraw, ImageFilter
 from shapes import write_labels, write_shapes
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ PATCH = 8
 STEPS = 160
 
 
-def configuration(data: str, run: Path, steps: int) -> Config:
+def configuration(data: str, run: Path) -> Config:
     kwargs = json.dumps({"patch_size": PATCH, "embed_dim": 96, "depth": 4, "num_heads": 3})
     local: dict = {"local_crops": 2, "local_size": 32, "local_scale": (0.1, 0.4)}
     return Config(
@@ -47,18 +47,12 @@ def configuration(data: str, run: Path, steps: int) -> Config:
         optim=OptimConfig(lr=2e-3, weight_decay=0.05, warmup_fraction=0.1),
         eval=EvalConfig(every=0, image_size=SIZE),
         out=run,
-        max_steps=steps,
+        max_steps=STEPS,
         device="cpu",
         tensorboard=False,
         checkpoint_every=40,
         keep_checkpoints=1,
     )
-
-
-def train(cfg: Config) -> None:
-    """Train, or go on with the training that is there."""
-    with Trainer(cfg, World(torch.device("cpu"))) as trainer:
-        trainer.train()
 
 
 def object_mask(photo: Image.Image) -> np.ndarray | None:
@@ -136,49 +130,41 @@ def measured(name: str, run: Path, folder: Path, out: Path, pca: str) -> list[Ro
     seen, batch = truth.flatten(1).any(1), torch.from_numpy(pixels).permute(0, 3, 1, 2)
     maps = set_maps(Pixels(), [(batch, batch)], "cpu", per_image=pca == "per-image").part(seen)
     found = {**summary["iou"], "pixels": {"pca": score_maps(maps, truth[seen])["pca"]._asdict()}}
-    about = {
-        "set": name,
-        "images": summary["measured"],
-        "image_size": SIZE,
-        "step": summary["step"],
-        "pca": pca,
-    }
-    about["foreground"] = truth[seen].float().mean().item()
+    about = {"set": name, "images": summary["measured"], "image_size": SIZE, "step": summary["step"]}
+    about |= {"pca": pca, "foreground": truth[seen].float().mean().item()}
     return [{**about, "encoder": encoder, "iou": figures} for encoder, figures in found.items()]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = command_line(__doc__, rehearse="two steps on few pictures; the rows are marked")
+    parser = command_line(__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/segment_bench"), help="pictures and runs")
     options = parser.parse_args(arguments)
-    few = options.rehearse
-    work = options.work / "rehearsal" if few else options.work
+    work: Path = options.work
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name, write in {
-        "shapes": lambda folder: write_shapes(folder, 80 if few else 2000),
-        "shapes-measured": lambda folder: write_shapes(folder, 8 if few else 300, seed=1),
+        "shapes": lambda folder: write_shapes(folder, 2000),
+        "shapes-measured": lambda folder: write_shapes(folder, 300, seed=1),
         "trashnet96-measured": write_photos,
     }.items():
         if not (work / name / "labels.csv").exists():
             write(work / name)
-    writer = Rows(options.out / "segment.jsonl", "segment", torch.device("cpu"), rehearsal=few)
+    writer = Rows(options.out / "segment.jsonl", "segment", torch.device("cpu"))
     rows = []
     for name, data in (("shapes", str(work / "shapes" / "images")), ("trashnet96", "trashnet96")):
         run = work / f"run-{name}"
-        train(configuration(data, run, 2 if few else STEPS))
+        with Trainer(configuration(data, run), World(torch.device("cpu"))) as trainer:
+            trainer.train()  # goes on with the training that is there
         for pca in ("joint", "per-image"):
             out = work / f"out-{name}-{pca}"
             rows += writer.write(*measured(name, run, work / f"{name}-measured", out, pca))
-    table = [
-        [
-            f"{row['set']}, {row['encoder']}, {row['pca']} PCA",
-            key,
-            *(f"{iou[part]:.1f}" for part in ("iou", "oracle", "random")),
-        ]
-        for row in rows
-        for key, iou in row["iou"].items()
-    ]
-    print_table(["set, encoder", "map", "IoU, one threshold", "one for each image", "random"], table)
+    columns = {
+        "set, encoder": "{set}, {encoder}, {pca} PCA",
+        "map": "{map}",
+        "IoU, one threshold": "{iou:.1f}",
+        "one for each image": "{oracle:.1f}",
+        "random": "{random:.1f}",
+    }
+    print_rows([{**row, "map": key, **iou} for row in rows for key, iou in row["iou"].items()], columns)
 
 
 if __name__ == "__main__":

@@ -25,24 +25,24 @@ plus backward; `serial_floor_ms` adds the three instead.
 would take longer than `LONGEST_STEP`, and its row then says `at_least`. `--share` trains with
 `train_bench.py` and times SIGReg alone at the size that the step has: the share of a variant is that of a
 step in which it stands in place of ours. `--large` measures ours at the sizes of Table 6, whose own times
-are of a V100. On a CPU, formulas that need minutes and tens of gigabytes are left out, and the rows say so.
+are of a V100. On a CPU, formulas that need minutes and tens of gigabytes are left out.
 """
 
 import argparse
-import functools
 import itertools
 import math
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sigreg_variants as variants
 import timing
 import torch
-from benchlib import Row, Rows, command_line, first_line, installed_version, machine, print_table
+from benchlib import Row, Rows, command_line, first_line, installed_version, machine, print_rows
 from sigreg_variants import COMPILED, GRAPH, PACKAGES, REDUCED, TRITON, Case, Size
 from torch import Tensor
 
@@ -100,12 +100,11 @@ def measure_together(
     for name in names:
         rows[name], phases = checked(case, name, xs[0], setting.device)
         for phase, function in phases.items():
-            inputs = map(function, itertools.cycle(xs))
-            calls[name, phase] = functools.partial(next, inputs)
+            calls[name, phase] = partial(next, map(function, itertools.cycle(xs)))
     if not setting.clock:
         rows[PRODUCTS], x = {"correct": True}, xs[0].detach().flatten(0, 1)
         A = torch.randn(x.shape[1], case.size.M, dtype=x.dtype)
-        calls[PRODUCTS, "forward_backward"] = functools.partial(multiply, x, A)
+        calls[PRODUCTS, "forward_backward"] = partial(multiply, x, A)
     add_times(rows, calls, setting, repeats)
     products = rows.pop(PRODUCTS, None)
     for name, row in rows.items():
@@ -113,11 +112,11 @@ def measure_together(
             continue
         if products:
             row["floor_ms"] = products["forward_backward"]["median_ms"]
-            row["share_of_floor"] = row["floor_ms"] / row["forward_backward"]["median_ms"]
-        if setting.ceilings and case.half:  # the ceilings are those of half precision
+        elif setting.ceilings and case.half:  # the ceilings are those of half precision
             row |= floors(case.size, case.dtype.itemsize, setting.ceilings)
-            row["share_of_floor"] = row["floor_ms"] / row["forward_backward"]["median_ms"]
             row["ceilings"] = setting.ceilings._asdict()
+        if "floor_ms" in row:
+            row["share_of_floor"] = row["floor_ms"] / row["forward_backward"]["median_ms"]
         try:
             row |= memory_and_launches(case, name, calls[name, "forward_backward"], setting)
         except Exception as failure:  # the times are worth keeping
@@ -138,24 +137,20 @@ def checked(
     row |= {"dtype": case.dtype_name, "relative_error": None, "correct": False}
     if name in PACKAGES:
         row["version"] = installed_version(PACKAGES[name])
-    if problem := variants.left_out(case, name, device):
-        print(f"{name}: {problem}", flush=True)
-        return row | {"problem": problem}, {}
     try:
         loss, step, error = variants.build_and_compare(case, name, x, device)
-    except torch.OutOfMemoryError:
-        problem = "does not fit into memory"
-    except Exception as failure:  # a compiler or a peer that does not work here; others go on
-        problem = f"not available here: {first_line(failure)}"
-        if name.startswith("our"):
-            traceback.print_exc()
-    else:
         most = variants.MAX_ERROR[case.dtype]
         row |= {"relative_error": error, "correct": error <= most}
         if row["correct"]:
             forward = {} if name == GRAPH else {"forward": loss.forward}
             return row, {**forward, "forward_backward": step}
         problem = f"WRONG (error {error:.1e}, at most {most:.0e})"
+    except torch.OutOfMemoryError:
+        problem = "does not fit into memory"
+    except Exception as failure:  # a compiler or a peer that does not work here; others go on
+        problem = f"not available here: {first_line(failure)}"
+        if name.startswith("our"):
+            traceback.print_exc()
     print(f"{name}: {problem}", flush=True)
     timing.free_memory()
     return row | {"problem": problem}, {}
@@ -164,33 +159,30 @@ def checked(
 def add_times(rows: dict[str, Row], calls: Calls, setting: Setting, repeats: int) -> None:
     """Times of forward and of both, their difference as backward, and on a GPU the wall clock of both."""
     clock = setting.clock or (timing.once if setting.rehearsal else timing.wall_clock)
-    found = timing.interleave(calls, repeats, clock, warm_up=4 if setting.clock else 0)
+    failures: dict[tuple[str, str], Exception] = {}
+    found = timing.interleave(calls, repeats, clock, 4 if setting.clock else 0, failures)
     if setting.clock:
         whole = {(name, "wall"): call for (name, phase), call in calls.items() if phase != "forward"}
-        found |= timing.interleave(whole, 7, timing.wall_clock_of_many)
+        found |= timing.interleave(whole, 7, timing.wall_clock_of_many, failures=failures)
     for (name, phase), seconds in found.items():
-        if isinstance(seconds, Exception):
-            problem = f"failed while it was timed: {first_line(seconds)}"
-            if isinstance(seconds, torch.OutOfMemoryError):
-                problem = "does not fit into memory beside the others"
-            rows[name] |= {"correct": False, "problem": problem}
-            print(f"{name}: {problem}", flush=True)
-        else:
-            rows[name][phase] = timing.summary(seconds)
-    for name in rows:
-        forward, both = (found.get((name, phase)) for phase in ("forward", "forward_backward"))
-        if isinstance(forward, list) and isinstance(both, list):
-            pairs = zip(both, forward, strict=True)
-            rows[name]["backward"] = timing.summary([b - f for b, f in pairs])
+        rows[name][phase] = timing.summary(seconds)
+        if phase == "forward" and (both := found.get((name, "forward_backward"))):
+            rows[name]["backward"] = timing.summary([b - f for b, f in zip(both, seconds, strict=True)])
+    for (name, _), failure in failures.items():
+        problem = f"failed while it was timed: {first_line(failure)}"
+        if isinstance(failure, torch.OutOfMemoryError):
+            problem = "does not fit into memory beside the others"
+        rows[name] |= {"correct": False, "problem": problem}
+        print(f"{name}: {problem}", flush=True)
 
 
 def memory_and_launches(case: Case, name: str, call: timing.Call, setting: Setting) -> Row:
     """Peak memory above the inputs and what was launched; last, so that a failure costs no time."""
-    found: Row = {}
     if setting.rehearsal:
-        return found
+        return {}
     if setting.clock is None:
         return {"peak_extra_mib": timing.in_fresh_process(step_cost, case, name, setting.device)[0] / 2**20}
+    found: Row = {}
     if name not in GRAPH_POOLS:
         found["peak_extra_mib"] = timing.peak_extra_bytes(call, setting.device) / 2**20
     if kernels := timing.launches(call):
@@ -221,28 +213,21 @@ def measure_largest(case: Case, setting: Setting, most_bytes: float, rows: Rows)
         if row["correct"]:
             row |= search(case, name, setting, most_bytes)
         written += rows.write(row)
-    table = []
-    for row in written:
-        cells = [row.get("problem", ""), *[""] * 4]
-        if row["correct"]:
-            more = "at least " if row["at_least"] else ""
-            cells = [f"{more}{row['N']:,}", f"{row['M']:,}", f"{row['N'] * row['M'] / 1e6:,.3g} million"]
-            cells += [f"{row['peak_mib']:,.0f}", f"{row['step_ms']:,.3g}"]
-        table.append([row["variant"], *cells])
-    print_table([f"{case.name} in {most_bytes / 1e9:g} GB", "N", "M", "N x M", "MiB", "step ms"], table)
+    columns = {f"{case.name} in {most_bytes / 1e9:g} GB": "{variant}", "N": "{N:,}", "M": "{M:,}"}
+    columns |= {"MiB": "{peak_mib:,.0f}", "step ms": "{step_ms:,.3g}", "more would fit": "{at_least}"}
+    print_rows(written, columns | {"problem": "{problem}"})
     return written
 
 
 def search(case: Case, name: str, setting: Setting, most_bytes: float) -> Row:
     """Doubles N, or N and M, until a step does not fit or takes too long, then bisects."""
     both, low, high, size = case.size.N == case.size.M, 0, 0, case.size.N
+    cost = step_cost if setting.device.type == "cuda" else partial(timing.in_fresh_process, step_cost)
     row: Row = {"correct": False, "problem": "does not fit into memory"}
     while size not in (low, high) and (not high or high > 1.05 * low):
         tried = case._replace(size=case.size._replace(N=size, M=size if both else case.size.M))
         torch._dynamo.reset()
         timing.free_memory()
-        on_gpu = setting.device.type == "cuda"
-        cost = step_cost if on_gpu else functools.partial(timing.in_fresh_process, step_cost)
         used, seconds = cost(tried, name, setting.device)
         used += size * case.size.K * case.dtype.itemsize
         print(f"{name}: N {size}, M {tried.size.M}: {used / 1e9:.3g} GB, {seconds:.2g} s", flush=True)
@@ -264,20 +249,20 @@ def measure_share(case: Case, setting: Setting, repeats: int, rows: Rows) -> lis
 
     trained = train_bench.run_case(train_bench.Case(case.name, case.size.N, steps=train_bench.WINDOW))
     if "error" in trained:
-        lost = {"case": "share", "variant": case.variants[0], "correct": False, "problem": trained["error"]}
-        print(f"{case.name}: {trained['error']}", flush=True)
-        return rows.write({**lost, "model": case.name, "dtype": case.dtype_name, **case.size._asdict()})
-    xs = variants.make_inputs(case, 2, setting.device)
-    found = measure_together(case, case.variants, xs, setting, repeats)
-    rest = trained["step_ms"] * (1 - trained["sigreg_share"])
-    for row in found:
-        row |= {"case": "share", "model": case.name, "group": 0}
-        if row["correct"]:
-            own = row["forward_backward"]["median_ms"]
-            row |= {"step_ms": rest + own, "share": own / (rest + own)}
-            said = f"{own:.3g} of {rest + own:.4g} ms, {row['share']:.2%}"
-            print(f"{case.name}, {case.size.N} images, {row['variant']}: {said}", flush=True)
-    return rows.write(*found)
+        lost = {"variant": case.variants[0], "correct": False, "problem": trained["error"]}
+        found: list[Row] = [{**lost, "dtype": case.dtype_name, **case.size._asdict()}]
+    else:
+        xs = variants.make_inputs(case, 2, setting.device)
+        found = measure_together(case, case.variants, xs, setting, repeats)
+        rest = trained["step_ms"] * (1 - trained["sigreg_share"])
+        for row in found:
+            if row["correct"]:
+                own = row["forward_backward"]["median_ms"]
+                row |= {"step_ms": rest + own, "share": own / (rest + own)}
+    written = rows.write(*({**row, "case": "share", "model": case.name, "group": 0} for row in found))
+    columns = {"": "{model}, {N} images, {variant}", "step ms": "{step_ms:.4g}", "share": "{share:.2%}"}
+    print_rows(written, columns | {"problem": "{problem}"})
+    return written
 
 
 def floors(size: Size, itemsize: int, ceilings: timing.Ceilings) -> dict[str, float]:
@@ -295,21 +280,16 @@ def floors(size: Size, itemsize: int, ceilings: timing.Ceilings) -> dict[str, fl
 
 def show(rows: Sequence[Row]) -> None:
     """Variants that took turns as a table, against the first of them that ran."""
-    base = next((row["forward_backward"]["median_ms"] for row in rows if row["correct"]), None)
-    header = [rows[0]["dtype"], "fwd ms", "bwd ms", "both ms", "p20 .. p80", "speed", "peak MiB", "wall ms"]
-    header += ["launches", "of floor"]
-    table = []
-    for row in rows:
-        if base is None or not row["correct"]:
-            table.append([row["variant"], row["problem"].split(":")[0], *[""] * (len(header) - 2)])
-            continue
-        both = row["forward_backward"]
-        times = [f"{row[phase]['median_ms']:.3g}" if phase in row else "-" for phase in variants.PHASES]
-        figures = ("peak_extra_mib", ".0f"), ("launches", "d"), ("share_of_floor", ".0%")
-        peak, launches, share = (f"{row[key]:{form}}" if key in row else "-" for key, form in figures)
-        table.append([row["variant"], *times[:3], f"{both['p20_ms']:.3g} .. {both['p80_ms']:.3g}"])
-        table[-1] += [f"{base / both['median_ms']:.2f}x", peak, times[3], launches, share]
-    print_table(header, table)
+    base = next((row["forward_backward"]["median_ms"] for row in rows if row["correct"]), math.nan)
+    shown = [
+        row if "problem" in row else {**row, "speed": base / row["forward_backward"]["median_ms"]}
+        for row in rows
+    ]
+    columns = {rows[0]["dtype"]: "{variant}"}
+    columns |= {f"{phase} ms": f"{{{phase}[median_ms]:.3g}}" for phase in variants.PHASES}
+    columns |= {"p20 .. p80": "{forward_backward[p20_ms]:.3g} .. {forward_backward[p80_ms]:.3g}"}
+    columns |= {"speed": "{speed:.2f}x", "peak MiB": "{peak_extra_mib:.0f}", "launches": "{launches}"}
+    print_rows(shown, columns | {"of floor": "{share_of_floor:.0%}", "problem": "{problem:.60}"})
 
 
 def plot(rows: Sequence[Row], base: Case, sweeps: dict[str, list[int]], path: Path) -> None:
@@ -323,20 +303,20 @@ def plot(rows: Sequence[Row], base: Case, sweeps: dict[str, list[int]], path: Pa
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     for (axis, values), (upper, lower) in zip(sweeps.items(), axes.T, strict=True):
         fixed = {k: v for k, v in base.size._asdict().items() if k != axis}
-        here = [row for row in rows if row["correct"] and all(row[k] == v for k, v in fixed.items())]
+        here = [
+            row for row in rows if row["correct"] and fixed.items() <= row.items() and row[axis] in values
+        ]
         for variant in base.variants:
-            picked = {row[axis]: row for row in here if row["variant"] == variant and row[axis] in values}
-            style = {"marker": "o", "linewidth": 2.5 if variant.startswith("our impl") else 1.2}
-            along = sorted(picked)
-            times = [picked[value]["forward_backward"]["median_ms"] for value in along]
-            upper.plot(along, times, label=variant, **style)
-            lower.plot(along, [max(picked[value].get("peak_extra_mib", 0), 0.1) for value in along], **style)
+            own = sorted((row for row in here if row["variant"] == variant), key=lambda row: row[axis])
+            along = [row[axis] for row in own]
+            upper.plot(along, [row["forward_backward"]["median_ms"] for row in own], "o-", label=variant)
+            lower.plot(along, [max(row.get("peak_extra_mib", 0), 0.1) for row in own], "o-")
         lower.set_xlabel({"N": "samples N", "M": "directions M"}[axis])
         upper.set_title(", ".join(f"{k} {v}" for k, v in fixed.items()), fontsize=10)
         for ax in (upper, lower):
             ax.set_yscale("log")
             ax.set_xscale("log", base=2)
-            ax.grid(True, which="major", alpha=0.3)
+            ax.grid(True, alpha=0.3)
     axes[0][0].set_ylabel("forward + backward, ms")
     axes[1][0].set_ylabel("peak memory above inputs, MiB")
     axes[0][0].legend(fontsize=9)
@@ -381,18 +361,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def choose_cases(options: argparse.Namespace) -> list[Case]:
     gpu = options.device.type == "cuda"
-    if options.peers:
-        return variants.peer_cases(options.device)
-    if options.large:
-        return variants.large_cases(gpu)
-    if options.largest:
-        return variants.largest_cases(gpu)
-    if options.share:
-        return variants.share_cases(gpu)
-    if options.sweep:
-        base = variants.sweep_base(gpu)
-        sizes = [base.size._replace(**{axis: v}) for axis, vs in variants.SWEEPS[gpu].items() for v in vs]
-        return [base._replace(size=size) for size in dict.fromkeys(sizes)]
+    for name, cases_of in variants.CASES_OF.items():
+        if getattr(options, name):
+            return cases_of(gpu)
     cases = [c for c in variants.GPU_CASES if options.cases is None or c.key in options.cases]
     if options.rehearse:
         quick = (variants.BASELINE, variants.STREAMING, TRITON)

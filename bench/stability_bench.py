@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchlib import SHORT_RUN, Row, Rows, command_line, print_table, read_rows
+from benchlib import SHORT_RUN, Row, Rows, command_line, print_rows, read_rows
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import sweep
@@ -51,20 +51,13 @@ PAPER = {
 }
 
 
-def train_part(
-    part: str, options: Sequence[str], runs: Path, writer: Rows, length: Row, *, jobs: int, rehearse: bool
-) -> int:
+def train_part(part: str, options: Sequence[str], runs: Path, writer: Rows, length: Row, jobs: int) -> int:
     """Train what has no row of a part, write a row for each run as it ends, return how many failed.
 
     `length`: settings that say how long and on what the runs train; rows of others do not count.
     """
-    grid = PARTS[part]
-    if rehearse:  # three values of the first option, one of the others
-        axes = [axis.partition("=")[::2] for axis in grid]
-        grid = [f"{key}={','.join(v.split(',')[: 1 if i else 3])}" for i, (key, v) in enumerate(axes)]
-    rows = [row for row in read_rows(writer.path) if length.items() <= row["settings"].items()]
-    known = [row["values"] for row in rows if row["part"] == part]
-    points = [p for p in sweep.make_points(grid, options, runs / part) if p.values not in known]
+    known = [row["values"] for row in rows_of(writer, length) if row["part"] == part]
+    points = [p for p in sweep.make_points(PARTS[part], options, runs / part) if p.values not in known]
 
     def write(point: sweep.Point) -> None:
         run = read_run(point.folder)
@@ -76,6 +69,10 @@ def train_part(
     for folder, reason in failed.items():
         print(f"{folder}: {reason}")
     return len(failed)
+
+
+def rows_of(writer: Rows, length: Row) -> list[Row]:
+    return [row for row in read_rows(writer.path) if length.items() <= row["settings"].items()]
 
 
 def figures_of(run: RunRecord) -> Row:
@@ -102,19 +99,18 @@ def show(rows: Sequence[Row], path: Path) -> None:
         if not own:
             continue
         print(f"\n{part}")
-        keys = list(own[0]["values"])
-        table = [[_values(row, ", "), *(_cell(row, name) for name in PROBES)] for row in own]
-        print_table([", ".join(keys), "linear (untrained)", "kNN (untrained)"], table)
-        for name in PROBES:
-            spread = [row[f"{name}_trained"] for row in own]
-            print(f"{name}: {min(spread):.1f} to {max(spread):.1f} %, standard error about {_error(own):.1f}")
-        if part == "alpha":
-            for probe in PROBES:
-                if found := correlate([record_of(row) for row in own], probe):
-                    line = "C(0) = {0:.2f}, C(0.4) = {c_at_alpha:.2f}, "
-                    line += "best C({best_alpha:g}) = {c_at_best:.2f}, "
-                    line += "effective rank {effective_rank:.2f}, RankMe {rankme:.2f}"
-                    print(f"{probe}, {found['runs']} runs: {line.format(found['c'][0], **found)}")
+        columns = {", ".join(own[0]["values"]): "{label}"}
+        columns |= {f"{p} (untrained)": f"{{{p}_trained:.1f}} ({{{p}_untrained:.1f}})" for p in PROBES}
+        print_rows([{**row, "label": _values(row, ", ")} for row in own], columns)
+        for probe in PROBES:
+            spread = [row[f"{probe}_trained"] for row in own]
+            print(
+                f"{probe}: {min(spread):.1f} to {max(spread):.1f} %, standard error about {_error(own):.1f}"
+            )
+            if part == "alpha" and (found := correlate([record_of(row) for row in own], probe)):
+                line = "C(0) = {0:.2f}, C(0.4) = {c_at_alpha:.2f}, best C({best_alpha:g}) = {c_at_best:.2f}, "
+                line += "effective rank {effective_rank:.2f}, RankMe {rankme:.2f}"
+                print(f"{probe}, {found['runs']} runs: {line.format(found['c'][0], **found)}")
         print(f"paper: {PAPER[part]}")
     plot(rows, path)
     print(f"\nplot: {path}")
@@ -122,10 +118,6 @@ def show(rows: Sequence[Row], path: Path) -> None:
 
 def _values(row: Row, between: str) -> str:
     return between.join(f"{value:g}" for value in row["values"].values())
-
-
-def _cell(row: Row, name: str) -> str:
-    return f"{row[f'{name}_trained']:.1f} ({row[f'{name}_untrained']:.1f})"
 
 
 def _error(rows: Sequence[Row]) -> float:
@@ -159,47 +151,43 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             ax.set(xlabel=", ".join(keys), ylabel="accuracy (%)")
         for ax in free[len(parts) :]:
             ax.set_axis_off()
-        grid = [record_of(row) for row in rows if row["part"] in ("alpha", "lambda")]
-        if grid:
+        if grid := [record_of(row) for row in rows if row["part"] in ("alpha", "lambda")]:
             draw_loss_plane(figure, plane, grid)
         else:
             plane.set_axis_off()
-        if any(part != "alpha" for part in parts):
+        if parts != ["alpha"]:
             free[len(parts)].legend(*free[0].get_legend_handles_labels(), loc="center left")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = command_line(__doc__, rehearse="a few runs of a few steps, to see that it works")
+    parser = command_line(__doc__)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="(all)")
     parser.add_argument("--runs", type=Path, default=Path("runs/stability"), help="run folders (%(default)s)")
-    parser.add_argument(
-        "--jobs", type=int, default=2, help="runs at a time, which share the cores (%(default)s)"
-    )
+    about = "runs at a time, which share the cores (%(default)s)"
+    parser.add_argument("--jobs", type=int, default=2, help=about)
     parser.add_argument("--data", default="trashnet96", help="labeled images (%(default)s)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of each run (%(default)s)")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"jobs: expected at least 1, got {options.jobs}")
-    shared = [*OPTIONS, "--data", options.data]
-    length = {"max_steps": 6} if options.rehearse else {"max_steps": None, "epochs": options.epochs}
-    shared += [f"--{name.replace('_', '-')}={value}" for name, value in length.items() if value is not None]
-    writer = Rows(options.out / "stability.jsonl", "stability", rehearsal=options.rehearse)
+    shared = [*OPTIONS, "--data", options.data, "--epochs", str(options.epochs)]
+    length = {"max_steps": None, "epochs": options.epochs, "data.path": options.data}
+    writer = Rows(options.out / "stability.jsonl", "stability")
     # A net this small gains little from a second thread.
     threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     writer.about["jobs"] = options.jobs
-    runs = options.runs / "rehearsal" if options.rehearse else options.runs
-    length |= {"data.path": options.data}
-    setting = {"jobs": options.jobs, "rehearse": options.rehearse}
     try:
-        failed = sum(train_part(part, shared, runs, writer, length, **setting) for part in options.part)
+        parts = [
+            train_part(part, shared, options.runs, writer, length, options.jobs) for part in options.part
+        ]
     except UsageError as error:
         parser.error(str(error).replace("--out", "--runs"))
-    rows = [row for row in read_rows(writer.path) if length.items() <= row["settings"].items()]
+    rows = rows_of(writer, length)
     newest = {json.dumps([row["part"], row["values"]]): row for row in rows}
     if newest:
         show(list(newest.values()), options.out / "stability.png")
-    return int(failed > 0)
+    return int(sum(parts) > 0)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,15 @@
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import accuracy_bench
 from benchlib import Row, print_table
 from sigreg_variants import BASELINE, COMPILED, GRAPH, REDUCED, TRITON
 
-_COMPARE: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
+_COMPARE = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
 FILES = ("sigreg.jsonl", "sigreg_accuracy.jsonl", "train.jsonl")
-Figure = tuple[float, str]
-"""What was measured for a target, and a note for the reader."""
 
 
 class NotMeasuredError(Exception):
@@ -39,7 +37,7 @@ def _value(rows: Sequence[Row], key: str, variant: str, what: str, **more: Any) 
     """
     case, dtype = key.split("-")
     wanted = {"case": case, "dtype": dtype, "variant": variant, **more}
-    found = [row for row in rows if all(row.get(k) == v for k, v in wanted.items())]
+    found = [row for row in rows if wanted.items() <= row.items()]
     if not found:
         raise NotMeasuredError(f"no row of {variant}")
     row = found[-1]
@@ -50,34 +48,28 @@ def _value(rows: Sequence[Row], key: str, variant: str, what: str, **more: Any) 
     return row[what]["median_ms"] if isinstance(row[what], dict) else row[what], row
 
 
-def _ours(rows: Sequence[Row], key: str, what: str, factor: float = 1.0) -> Figure:
-    """The figure `what` of ours, times `factor`."""
-    value, row = _value(rows, key, TRITON, what)
-    kernels = ", ".join(f"{count} {name[:30]}" for name, count in row.get("kernels", {}).items())
-    return factor * value, kernels if what == "launches" else ""
+def _ours(rows: Sequence[Row], key: str, what: str, factor: float = 1.0) -> float:
+    return factor * _value(rows, key, TRITON, what)[0]
 
 
-def _against(rows: Sequence[Row], key: str, what: str, other: str, variant: str = TRITON) -> Figure:
+def _against(rows: Sequence[Row], key: str, what: str, other: str, variant: str = TRITON) -> float:
     """Speedup of `variant` over `other`, or its share of the memory, in the same group, which took turns."""
     its, row = _value(rows, key, other, what)
     mine, _ = _value(rows, key, variant, what, group=row["group"])
-    if what == _MEMORY:
-        return mine / its, f"{mine:.3g} MiB against {its:.3g} MiB"
-    return its / mine, f"{mine:.3g} ms against {its:.3g} ms"
+    return mine / its if what == _MEMORY else its / mine
 
 
-def _accuracy(rows: Sequence[Row], knots: int) -> Figure:
+def _accuracy(rows: Sequence[Row], knots: int) -> float:
     """The largest share of the error that the rule allows, over all rows of so many knots.
 
     Some of the rows can show that the target is missed, but not that it is met.
     """
     wanted = {(variant.name, J) for variant, J in accuracy_bench.cases("cuda", [knots])}
     found = {(r["variant"], r["J"]): r for r in rows if "judged" in r and (r["variant"], r["J"]) in wanted}
-    shares = {f"{name}, J {J}": row["share_of_allowed"] for (name, J), row in found.items() if row["judged"]}
-    worst = max(shares, key=lambda name: shares[name], default=None)
-    if worst is None or (len(found) < len(wanted) and shares[worst] <= 1):
+    worst = max((row["share_of_allowed"] for row in found.values() if row["judged"]), default=0)
+    if len(found) < len(wanted) and worst <= 1:
         raise NotMeasuredError(f"{len(found)} of {len(wanted)} rows of accuracy_bench.py")
-    return shares[worst], f"{worst}, the worst of {len(shares)}"
+    return worst
 
 
 def _trained(rows: Sequence[Row], key: str, model: str | None = None) -> list[Row]:
@@ -90,22 +82,16 @@ def _trained(rows: Sequence[Row], key: str, model: str | None = None) -> list[Ro
     return found
 
 
-def _said(row: Row) -> str:
-    extras = [row["strategy"], row["activation_checkpointing"]]
-    return " ".join([f"{row['model']} x {row['images']}", *(word for word in extras if word != "none")])
+def _largest(rows: Sequence[Row], key: str, model: str | None = None, factor: float = 100.0) -> float:
+    return factor * max(row[key] for row in _trained(rows, key, model))
 
 
-def _largest(rows: Sequence[Row], key: str, model: str | None = None, factor: float = 100.0) -> Figure:
-    best = max(_trained(rows, key, model), key=lambda row: row[key])
-    return factor * best[key], _said(best)
-
-
-def _pair(rows: Sequence[Row], key: str, mine: Any, other: Any, model: str | None = None) -> Figure:
+def _pair(rows: Sequence[Row], key: str, mine: Any, other: Any, model: str | None = None) -> float:
     """Speed of rows whose `key` is `mine` in percent of rows where it is `other`, same model and batch."""
     measured = [row for row in _trained(rows, "images_per_second", model) if not row["plan"]]
     speed = {(row["model"], row["images"], row[key]): row["images_per_second"] for row in measured}
     pairs = [
-        (100 * figure / speed[name, images, other], f"{name} x {images}: {figure:.1f} images/s")
+        100 * figure / speed[name, images, other]
         for (name, images, value), figure in speed.items()
         if value == mine and (name, images, other) in speed
     ]
@@ -114,37 +100,33 @@ def _pair(rows: Sequence[Row], key: str, mine: Any, other: Any, model: str | Non
     return min(pairs)
 
 
-def _gigantic_trains(rows: Sequence[Row]) -> Figure:
+def _gigantic_trains(rows: Sequence[Row]) -> float:
     """Its last loss over its first, each the mean of two batches."""
     recomputed = [r for r in rows if r.get("activation_checkpointing") != "none" or "error" in r]
-    row = _trained(recomputed, "losses", "vit_gigantic")[0]
-    losses = row["losses"]
+    losses = _trained(recomputed, "losses", "vit_gigantic")[0]["losses"]
     if not all(map(math.isfinite, losses)):
         raise NotMeasuredError("the loss is not finite")
-    first, last = sum(losses[:2]) / 2, sum(losses[-2:]) / 2
-    return last / first, f"{_said(row)}: loss {first:.3f} -> {last:.3f} in {len(losses)} steps"
+    return sum(losses[-2:]) / sum(losses[:2])
 
 
-def _planned_memory(rows: Sequence[Row]) -> Figure:
+def _planned_memory(rows: Sequence[Row]) -> float:
     row = _trained(rows, "planned_memory_gib")[0]
-    planned, measured = row["planned_memory_gib"], row["peak_memory_gib"]
-    note = f"{_said(row)}: planned {planned:.1f} GiB, the allocator's peak {measured:.1f} GiB"
-    return 100 * abs(planned / measured - 1), note
+    return 100 * abs(row["planned_memory_gib"] / row["peak_memory_gib"] - 1)
 
 
-def _faster(rows: Sequence[Row], other: str, kind: str = "speed", factor: float = 1.0) -> Figure:
+def _faster(rows: Sequence[Row], other: str, kind: str = "speed", factor: float = 1.0) -> float:
     """Our images per second over those of another loader, times `factor`."""
     speed = {row["contender"]: row["images_per_s"] for row in rows if row.get("kind") == kind}
     if missing := {_OURS, other} - speed.keys():
         raise NotMeasuredError(f"no row of {', '.join(sorted(missing))}")
-    return factor * speed[_OURS] / speed[other], f"{speed[_OURS]:.0f} against {speed[other]:.0f} images/s"
+    return factor * speed[_OURS] / speed[other]
 
 
-def _growth(rows: Sequence[Row]) -> Figure:
-    found = {row["growth"]: row["contender"] for row in rows if row.get("kind") == "memory"}
+def _growth(rows: Sequence[Row]) -> float:
+    found = [row["growth"] for row in rows if row.get("kind") == "memory"]
     if not found:
         raise NotMeasuredError("memory was not measured")
-    return max(found), found[max(found)]
+    return max(found)
 
 
 _REF, _REF32 = "reference-bfloat16", "reference-float32"
@@ -200,23 +182,17 @@ TARGETS = (
 
 def judge(rows: Sequence[Row], *cases: str) -> list[Row]:
     """A row for each target of these cases: figure and whether it is met, or why there is none."""
-    judged = []
-    for case, name, relation, bound, unit, figure in TARGETS:
+    judged: list[Row] = []
+    for case, name, relation, bound, unit, (read, *arguments) in TARGETS:
         if case not in cases:
             continue
-        row: Row = {
-            "case": case,
-            "target": f"{case}: {name}",
-            "goal": f"{relation} {bound:g}{unit}",
-            "unit": unit,
-        }
-        row |= {"figure": None, "met": None, "note": ""}
+        row: Row = {"case": case, "target": f"{case}: {name}", "goal": f"{relation} {bound:g}{unit}"}
+        row |= {"unit": unit, "figure": None, "met": None, "note": ""}
         try:
             if any(r.get("rehearsal") for r in rows):
                 raise NotMeasuredError("this was a rehearsal")
-            read, *arguments = figure
-            measured, note = read(rows, *arguments)
-            row |= {"figure": measured, "met": _COMPARE[relation](measured, bound), "note": note}
+            row["figure"] = read(rows, *arguments)
+            row["met"] = _COMPARE[relation](row["figure"], bound)
         except NotMeasuredError as why:
             row["note"] = str(why)
         judged.append(row)
@@ -224,13 +200,10 @@ def judge(rows: Sequence[Row], *cases: str) -> list[Row]:
 
 
 def print_judged(judged: Sequence[Row]) -> None:
-    """Print a table of target, goal, figure and whether it is met, and then the notes."""
+    """Print a table of target, goal, figure and whether it is met or why there is no figure."""
     cells = []
     for row in judged:
         figure = "-" if row["figure"] is None else f"{row['figure']:.3g}{row['unit']}"
-        met = {True: "met", False: "NOT MET", None: "not measured"}[row["met"]]
+        met = {True: "met", False: "NOT MET", None: f"not measured: {row['note']}"}[row["met"]]
         cells.append([row["target"], row["goal"], figure, met])
     print_table(["target", "goal", "figure", "met or not"], cells)
-    for row in judged:
-        if row["note"]:
-            print(f"{row['target']}: {row['note']}", flush=True)

@@ -5,15 +5,14 @@ each function, which its rows repeat, is the statement it shows; `holds` says wh
 core they take one to two minutes together; --rehearse runs each in small.
 """
 
-import argparse
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from benchlib import Row, Rows, command_line, print_table
+from benchlib import Row, Rows, command_line
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -44,11 +43,9 @@ def dimension(small: bool) -> Iterator[Row]:
     start[:, 1] = arm * start[:, 0]  # marginals and covariance are those of N(0, I)
     angles = torch.linspace(0, math.pi, 65)[:-1]
     plane = torch.stack([angles.cos(), angles.sin()])
-    gaussian = torch.stack(
-        [statistic(torch.randn(N, 2, generator=generator), plane) for _ in range(50)]
-    ).mean()
+    gaussian = [statistic(torch.randn(N, 2, generator=generator), plane).item() for _ in range(50)]
     about = {"N": N, "K": K, "steps": steps, "before": statistic(start[:, :2], plane).item()}
-    about["gaussian"] = gaussian.item()
+    about["gaussian"] = sum(gaussian) / len(gaussian)
     for count, resampled in ((16, True), *((count, False) for count in fixed_counts)):
         x = start.clone().requires_grad_()
         optimizer = torch.optim.Adam([x], lr=0.02)
@@ -93,16 +90,19 @@ def quadrature(small: bool) -> Iterator[Row]:
     integral that the range leaves out."""
     generator = torch.Generator().manual_seed(0)
     N, repeats = (64, 4) if small else (256, 32)
+
+    def normal() -> Tensor:
+        return torch.randn(N, generator=generator, dtype=torch.float64)
+
+    def heavy_tails() -> Tensor:
+        seed = int(torch.randint(9999, (1,), generator=generator))
+        return torch.from_numpy(np.random.default_rng(seed).standard_t(2, N))
+
     kinds: dict[str, Callable[[], Tensor]] = {
-        "Gaussian": lambda: torch.randn(N, generator=generator, dtype=torch.float64),
-        "twice as wide": lambda: 2 * torch.randn(N, generator=generator, dtype=torch.float64),
-        "two humps": lambda: (
-            torch.randn(N, generator=generator, dtype=torch.float64).sign()
-            + 0.2 * torch.randn(N, generator=generator, dtype=torch.float64)
-        ),
-        "heavy tails": lambda: torch.from_numpy(
-            np.random.default_rng(int(torch.randint(9999, (1,), generator=generator))).standard_t(2, N)
-        ),
+        "Gaussian": normal,
+        "twice as wide": lambda: 2 * normal(),
+        "two humps": lambda: normal().sign() + 0.2 * normal(),
+        "heavy tails": heavy_tails,
     }
     one = torch.ones(1, 1, dtype=torch.float64)
     for kind, draw in kinds.items():
@@ -218,17 +218,17 @@ Density = tuple[Callable[[np.random.Generator, int], np.ndarray], Callable[[np.n
 def _densities() -> dict[str, Density]:
     """Sampler, log density but for a constant, and Fisher information, the integral of |grad log p|^2 p, of
     densities in the plane of total variance 2."""
-    found: dict[str, Density] = {}
-    for name, ratio in (("isotropic Gaussian", 1), ("Gaussian, variances 3:1", 3), ("Gaussian, 9:1", 9)):
+
+    def gaussian(ratio: float) -> Density:
         variance = 2 * np.array([ratio, 1]) / (ratio + 1)
+        return (
+            lambda random, n: random.normal(size=(n, 2)) * np.sqrt(variance),
+            lambda z: -(z**2 / variance).sum(-1) / 2,
+            float((1 / variance).sum()),
+        )
 
-        def sample(random: np.random.Generator, n: int, variance: np.ndarray = variance) -> np.ndarray:
-            return random.normal(size=(n, 2)) * np.sqrt(variance)
-
-        def logarithm(z: np.ndarray, variance: np.ndarray = variance) -> np.ndarray:
-            return -(z**2 / variance).sum(-1) / 2
-
-        found[name] = (sample, logarithm, float((1 / variance).sum()))
+    found = {"isotropic Gaussian": gaussian(1), "Gaussian, variances 3:1": gaussian(3)}
+    found["Gaussian, 9:1"] = gaussian(9)
     scale = math.sqrt(3) / math.pi  # of the logistic density with variance 1
     found["logistic"] = (
         lambda random, n: random.logistic(scale=scale, size=(n, 2)),
@@ -249,10 +249,8 @@ def _densities() -> dict[str, Density]:
     line = np.linspace(-8, 8, 100_001)
     logs = of_clusters(np.stack([line, 0 * line], -1))
     density = np.exp(logs) / np.exp(logs).sum()
-    found["two clusters"] = (
-        clusters, of_clusters, 1 + float((density * np.gradient(logs, line) ** 2).sum())
-    )  # fmt: skip
-    return found
+    fisher = 1 + float((density * np.gradient(logs, line) ** 2).sum())
+    return {**found, "two clusters": (clusters, of_clusters, fisher)}
 
 
 def neighbors_holds(rows: Sequence[Row]) -> bool:
@@ -308,20 +306,11 @@ def gradients(small: bool) -> Iterator[Row]:
         yield row
     atoms = (3**0.5 * torch.tensor([-1, 0, 0, 0, 0, 1], dtype=torch.float64)).repeat(100)
     x = atoms[:, None]
-    gaussian = torch.quantile(
-        torch.stack(
-            [
-                statistic(torch.randn(len(x), 1, generator=torch.Generator().manual_seed(i)).double(), one)
-                for i in range(200)
-            ]
-        ),
-        0.99,
-    )
-    yield {
-        "atoms": len(x), "moment_distance_of_atoms": distance(x, moments[4]).item(),
-        "epps_pulley_of_atoms": statistic(x, one).item(), "epps_pulley_99_percent_of_gaussians":
-        gaussian.item(),
-    }  # fmt: skip
+    seeds = (torch.Generator().manual_seed(i) for i in range(200))
+    gaussian = [statistic(torch.randn(len(x), 1, generator=seed).double(), one) for seed in seeds]
+    row = {"atoms": len(x), "moment_distance_of_atoms": distance(x, moments[4]).item()}
+    row["epps_pulley_of_atoms"] = statistic(x, one).item()
+    yield row | {"epps_pulley_99_percent_of_gaussians": torch.quantile(torch.stack(gaussian), 0.99).item()}
 
 
 def gradients_holds(rows: Sequence[Row]) -> bool:
@@ -345,55 +334,38 @@ def draw_gradients(figure: Figure, rows: Sequence[Row]) -> None:
 
 # ---- all ----------------------------------------------------------------------------------------------
 
-Experiment = tuple[
-    Callable[[bool], Iterator[Row]], Callable[[Sequence[Row]], bool], Callable[[Figure, Sequence[Row]], None]
-]
-EXPERIMENTS: dict[str, Experiment] = {
+EXPERIMENTS: dict[str, tuple[Callable[..., Any], Callable[..., bool], Callable[..., None]]] = {
     "dimension": (dimension, dimension_holds, draw_dimension),
     "quadrature": (quadrature, quadrature_holds, draw_quadrature),
     "linear": (linear, linear_holds, draw_linear),
     "neighbors": (neighbors, neighbors_holds, draw_neighbors),
     "gradients": (gradients, gradients_holds, draw_gradients),
 }
-
-
-def run(name: str, out: Path, *, small: bool) -> list[Row]:
-    """Run an experiment: append its rows to theory.jsonl in `out`, draw its figure there, return the rows."""
-    measure, holds, draw = EXPERIMENTS[name]
-    rows = list(measure(small))
-    said = {"experiment": name, "statement": " ".join((measure.__doc__ or "").split()), "holds": holds(rows)}
-    writer = Rows(out / "theory.jsonl", "theory", torch.device("cpu"), rehearsal=small)
-    written = writer.write(*({**said, **row} for row in rows))
-    figure = Figure(figsize=(8, 3), dpi=100, layout="constrained")
-    draw(figure, written)
-    figure.savefig(out / f"theory_{name}.png")
-    return written
-
-
-def keys_between(row: Row, first: str, last: str) -> list[str]:
-    """The keys of a row between two of them: the figures of an experiment."""
-    keys = list(row)
-    return keys[keys.index(first) + 1 : keys.index(last)]
+"""By name: makes the rows, says whether they agree with its statement, draws them."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command_line(__doc__, rehearse="run each in small; the rows are marked")
     parser.add_argument("names", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; none: all")
-    options: argparse.Namespace = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     if unknown := sorted(set(options.names) - EXPERIMENTS.keys()):
         parser.error(f"names: expected {', '.join(EXPERIMENTS)}, got {unknown[0]}")
+    writer = Rows(options.out / "theory.jsonl", "theory", torch.device("cpu"), rehearsal=options.rehearse)
     agree = True
     for name in options.names or EXPERIMENTS:
-        rows = run(name, options.out, small=options.rehearse)
-        figures = {key: row[key] for row in rows for key in keys_between(row, "holds", "benchmark")}
-        keys = [key for key, value in figures.items() if isinstance(value, (int, float, str))]
-        values = [[row.get(key, "") for key in keys] for row in rows]
-        cells = [
-            [f"{each:.4g}" if isinstance(each, float) else str(each) for each in line] for line in values
-        ]
-        print(f"{name}: {'holds' if rows[0]['holds'] else 'DOES NOT HOLD'}")
-        print_table(keys, cells)
-        agree = agree and rows[0]["holds"]
+        measure, holds, draw = EXPERIMENTS[name]
+        rows = list(measure(options.rehearse))
+        said: Row = {"experiment": name, "statement": " ".join((measure.__doc__ or "").split())}
+        said["holds"] = holds(rows)
+        rows = writer.write(*({**said, **row} for row in rows))
+        figure, path = (
+            Figure(figsize=(8, 3), dpi=100, layout="constrained"),
+            options.out / f"theory_{name}.png",
+        )
+        draw(figure, rows)
+        figure.savefig(path)
+        print(f"{name} {'holds' if said['holds'] else 'DOES NOT HOLD'}: {path}", flush=True)
+        agree = agree and said["holds"]
     return int(not agree)
 
 

@@ -10,19 +10,18 @@ import itertools
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import SimpleNamespace
 from unittest import mock
 
 import sigreg_variants as variants
 import timing
 import torch
-from benchlib import Row, Rows, command_line, print_table
-from sigreg_variants import Case, Size
+from benchlib import Row, Rows, command_line, print_rows
+from sigreg_variants import TRITON, Case, Size
 
-from lejepa_fast import sample_unit_directions, standard_normal_knots, triton_operators
-from lejepa_fast.kernels import autotune, backward, epilogue, forward
+from lejepa_fast import triton_operators
+from lejepa_fast.kernels import autotune
 from lejepa_fast.kernels.configs import ANY
-from lejepa_fast.kernels.table import make_plan
 
 Timer = Callable[[Callable[[], None]], float]
 CASES = {case.key: case for case in variants.GPU_CASES}
@@ -50,42 +49,28 @@ def time_candidates(
     Returns:
         Rows of "kernel", size, "tile", "shipped", "median_us" (None if the tile cannot run), "error" (why).
     """
-    (_, N, K, M, J), (x,) = case.size, variants.make_inputs(case, 1, device)
-    A, scale = sample_unit_directions(K, M, step=0, device=device, dtype=case.dtype)
-    config = triton_operators.get_config(device, case.dtype.itemsize)
+    config, K = triton_operators.get_config(device, case.dtype.itemsize), case.size.K
     config = config._replace(fused={ANY: config.tile("fused", min(K, max(config.fused)))} if fused else {})
-    knots = standard_normal_knots(variants.T_MAX, J)
-    t, phi, weights = (a.to(device, torch.float32) for a in knots[:3])
-    plan, unit = make_plan(J, knots.spacing), scale if case.half else None
-    shared = (x.detach(), A, unit, t, plan, config, triton_operators.default_precision(device))
-    size = {**case.size._asdict(), "dtype": case.dtype_name}
     rows: list[Row] = []
 
-    def write_rows() -> None:
-        for row in tuner.rows[len(rows) :]:
-            us = None if row["seconds"] is None else 1e6 * row["seconds"]
-            rest = {key: row[key] for key in ("tile", "shipped", "error")}
-            rows.append({"kernel": row["kernel"], **size, **rest, "median_us": us})
-            write(rows[-1])
+    def append(timed: Row) -> None:
+        seconds = timed.pop("seconds")
+        us = None if seconds is None else 1e6 * seconds
+        rows.append({**timed, **case.size._asdict(), "dtype": case.dtype_name, "median_us": us})
+        write(rows[-1])
 
-    def write_and_time(call: Callable[[], None]) -> float:
-        write_rows()
-        return timer(call)
-
-    tuner = autotune.Tuner(write_and_time)
+    tuner, (x,) = autotune.Tuner(timer), variants.make_inputs(case, 1, device)
+    tuner.rows = SimpleNamespace(append=append)  # type: ignore[assignment]
     with (
         mock.patch.dict(os.environ, LEJEPA_AUTOTUNE="1"),
         mock.patch.object(autotune, "process_tuner", tuner),
+        mock.patch.object(triton_operators, "get_config", return_value=config),
     ):
         try:
-            table = forward.table_sums(*shared)
-            options: Any = {"unbiased": False, "scale_by_n": True, "factor": 1.0}
-            value, coef = epilogue.statistic(table, N, unit, t, phi, weights, plan, **options)
-            backward.gradient(torch.ones_like(value), 1.0, coef, *shared)
+            variants.VARIANTS[TRITON](case, device).step(x)
         except autotune.CANNOT_RUN:  # no tile of a kernel can run: the rows say why
-            if all(row["error"] is None for row in tuner.rows):
+            if all(row["error"] is None for row in rows):
                 raise
-    write_rows()
     return rows
 
 
@@ -94,7 +79,7 @@ def time_case(case: Case, device: torch.device, timer: Timer, file: Rows) -> lis
     rows: list[Row] = []
 
     def write(row: Row) -> None:
-        if all((row["kernel"], row["tile"]) != (known["kernel"], known["tile"]) for known in rows):
+        if row["kernel"] != "forward" or not fused:
             rows.extend(file.write(row))
 
     for fused in backwards(case):
@@ -133,15 +118,19 @@ def compile_share(case: Case, device: torch.device, fused: bool, index: int, cou
 
 
 def show(rows: Sequence[Row]) -> None:
-    table = []
+    """Print the fastest tile of each kernel that runs, and its time beside that of the shipped one."""
+    shown = []
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         tried = [row for row in rows if row["kernel"] == kernel]
         timed = sorted((r for r in tried if r["median_us"] is not None), key=lambda row: row["median_us"])
-        best = [" ".join(f"{k} {v}" for k, v in row["tile"].items()) for row in timed[:1]] or ["none runs"]
-        best += [f"{row['median_us']:.1f}" for row in timed[:1]] or ["-"]
-        shipped = [f"{row['median_us']:.1f}" for row in timed if row["shipped"]] or ["does not run"]
-        table.append([kernel, *best, *shipped, f"{len(timed)} of {len(tried)}"])
-    print_table(["kernel", "fastest tile", "us", "shipped us", "ran"], table)
+        row: Row = {"kernel": kernel, "ran": f"{len(timed)} of {len(tried)}"}
+        for tile in timed[:1]:
+            row |= {"us": tile["median_us"], "tile": " ".join(f"{k} {v}" for k, v in tile["tile"].items())}
+        for tile in timed:
+            row |= {"shipped us": tile["median_us"]} if tile["shipped"] else {}
+        shown.append(row)
+    columns = {"kernel": "{kernel}", "fastest tile": "{tile}", "us": "{us:.1f}"}
+    print_rows(shown, columns | {"shipped us": "{shipped us:.1f}", "ran": "{ran}"})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

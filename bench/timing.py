@@ -32,10 +32,9 @@ Key = TypeVar("Key", bound=Hashable)
 _SLEEP_HERTZ, _LONGEST_SLEEP = 2e9, 0.02  # cycles a second of `torch.cuda._sleep`, about; seconds
 
 
-def wall_clock(call: Call, number: int = 1) -> float:
-    """Wall seconds per call of `number` calls back to back, after two untimed ones."""
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return timer.timeit(number).mean
+def wall_clock(call: Call) -> float:
+    """Wall seconds of a call, after two untimed ones."""
+    return Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()).timeit(1).mean
 
 
 def once(call: Call) -> float:
@@ -44,8 +43,9 @@ def once(call: Call) -> float:
 
 
 def wall_clock_of_many(call: Call) -> float:
-    """`wall_clock` of so many calls back to back that they take about 20 ms, at most 200."""
-    return wall_clock(call, max(3, min(200, int(0.02 / max(wall_clock(call, 3), 1e-6)))))
+    """Wall seconds per call of so many calls back to back that they take about 20 ms."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.02).median
 
 
 class GpuClock:
@@ -75,22 +75,29 @@ class GpuClock:
 
 
 def interleave(
-    calls: Mapping[Key, Call], rounds: int, clock: Clock = wall_clock, warm_up: int = 0
-) -> dict[Key, list[float] | Exception]:
+    calls: Mapping[Key, Call],
+    rounds: int,
+    clock: Clock = wall_clock,
+    warm_up: int = 0,
+    failures: dict[Key, Exception] | None = None,
+) -> dict[Key, list[float]]:
     """Seconds of each call in each round; the calls take turns, so that a slow spell hits all alike.
 
-    A call that raises is left out from there on: its entry is the exception.
+    `failures` gets the exception of a call that raises, which is left out from there on; without it the
+    exception is the caller's.
     """
-    found: dict[Key, list[float] | Exception] = {key: [] for key in calls}
+    found: dict[Key, list[float]] = {key: [] for key in calls}
     for number in range(-warm_up, rounds):
-        for key, seconds in found.items():
-            if isinstance(seconds, list):
-                try:
-                    taken = clock(calls[key])
-                except Exception as failure:
-                    found[key] = failure
-                else:
-                    seconds += [taken] if number >= 0 else []
+        for key in list(found):
+            try:
+                taken = clock(calls[key])
+            except Exception as failure:
+                if failures is None:
+                    raise
+                failures[key] = failure
+                del found[key]
+            else:
+                found[key] += [taken] if number >= 0 else []
     return found
 
 

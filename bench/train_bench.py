@@ -170,8 +170,11 @@ def run(case: Case, world: World, folder: Path) -> Row:
     """Train, and read the figures from the metrics of the run."""
     cfg = case.config(folder / "run")
     if case.loader:
-        images = photographs(folder / "images", 20 * case.images)
-        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=str(images)))
+        images = folder / "images" / "all"
+        make_folder(images, min(20 * case.images, DISTINCT))
+        for number in range(DISTINCT, 20 * case.images):
+            os.link(images / f"{number % DISTINCT:05d}.jpg", images / f"{number:05d}.jpg")
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=str(images.parent)))
     with (Trainer if case.loader else SyntheticTrainer)(cfg, world) as trainer:
         trainer.train()
     rows = read_rows(folder / "run" / "metrics.jsonl")
@@ -210,14 +213,6 @@ def sigreg_seconds(trainer: Trainer, cfg: train_config.Config, device: torch.dev
     return statistics.median([clock(step) for _ in range(8)][3:])
 
 
-def photographs(folder: Path, count: int) -> Path:
-    """A folder of so many JPEG files of 500 x 375 px, of which `DISTINCT` differ."""
-    make_folder(folder / "all", min(count, DISTINCT))
-    for number in range(DISTINCT, count):
-        os.link(folder / "all" / f"{number % DISTINCT:05d}.jpg", folder / "all" / f"{number:05d}.jpg")
-    return folder
-
-
 def run_case(case: Case) -> Row:
     """The figures of a case from its own process; `error` if it fails."""
     try:
@@ -234,19 +229,16 @@ def measure_all(
     rows: list[Row] = []
     waiting = list(cases)
     writer = Rows(out / "train.jsonl", "train", rehearsal=rehearse)
-    while waiting:
+    while waiting and time.monotonic() <= ends:
         case = waiting.pop(0)
-        if time.monotonic() > ends:
-            print(f"out of time: {1 + len(waiting)} case(s) left out")
-            break
         figures = measure(case) if rehearse else run_case(case)
         rows += writer.write({**dataclasses.asdict(case), **figures})
-        kinds = ", ".join(f"{name} {getattr(case, name)}" for name in KINDS)
         found = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float)]
-        said = figures.get("error") or ", ".join(found)
-        print(f"{case.model} x {case.images}: {said} ({kinds})", flush=True)
+        print(f"{case}: {figures.get('error') or ', '.join(found)}", flush=True)
         if figures.get("error") == "out of memory" and case.images >= 2 * SMALLEST_BATCH:
             waiting.insert(0, dataclasses.replace(case, images=case.images // 2))
+    if waiting:
+        print(f"out of time: {len(waiting)} case(s) left out")
     return rows
 
 

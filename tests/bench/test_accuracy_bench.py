@@ -10,13 +10,6 @@ import torch
 from accuracy_bench import Variant, errors, tensor_core_product
 
 
-def test_the_streaming_implementation_keeps_the_rule_of_plain_float32():
-    plain, streaming = (errors(Variant(i, torch.float32, i), 65, 1.0, "cpu") for i in ("reference", "torch"))
-    assert plain[:2] == plain[2:] == streaming[2:]
-    for part in range(2):  # value, gradient
-        assert 0 < streaming[part] <= 2 * plain[part] + 1e-6
-
-
 def test_half_precision_is_measured_on_the_path_of_training_and_on_its_own_inputs(monkeypatch):
     """dT/dp is rounded: a gradient for each direction would leave it in float32."""
     taken, sigreg = {}, accuracy_bench.sigreg
@@ -28,7 +21,8 @@ def test_half_precision_is_measured_on_the_path_of_training_and_on_its_own_input
         return value
 
     monkeypatch.setattr(accuracy_bench, "sigreg", recorded)
-    value, grad, *_ = errors(Variant("bf16", torch.bfloat16, "torch"), 17, 1.0, "cpu")
+    value, grad, *plain = errors(Variant("bf16", torch.bfloat16, "torch"), 17, 1.0, "cpu")
+    assert all(0 < error < 1e-5 for error in plain)
     assert value < 1e-5
     assert grad < 2**-8
     assert taken.keys() == {(dtype, "sum") for dtype in (torch.float64, torch.float32, torch.bfloat16)}
@@ -72,12 +66,6 @@ def test_only_the_value_of_half_precision_on_tensor_cores_may_be_off_by_more():
         ({"value_errors": [float("nan")]}, float("inf")),
     ):
         assert accuracy_bench.share_of_allowed(good | changes) == pytest.approx(share, rel=1e-3), changes
-
-
-def test_every_precision_is_measured_on_a_gpu():
-    variants = list(accuracy_bench.variants("cuda"))
-    assert {v.precision for v in variants if v.dtype == torch.float32} >= {"ieee", "tf32", "tf32x3"}
-    assert {v.dtype for v in variants} == {torch.float32, torch.bfloat16, torch.float16}
 
 
 def test_the_model_of_tensor_cores_cuts_off_where_float32_rounds():

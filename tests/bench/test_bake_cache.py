@@ -5,6 +5,7 @@ import shutil
 import bake_cache
 import gpu_check
 import pytest
+import tiles_bench
 import torch
 from sigreg_variants import Case, Size
 
@@ -26,21 +27,9 @@ def test_a_fresh_process_finds_all_kernels_until_one_is_missing(tmp_path):
     assert bake_cache.check(moved, jobs) == 1
 
 
-def test_a_cache_of_another_triton_is_named(tmp_path, monkeypatch):
-    here = {"python": "3.12.3", "triton": "3.6.0", "triton_key": "abc"}
-    monkeypatch.setattr(bake_cache, "versions", lambda: here)
-    for baked, expected in (
-        (here, None),
-        ({**here, "python": "3.11.7", "triton_key": "def"}, "python 3.11.7, here 3.12.3, triton 3.6.0"),
-    ):
-        (tmp_path / bake_cache.MANIFEST).write_text(bake_cache.json.dumps(baked))
-        problem = bake_cache.mismatch(tmp_path)
-        assert (problem is None) if expected is None else (expected in problem)
-
-
 def test_what_is_baked_covers_the_tiles_and_the_steps_of_the_check():
     jobs = bake_cache.jobs_of_check()
-    tiles = {(case.key, *rest) for do, (case, *rest) in jobs if do is bake_cache.tiles}
+    tiles = {(args[0].key, *args[2:]) for do, args in jobs if do is tiles_bench.compile_share}
     assert {(key, fused) for key, fused, *_ in tiles} == {
         ("reference-bfloat16", False),
         ("reference-bfloat16", True),

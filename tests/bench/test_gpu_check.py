@@ -74,30 +74,27 @@ time.sleep(60)
 
 
 @pytest.fixture
-def make(tmp_path):
-    """A check of so many minutes; its rows are in tmp_path/rows."""
-    return lambda minutes=9.0, stages=(): gpu_check.Check(tmp_path / "rows", 60 * minutes, tmp_path, stages)
+def writer(tmp_path):
+    return benchlib.Rows(tmp_path / "rows" / "gpu_check.jsonl", "gpu_check")
 
 
 def stage(name, code, part=1, **more):
     return Stage(name, part, 60, ("-c", code), **more)
 
 
-def test_later_stages_run_after_a_failure_and_one_that_ran_nothing_has_failed(make, tmp_path):
+def test_later_stages_run_after_a_failure_and_one_that_ran_nothing_has_failed(writer, tmp_path):
     (tmp_path / "test_skipped.py").write_text("import pytest\ndef test_it():\n    pytest.skip('no GPU')\n")
     tests = (SCRIPT, "--tests", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_skipped.py"))
-    check = make()
-    for each in (
+    stages = (
         stage("good", "pass"),
         stage("bad", "raise SystemExit(3)"),
         stage("silent", "pass", rows="sigreg.jsonl"),
         Stage("skips", 1, 60, tests),
         stage("absent", "pass", needs="no_such_program"),
-    ):
-        check.carry_out(each)
-    assert [
-        (row["stage"], row["status"], row["problem"]) for row in benchlib.read_rows(check.writer.path)
-    ] == [
+    )
+    gpu_check.run_stages(stages, writer, 540)
+    rows = benchlib.read_rows(writer.path)
+    assert [(row["stage"], row["status"], row["problem"]) for row in rows] == [
         ("good", "ok", None),
         ("bad", "failed", "exit code 3"),
         ("silent", "failed", "it wrote no row to sigreg.jsonl"),
@@ -106,33 +103,34 @@ def test_later_stages_run_after_a_failure_and_one_that_ran_nothing_has_failed(ma
     ]
 
 
-def test_nothing_begins_when_the_time_is_up_and_an_optional_stage_may_lack_time_or_tool(make):
-    late, each = make(0.01), stage("late", "pass", case="giant-bfloat16")
-    late.carry_out(each)
-    assert late.outcomes[each].status == "skipped"
-    assert late.summarize() == 1
-    judged = [row for row in benchlib.read_rows(late.writer.path) if "target" in row]
+def test_nothing_begins_when_the_time_is_up_and_an_optional_stage_may_lack_time_or_tool(writer):
+    late = stage("late", "pass", case="giant-bfloat16")
+    outcomes = gpu_check.run_stages([late], writer, 0.6)
+    assert outcomes[late].status == "skipped"
+    assert gpu_check.summarize(outcomes, writer) == 1
+    judged = [row for row in benchlib.read_rows(writer.path) if "target" in row]
     assert {(row["met"], row["note"]) for row in judged} == {(None, f"no row of {TRITON}")}
-    late.outcomes = {each: Outcome("ok", 1.0)}  # what nobody measures is missed, if no other part measures it
-    assert late.summarize() == 0
-    late.outcomes |= {other: Outcome("ok", 1.0) for other in STAGES if other.case == each.case}
-    assert late.summarize() == 1
+    outcomes = {late: Outcome("ok", 1.0)}  # what nobody measures is missed, if no other part measures it
+    assert gpu_check.summarize(outcomes, writer) == 0
+    outcomes |= {other: Outcome("ok", 1.0) for other in STAGES if other.case == late.case}
+    assert gpu_check.summarize(outcomes, writer) == 1
     for part, status in itertools.product((1, 3), ("ok", "stopped", "skipped", "absent", "failed")):
-        late.outcomes = {stage("it", "pass", part): Outcome(status, 1.0)}
-        assert late.summarize() == int(status == "failed" or (part == 1 and status != "ok"))
+        outcomes = {stage("it", "pass", part): Outcome(status, 1.0)}
+        wanted = int(status == "failed" or (part == 1 and status != "ok"))
+        assert gpu_check.summarize(outcomes, writer) == wanted
 
 
 @pytest.mark.parametrize(("share", "code"), [(2.0, 1), (0.5, 0)])
-def test_a_missed_target_is_exit_code_1(make, tmp_path, monkeypatch, share, code):
-    check, rows = make(), benchlib.Rows(tmp_path / "rows" / "sigreg_accuracy.jsonl", "sigreg_accuracy")
+def test_a_missed_target_is_exit_code_1(writer, tmp_path, monkeypatch, share, code):
+    rows = benchlib.Rows(tmp_path / "rows" / "sigreg_accuracy.jsonl", "sigreg_accuracy")
     measured = accuracy_bench.cases("cuda", [17])
     written = [{"variant": v.name, "J": J, "judged": True, "share_of_allowed": share} for v, J in measured]
     monkeypatch.setattr(gpu_check, "execute", lambda *_: rows.write(*written) and Outcome("ok", 1.0))
-    check.carry_out(BY_NAME["accuracy"])
-    assert check.summarize() == code
+    outcomes = gpu_check.run_stages([BY_NAME["accuracy"]], writer, 540)
+    assert gpu_check.summarize(outcomes, writer) == code
 
 
-def test_stages_fit_the_targets_the_files_and_the_time(make, monkeypatch):
+def test_stages_fit_the_targets_the_files_and_the_time(writer, monkeypatch):
     assert len(BY_NAME) == len(STAGES)
     keys = {case.key for case in sigreg_variants.GPU_CASES} | {"accuracy", ""}
     run_cases = {s.case for s in STAGES}
@@ -141,21 +139,20 @@ def test_stages_fit_the_targets_the_files_and_the_time(make, monkeypatch):
     assert wanted <= run_cases <= keys
     assert not any(s.case for s in STAGES if s.optional)
     for part in (1, 2):
-        times = [stage.seconds + sum(gpu_check.GRACE) for stage in STAGES if stage.part == part]
+        times = [stage.seconds + gpu_check.GRACE for stage in STAGES if stage.part == part]
         assert sum(times) + gpu_check.LAST_SECONDS <= 60 * gpu_check.PART_MINUTES
-    order = [(stage.part, stage.seconds) for stage in STAGES if stage.part < 3]
-    assert order == sorted(order, key=lambda each: each[0])
+    order = [stage.part for stage in STAGES if stage.part < 3]
+    assert order == sorted(order)
     names = {Path(argument).name for argument in BY_NAME["kernel tests"].arguments}
     assert {"kernel_operators.py", "kernel_accuracy.py", "test_kernels_gpu.py"} <= names
     commands = []
     execute = lambda command, limit, *_: commands.append(command) or Outcome("ok", limit)  # noqa: E731
     monkeypatch.setattr(gpu_check, "execute", execute)
-    check, training = make(), BY_NAME["training"]
-    check.carry_out(training._replace(rows=None))
-    assert commands[0][1:] == ["--budget-minutes", "3.80", "--out", str(check.out)]
+    gpu_check.run_stages([BY_NAME["training"]], writer, 540)
+    assert commands[0][1:] == ["--budget-minutes", "3.80", "--out", str(writer.path.parent)]
 
 
-def test_a_stage_gets_what_earlier_ones_left_and_takes_nothing_from_later_ones(make, monkeypatch):
+def test_a_stage_gets_what_earlier_ones_left_and_takes_nothing_from_later_ones(writer, monkeypatch):
     clock, limits = [1000.0], []
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
@@ -165,21 +162,17 @@ def test_a_stage_gets_what_earlier_ones_left_and_takes_nothing_from_later_ones(m
         return Outcome("ok", limit)
 
     monkeypatch.setattr(gpu_check, "execute", execute)
-    grace = sum(gpu_check.GRACE)
     stages = [stage(name, name) for name in ("overruns", "quick", "next")] + [stage("more", "more", 3)]
-    check = make((4 * 60 + 3 * grace + gpu_check.LAST_SECONDS) / 60, stages)
-    for each in stages:
-        check.carry_out(each)
+    gpu_check.run_stages(stages, writer, 4 * 60 + 3 * gpu_check.GRACE + gpu_check.LAST_SECONDS)
     # A minute more than the first three need: the first one takes it, and the rest of the last one.
-    assert limits == pytest.approx([120, 60 + grace, 60 + 50 + 2 * grace, 100 + 2 * grace])
+    assert limits == pytest.approx([120, 65, 120, 110])
 
 
-def test_kernels_compiled_beforehand_are_taken_and_the_others_counted(tmp_path):
+def test_kernels_compiled_beforehand_are_taken_and_the_others_counted(writer, tmp_path):
     baked = tmp_path / "baked" / "KEY"
     baked.mkdir(parents=True)
     (baked / "a.cubin").write_bytes(b"code")
     (baked / "__grp__a.json").write_text('{"child_paths": {"a.cubin": "/elsewhere/KEY/a.cubin"}}')
-    check = gpu_check.Check(tmp_path / "rows", 600, tmp_path, cache=baked.parent)
     code = """
 import json, os, pathlib
 cache = pathlib.Path(os.environ["TRITON_CACHE_DIR"])
@@ -188,8 +181,8 @@ assert pathlib.Path(path).read_bytes() == b"code"
 (cache / "NEW").mkdir()
 (cache / "NEW" / "b.cubin").touch()
 """
-    check.carry_out(stage("compiles one", code))
-    (row,) = benchlib.read_rows(check.writer.path)
+    gpu_check.run_stages([stage("compiles one", code)], writer, 600, baked.parent)
+    (row,) = benchlib.read_rows(writer.path)
     assert (row["status"], row["compiled"]) == ("ok", 1)
 
 

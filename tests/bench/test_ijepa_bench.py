@@ -16,21 +16,8 @@ def test_rows_count_what_each_way_keeps_and_pads(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(timing, "peak_extra_bytes", bytes_of)
     monkeypatch.setattr(timing, "in_fresh_process", lambda function, *arguments: function(*arguments))
-    small = [
-        "--model",
-        "test_vit",
-        "--kwargs",
-        "{}",
-        "--size",
-        "160",
-        "--batch",
-        "3",
-        "--predictor",
-        "32",
-        "1",
-        "2",
-    ]
-    ijepa_bench.main([*small, "--rounds", "2", "--device", "cpu", "--out", str(tmp_path)])
+    small = "--model test_vit --kwargs {} --size 160 --batch 3 --predictor 32 1 2 --rounds 2"
+    ijepa_bench.main([*small.split(), "--out", str(tmp_path)])
     rows = read_rows(tmp_path / "ijepa.jsonl")
     wanted = [(masks, way) for masks in ("I-JEPA", "narrow") for way in ("packed", "padded", "truncated")]
     assert [(row["masks"], row["way"]) for row in rows] == wanted

@@ -4,6 +4,7 @@ import objectives_bench
 import pytest
 from benchlib import read_rows
 
+from lejepa_fast.errors import RunError
 from lejepa_fast.train import config
 
 NET = ["--model.kwargs", '{"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}']
@@ -17,26 +18,21 @@ TINY = """
 def test_a_row_has_photographs_ranks_and_numbers(tmp_path, image_folder, monkeypatch, capsys):
     name = "masked LeJEPA, image"
     monkeypatch.setattr(objectives_bench, "TABLES", ("count",))  # for time
-    command = ["--rehearse", "--out", str(tmp_path), "--work", str(tmp_path / "work"), "--runs", name]
-    command += ["--extra", "--data.path", str(image_folder), *NET, *TINY.split()]
-    objectives_bench.main(command)
+    monkeypatch.setattr(objectives_bench, "PICTURES", (40, 20))
+    common = ["--out", str(tmp_path), "--work", str(tmp_path / "work"), "--runs", name]
+    common += ["--extra", "--data.path", str(image_folder), *NET, *TINY.split(), "--max-steps"]
+    objectives_bench.main([*common, "2"])
     (row,) = read_rows(tmp_path / "objectives.jsonl")
-    assert (row["name"], row["steps"], row["rehearsal"]) == (name, 2, True)
+    assert (row["name"], row["steps"]) == (name, 2)
     assert max(row["count_linear_trained"], row["count_knn_untrained"]) < 1
     assert row["within_rank_trained"] >= 1
     assert row["between_std_untrained"] > 0
     assert 0 <= row["knn_trained"] <= 100
-    monkeypatch.setattr(objectives_bench, "train", lambda *arguments: pytest.fail("trained again"))
-    objectives_bench.main(command)
+    monkeypatch.setattr(objectives_bench.pretrain, "main", lambda arguments: arguments)
+    objectives_bench.main([*common, "2"])  # trains nothing again
+    with pytest.raises(RunError, match="--max-steps 3"):  # other options are another run, in another folder
+        objectives_bench.main([*common, "3"])
     assert f"{row['count_linear_trained']:.3f}" in capsys.readouterr().out
-
-
-def test_other_options_do_not_go_on_with_a_finished_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(objectives_bench.pretrain, "main", lambda arguments: 0)
-    first, other, again = (
-        objectives_bench.train("I-JEPA", ["--epochs", epochs], tmp_path) for epochs in ("2", "3", "2")
-    )
-    assert first == again != other
 
 
 @pytest.mark.parametrize("name", objectives_bench.RUNS)

@@ -30,36 +30,37 @@ def row(variant, case, dtype, milliseconds, **changes):
     return base | {"date": "2030-01-02T00:00", "command": "python bench/x.py"} | changes
 
 
-def compared(tmp_path, monkeypatch, rows, loader=()):
-    """Cells of the first table, and its last line."""
-    for name, written in (("sigreg", rows), ("loader", loader)):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, written)))
-    monkeypatch.setattr(render_readme, "RESULTS", tmp_path)
-    lines = render_readme.comparison().splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:-2]], lines[-1]
+@pytest.fixture
+def compared(tmp_path, monkeypatch):
+    """Makes cells of the first table, and its last line, of rows."""
+
+    def table(rows, loader=()):
+        for name, written in (("sigreg", rows), ("loader", loader)):
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, written)))
+        monkeypatch.setattr(render_readme, "RESULTS", tmp_path)
+        lines = render_readme.comparison().splitlines()
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:-2]], lines[-1]
+
+    return table
 
 
-def test_the_first_table_compares_with_packages(tmp_path, monkeypatch):
-    cpu = {"driver": None, "device": "AMD EPYC"}
-    rows = [
-        row(STREAMING, "peers", "float32", 70.0, **cpu),
-        row(LIGHTLY, "peers", "float32", 500.0, version="1.5", **cpu, date="2029-01-01"),  # older
-        row(LIGHTLY, "peers", "float32", 350.0, version="1.6.0", **cpu),
-        row(BASELINE, "cpu", "float32", 1.0, **cpu),
-    ]
-    about = {
-        **row("", "", "", 0),
-        **cpu,
-        "device": "Intel",
-        "kind": "peers",
-        "views": "2 x 224",
-        "command": "python bench/y.py",
-    }
+CPU = {"driver": None, "device": "AMD EPYC"}
+PEERS = [
+    row(STREAMING, "peers", "float32", 70.0, **CPU),
+    row(LIGHTLY, "peers", "float32", 500.0, version="1.5", **CPU, date="2029-01-01"),  # older
+    row(LIGHTLY, "peers", "float32", 350.0, version="1.6.0", **CPU),
+    row(BASELINE, "cpu", "float32", 1.0, **CPU),
+]
+
+
+def test_the_first_table_compares_with_packages(compared):
+    about = row("", "", "", 0, **CPU) | {"device": "Intel", "command": "python bench/y.py"}
+    about |= {"kind": "peers", "views": "2 x 224"}
     loader = [
-        {"contender": STABLE, "images_per_s": 60.0, "version": "0.1.8", **about},
-        {"contender": OURS, "images_per_s": 900.0, **about},
+        {**about, "contender": STABLE, "images_per_s": 60.0, "version": "0.1.8"},
+        {**about, "contender": OURS, "images_per_s": 900.0},
     ]
-    cells, origin = compared(tmp_path, monkeypatch, rows, loader)
+    cells, origin = compared(PEERS, loader)
     loss = "loss of 8 x 2048 embeddings of size 512, 1024 directions, float32"
     speeds = ["stable-pretraining 0.1.8: 60 images/s", "**900 images/s**", "15.0x", ""]
     assert cells == [
@@ -70,18 +71,8 @@ def test_the_first_table_compares_with_packages(tmp_path, monkeypatch):
     assert origin == f"AMD EPYC, {where}: `python bench/x.py`; Intel, {where}: `python bench/y.py`"
 
 
-def test_the_command_of_rows_in_parts_is_that_of_all():
-    rows = [{"command": f"python bench/x.py --seeds 0 1 --sets a=x{more}"} for more in (" b=y", "")]
-    assert render_readme.whole(rows)["command"] == "python bench/x.py --sets a=x b=y"
-    assert (
-        render_readme.whole([{"command": "python bench/x.py --models a b"}])["command"] == "python bench/x.py"
-    )
-
-
-def test_rows_of_a_gpu_take_the_place_of_those_of_a_cpu(tmp_path, monkeypatch):
+def test_rows_of_a_gpu_take_the_place_of_those_of_a_cpu(compared):
     rows = [
-        row(STREAMING, "peers", "float32", 70.0, driver=None),
-        row(LIGHTLY, "peers", "float32", 350.0, driver=None),
         row(BASELINE, "reference", "bfloat16", 7.25),
         row(TRITON, "reference", "bfloat16", 0.125),
         row(COMPILED, "reference", "bfloat16", 1.5, group=1),
@@ -91,13 +82,18 @@ def test_rows_of_a_gpu_take_the_place_of_those_of_a_cpu(tmp_path, monkeypatch):
         row(BASELINE, "giant", "bfloat16", 1.0, correct=False),
         row(TRITON, "giant", "bfloat16", 0.001, rehearsal=True),
     ]
-    cells, origin = compared(tmp_path, monkeypatch, rows)
+    cells, origin = compared([*PEERS, *rows])
     assert [line[1:4] for line in cells] == [
         [f"{BASELINE}: 7.25 ms", "**0.125 ms**", "58.0x"],
         [f"{COMPILED}: 1.5 ms", "**0.25 ms**", "6.0x"],
         [f"{BASELINE}: 1 ms", "**0.2 ms**", "5.0x"],
     ]
     assert origin.startswith("NVIDIA H200")
+
+
+def test_the_command_of_rows_in_parts_is_that_of_all():
+    rows = [{"command": f"python bench/x.py --seeds 0 1 --sets a=x{more}"} for more in (" b=y", "")]
+    assert render_readme.whole(rows)["command"] == "python bench/x.py --sets a=x b=y"
 
 
 def test_the_text_does_not_deny_figures_that_there_are():

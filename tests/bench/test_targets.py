@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import accuracy_bench
 import pytest
@@ -28,38 +29,31 @@ def row(variant, case="reference", dtype="bfloat16", ms=1.0, mib=100.0, **change
 
 
 def test_targets_are_met_or_not_by_their_bounds(capsys):
-    rows = [row(BASELINE, ms=8.0, mib=8000.0), row(COMPILED, ms=1.0)]
-    rows.append(row(TRITON, ms=0.2, mib=200.0, share_of_floor=0.4))
-    assert verdicts(rows, "reference-bfloat16") == {
+    rows = [row(BASELINE, ms=8.0, mib=8000.0), row(TRITON, ms=0.2, mib=200.0, share_of_floor=0.4)]
+    # The clock of the device fell between the groups; each ratio stays in one.
+    rows += [row(COMPILED, ms=2.0, group=1), row(TRITON, ms=0.4, group=1, share_of_floor=0.4)]
+    found = {
         "speed against eager": (pytest.approx(40), True),
         "speed against torch.compile": (pytest.approx(5), False),
         "memory against eager": (pytest.approx(1 / 40), True),
-        "time": (pytest.approx(0.2), True),
+        "time": (pytest.approx(0.4), False),
         "share of the floor": (pytest.approx(40), False),
     }
+    assert verdicts(rows, "reference-bfloat16") == found
     targets.print_judged(targets.judge(rows, "reference-bfloat16"))
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    name = "reference-bfloat16: speed against torch.compile"
-    assert [*name.split(), ">=", "8x", "5x", "NOT", "MET"] in lines
+    assert re.search(r"16: speed against torch.compile +>= 8x +5x +NOT MET", capsys.readouterr().out)
+    found |= {"speed against torch.compile": (None, None), "time": (pytest.approx(0.2), True)}
+    assert verdicts(rows[:2], "reference-bfloat16") == found
+    assert notes(rows[:2], "reference-bfloat16")["speed against torch.compile"] == f"no row of {COMPILED}"
     # The minimal size is judged by wall clock and launches.
     rows = [row(v, "minimal", "float32", ms) for v, ms in ((BASELINE, 3.0), (REDUCED, 3.0), (GRAPH, 1.0))]
-    rows.append(row(TRITON, "minimal", "float32", 2.0, launches=7, kernels={"_fwd": 7}))
+    rows.append(row(TRITON, "minimal", "float32", 2.0, launches=7))
     assert verdicts(rows, "minimal-float32") == {
         "speed against eager, wall clock": (pytest.approx(1.5), True),
         "CUDA graph against eager": (pytest.approx(3), False),
         "CUDA graph against reduce-overhead": (pytest.approx(3), True),
         "launches, with directions": (7, False),
     }
-
-
-def test_ratios_are_of_figures_that_took_turns():
-    """The clock of the device fell between the groups; each ratio stays in one."""
-    rows = [row(BASELINE, ms=8.0), row(TRITON, ms=0.2, mib=200.0)]
-    rows += [row(COMPILED, ms=3.2, group=1), row(TRITON, ms=0.4, group=1)]
-    found, stopped = (verdicts(part, "reference-bfloat16") for part in (rows, rows[:2]))
-    assert found["speed against eager"] == stopped["speed against eager"] == (pytest.approx(40), True)
-    assert found["speed against torch.compile"] == (pytest.approx(8), True)
-    assert notes(rows[:2], "reference-bfloat16")["speed against torch.compile"] == f"no row of {COMPILED}"
 
 
 @pytest.mark.parametrize("worst", [0.75, 2.0])

@@ -74,12 +74,12 @@ def test_predictions_stand_beside_measurements(report, monkeypatch, tmp_path, ca
     row = next(row for row in report if (row["kernel"], row["K"]) == ("gradient", 1536))
     size = {name: row[name] for name in kernel_report.Size._fields}
     timed = {"kernel": "gradient", **size, "J": 17, "dtype": "bfloat16", "device": "NVIDIA H200"}
-    timed["tile"] = {name: row[name] for name in kernel_report.Tile._fields}
-    others = [{"seconds": None}, {"seconds": 3e-6, "rehearsal": True}, {"seconds": 3e-6, "device": "CPU"}]
-    others.append({"seconds": 3e-6, "tile": timed["tile"] | {"num_stages": 9}})
+    timed |= {"tile": {name: row[name] for name in kernel_report.Tile._fields}, "median_us": 3.0}
+    others = [{"median_us": None}, {"rehearsal": True}, {"device": "CPU"}]
+    others.append({"tile": timed["tile"] | {"num_stages": 9}})
     times = tmp_path / "times.jsonl"
     monkeypatch.setattr(kernel_report, "TIMES", times)
-    for changes, expected in ([others, None], [[*others, {"seconds": 2e-6}, others[0]], pytest.approx(20)]):
+    for changes, expected in ([others, None], [[*others, {"median_us": 2.0}, others[0]], pytest.approx(20)]):
         times.write_text("".join(json.dumps(timed | change) + "\n" for change in changes))
         assert kernel_report.measured(row) == expected, "of ten chunks"
     kernel_report.show_steps(report)
