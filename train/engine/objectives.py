@@ -39,6 +39,7 @@ class Objective(Protocol):
 
     def finish(self, step: int, skipped: Tensor) -> None:
         """Follow step number `step`, from 1; `skipped` is a 0-dim tensor, above 0 if it was skipped."""
+        return
 
 
 class LeJEPA(Objective):

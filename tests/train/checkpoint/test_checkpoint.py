@@ -192,7 +192,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(damage, file
 
 def test_every_bit_of_the_manifest_and_an_extra_file_are_noticed(tmp_path):
     """The manifest has no sum of its own: a change must show in what it says."""
-    path = save(tmp_path, 1)
+    path = save(tmp_path, 1, **{"model.weight": torch.zeros(3)})
     manifest = path / checkpoint.MANIFEST
     good = manifest.read_bytes()
     for bit in range(8 * len(good)):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from training import CPU, course_of, rows_of, run_ranks, train_only
 
+import lejepa_fast
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import export
 from lejepa_fast.train.checkpoint import storage as checkpoint
@@ -221,9 +222,10 @@ def test_every_family_shards(name, ranks):
 # ---- one process -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "difference"),
-    [
+def test_the_first_difference_between_ranks_is_named_in_a_short_line(tiny, monkeypatch):
+    same, version = facts_of(tiny(out="a")), lejepa_fast.__version__
+    assert same["version of torch"] == torch.__version__
+    for changes, difference in (
         ({"data": {"batch_size": 6}}, "--data.batch-size is 8 on rank 0, 2 and 6 on rank 1"),
         ({"log_every": 5, "checkpoint_every": 7}, "--log-every is 1 on rank 0, 2 and 5 on rank 1"),
         ({"data": {"path": "/copy", "workers": 3, "prefetch": 1}}, None),  # as machines may
@@ -231,26 +233,16 @@ def test_every_family_shards(name, ranks):
             {"out": "b"},
             "--out (give --out; its default depends on --data.path) is 'a' on rank 0, 2 and 'b' on rank 1",
         ),
-    ],
-)
-def test_the_option_in_which_ranks_differ_is_named(changes, difference, tiny):
-    same, other = facts_of(tiny(out="a")), facts_of(tiny(**{"out": "a", **changes}))
-    assert first_difference([same, other, same]) == difference
-
-
-def test_other_versions_are_named_first(tiny, monkeypatch):
-    same = facts_of(tiny())
+    ):
+        other = facts_of(tiny(**{"out": "a", **changes}))
+        assert first_difference([same, other, same]) == difference
     monkeypatch.setattr("lejepa_fast.__version__", "9.9")
-    found = first_difference([same, facts_of(tiny(seed=5))])
+    other = facts_of(tiny(out="a", seed=5))
     assert (
-        found == f"version of lejepa_fast is {same['version of lejepa_fast']!r} on rank 0 and '9.9' on rank 1"
+        first_difference([same, other])
+        == f"version of lejepa_fast is {version!r} on rank 0 and '9.9' on rank 1"
     )
-    assert same["version of torch"] == torch.__version__
-
-
-def test_differences_of_many_ranks_are_one_short_line():
-    many = first_difference([{"seed": rank % 9} for rank in range(99)])
-    assert many == (
+    assert first_difference([{"seed": rank % 9} for rank in range(99)]) == (
         "seed is 0 on rank 0, 9, 18, 27, 36, 45, ... and 1 on rank 1, 10, 19, 28, 37, 46, ... "
         "and 2 on rank 2, 11, 20, 29, 38, 47, ..."
     )
