@@ -67,28 +67,15 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
 
 
 def train(cfg: Config, world: World) -> dict[str, Any]:
-    """Train, and average the gathered encoder beside it as one process would.
-
-    Returns the whole target encoder by name, that average, and the number of sharded parameters."""
+    """Train; returns whole target and context encoder by name, and the number of sharded parameters."""
     trainer = Trainer(cfg, world)
-    parameters = dict(trainer.model.named_parameters())
-    averaged: dict[str, Tensor] = {}
-    step = trainer.train_step
-
-    def gathered(part: str) -> dict[str, Tensor]:
-        found = {name: tensor for name, tensor in parameters.items() if name.startswith(part)}
-        return {name.removeprefix(part): full(tensor).clone() for name, tensor in found.items()}
-
-    def followed(views: list[Tensor], epoch: int) -> None:
-        averaged.update(averaged or gathered("encoder."))
-        momentum = cfg.masked.momentum + (1 - cfg.masked.momentum) * trainer.step / trainer.total_steps
-        step(views, epoch)
-        for name, tensor in gathered("encoder.").items():
-            averaged[name].mul_(momentum).add_(tensor, alpha=1 - momentum)
-
-    trainer.train_step = followed
     trainer.run()
-    del trainer.train_step  # a circle, which would keep the process group alive
-    sharded = sum(isinstance(tensor, DTensor) for tensor in parameters.values())
-    encoder = gathered("encoder.")
-    return {"target": gathered("target."), "encoder": encoder, "averaged": averaged, "sharded": sharded}
+    sharded = sum(isinstance(tensor, DTensor) for tensor in trainer.model.parameters())
+    return {"target": whole(trainer, "target"), "encoder": whole(trainer, "encoder"), "sharded": sharded}
+
+
+def whole(trainer: Trainer, part: str) -> dict[str, Tensor]:
+    """Copies of the parameters of a part of the model, gathered; {} if it has no such part."""
+    prefix = f"{part}."
+    found = [(name, p) for name, p in trainer.model.named_parameters() if name.startswith(prefix)]
+    return {name.removeprefix(prefix): full(tensor).clone() for name, tensor in found}

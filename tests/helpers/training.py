@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ import torch.multiprocessing as mp
 import lejepa_fast.train
 from lejepa_fast.train import config
 from lejepa_fast.train.config import Config
+from lejepa_fast.train.engine import trainer as engine
 from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.model.flops import count_flops
+from lejepa_fast.train.model.model import TrainedModule
 from lejepa_fast.train.runtime.files import read_rows
 from lejepa_fast.train.runtime.world import World
 
@@ -29,9 +33,30 @@ SCRIPT = Path(lejepa_fast.train.__path__[0]) / "pretrain.py"
 Make = Callable[..., Config]
 
 
+_counted: dict[Any, Any] = {}
+
+
+def _count_once(cfg: Config, model: TrainedModule) -> Any:
+    """Counting the operations of a model takes a second, and hundreds of runs here have equal ones."""
+    key = cfg.objective, cfg.model, cfg.crops, cfg.loss, cfg.masked, cfg.data.channels, cfg.seed
+    if key not in _counted:
+        _counted[key] = count_flops(cfg, model)
+    return _counted[key]
+
+
+engine.count_flops = _count_once  # type: ignore[assignment]
+
+
+def forkserver() -> ForkServerContext:
+    """Context whose processes start at once, with the trainer and Dynamo imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lejepa_fast.train.engine.trainer"])
+    return context
+
+
 def run_ranks(worker: Callable[..., None], *arguments: Any, ranks: int) -> None:
-    """Run `worker(rank, *arguments)` in a process for each rank; the trainer is imported once."""
-    multiprocessing.set_forkserver_preload(["lejepa_fast.train.engine.trainer"])
+    """Run `worker(rank, *arguments)` in a process for each rank."""
+    forkserver()
     mp.start_processes(worker, arguments, nprocs=ranks, start_method="forkserver")
 
 

@@ -107,12 +107,10 @@ def _read_checked(path: Path) -> dict[str, Any]:
                 raise UnreadableCheckpointError(f"{name} does not match its SHA-256 sum")
     try:
         state = json.loads((path / STATE).read_bytes())
-        known = state["format"] == FORMAT and isinstance(state["version"], int)
     except (ValueError, RecursionError) as error:
         raise UnreadableCheckpointError(f"{STATE} is not JSON: {error}") from error
-    except (KeyError, TypeError):
-        known = False
-    if not known:
+    facts = state if isinstance(state, dict) else {}
+    if facts.get("format") != FORMAT or not isinstance(facts.get("version"), int):
         raise UnreadableCheckpointError(f"{STATE} is not that of a checkpoint of lejepa_fast's trainer")
     if state["version"] > VERSION:
         raise UsageError(

@@ -72,6 +72,7 @@ class Metrics:
     ):
         self.path = run_dir / "metrics.jsonl"
         self._enabled = enabled
+        self._file: Any = None
         self._board: Any = None
         self._wandb: WandbRun | None = None
         self._first_step, self._total_steps, self._peak_rate = step, total_steps, peak_rate
@@ -99,13 +100,10 @@ class Metrics:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Close everything; raises nothing, since the rows are written already."""
         self._bar.close()
-        if not self._enabled:
-            return
-        with contextlib.suppress(OSError):
-            self._file.close()
-        if self._board is not None:
+        for file in (self._file, self._board):
             with contextlib.suppress(OSError):
-                self._board.close()
+                if file is not None:
+                    file.close()
         if self._wandb is not None:
             self._wandb.close(failed=kind is not None and not issubclass(kind, Interrupted))
 

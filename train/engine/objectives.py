@@ -35,12 +35,14 @@ class Objective(Protocol):
 
     def figures(self, kept: Tensor) -> dict[str, float]:
         """Return further figures for a row of kind "train", of this rank alone."""
+        return {}
 
     def finish(self, step: int, skipped: Tensor) -> None:
         """Follow step number `step`, from 1; `skipped` is a 0-dim tensor, above 0 if it was skipped."""
+        return
 
 
-class LeJEPA:
+class LeJEPA(Objective):
     """Views of an image predict their mean."""
 
     def inputs(self, views: list[Tensor], epoch: int, batch: int) -> tuple[Any, ...]:
@@ -52,14 +54,8 @@ class LeJEPA:
     def spread(self, kept: Tensor) -> Tensor:
         return kept.float().std(dim=1).mean()
 
-    def figures(self, kept: Tensor) -> dict[str, float]:
-        return {}
 
-    def finish(self, step: int, skipped: Tensor) -> None:
-        pass
-
-
-class Masked:
+class Masked(Objective):
     """Masked prediction, with a target encoder (I-JEPA) or without.
 
     Args:

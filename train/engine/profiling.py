@@ -3,7 +3,6 @@
 The first steps are left out (compilation, lazy allocation); the next ACTIVE ones are recorded on rank 0:
 
     step-00000009.trace.json.gz     open in ui.perfetto.dev: every operator, kernel and allocation
-    step-00000009.operators.txt     by operator: time, calls, memory
     step-00000009.memory.pickle     open in docs.pytorch.org/memory_viz; on GPUs only
 """
 
@@ -31,12 +30,9 @@ def step_profiler(folder: Path, device: torch.device, *, done: int) -> profile:
 
     def write(recorded: profile) -> None:
         stem = folder / f"step-{done + recorded.step_num:08d}"
-        by_time = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-        table = recorded.key_averages().table(sort_by=by_time, row_limit=60)
         with disk_errors_named(folder, "free some space, choose another --out, or leave out --profile"):
             folder.mkdir(parents=True, exist_ok=True)
             recorded.export_chrome_trace(f"{stem}.trace.json.gz")
-            Path(f"{stem}.operators.txt").write_text(table + "\n", encoding="utf-8")
             if on_gpu:
                 torch.cuda.memory._dump_snapshot(f"{stem}.memory.pickle")
                 torch.cuda.memory._record_memory_history(enabled=None)

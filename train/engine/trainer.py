@@ -147,7 +147,6 @@ class Trainer:
         self.saver = Saver(self.run_dir / "checkpoints", world, keep=cfg.keep_checkpoints)
         self.lock = RunLock(self.run_dir)
         self.signals = SignalWatch()
-        self.flops_per_image = count_flops(cfg).per_image
         self._saved_step = -1
 
     def _open_and_build(self) -> None:
@@ -183,13 +182,13 @@ class Trainer:
         cfg, world = self.cfg, self.world
         self.amp_dtype = compute_dtype(cfg, world.device)
         self.loss_fn = build_loss(cfg, world.device)
-        self.model = build_model(cfg, meta=True)
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        counted = build_model(cfg, meta=True)
+        self.flops_per_image = count_flops(cfg, counted).per_image
+        self.parameters = sum(parameter.numel() for parameter in counted.parameters())
         ranks = world.size if world.distributed else None
-        self.strategy = choose_strategy(cfg.parallel, parameters, ranks=ranks)
-        if self.strategy != "fsdp":  # every process holds the whole model
-            with self._memory_advice():
-                self.model = build_model(cfg)
+        self.strategy = choose_strategy(cfg.parallel, self.parameters, ranks=ranks)
+        with self._memory_advice():  # without FSDP every process holds the whole model
+            self.model = build_model(cfg, meta=self.strategy == "fsdp")
 
     def _build_objective(self) -> Objective:
         if isinstance(self.model, LeJEPAModel):
@@ -293,7 +292,7 @@ class Trainer:
             "sigreg_impl": self._sigreg_impl,
             "loader_backend": self.loader.backend,
             "loader_workers": self.workers,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": self.parameters,
             "gflops_per_image": round(self.flops_per_image / 1e9, 3),
             "torch": torch.__version__,
             "lejepa_fast": lejepa_fast.__version__,

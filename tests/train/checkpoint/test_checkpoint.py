@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from training import CPU, file_size_limit, rows_of, train_only, wait_until
+from training import CPU, file_size_limit, forkserver, rows_of, train_only, wait_until
 
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.train.checkpoint import resume, saving
@@ -162,27 +161,22 @@ def flip_a_bit(data):
 @pytest.mark.parametrize(
     "damage",
     [
-        flip_a_bit,
-        lambda data: data[: len(data) // 2],
-        lambda data: b"",
-        lambda data: b"no checkpoint",
-        None,
-        os.mkfifo,
-        Path("/dev/zero"),
+        lambda path, data: path.write_bytes(flip_a_bit(data)),
+        lambda path, data: path.write_bytes(data[: len(data) // 2]),
+        lambda path, data: path.write_bytes(b""),
+        lambda path, data: path.write_bytes(b"no checkpoint"),
+        lambda path, data: None,
+        lambda path, data: os.mkfifo(path),
+        lambda path, data: path.symlink_to("/dev/zero"),
     ],
     ids=["bit flipped", "truncated", "empty", "text", "deleted", "a pipe", "a device"],
 )
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(damage, file, tmp_path, caplog):
     save(tmp_path, 1)
     bad = save(tmp_path, 2)
-    if damage in (None, os.mkfifo, Path("/dev/zero")):
-        (bad / file).unlink()
-        if damage is os.mkfifo:
-            os.mkfifo(bad / file)
-        elif damage is not None:
-            (bad / file).symlink_to(damage)
-    else:
-        (bad / file).write_bytes(damage((bad / file).read_bytes()))
+    data = (bad / file).read_bytes()
+    (bad / file).unlink()
+    damage(bad / file, data)
     # A manifest with a changed sum is valid in itself: the file that it then disagrees with is named.
     named = "|".join(FILES) if file == checkpoint.MANIFEST else file
     with pytest.raises(UnreadableCheckpointError, match=named):
@@ -198,7 +192,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(damage, file
 
 def test_every_bit_of_the_manifest_and_an_extra_file_are_noticed(tmp_path):
     """The manifest has no sum of its own: a change must show in what it says."""
-    path = save(tmp_path, 1)
+    path = save(tmp_path, 1, **{"model.weight": torch.zeros(3)})
     manifest = path / checkpoint.MANIFEST
     good = manifest.read_bytes()
     for bit in range(8 * len(good)):
@@ -365,29 +359,28 @@ def test_a_full_disk_leaves_the_checkpoint_before(fails_at, tmp_path, monkeypatc
 def test_killed_at_twenty_random_moments(tmp_path):
     """One in each twentieth of a save, from its start to its publication; every start finds the newest step,
     whole. In every second round one rank is killed before the other, rank 0 and rank 1 in turn."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lejepa_fast.train.checkpoint.saving"])
-    folder = tmp_path / "checkpoints"
+    context, folder = forkserver(), tmp_path / "checkpoints"
     moments = random.Random(0)
     newest = 0
     killed: list[int] = []  # files of each save that did not get its name
+
+    def saved():
+        """The checkpoints of the processes that run now."""
+        return [path for path in checkpoint.list_checkpoints(folder) if path.name > f"step-{newest:08d}"]
+
     for attempt in range(20):
-        arguments = (str(tmp_path), attempt, newest + 1)
         processes = [
-            context.Process(target=saving_worker.save_without_end, args=(rank, *arguments), daemon=True)
+            context.Process(
+                target=saving_worker.save_without_end, args=(rank, str(tmp_path), attempt, newest + 1)
+            )
             for rank in range(2)
         ]
         for process in processes:
             process.start()
         try:
-
-            def saved(least=f"step-{newest + 1:08d}"):
-                return [path for path in checkpoint.list_checkpoints(folder) if path.name >= least]
-
             wait_until(lambda: len(saved()) > 1, alive=lambda both=processes: all(p.is_alive() for p in both))
             first, second = (path.stat().st_mtime for path in saved()[-2:])
-            seconds = second - first
-            time.sleep(seconds * moments.uniform(attempt, attempt + 1) / 20)
+            time.sleep((second - first) * moments.uniform(attempt, attempt + 1) / 20)
             for process in processes if attempt % 4 == 3 else reversed(processes):
                 process.kill()
                 time.sleep(0.2 * (attempt % 2))
@@ -396,14 +389,10 @@ def test_killed_at_twenty_random_moments(tmp_path):
                 process.kill()
                 process.join()
         killed += [len(list(left.iterdir())) for left in folder.glob(f".step-????????{files.UNFINISHED}")]
-        there = checkpoint.list_checkpoints(folder)[-1]
-        found = checkpoint.newest_checkpoint(folder, own=True)
-        assert found is not None
-        path, state = found
-        assert path == there  # none was passed over
-        assert state["step"] > newest
-        newest = state["step"]
-        weight = checkpoint.load_model(path)["weight"]
+        there = saved()[-1]
+        newest = newest_step(folder, own=True)
+        assert there == checkpoint.checkpoint_path(folder, newest)  # none was passed over
+        weight = checkpoint.load_model(there)["weight"]
         assert torch.equal(weight, torch.full(saving_worker.SHAPE, float(newest)))
         assert not list(folder.glob(".*"))
     assert not list(folder.glob("*.damaged"))

@@ -18,7 +18,6 @@ from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.train.runtime import signals
 from lejepa_fast.train.runtime.signals import Interrupted
 from lejepa_fast.train.runtime.world import (
-    close_world,
     lost_rank_is_a_run_error,
     on_all,
     on_main,
@@ -32,23 +31,18 @@ from lejepa_fast.train.runtime.world import (
 TIMEOUT = timedelta(seconds=2)  # of a collective between devices
 
 
-def world_of(rank, port):
-    """As one of two ranks that torchrun starts; from now on the collectives of a step may take 2 s."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    world = setup_world("cpu")
-    dist.barrier()
-    dist.distributed_c10d._set_pg_timeout(TIMEOUT)
-    return world
-
-
 def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
 
 
-def work_and_fail(rank, port):
-    world = world_of(rank, port)
+def work_fail_and_die(rank, port, folder):
+    """As one of two ranks that torchrun starts."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    world = setup_world("cpu")
+    dist.barrier()
+    dist.distributed_c10d._set_pg_timeout(TIMEOUT)  # from now on
 
     def takes_long():
         time.sleep(1.5 * TIMEOUT.total_seconds())
@@ -69,11 +63,6 @@ def work_and_fail(rank, port):
     with pytest.raises(UsageError, match="of rank 0") as caught:
         on_all(world, Mock(side_effect=UsageError(f"of rank {rank}")))
     assert on_all(world, lambda: rank) == rank  # nothing is left of the errors
-    close_world()
-
-
-def wait_for_the_dead(rank, port, folder):
-    world = world_of(rank, port)
 
     # By the connection: the error of a timeout says something else.
     with pytest.raises(RunError, match="another rank failed"), lost_rank_is_a_run_error():
@@ -83,8 +72,7 @@ def wait_for_the_dead(rank, port, folder):
 
 
 def test_work_on_rank_0_may_take_long_and_errors_reach_all_ranks_but_the_dead(tmp_path):
-    run_ranks(work_and_fail, free_port(), ranks=2)
-    run_ranks(wait_for_the_dead, free_port(), str(tmp_path), ranks=2)
+    run_ranks(work_fail_and_die, free_port(), str(tmp_path), ranks=2)
     assert (tmp_path / "noticed").exists()
 
 
