@@ -12,15 +12,15 @@ from pathlib import Path
 import faults_worker
 import pytest
 import torch
-from parallel_worker import process_group
-from training import SCRIPT, arguments_of, rows_of, run_ranks, train_only, wait_until
+from training import SCRIPT, arguments_of, rows_of, train_only, wait_until
 
 from lejepa_fast.train.checkpoint import storage as checkpoint
+from lejepa_fast.train.engine.metrics import Metrics
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.runtime.signals import Interrupted
 
 WORKER = Path(__file__).parents[2] / "helpers" / "faults_worker.py"
-STEPS, EVERY = 48, 8
+STEPS, EVERY = 60, 10
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 
 
@@ -28,6 +28,7 @@ class Job:
     """The command on two ranks under torchrun."""
 
     def __init__(self, cfg, seen):
+        seen.mkdir(parents=True, exist_ok=True)
         self.cfg, self.log = cfg, seen / "log.txt"
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
         command = [sys.executable, *launcher, str(WORKER), *arguments_of(cfg, seen)]
@@ -98,21 +99,34 @@ def test_killed_and_signaled_and_on_other_numbers_of_ranks(tiny, tmp_path, monke
     The whole course is that of an uninterrupted run of one process.
     """
     monkeypatch.setattr(Trainer, "train_step", faults_worker.noted_step)
-    settings = {"max_steps": STEPS, "optim": {"lr": 2e-4}, "checkpoint_every": EVERY}
-    straight = tiny(out=tmp_path / "straight", **settings)
-    cfg = tiny(data={"workers": 1}, **settings)
+    settings = {"epochs": 15, "optim": {"lr": 2e-4}, "checkpoint_every": EVERY, "data": {"workers": 1}}
+    straight, cfg = (tiny(out=tmp_path / name, **settings) for name in ("straight", "run"))
     seen, seen_straight = tmp_path / "seen", tmp_path / "seen straight"
-    for folder in (seen, seen_straight):
-        folder.mkdir()
+    seen_straight.mkdir()
     monkeypatch.setenv("FAULTS_SEEN", str(seen_straight))
     train_only(straight)
 
-    run_ranks(train_until_signaled, 2, str(tmp_path), cfg, seen, ranks=2)
+    job = Job(cfg, seen)
+    try:
+        job.wait_for_save(EVERY)
+        for pid in job.trainers().values():
+            os.kill(pid, signal.SIGTERM)
+        assert job.process.wait(timeout=600) == 0, job.log.read_text()
+    finally:
+        job.clear()
+    assert "stopped by SIGTERM after step" in job.log.read_text()
     monkeypatch.setenv("FAULTS_SEEN", str(seen))
-    monkeypatch.setenv("FAULTS_STOP", str(2 * EVERY + 2))
-    with pytest.raises(Interrupted, match="SIGTERM after step"):
-        train_only(cfg)
-    monkeypatch.delenv("FAULTS_STOP")
+    write = Metrics.write
+
+    def write_and_stop(self, kind, step, **values):
+        write(self, kind, step, **values)
+        if step == 2 * EVERY + 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "write", write_and_stop)
+        with pytest.raises(Interrupted, match="SIGTERM after step"):
+            train_only(cfg)
 
     job = Job(cfg, seen)
     try:
@@ -135,14 +149,6 @@ def test_killed_and_signaled_and_on_other_numbers_of_ranks(tiny, tmp_path, monke
     losses = [row["loss"] for row in expected]
     assert max(losses) / min(losses) > 1.001  # they moved: the tolerance compares something
     check_same_images(images_seen(seen_straight), images_seen(seen))
-
-
-def train_until_signaled(rank, size, folder, cfg, seen):
-    """A rank without torchrun; one of them gets SIGTERM, and both end."""
-    os.environ |= {"FAULTS_SEEN": str(seen), "FAULTS_STOP": str(EVERY + 2)}
-    Trainer.train_step = faults_worker.noted_step
-    with process_group(rank, size, folder) as world, pytest.raises(Interrupted, match="SIGTERM after step"):
-        Trainer(cfg, world).run()
 
 
 def kill_and_see_it_back(job, step, victim):
