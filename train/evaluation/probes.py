@@ -195,7 +195,8 @@ def linear_probe(
 
 
 class Standardized:
-    """Layer-normalizes and standardizes features x (N, D) on the device, by mean and deviation of some rows.
+    """Layer-normalizes and standardizes features x (N, D) on the device, by mean and deviation of some rows,
+    which stay there if they fit.
 
     A feature that never varies is set to 0: its rounding noise must not become input.
     """
@@ -212,6 +213,11 @@ class Standardized:
         deviation = (shares * (variances + (means - mean).square())).sum(dim=0).sqrt().float()
         self.mean = mean.float()
         self.scale = torch.where(deviation > 1e-6, 1 / deviation, torch.zeros_like(deviation))
+        self.whole: Tensor | None = None
+        if len(rows) * x.shape[1] * 4 <= MEMORY // 2:
+            self.whole = torch.empty(len(rows), x.shape[1], device=device)
+            for into, part in zip(self.whole.split(self.block), parts, strict=True):
+                into.copy_(self.standardize(x[part.to(x.device)]))
 
     def _normalize(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.to(self.device, torch.float32), x.shape[1:])
@@ -222,6 +228,8 @@ class Standardized:
 
     def take(self, places: Tensor) -> Tensor:
         """The standardized features of the rows at these places (m,), on the device."""
+        if self.whole is not None:
+            return self.whole[places.to(self.device)]
         return self.standardize(self.x[self.rows[places].to(self.x.device)])
 
 
