@@ -93,11 +93,12 @@ def _evaluate(options: Options) -> None:
     if options.compare:
         from lejepa_fast.train.report.comparison import write_comparison
 
-        if others := _given(options) - {"compare", "out"}:
+        fields = dataclasses.fields(options)
+        given = {each.name for each in fields if getattr(options, each.name) != each.default}
+        if others := given - {"compare", "out"}:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
             raise UsageError(f"--compare takes finished runs alone; leave out {names}")
-        page = write_comparison(options.compare, _made(options.out or Path()))
-        print(f"comparison: {page}")
+        print(f"comparison: {write_comparison(options.compare, _made(options.out or Path()))}")
     elif options.checkpoint is not None:
         with _own_options_named():
             _evaluate_checkpoint(options, options.checkpoint)
@@ -127,9 +128,8 @@ def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
     others = _results(backbones, train_source, val_source, cfg, setting)
     evaluated_on = cfg.eval.data or cfg.data.path
     history = [row for row in read_rows(run_dir / "metrics.jsonl") if row["step"] <= step]
-    if any(
-        each is not None for each in (options.data, options.val_fraction, options.labels, options.image_size)
-    ):
+    changes = options.data, options.val_fraction, options.labels, options.image_size
+    if any(each is not None for each in changes):
         history = [row for row in history if row["kind"] != "eval"]  # measured on other images
     masked = None
     if (whole := load_masked(path, averaged=averaged)) is not None:
@@ -168,13 +168,8 @@ def _evaluate_backbones(options: Options, data: str) -> None:
     train_source, val_source, setting = _opened(cfg, options)
     out = _made(options.out or Path("evaluation"))
     results = _results(backbones, train_source, val_source, cfg, setting)
-    page = write_backbones_report(
-        out,
-        evaluated_on=data,
-        seed=cfg.seed,
-        evaluation=to_dict(cfg)["eval"],
-        backbones=results,
-    )
+    how = {"evaluation": to_dict(cfg)["eval"], "seed": cfg.seed}
+    page = write_backbones_report(out, evaluated_on=data, backbones=results, **how)
     print(format_table({name: each.result for name, each in results.items()}))
     print(f"report: {page}")
 
@@ -206,15 +201,9 @@ def _settings(run: Config, options: Options) -> Config:
         ("linear_blocks", "--linear", options.linear),
     ):
         if getattr(options, name) is not None and not there:
-            raise UsageError(
-                f"--{name.replace('_', '-')} has no effect without {needs}; give both or neither"
-            )
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} has no effect without {needs}; give both or neither")
     return cfg
-
-
-def _given(options: Options) -> set[str]:
-    """Names of the options that differ from their defaults."""
-    return {each.name for each in dataclasses.fields(options) if getattr(options, each.name) != each.default}
 
 
 def _opened(cfg: Config, options: Options) -> "tuple[ImageSource, ImageSource, dict[str, Any]]":
@@ -230,13 +219,10 @@ def _opened(cfg: Config, options: Options) -> "tuple[ImageSource, ImageSource, d
 
 def _load_backbones(cfg: Config, options: Options) -> "dict[str, Backbone]":
     """The backbones, before anything is evaluated: a wrong name or missing weights show at once."""
-    if not options.backbone:
-        return {}
     from lejepa_fast.train.evaluation.backbones import load_backbones
 
     size = options.backbone_size
-    if size is None:
-        size = cfg.eval.image_size or cfg.crops.global_size
+    size = (cfg.eval.image_size or cfg.crops.global_size) if size is None else size
     if size != "own" and not 1 <= size <= 10_000:
         raise UsageError(f"--backbone-size: expected own or 1 to 10,000 pixels, got {size}")
     return load_backbones(options.backbone, image_size=size, channels=cfg.data.channels, seed=cfg.seed)
@@ -249,8 +235,6 @@ def _results(
     cfg: Config,
     setting: Mapping[str, Any],
 ) -> "dict[str, BackboneResult]":
-    if not backbones:
-        return {}
     from lejepa_fast.train.evaluation.backbones import evaluate_backbone
 
     found = {}

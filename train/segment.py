@@ -89,15 +89,13 @@ def _segment(options: Options) -> None:
     device = choose_device(options.device)
     source, names, animated = _open_images(options.images, cfg)
     masks = None if options.masks is None else _open_masks(options.masks, names, source, animated)
-    size = options.image_size
-    if size is None:
-        size = cfg.eval.image_size or cfg.crops.global_size
-    shared: dict[str, Any] = {"image_size": size, "batch_size": options.batch_size, "max_bad_fraction": 0.0}
+    size = options.image_size or cfg.eval.image_size or cfg.crops.global_size
 
     def loader(images: "ImageSource", **changes: Any) -> Any:
-        backend = "torchvision" if images.channels == 3 else "cpu"
-        normalized = {"mean": cfg.crops.mean, "std": cfg.crops.std}
-        return eval_loader(images, **{**shared, **normalized, "backend": backend, **changes})
+        given: dict[str, Any] = {"image_size": size, "batch_size": options.batch_size}
+        given |= {"max_bad_fraction": 0.0, "mean": cfg.crops.mean, "std": cfg.crops.std}
+        given["backend"] = "torchvision" if images.channels == 3 else "cpu"
+        return eval_loader(images, **{**given, **changes})
 
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     out = options.out or run_dir / "segmentation" / path.name
@@ -119,14 +117,14 @@ def _segment(options: Options) -> None:
     if maps.attention is None:
         print(f"model {cfg.model.name}: its attention cannot be read here; showing PCA only")
     summary: dict[str, Any] = {"images": len(names), "image_size": size, "step": step, "pca": options.pca}
+    sequence = options.sequence or animated
+    drawn = len(names) if sequence else min(options.draw, len(names))
     with disk_errors_named(out, "choose another --out"):
         for file in earlier:
             file.unlink(missing_ok=True)
-        sequence = options.sequence or animated
-        drawn = len(names) if sequence else min(options.draw, len(names))
-        shown = [] if not drawn else [each for each, _ in loader(source.subset(range(drawn)))]
         if drawn:
-            pixels = to_pixels(torch.cat(shown), cfg.crops.mean, cfg.crops.std)
+            shown = torch.cat([each for each, _ in loader(source.subset(range(drawn)))])
+            pixels = to_pixels(shown, cfg.crops.mean, cfg.crops.std)
             look: dict[str, Any] = {"threshold": options.threshold, "per_image": per_image}
             columns = map_pictures(pixels, maps.part(slice(drawn)), **look, heads=not sequence)
         if sequence:
@@ -215,24 +213,22 @@ def _open_masks(folder: Path, names: Sequence[str], images: "ImageSource", anima
         raise UsageError(f"masks: expected a folder, got {folder}")
     found = walk_files(folder)[0]
     stems = list(names) if animated else [os.path.splitext(name)[0] for name in names]
-    _refuse_twins("images", names, stems)
-    mask_stems = [os.path.splitext(name)[0] for name in found]
-    by_stem = dict(zip(mask_stems, found, strict=True))
-    if missing := [stem for stem in stems if stem not in by_stem]:
+    _by_stem("images", names, stems)
+    masks = _by_stem("masks", found, [os.path.splitext(name)[0] for name in found])
+    if missing := [stem for stem in stems if stem not in masks]:
         got = f"none for {len(missing)} of {len(stems)} images, such as {missing[0]}"
         raise UsageError(f"masks: expected one of the name of each image in {folder}, got {got}")
-    _refuse_twins("masks", found, mask_stems)
-    return MaskSource([folder / by_stem[stem] for stem in stems], images)
+    return MaskSource([folder / masks[stem] for stem in stems], images)
 
 
-def _refuse_twins(argument: str, names: Sequence[str], stems: Sequence[str]) -> None:
-    first: dict[str, str] = {}
+def _by_stem(argument: str, names: Sequence[str], stems: Sequence[str]) -> dict[str, str]:
+    """Names by their stems; UsageError for two with the same one."""
+    by_stem: dict[str, str] = {}
     for name, stem in zip(names, stems, strict=True):
-        if stem in first:
-            raise UsageError(
-                f"{argument}: expected names that differ before the suffix, got {first[stem]} and {name}"
-            )
-        first[stem] = name
+        if (first := by_stem.setdefault(stem, name)) is not name:
+            got = f"{first} and {name}"
+            raise UsageError(f"{argument}: expected names that differ before the suffix, got {got}")
+    return by_stem
 
 
 def _table(scores: "dict[str, dict[str, Overlap]]", measured: int, images: int) -> str:

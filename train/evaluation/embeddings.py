@@ -106,8 +106,8 @@ def _forward(model: Any, images: Tensor, linear_blocks: int) -> tuple[Tensor, ..
 
 def calibrate_batchnorm(
     model: Any, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device | str
-) -> int:
-    """Set the running statistics of all BatchNorm layers from images; return the number of images used.
+) -> None:
+    """Set the running statistics of all BatchNorm layers from images.
 
     At initialization they are mean 0 and variance 1, not those of the activations, which would make the
     untrained encoder look weaker than it is. Afterwards they are averages over the batches; a batch smaller
@@ -117,9 +117,9 @@ def calibrate_batchnorm(
     device = torch.device(device)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
-        return 0
+        return
     momenta = [norm.momentum for norm in norms]
-    used = first = 0
+    first = 0  # the size of the first batch
     with frozen(model, device):
         for norm in norms:
             norm.reset_running_stats()
@@ -129,12 +129,10 @@ def calibrate_batchnorm(
             if len(images) >= max(2, first):
                 model.embed(images.to(device, non_blocking=True))
                 first = first or len(images)
-                used += len(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    if used == 0:
+    if not first:
         raise UsageError(
             "BatchNorm statistics need a batch of at least 2 training images; got none: "
             "raise the evaluation batch size or give more images"
         )
-    return used

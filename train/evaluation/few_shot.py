@@ -64,12 +64,12 @@ def score_probes(
     x = train.features, train.y, val.features
     shared: dict[str, Any] = {"num_classes": num_classes, "device": device}
     fits: dict[str, Callable[[], Tensor]] = {
-        "linear": lambda: linear_ridge(train.probe, train.y, val.probe, device=device).predicted,
+        "linear": lambda: linear_ridge(train.probe, train.y, val.probe, device=device),
         "knn": lambda: knn_predict(*x, k=k, temperature=temperature, **shared),
         "knn_plain": lambda: knn_predict(*x, k=k, temperature=None, **shared),
-        "knn_radius": lambda: radius_neighbors(*x, seed=seed, **shared).predicted,
-        "nadaraya_watson": lambda: nadaraya_watson(*x, seed=seed, **shared).predicted,
-        "kernel": lambda: kernel_ridge(*x, seed=seed, **shared).predicted,
+        "knn_radius": lambda: radius_neighbors(*x, seed=seed, **shared),
+        "nadaraya_watson": lambda: nadaraya_watson(*x, seed=seed, **shared),
+        "kernel": lambda: kernel_ridge(*x, seed=seed, **shared),
     }
     for name in probes:
         if num_classes is None:
@@ -146,11 +146,8 @@ def few_shot_note(y: Tensor, shots: Sequence[int | None], names: Sequence[str]) 
     most = max((count for count in shots if count is not None), default=0)
     if y.is_floating_point():
         return f"There are {len(y)} training images; more labels mean all of them." if len(y) < most else ""
-    counts = dict(enumerate(y.bincount(minlength=len(names)).tolist()))
-    few = [
-        f"{names[label] if names else label} ({n})"
-        for label, n in counts.items()
-        if n < most and (n or names)
-    ]
+    counts = enumerate(y.bincount(minlength=len(names)).tolist())
+    lacking = [(label, n) for label, n in counts if n < most and (n or names)]
+    few = [f"{names[label] if names else label} ({n})" for label, n in lacking]
     listed = f"{', '.join(few[:10])}{', ...' if len(few) > 10 else ''}"
     return f"Classes with fewer than {most} training images give all that they have: {listed}." if few else ""

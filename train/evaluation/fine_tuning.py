@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lejepa_fast.data import ImageSource, MultiCropRecipe, multicrop_loader
+from lejepa_fast.data import ImageSource, multicrop_loader
 from lejepa_fast.errors import RunError
+from lejepa_fast.train.config import Config
 from lejepa_fast.train.evaluation.probes import percent, stratified_holdout, warmup_cosine
 from lejepa_fast.train.evaluation.regression import regression_score
 
@@ -32,12 +33,9 @@ def fine_tune(
     val_batches: Callable[[ImageSource], Iterable[tuple[Tensor, Tensor]]],
     val_source: ImageSource,
     val_y: Tensor,
+    cfg: Config,
     *,
-    recipe: MultiCropRecipe,
-    image_size: int,
     num_classes: int | None,
-    epochs: int,
-    seed: int,
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
     loading: dict[str, Any],
@@ -49,11 +47,10 @@ def fine_tune(
         source, val_source: images of both splits, whose targets are their numbers in `y` and `val_y`.
         y, val_y: classes or numbers to predict. Those of other images than the given ones are not read.
         val_batches: makes batches (images, targets) of a source without augmentation.
-        recipe: its flips, aspect ratios, `mean` and `std` are used.
-        image_size: side of the crops in pixels.
+        cfg: `eval.image_size` of the crops, or `crops.global_size`; flips, aspect ratios, `mean` and `std` of
+            `crops`; `eval.fine_tune` passes over `source`, without its incomplete last batches; `seed` of
+            crops, order, held-out images and dropout.
         num_classes: None: the labels are numbers.
-        epochs: passes over `source`, without its incomplete last batches.
-        seed: of crops, order, held-out images and dropout.
         device, amp_dtype: where, and in which dtype under autocast.
         loading: further arguments of `multicrop_loader`.
 
@@ -63,8 +60,8 @@ def fine_tune(
     plain: dict[str, Any] = dict.fromkeys(
         ("local_crops", "jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob"), 0
     )
-    plain |= {"global_crops": 1, "global_size": image_size, "global_scale": (0.3, 1.0), "min_image_size": 1}
-    recipe = replace(recipe, **plain)
+    plain |= {"global_crops": 1, "global_scale": (0.3, 1.0), "min_image_size": 1}
+    recipe = replace(cfg.crops, **plain, global_size=cfg.eval.image_size or cfg.crops.global_size)
     numbers = torch.tensor(source.targets)
     center, scale = 0.0, 1.0
     if num_classes is None:
@@ -74,7 +71,7 @@ def fine_tune(
     def batches(images: ImageSource) -> Generator[tuple[Tensor, Tensor], None, None]:
         if len(images) == 1:
             images = images.subset([0, 0])  # BatchNorm takes statistics over at least two crops
-        options = {"batch_size": min(BATCH, len(images)), "seed": seed, **loading}
+        options = {"batch_size": min(BATCH, len(images)), "seed": cfg.seed, **loading}
         loader = multicrop_loader(images, recipe, **options)
         try:
             while True:
@@ -85,9 +82,9 @@ def fine_tune(
             loader.close()
 
     def fit(images: ImageSource, rate: float) -> nn.Module:
-        torch.manual_seed(seed)
+        torch.manual_seed(cfg.seed)
         trunk = copy.deepcopy(encoder).train().requires_grad_()  # a target encoder is frozen
-        steps = max(SMALLEST_NUMBER_OF_STEPS, epochs * (len(images) // min(BATCH, len(images))))
+        steps = max(SMALLEST_NUMBER_OF_STEPS, cfg.eval.fine_tune * (len(images) // min(BATCH, len(images))))
         head = None
         with torch.enable_grad():
             given = batches(images)
@@ -131,7 +128,7 @@ def fine_tune(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.no_grad():
         labels = y[numbers]
-        held_out = stratified_holdout(labels if num_classes else torch.zeros_like(numbers), seed)
+        held_out = stratified_holdout(labels if num_classes else torch.zeros_like(numbers), cfg.seed)
         best = LEARNING_RATES[-1]
         if int(held_out.sum()) and int((~held_out).sum()) > 1:
             parts = [source.subset(part.nonzero().flatten().numpy()) for part in (~held_out, held_out)]

@@ -17,13 +17,13 @@ Sources: Nadaraya (1964), Watson (1964); closed-form leave-one-out of kernel rid
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lejepa_fast.train.evaluation.probes import MEMORY, check_samples
+from lejepa_fast.train.evaluation import probes
+from lejepa_fast.train.evaluation.probes import check_positive, check_samples
 
 CHOICE_SAMPLES = 1_000
 RIDGE_SAMPLES = 8_000
@@ -33,17 +33,6 @@ RADII = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # shares of all pairs of training 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _FAR = 1e30  # a squared distance beyond all others; infinity would give NaN in differences
 _CHUNK = 1024  # queries that are compared at a time
-
-
-class KernelProbe(NamedTuple):
-    """Result of a probe with a bandwidth."""
-
-    predicted: Tensor
-    """Classes (m,) int64, or numbers (m,)."""
-    width: float
-    """The bandwidth h, or the radius r, that was chosen: a distance of features of unit length."""
-    penalty: float | None = None
-    """The penalty that kernel ridge regression chose."""
 
 
 @torch.no_grad()
@@ -56,9 +45,8 @@ def nadaraya_watson(
     bandwidths: Sequence[float] | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
-    memory: int = MEMORY,
-) -> KernelProbe:
-    """Predict by the mean of all training targets, weighted by a Gaussian kernel.
+) -> Tensor:
+    """Predict classes (m,) int64 or numbers (m,): the mean of all training targets by a Gaussian kernel.
 
     Both sets go to the device in blocks, so that its memory does not grow with them.
 
@@ -70,14 +58,13 @@ def nadaraya_watson(
             median distance of two training samples.
         seed: of the training samples that the choice looks at.
         device: where to compute; None: the device of `train_x`.
-        memory: bound of the bytes on the device.
 
     Raises:
         ValueError: empty, mismatched or non-finite inputs, classes out of range, bad candidates.
     """
-    samples = _Samples(train_x, train_y, test_x, num_classes, seed, device, memory)
-    candidates = samples.candidates("bandwidths", bandwidths, lambda d: [d.median() * b for b in BANDWIDTHS])
-    return samples.smooth(candidates, gaussian=True)
+    samples = _Samples(train_x, train_y, test_x, num_classes, seed, device)
+    widths = samples.candidates("bandwidths", bandwidths, lambda d: [d.median() * b for b in BANDWIDTHS])
+    return samples.smooth(widths, gaussian=True)
 
 
 @torch.no_grad()
@@ -90,18 +77,17 @@ def radius_neighbors(
     radii: Sequence[float] | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
-    memory: int = MEMORY,
-) -> KernelProbe:
+) -> Tensor:
     """Predict by the mean of the training targets within a radius, or by the nearest one if there is none.
 
     `radii` are positive candidates; None: those that hold the shares `RADII` of all pairs of training
     samples. Everything else is as in `nadaraya_watson`.
     """
-    samples = _Samples(train_x, train_y, test_x, num_classes, seed, device, memory)
+    samples = _Samples(train_x, train_y, test_x, num_classes, seed, device)
     shares = torch.tensor(RADII, dtype=torch.float64, device=samples.device)
     # Half the smallest distance asks for the nearest sample alone, as one sample for each class needs.
-    candidates = samples.candidates("radii", radii, lambda d: [d.min() / 2, *torch.quantile(d, shares)])
-    return samples.smooth(candidates, gaussian=False)
+    widths = samples.candidates("radii", radii, lambda d: [d.min() / 2, *torch.quantile(d, shares)])
+    return samples.smooth(widths, gaussian=False)
 
 
 @torch.no_grad()
@@ -115,45 +101,41 @@ def kernel_ridge(
     penalties: Sequence[float] = PENALTIES,
     seed: int = 0,
     device: torch.device | str | None = None,
-    memory: int = MEMORY,
-) -> KernelProbe:
+) -> Tensor:
     """Predict by kernel ridge regression with a Gaussian kernel, in float64.
 
-    It needs the matrix of all pairs: of more than 8,000 training samples a random part of that size is used
-    (fewer where `memory` is below 2 GB). `penalties` are positive candidates, as `bandwidths` are, which by
-    default are `RIDGE_BANDWIDTHS` times the median distance. Everything else is as in `nadaraya_watson`.
+    It needs the matrix of all pairs: of more than 8,000 training samples a random part of that size is used,
+    or a smaller one for very many classes or features. `penalties` are positive candidates, as `bandwidths`
+    are, which by default are `RIDGE_BANDWIDTHS` times the median distance. Everything else is as in
+    `nadaraya_watson`.
     """
-    samples = _Samples(train_x, train_y, test_x, num_classes, seed, device, memory)
-    if not penalties or not all(penalty > 0 for penalty in penalties):
-        raise ValueError(f"penalties must be positive numbers, at least one, got {penalties!r}")
-    bandwidths = samples.candidates(
+    samples = _Samples(train_x, train_y, test_x, num_classes, seed, device)
+    check_positive("penalties", penalties)
+    widths = samples.candidates(
         "bandwidths", bandwidths, lambda d: [d.median() * b for b in RIDGE_BANDWIDTHS]
     )
     few, y = samples.unit(samples.few).double(), samples.columns(samples.few)
-    width, penalty = bandwidths[0], penalties[0]
-    if len(bandwidths) * len(penalties) > 1 and len(few) > 1:
-        scores = {}
-        for h in bandwidths:
-            values, vectors = torch.linalg.eigh(_gaussian(few, few, h))
-            for p in penalties:
-                inverse = 1 / (values.clamp_min(0) + p)
-                a = vectors @ (inverse[:, None] * (vectors.T @ (y - y.mean(dim=0))))
-                left_out = y - a / (vectors.square() @ inverse)[:, None]
-                scores[h, p] = samples.score(samples.decide(left_out), samples.few)
-        width, penalty = max(scores, key=scores.__getitem__)  # of equal ones the first
-    rows = samples.order[: samples.ridge_limit()]
+    scores = {}
+    for h in widths:
+        values, vectors = torch.linalg.eigh(_gaussian(few, few, h))
+        for p in penalties:
+            inverse = 1 / (values.clamp_min(0) + p)
+            a = vectors @ (inverse[:, None] * (vectors.T @ (y - y.mean(dim=0))))
+            left_out = y - a / (vectors.square() @ inverse)[:, None]
+            scores[h, p] = samples.score(left_out)
+    width, penalty = max(scores, key=scores.__getitem__)  # of equal ones the first
+    own = 16 * train_x.shape[1] + 32 * (num_classes or 1)  # bytes of a sample and its targets
+    rows = samples.order[: min(RIDGE_SAMPLES, probes.MEMORY // 4 // own)]
     x, y = samples.unit(rows).double(), samples.columns(rows)
     mean = y.mean(dim=0)
     K = _gaussian(x, x, width)
     K.diagonal().add_(penalty)
     a = torch.cholesky_solve(y - mean, torch.linalg.cholesky(K))
     del K
-    block = max(1, memory // 8 // (24 * len(x) + 32 * x.shape[1] + 16 * y.shape[1]))
-    parts = [
-        samples.decide(_gaussian(samples.unit(part, test_x).double(), x, width) @ a + mean)
-        for part in torch.arange(len(test_x)).split(block)
-    ]
-    return KernelProbe(torch.cat(parts), width, penalty)
+    block = max(1, probes.MEMORY // 8 // (24 * len(x) + 32 * x.shape[1] + 16 * y.shape[1]))
+    parts = torch.arange(len(test_x)).split(block)
+    found = [_gaussian(samples.unit(part, test_x).double(), x, width) @ a + mean for part in parts]
+    return samples.decide(torch.cat(found))
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -177,15 +159,13 @@ class _Samples:
         num_classes: int | None,
         seed: int,
         device: torch.device | str | None,
-        memory: int,
     ) -> None:
         check_samples(train_x, train_y, test_x, None, num_classes)
-        self.x, self.y, self.test_x, self.num_classes, self.memory = (
-            train_x, train_y, test_x, num_classes, memory
-        )  # fmt: skip
+        self.x, self.y, self.test_x = train_x, train_y, test_x
+        self.num_classes = num_classes
         self.device = torch.device(device or train_x.device)
         self.order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed))
-        self.few = self.order[: min(CHOICE_SAMPLES, int((memory / 100) ** 0.5))]  # all pairs of them
+        self.few = self.order[:CHOICE_SAMPLES]
         self.center = torch.zeros((), device=self.device)
         self.center = self.unit(self.few).mean(dim=0)  # near 0, differences of float32 numbers are exact
         self.mean = 0.0 if num_classes else train_y.double().mean().item()
@@ -197,37 +177,31 @@ class _Samples:
             taken = x[rows.to(x.device)].to(self.device, torch.float32)
             return F.normalize(taken, dim=1) - self.center
 
-    def columns(self, rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Targets of these training samples: (b, C) of 0 and 1, or centered numbers (b, 1)."""
+    def columns(self, rows: Tensor) -> Tensor:
+        """Targets of these training samples: (b, C) of 0 and 1, or centered numbers (b, 1), in float64."""
         y = self.y[rows.to(self.y.device)].to(self.device)
         if self.num_classes is None:
-            return (y.double() - self.mean).to(dtype)[:, None]
-        return torch.zeros(len(y), self.num_classes, dtype=dtype, device=self.device).scatter_(
-            1, y[:, None], 1.0
-        )
+            return (y.double() - self.mean)[:, None]
+        columns = torch.zeros(len(y), self.num_classes, dtype=torch.float64, device=self.device)
+        return columns.scatter_(1, y[:, None], 1.0)
 
     def decide(self, columns: Tensor) -> Tensor:
         """Predictions (m,) from values of the columns (m, C)."""
         return columns[:, 0].double() + self.mean if self.num_classes is None else columns.argmax(dim=1)
 
-    def score(self, predicted: Tensor, rows: Tensor) -> float:
-        """How well these training samples are predicted; more is better."""
-        truth = self.y[rows.to(self.y.device)].to(self.device)
+    def score(self, columns: Tensor) -> float:
+        """How well these values predict the targets of the few samples; more is better."""
+        predicted, truth = self.decide(columns), self.y[self.few.to(self.y.device)].to(self.device)
         if self.num_classes is None:
             return -(predicted - truth.double()).square().mean().item()
         return (predicted == truth).double().mean().item()
 
-    def ridge_limit(self) -> int:
-        """Training samples whose matrix of pairs fits into the memory, twice."""
-        own = 16 * self.x.shape[1] + 32 * (self.num_classes or 1)
-        return min(RIDGE_SAMPLES, int((self.memory / 30) ** 0.5), max(2, self.memory // 4 // own))
-
     def candidates(
         self, name: str, given: Sequence[float] | None, of_distances: Callable[[Tensor], list[Tensor]]
     ) -> list[float]:
+        """The candidates that are given, or those that suit the distances of the few samples."""
         if given is not None:
-            if not given or not all(width > 0 for width in given):
-                raise ValueError(f"{name} must be positive numbers, at least one, got {given!r}")
+            check_positive(name, given)
             return list(given)
         distances = torch.pdist(self.unit(self.few).double())
         if not len(distances) or not distances.any():
@@ -235,57 +209,49 @@ class _Samples:
         found = [float(width) for width in of_distances(distances)]
         return [width for width in found if width > 0] or [distances.max().item()]
 
-    def smooth(self, widths: list[float], *, gaussian: bool) -> KernelProbe:
+    def smooth(self, widths: list[float], *, gaussian: bool) -> Tensor:
+        """Predictions (m,) of the test set with the width that predicts the few samples best."""
         width = widths[0]
-        if len(widths) > 1 and len(self.few) > 1:
-            left_out = self._smooth(self.x, self.few, widths, gaussian, own=self.few)
-            scores = [self.score(predicted, self.few) for predicted in left_out]
+        if len(widths) > 1:
+            left_out = self._means(self.few, self.x, widths, gaussian, leave_out=True)
+            scores = [self.score(means) for means in left_out]
             width = widths[scores.index(max(scores))]
-        (predicted,) = self._smooth(self.test_x, torch.arange(len(self.test_x)), [width], gaussian)
-        return KernelProbe(predicted, width)
+        part = max(1, probes.MEMORY // 4 // (8 * (self.num_classes or 1) + 32))
+        parts = torch.arange(len(self.test_x)).split(part)
+        return torch.cat(
+            [self.decide(self._means(rows, self.test_x, [width], gaussian)[0]) for rows in parts]
+        )
 
-    def _smooth(
-        self, of: Tensor, rows: Tensor, widths: list[float], gaussian: bool, own: Tensor | None = None
-    ) -> list[Tensor]:
-        """Predictions (m,) for these rows of features `of`, for each width. `own`: numbers (m,) of the
-        training samples that the queries are, each of which is left out for itself."""
-        columns, dim = self.num_classes or 1, self.x.shape[1]
+    def _means(
+        self, rows: Tensor, of: Tensor, widths: list[float], gaussian: bool, *, leave_out: bool = False
+    ) -> Tensor:
+        """Weighted means (W, m, C) of the columns for W widths and these rows (m,) of the features `of`.
+        With `leave_out` they are training samples, none of which has a weight for itself."""
         chunk = min(_CHUNK, len(rows))
-        block = max(1, self.memory // 4 // (16 * dim + 20 * chunk + 8 * columns))
-        part = max(1, self.memory // 4 // (len(widths) * (4 * columns + 16)))
-        found: list[list[Tensor]] = [[] for _ in widths]
-        for first in range(0, len(rows), part):
-            queries = rows[first : first + part]
-            sums = torch.zeros(len(widths), len(queries), columns, device=self.device)
-            totals = torch.zeros(len(widths), len(queries), device=self.device)
-            lowest = torch.full((len(queries),), _FAR, device=self.device)
-            nearest = torch.zeros(len(queries), columns, device=self.device)
-            for samples in torch.arange(len(self.x)).split(block):
-                x, y = self.unit(samples), self.columns(samples, torch.float32)
-                for start in range(0, len(queries), chunk):
-                    at = slice(start, start + chunk)
-                    squared = _squared_distances(self.unit(queries[at], of), x)
-                    if own is not None:
-                        numbers = own[first:][at].to(self.device)[:, None]
-                        squared.masked_fill_(numbers == samples.to(self.device), _FAR)
-                    low, index = squared.min(dim=1)
-                    closer = low < lowest[at]
-                    nearest[at] = torch.where(closer[:, None], y[index], nearest[at])
-                    low = torch.minimum(low, lowest[at])
-                    for each, width in enumerate(widths):
-                        if gaussian:  # relative to the nearest sample, so that not all weights vanish
-                            scale = -0.5 / width**2
-                            weights = ((squared - low[:, None]) * scale).exp_()
-                            faded = ((lowest[at] - low) * scale).exp()
-                            sums[each, at] *= faded[:, None]
-                            totals[each, at] *= faded
-                        else:
-                            weights = (squared <= width**2).float()
-                        sums[each, at] += weights @ y
-                        totals[each, at] += weights.sum(dim=1)
-                    lowest[at] = low
-            for each in range(len(widths)):
-                some = totals[each, :, None] > 0
-                means = torch.where(some, sums[each] / totals[each, :, None], nearest)
-                found[each].append(self.decide(means))
-        return [torch.cat(parts) for parts in found]
+        block = max(
+            1, probes.MEMORY // 4 // (16 * self.x.shape[1] + 20 * chunk + 24 * (self.num_classes or 1))
+        )
+        low = torch.full((len(rows), 1), _FAR, device=self.device)  # squared distance of the nearest sample
+        nearest = torch.zeros(len(rows), (self.num_classes or 1) + 1, device=self.device)
+        sums = nearest.repeat(len(widths), 1, 1)
+        for samples in torch.arange(len(self.x)).split(block):
+            # The last column sums up the weights.
+            x, y = self.unit(samples), F.pad(self.columns(samples).float(), (0, 1), value=1.0)
+            for start in range(0, len(rows), chunk):
+                at = slice(start, start + chunk)
+                squared = _squared_distances(self.unit(rows[at], of), x)
+                if leave_out:
+                    squared.masked_fill_((rows[at, None] == samples).to(self.device), _FAR)
+                least, index = squared.min(dim=1)
+                nearest[at] = torch.where(least[:, None] < low[at], y[index], nearest[at])
+                before, low[at] = low[at].clone(), torch.minimum(low[at], least[:, None])
+                for sum_of, width in zip(sums, widths, strict=True):
+                    if gaussian:  # relative to the nearest sample, so that not all weights vanish
+                        scale = -0.5 / width**2
+                        weights = ((squared - low[at]) * scale).exp_()
+                        sum_of[at] *= ((before - low[at]) * scale).exp()
+                    else:
+                        weights = (squared <= width**2).float()
+                    sum_of[at] += weights @ y
+        sums = torch.where(sums[..., -1:] > 0, sums, nearest)
+        return sums[..., :-1] / sums[..., -1:]

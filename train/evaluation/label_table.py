@@ -25,19 +25,12 @@ LABEL_COLUMNS = ("label", "value", "class", "target")
 Kind = Literal["auto", "classes", "numbers"]
 
 
-class LabelRow(NamedTuple):
-    """A row of the file."""
-
-    line: int
-    label: str
-
-
 class LabelTable(NamedTuple):
     """The labels of a CSV file."""
 
     path: Path
-    rows: dict[str, LabelRow]
-    """By the name of the image file, with / between folders."""
+    rows: dict[str, tuple[int, str]]
+    """Line and label by the name of the image file, with / between folders."""
     classes: list[str] | None
     """Names of the classes in sorted order; None: the labels are numbers."""
 
@@ -54,7 +47,7 @@ def read_labels(path: Path, kind: Kind = "auto") -> LabelTable:
             has no label, or no number where numbers are expected; all classes are the same. It names file,
             line and column.
     """
-    rows: dict[str, LabelRow] = {}
+    rows: dict[str, tuple[int, str]] = {}
     try:
         with open_regular(path, "r", encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
@@ -72,26 +65,27 @@ def read_labels(path: Path, kind: Kind = "auto") -> LabelTable:
                         raise UsageError(f"{where}, column {header[column]}: expected a value, got none")
                 name = name.removeprefix("./")
                 if name in rows:
-                    raise UsageError(f"{where}: {name} has a label already, in line {rows[name].line}")
-                rows[name] = LabelRow(reader.line_num, label)
+                    raise UsageError(f"{where}: {name} has a label already, in line {rows[name][0]}")
+                rows[name] = reader.line_num, label
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"labels: cannot read {path} as a CSV file in UTF-8: {error}") from error
     if not rows:
         raise UsageError(f"labels: {path} has no rows; expected one for each labeled image")
-    others = [row for row in rows.values() if not _is_number(row.label)]
+    others = [(line, label) for line, label in rows.values() if not _is_number(label)]
     share = 1 - len(others) / len(rows)
     if kind == "numbers" or (kind == "auto" and share > 0.5):
         if others:
             way_out = "" if kind == "numbers" else f", as {share:.0%} are; or say --eval.labels-are classes"
-            place = f"{path}, line {others[0].line}, column {header[label_at]}"
-            raise UsageError(f"labels: {place}: expected a number{way_out}, got {others[0].label!r}")
+            line, label = others[0]
+            place = f"{path}, line {line}, column {header[label_at]}"
+            raise UsageError(f"labels: {place}: expected a number{way_out}, got {label!r}")
         if kind == "auto":
             log.info(
                 f"labels: those of {path} are numbers and are predicted as such; for classes say "
                 "--labels-are classes (in a training --eval.labels-are)"
             )
         return LabelTable(path, rows, None)
-    classes = sorted({row.label for row in rows.values()})
+    classes = sorted({label for _, label in rows.values()})
     if len(classes) < 2:  # any classifier would be right about every image
         raise UsageError(f"labels: {path}: expected two classes or more, got {classes[0]!r} alone")
     return LabelTable(path, rows, classes)
@@ -110,7 +104,7 @@ def labeled(table: LabelTable, *sources: ImageSource) -> list[ImageSource]:
     used: dict[str, str] = {}
     parts = [_labeled(table, source, used) if len(source) else source for source in sources]
     if unused := [name for name in table.rows if name not in used]:
-        line = table.rows[unused[0]].line
+        line = table.rows[unused[0]][0]
         log.info(
             f"labels: {len(unused):,} rows of {table.path} name no image, such as {unused[0]}, line {line}"
         )
@@ -126,12 +120,12 @@ def _labeled(table: LabelTable, source: ImageSource, used: dict[str, str]) -> Im
             name = "/".join(parts[-count:])
             if name not in table.rows:
                 continue
-            place = f"labels: {table.path}, line {table.rows[name].line}"
+            place = f"labels: {table.path}, line {table.rows[name][0]}"
             if name in used:
                 images = f"{used[name]} and {source.describe(index)}"
                 raise UsageError(f"{place}: {name} fits both {images}; give more of the path")
             if index in by_image:
-                other = table.rows[by_image[index]].line
+                other = table.rows[by_image[index]][0]
                 raise UsageError(f"{place}: {source.describe(index)} has a label already, in line {other}")
             used[name], by_image[index] = source.describe(index), name
     if not by_image:
@@ -141,19 +135,16 @@ def _labeled(table: LabelTable, source: ImageSource, used: dict[str, str]) -> Im
             if source.origin.endswith(", held out"):
                 hint += ", or train with --data.val-fraction 0: then a part of the labeled images is held out"
         raise UsageError(f"labels: no row of {table.path} names an image of {source.origin}; {hint}")
-    texts = [table.rows[name].label for name in by_image.values()]
+    texts = [table.rows[name][1] for name in by_image.values()]
     part = source.subset(list(by_image))
     part.classes, part._targets, part.values = table.classes, None, None
     if table.classes is None:
         part.values = np.array([float(text) for text in texts])
     else:
-        numbers = {name: number for number, name in enumerate(table.classes)}
-        part._targets = np.array([numbers[text] for text in texts], dtype=np.int64)
+        part._targets = np.searchsorted(table.classes, texts)  # they are sorted
     left_out = len(source) - len(part)
-    log.info(
-        f"labels: {len(part):,} images of {source.origin} have one in {table.path}"
-        + (f"; {left_out:,} have none and are left out" if left_out else "")
-    )
+    rest = f"; {left_out:,} have none and are left out" if left_out else ""
+    log.info(f"labels: {len(part):,} images of {source.origin} have one in {table.path}{rest}")
     return part
 
 

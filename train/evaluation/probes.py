@@ -26,6 +26,7 @@ MAX_STEPS = 12_500
 SMALL_STEP = 2**28  # multiply-adds
 WEIGHT_DECAY = 1e-6
 MEMORY = 2_000_000_000  # bytes on the device
+CHUNK = 1024  # queries of kNN that are compared at a time
 
 
 class LinearProbe(NamedTuple):
@@ -58,9 +59,6 @@ def knn_predict(
     k: int = 20,
     temperature: float | None = 0.07,
     device: torch.device | str | None = None,
-    test_chunk: int = 1024,
-    train_chunk: int | None = None,
-    memory: int = MEMORY,
 ) -> Tensor:
     """Predictions (m,) of k nearest neighbors under cosine similarity: classes, or weighted means of numbers.
 
@@ -75,9 +73,6 @@ def knn_predict(
         k: number of neighbors that vote; n if n < k.
         temperature: a neighbor of similarity s votes with weight exp(s / temperature); None: equal votes.
         device: where to compute; None: the device of `train_x`.
-        test_chunk, train_chunk: sizes of the chunks; the result does not depend on them. Without
-            `train_chunk` as many samples as fit into half of `memory`.
-        memory: bound of the bytes on the device.
 
     Raises:
         ValueError: empty, mismatched or non-finite inputs, classes out of range, k < 1, temperature <= 0.
@@ -92,21 +87,21 @@ def knn_predict(
     def unit_rows(x: Tensor) -> Tensor:
         return F.normalize(x.to(device, torch.float32), dim=1)
 
-    if train_chunk is None:  # a sample as it is sent, converted and normalized, and its similarities
-        train_chunk = max(1, memory // 2 // (12 * train_x.shape[1] + 20 * test_chunk))
+    # In half of the memory: a sample as it is sent, converted and normalized, and its similarities.
+    block = max(1, MEMORY // 2 // (12 * train_x.shape[1] + 20 * min(CHUNK, len(test_x))))
     k = min(k, len(train_x))
     similarity = torch.full((len(test_x), k), -math.inf, device=device)
     labels = torch.zeros(len(test_x), k, dtype=train_y.dtype, device=device)
     with torch.autocast(device.type, enabled=False):
-        for x, y in zip(train_x.split(train_chunk), train_y.split(train_chunk), strict=True):
+        for x, y in zip(train_x.split(block), train_y.split(block), strict=True):
             x, y = unit_rows(x), y.to(device)
-            parts = (tensor.split(test_chunk) for tensor in (test_x, similarity, labels))
+            parts = (tensor.split(CHUNK) for tensor in (test_x, similarity, labels))
             for queries, best, best_labels in zip(*parts, strict=True):
                 found, index = (unit_rows(queries) @ x.T).topk(min(k, len(x)))
                 best[:], kept = torch.cat([best, found], dim=1).topk(k)
                 best_labels[:] = torch.cat([best_labels, y[index]], dim=1).gather(1, kept)
     predicted = []
-    for best, best_labels in zip(similarity.split(test_chunk), labels.split(test_chunk), strict=True):
+    for best, best_labels in zip(similarity.split(CHUNK), labels.split(CHUNK), strict=True):
         if temperature is None:
             votes = torch.ones_like(best)
         else:  # relative to the largest, so that no exponential overflows
@@ -136,7 +131,6 @@ def linear_probe(
     max_steps: int = MAX_STEPS,
     learning_rates: Sequence[float] = LEARNING_RATES,
     device: torch.device | str | None = None,
-    memory: int = MEMORY,
 ) -> LinearProbe:
     """Fit LayerNorm + linear layer on frozen features and score it on the test set.
 
@@ -157,15 +151,12 @@ def linear_probe(
         batch_size: samples per step; all if there are fewer.
         learning_rates: positive candidates; a single one is used without a search.
         device: where to compute; None: the device of `train_x`.
-        memory: bound of the bytes on the device. A quarter is for the heads, which need 24 bytes for each
-            class, feature and learning rate.
 
     Raises:
         ValueError: empty, mismatched or non-finite inputs, classes out of range, no positive learning rate.
     """
     check_samples(train_x, train_y, test_x, test_y, num_classes)
-    if not learning_rates or not all(rate > 0 for rate in learning_rates):
-        raise ValueError(f"learning_rates must be positive numbers, at least one, got {learning_rates!r}")
+    check_positive("learning_rates", learning_rates)
     device = torch.device(device or train_x.device)
     samples = torch.arange(len(train_x))
     if len(train_x) > max_steps * batch_size:
@@ -174,7 +165,7 @@ def linear_probe(
 
     def fit(rows: Tensor, rates: Sequence[float]) -> Callable[[Tensor, Tensor], list[Tensor]]:
         """Fit a head for each rate on these rows (n,); returns what predicts classes, by rate."""
-        features = Standardized(train_x, rows, device, memory)
+        features = Standardized(train_x, rows, device)
         batch = min(batch_size, len(rows))
         steps = min(epochs * (len(rows) // batch), max_steps)
         heads = _fit(features, y[rows.to(device)], rates, num_classes, batch, steps, seed)
@@ -204,16 +195,16 @@ def linear_probe(
 
 
 class Standardized:
-    """Rows of features x (N, D), layer-normalized and standardized on the device; kept there if they fit.
+    """Layer-normalizes and standardizes features x (N, D) on the device, by mean and deviation of some rows,
+    which stay there if they fit.
 
-    The mean and deviation of each layer-normalized feature are those over the rows. A feature that never
-    varies is set to 0: its rounding noise must not become input.
+    A feature that never varies is set to 0: its rounding noise must not become input.
     """
 
-    def __init__(self, x: Tensor, rows: Tensor, device: torch.device, memory: int) -> None:
+    def __init__(self, x: Tensor, rows: Tensor, device: torch.device) -> None:
         self.x, self.rows, self.device = x, rows, device
         # Four copies of a block are alive at once: as sent, converted, and the operands of an operation.
-        self.block = max(256, memory // 4 // (16 * x.shape[1]))
+        self.block = max(256, MEMORY // 4 // (16 * x.shape[1]))
         parts = rows.split(self.block)
         found = [torch.var_mean(self._normalize(x[part.to(x.device)]), dim=0, correction=0) for part in parts]
         variances, means = (torch.stack(each).double() for each in zip(*found, strict=True))
@@ -223,11 +214,10 @@ class Standardized:
         self.mean = mean.float()
         self.scale = torch.where(deviation > 1e-6, 1 / deviation, torch.zeros_like(deviation))
         self.whole: Tensor | None = None
-        if len(rows) * x.shape[1] * 4 <= memory // 2:
-            whole = torch.empty(len(rows), x.shape[1], device=device)
-            for into, part in zip(whole.split(self.block), parts, strict=True):
+        if len(rows) * x.shape[1] * 4 <= MEMORY // 2:
+            self.whole = torch.empty(len(rows), x.shape[1], device=device)
+            for into, part in zip(self.whole.split(self.block), parts, strict=True):
                 into.copy_(self.standardize(x[part.to(x.device)]))
-            self.whole = whole
 
     def _normalize(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.to(self.device, torch.float32), x.shape[1:])
@@ -310,6 +300,12 @@ def stratified_holdout(y: Tensor, seed: int) -> Tensor:
 def percent(predicted: Tensor, truth: Tensor) -> float:
     """Share of equal classes (n,), in percent."""
     return 100.0 * (predicted.cpu() == truth.cpu()).double().mean().item()
+
+
+def check_positive(name: str, values: Sequence[float]) -> None:
+    """Raise ValueError unless these are positive numbers, at least one."""
+    if not values or not all(value > 0 for value in values):
+        raise ValueError(f"{name} must be positive numbers, at least one, got {values!r}")
 
 
 def check_samples(

@@ -6,18 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lejepa_fast.train.evaluation.probes import MEMORY, Standardized, check_samples
+from lejepa_fast.train.evaluation.probes import Standardized, check_positive, check_samples
 
 PENALTIES = tuple(10.0 ** (power / 2) for power in range(-4, 15))
-
-
-class RidgeProbe(NamedTuple):
-    """Result of a linear probe for numbers."""
-
-    predicted: Tensor
-    """Numbers (m,) float64."""
-    penalty: float
-    """The penalty that was chosen on the training samples."""
 
 
 class Score(NamedTuple):
@@ -37,9 +28,8 @@ def linear_ridge(
     *,
     penalties: Sequence[float] = PENALTIES,
     device: torch.device | str | None = None,
-    memory: int = MEMORY,
-) -> RidgeProbe:
-    """Fit LayerNorm, standardization and ridge regression to numbers, and predict those of the test set.
+) -> Tensor:
+    """Fit LayerNorm, standardization and ridge regression; predict the numbers (m,) float64 of the test set.
 
     Minimizes |y - Xw - b|^2 + penalty |w|^2. The penalty has the smallest leave-one-out error of all training
     samples, in closed form: residual / (1 - leverage).
@@ -47,20 +37,18 @@ def linear_ridge(
     Args:
         train_x, train_y: features (n, D) of any float dtype and numbers (n,).
         test_x: features (m, D) of what to predict.
-        penalties: positive candidates; a single one is used without a choice.
+        penalties: positive candidates.
         device: where to compute; None: the device of `train_x`.
-        memory: bound of the bytes on the device, which holds features in blocks, and (D, D) matrices.
 
     Raises:
         ValueError: empty, mismatched or non-finite inputs, no positive penalty.
     """
     check_samples(train_x, train_y, test_x, None, None)
-    if not penalties or not all(penalty > 0 for penalty in penalties):
-        raise ValueError(f"penalties must be positive numbers, at least one, got {penalties!r}")
+    check_positive("penalties", penalties)
     device = torch.device(device or train_x.device)
     rows = torch.arange(len(train_x))
     with torch.autocast(device.type, enabled=False):
-        features = Standardized(train_x, rows, device, memory)
+        features = Standardized(train_x, rows, device)
         mean = train_y.double().mean().to(device)
         y = train_y.to(device).double() - mean
         dim = train_x.shape[1]
@@ -73,19 +61,15 @@ def linear_ridge(
         values, vectors = torch.linalg.eigh(gram)
         inverse = 1 / (values.clamp_min(0)[:, None] + torch.tensor(penalties, device=device).double())
         weights = vectors @ (inverse * (vectors.T @ moment)[:, None])  # (D, candidates)
-        chosen = 0
-        if len(penalties) > 1:
-            errors = torch.zeros(len(penalties), dtype=torch.float64, device=device)
-            for block in blocks:
-                x = features.take(block).double()
-                leverage = (x @ vectors).square() @ inverse + 1 / len(y)
-                left_out = (y[block.to(device), None] - x @ weights) / (1 - leverage).clamp_min(1e-12)
-                errors += left_out.square().sum(dim=0)
-            chosen = int(errors.argmin())
-        parts = [
-            features.standardize(part).double() @ weights[:, chosen] for part in test_x.split(features.block)
-        ]
-    return RidgeProbe(torch.cat(parts) + mean, penalties[chosen])
+        errors = torch.zeros(len(penalties), dtype=torch.float64, device=device)
+        for block in blocks:
+            x = features.take(block).double()
+            leverage = (x @ vectors).square() @ inverse + 1 / len(y)
+            left_out = (y[block.to(device), None] - x @ weights) / (1 - leverage).clamp_min(1e-12)
+            errors += left_out.square().sum(dim=0)
+        best = weights[:, errors.argmin()]
+        parts = [features.standardize(part).double() @ best for part in test_x.split(features.block)]
+    return torch.cat(parts) + mean
 
 
 def regression_score(predicted: Tensor, truth: Tensor) -> Score:

@@ -165,7 +165,7 @@ def set_maps(
         per_image: principal components of each image alone, and not of all together.
 
     Raises:
-        UsageError: no image, or as of `patch_maps`.
+        UsageError: as of `patch_maps`.
         RunError: the loader cannot read an image.
     """
     components, attention = [], []
@@ -182,15 +182,10 @@ def set_maps(
                 components.append(values.T.unflatten(1, features.shape[1:]).float().cpu())
             if maps.attention is not None:
                 attention.append(maps.attention.cpu())
-    if not components:
-        raise UsageError("images: expected at least one image, got none")
     stacked = torch.stack(components)
     signs = stacked if per_image else stacked.transpose(0, 1)[None]
-    edge = (
-        torch.cat([signs[..., 0, :], signs[..., -1, :], signs[..., :, 0], signs[..., :, -1]], dim=-1)
-        .flatten(2)
-        .mean(-1)
-    )  # (n or 1, 3)
+    edges = [signs[..., 0, :], signs[..., -1, :], signs[..., :, 0], signs[..., :, -1]]
+    edge = torch.cat(edges, dim=-1).flatten(2).mean(-1)  # (n or 1, 3)
     stacked = torch.where(edge > 0, -1.0, 1.0)[..., None, None] * stacked
     return SetMaps(stacked, torch.cat(attention) if attention else None)
 
@@ -201,8 +196,6 @@ def _principal_axes(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     for features in batches:
         rows = features.double().transpose(0, 1).flatten(1).T
         count, total, square = count + len(rows), total + rows.sum(0), square + rows.T @ rows
-    if not count:
-        raise UsageError("images: expected at least one image, got none")
     mean = total / count
     vectors = torch.linalg.eigh(square / count - mean.outer(mean)).eigenvectors
     return mean, F.pad(vectors, (3, 0))[:, -3:].flip(1)  # fewer than three features: zeros
@@ -288,7 +281,7 @@ def best_overlap(scores: Iterable[Tensor], masks: Tensor, thresholds: Tensor) ->
         thresholds: (T,), those to choose from.
 
     Raises:
-        ValueError: other shapes, another number of scores, or a mask without foreground.
+        ValueError: another number of scores, or a mask without foreground.
     """
     if not masks.flatten(1).any(1).all():
         raise ValueError("masks: expected some foreground in each, got one without")
@@ -296,11 +289,8 @@ def best_overlap(scores: Iterable[Tensor], masks: Tensor, thresholds: Tensor) ->
     taken: list[Tensor] = []
     hit: list[Tensor] = []
     for image, mask in zip(scores, masks, strict=True):
-        if image.shape != mask.shape:
-            raise ValueError(f"masks: expected the shape of scores {(*image.shape,)}, got {(*mask.shape,)}")
-        passed = torch.bucketize(
-            image.contiguous(), thresholds.to(image), right=True
-        )  # thresholds that a pixel reaches
+        # The number of thresholds that each pixel reaches.
+        passed = torch.bucketize(image.contiguous(), thresholds.to(image), right=True)
         for found, bins in ((taken, passed), (hit, passed[mask])):
             counts = torch.bincount(bins.flatten(), minlength=len(thresholds) + 1)
             found.append(counts.flip(0).cumsum(0).flip(0)[1:])

@@ -53,22 +53,17 @@ def test_effective_rank_counts_equal_directions():
     assert collapse.effective_rank(torch.full((50, 8), 0.1)) == 0.0
 
 
-@pytest.mark.parametrize("n", [6, 50, 1000])  # below K, by singular values, by z'z
-def test_rankme_equals_its_definition_and_is_not_centered(n):
+@pytest.mark.parametrize("n", [6, 50, 1000])  # below K, by singular values, by the covariance
+def test_spectra_equal_numpys_and_rankme_is_not_centered(n):
     z = randn(n, 10) * torch.linspace(0.1, 2, 10) + 5
+    expected = np.linalg.eigvalsh(np.cov(z.double().numpy(), rowvar=False, bias=True))[::-1]
+    np.testing.assert_allclose(collapse.covariance_eigenvalues(z).numpy(), expected, rtol=1e-8, atol=1e-12)
+    assert collapse.embedding_std(z) == pytest.approx(z.double().numpy().std(axis=0).mean(), rel=1e-12)
     values = np.linalg.svd(z.double().numpy(), compute_uv=False)
     p = values / values.sum()
     assert collapse.rankme(z) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-6)
     assert collapse.rankme(torch.full((n, 10), 0.1)) == pytest.approx(1.0, abs=1e-4)
     assert collapse.rankme(torch.zeros(n, 10)) == 0.0
-
-
-@pytest.mark.parametrize("n", [6, 50, 1000])  # below K, by singular values, by the covariance
-def test_eigenvalues_equal_numpys(n):
-    z = randn(n, 10) * torch.linspace(0.1, 2, 10) + 5
-    expected = np.linalg.eigvalsh(np.cov(z.double().numpy(), rowvar=False, bias=True))[::-1]
-    np.testing.assert_allclose(collapse.covariance_eigenvalues(z).numpy(), expected, rtol=1e-8, atol=1e-12)
-    assert collapse.embedding_std(z) == pytest.approx(z.double().numpy().std(axis=0).mean(), rel=1e-12)
 
 
 def test_sigreg_statistic_between_its_levels():
@@ -79,10 +74,3 @@ def test_sigreg_statistic_between_its_levels():
     assert collapse.sigreg_statistic(randn(300, 16)) == pytest.approx(levels.gaussian, rel=0.35)
     paper = collapse.sigreg_levels(1, t_max=5, n_points=9)
     assert paper == pytest.approx((1.0594231238, 0.4089207202), abs=1e-9)
-
-
-@pytest.mark.parametrize("shape", [(5,), (1, 4), (3, 0)])
-def test_statistics_refuse_other_shapes(shape):
-    for statistic in (collapse.embedding_std, collapse.effective_rank, collapse.sigreg_statistic):
-        with pytest.raises(ValueError, match="z must be embeddings of shape"):
-            statistic(torch.zeros(shape))

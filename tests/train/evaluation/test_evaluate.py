@@ -19,8 +19,7 @@ from training import CPU, rows_of
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.train import evaluate as command
 from lejepa_fast.train import export
-from lejepa_fast.train.checkpoint.saving import Saver
-from lejepa_fast.train.config import DataConfig, to_dict
+from lejepa_fast.train.config import DataConfig
 from lejepa_fast.train.engine import random_state
 from lejepa_fast.train.evaluation import protocol
 from lejepa_fast.train.evaluation.embeddings import calibrate_batchnorm, embed_source
@@ -115,7 +114,7 @@ def test_calibration_measures_the_training_images():
     model = tiny_model("test_resnet").train()
     before, parameters = random_state.capture_rng(), [p.clone() for p in model.parameters()]
     data = batches(4, 4, 4, 3)  # the last one is smaller and must not count
-    assert calibrate_batchnorm(model, data, "cpu") == 12
+    calibrate_batchnorm(model, data, "cpu")
     assert random_state.capture_rng() == before  # no dropout acted
     assert all(module.training for module in model.modules())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), parameters, strict=True))
@@ -129,7 +128,7 @@ def test_calibration_measures_the_training_images():
     torch.testing.assert_close(first.running_var, variance, rtol=1e-4, atol=1e-6)
     # The projector's, too: the report shows the untrained embeddings.
     assert not torch.equal(model.projector[1].running_var, torch.ones(16))
-    assert calibrate_batchnorm(nn.Linear(3, 3), data, "cpu") == 0
+    calibrate_batchnorm(nn.Linear(3, 3), data, "cpu")  # without BatchNorm nothing happens
     with pytest.raises(UsageError, match="at least 2 training images"):
         calibrate_batchnorm(model, batches(1, 1), "cpu")
 
@@ -258,71 +257,47 @@ def test_command_evaluates_a_run_and_an_earlier_checkpoint_on_other_data(tiny, u
         assert "eval." not in error
 
 
-def test_command_refuses_what_is_no_checkpoint_and_missing_data(cfg, tmp_path, capsys, monkeypatch):
-    foreign, mixed, out = tmp_path / "other.pt", tmp_path / "mixed", tmp_path / "out"
+def test_command_refuses_what_is_no_checkpoint_and_missing_data(cfg, save_run, tmp_path, capsys, monkeypatch):
+    foreign, out, run = tmp_path / "other.pt", tmp_path / "out", save_run(cfg, tmp_path / "run")
     torch.save({"state_dict": {}}, foreign)
-    tensors = {f"model.{name}": tensor for name, tensor in build_model(cfg).state_dict().items()}
-    for folder, width in ((mixed, 9), (tmp_path, 16)):
-        folder.mkdir(exist_ok=True)
-        saver = Saver(folder / "checkpoints", CPU, keep=2)
-        wide = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, projector_dim=width))
-        saver.start(1, tensors, {"config": to_dict(wide), "data": {}})
-        saver.wait()
+    wide = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, projector_dim=9))
+    mixed = save_run(cfg, tmp_path / "mixed", saved_as=wide) / "checkpoints" / "step-00000001"
     for path, message in (
         (foreign, "is a file; give a run folder"),
-        (mixed / "checkpoints" / "step-00000001", "describes (size mismatch for projector."),
+        (mixed, "describes (size mismatch for projector."),
     ):
         assert command.main(["--checkpoint", str(path)]) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"error: checkpoint {path} ")
         assert message in error
         assert error.count("\n") == 1
-    arguments = ["--checkpoint", str(tmp_path), "--data", str(tmp_path / "gone"), "--out", str(out)]
-    assert command.main(arguments) == 2
-    assert "does not exist" in capsys.readouterr().err
+    for options, message in (
+        (["--data", str(tmp_path / "gone"), "--out", str(out)], "does not exist"),
+        (["--backbone-size", "32"], "--backbone-size has no effect without --backbone;"),
+        (["--labels-are", "classes"], "--labels-are has no effect without --labels;"),
+        (["--draws", "3"], "--draws has no effect without --few-shot;"),
+        (["--linear-blocks", "1", "--no-linear"], "--linear-blocks has no effect without --linear;"),
+        (["--compare", "a", "b", "--no-linear"], "leave out --checkpoint, --linear"),
+    ):
+        assert command.main(["--checkpoint", str(run), *options]) == 2
+        assert message in capsys.readouterr().err
     assert not out.exists()
     monkeypatch.setattr(protocol, "evaluate_untrained", pytest.fail)  # before anything is evaluated
-    assert command.main(["--checkpoint", str(tmp_path), "--out", str(foreign)]) == 1
+    assert command.main(["--checkpoint", str(run), "--out", str(foreign)]) == 1
     assert f"cannot write {foreign}: File exists; choose another --out" in capsys.readouterr().err
     for arguments, message in (
+        (["--checkpoint", str(run), "--out", "x.pt"], "out: expected a file name that ends in .safetensors"),
         (
-            ["--checkpoint", str(tmp_path), "--out", "x.pt"],
-            "out: expected a file name that ends in .safetensors",
-        ),
-        (
-            ["--checkpoint", str(tmp_path), "--out", str(out / "config.safetensors")],
+            ["--checkpoint", str(run), "--out", str(out / "config.safetensors")],
             "config.safetensors would put its settings where those for timm go; use another name",
         ),
-        (["--checkpoint", str(tmp_path / "mixed" / "nothing")], "does not exist"),
+        (["--checkpoint", str(tmp_path / "nothing")], "does not exist"),
     ):
         assert export.main(arguments) == 2
         assert message in capsys.readouterr().err
 
 
-def test_options_without_effect_are_refused(cfg, tmp_path, capsys):
-    tensors = {f"model.{name}": tensor for name, tensor in build_model(cfg).state_dict().items()}
-    saver = Saver(tmp_path / "checkpoints", CPU, keep=1)
-    saver.start(1, tensors, {"config": to_dict(cfg), "data": {}})
-    saver.wait()
-    run = ["--checkpoint", str(tmp_path)]
-    for arguments, message in (
-        ([*run, "--backbone-size", "32"], "--backbone-size has no effect without --backbone;"),
-        ([*run, "--labels-are", "classes"], "--labels-are has no effect without --labels;"),
-        ([*run, "--draws", "3"], "--draws has no effect without --few-shot;"),
-        ([*run, "--linear-blocks", "1", "--no-linear"], "--linear-blocks has no effect without --linear;"),
-        (["--compare", "a", "b", "--few-shot", "1", "--no-linear"], "leave out --few-shot, --linear"),
-    ):
-        assert command.main(arguments) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_linear_blocks_count_for_every_encoder(tiny, tmp_path, monkeypatch):
-    cfg = tiny()
-    tensors = {f"model.{name}": tensor for name, tensor in build_model(cfg).state_dict().items()}
-    saver = Saver(tmp_path / "checkpoints", CPU, keep=1)
-    saver.start(1, tensors, {"config": to_dict(cfg), "data": {"train_images": 32, "val_images": 12}})
-    saver.wait()
-    (tmp_path / "metrics.jsonl").write_text("")
+def test_linear_blocks_count_for_every_encoder(tiny, save_run, tmp_path, monkeypatch):
     seen = []
 
     def embed(*args, linear_blocks, **options):
@@ -330,14 +305,15 @@ def test_linear_blocks_count_for_every_encoder(tiny, tmp_path, monkeypatch):
         return embed_source(*args, **options)
 
     monkeypatch.setattr(protocol, "embed_source", embed)
-    arguments = ["--checkpoint", str(tmp_path), "--linear-blocks", "1", "--backbone", "test_vit:untrained"]
+    run = save_run(tiny(), tmp_path / "run")
+    arguments = ["--checkpoint", str(run), "--linear-blocks", "1", "--backbone", "test_vit:untrained"]
     assert command.main(arguments) == 0
     assert seen == 6 * [1]  # both splits, of the trained encoder, the untrained one and the backbone
 
 
 def test_script_runs_by_its_path_and_exits_with_2(tmp_path):
-    arguments = [sys.executable, str(SCRIPT), "--checkpoint", str(tmp_path / "nowhere")]
+    arguments = [sys.executable, str(SCRIPT), "--backbone", "resnet18"]  # on which images?
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith(f"error: checkpoint {tmp_path / 'nowhere'} does not exist; ")
-    assert done.stderr.count("\n") == 1
+    message = "give --checkpoint RUN, or --data PATH --backbone NAME, or --compare RUN RUN"
+    assert done.stderr == f"error: {message}\n"

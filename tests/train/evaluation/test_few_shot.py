@@ -91,32 +91,28 @@ def test_every_probe_scores_classes_and_numbers():
     assert 0 < table["20"]["linear"][0] < scores["linear"].r2
 
 
-@pytest.mark.parametrize(("text", "parsed"), [("", []), ("1, 10,all", [1, 10, None]), ("5,5", [5])])
-def test_shots_are_parsed(text, parsed):
-    assert shots(text) == parsed
+def test_shots_are_parsed_and_bad_ones_refused(tiny):
+    for text, parsed in (("", []), ("1, 10,all", [1, 10, None]), ("5,5", [5])):
+        assert shots(text) == parsed
+    for text in ("0", "1,,2", "-3", "some", "1.5"):
+        with pytest.raises(UsageError, match=r"eval.few_shot: expected numbers from 1 and 'all', .* got '"):
+            validate(tiny(eval={"few_shot": text}))
 
 
-@pytest.mark.parametrize("text", ["0", "1,,2", "-3", "some", "1.5"])
-def test_bad_shots_are_refused(tiny, text):
-    with pytest.raises(UsageError, match=r"eval.few_shot: expected numbers from 1 and 'all', .* got '"):
-        validate(tiny(eval={"few_shot": text}))
-
-
-def test_fine_tuning_learns_leaves_the_encoder_alone_and_repeats(tiny, monkeypatch):
+def test_fine_tuning_learns_and_leaves_the_encoder_alone(tiny, monkeypatch):
     monkeypatch.setattr(fine_tuning, "SMALLEST_NUMBER_OF_STEPS", 12)
-    cfg = tiny(model={"name": "test_resnet"}, eval={"fine_tune": 1, "few_shot": "4", "draws": 1})
+    cfg = tiny(model={"name": "test_resnet"}, eval={"fine_tune": 1, "few_shot": "2", "draws": 1})
     model = build_model(cfg)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     train, val = protocol.open_evaluation(cfg)
-    splits = train.subset(range(0, 32, 2)), val
-    results = [protocol.evaluate_model(model, *splits, cfg, device="cpu", linear_steps=0) for _ in range(2)]
-    assert (results[0].fine_tuned or 0) >= 90.0  # red against blue
-    assert results[0].few_shot == results[1].few_shot
-    assert list((results[0].few_shot or {})["4"]) == ["knn", *PROBES[2:], "fine_tuned"]
+    splits, options = (train.subset(range(0, 32, 4)), val), {"device": "cpu", "linear_steps": 0}
+    result = protocol.evaluate_model(model, *splits, cfg, **options)
+    assert (result.fine_tuned or 0) >= 90.0  # red against blue
+    assert list((result.few_shot or {})["2"]) == ["knn", *PROBES[2:], "fine_tuned"]
     assert torch.equal(torch.get_rng_state(), state)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    during = protocol.evaluate_model(model, *splits, cfg, device="cpu", linear_steps=0, with_few_labels=False)
+    during = protocol.evaluate_model(model, *splits, cfg, with_few_labels=False, **options)
     assert (during.fine_tuned, during.few_shot) == (None, None)
 
 
@@ -127,20 +123,17 @@ def fine_tuned(cfg, rows, y, *, frozen=False):
         build_model(cfg).encoder.requires_grad_(not frozen),
         train.subset(rows),
         y,
-        lambda source: eval_loader(source, image_size=32, batch_size=8),
+        lambda source: eval_loader(source, image_size=32, batch_size=8, backend="torchvision"),
         val,
         torch.arange(12).double(),
-        recipe=cfg.crops,
-        image_size=32,
+        cfg,
         num_classes=None,
-        epochs=1,
-        seed=0,
         device=torch.device("cpu"),
-        loading={},
+        loading={"backend": "torchvision", "num_workers": 0},
     )
 
 
-def test_fine_tuning_reads_drawn_labels_alone_and_takes_a_single_image(tiny, monkeypatch):
+def test_fine_tuning_repeats_reads_drawn_labels_alone_and_takes_a_single_image(tiny, monkeypatch):
     monkeypatch.setattr(fine_tuning, "SMALLEST_NUMBER_OF_STEPS", 2)
     cfg, y = tiny(model={"name": "test_resnet"}), torch.arange(32).double()
     others = torch.where(y < 4, y, 1000 + 7 * y)

@@ -95,12 +95,11 @@ def test_rows_that_fit_no_image_or_several_are_refused(image_folder, tmp_path, t
     assert [len(part) for part in labeled(both, *splits)] == [1, 1]
 
 
-def test_numbers_are_predicted_by_the_command(tiny, image_folder, flat, tmp_path, capsys):
+def test_numbers_are_predicted_by_the_command(tiny, save_run, flat, tmp_path, capsys):
     """Brightness is in the random features already. 24 of the 30 images have a number, half are held out."""
-    cfg = tiny(model={"name": "test_resnet"}, max_steps=2)
-    page = pretrain(cfg, CPU)
+    run = save_run(tiny(model={"name": "test_resnet"}), tmp_path / "run")
     labels = table(tmp_path / "n.csv", "file,value\n" + "".join(f"{i}.png,{8 * i}\n" for i in range(24)))
-    arguments = ["--checkpoint", str(page.parents[1]), "--data", str(flat), "--labels", str(labels)]
+    arguments = ["--checkpoint", str(run), "--data", str(flat), "--labels", str(labels)]
     assert command.main([*arguments, "--few-shot", "8", "--draws", "2", "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "linear probe (R2)" in printed

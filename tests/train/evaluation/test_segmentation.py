@@ -1,5 +1,6 @@
 """Attention and principal components of patches, their overlap with masks, and the command on a run."""
 
+import functools
 import json
 import weakref
 
@@ -11,19 +12,17 @@ from PIL import Image
 from shapes import write_shapes
 from timm.models.nest import Nest
 from timm.models.volo import VOLO
-from training import train_only
 
 from lejepa_fast.data.sources.folder import FileSource
-from lejepa_fast.errors import UsageError
 from lejepa_fast.train import segment as command
 from lejepa_fast.train.evaluation import segmentation
 from lejepa_fast.train.evaluation.segmentation import best_overlap, patch_maps, set_maps
 from lejepa_fast.train.report.overlays import map_pictures
 
 
-def unfused_attention(model, images):
-    """The matrix of the last block (B, heads, N, N), as timm computes it where it does not fuse."""
-    seen, attn = [], model.blocks[-1].attn
+def own_attention(model, attn, images):
+    """The matrix of an attention layer (B, heads, N, N), as timm computes it where it does not fuse."""
+    seen = []
     attn.fused_attn = False
     handle = attn.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     with torch.no_grad():
@@ -32,16 +31,20 @@ def unfused_attention(model, images):
     return seen[0]
 
 
+NO_CLS = {"class_token": False, "global_pool": "avg"}
+SMALL = {"depth": 1, "img_size": 64}
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("test_vit", {}),
         ("test_vit", {"qk_norm": True, "reg_tokens": 3}),
-        ("test_vit", {"class_token": False, "global_pool": "avg"}),
-        ("test_vit", {"class_token": False, "global_pool": "avg", "reg_tokens": 2}),
+        ("test_vit", NO_CLS),
+        ("test_vit", {**NO_CLS, "reg_tokens": 2}),
         ("eva02_tiny_patch14_224", {"depth": 1, "img_size": 56}),  # rotary positions
-        ("vit_small_patch16_dinov3", {"depth": 1, "img_size": 64}),  # ... and registers
-        ("beit_base_patch16_224", {"depth": 1, "img_size": 64, "embed_dim": 48, "num_heads": 3}),  # relative
+        ("vit_small_patch16_dinov3", SMALL),  # ... and registers
+        ("beit_base_patch16_224", {**SMALL, "embed_dim": 48, "num_heads": 3}),  # relative
     ],
 )
 def test_attention_equals_the_matrix_of_the_last_block(name, options):
@@ -52,77 +55,56 @@ def test_attention_equals_the_matrix_of_the_last_block(name, options):
     images = torch.randn(2, 3, *model.patch_embed.img_size)
     maps = patch_maps(model, images)
     assert model.blocks[-1].attn.fused_attn == fused  # as it was
-    matrix, prefix = unfused_attention(model, images), model.num_prefix_tokens
+    matrix, prefix = own_attention(model, model.blocks[-1].attn, images), model.num_prefix_tokens
     query = matrix[:, :, 0] if model.cls_token is not None else matrix[:, :, prefix:].mean(2)
     expected = query[..., prefix:] / query[..., prefix:].sum(-1, keepdim=True)
-    assert maps.attention is not None
     torch.testing.assert_close(maps.attention.flatten(2), expected, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
         tokens = model.forward_features(images)[:, prefix:]
     torch.testing.assert_close(maps.features.flatten(2).mT, tokens)
 
 
+def small_volo(**_):
+    part = {"embed_dims": (24, 48, 48, 48), "num_heads": (2, 2, 2, 2)}
+    return VOLO([1] * 4, 64, outlook_attention=(True, False, False, False), **part)
+
+
+def small_nest(**_):
+    return Nest(64, embed_dims=(16, 16, 16), num_heads=(2, 2, 2), depths=(1, 1, 1))
+
+
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("make", "last", "row"),
     [
-        ("cait_xxs24_224", {"depth": 2, "img_size": 64, "embed_dim": 48, "num_heads": 4}),
-        ("xcit_nano_12_p16_224", {"depth": 2, "img_size": 64}),
+        # Class attention: the row of its only query.
+        ("cait_xxs24_224", lambda model: model.blocks_token_only[-1], lambda matrix: matrix[:, :, 0, 1:]),
+        ("xcit_nano_12_p16_224", lambda model: model.cls_attn_blocks[-1], lambda matrix: matrix[:, :, 0, 1:]),
+        # VOLO brings CLS in after the blocks of patches, so it is no query here.
+        (small_volo, lambda model: model.network[-1][-1], lambda matrix: matrix.mean(2)),
     ],
 )
-def test_class_attention_gives_the_row_of_its_only_query(name, options):
+def test_attention_of_models_with_cls_outside_of_the_blocks(make, last, row):
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=0, **options).eval()
+    sizes = {"embed_dim": 48, "num_heads": 4} if make == "cait_xxs24_224" else {}
+    create = make if callable(make) else functools.partial(timm.create_model, make, num_classes=0)
+    model = create(depth=2, img_size=64, **sizes).eval()
     images = torch.randn(2, 3, 64, 64)
-    maps = patch_maps(model, images)
-    last = (model.blocks_token_only if "cait" in name else model.cls_attn_blocks)[-1].attn
-    seen = []
-    last.fused_attn = False
-    last.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    with torch.no_grad():
-        model.forward_features(images)
-    expected = seen[0][:, :, 0, 1:]
-    assert maps.attention is not None
-    assert maps.attention.shape == (2, 4, 4, 4)  # heads are kept
-    torch.testing.assert_close(
-        maps.attention.flatten(2), expected / expected.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6
-    )
+    found, expected = patch_maps(model, images).attention, row(own_attention(model, last(model).attn, images))
+    expected = expected / expected.sum(-1, keepdim=True)
+    torch.testing.assert_close(found.flatten(2), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_cls_token_outside_of_the_last_block_is_no_query():
-    """VOLO brings it in after the blocks of patches."""
-    torch.manual_seed(0)
-    model = VOLO(
-        [1] * 4,
-        64,
-        embed_dims=(24, 48, 48, 48),
-        num_heads=(2, 2, 2, 2),
-        outlook_attention=(True, False, False, False),
-    ).eval()
-    images = torch.randn(2, 3, 64, 64)
-    maps = patch_maps(model, images)
-    matrix, last = [], model.network[-1][-1].attn
-    last.fused_attn = False
-    last.attn_drop.register_forward_hook(lambda module, inputs, output: matrix.append(inputs[0]))
-    with torch.no_grad():
-        model.forward_features(images)
-    assert model.cls_token is not None
-    assert maps.attention is not None
-    torch.testing.assert_close(maps.attention.flatten(2), matrix[0].mean(2), rtol=1e-4, atol=1e-6)
-
-
-def test_attention_in_another_layout_is_left_out():
-    """NesT attends within blocks of the image, with one dimension more; even where there is one block."""
-    model = Nest(64, embed_dims=(16, 16, 16), num_heads=(2, 2, 2), depths=(1, 1, 1)).eval()
-    assert patch_maps(model, torch.randn(2, 3, 64, 64)).attention is None
-
-
-def test_convolutional_networks_have_features_without_attention_and_others_are_refused():
-    torch.manual_seed(0)
-    maps = patch_maps(timm.create_model("test_resnet", num_classes=0).eval(), torch.randn(2, 3, 64, 64))
+@pytest.mark.parametrize(
+    ("make", "side"),
+    [
+        (small_nest, 4),  # attends within blocks of the image, even where there is one block
+        (functools.partial(timm.create_model, "test_resnet", num_classes=0), 2),
+    ],
+)
+def test_other_encoders_have_features_without_attention(make, side):
+    maps = patch_maps(make().eval(), torch.randn(2, 3, 64, 64))
     assert maps.attention is None
-    assert maps.features.shape[2:] == (2, 2)
-    with pytest.raises(UsageError, match=r"Linear gives no map of features for 64 px"):
-        patch_maps(torch.nn.Linear(3, 3), torch.randn(2, 3, 64, 64))
+    assert maps.features.shape[2:] == (side, side)
 
 
 class Planted(torch.nn.Module):
@@ -193,8 +175,6 @@ def test_overlap_equals_a_loop_and_names_its_baselines():
     assert constant["all_foreground"].iou == pytest.approx(100 * masks.float().mean().item(), abs=1e-4)
     with pytest.raises(ValueError, match=r"masks: expected some foreground in each, got one without"):
         best_overlap(scores, masks & (torch.arange(5) > 0)[:, None, None], thresholds)
-    with pytest.raises(ValueError, match=r"masks: expected the shape of scores \(12, 12\), got \(9, 12\)"):
-        best_overlap(scores, masks[:, :9], thresholds)
 
 
 def test_scores_of_all_images_are_never_held_at_once(monkeypatch):
@@ -250,11 +230,9 @@ def test_the_threshold_keeps_the_fewest_pixels_that_hold_the_share():
 
 
 @pytest.fixture(scope="module")
-def run(configure, tmp_path_factory):
-    """A run of one step, which the tests only read."""
-    cfg = configure(out=tmp_path_factory.mktemp("segmentation") / "run", max_steps=1)
-    train_only(cfg)
-    return cfg.out
+def run(configure, save_run, tmp_path_factory):
+    """A run that the tests only read."""
+    return save_run(configure(), tmp_path_factory.mktemp("segmentation") / "run")
 
 
 def test_command_draws_pages_and_measures_against_masks(run, tmp_path, capsys):
@@ -378,10 +356,11 @@ def test_an_unusable_out_shows_before_the_work(run, image_folder, tmp_path, monk
     assert f"cannot write {tmp_path / 'file'}" in capsys.readouterr().err
 
 
-def test_command_shows_components_alone_where_there_is_no_attention(tiny, image_folder, tmp_path, capsys):
-    cfg = tiny(max_steps=1, model={"name": "test_resnet"})
-    train_only(cfg)
-    arguments = ["--checkpoint", str(cfg.out), "--images", str(image_folder / "val"), "--pca", "per-image"]
+def test_command_shows_components_alone_where_there_is_no_attention(
+    tiny, save_run, image_folder, tmp_path, capsys
+):
+    run = save_run(tiny(model={"name": "test_resnet"}), tmp_path / "run")
+    arguments = ["--checkpoint", str(run), "--images", str(image_folder / "val"), "--pca", "per-image"]
     assert command.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     assert "its attention cannot be read here" in capsys.readouterr().out
     assert (tmp_path / "out" / "page-001.png").is_file()
