@@ -10,11 +10,6 @@ from lejepa_fast import SIGReg, sample_directions, sigreg, standard_normal_knots
 KNOTS = standard_normal_knots(3.0, 5)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def loss(impl, reduction="mean"):
     A = sample_directions(3, 4, step=0, dtype=torch.float64)
     return lambda x: sigreg(x, A, *KNOTS[:3], spacing=KNOTS.spacing, impl=impl, reduction=reduction)
