@@ -7,7 +7,7 @@ Only the first stage is large, so only it has several implementations (`dispatch
 """
 
 from collections.abc import Hashable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -257,12 +257,13 @@ def _tried(
                 dim, num_slices, step=0, device=device, dtype=x.dtype, impl=chosen
             )
             directions = A, scale if x.dtype.itemsize == 2 else None
-        given = [None if a is None else a.detach().clone() for a in (z, *directions, *knots[:3])]
+        given: list[Any] = [None if a is None else a.detach().clone() for a in (z, *directions, *knots[:3])]
         if chosen == "torch":
             given = [None if a is None else a.double() for a in given]
-        z, A, scale, *rest = given  # type: ignore[assignment]
+        z, A, scale, t, phi, weights = given
         z.requires_grad_()
-        value = sigreg_unchecked(z, A, scale, Knots(*rest, knots.spacing), options, None, chosen)  # type: ignore[arg-type]
+        knots = Knots(t, phi, weights, knots.spacing)
+        value = sigreg_unchecked(z, A, scale, knots, options, None, chosen)
         (gradient,) = torch.autograd.grad(value.sum(), z)
     return value.detach().double(), gradient.double()
 
