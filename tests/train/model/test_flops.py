@@ -39,7 +39,9 @@ def test_vit_against_the_formula():
 
 def test_the_center_from_the_average_is_one_more_forward_of_its_views():
     """A third of forward and backward, but for the patch embedding, whose input needs no gradient."""
-    model = ModelConfig(name="vit_tiny", projector_hidden=64, projector_layers=2, projector_dim=16)
+    model = ModelConfig(
+        "vit_tiny", kwargs='{"depth": 2}', projector_hidden=64, projector_layers=2, projector_dim=16
+    )
     plain = flops.count_flops(Config(model=model, crops=CROPS))
     stem = 2 * 3 * 14**2 * 192  # of a patch, forward
     for center, images, patches in (("global", 2, 2 * 16), ("all", 5, 2 * 16 + 3 * 4)):
