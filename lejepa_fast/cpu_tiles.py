@@ -1,24 +1,35 @@
-r"""SIGReg sums and their gradient on CPUs, float32, equidistant knots: BLAS projects, Numba does the rest.
+r"""What Numba compiles for CPUs: SIGReg sums and their gradient, and the random numbers of the directions.
+
+The sums take float32 and equidistant knots. BLAS projects, Numba does the rest.
 
 A slab of projections (directions, samples) stays in the cache between the matrix products and the compiled
 loops below. The loops run on PyTorch's own OpenMP threads: a second pool would compete with the first, whose
 threads spin for milliseconds after a product. One thread adds up a direction, in a fixed order, so that
 results do not depend on the number of threads.
 
-The mathematics is that of `streaming.py` with babies z^b, |b| <= 3, and giants Z_a = z^(7a) for any number of
-knots. A table holds, for the giants 1, Z_1, Z_2, ..., a row for the real and one for the imaginary part, and
+With `u = spacing * p` and `z = exp(iu)`, every `z^j` is a small power times a large one: j = 7a + b, babies
+z^b with |b| <= 3 and giants Z_a = z^(7a). So two sines and cosines and J / 7 complex products replace J sines
+and cosines. The sums over samples of products of a giant's and a baby's parts give those of all knots:
+
+    cos(ju) = cos(7au) cos(bu) - sin(7au) sin(bu)      sin(ju) = sin(7au) cos(bu) + cos(7au) sin(bu)
+
+The gradient series sum_j alpha_j cos(ju) + beta_j sin(ju) is the same bilinear form with the roles turned
+round. The rounding error of a power grows like a + b; that of c_{k+1} = 2 c_1 c_k - c_{k-1} like j^2.
+
+A table holds, for the giants 1, Z_1, Z_2, ..., a row for the real and one for the imaginary part, and
 in columns 0 to 3 and 4 to 7 the real and imaginary parts of the babies 1, z, z^2, z^3.
 """
 
 import ctypes
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import llvmlite.binding
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, njit, types, uint64
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -182,11 +193,15 @@ def _process_slab(args):
             start = stop
 
 
-_signature = types.void(types.CPointer(types.voidptr))
-try:
-    _compiled = cfunc(_signature, cache=True, **_JIT)(_process_slab)
-except RuntimeError:  # there is no folder that a cache can be written to
-    _compiled = cfunc(_signature, **_JIT)(_process_slab)
+def _cached(compiler: Callable[..., Any], function: Callable[..., None]) -> Any:
+    """Compile a function, and keep the machine code on the disk."""
+    try:
+        return compiler(cache=True)(function)
+    except RuntimeError:  # there is no folder that a cache can be written to
+        return compiler()(function)
+
+
+_compiled_slab = _cached(partial(cfunc, types.void(types.CPointer(types.voidptr)), **_JIT), _process_slab)
 
 
 def ecf_sums(x: Tensor, A: Tensor, t: Tensor, spacing: float) -> Tensor:
@@ -239,5 +254,39 @@ def _processed_slabs(
                     pointers = [sizes.ctypes.data, factors.ctypes.data]
                     pointers += [a.data_ptr() for a in (t, p, sums)]
                     threads = min(torch.get_num_threads(), p.shape[0], 1 + p.numel() // _LEAST_WORK)
-                    _run_on_threads(_compiled.address, (ctypes.c_void_p * 5)(*pointers), threads, 0)
+                    _run_on_threads(_compiled_slab.address, (ctypes.c_void_p * 5)(*pointers), threads, 0)
                     yield v * N + n, slab, p
+
+
+_ROUNDS = 10
+_LOW, _32, _8 = np.uint64(0xFFFFFFFF), np.uint64(32), np.uint64(8)
+_MUL_0, _MUL_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_WEYL_0, _WEYL_1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+_SCALE = np.float32(2.0**-24)
+
+
+def _fill(seed, step, out):
+    """Philox-4x32-10 of (column, row of out, step) by the key `seed`; out (4, rows, columns) float32."""
+    for row in range(out.shape[1]):
+        for column in range(out.shape[2]):
+            c0, c1, c2, c3 = np.uint64(column), np.uint64(row), step & _LOW, step >> _32
+            k0, k1 = seed & _LOW, seed >> _32
+            for _ in range(_ROUNDS):
+                p0, p1 = c0 * _MUL_0, c2 * _MUL_1
+                c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ k0, p1 & _LOW, (p0 >> _32) ^ c3 ^ k1, p0 & _LOW
+                k0, k1 = (k0 + _WEYL_0) & _LOW, (k1 + _WEYL_1) & _LOW
+            out[0, row, column] = np.float32(np.int64(c0 >> _8) + 1) * _SCALE
+            out[1, row, column] = np.float32(np.int64(c1 >> _8)) * _SCALE
+            out[2, row, column] = np.float32(np.int64(c2 >> _8) + 1) * _SCALE
+            out[3, row, column] = np.float32(np.int64(c3 >> _8)) * _SCALE
+
+
+_filler = partial(njit, types.void(uint64, uint64, types.float32[:, :, ::1]), nogil=True, error_model="numpy")
+_compiled_fill = _cached(_filler, _fill)
+
+
+def uniforms(quads: int, num_slices: int, step: int, seed: int) -> Tensor:
+    """As `directions._uniforms`, the same bits, for a step on the host."""
+    out = np.empty((4, quads, num_slices), np.float32)
+    _compiled_fill(np.uint64(seed % (1 << 64)), np.uint64(step), out)
+    return torch.from_numpy(out)

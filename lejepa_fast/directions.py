@@ -10,14 +10,13 @@ be a tensor on it. Column m does not depend on how many columns are asked for.
 import ctypes
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from . import triton_operators
 from .checks import check_integer
-from .compiled import compiled_module
+from .dispatch import compiled_tiles
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
@@ -108,7 +107,10 @@ def _draw(
     """`sample_unit_directions` for checked arguments and a 0-dim int64 step on the target device."""
     if by_kernel:
         return triton_operators.kernels().philox.draw_directions(step, dim, num_slices, seed, dtype)
-    normals = _normals(dim, num_slices, step, seed)
+    quads = (dim + 3) // 4
+    u = _uniforms(quads, num_slices, step, seed)
+    rows = [*_box_muller(u[0], u[1]), *_box_muller(u[2], u[3])]  # 4 x (quads, num_slices)
+    normals = torch.stack(rows, dim=1).view(quads * 4, num_slices)[:dim]
     if dtype == torch.float64:
         normals = normals.double()
     norm = torch.linalg.vector_norm(normals, dim=0, keepdim=True)
@@ -163,20 +165,12 @@ def _host_value(step: Tensor) -> int | None:
     return ctypes.c_int64.from_address(step.data_ptr()).value
 
 
-def _normals(dim: int, num_slices: int, step: Tensor, seed: int) -> Tensor:
-    """Standard normal float32 matrix of shape (dim, num_slices)."""
-    quads = (dim + 3) // 4
-    u = _uniforms(quads, num_slices, step, seed)
-    rows = [*_box_muller(u[0], u[1]), *_box_muller(u[2], u[3])]  # 4 x (quads, num_slices)
-    return torch.stack(rows, dim=1).view(quads * 4, num_slices)[:dim]
-
-
-def _uniforms(quads: int, num_slices: int, step: Tensor, seed: int) -> Sequence[Tensor]:
+def _uniforms(quads: int, num_slices: int, step: Tensor, seed: int) -> Sequence[Tensor] | Tensor:
     """Four float32 matrices (quads, num_slices) of multiples of 2^-24: the first and third in (0, 1], where
     the logarithm is finite and 0 at 1, the second and fourth in [0, 1)."""
     value = _host_value(step)
-    if value is not None and (numba := compiled_module("cpu_philox")):
-        return cast("Tensor", numba.uniforms(quads, num_slices, value, seed)).unbind()
+    if value is not None and (tiles := compiled_tiles()):
+        return tiles.uniforms(quads, num_slices, value, seed)
     column = torch.arange(num_slices, dtype=torch.int64, device=step.device)
     quad = torch.arange(quads, dtype=torch.int64, device=step.device).unsqueeze(1)
     words = philox_4x32(column, quad, step & _MASK, step >> 32, key=(seed & _MASK, (seed >> 32) & _MASK))

@@ -1,13 +1,15 @@
 """Which implementation of SIGReg runs, and what each one refuses."""
 
+import functools
+import importlib
 import logging
-from typing import Literal
+import os
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import triton_operators
-from .checks import check_choice
 from .reference import transforming
 
 Implementation = Literal["auto", "torch", "triton", "reference"]
@@ -18,12 +20,6 @@ IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 logger = logging.getLogger("lejepa_fast")
 logged_choices: set[tuple[str, str]] = set()
 """(device type, reason) of the choices of "auto" that have been logged."""
-
-
-def check_names(impl: str, precision: str | None) -> None:
-    """Raise ValueError unless an implementation and a precision have these names."""
-    check_choice("impl", impl, *IMPLEMENTATIONS)
-    check_choice("precision", precision, *triton_operators.PRECISIONS, None)
 
 
 def resolve_implementation(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Chosen:
@@ -62,12 +58,11 @@ def choose(impl: str, x: Tensor, precision: str | None, *, several_ranks: bool) 
     """The implementation for embeddings x, after checking what it cannot do.
 
     Raises:
-        ValueError, TypeError: as `check_names` and `resolve_implementation`, or the device lacks `precision`.
+        ValueError, TypeError: as `resolve_implementation`, or the device lacks `precision`.
         RuntimeError: inside a `torch.func` transform or forward-mode differentiation, except for "reference"
             without a process group. Registered operators take no part in transforms: some raise from deep
             inside, and forward mode would silently drop the tangent.
     """
-    check_names(impl, precision)
     chosen = resolve_implementation(impl, x.device, x.dtype)
     if transforming() and chosen != "reference":
         raise RuntimeError(
@@ -94,3 +89,19 @@ def refuse_gradients(chosen: str, other: str, **arguments: Tensor | None) -> Non
                 f"{name}: expected a tensor without gradient for impl={chosen!r}, got requires_grad=True; "
                 f"detach it or choose impl={other!r}"
             )
+
+
+@functools.cache
+def compiled_tiles() -> Any:
+    """The module `cpu_tiles`; None without Numba, or where it is not to compile (NUMBA_DISABLE_JIT).
+
+    Warns where Numba does not work.
+    """
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return None
+    try:
+        return importlib.import_module(".cpu_tiles", __package__)
+    except Exception as failure:  # compilers raise anything
+        if not isinstance(failure, ModuleNotFoundError) or failure.name not in ("numba", "numpy"):
+            logger.warning("SIGReg on the CPU does without Numba, which is slower: %r", failure)
+        return None

@@ -6,9 +6,8 @@ Only the first stage is large, so only it has several implementations (`dispatch
 2 * J * M numbers per view in plain PyTorch, or in one more kernel.
 """
 
-import logging
 from collections.abc import Hashable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,11 +18,10 @@ from . import reference, triton_operators
 from .checks import check_choice, check_flag, check_number, check_tensor
 from .collectives import all_reduce_sums, check_batch, sum_gradient_over_ranks
 from .directions import sample_unit_directions
-from .dispatch import Chosen, Implementation, Precision, choose, refuse_gradients
-from .reference import full_precision, statistic_from_sums
+from .dispatch import IMPLEMENTATIONS, Chosen, Implementation, Precision, choose, logger, refuse_gradients
+from .reference import Knots, full_precision, statistic_from_sums
 from .streaming import ecf_sums
 
-log = logging.getLogger("lejepa_fast")
 Reduction = Literal["mean", "sum"] | None
 
 
@@ -100,58 +98,59 @@ def sigreg(
     for name, flag in (("unbiased", unbiased), ("scale_by_n", scale_by_n), ("sync", sync)):
         check_flag(name, flag)
     group = check_batch("x", x, process_group, sync, unbiased=unbiased)
-    _check_inputs(x, A, t, phi, weights, reduction, scale)
+    check_choice("impl", impl, *IMPLEMENTATIONS)
+    check_choice("precision", precision, *triton_operators.PRECISIONS, None)
+    check_choice("reduction", reduction, "mean", "sum", None)
+    _check_tensors(x, A, t, phi, weights, scale)
     chosen = choose(impl, x, precision, several_ranks=group is not None)
     if chosen != "reference":
         refuse_gradients(chosen, "reference", A=A, t=t, scale=scale)
     if chosen == "triton":
         refuse_gradients(chosen, "torch", phi=phi, weights=weights)
-    options: dict[str, Any] = {"unbiased": unbiased, "reduction": reduction, "scale_by_n": scale_by_n}
-    options |= {"spacing": resolve_spacing(spacing, t), "precision": precision}
+    knots = Knots(t, phi, weights, resolve_spacing(spacing, t))
+    options = Options(unbiased, reduction, scale_by_n, precision)
     if impl == "auto" and chosen == "triton":
-        chosen = after_trial(x, A.shape[1], (t, phi, weights), options, group, directions=(A, scale))
-    return sigreg_unchecked(x, A, t, phi, weights, group=group, chosen=chosen, scale=scale, **options)
+        chosen = after_trial(x, A.shape[1], knots, options, group, directions=(A, scale))
+    return sigreg_unchecked(x, A, scale, knots, options, group, chosen)
+
+
+class Options(NamedTuple):
+    """Arguments of `sigreg` of these names, checked."""
+
+    unbiased: bool
+    reduction: Reduction
+    scale_by_n: bool
+    precision: Precision | None
 
 
 def sigreg_unchecked(
     x: Tensor,
     A: Tensor,
-    t: Tensor,
-    phi: Tensor,
-    weights: Tensor,
-    *,
-    unbiased: bool,
-    reduction: Reduction,
-    scale_by_n: bool,
+    scale: Tensor | None,
+    knots: Knots,
+    options: Options,
     group: dist.ProcessGroup | None,
     chosen: Chosen,
-    spacing: float | None,
-    scale: Tensor | None,
-    precision: str | None,
 ) -> Tensor:
     """`sigreg` for arguments that have been checked, with the group, implementation and spacing resolved."""
     compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    M, count = A.shape[1], x.shape[-2]
+    M, count, reduction = A.shape[1], x.shape[-2], options.reduction
     with full_precision(x.device):
-        t, phi, weights = (a.to(x.device, compute_dtype) for a in (t, phi, weights))
+        t, phi, weights = (a.to(x.device, compute_dtype) for a in knots[:3])
         # numel: -1 is ambiguous for N = 0
         views = x if x.dim() == 3 else x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
         if chosen == "triton":
             if A.dtype not in (torch.float32, x.dtype):
                 A = A.float()
-            t, scale = t.contiguous(), None if scale is None else scale.float().contiguous()
             value = triton_operators.sigreg_value(
                 views,
                 A,
-                scale,
-                t,
-                phi,
-                weights,
-                spacing=spacing,
-                unbiased=unbiased,
-                scale_by_n=scale_by_n,
+                None if scale is None else scale.float().contiguous(),
+                Knots(t.contiguous(), phi, weights, knots.spacing),
+                unbiased=options.unbiased,
+                scale_by_n=options.scale_by_n,
                 factor={"mean": 1 / (views.shape[0] * M), "sum": 1.0, None: None}[reduction],
-                precision=precision or triton_operators.default_precision(x.device),
+                precision=options.precision or triton_operators.default_precision(x.device),
                 reduce=None if group is None else lambda sums: all_reduce_sums(sums, count, group),
             )
             if reduction is None:
@@ -163,9 +162,11 @@ def sigreg_unchecked(
         if chosen == "reference":
             sums = reference.ecf_sums(views.to(compute_dtype), A, t)
         else:
-            sums = ecf_sums(views, A, t, spacing)
+            sums = ecf_sums(views, A, t, knots.spacing)
         sums, total = all_reduce_sums(sums, count, group)
-        statistic = statistic_from_sums(sums, total, phi, weights, unbiased=unbiased, scale_by_n=scale_by_n)
+        statistic = statistic_from_sums(
+            sums, total, phi, weights, unbiased=options.unbiased, scale_by_n=options.scale_by_n
+        )
         value = statistic.reshape(*x.shape[:-2], M)
         if reduction is not None:
             value = value.mean() if reduction == "mean" else value.sum()
@@ -181,8 +182,8 @@ _TRIAL_ERROR_OF_ROUNDED = 3e-2  # half precision and tf32
 def after_trial(
     x: Tensor,
     num_slices: int,
-    knots: tuple[Tensor, Tensor, Tensor],
-    options: dict[str, Any],
+    knots: Knots,
+    options: Options,
     group: dist.ProcessGroup | None,
     *,
     directions: tuple[Tensor, Tensor | None] | None = None,
@@ -196,24 +197,22 @@ def after_trial(
     Args:
         x: embeddings of the call; their device, dtype and dimensions count.
         num_slices: number of directions.
-        knots: t, phi and weights of the call.
-        options: `unbiased`, `reduction`, `scale_by_n`, `spacing` and `precision` of the call.
-        group: of the call.
+        knots, options, group: of the call.
         directions: A and scale of the call; None: the kernels that draw them are tried, too.
     """
     if triton_operators.tracing(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return "triton"
-    fixed = knots if directions is None else (*knots, directions[0])
+    fixed = knots[:3] if directions is None else (*knots[:3], directions[0])
     kind: tuple[Hashable, ...] = (x.device, x.dtype, x.shape[-1], x.stride(-1) == 1, num_slices)
     kind += tuple((a.dtype, a.shape, a.stride()) for a in fixed)
-    kind += (*options.values(), group and group.group_name, directions and directions[1] is None)
+    kind += (*options, knots.spacing, group and group.group_name, directions and directions[1] is None)
     if kind not in _trials:
         problem = None
         try:
             got, expected = (
-                _tried(c, x, num_slices, knots, directions, options) for c in ("triton", "torch")
+                _tried(c, x, num_slices, knots, options, directions) for c in ("triton", "torch")
             )
-            rounded = x.dtype.itemsize == 2 or options["precision"] == "tf32"
+            rounded = x.dtype.itemsize == 2 or options.precision == "tf32"
             allowed = _TRIAL_ERROR_OF_ROUNDED if rounded else _TRIAL_ERROR
             for part, value, right in zip(("value", "gradient"), got, expected, strict=True):
                 error = ((value - right).norm() / right.norm()).item()
@@ -228,7 +227,7 @@ def after_trial(
             dist.all_reduce(failed, group=group)
         _trials[kind] = not failed.item()
         if not _trials[kind]:
-            log.warning(
+            logger.warning(
                 "SIGReg: the Triton kernels failed a trial on %s with %s embeddings of %d dimensions and %d "
                 "directions (%s); taking impl='torch' instead, which is slower. Please report it.",
                 x.device, x.dtype, x.shape[-1], num_slices, problem or "on another rank",
@@ -240,9 +239,9 @@ def _tried(
     chosen: Chosen,
     x: Tensor,
     num_slices: int,
-    knots: tuple[Tensor, Tensor, Tensor],
+    knots: Knots,
+    options: Options,
     directions: tuple[Tensor, Tensor | None] | None,
-    options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Value and gradient of samples like x, far from N(0, 1), where the unbiased statistic is about 0.
 
@@ -258,12 +257,13 @@ def _tried(
                 dim, num_slices, step=0, device=device, dtype=x.dtype, impl=chosen
             )
             directions = A, scale if x.dtype.itemsize == 2 else None
-        fixed = [None if a is None else a.detach().clone() for a in (*directions, *knots)]
+        given: list[Any] = [None if a is None else a.detach().clone() for a in (z, *directions, *knots[:3])]
         if chosen == "torch":
-            z, *fixed = (None if a is None else a.double() for a in (z, *fixed))  # type: ignore[assignment]
+            given = [None if a is None else a.double() for a in given]
+        z, A, scale, t, phi, weights = given
         z.requires_grad_()
-        A, scale, *rest = fixed  # type: ignore[assignment]
-        value = sigreg_unchecked(z, A, *rest, scale=scale, chosen=chosen, group=None, **options)  # type: ignore[arg-type]
+        knots = Knots(t, phi, weights, knots.spacing)
+        value = sigreg_unchecked(z, A, scale, knots, options, None, chosen)
         (gradient,) = torch.autograd.grad(value.sum(), z)
     return value.detach().double(), gradient.double()
 
@@ -300,14 +300,8 @@ def host_can_read(t: Tensor) -> bool:
     return t.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(t, FakeTensor)
 
 
-def _check_inputs(
-    x: Tensor,
-    A: Tensor,
-    t: Tensor,
-    phi: Tensor,
-    weights: Tensor,
-    reduction: str | None,
-    scale: Tensor | None,
+def _check_tensors(
+    x: Tensor, A: Tensor, t: Tensor, phi: Tensor, weights: Tensor, scale: Tensor | None
 ) -> None:
     for name, tensor in (("A", A), ("t", t), ("phi", phi), ("weights", weights)):
         check_tensor(name, tensor)
@@ -319,7 +313,6 @@ def _check_inputs(
         if tensor.shape not in (t.shape, (t.shape[0], A.shape[1])):
             expected = f"({t.shape[0]},) or ({t.shape[0]}, {A.shape[1]})"
             raise ValueError(f"{name}: expected shape {expected} to match t and A, got {tuple(tensor.shape)}")
-    check_choice("reduction", reduction, "mean", "sum", None)
     if scale is not None:
         check_tensor("scale", scale)
         if scale.shape != A.shape[1:] or scale.dtype not in (torch.float32, torch.float64):

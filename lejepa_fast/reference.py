@@ -68,14 +68,10 @@ def standard_normal_knots(t_max: float = 3.0, n_points: int = 17) -> Knots:
     """
     _check_quadrature(t_max, n_points)
     if n_points == 1:
-        t, q, dt = _cpu_arange(1), _cpu_arange(1) + 1, None
-    else:
-        dt = t_max / (n_points - 1)
-        t = _cpu_arange(n_points) * dt
-        q = torch.full_like(t, 2 * dt)
-        q[0] = q[-1] = dt
-    phi = torch.exp(-t.square() / 2)
-    return Knots(t, phi, q * phi, dt)
+        one = _cpu_arange(1) + 1
+        return Knots(_cpu_arange(1), one, one, None)
+    dt = t_max / (n_points - 1)
+    return _trapezoid_rule(_cpu_arange(n_points) * dt, dt, spacing=dt)
 
 
 def symmetric_knots(t_max: float, n_points: int) -> Knots:
@@ -100,11 +96,16 @@ def symmetric_knots(t_max: float, n_points: int) -> Knots:
     if n_points % 2:
         return standard_normal_knots(t_max, (n_points + 1) // 2)
     dt = 2 * t_max / (n_points - 1)
-    t = (_cpu_arange(n_points // 2) + 0.5) * dt
+    return _trapezoid_rule((_cpu_arange(n_points // 2) + 0.5) * dt, dt, spacing=None)
+
+
+def _trapezoid_rule(t: Tensor, dt: float, spacing: float | None) -> Knots:
+    """Doubled for the half line; t = 0 has no mirror image."""
     q = torch.full_like(t, 2 * dt)
     q[-1] = dt
+    q = torch.where(t > 0, q, dt)
     phi = torch.exp(-t.square() / 2)
-    return Knots(t, phi, q * phi, None)
+    return Knots(t, phi, q * phi, spacing)
 
 
 def _cpu_arange(n: int) -> Tensor:

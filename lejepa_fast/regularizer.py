@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from .checks import check_choice, check_flag, check_integer
 from .collectives import check_batch
 from .directions import sample_unit_directions
-from .dispatch import Implementation, Precision, check_names, choose, resolve_implementation
-from .functional import Reduction, after_trial, resolve_spacing, sigreg_unchecked
+from .dispatch import IMPLEMENTATIONS, Implementation, Precision, choose, resolve_implementation
+from .functional import Options, Reduction, after_trial, resolve_spacing, sigreg_unchecked
 from .reference import Knots, standard_normal_knots, transforming
+from .triton_operators import PRECISIONS
 
-_KNOTS = ("t", "phi", "weights")
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "num_slices": partial(check_integer, at_least=1),
     "seed": check_integer,
     "reduction": lambda name, value: check_choice(name, value, "mean", "sum", None),
-    "impl": lambda _, value: check_names(value, None),
-    "precision": lambda _, value: check_names("auto", value),
+    "impl": lambda name, value: check_choice(name, value, *IMPLEMENTATIONS),
+    "precision": lambda name, value: check_choice(name, value, *PRECISIONS, None),
     **dict.fromkeys(("unbiased", "sync", "scale_by_n", "pool_views"), check_flag),
 }
 """Attributes that may be changed at any time, and the checks of their values."""
@@ -103,9 +103,6 @@ class SIGReg(nn.Module):
     """
 
     step: Tensor
-    t: Tensor
-    phi: Tensor
-    weights: Tensor
 
     def __init__(
         self,
@@ -137,8 +134,7 @@ class SIGReg(nn.Module):
         self.pool_views = pool_views
         self._knots = standard_normal_knots(t_max, n_points) if knots is None else _checked(knots)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        for name in _KNOTS:
-            self._make_knot(name, self.step.device)
+        self._place_knots()
         self._calls = _Calls()
 
     @property
@@ -173,19 +169,14 @@ class SIGReg(nn.Module):
                 "step: expected an explicit step in training mode under torch.func transforms, which cannot "
                 "advance the module's counter, got None; call it with step=..., or after eval()"
             )
-        if z.device != self.step.device and z.device.type != "meta" and not torch.compiler.is_compiling():
-            with torch.inference_mode(False):  # buffers must serve a later training step
+        moved = z.device != self._placed_knots.t.device and z.device.type != "meta"
+        if moved and not torch.compiler.is_compiling():
+            with torch.inference_mode(False):  # step and knots must serve a later training step
                 self.to(z.device)  # once, instead of copying the knots at every call
-        # The buffers are float32; float64 embeddings get knots to match.
-        knots = self._knots if z.dtype == torch.float64 else self
-        options: dict[str, Any] = {"unbiased": self.unbiased, "reduction": self.reduction}
-        options |= {
-            "scale_by_n": self.scale_by_n,
-            "spacing": self._knots.spacing,
-            "precision": self.precision,
-        }
+        knots = self._knots if z.dtype == torch.float64 else self._placed_knots
+        options = Options(self.unbiased, self.reduction, self.scale_by_n, self.precision)
         if self.impl == "auto" and chosen == "triton":
-            chosen = after_trial(z, self.num_slices, (knots.t, knots.phi, knots.weights), options, group)
+            chosen = after_trial(z, self.num_slices, knots, options, group)
         buffer = self.step
         advances = step is None and self.training
         recomputed = advances and self._calls.repeated()
@@ -204,17 +195,7 @@ class SIGReg(nn.Module):
             )
             if advances and not recomputed:
                 buffer.add_(1)  # after its use: a copy would be one more launch
-        loss = sigreg_unchecked(
-            z,
-            A,
-            knots.t,
-            knots.phi,
-            knots.weights,
-            group=group,
-            chosen=chosen,
-            scale=scale if z.dtype.itemsize == 2 else None,
-            **options,
-        )
+        loss = sigreg_unchecked(z, A, scale if z.dtype.itemsize == 2 else None, knots, options, group, chosen)
         if loss.requires_grad and not (transforming() or torch.compiler.is_compiling()):
             loss.register_hook(self._calls.note_backward)
         return loss.float()
@@ -230,26 +211,22 @@ class SIGReg(nn.Module):
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
 
-    def _make_knot(self, name: str, device: torch.device) -> None:
-        value = getattr(self._knots, name).to(device=device, dtype=torch.float32, copy=True)
-        self.register_buffer(name, value, persistent=False)
+    def _place_knots(self) -> None:
+        """Put float32 knots on the device of the module.
+
+        They are no buffers: `.bfloat16()` must not round them, nor `to_empty` leave them without values.
+        """
+        t, phi, weights = (a.to(self.step.device, torch.float32) for a in self._knots[:3])
+        self._placed_knots = Knots(t, phi, weights, self._knots.spacing)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SIGReg":
-        step, knots = self.step, {name: getattr(self, name) for name in _KNOTS}
+        step = self.step
         super()._apply(fn, recurse)
         if step.is_meta and not self.step.is_meta:
             self.step.zero_()
-        # `.bfloat16()` on a whole model must not round the knots, nor `to_empty` leave them without values.
-        for name, knot in knots.items():
-            if getattr(self, name) is not knot:
-                self._make_knot(name, getattr(self, name).device)
+        if self._placed_knots.t.device != self.step.device:
+            self._place_knots()
         return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if self.t.is_meta and not self.step.is_meta:  # the step came with assign=True
-            for name in _KNOTS:
-                self._make_knot(name, self.step.device)
 
     def extra_repr(self) -> str:
         J = self._knots.t.shape[0]

@@ -23,6 +23,7 @@ from .checks import refuse_double_backward
 from .kernels.configs import Config, get_config, target_of
 from .kernels.runtime import interpreting
 from .kernels.table import Plan, coefficient_shape, count_splits, make_plan
+from .reference import Knots
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 MIN_TRITON = (3, 6)
@@ -236,11 +237,8 @@ def sigreg_value(
     x: Tensor,
     A: Tensor,
     scale: Tensor | None,
-    t: Tensor,
-    phi: Tensor,
-    weights: Tensor,
+    knots: Knots,
     *,
-    spacing: float | None,
     unbiased: bool,
     scale_by_n: bool,
     factor: float | None,
@@ -251,10 +249,11 @@ def sigreg_value(
 
     Args:
         x: embeddings (V, N, K); the gradient goes to them alone.
-        A, scale, t, phi, weights, spacing, unbiased, scale_by_n, precision: as for `lejepa_fast.sigreg`.
+        A, scale, knots, unbiased, scale_by_n, precision: as for `lejepa_fast.sigreg`.
         factor: None for all values.
         reduce: adds the sums (1, V, rows, M) and the count over ranks; None without several ranks.
     """
+    t, phi, weights, spacing = knots
     ops = torch.ops.lejepa_fast  # by name, which a compiler traces
     named = tracing(x, A)
     table = (ops.triton_table if named else _table)(x.detach(), A, scale, t, spacing, precision)

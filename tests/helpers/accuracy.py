@@ -27,6 +27,17 @@ def functional(x: Tensor, A: Tensor, knots: Knots, **options) -> Tensor:
     return sigreg(x, A, knots.t, knots.phi, knots.weights, spacing=knots.spacing, **options)
 
 
+def authors_sigreg(z: Tensor, A: Tensor, t_max: float = 3.0, J: int = 17) -> Tensor:
+    """The authors' formulation, written from its formula: z (..., N, K), A (K, M)."""
+    t = torch.linspace(0, t_max, J, dtype=z.dtype)
+    weights = torch.full_like(t, 2 * t_max / (J - 1))
+    weights[[0, -1]] /= 2
+    phi = torch.exp(-t.square() / 2)
+    phase = (z @ A).unsqueeze(-1) * t
+    error = (phase.cos().mean(-3) - phi).square() + phase.sin().mean(-3).square()
+    return (z.shape[-2] * (error @ (weights * phi))).mean()
+
+
 def evaluate(x: Tensor, A: Tensor, knots: Knots, **options) -> Result:
     """Value and gradient of `sigreg` at x; the loss that is differentiated is the sum of the value."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()

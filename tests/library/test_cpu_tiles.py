@@ -1,4 +1,7 @@
-"""The compiled tiles of the CPU against float64 and against the plain path; when they run and when not."""
+"""The compiled tiles of the CPU: when they run and when not, threads, large phases.
+
+Their accuracy is in test_sigreg.py, beside that of the plain path.
+"""
 
 import multiprocessing
 import sys
@@ -11,15 +14,10 @@ from accuracy import arbitrary_knots, check_accuracy, evaluate, functional
 
 import lejepa_fast
 from lejepa_fast import sample_directions, standard_normal_knots
-from lejepa_fast.compiled import compiled_module
+from lejepa_fast.dispatch import compiled_tiles
 
 cpu_tiles = pytest.importorskip("lejepa_fast.cpu_tiles", reason="Numba is not installed")
 KNOTS = standard_normal_knots()
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -30,71 +28,33 @@ def numba(monkeypatch):
         monkeypatch.setitem(sys.modules, "numba", module)
         monkeypatch.delitem(sys.modules, "lejepa_fast.cpu_tiles", raising=False)
         monkeypatch.delitem(vars(lejepa_fast), "cpu_tiles", raising=False)
-        compiled_module.cache_clear()
+        compiled_tiles.cache_clear()
 
     yield becomes
-    compiled_module.cache_clear()
+    compiled_tiles.cache_clear()
 
 
-@pytest.fixture
-def taken(monkeypatch):
-    """Which of the compiled functions run."""
-    calls = []
+def problem(*shape, M=40):
+    return torch.randn(shape), sample_directions(shape[-1], M, step=0)
+
+
+def test_they_run_in_float32_and_for_equidistant_knots(monkeypatch):
+    taken = []
     for name in ("ecf_sums", "ecf_sums_backward"):
         function = getattr(cpu_tiles, name)
         monkeypatch.setattr(
-            cpu_tiles, name, lambda *a, name=name, function=function: (calls.append(name), function(*a))[1]
+            cpu_tiles, name, lambda *a, name=name, function=function: (taken.append(name), function(*a))[1]
         )
-    return calls
-
-
-def problem(*shape, M=40, dtype=torch.float32):
-    return torch.randn(shape).to(dtype), sample_directions(shape[-1], M, step=0)
-
-
-CASES = {
-    "views that share a tile, a view in two tiles": problem(5, 700, 8),
-    "as many samples as a tile, directions as a slab": problem(2048, 8, M=512),
-    "one direction more than a slab, one sample more than a tile": problem(2049, 8, M=513),
-    "views that lie apart": (torch.randn(4, 50, 12)[:, ::2, 1:7], sample_directions(6, 9, step=0)),
-    "the same view twice": (torch.randn(1, 30, 6).expand(2, 30, 6), sample_directions(6, 9, step=0)),
-    "directions with strides": (torch.randn(30, 6), sample_directions(6, 18, step=0)[:, ::2]),
-    "one sample, one direction": problem(3, 1, 1, M=1),
-    "bf16 over two slabs and two tiles": problem(2, 1100, 4, M=520, dtype=torch.bfloat16),
-}
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_accuracy(case, taken):
-    check_accuracy(*case, KNOTS, impl="torch", reduction=None)
-    assert taken == ["ecf_sums", "ecf_sums_backward"]
-
-
-@pytest.mark.parametrize("J", [2, 4, 5, 10, 11, 12, 17])  # from one giant step to the next
-def test_sums_and_gradient_equal_those_of_the_plain_path(J, numba):
-    (x, A), knots = problem(2, 300, 8), standard_normal_knots(3.0, J)
-    t, grad = knots.t.float(), torch.randn(2, 2, J, A.shape[1])
-
-    def both():
-        sums = torch.ops.lejepa_fast.ecf_sums(x, A, t, knots.spacing)
-        return sums, torch.ops.lejepa_fast.ecf_sums_backward(grad, x, A, t, knots.spacing)
-
-    compiled = both()
-    numba(None)
-    for got, plain in zip(compiled, both(), strict=True):
-        torch.testing.assert_close(got, plain, rtol=2e-6, atol=2e-6 * plain.abs().max().item())
-        assert not torch.equal(got, plain), "the plain path ran twice"
-
-
-def test_other_dtypes_and_knots_take_the_plain_path(taken):
     x, A = problem(20, 6)
     evaluate(x.double(), A.double(), KNOTS, impl="torch")
     evaluate(x, A, arbitrary_knots(), impl="torch")
     evaluate(x, A, standard_normal_knots(3.0, 1), impl="torch")
     assert taken == []
+    evaluate(x, A, KNOTS, impl="torch")
+    assert taken == ["ecf_sums", "ecf_sums_backward"]
 
 
-def test_a_missing_numba_is_no_news_and_a_broken_one_is_told_once(numba, caplog):
+def test_a_missing_numba_is_no_news_and_a_broken_one_is_told_once(numba, caplog, monkeypatch):
     x, A = problem(2, 20, 6)
     numba(None)
     check_accuracy(x, A, KNOTS, impl="torch", reduction=None)
@@ -104,6 +64,9 @@ def test_a_missing_numba_is_no_news_and_a_broken_one_is_told_once(numba, caplog)
         evaluate(x, A, KNOTS, impl="torch")
     (record,) = caplog.records
     assert "cannot import name 'carray' from 'numba'" in record.getMessage()
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")  # interpreted, the loops take seconds
+    compiled_tiles.cache_clear()
+    assert compiled_tiles() is None
 
 
 def test_results_do_not_depend_on_threads_or_run():
@@ -123,9 +86,8 @@ def test_results_do_not_depend_on_threads_or_run():
             others += pool.map(lambda _: result(), range(12))
     finally:
         torch.set_num_threads(before)
-    for other in others:
-        assert torch.equal(other.value, first.value)
-        assert torch.equal(other.grad, first.grad)
+    assert all(torch.equal(other.value, first.value) for other in others)
+    assert all(torch.equal(other.grad, first.grad) for other in others)
 
 
 def _in_child(queue, x, A):
@@ -157,9 +119,8 @@ def test_projections_beyond_float32_phases_are_bounded():
 @pytest.mark.parametrize("size", [1.0, 1e3, 1e4])
 def test_phases_are_reduced_without_rounding(size):
     """Projections on one dimension are exact; by a fused multiply-add their phases are, however large."""
-    x = size * torch.randn(1, 64, 1)
-    A, t = torch.ones(1, 1), torch.tensor([0.0, 0.25])
-    sums = cpu_tiles.ecf_sums(x, A, t, 0.25)[0, :, 1, 0]
-    phases = 0.25 * x.double()
+    x, _ = problem(1, 64, 1)
+    sums = cpu_tiles.ecf_sums(size * x, torch.ones(1, 1), torch.tensor([0.0, 0.25]), 0.25)[0, :, 1, 0]
+    phases = 0.25 * (size * x).double()
     truth = torch.stack([phases.cos().sum(), phases.sin().sum()])
     torch.testing.assert_close(sums.double(), truth, rtol=0, atol=64 * 2e-7)

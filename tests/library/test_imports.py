@@ -42,6 +42,7 @@ def test_names_and_modules_are_found_at_their_first_use(first):
         "import lejepa_fast.data",
         "assert 'open_source' in dir(lejepa_fast.data)",
         "assert lejepa_fast.data.sources.open_source is lejepa_fast.data.open_source",
+        "assert all(hasattr(p, name) for p in (lejepa_fast, lejepa_fast.data) for name in p.__all__)",
     ]
     registered = str(first.startswith("import torch"))
     command = [sys.executable, "-c", "\n".join(lines), registered]

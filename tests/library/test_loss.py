@@ -2,27 +2,20 @@
 
 import pytest
 import torch
-from accuracy import COMPILE_BACKEND
+from accuracy import authors_sigreg
 
 from lejepa_fast import LeJEPALoss, SIGReg, sample_directions, symmetric_knots
 
 
 @pytest.fixture
 def views():
-    torch.manual_seed(0)
     z = torch.randn(5, 40, 8, dtype=torch.float64) + 0.3 * torch.arange(5).view(5, 1, 1)
     return z[:2], z
 
 
-def eager_sigreg(z, M, t_max=3.0, J=17):
-    """The authors' formulation of the first step, written from its formula."""
-    t = torch.linspace(0, t_max, J, dtype=z.dtype)
-    weights = torch.full((J,), 2 * t_max / (J - 1), dtype=z.dtype)
-    weights[[0, -1]] /= 2
-    phi = torch.exp(-t.square() / 2)
-    phase = (z @ sample_directions(8, M, step=0, dtype=torch.float64)).unsqueeze(-1) * t
-    error = (phase.cos().mean(-3) - phi).square() + phase.sin().mean(-3).square()
-    return (z.shape[-2] * (error @ (weights * phi))).mean()
+def eager_sigreg(z, M, *knots):
+    """At the first step."""
+    return authors_sigreg(z, sample_directions(8, M, step=0, dtype=torch.float64), *knots)
 
 
 # Each row of the table in docs/migration.md.
@@ -100,10 +93,12 @@ def test_half_precision_embeddings_under_autocast(views):
     assert all(part.dtype == torch.float32 and part.shape == () for part in plain)
 
 
-def test_compiles_to_one_graph(views):
+@pytest.mark.parametrize("pool_views", [False, True])
+def test_compiles_to_one_graph(pool_views, views):
+    """Inductor compiles the regularizer in test_sigreg_module.py."""
     global_views, z = (v.float() for v in views)
-    eager, module = (LeJEPALoss(sigreg=SIGReg(num_slices=16)) for _ in range(2))
-    compiled = torch.compile(module, fullgraph=True, backend=COMPILE_BACKEND)
+    eager, module = (LeJEPALoss(sigreg=SIGReg(num_slices=16, pool_views=pool_views)) for _ in range(2))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         for got, expected in zip(compiled(global_views, z), eager(global_views, z), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
@@ -133,19 +128,15 @@ def test_bad_options_are_named(arguments, error, message):
         setattr(loss_fn, name, value)
 
 
-def test_a_reduction_that_is_changed_later_is_named(views):
-    loss_fn = LeJEPALoss(sigreg=SIGReg(num_slices=4))
-    loss_fn.sigreg.reduction = None
-    with pytest.raises(ValueError, match=r"^sigreg: expected reduction='mean' or 'sum', got None"):
-        loss_fn(*views)
-
-
-def test_the_form_is_changed_only_if_lambda_fits():
-    loss_fn = LeJEPALoss(lambd=10.0, form="additive")
+def test_attributes_that_do_not_fit_each_other_are_named(views):
+    loss_fn = LeJEPALoss(lambd=10.0, sigreg=SIGReg(num_slices=4), form="additive")
     with pytest.raises(ValueError, match=r"^lambd: .*convex"):
         loss_fn.form = "convex"
     loss_fn.lambd = 0.5
     loss_fn.form = "convex"
+    loss_fn.sigreg.reduction = None
+    with pytest.raises(ValueError, match=r"^sigreg: expected reduction='mean' or 'sum', got None"):
+        loss_fn(*views)
 
 
 Z = torch.zeros(3, 10, 4)

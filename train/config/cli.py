@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.config.presets import PRESETS, usual_preset
+from lejepa_fast.train.config.presets import PRESETS
 from lejepa_fast.train.config.settings import EMBEDDED_DATA, Config, load_json
 from lejepa_fast.train.runtime.command import checked_arguments, parse_options
 
@@ -29,7 +29,9 @@ def parse(argv: Sequence[str] | None) -> Config:
 
 def preset_for(argv: Sequence[str] | None, *, embedded: bool) -> str:
     """The base of a command line that names none, by its objective; `embedded`: for the embedded images."""
-    return usual_preset(embedded, _given(argv, "--objective"))
+    if _given(argv, "--objective") in (None, "lejepa"):
+        return "laptop" if embedded else "default"
+    return "ijepa-laptop" if embedded else "ijepa-vit-b"
 
 
 def _given(argv: Sequence[str] | None, *names: str) -> str | None:

@@ -114,10 +114,3 @@ PRESETS: dict[str, Config] = {
     "ijepa-vit-h": _ijepa("vit_huge", epochs=300, predictor_depth=12, predictor_heads=16),
     "ijepa-laptop": _IJEPA_LAPTOP,
 }
-
-
-def usual_preset(embedded: bool, objective: str | None) -> str:
-    """The base of a command line that names none: for the embedded images or others, and an objective."""
-    if objective in (None, "lejepa"):
-        return "laptop" if embedded else "default"
-    return "ijepa-laptop" if embedded else "ijepa-vit-b"

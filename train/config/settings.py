@@ -339,9 +339,13 @@ def validate(cfg: Config, world_size: int = 1) -> None:
         raise UsageError(f"loss.center_from: expected views with --objective {cfg.objective}, got average")
     if cfg.loss.center_from == "average" and cfg.average.kind == "none":
         raise UsageError("loss.center_from: expected views without --average ema or swa, got average")
-    if cfg.objective != "lejepa":
-        _check_masked(cfg)
-    elif cfg.crops.num_views < 2:
+    views = cfg.crops.global_crops, cfg.crops.local_crops
+    if cfg.objective != "lejepa" and views != (1, 0):
+        raise UsageError(
+            f"crops: {cfg.objective} takes one global view of an image, got {views[0]} global and {views[1]} "
+            "local; use --preset ijepa-vit-b, or --crops.global-crops 1 --crops.local-crops 0"
+        )
+    if cfg.objective == "lejepa" and sum(views) < 2:
         raise UsageError(
             "crops: lejepa predicts the views of an image from each other, got 1 view; use "
             "--crops.global-crops 2, or --objective ijepa"
@@ -363,20 +367,6 @@ def validate(cfg: Config, world_size: int = 1) -> None:
             "image(s) for each, and BatchNorm and SIGReg take statistics over at least 2; "
             f"use --batch-size {2 * world_size} or more (rule of thumb: 256 or more in all)"
         )
-
-
-def _check_masked(cfg: Config) -> None:
-    """UsageError for what masked prediction cannot work with."""
-    views = cfg.crops.global_crops, cfg.crops.local_crops
-    if views != (1, 0):
-        raise UsageError(
-            f"crops: {cfg.objective} takes one global view of an image, got {views[0]} global and {views[1]} "
-            "local; use --preset ijepa-vit-b, or --crops.global-crops 1 --crops.local-crops 0"
-        )
-    for name in ("target_area", "target_aspect", "context_area"):
-        low, high = getattr(cfg.masked, name)
-        if low > high:
-            raise UsageError(f"masked.{name}: expected (lowest, highest), got {(low, high)}")
 
 
 def shots(text: str) -> list[int | None]:

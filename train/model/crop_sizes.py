@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from lejepa_fast.data.sources.base import SmallImagesError
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config import Config
-from lejepa_fast.train.model.model import encoder_on_meta, takes
+from lejepa_fast.train.model.model import encoder_on_meta, sizes_near, takes
 
 _LOCAL_SHARE = 98 / 224  # of the default recipe
-_TRIED = 32  # sizes; no common patch is larger
 
 
 @contextlib.contextmanager
@@ -47,15 +46,13 @@ def fitting_sizes(cfg: Config, largest: int) -> dict[str, int]:
     crops = cfg.crops
     smallest = crops.blur_kernel // 2 + 1  # the blur mirrors so many pixels
     top = min(largest, crops.global_size)
-    for side in range(top, max(smallest, top - _TRIED + 1) - 1, -1):
-        encoder = encoder_on_meta(cfg, side)
+    for side in sizes_near(encoder_on_meta(cfg, top), top):
+        encoder = encoder_on_meta(cfg, side) if smallest <= side <= top else None
         if not (takes(encoder, side) and takes(encoder, cfg.eval.image_size or side)):
             continue
         if not crops.local_crops:
             return {"global": side}
-        wanted = min(crops.local_size, round(_LOCAL_SHARE * side))
-        near = {*range(max(smallest, wanted - _TRIED), min(side, wanted + _TRIED) + 1), side}
-        for local in sorted(near, key=lambda size: abs(size - wanted)):
-            if takes(encoder, local):
+        for local in sizes_near(encoder, min(crops.local_size, round(_LOCAL_SHARE * side)), side):
+            if smallest <= local <= side and takes(encoder, local):
                 return {"global": side, "local": local}
     return {}

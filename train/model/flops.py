@@ -7,8 +7,7 @@ count, so it does not raise the "model flops utilization".
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lejepa_fast import LeJEPALoss, SIGReg
-from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.model.masked import MaskedModel
 from lejepa_fast.train.model.model import TrainedModule, build_model
@@ -27,54 +25,20 @@ _IMAGES = 2  # to count on; BatchNorm refuses one. All operations are proportion
 _MASKED_IMAGES = 16  # whose masks leave different numbers of patches
 
 
-@dataclass(frozen=True)
-class Flops:
-    """Operations of one image, forward and backward."""
+class Flops(NamedTuple):
+    """Operations of one image in a step."""
 
-    global_view: float
-    """One view through the encoder, as `local_view`."""
-    local_view: float
-    projector: float
-    """All views of the image, as `loss`."""
-    loss: float
     per_image: float
-    """The whole step."""
-    center: float = 0.0
-    """The views of the center through the averaged model, forward; also counted before the average begins."""
+    parts: dict[str, float]
+    """Those of one view, and of what all views of the image go through. Forward and backward; a center from
+    averaged weights, also before the average begins, and targets of a teacher: forward."""
 
-    def summary(self, crops: MultiCropRecipe) -> str:
+    def summary(self) -> str:
         """The parts, in 10^9 operations."""
-        center = f", center {self.center / 1e9:,.1f}" if self.center else ""
-        return (
-            f"global {crops.global_size} px {crops.global_crops} x {self.global_view / 1e9:,.1f}, "
-            f"local {crops.local_size} px {crops.local_crops} x {self.local_view / 1e9:,.1f}, "
-            f"projector {self.projector / 1e9:,.1f}{center}, loss {self.loss / 1e9:,.2f}"
-        )
+        return ", ".join(f"{name} {count / 1e9:,.2f}" for name, count in self.parts.items())
 
 
-@dataclass(frozen=True)
-class MaskedFlops:
-    """Operations of one image of masked prediction, the mean over a few masks."""
-
-    context: float
-    """Context patches through the encoder, forward and backward, as `predictor`."""
-    target: float
-    """The whole image through the target encoder, forward; without one, through encoder and projector,
-    forward and backward."""
-    predictor: float
-    loss: float
-    per_image: float
-    """The whole step."""
-
-    def summary(self, crops: MultiCropRecipe) -> str:
-        """The parts, in 10^9 operations."""
-        return (
-            f"context at {crops.global_size} px {self.context / 1e9:,.1f}, targets {self.target / 1e9:,.1f}, "
-            f"predictor {self.predictor / 1e9:,.1f}, loss {self.loss / 1e9:,.2f}"
-        )
-
-
-def count_flops(cfg: Config, model: TrainedModule | None = None) -> Flops | MaskedFlops:
+def count_flops(cfg: Config, model: TrainedModule | None = None) -> Flops:
     """Count the operations of a configuration; `model`, on the meta device, saves building one."""
     model = model or build_model(cfg, meta=True)
     if isinstance(model, MaskedModel):
@@ -84,26 +48,25 @@ def count_flops(cfg: Config, model: TrainedModule | None = None) -> Flops | Mask
         torch.empty(_IMAGES, cfg.data.channels, s, s, device="meta")
         for s in (crops.global_size, crops.local_size)
     )
-    features, of_global = _counted(model.encoder, large)
-    of_local = _counted(model.encoder, small)[1] if crops.local_crops else 0.0
+    parts: dict[str, float] = {}
+    features, parts["global view"] = _counted(model.encoder, large)
+    if crops.local_crops:
+        _, parts["local view"] = _counted(model.encoder, small)
     rows = torch.empty(crops.num_views * _IMAGES, features.shape[-1], device="meta", requires_grad=True)
-    embeddings, of_projector = _counted(model.projector, rows)
+    embeddings, parts["projector"] = _counted(model.projector, rows)
+    if cfg.loss.center_from == "average":
+        local_crops = crops.local_crops if cfg.loss.center == "all" else 0
+        with torch.no_grad():
+            images = [large] * crops.global_crops + [small] * local_crops
+            _, parts["center"] = _counted(lambda *views: model(views)[1], *images)
     z = torch.empty(crops.num_views, _IMAGES, embeddings.shape[-1], device="meta", requires_grad=True)
     loss = LeJEPALoss(sigreg=SIGReg(num_slices=cfg.loss.num_slices, impl="torch", sync=False)).to("meta")
-    _, of_loss = _counted(lambda z: loss(z[: crops.global_crops], z).total, z)
-    views = crops.global_crops * of_global + crops.local_crops * of_local
-    of_center = 0.0
-    if cfg.loss.center_from == "average":
-        images = [large] * crops.global_crops
-        if cfg.loss.center == "all":
-            images += [small] * crops.local_crops
-        with torch.no_grad():
-            _, of_center = _counted(lambda *views: model(views)[1], *images)
-    whole = views + of_projector + of_center + of_loss
-    return Flops(of_global, of_local, of_projector, of_loss, whole, of_center)
+    _, parts["loss"] = _counted(lambda z: loss(z[: crops.global_crops], z).total, z)
+    times = {"global view": crops.global_crops, "local view": crops.local_crops}
+    return Flops(sum(times.get(name, 1) * count for name, count in parts.items()), parts)
 
 
-def _count_masked(cfg: Config, model: MaskedModel) -> MaskedFlops:
+def _count_masked(cfg: Config, model: MaskedModel) -> Flops:
     size, images = cfg.crops.global_size, _MASKED_IMAGES
     view = torch.empty(images, cfg.data.channels, size, size, device="meta")
     batch = model.batch(cfg.seed, 0, range(images), view.device)
@@ -113,14 +76,14 @@ def _count_masked(cfg: Config, model: MaskedModel) -> MaskedFlops:
     _, predictor = _counted(lambda x: model.predictor(x, batch, model.packed), context, images=images)
     with torch.set_grad_enabled(model.target is None):
         _, target = _counted(model.targets, view, images=images)
-    loss = 0.0
+    parts = {"context": step - predictor - target, "targets": target, "predictor": predictor}
     if model.target is None:
         z = torch.empty(outputs.tokens.shape, device="meta", requires_grad=True)
         regularizer = SIGReg(num_slices=cfg.loss.num_slices, impl="torch", sync=False).to("meta")
         loss_fn = MaskedLoss("l2", regularizer, cfg.loss.sigreg_over)
         pair = torch.empty(outputs.wanted.shape, device="meta")
-        _, loss = _counted(lambda z: loss_fn(z, pair, pair).total, z, images=images)
-    return MaskedFlops(step - predictor - target, target, predictor, loss, step + loss)
+        _, parts["loss"] = _counted(lambda z: loss_fn(z, pair, pair).total, z, images=images)
+    return Flops(sum(parts.values()), parts)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -180,7 +180,11 @@ class MaskedModel(nn.Module):
         self.predictor = predictor
         self.target = target
         self.packed = packed
-        self.masks = build_masks(masks, predictor.grid)
+        areas = masks.target_area, masks.target_aspect, masks.context_area
+        try:
+            self.masks = MultiBlockMasks(predictor.grid, masks.targets, *areas, masks.min_keep)
+        except (ValueError, TypeError) as error:  # what the grid cannot have
+            raise UsageError(f"masked.{error}") from error
         if target is not None:
             target.load_state_dict(encoder.state_dict())
             target.requires_grad_(False)
@@ -260,22 +264,6 @@ def check_masked_encoder(encoder: nn.Module, name: str) -> VisionTransformer:
         )
     assert isinstance(encoder, VisionTransformer)
     return encoder
-
-
-def build_masks(options: MaskedConfig, grid: tuple[int, int]) -> MultiBlockMasks:
-    """The masks of a run; UsageError for areas, aspects or a number of patches that the grid cannot have."""
-    ranges = {"target_area": options.target_area, "target_aspect": options.target_aspect}
-    ranges["context_area"] = options.context_area
-    try:
-        return MultiBlockMasks(grid, options.targets, min_keep=options.min_keep, **ranges)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"masked.{error}") from error
-
-
-def grid_of(encoder: VisionTransformer, size: int) -> tuple[int, int]:
-    """Patches (height, width) of an image of so many pixels."""
-    height, width = encoder.patch_embed.dynamic_feat_size((size, size))
-    return int(height), int(width)
 
 
 @torch.no_grad()

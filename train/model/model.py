@@ -13,6 +13,7 @@ import json
 import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, Literal
 
 import timm
@@ -28,7 +29,6 @@ from lejepa_fast.train.model.masked import (
     MaskedModel,
     Predictor,
     check_masked_encoder,
-    grid_of,
     start_positions,
 )
 from lejepa_fast.train.model.strided_pointwise import avoid_strided_pointwise
@@ -136,14 +136,8 @@ class LeJEPAModel(nn.Module):
 
     def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """V views (N, C, S, S), globals first -> embeddings (Vg, N, K) and (V, N, K)."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for index, view in enumerate(views):
-            groups.setdefault(tuple(view.shape[1:]), []).append(index)
-        features: list[Tensor] = [views[0]] * len(views)
-        for indices in groups.values():
-            joined = self.encoder(torch.cat([views[i] for i in indices]))
-            for index, part in zip(indices, joined.chunk(len(indices)), strict=True):
-                features[index] = part
+        sizes = groupby(views, key=lambda view: view.shape)
+        features = [self.encoder(torch.cat(list(same_size))) for _, same_size in sizes]
         all_z = self.projector(torch.cat(features)).unflatten(0, (len(views), -1))
         return all_z[: self.num_global], all_z
 
@@ -229,7 +223,8 @@ def _build_masked(cfg: Config, options: ModelConfig) -> MaskedModel:
         features = _check_sizes(encoder, cfg)
         projector = nn.Identity() if ijepa else build_projector(features, options)
         out = features if ijepa else options.projector_dim
-        predictor = Predictor(features, out, grid_of(encoder, cfg.crops.global_size), cfg.masked)
+        height, width = encoder.patch_embed.dynamic_feat_size((cfg.crops.global_size,) * 2)
+        predictor = Predictor(features, out, (int(height), int(width)), cfg.masked)
         target = encoder_of() if ijepa else None
     # Stochastic depth draws a number for each sequence, which packed rows are not.
     return MaskedModel(encoder, projector, predictor, target, cfg.masked, packed=not options.drop_path)
@@ -288,14 +283,19 @@ def takes(encoder: nn.Module | None, size: int) -> bool:
     return False
 
 
-def _size_hint(cfg: Config, field: str, size: int) -> tuple[str, str]:
-    """The option to blame, and the nearest size that the encoder takes, of some that are tried."""
-    encoder: Any = encoder_on_meta(cfg, cfg.crops.global_size)
+def sizes_near(encoder: Any, size: int, *others: int) -> list[int]:
+    """Sizes worth trying, nearest first: multiples of the patch and of 32, the model's own, and others."""
     patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", None)
     step = patch[0] if isinstance(patch, (tuple, list)) else patch
     near = {k * each + size // each * each for each in (step or 32, 32) for k in range(-8, 9)}
-    near |= {cfg.crops.global_size, 224, *(encoder.pretrained_cfg["input_size"][1:] if encoder else ())}
-    for candidate in sorted((each for each in near if each > 0), key=lambda each: (abs(each - size), each)):
+    near |= {size, *others, *(encoder.pretrained_cfg["input_size"][1:] if encoder else ())}
+    return sorted((each for each in near if each > 0), key=lambda each: (abs(each - size), each))
+
+
+def _size_hint(cfg: Config, field: str, size: int) -> tuple[str, str]:
+    """The option to blame, and the nearest size that the encoder takes, of some that are tried."""
+    encoder = encoder_on_meta(cfg, cfg.crops.global_size)
+    for candidate in sizes_near(encoder, size, cfg.crops.global_size, 224):
         if field == "crops.global_size":  # the weights may depend on it
             encoder = encoder_on_meta(cfg, candidate)
         if takes(encoder, candidate):

@@ -13,8 +13,6 @@ from lejepa_fast.loss import LeJEPAOutput
 from lejepa_fast.reference import full_precision
 from lejepa_fast.train.config import Config
 
-DISTANCES = {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}
-
 
 class MaskedLoss(nn.Module):
     """Distance of predictions to targets, and SIGReg where there is no teacher.
@@ -43,7 +41,7 @@ class MaskedLoss(nn.Module):
         form: Literal["convex", "additive"] = "convex",
     ):
         super().__init__()
-        self.distance = DISTANCES[distance]
+        self.distance = {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}[distance]
         self.sigreg: Any = sigreg
         self.over = over
         self.lambd = lambd

@@ -56,11 +56,11 @@ class Packing:
         self._flash = on_gpu and torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
 
     def pad(self, x: Tensor) -> Tensor:
-        """Rows (T, C) -> (S, L, C), with copies of row 0 as padding."""
+        """Rows (T, ...) -> (S, L, ...), with copies of row 0 as padding."""
         return x.index_select(0, self.filled_by).unflatten(0, self.size)
 
     def unpad(self, x: Tensor) -> Tensor:
-        """(S, L, C) -> rows (T, C)."""
+        """(S, L, ...) -> rows (T, ...)."""
         return x.flatten(0, 1).index_select(0, self.slots)
 
     @classmethod
@@ -82,12 +82,9 @@ class Packing:
             return out.transpose(0, 1)[None]
         if query.device.type == "cpu" and not torch.compiler.is_compiling():
             return self._attention_by_length(query, key, value, dropout)
-        q, k, v = (
-            x[0].index_select(1, self.filled_by).unflatten(1, self.size).transpose(0, 1)
-            for x in (query, key, value)
-        )
+        q, k, v = (self.pad(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key, value))
         out = scaled_dot_product_attention(q, k, v, attn_mask=self.keys, dropout_p=dropout)
-        return out.transpose(0, 1).flatten(1, 2).index_select(1, self.slots)[None]
+        return self.unpad(out.transpose(1, 2)).transpose(0, 1)[None]
 
     def _attention_by_length(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """As `_attention`, without padding."""

@@ -14,7 +14,6 @@ from lejepa_fast.train.planning.options import PlanOptions
 from lejepa_fast.train.runtime.gpu_specs import GIB, by_option
 
 GPUS_OF_A_MACHINE = 8
-_PARTS = {name: name for name in ("encoder", "projector", "predictor")} | {"target": "target encoder"}
 _STRATEGIES = {"none": "no wrapper", "ddp": "DDP", "fsdp": "FSDP2"}
 
 
@@ -47,9 +46,10 @@ class Plan:
             raise UsageError(f"images: expected at least one batch of {self.batch}, got {options.images}")
         self.steps = config.total_steps(options, options.images // self.batch)
         model = build_model(options, meta=True)
-        sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-        self.part_sizes = {_PARTS[name]: size for name, size in sizes.items() if size}
-        self.parameters = sum(sizes.values())
+        self.part_sizes = {
+            name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
+        }
+        self.parameters = sum(self.part_sizes.values())
         alone = options.gpus == 1 and options.parallel.strategy in ("auto", "none")
         ranks = None if alone else options.gpus
         self.strategy = choose_strategy(options.parallel, self.parameters, ranks=ranks)
@@ -118,9 +118,8 @@ class Plan:
             f", {cfg.precision}, activation checkpointing {parallel.activation_checkpointing}{average}, "
             f"{self.batch:,} images a step",
             "parameters        "
-            + ", ".join(f"{count / 1e6:,.1f} M {name}" for name, count in self.part_sizes.items()),
-            f"GFLOP per image   {flops.per_image / 1e9:,.1f} forward and backward: "
-            + flops.summary(cfg.crops),
+            + ", ".join(f"{size / 1e6:,.1f} M {name}" for name, size in self.part_sizes.items() if size),
+            f"GFLOP per image   {flops.per_image / 1e9:,.1f} forward and backward: {flops.summary()}",
             f"memory per GPU    {_gib(asked.peak)} GiB at the peak, "
             f"{asked.peak / (self.gpu.memory_gib * GIB):.0%} of {self.gpu.memory_gib:g}: "
             f"{'fits' if asked.fits else 'DOES NOT FIT'} ({self.options.reserve:.0%} kept free); "

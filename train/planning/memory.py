@@ -129,8 +129,7 @@ class PlannedStep:
 
     def __init__(self, cfg: Config, images: int, *, fake: bool):
         self.model = build_model(cfg, meta=True)
-        fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.context: Any = fake_mode if fake else contextlib.nullcontext()
+        self.context: Any = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
         self.buckets: list[Tensor] = []
         self.masked = _masks_for(self.model, cfg, images) if isinstance(self.model, MaskedModel) else None
         self.loss_fn = build_loss(cfg, CPU)
@@ -146,9 +145,6 @@ class PlannedStep:
                 self.model.to_empty(device=CPU)
                 if second is not None:
                     second.to_empty(device=CPU)
-                for module in self.loss_fn.modules():
-                    for name, value in module.named_buffers(recurse=False):
-                        setattr(module, name, fake_mode.from_tensor(value))
             if imitated:  # DDP's reducer copies a finished gradient into a bucket, and makes it a view of it
                 for parameter in filter(lambda each: each.requires_grad, self.model.parameters()):
                     self.buckets.append(torch.empty_like(parameter, requires_grad=False))

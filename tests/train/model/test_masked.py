@@ -161,6 +161,10 @@ def test_the_target_encoder_follows_and_starts_equal(tiny):
             "by attention",
         ),
         ({"model": {"kwargs": '{"patch_drop_rate": 0.5}'}}, "drops patches"),
+        (
+            {"masked": {"target_area": (0.3, 0.2)}},
+            r"masked\.target_area: expected \(lowest, highest\).*\(0.3, 0.2\)",
+        ),
         ({"masked": SMALL | {"predictor_width": 30}}, r"masked\.predictor_width: expected a multiple of 4"),
     ],
 )

