@@ -83,7 +83,7 @@ def make_input(case, leading, N, size):
 
 
 def make_knots(case, strength):
-    # Of arbitrary knots nine are enough: a program takes eight (more: `test_accuracy_of_arbitrary_knots`).
+    # Of arbitrary knots nine are enough, for a program takes eight (more: kernel_accuracy.py).
     knots = standard_normal_knots(3.0, case.J) if case.equidistant else arbitrary_knots(min(case.J, 9))
     if case.per_direction:
         phi = torch.exp(-knots.t[:, None] * torch.linspace(0.5, 2, case.M).double())
