@@ -2,9 +2,9 @@
 poisoned memory for the kernels.
 """
 
-import importlib.util
 import logging
 import os
+import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -26,10 +26,7 @@ if TYPE_CHECKING:
 OFFLINE = Path(__file__).parent / "offline"
 if str(OFFLINE) not in (paths := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
     os.environ["PYTHONPATH"] = os.pathsep.join([str(OFFLINE), *filter(None, paths)])
-    block = importlib.util.spec_from_file_location("offline", OFFLINE / "sitecustomize.py")
-    assert block is not None
-    assert block.loader is not None
-    block.loader.exec_module(importlib.util.module_from_spec(block))
+    runpy.run_path(str(OFFLINE / "sitecustomize.py"))
 
 TRAIN_IMAGES, VAL_IMAGES = 32, 12
 # Without a GPU, test_kernels.py runs these in the interpreter.

@@ -5,8 +5,9 @@
     python tests/mutants.py --only guard     # one row of the table
 
 Cosmic Ray's operators make the mutants: comparisons, arithmetic, constants, conditions, loops; one a line.
-Everything runs in a copy of the repository. Tests that fail without a mutant are an error. Results are saved
-after every mutant; a second call with the same `--out` goes on where the first one stopped.
+Everything runs in a copy of the repository. Tests that fail without a mutant are an error; a test that waits
+without end fails by its timeout. Results are saved after every mutant; a second call with the same `--out`
+goes on where the first one stopped.
 """
 
 import argparse
@@ -15,9 +16,7 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -46,12 +45,14 @@ TARGETS = (
     Target("directions", 6, r"lejepa_fast/directions\.py", "test_directions"),
     Target("operators", 8, OPERATIONS, OPERATION_TESTS),
     Target("sums", 8, r"lejepa_fast/(?!__init__|errors)\w+\.py", "test_sigreg test_sigreg_module test_loss"),
-    Target("tiles", 6, r"kernels/(autotune|configs)\.py", "test_autotune kernel_tiles test_kernel_compile"),
+    Target(
+        "tiles", 6, r"kernels/(autotune|configs)\.py", "test_autotune kernel_accuracy test_kernel_compile"
+    ),
     Target(
         "kernels",
         8,
         r"kernels/(?!__init__|color)\w+\.py",
-        "kernel_operators kernel_memory kernel_tiles kernel_accuracy",
+        "kernel_operators kernel_memory kernel_accuracy kernel_generated",
     ),
     Target("sampler", 6, r".*/data/sampler\.py", "test_loader test_workers"),
     Target("draws", 6, r".*/data/draws\.py", "test_ops test_parity"),
@@ -60,7 +61,7 @@ TARGETS = (
     Target("probes", 8, r"train/evaluation/probes\.py", "test_probes"),
 )
 # test_in_the_interpreter would start all of the kernel tests.
-PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=1800", "-k", "not test_in_the_interpreter"]
+PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=1200", "-k", "not test_in_the_interpreter"]
 BINARY = "Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Mul Mod_FloorDiv Pow_Mul BitXor_BitAnd RShift_LShift"
 COMPARISON = "Eq_NotEq NotEq_Eq Lt_LtE LtE_Lt Gt_GtE GtE_Gt Lt_GtE Gt_LtE Is_IsNot IsNot_Is"
 OTHERS = "ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd AddNot NumberReplacer"
@@ -144,17 +145,8 @@ def sample(seed: int, only: str) -> list[tuple[Target, dict, str]]:
     return chosen
 
 
-def cpu_seconds() -> float:
-    """CPU time of all processes that this one has started and waited for."""
-    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-
-
-def run_tests(copy: Path, target: Target, limit: int) -> str:
-    """Run the tests of a target in the copy. Returns "killed", "survived" or "timeout".
-
-    The limit is in seconds of CPU time, so that a busy machine makes no difference. A test that waits without
-    end fails by its own timeout.
-    """
+def pass_tests(copy: Path, target: Target) -> bool:
+    """Whether the tests of a target pass in the copy."""
     for interpret in ("0", "1"):
         kernel = interpret == "1"
         files = [path for path in find_tests(copy, target) if path.stem.startswith("kernel_") == kernel]
@@ -162,20 +154,20 @@ def run_tests(copy: Path, target: Target, limit: int) -> str:
             continue
         env = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
         env |= {"PYTHONDONTWRITEBYTECODE": "1", "NUMBA_CACHE_DIR": str(copy / ".numba")}
-        command = ["prlimit", f"--cpu={limit}", sys.executable, "-m", "pytest", *PYTEST, *files]
+        command = [sys.executable, "-m", "pytest", *PYTEST, *files]
         with open(copy / "output.txt", "w") as output:
             run = subprocess.run(command, cwd=copy, env=env, stdout=output, stderr=output, check=False)
         if run.returncode:
-            return "timeout" if run.returncode in (-signal.SIGXCPU, -signal.SIGKILL) else "killed"
-    return "survived"
+            return False
+    return True
 
 
 def report(rows: list[dict]) -> None:
     """Print a table of the targets, then the mutants that no test found."""
-    print("\n| target | killed | timeout | survived |\n|---|---|---|---|")
+    print("\n| target | killed | survived |\n|---|---|---|")
     for name in [*(target.name for target in TARGETS), "all"]:
         count = Counter(row["outcome"] for row in rows if name in ("all", row["target"]))
-        print(f"| {name} | {count['killed']} | {count['timeout']} | {count['survived']} |")
+        print(f"| {name} | {count['killed']} | {count['survived']} |")
     for row in rows:
         if row["outcome"] == "survived":
             print("survived:", PLACE.format(**row))
@@ -196,7 +188,7 @@ def main() -> None:
         return
     rows = json.loads(args.out.read_text()) if args.out.exists() else []
     done = {PLACE.format(**row) for row in rows}
-    limits: dict[Target, int] = {}
+    sound: set[Target] = set()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in tracked():
@@ -205,14 +197,12 @@ def main() -> None:
         for target, row, source in mutants:
             if PLACE.format(**row) in done:
                 continue
-            if target not in limits:
-                before = cpu_seconds()
-                if run_tests(copy, target, limit=36000) != "survived":
-                    output = (copy / "output.txt").read_text()[-4000:]
-                    raise SystemExit(f"{output}\nerror: the tests of {target.name!r} fail without a mutant")
-                limits[target] = 60 + 3 * round(cpu_seconds() - before)
+            if target not in sound and not pass_tests(copy, target):
+                output = (copy / "output.txt").read_text()[-4000:]
+                raise SystemExit(f"{output}\nerror: the tests of {target.name!r} fail without a mutant")
+            sound.add(target)
             (copy / row["file"]).write_text(source)
-            row["outcome"] = run_tests(copy, target, limits[target])
+            row["outcome"] = "survived" if pass_tests(copy, target) else "killed"
             shutil.copy2(ROOT / row["file"], copy / row["file"])
             rows.append(row)
             args.out.write_text(json.dumps(rows, indent=1) + "\n")

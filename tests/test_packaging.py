@@ -1,6 +1,6 @@
 """What is installed: one package with its data. The loss needs torch and triton alone, the rest an extra."""
 
-import ast
+import graphlib
 import importlib.metadata
 import re
 import shutil
@@ -8,9 +8,9 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 
+import grimp
 import pytest
 from packaging.requirements import Requirement
 
@@ -141,19 +141,23 @@ def test_the_loss_needs_torch_and_triton_alone_and_a_missing_extra_is_named(inst
         assert re.fullmatch(rf"{begin}torchvision, .*: not installed; .* 'lejepa_fast\[train\]'", line), line
 
 
-def imported(files: Iterable[Path]) -> set[str]:
-    """Top-level names that modules import from outside the standard library and this project."""
-    names = set()
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-                names.add(node.module.split(".")[0])
-    return names - set(sys.stdlib_module_names) - {"lejepa_fast"}
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    """What each module imports, also in functions and under TYPE_CHECKING; of other packages the name."""
+    graph = grimp.build_graph("lejepa_fast", include_external_packages=True, cache_dir=None)
+    return {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
 
 
-def test_imports_scripts_and_version_are_declared(installed):
+def test_no_circle_of_imports(imports):
+    """Nor between a package's `__init__` and its modules: the contract of import-linter looks at siblings."""
+    assert imports["lejepa_fast.kernels.forward"], "grimp follows the symbolic links"
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(" -> ".join(reversed(error.args[1]))) from None
+
+
+def test_imports_scripts_and_version_are_declared(installed, imports):
     """Library and kernels need torch and triton; loader and trainer need what the extras name."""
     (package,) = importlib.metadata.distributions(path=[str(installed[0])])
     assert package.version == lejepa_fast.__version__
@@ -167,13 +171,13 @@ def test_imports_scripts_and_version_are_declared(installed):
         names = {w.name for w in wanted if w.marker is None or w.marker.evaluate({"extra": extra})}
         return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
 
-    optional = {"nvidia", "wandb"}
+    used: dict[bool, set[str]] = {True: set(), False: set()}
+    for module in imports.keys() - {"lejepa_fast.cpu_tiles", "lejepa_fast.cpu_philox"}:  # those need Numba
+        outside = {name for name in imports[module] if not name.startswith("lejepa_fast")}
+        used[module.startswith(("lejepa_fast.data", "lejepa_fast.train"))] |= outside
     assert declared("") == {"torch", "triton"}
-    need_numba = {ROOT / "lejepa_fast" / f"cpu_{name}.py" for name in ("tiles", "philox")}
-    library = {*(ROOT / "lejepa_fast").glob("*.py")} - need_numba
-    assert imported([*library, *(ROOT / "kernels").glob("*.py")]) <= declared("")
-    used = imported([*(ROOT / "lejepa_fast" / "data").rglob("*.py"), *(ROOT / "train").rglob("*.py")])
-    assert used - optional <= declared("train")
+    assert used[False] - set(sys.stdlib_module_names) <= declared("")
+    assert used[True] - set(sys.stdlib_module_names) - {"nvidia", "wandb"} <= declared("train")
 
 
 @pytest.mark.parametrize("folder", ["train", "bench", "examples"])

@@ -13,23 +13,22 @@ import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
-Function = Callable[..., Any]
-
 
 def speed_up() -> None:
     """Replaces functions of the interpreter; before a kernel runs."""
-    interpreter._patch_lang = _patching_once(interpreter._patch_lang)
-    interpreter._get_np_dtype = _remembering(interpreter._get_np_dtype)
-    TritonSemantic.broadcast_impl_value = _broadcasting_if_needed(TritonSemantic.broadcast_impl_value)
-    TritonSemantic.cast = _casting_if_needed(TritonSemantic.cast)
-    check = TritonSemantic.binary_op_type_checking_impl
-    TritonSemantic.binary_op_type_checking_impl = _checking_if_needed(check)
-    tl.block_type.__init__ = _sharing(tl.block_type.__init__, _block_key)
-    tl.tensor.__init__ = _sharing(tl.tensor.__init__, _tensor_key, "handle", "type")
+    _patch_language_once()
+    _skip_what_changes_nothing()
+    _share_attributes(tl.block_type, lambda element_ty, shape: (element_ty.name, *map(_number, shape)))
+    _share_attributes(tl.tensor, lambda handle, type: type.name, "handle", "type")
 
 
-def _patching_once(patch_lang: Function) -> Function:
-    """For `interpreter._patch_lang`, which both kernels and device functions call when they begin."""
+def _number(size: Any) -> int:
+    return getattr(size, "value", size)
+
+
+def _patch_language_once() -> None:
+    """`interpreter._patch_lang` is called by kernels and by device functions when they begin."""
+    patch_lang = interpreter._patch_lang
     patched: set[int] = set()  # the language's modules that are patched, during a launch
 
     class KernelScope:
@@ -47,58 +46,34 @@ def _patching_once(patch_lang: Function) -> Function:
         patched.update(languages)
         return KernelScope(patch_lang(fn))
 
-    return patch_lang_once
+    interpreter._patch_lang = patch_lang_once
 
 
-def _remembering(numpy_dtype: Function) -> Function:
-    known: dict[str, Any] = {}  # by name: types of blocks cannot be keys
+def _skip_what_changes_nothing() -> None:
+    broadcast, cast = TritonSemantic.broadcast_impl_value, TritonSemantic.cast
+    check = TritonSemantic.binary_op_type_checking_impl
 
-    def remembered(dtype: Any) -> Any:
-        scalar = dtype.scalar
-        if scalar.name not in known:
-            known[scalar.name] = numpy_dtype(scalar)
-        return known[scalar.name]
-
-    return remembered
-
-
-def _broadcasting_if_needed(broadcast: Function) -> Function:
     def broadcast_if_needed(self: Any, lhs: Any, rhs: Any) -> Any:
         one, other = lhs.type, rhs.type
         if one is other or (one.is_block() and other.is_block() and [*one.shape] == [*other.shape]):
             return lhs, rhs
         return broadcast(self, lhs, rhs)
 
-    return broadcast_if_needed
-
-
-def _casting_if_needed(cast: Function) -> Function:
     def cast_if_needed(self: Any, input: Any, dtype: Any, *rounding: Any, **options: Any) -> Any:
         return input if input.dtype is dtype else cast(self, input, dtype, *rounding, **options)
 
-    return cast_if_needed
-
-
-def _checking_if_needed(check: Function) -> Function:
     def check_if_needed(self: Any, lhs: Any, rhs: Any, *options: Any, **more: Any) -> Any:
         if isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor) and lhs.dtype is rhs.dtype is tl.float32:
             return self.broadcast_impl_value(lhs, rhs)  # any operation of two float32 is one of float32
         return check(self, lhs, rhs, *options, **more)
 
-    return check_if_needed
+    TritonSemantic.broadcast_impl_value, TritonSemantic.cast = broadcast_if_needed, cast_if_needed
+    TritonSemantic.binary_op_type_checking_impl = check_if_needed
 
 
-def _block_key(element_ty: Any, shape: Any) -> tuple[Any, ...]:
-    return element_ty.name, *(getattr(size, "value", size) for size in shape)
-
-
-def _tensor_key(handle: Any, type: Any) -> str:
-    return type.name  # of blocks with their shape
-
-
-def _sharing(make: Function, key_of: Function, *own: str) -> Function:
-    """For an `__init__`: objects with one key share their attributes, but for `own`, which are arguments."""
-    known: dict[Any, dict[str, Any]] = {}
+def _share_attributes(kind: Any, key_of: Callable[..., Any], *own: str) -> None:
+    """Objects of a class with one key share their attributes, but for `own`, which are arguments."""
+    make, known = kind.__init__, {}
 
     def make_or_share(self: Any, *arguments: Any) -> None:
         key = key_of(*arguments)
@@ -108,4 +83,4 @@ def _sharing(make: Function, key_of: Function, *own: str) -> Function:
         make(self, *arguments)
         known[key] = {name: value for name, value in vars(self).items() if name not in own}
 
-    return make_or_share
+    kind.__init__ = make_or_share

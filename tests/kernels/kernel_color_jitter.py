@@ -4,154 +4,110 @@ Pictures are few and small, so that the interpreter can do it: odd sides, severa
 every order of the kinds of operation.
 """
 
-from collections.abc import Iterator
+from dataclasses import replace
 from itertools import permutations
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from kernel_helpers import DEVICE
+from kernel_helpers import DEVICE, sanitized
 from loader_backends import skip_without
-from torchvision.transforms.v2 import functional as F
+from PIL import Image
 from view_parity import (
     CHAIN,
     FACTORS,
     OP_TOLERANCE,
     PHOTOGRAPHS,
     MemorySource,
+    changed,
     distance,
     reference,
     rendered,
     sample_views,
 )
 
-from lejepa_fast.data import open_source
+from lejepa_fast.data import draws, open_source
 from lejepa_fast.data.views import TrainViews
-from lejepa_fast.kernels import color_jitter
+from lejepa_fast.kernels.color_jitter import change_colors
 
 # Levels of 255 in the mean of a picture. A sum just below or above a whole number is truncated to another one
 # here and there, and grows by what follows; an operation left out or in another place differs by more.
 TOLERANCE = 0.1
-KERNEL_SIZE, THRESHOLD = 7, 100
-OPERATIONS = ("brightness", "contrast", "saturation", "hue")  # code 1 to 4
-
-
-class Drawn(NamedTuple):
-    """What is done to a picture."""
-
-    jitter: tuple[tuple[str, float], ...] = ()
-    gray: bool = False
-    sigma: float = 0.0
-    solarize: bool = False
-
-    def row(self) -> list[float]:
-        codes = [OPERATIONS.index(name) + 1.0 for name, _ in self.jitter]
-        factors = [factor for _, factor in self.jitter]
-        rest = [0.0] * (4 - len(codes))
-        return [*codes, *rest, *factors, *rest, float(self.gray), self.sigma, float(self.solarize)]
-
-
+RECIPE = replace(CHAIN, blur_kernel=7)
+SIZE = 33  # odd, and two programs for a picture
+PLAIN = changed(np.zeros(draws.COLUMNS), height=SIZE, width=SIZE)
 ORDER = (("brightness", 1.4), ("contrast", 1.4), ("saturation", 1.5), ("hue", 0.1))
+IN_ORDER, REVERSED = changed(PLAIN, *ORDER), changed(PLAIN, *ORDER[::-1])
+EVERYTHING = changed(IN_ORDER, gray=1, sigma=1, solarize=1)
 # Each with a neighbor that is wrong enough to be found.
 PAIRS = [
-    (Drawn(gray=True), Drawn()),
-    (Drawn(solarize=True), Drawn()),
-    (Drawn(sigma=0.3), Drawn(sigma=1.0)),
-    (Drawn(sigma=1.0), Drawn(sigma=0.3)),
-    (Drawn(ORDER, True, 1.0, True), Drawn(ORDER, True, 1.0)),
-    (Drawn(ORDER), Drawn(ORDER[::-1])),
-    (Drawn(ORDER[::-1]), Drawn(ORDER)),
-    *(
-        (Drawn(((name, right),)), Drawn(((name, wrong),)))
-        for name, pairs in FACTORS.items()
-        for right, wrong in pairs
-    ),
+    (changed(PLAIN, gray=1), PLAIN),
+    (changed(PLAIN, solarize=1), PLAIN),
+    (changed(PLAIN, sigma=0.3), changed(PLAIN, sigma=1)),
+    (changed(PLAIN, sigma=1), changed(PLAIN, sigma=0.3)),
+    (EVERYTHING, changed(EVERYTHING, solarize=0)),
+    (IN_ORDER, REVERSED),
+    (REVERSED, IN_ORDER),
+]
+PAIRS += [
+    (changed(PLAIN, (name, right)), changed(PLAIN, (name, wrong)))
+    for name, pairs in FACTORS.items()
+    for right, wrong in pairs
 ]
 
 
-def pictures(count: int, size: int) -> torch.Tensor:
+def pictures(count, size):
     """(count, size, size, 3) uint8: colors of all hues with soft and hard edges."""
     y, x = np.mgrid[0:size, 0:size] / size
     noise = np.random.default_rng(0).random((count, size, size, 3))
-    waves = 0.5 + 0.5 * np.sin(
-        7 * (x + 2 * y)[..., None] + np.arange(3) + np.arange(count)[:, None, None, None]
-    )
+    phases = np.arange(3) + np.arange(count)[:, None, None, None]
+    waves = 0.5 + 0.5 * np.sin(7 * (x + 2 * y)[..., None] + phases)
     return torch.from_numpy((255.999 * (0.7 * waves + 0.3 * noise)).astype(np.uint8)).to(DEVICE)
 
 
-def changed(views: torch.Tensor, drawn: list[Drawn], kernel_size: int = KERNEL_SIZE) -> list[torch.Tensor]:
-    """By the kernels: (3, size, size) for each picture."""
-    rows = torch.tensor([each.row() for each in drawn], device=views.device)
-    made = color_jitter.change_colors(
-        views, rows, kernel_size=kernel_size, threshold=THRESHOLD, blurred=any(each.sigma for each in drawn)
-    )
-    return list(made.permute(0, 3, 1, 2).cpu())
+def by_kernels(views, rows, recipe=RECIPE):
+    """(3, size, size) for each picture and row of `draws.view_table`."""
+    drawn = torch.tensor(np.stack(rows)[:, draws.CODES : draws.SOLARIZE + 1], dtype=torch.float32)
+    blurred = any(row[draws.SIGMA] for row in rows)
+    options = {"kernel_size": recipe.blur_kernel, "threshold": recipe.solarize_threshold}
+    with sanitized():
+        made = change_colors(views, drawn.to(DEVICE), blurred=blurred, **options)
+    return made.permute(0, 3, 1, 2).cpu()
 
 
-def expected(views: torch.Tensor, drawn: list[Drawn], kernel_size: int = KERNEL_SIZE) -> list[torch.Tensor]:
-    """By torchvision."""
-    found = []
-    for picture, each in zip(views.cpu().permute(0, 3, 1, 2), drawn, strict=True):
-        view = picture
-        for name, factor in each.jitter:
-            view = getattr(F, f"adjust_{name}")(view, factor)
-        if each.gray:
-            view = F.rgb_to_grayscale(view, num_output_channels=3)
-        if each.sigma:
-            view = F.gaussian_blur(view, [kernel_size] * 2, [each.sigma] * 2)
-        found.append(F.solarize(view, THRESHOLD) if each.solarize else view)
-    return found
+def by_torchvision(views, rows, recipe=RECIPE):
+    images = map(Image.fromarray, views.cpu().numpy())
+    pairs = zip(images, rows, strict=True)
+    return [reference(image, row, image.width, recipe) for image, row in pairs]
 
 
-def distances(made: list[torch.Tensor], right: list[torch.Tensor]) -> list[float]:
-    """Mean absolute differences in levels of 255."""
-    pairs = zip(made, right, strict=True)
-    return [(one.cpu().int() - other.int()).abs().float().mean().item() for one, other in pairs]
-
-
-@pytest.fixture
-def guarded(monkeypatch) -> Iterator[None]:
-    """Outputs lie in larger buffers, whose rest must stay as it was."""
-    buffers = []
-
-    def empty(like, shape, dtype):
-        count, margin = torch.Size(shape).numel(), 4096
-        buffers.append(torch.full((count + 2 * margin,), 7, dtype=dtype, device=like.device))
-        return buffers[-1][margin:-margin].view(shape)
-
-    monkeypatch.setattr(color_jitter, "empty", empty)
-    yield
-    assert buffers
-    assert all((part == 7).all() for buffer in buffers for part in (buffer[:4096], buffer[-4096:]))
-
-
-def test_a_batch_of_all_operations_equals_torchvision(guarded):
-    drawn = [pair[0] for pair in PAIRS]
-    drawn += [Drawn(order, sigma=0.7 * (i % 2)) for i, order in enumerate(permutations(ORDER))]
-    views = pictures(len(drawn), 33)  # odd, and two programs for a picture
-    made = changed(views, drawn)
-    found = distances(made, expected(views, drawn))
-    assert [(each, gap) for each, gap in zip(drawn, found, strict=True) if gap > TOLERANCE] == []
-    wrong = expected(views[: len(PAIRS)], [pair[1] for pair in PAIRS])
-    assert min(distances(made[: len(PAIRS)], wrong)) > 0.7
+def test_a_batch_of_all_operations_equals_torchvision():
+    rows = [right for right, _ in PAIRS]
+    rows += [changed(PLAIN, *order, sigma=0.7 * (i % 2)) for i, order in enumerate(permutations(ORDER))]
+    views = pictures(len(rows), SIZE)
+    made = by_kernels(views, rows)
+    gaps = list(map(distance, made, by_torchvision(views, rows)))
+    assert [(row, gap) for row, gap in zip(rows, gaps, strict=True) if gap > TOLERANCE] == []
+    wrong = by_torchvision(views[: len(PAIRS)], [row for _, row in PAIRS])
+    assert min(map(distance, made, wrong)) > 0.7
 
 
 def test_nothing_drawn_changes_nothing():
-    views = pictures(2, 33)
-    rows = torch.zeros(2, color_jitter.COLUMNS, device=DEVICE)
-    made = color_jitter.change_colors(views, rows, kernel_size=7, threshold=THRESHOLD, blurred=False)
+    views = pictures(2, SIZE)
+    rows = torch.zeros(2, draws.SOLARIZE + 1 - draws.CODES, device=DEVICE)
+    made = change_colors(views, rows, kernel_size=7, threshold=100, blurred=False)
     assert torch.equal(made, views)
     assert made.data_ptr() != views.data_ptr()  # the caller uses its memory again
 
 
 def test_the_largest_blur_of_a_small_crop():
     """Mirrored borders reach the other end."""
-    drawn = [Drawn(sigma=4.0), Drawn(), Drawn(sigma=4.0)]
+    plain, recipe = changed(PLAIN, height=8, width=8), replace(RECIPE, blur_kernel=15)
+    rows = [changed(plain, sigma=4), plain, changed(plain, sigma=4)]
     views = pictures(3, 8)
-    made, right = changed(views, drawn, 15), expected(views, drawn, 15)
-    assert all((one.int() - other.int()).abs().max() <= 1 for one, other in zip(made, right, strict=True))
-    assert max(distances(made, right)) < TOLERANCE
+    for made, right in zip(by_kernels(views, rows, recipe), by_torchvision(views, rows, recipe), strict=True):
+        assert (made.int() - right.int()).abs().max() <= 1
+        assert distance(made, right) < TOLERANCE
 
 
 def test_from_files_through_the_backend(monkeypatch):
@@ -165,7 +121,7 @@ def test_from_files_through_the_backend(monkeypatch):
     views_of = TrainViews(MemorySource(images), CHAIN, seed=3)
     views = rendered(engine, views_of, 2)
     for index, image in enumerate(images):
-        draws = sample_views(CHAIN, index, image.size, seed=3)
+        drawn = sample_views(CHAIN, index, image.size, seed=3)
         for v, size in enumerate(CHAIN.view_sizes()):
-            assert distance(views[v][index], reference(image, draws[v], size, CHAIN)) < OP_TOLERANCE
-            assert distance(views[v][index], reference(image, draws[v - 1], size, CHAIN)) > OP_TOLERANCE
+            assert distance(views[v][index], reference(image, drawn[v], size, CHAIN)) < OP_TOLERANCE
+            assert distance(views[v][index], reference(image, drawn[v - 1], size, CHAIN)) > OP_TOLERANCE

@@ -28,6 +28,7 @@ def copy(
     STEP_OUT: tl.constexpr = 32,
     IN_PLACE: tl.constexpr = False,
     DOUBLE: tl.constexpr = False,
+    ADD_TO: tl.constexpr = None,
 ):
     i = tl.arange(0, 32)
     value = tl.load(in_ptr + tl.program_id(0) * 32 + i + SHIFT_IN)
@@ -36,6 +37,8 @@ def copy(
     if DOUBLE:
         i = i // 2 * 2
     tl.store(out_ptr + tl.program_id(0) * STEP_OUT + i + SHIFT_OUT, value)
+    if ADD_TO is not None:
+        tl.atomic_add(out_ptr + ADD_TO, 1.0)
 
 
 @no_gpu
@@ -46,9 +49,10 @@ def copy(
         ("load out of bounds", {"SHIFT_IN": 1}),
         ("load out of bounds", {"SHIFT_IN": 96}),  # in the other argument
         ("store out of bounds", {"SHIFT_OUT": 1}),
-        ("race, two programs store", {"STEP_OUT": 31}),
-        ("race, a program loads what another stores", {"IN_PLACE": True}),
+        ("race", {"STEP_OUT": 31}),  # two programs store
+        ("race", {"IN_PLACE": True}),  # one loads what another stores
         ("one store writes an address twice", {"DOUBLE": True}),
+        ("atomic out of bounds", {"ADD_TO": 64}),
     ],
 )
 def test_the_sanitizer_finds_planted_faults(fault, options):
@@ -65,60 +69,53 @@ def test_the_sanitizer_finds_planted_faults(fault, options):
 
 
 @pytest.mark.parametrize(
-    ("chunk_rows", "dtype"),  # a part of a view, one view, two views
-    [(1, torch.float32), (20, torch.float32), (50, torch.float32), (1, torch.float16), (50, torch.float16)],
-)
-def test_gradient_in_chunks(monkeypatch, chunk_rows, dtype):
-    """Float16 has a power of two for each view, which differ here."""
-    K, M = TWO_KERNELS, 9
-    sizes = torch.tensor([1.0, 0.1, 10.0]).view(3, 1, 1)
-    x = (sizes * torch.randn(3, 20, K)).to(DEVICE, dtype)
-    A, scale = sample_unit_directions(K, M, step=1, device=DEVICE, dtype=dtype)
-    options = {"impl": "triton", "reduction": "sum", "scale": scale if dtype == torch.float16 else None}
-    whole = evaluate(x, A, KNOTS, **options).grad
-    monkeypatch.setattr(backward, "CHUNK_BYTES", chunk_rows * M * dtype.itemsize)
-    monkeypatch.setattr(backward, "CHUNK_STEP", 16)
-    rtol = 1e-5 if dtype == torch.float32 else 2e-3
-    torch.testing.assert_close(evaluate(x, A, KNOTS, **options).grad, whole, rtol=rtol, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("V", "N", "K", "M", "dtype", "chunk"),
+    ("V", "N", "K", "M", "dtype", "rows"),
     [
         (1, 20, 8, 5, torch.float32, None),
-        (2, 20, 32, 32, torch.bfloat16, (16, 1)),  # fused, several tiles of K
-        (2, 40, 32, 17, torch.bfloat16, (16, 40)),  # of a size that is not
-        (3, 40, TWO_KERNELS, 17, torch.bfloat16, None),
-        (3, 40, TWO_KERNELS, 17, torch.bfloat16, (16, 1)),
+        (2, 20, 32, 32, torch.bfloat16, 1),  # fused, several tiles of K
+        (2, 40, 32, 17, torch.bfloat16, 40),  # of a size that is not
+        (2, 40, TWO_KERNELS, 17, torch.bfloat16, None),
+        (2, 20, TWO_KERNELS, 17, torch.bfloat16, 1),
+        (3, 20, TWO_KERNELS, 9, torch.float32, 1),  # chunks of a part of a view,
+        (3, 20, TWO_KERNELS, 9, torch.float32, 20),  # of one view,
+        (3, 20, TWO_KERNELS, 9, torch.float32, 50),  # of two views
+        (3, 20, TWO_KERNELS, 9, torch.float16, 1),
+        (3, 20, TWO_KERNELS, 9, torch.float16, 50),
     ],
 )
-def test_memory_is_what_the_documentation_says(monkeypatch, V, N, K, M, dtype, chunk):
+def test_memory_and_gradient_of_chunks(monkeypatch, V, N, K, M, dtype, rows):
     """Tables, coefficients, sums of blocks, dx, and dT/dp of a chunk where the backward is not one kernel.
 
-    A chunk is 32 MiB, or 128 samples where those need more, but never more than the batch.
+    A chunk is 32 MiB, or 128 samples where those need more, but never more than the batch. Float16 has a
+    power of two for each view, which differ here.
     """
-    step, rows = chunk or (128, 1 << 30)
-    if chunk is not None:
-        monkeypatch.setattr(backward, "CHUNK_STEP", step)
+    sizes = torch.logspace(-1, 1, V).view(V, 1, 1)
+    x = (sizes * torch.randn(V, N, K)).to(DEVICE, dtype)
+    A, scale = sample_unit_directions(K, M, step=1, device=DEVICE, dtype=dtype)
+    options = {"impl": "triton", "reduction": "sum", "scale": scale}
+    whole = evaluate(x, A, KNOTS, **options).grad
+    if rows is not None:
+        monkeypatch.setattr(backward, "CHUNK_STEP", 16)
         monkeypatch.setattr(backward, "CHUNK_BYTES", rows * M * dtype.itemsize)
-    sizes = []
+    asked = []
 
     def empty(like, shape, dtype):
-        sizes.append(torch.Size(shape).numel() * dtype.itemsize)
+        asked.append(torch.Size(shape).numel() * dtype.itemsize)
         return torch.empty(shape, dtype=dtype, device=like.device)
 
     for module in (forward, epilogue, backward):
         monkeypatch.setattr(module, "empty", empty)
-    x = torch.randn(V, N, K).to(DEVICE, dtype)
-    A, scale = sample_unit_directions(K, M, step=1, device=DEVICE, dtype=dtype)
-    evaluate(x, A, KNOTS, impl="triton", scale=scale)
+    got = evaluate(x, A, KNOTS, **options).grad
+    rtol = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got, whole, rtol=rtol, atol=1e-6)
     config = get_config(x.device, dtype.itemsize)
     splits, _ = count_splits(V, N, M, 1, config.split)
     blocks = V * -(-M // 32)
     expected = 4 * (splits * 35 * M * V + 36 * 32 * blocks + blocks + 1) + x.numel() * dtype.itemsize
     if not config.fuses(K, M):
-        expected += min(V * N, max(step, rows // step * step)) * M * dtype.itemsize
-    assert sum(sizes) == expected
+        step, rows = (128, V * N) if rows is None else (16, rows)
+        expected += min(V, max(1, rows // N)) * min(N, max(step, rows // step * step)) * M * dtype.itemsize
+    assert sum(asked) == expected
 
 
 def spread(values: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:

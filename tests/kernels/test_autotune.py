@@ -1,5 +1,6 @@
 """Choosing tiles by a clock of our own, without a GPU and without running a kernel; splits and limits."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -20,11 +21,11 @@ TILES = CONFIG.candidates("forward", 512)
 @pytest.fixture
 def launched(monkeypatch):
     """Tiles that were launched; the last candidate is the fastest."""
-    tiles, seconds = [], iter(range(1000, 0, -1))
+    seconds = itertools.count(1000, -1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(autotune, "process_tuner", autotune.Tuner(lambda call: call() or next(seconds)))
     monkeypatch.setenv("LEJEPA_AUTOTUNE", "1")
-    return tiles
+    return []
 
 
 def launch_best(launch, V=8, N=2048, K=512, J=17, variant=(), config=CONFIG):
@@ -47,28 +48,26 @@ def test_the_fastest_tile_is_kept(launched):
         assert len(launched) == len((change.get("config") or CONFIG).candidates("forward", 512)) + 1, change
 
 
-@pytest.mark.parametrize("value", ["", "0", "yes"])
-def test_off_unless_the_environment_says_1(monkeypatch, launched, value):
-    monkeypatch.setenv("LEJEPA_AUTOTUNE", value)
-    if value == "yes":
-        with pytest.raises(ValueError, match=r"^LEJEPA_AUTOTUNE: expected 0 or 1 .*, got 'yes'$"):
-            launch_best(launched.append)
-    else:
+def test_off_unless_the_environment_says_1(monkeypatch, launched):
+    for value in ("", "0"):
+        monkeypatch.setenv("LEJEPA_AUTOTUNE", value)
         launch_best(launched.append)
-        assert launched == TILES[:1]
+    assert launched == TILES[:1] * 2
+    monkeypatch.setenv("LEJEPA_AUTOTUNE", "yes")
+    with pytest.raises(ValueError, match=r"^LEJEPA_AUTOTUNE: expected 0 or 1 .*, got 'yes'$"):
+        launch_best(launched.append)
 
 
 def test_a_graph_capture_is_never_timed(monkeypatch, launched):
-    capturing = True
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    launch_best(launched.append)
-    assert launched == TILES[:1]
-    capturing = False
-    launch_best(launched.append)
-    capturing = True
-    launched.clear()
-    launch_best(launched.append)
-    assert launched == TILES[-1:], "a capture takes a choice made before"
+    for capturing, expected in (
+        (True, TILES[:1]),
+        (False, [*TILES, TILES[-1]]),
+        (True, TILES[-1:]),  # a capture takes a choice made before
+    ):
+        launched.clear()
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda answer=capturing: answer)
+        launch_best(launched.append)
+        assert launched == expected
 
 
 @pytest.mark.parametrize(
@@ -95,9 +94,10 @@ def test_tiles_that_cannot_run_are_passed_over(launched, failure):
         launch_best(launch, N=1)
 
 
-def test_large_dimensions_get_no_resident_tile():
-    assert not any(tile.resident for tile in CONFIG.candidates("gradient", 513))
-    assert any(tile.resident for tile in CONFIG.candidates("gradient", 512))
+def test_a_measurement_is_the_mean_of_the_calls_after_the_first(monkeypatch):
+    clock, calls = iter([10.0, 16.0]), []
+    monkeypatch.setattr(autotune, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert autotune.measure(lambda: calls.append(None)) == 6.0 / (len(calls) - 1)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -105,9 +105,10 @@ def test_large_dimensions_get_no_resident_tile():
 def test_every_split_is_made_of_whole_tiles(target, itemsize):
     """What lets the number of splits, and so every size, ignore the tile."""
     config = shipped_config(target, itemsize)
-    for kernel in ("forward", "gradient"):
-        for tile in (tile for K in (64, 1536) for tile in config.candidates(kernel, K)):
-            assert config.split.samples % tile.block_n == 0
+    for kernel, K in itertools.product(("forward", "gradient"), (64, 512, 513)):
+        tiles = config.candidates(kernel, K)
+        assert all(config.split.samples % tile.block_n == 0 for tile in tiles)
+        assert K <= 512 or not any(tile.resident for tile in tiles), "they would not fit"
 
 
 @pytest.mark.parametrize("N", [0, 1, 127, 128, 129, 2048, 5000, 10_000_000])
@@ -132,9 +133,3 @@ def test_more_than_the_kernels_can_count_is_refused(x, M, message):
     x, A = torch.zeros(1, 1, 1).expand(x), torch.zeros(1, 1).expand(1, M)
     with pytest.raises(ValueError, match=message):
         forward.table_sums(x, A, None, torch.zeros(17), make_plan(17, 0.2), CONFIG, "ieee")
-
-
-def test_a_measurement_is_the_mean_of_the_calls_after_the_first(monkeypatch):
-    clock, calls = iter([10.0, 16.0]), []
-    monkeypatch.setattr(autotune, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert autotune.measure(lambda: calls.append(None)) == 6.0 / (len(calls) - 1)

@@ -9,7 +9,7 @@ import json
 
 import kernel_report
 import pytest
-from kernel_report import PLAIN, TILED, Size, color_kernels, compile_kernel, step_kernels
+from kernel_report import PLAIN, SHARED_BYTES, TILED, Size, color_kernels, compile_kernel, step_kernels
 
 from lejepa_fast.kernels.configs import shipped_config
 from lejepa_fast.kernels.runtime import interpreting
@@ -28,23 +28,23 @@ def budgets():
     return json.loads(kernel_report.BUDGETS.read_text())
 
 
-def check_budgets(rows, budgets):
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [
+        (None, None),
+        ("sm_80", "fp16"),
+        ("sm_89", "bf16"),
+        ("sm_90", "fp32"),
+        ("sm_100", "bf16"),
+        ("gfx942", "fp32"),
+    ],
+)
+def test_shipped_configurations_keep_their_budgets(target, dtype, report, budgets):
+    """Every tile of `report`; elsewhere one of each kernel."""
+    rows = kernel_report.report(target, [dtype], which="first") if target else report
     assert kernel_report.violations(rows, budgets) == []
     assert {row["kernel"] for row in rows} == {*TILED.values(), *PLAIN.values()}
     assert all(row["tensor_kind"] for row in rows if row["kernel"] in TILED.values())
-
-
-def test_shipped_configurations_keep_their_budgets_on_sm_90(report, budgets):
-    check_budgets(report, budgets)
-
-
-@pytest.mark.parametrize(
-    ("target", "dtype"),
-    # sm_80 takes the tiles of sm_89 with more shared memory, see also `test_float16_on_other_targets`.
-    [("sm_90", "fp32"), ("sm_89", "bf16"), ("sm_100", "bf16"), ("gfx942", "fp32")],
-)
-def test_one_tile_of_each_kernel_keeps_its_budget_on(target, dtype, budgets):
-    check_budgets(kernel_report.report(target, [dtype], which="first"), budgets)
 
 
 def test_the_reference_size_on_sm_90_keeps_the_hard_limits(report):
@@ -90,43 +90,37 @@ def test_predictions_stand_beside_measurements(report, monkeypatch, tmp_path, ca
     assert f"{total:.0f}" in next(line for line in printed.splitlines() if "reference bf16" in line).split()
 
 
-def test_sizes_whose_backward_is_one_kernel():
+@pytest.mark.parametrize(
+    ("K", "M", "slice_grad", "fuses"),
+    [
+        (256, 1024, False, True),
+        (33, 70, False, True),  # small ones of any size
+        (256, 1040, False, False),  # sizes that do not fill the tiles
+        (200, 1024, False, False),
+        (256, 1024, True, False),  # float32 products
+        (512, 1024, False, False),
+    ],
+)
+def test_sizes_whose_backward_is_one_kernel(K, M, slice_grad, fuses):
     """On sm_90 where two programs fit on a multiprocessor; no buffer for dT/dp then."""
-    config = shipped_config("sm_90", 2)
-    assert config.fuses(256, 1024)
-    assert config.fuses(33, 70), "small ones of any size"
-    assert not config.fuses(256, 1040), "sizes that do not fill the tiles"
-    assert not config.fuses(200, 1024)
-    assert not config.fuses(256, 1024, slice_grad=True), "float32 products"
-    assert not config.fuses(512, 1024)
+    assert shipped_config("sm_90", 2).fuses(K, M, slice_grad=slice_grad) == fuses
 
 
-def test_the_gate_finds_what_it_is_for(report, budgets):
-    """A spill, lost tensor-core instructions, projections worked on twice, too many instructions, too much
-    shared memory: planted."""
-    good = [row for row in report if (row["kernel"], row["K"]) == ("forward", 512)]
-    assert len(good) == 1
-    slow, unknown = {"per_sample": {"fp32": 78.0}}, {"uneven": "without a budget"}
-    wrong = (
+@pytest.mark.parametrize(
+    "change",
+    [
         {"spills": 2},
         {"stack_bytes": 8},
         {"tensor_kind": "HMMA"},
-        {"repeated": 2.0},
+        {"repeated": 2.0},  # projections worked on twice
         {"shared_bytes": 1 << 18},
-    )
-    for change in (*wrong, slow, unknown):
-        assert len(kernel_report.violations([good[0] | change], budgets)) == 1, change
-
-
-@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
-def test_float16_on_other_targets(target):
-    """The gradient times a power of two, which other dtypes do without."""
-    for name in ("fused", "product"):
-        size = kernel_report.REFERENCE._replace(K=64)
-        kernel = step_kernels(target, "fp16", size, fused=name == "fused")[name]
-        row = kernel_report.inspect(compile_kernel(kernel, target), target)
-        assert row["spills"] == 0
-        assert row["tensor_kind"] in ("HMMA", "MFMA")
+        {"per_sample": {"fp32": 78.0}},
+        {"uneven": "without a budget"},
+    ],
+)
+def test_the_gate_finds_planted_faults(change, report, budgets):
+    (good,) = (row for row in report if (row["kernel"], row["K"]) == ("forward", 512))
+    assert len(kernel_report.violations([good | change], budgets)) == 1
 
 
 def test_sizes_of_one():
@@ -134,9 +128,7 @@ def test_sizes_of_one():
     kernels = step_kernels("sm_90", "bf16", Size(1, 1, 1, 1), fused=True)
     assert kernels.keys() == {"directions", "forward", "statistic", "sum", "fused"}
     for kernel in kernels.values():
-        assert compile_kernel(kernel, "sm_90").metadata.shared <= kernel_report.SHARED_BYTES["sm_90"], (
-            kernel.name
-        )
+        assert compile_kernel(kernel, "sm_90").metadata.shared <= SHARED_BYTES["sm_90"], kernel.name
 
 
 def test_the_color_kernels_keep_pixels_in_registers():

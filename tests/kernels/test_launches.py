@@ -7,18 +7,12 @@ from torch import Tensor
 
 from lejepa_fast import sigreg, standard_normal_knots
 from lejepa_fast.kernels import runtime
-from lejepa_fast.kernels.runtime import interpreting
 
 pytestmark = [
-    pytest.mark.skipif(interpreting(), reason="the interpreter replaces the compiler"),
+    pytest.mark.skipif(runtime.interpreting(), reason="the interpreter replaces the compiler"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has a driver of its own"),
 ]
 KNOTS = standard_normal_knots()
-
-
-def step(x, A, scale, phi, weights, options):
-    x = x.requires_grad_()
-    sigreg(x, A, KNOTS.t, phi, weights, impl="triton", scale=scale, **options).sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -36,34 +30,28 @@ def test_kept_launches_pass_the_arguments_of_the_first(shape, dtype, options):
 
     def inputs():
         x, A = torch.randn(shape, dtype=dtype), torch.randn(shape[2], 32).to(dtype)
-        return x, A, torch.rand(32), torch.rand(17), torch.rand(17), options
+        return x, A, torch.rand(32), torch.rand(17), torch.rand(17)
 
-    first, second = inputs(), inputs()
-    first = (*first[:4], first[3], options)  # one tensor for two arguments
+    def step(x, A, scale, phi, weights):
+        """Its launches. A tensor is told by its type, and by its place among the inputs."""
+        places = {t.data_ptr(): place for place, t in enumerate((x, A, scale, phi, weights))}
+        launches.clear()
+        x = x.requires_grad_()
+        sigreg(x, A, KNOTS.t, phi, weights, impl="triton", scale=scale, **options).sum().backward()
+        return [(name, grid, [told(value, places) for value in values]) for name, grid, values in launches]
+
+    def told(value, places):
+        if not isinstance(value, Tensor):
+            return value
+        return value.dtype, value.shape, value.stride(), places.get(value.data_ptr())
+
     launches: list[tuple] = []
-
-    def steps(*all_inputs):
-        """The launches of the last step. A tensor is told by its type, and by its place among the inputs."""
-        for given in all_inputs:
-            launches.clear()
-            step(*given)
-        places = {tensor.data_ptr(): place for place, tensor in enumerate(given[:5])}
-        return [
-            (
-                name,
-                grid,
-                [
-                    (v.dtype, v.shape, v.stride(), places.get(v.data_ptr())) if isinstance(v, Tensor) else v
-                    for v in values
-                ],
-            )
-            for name, grid, values in launches
-        ]
-
+    first, second = inputs(), inputs()
     with standing_in(lambda *launch: launches.append(launch)):
-        expected = steps(second)
+        expected = step(*second)
         runtime._launches.clear()
-        assert steps(first, second) == expected
+        step(*first[:4], first[3])  # one tensor for two arguments
+        assert step(*second) == expected
         assert len(runtime._launches) == len(expected)
-    named = {v[3] for _, _, values in expected for v in values if isinstance(v, tuple)}
+    named = {value[3] for _, _, values in expected for value in values if isinstance(value, tuple)}
     assert named >= {0, 1, 2, 3, 4}  # all inputs were told apart

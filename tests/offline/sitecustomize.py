@@ -5,13 +5,14 @@ it (Python imports `sitecustomize` at its start). What C++ opens (gloo, torchrun
 """
 
 import errno
+import functools
 import ipaddress
 import os
 import socket
+from collections.abc import Callable
 from typing import Any
 
-_connect, _connect_ex = socket.socket.connect, socket.socket.connect_ex
-_sendto, _getaddrinfo = socket.socket.sendto, socket.getaddrinfo
+_getaddrinfo = socket.getaddrinfo
 
 
 def _is_here(host: Any) -> bool:
@@ -31,35 +32,27 @@ def _is_here(host: Any) -> bool:
         return False
 
 
-def _refuse_unless_here(address: Any) -> None:
-    if isinstance(address, tuple) and not _is_here(address[0]):
+def _here_alone(call: Callable[..., Any], host_of: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which refuses calls for a host elsewhere. None stands for no host."""
+
+    @functools.wraps(call)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        host = host_of(*arguments)
+        if _is_here(host):
+            return call(*arguments, **options)
         if "NETWORK_ATTEMPTS" in os.environ:  # a file: the program may hide the error
             with open(os.environ["NETWORK_ATTEMPTS"], "a") as file:
-                file.write(f"{address[0]}\n")
-        raise OSError(errno.ENETUNREACH, f"tests run without a network, and this one asks for {address[0]}")
+                file.write(f"{host}\n")
+        raise OSError(errno.ENETUNREACH, f"tests run without a network, and this one asks for {host}")
+
+    return checked
 
 
-def _checked_connect(self: socket.socket, address: Any) -> None:
-    _refuse_unless_here(address)
-    _connect(self, address)
+def _host_of_address(*arguments: Any) -> Any:
+    """Of methods whose last argument is an address: a tuple, or the path of a Unix socket."""
+    return arguments[-1][0] if isinstance(arguments[-1], tuple) else None
 
 
-def _checked_connect_ex(self: socket.socket, address: Any) -> int:
-    _refuse_unless_here(address)
-    return _connect_ex(self, address)
-
-
-def _checked_sendto(self: socket.socket, data: Any, *rest: Any) -> int:
-    _refuse_unless_here(rest[-1])
-    return _sendto(self, data, *rest)
-
-
-def _checked_getaddrinfo(host: Any, *rest: Any, **options: Any) -> Any:
-    _refuse_unless_here((host,))
-    return _getaddrinfo(host, *rest, **options)
-
-
-socket.socket.connect = _checked_connect  # type: ignore[method-assign]
-socket.socket.connect_ex = _checked_connect_ex  # type: ignore[method-assign]
-socket.socket.sendto = _checked_sendto  # type: ignore[method-assign, assignment]
-socket.getaddrinfo = _checked_getaddrinfo
+for _name in ("connect", "connect_ex", "sendto"):
+    setattr(socket.socket, _name, _here_alone(getattr(socket.socket, _name), _host_of_address))
+socket.getaddrinfo = _here_alone(_getaddrinfo, lambda host, *_: host)
