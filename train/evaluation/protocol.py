@@ -6,8 +6,9 @@ the trained encoder, and `evaluate_untrained` for the baseline.
 
 import functools
 import logging
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ class EvalResult:
     """Which classes have fewer images than that asks for."""
     gaussian: bool = True
     """Whether the training draws `z_val` to a standard Gaussian: not so of I-JEPA."""
+    seconds: float = field(default=0.0, compare=False)
+    """Time that the evaluation took by the clock, in seconds."""
 
     @property
     def verdict(self) -> collapse.Verdict:
@@ -147,6 +150,7 @@ def evaluate_model(
         UsageError: a source is empty, or has fewer than 2 validation images.
         RunError: the model gives NaN or infinite embeddings.
     """
+    began = time.perf_counter()
     check_validation_images(val_source, cfg)
     device = torch.device(device)
     settings = cfg.eval
@@ -242,6 +246,7 @@ def evaluate_model(
         k=settings.k,
         no_labels_because=no_labels_because,
         gaussian=cfg.objective != "ijepa",
+        seconds=time.perf_counter() - began,
         **figures,
     )
 

@@ -232,6 +232,7 @@ def _summary(
         "state": trained.verdict.state,
         "verdict": trained.verdict.sentence,
         "images_per_second": float(np.median(speeds)) if len(speeds) else None,
+        "evaluation_seconds": round(untrained.seconds + trained.seconds, 1),
         "steps": steps,
         "seed": config["seed"],
         "image_size": trained.image_size,

@@ -51,6 +51,7 @@ def result(z, knn, linear):
         n_val=len(z),
         image_size=64,
         k=20,
+        seconds=1.5,
         **(unknown if knn is None else known),
     )
 
@@ -152,6 +153,7 @@ def test_summary_has_the_promised_keys_and_types(written):
     expected |= {"evaluation_data": "/data/birds", "evaluation": CONFIG["eval"], "num_classes": 6}
     expected |= {"probe_images": 300, "val_images": 80, "effective_rank_limit": 12}
     expected |= {"rank_low_below": 6.0, "rank_collapsed_below": 2.0, "collapsed": False, "state": "healthy"}
+    expected["evaluation_seconds"] = 3.0  # of both encoders
     expected["embedding_std"] = pytest.approx(collapse.embedding_std(randn(80, 12)))
     expected["rankme"] = pytest.approx(collapse.rankme(randn(80, 12)))
     assert {key: summary[key] for key in expected} == expected
