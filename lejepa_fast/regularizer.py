@@ -228,6 +228,11 @@ class SIGReg(nn.Module):
             self._place_knots()
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._placed_knots.t.device != self.step.device:  # the step came with assign=True
+            self._place_knots()
+
     def extra_repr(self) -> str:
         J = self._knots.t.shape[0]
         impl = f"{self.impl!r} -> {self.chosen_impl!r}" if self.impl == "auto" else repr(self.impl)
