@@ -134,7 +134,7 @@ _CASES = _script("sigreg_bench.py", "--rehearse", "--repeats", "2", "--cases", F
 REHEARSAL = (
     Stage("sigreg", 1, 90, _CASES, "sigreg.jsonl", "reference-bfloat16"),
     Stage("tiles", 1, 70, _script("tiles_bench.py", "--rehearse"), _TILES),
-    Stage("kernel tests", 2, 100, _tests("kernels/kernel_tiles.py", only="partial_sums")),
+    Stage("kernel tests", 2, 100, _tests("kernels/kernel_accuracy.py", only="partial_sums")),
     Stage("training, 50 steps", 2, 30, _script("train_bench.py", "--rehearse", "--smoke"), "train.jsonl"),
 )
 
