@@ -7,16 +7,8 @@ loops below. The loops run on PyTorch's own OpenMP threads: a second pool would 
 threads spin for milliseconds after a product. One thread adds up a direction, in a fixed order, so that
 results do not depend on the number of threads.
 
-With `u = spacing * p` and `z = exp(iu)`, every `z^j` is a small power times a large one: j = 7a + b, babies
-z^b with |b| <= 3 and giants Z_a = z^(7a). So two sines and cosines and J / 7 complex products replace J sines
-and cosines. The sums over samples of products of a giant's and a baby's parts give those of all knots:
-
-    cos(ju) = cos(7au) cos(bu) - sin(7au) sin(bu)      sin(ju) = sin(7au) cos(bu) + cos(7au) sin(bu)
-
-The gradient series sum_j alpha_j cos(ju) + beta_j sin(ju) is the same bilinear form with the roles turned
-round. The rounding error of a power grows like a + b; that of c_{k+1} = 2 c_1 c_k - c_{k-1} like j^2.
-
-A table holds, for the giants 1, Z_1, Z_2, ..., a row for the real and one for the imaginary part, and
+The mathematics is that of `streaming.py` with babies z^b, |b| <= 3, and giants Z_a = z^(7a) for any number of
+knots. A table holds, for the giants 1, Z_1, Z_2, ..., a row for the real and one for the imaginary part, and
 in columns 0 to 3 and 4 to 7 the real and imaginary parts of the babies 1, z, z^2, z^3.
 """
 

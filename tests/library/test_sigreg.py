@@ -133,9 +133,15 @@ CASES = {
 }
 
 
+@pytest.fixture(params=["Numba where it is there", "PyTorch alone"])
+def compiler(request, monkeypatch):
+    if request.param == "PyTorch alone":
+        monkeypatch.setattr("lejepa_fast.streaming.compiled_tiles", lambda: None)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_accuracy_over_shapes(case):
-    """By what Numba compiles, and by PyTorch operations, which take knots at any place."""
+def test_accuracy_over_shapes(case, compiler):
+    """By what Numba compiles, and by PyTorch operations, for equidistant knots and for those at any place."""
     x, A = CASES[case]()
     for knots in (standard_normal_knots(3.0, 5), arbitrary_knots(3)):
         for unbiased in (False, True) if x.shape[-2] > 1 else (False,):
@@ -143,7 +149,7 @@ def test_accuracy_over_shapes(case):
 
 
 @pytest.mark.parametrize("J", [*range(1, 13), 16, 17, 18, 31, 33, 64, 65])
-def test_accuracy_over_numbers_of_knots(J):
+def test_accuracy_over_numbers_of_knots(J, compiler):
     """Also the spacings 3/(J-1) that float32 cannot represent, slice by slice; and knots at any place."""
     check_accuracy(*problem(300, 8, M=12), standard_normal_knots(3.0, J), impl="torch", reduction=None)
     check_accuracy(*problem(2, 40, 8, M=12), arbitrary_knots(J), impl="torch")
@@ -151,7 +157,7 @@ def test_accuracy_over_numbers_of_knots(J):
 
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 10.0, 1e3, 1e4])
 @pytest.mark.parametrize("J", [9, 17, 65])
-def test_accuracy_over_sizes_of_projections(scale, J):
+def test_accuracy_over_sizes_of_projections(scale, J, compiler):
     """From nearly collapsed to |p| of 1e4, where sine and cosine need their range reduced.
 
     Each direction counts: in their mean the rounding errors of the reference may cancel by chance.
