@@ -296,6 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_tests(options.tests)
     if options.cache and not any(options.cache.glob("*/*.cubin")):
         parser.error(f"--cache: expected a folder that bake_cache.py has filled, got {options.cache}")
+    if options.minutes is not None and options.minutes <= 0:
+        parser.error(f"--minutes: expected a positive number, got {options.minutes:g}")
     if not options.rehearse and not torch.cuda.is_available():
         print("error: PyTorch finds no GPU here; --rehearse runs the stages on the CPU", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ float32, normalized, with the same number of workers or threads, and take turns 
 DALI, DALI decodes and augments there, and every loader's batches end on the GPU. Rows go to DIR/loader.jsonl.
 """
 
+import contextlib
 import gc
 import os
 import re
@@ -295,8 +296,11 @@ def measure_speed(
 def resident_mib() -> float:
     """Memory of this process and its children in MiB, without files; what they share counts once."""
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-    rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in ["self", *children.split()]]
-    kibibytes = re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+)", "\n".join(rollups), re.MULTILINE)
+    kibibytes: list[str] = []
+    for pid in ("self", *children.split()):
+        with contextlib.suppress(OSError):  # it has ended
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            kibibytes += re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+)", rollup, re.MULTILINE)
     return sum(map(int, kibibytes)) / 1024
 
 

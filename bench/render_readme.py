@@ -5,6 +5,7 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; what is between is 
 
 import re
 from collections.abc import Callable, Sequence
+from string import Formatter
 
 from architectures_bench import MODELS, counts
 from benchlib import RESULTS, ROOT, Row, cells, read_rows
@@ -75,6 +76,11 @@ def simple(name: str, columns: dict[str, str], **wanted: object) -> str:
     """A line for each row that the last command and commit measured; a column is a format of the row."""
     rows = rows_of(name, **wanted)
     last = [row for row in rows if all(row[k] == rows[-1][k] for k in ("commit", "command"))]
+    named = {
+        name.split("[")[0] for form in columns.values() for _, name, *_ in Formatter().parse(form) if name
+    }
+    if missing := named - {key for row in last for key in row}:
+        raise KeyError(f"{name}: no row has {', '.join(sorted(missing))}")
     return markdown(list(columns), list({line[0]: line for line in cells(last, columns)}.values()), rows[-1])
 
 

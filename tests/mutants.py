@@ -156,9 +156,12 @@ def pass_tests(copy: Path, target: Target) -> bool:
         env |= {"PYTHONDONTWRITEBYTECODE": "1", "NUMBA_CACHE_DIR": str(copy / ".numba")}
         command = [sys.executable, "-m", "pytest", *PYTEST, *files]
         with open(copy / "output.txt", "w") as output:
-            run = subprocess.run(command, cwd=copy, env=env, stdout=output, stderr=output, check=False)
-        if run.returncode:
-            return False
+            try:
+                subprocess.run(
+                    command, cwd=copy, env=env, stdout=output, stderr=output, check=True, timeout=3600
+                )
+            except subprocess.SubprocessError:  # they fail, or do not end
+                return False
     return True
 
 

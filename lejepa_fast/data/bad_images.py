@@ -63,6 +63,7 @@ class BadImages:
             if not (usable and os.access(existing, os.R_OK | os.W_OK)):
                 raise UsageError(f"bad_images: cannot write {file}; choose another file, or check its rights")
         self._read()
+        self._listed = len(self._reasons)  # known before this start
 
     def __contains__(self, index: int) -> bool:
         return index in self._reasons
@@ -97,6 +98,7 @@ class BadImages:
             if write:
                 self._append(new)
             self._reasons.update(new)
+            self._listed = len(self._reasons)
 
     def begin_epoch(self) -> None:
         """Read what other ranks have listed. Raises `RunError` when there are too many bad images."""
@@ -131,12 +133,13 @@ class BadImages:
         if not count or count <= max(self._max_bad_fraction * total, self._max_bad_fraction > 0):
             return
         index, reason = next(reversed(self._reasons.items()))
-        way_out = ", or raise max_bad_fraction" if self._max_bad_fraction else ""  # 0: what needs all images
+        listed = f" ({self._listed} of them listed before this start)" if self._listed else ""
+        way_out = "and begin with an empty list" if self._listed else "(`lejepa-data verify` lists all)"
+        way_out += ", or raise max_bad_fraction" if self._max_bad_fraction else ""  # 0: what needs all images
         raise RunError(
-            f"{count} of {total} images are bad, more than the allowed "
+            f"{count} of {total} images are bad{listed}, more than the allowed "
             f"{100 * self._max_bad_fraction:g} % (max_bad_fraction); the last one: "
-            f"{printable(self._source.describe(index))}: {reason}; repair or remove them "
-            f"(`lejepa-data verify` lists all) and begin with an empty list{way_out}"
+            f"{printable(self._source.describe(index))}: {reason}; repair or remove them {way_out}"
         )
 
     def _read(self) -> None:

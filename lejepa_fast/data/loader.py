@@ -106,16 +106,18 @@ class _Loader:
         return self._backend.name
 
     def close(self) -> None:
-        """End the pass under way, and its worker processes.
+        """End the pass under way and the worker processes. A later pass starts new ones.
 
         Without it they end when the loader is freed. In a circle of references Python frees the queues to the
         workers first, and PyTorch then waits 5 s for each worker.
         """
         if self._batches is not None:
             self._batches.close()
+        self._backend.close()
 
     def _pass(self, keys: Iterable[BatchKey]) -> Iterator[tuple[list[Tensor], Tensor]]:
-        self.close()
+        if self._batches is not None:
+            self._batches.close()
         self._bad.begin_epoch()
         current = self._batches = self._backend.batches(keys, self._bad)
         try:

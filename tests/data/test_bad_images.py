@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import re
 import resource
@@ -34,7 +35,8 @@ from loader_backends import (
 from odd_files import bad_huffman, saved
 from PIL import Image
 
-from lejepa_fast.data import MultiCropLoader, eval_loader, multicrop_loader
+from lejepa_fast.data import MultiCropLoader, bad_images, eval_loader, multicrop_loader, open_source
+from lejepa_fast.data.backends import choose_backend
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.sampler import EpochSchedule
 from lejepa_fast.data.sources import FolderSource, ImageSource, UnreadableImageError, outages
@@ -99,16 +101,18 @@ def listed(file: Path) -> dict[str, str]:
 # --- substitutes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 2, 12, 97])
+@pytest.mark.parametrize("count", [1, 2, 12, 97, 360])
 def test_substitutes_differ_and_reach_every_image(count):
     strides = set()
     for seed, epoch in ((0, 0), (0, 1), (1, 0), (-5, 7)):
         views = TrainViews(NumberedSource(count), RECIPE, seed)
         firsts = [views.substitute(epoch, index) for index in range(count)]
         assert sorted(firsts) == list(range(count))  # different bad images get different substitutes
-        seen = [0]
-        while len(seen) < count:
-            seen.append(firsts[seen[-1]])
+        seen, index = [], 0
+        for _ in range(count):
+            seen.append(index)
+            index = views.substitute(epoch, index)
+        assert index == 0
         assert sorted(seen) == list(range(count))
         strides.add(firsts[0])
     assert len(strides) > 1 or count <= 2  # the seed and the epoch tell
@@ -143,7 +147,7 @@ def test_unreadable_and_small_images_are_listed_and_replaced(tmp_path, backend, 
     loaders = loaders_of(source, 1, 8, **options)
     assert steps_of(loaders)[0] == expected_steps(source, lasting, 8)
     assert file.read_text() == before
-    # So does a state.
+    # A state teaches workers that live already.
     state = loaders[0].state_dict() | {"bad": [[index, "broken"] for index in (20, 21, 22)]}
     loaders[0].load_state_dict(state)
     assert steps_of(loaders)[0] == expected_steps(source, lasting | {20, 21, 22}, 8, 1)
@@ -221,16 +225,20 @@ def test_a_resumed_run_lists_what_it_knows_in_a_new_file(tmp_path):
     assert listed(file) == {source.name_of(index): reason for index, reason in state["bad"]}
 
 
-def test_ranks_read_what_others_met_when_an_epoch_begins(tmp_path):
+def test_ranks_read_what_others_met_when_an_epoch_begins(tmp_path, backend):
     source = damaged_folder(tmp_path / "images")
-    ranks = loaders_of(source, 2, 6, backend="torchvision", bad_images=tmp_path / "bad_images.txt")
+    file = tmp_path / "bad_images.txt"
+    ranks = loaders_of(source, 2, 6, **on(backend), bad_images=file)
     steps_of(ranks)
-    met = {index for rank in ranks for index in rank.bad_images}
-    assert met > set(ranks[0].bad_images)
+    before = file.read_text()
+    assert steps_of(ranks)[0] == expected_steps(source, BAD, 12, 1)
+    assert file.read_text().startswith(before)
+    met = {source.describe(index) for index in BAD}
+    assert {line.partition("\t")[0] for line in before.splitlines()} <= met
+    known = {line.split("\t")[1] for line in file.read_text().splitlines()}
     for rank in ranks:
         next(iter(rank))
-        assert met <= set(rank.bad_images)
-    assert steps_of(ranks)[0] == expected_steps(source, BAD, 12, 1)
+        assert known <= set(map(str, rank.bad_images))
 
 
 # --- too many -----------------------------------------------------------------------------------
@@ -241,7 +249,6 @@ def test_too_many_bad_images_stop_the_run(tmp_path, backend):
     # Threads may find more before they are told to stop.
     (loader,) = loaders_of(source, 1, 79, **on(backend), max_bad_fraction=0.05)
     last = rf"{tmp_path}/images/0\d\d\.png: .+; repair or remove them \(`lejepa-data verify` lists all\)"
-    last += " and begin with an empty list"
     allowed = r"more than the allowed 5 % \(max_bad_fraction\)"
     message = rf"[4-7] of 79 images are bad, {allowed}; the last one: {last}"
     with pytest.raises(RunError, match=rf"^{message}, or raise max_bad_fraction$"):
@@ -255,45 +262,57 @@ def test_too_many_bad_images_stop_the_run(tmp_path, backend):
 
 
 @pytest.mark.parametrize("known_by", ["file", "state"])
-def test_too_many_bad_images_of_before_stop_the_run(tmp_path, known_by):
+def test_too_many_bad_images_of_before_are_told_as_such(tmp_path, known_by):
     source = damaged_folder(tmp_path / "images")
     file = tmp_path / "bad_images.txt"
     state = steps_of(loaders_of(source, 1, 79, backend="torchvision", bad_images=file))[1]
-    options = {"bad_images": file} if known_by == "file" else {}
-    (resumed,) = loaders_of(source, 1, 8, backend="torchvision", max_bad_fraction=0.05, **options)
+    options = {"bad_images": file if known_by == "file" else None, "max_bad_fraction": 0.05}
+    (resumed,) = loaders_of(source, 1, 8, backend="torchvision", **options)
     if known_by == "state":
         resumed.load_state_dict(state)
-    with pytest.raises(RunError, match=r"^7 of 79 .*begin with an empty list"):
+    message = r"^7 of 79 images are bad \(7 of them listed before this start\).*begin with an empty"
+    with pytest.raises(RunError, match=message):
         next(iter(resumed))
 
 
 # --- odd files ----------------------------------------------------------------------------------
 
 
-def shard_of(source: FolderSource, path: Path) -> ShardSource:
-    """Its files in a shard."""
+def shard_of(source: FolderSource, path: Path, huge: int = 0) -> ShardSource:
+    """Its files in a shard. huge: size of one more member at the end, which takes no space."""
     path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    with open(path, "wb") as opened, tarfile.open(fileobj=opened, mode="w") as tar:
         for index in range(len(source)):
             tar.add(source.describe(index), f"{index}.png")
+        if huge:
+            info = tarfile.TarInfo("huge.png")
+            info.size = huge
+            tar.addfile(info)
+            opened.seek(huge, os.SEEK_CUR)
+            tar.offset += huge
     return ShardSource([path])
 
 
-def test_huge_files_pipes_and_devices_are_not_read(tmp_path, backend):
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+def test_huge_files_pipes_and_devices_are_not_read(tmp_path, backend, kind):
     """Reading a pipe would wait for a writer forever, reading a device would never end."""
-    root, file = numbered_folder(tmp_path / "images" / "ant", 9).root, tmp_path / "bad_images.txt"
-    (root / "huge.png").touch()
-    os.truncate(root / "huge.png", 200 << 30)
-    os.mkfifo(root / "pipe.png")
-    (root / "zero.png").symlink_to("/dev/zero")
-    options = {**on(backend), "bad_images": file, "max_bad_fraction": 0.3}
-    images = eval_loader(FolderSource(root.parent), image_size=8, batch_size=12, **options)
-    assert [len(batch) for batch, _ in images] == [9]
-    assert listed(file) == {
-        "huge.png": "204,800 MiB, more than the 256 that an image file may have",
-        "pipe.png": "a pipe or device, not a file",
-        "zero.png": "a pipe or device, not a file",
-    }
+    root, size = tmp_path / "images" / "ant", 200 << 30
+    source: ImageSource = numbered_folder(root, 9)
+    if kind == "folder":
+        (root / "huge.png").touch()
+        os.truncate(root / "huge.png", size)
+        os.mkfifo(root / "pipe.png")
+        (root / "zero.png").symlink_to("/dev/zero")
+        source = FolderSource(root.parent)
+    else:
+        source = shard_of(source, tmp_path / "a.tar", size)
+    options = {**on(backend), "bad_images": tmp_path / "bad_images.txt", "max_bad_fraction": 0.3}
+    assert [len(batch) for batch, _ in eval_loader(source, image_size=8, batch_size=12, **options)] == [9]
+    reasons = (
+        dict.fromkeys(("pipe.png", "zero.png"), "a pipe or device, not a file") if kind == "folder" else {}
+    )
+    reasons["huge.png"] = "204,800 MiB, more than the 256 that an image file may have"
+    assert {name.split()[-1]: why for name, why in listed(tmp_path / "bad_images.txt").items()} == reasons
 
 
 def test_only_regular_files_are_opened(tmp_path):
@@ -312,6 +331,35 @@ def test_only_regular_files_are_opened(tmp_path):
         assert (file.write(b"text"), file.seek(0), file.read()) == (4, 0, b"text")
 
 
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+def test_a_shortage_of_open_files_is_not_blamed_on_an_image(tmp_path, kind):
+    source: ImageSource = numbered_folder(tmp_path / "images", 3)
+    if kind == "shard":
+        source = shard_of(source, tmp_path / "a.tar")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    next_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(next_free)
+    views = EvalViews(source, 8)
+    calls = [lambda: source.load(1), lambda: source.image_size(1)]
+    if choose_backend.dali_fault(False) is None:
+        from lejepa_fast.data.backends.dali_backend import read_encoded
+
+        calls += [lambda: read_encoded(views, 0, 1), lambda: read_encoded(views, 0, 1, careful=True)]
+    if kind == "shard":
+        calls.append(lambda: ShardSource([tmp_path / "a.tar"]))
+    said: list[str] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_free, hard))
+    try:
+        for call in calls:
+            try:
+                said.append(str(call()))
+            except Exception as error:
+                said.append(f"{type(error).__name__}: {error}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert all(re.match(r"RunError: .*raise the limit, 'ulimit -n'", text) for text in said), said
+
+
 # --- data that are away -------------------------------------------------------------------------
 
 
@@ -325,17 +373,14 @@ def waits(monkeypatch) -> list[float]:
 
 def refuse(number: int, place: Path, monkeypatch) -> None:
     """Opening this file or folder fails."""
+    opened = os.open
 
-    def refusing(call):
-        def called(path, *arguments, **options):
-            if Path(path) == place:
-                raise OSError(number, os.strerror(number), path)
-            return call(path, *arguments, **options)
+    def refusing(path, *arguments, **options):
+        if Path(path) == place:
+            raise OSError(number, os.strerror(number), path)
+        return opened(path, *arguments, **options)
 
-        return called
-
-    for name in ("open", "listdir"):
-        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    monkeypatch.setattr(os, "open", refusing)
 
 
 def linked(file: Path, target: str | Path) -> None:
@@ -364,36 +409,23 @@ HARM: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], object], str | None]]
 }
 
 
-@pytest.fixture(params=["folder", "shard"])
-def three(request, tmp_path) -> tuple[ImageSource, Path]:
-    """A source of three images, and the file of the second one."""
-    source = numbered_folder(tmp_path / "images", 3)
-    if request.param == "folder":
-        return source, Path(source.describe(1))
-    return shard_of(source, tmp_path / "shards" / "1.tar"), tmp_path / "shards" / "1.tar"
-
-
+@pytest.mark.parametrize("kind", ["folder", "shard"])
 @pytest.mark.parametrize("how", HARM)
-def test_data_that_are_away_are_waited_for_and_no_bad_image(how, three, monkeypatch, waits):
+def test_data_that_are_away_are_waited_for_and_no_bad_image(tmp_path, how, kind, monkeypatch, waits):
     """A file is bad while its folder is there. Of a shard, no image is to blame in any case."""
-    source, file = three
+    source: ImageSource = numbered_folder(tmp_path / "images", 3)
+    file = Path(source.describe(1))
+    if kind == "shard":
+        file = tmp_path / "shards" / "1.tar"
+        source = shard_of(source, file)
     harm, reason = HARM[how]
     harm(file, monkeypatch)
     with pytest.raises(RunError, match=rf"^cannot read image {file}") as caught:
         source.load(1)
-    bad = reason is not None and isinstance(source, FolderSource)
+    bad = reason is not None and kind == "folder"
     assert isinstance(caught.value, UnreadableImageError) == bad
     assert (reason if bad else "still after 4.5 s; check the disk") in str(caught.value)
     assert waits == ([] if bad else list(outages.RETRY_DELAYS))
-
-
-def test_a_shortage_of_open_files_is_not_blamed_on_an_image(three, monkeypatch, waits):
-    source, file = three
-    refuse(errno.EMFILE, file, monkeypatch)
-    for use in (source.load, source.image_size):
-        with pytest.raises(RunError, match=r"^cannot read image .*raise the limit, 'ulimit -n'"):
-            use(1)
-    assert waits == []
 
 
 def test_a_shard_is_waited_for_when_it_is_opened(tmp_path, monkeypatch, waits):
@@ -405,16 +437,19 @@ def test_a_shard_is_waited_for_when_it_is_opened(tmp_path, monkeypatch, waits):
             ShardSource([tmp_path / "1.tar"])
     assert waits == list(outages.RETRY_DELAYS)
     (tmp_path / "1.tar").unlink()
-    os.mkfifo(tmp_path / "1.tar")
+    os.mkfifo(tmp_path / "1.tar")  # at once, and not for ever
     with pytest.raises(RunError, match=r"1\.png: a pipe or device, not a file; put the file back"):
-        source.load(1)  # at once, and not for ever
+        source.load(1)
+    for start in (lambda: ShardSource([tmp_path / "1.tar"]), lambda: open_source(str(tmp_path), "train")):
+        with pytest.raises(UsageError, match=r"^cannot read the shard .*: a pipe or device, not a file"):
+            start()
     assert waits == list(outages.RETRY_DELAYS)
 
 
 class AwayArrays(list):
     """A torchvision data set that reads one file for all images, as PCAM does."""
 
-    targets = (0, 1, 2)
+    classes, targets = None, (0, 1, 2)
 
     def __getitem__(self, index: int) -> NoReturn:
         raise OSError("cannot open the file of all images")
@@ -426,16 +461,25 @@ def test_arrays_that_are_away_are_no_bad_images(waits):
     assert waits == list(outages.RETRY_DELAYS)
 
 
-@pytest.mark.parametrize("back", [True, False])
-@pytest.mark.parametrize(("name", "workers"), [*itertools.product(BACKENDS, [0]), ("torchvision", 1)])
-def test_a_folder_that_is_moved_away_in_mid_epoch_costs_no_image(tmp_path, name, workers, back, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "back"),
+    [
+        *itertools.product([*BACKENDS, "torchvision fork"], [True, False]),
+        ("torchvision spawn", False),  # takes seconds
+    ],
+)
+def test_a_folder_that_is_moved_away_in_mid_epoch_costs_no_image(tmp_path, where, back, monkeypatch):
+    name, _, method = where.partition(" ")
     skip_without(name)
+    if method:
+        context = multiprocessing.get_context(method)
+        monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", context)
     file = tmp_path / "bad_images.txt"
     source = AwayFolder(numbered_folder(tmp_path / "images", 12).root)
-    (loader,) = loaders_of(source, 1, 4, **on(name), num_workers=workers, bad_images=file)
-    source.back = back  # the loader has looked at some images
-    # Other threads wait until it is back, however long that takes.
-    monkeypatch.setattr(outages, "RETRY_DELAYS", (0.01,) * (100_000 if back else 2))
+    (loader,) = loaders_of(source, 1, 4, **on(name), num_workers=1 if method else 0, bad_images=file)
+    # The loader has looked at some images. Other threads wait until it is back, however long that takes.
+    source.back, source.delays = back, (0.01,) * (100_000 if back else 2)
+    monkeypatch.setattr(outages, "RETRY_DELAYS", source.delays)
     if back:
         steps, state = steps_of([loader])
         assert steps == expected_steps(source, (), 4)
@@ -539,8 +583,12 @@ def test_a_file_that_cannot_be_read_for_a_while_is_no_error(tmp_path, monkeypatc
     file = tmp_path / "bad_images.txt"
     one = bad_of(3, file)
     bad_of(3, file).add(1, "broken")
+
+    def stale(path: Path) -> bytes:
+        raise OSError(116, "Stale file handle")
+
     with monkeypatch.context() as patch:
-        refuse(errno.ESTALE, file, patch)
+        patch.setattr(bad_images, "open_regular", stale)
         one.begin_epoch()
     assert one.items() == []
     assert f"cannot read {file}: Stale file handle; going on without it" in caplog.text

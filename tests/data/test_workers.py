@@ -22,6 +22,7 @@ RECIPE = MultiCropRecipe(global_size=16, local_crops=0)
 # A small trainer. Image 40 and the following ones keep a worker busy for ever.
 TRAINER = """
 import multiprocessing, signal, sys, time
+from torch.utils.data import _utils
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader
 from loader_backends import NumberedSource
 
@@ -44,16 +45,29 @@ def begin():
 
 if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[1])
+    _utils.MP_STATUS_CHECK_INTERVAL = 0.5  # so long torch waits for a busy worker, and then it ends it
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     print("ready", flush=True)
     batches = begin()
+    if sys.argv[2] == "wait":
+        time.sleep(3600)
     batches.close()
     del batches
     batches = begin()
-    if sys.argv[2] == "killed":
-        time.sleep(3600)
 """
+
+
+def start_trainer(tmp_path: Path, method: str, task: str) -> subprocess.Popen[str]:
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    path = os.pathsep.join([os.environ["PYTHONPATH"], *sys.path])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    arguments = [sys.executable, str(script), method, task]
+    trainer = subprocess.Popen(arguments, start_new_session=True, text=True, env=environment, **pipes)
+    assert trainer.stdout.readline() == "ready\n"
+    return trainer
 
 
 def is_running(pid: int) -> bool:
@@ -70,24 +84,9 @@ def gone(pids: list[int], patience: float = 60.0) -> bool:
     return not any(map(is_running, pids))
 
 
-@pytest.mark.parametrize(("method", "end"), [("fork", "exit"), ("spawn", "killed"), ("forkserver", "killed")])
-def test_busy_workers_outlive_signals_to_the_group_and_end_with_the_loader_or_the_trainer(
-    tmp_path, method, end
-):
-    """Dropping the first loader ends its worker, too: of a fork server, the trainer's grandchild."""
-    (tmp_path / "trainer.py").write_text(TRAINER)
-    path = os.pathsep.join([os.environ["PYTHONPATH"], *sys.path])
-    trainer = subprocess.Popen(
-        [sys.executable, "trainer.py", method, end],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert trainer.stdout.readline() == "ready\n"
-    workers: list[int] = []
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_outlive_signals_to_the_group_and_die_with_the_trainer(tmp_path, method):
+    trainer = start_trainer(tmp_path, method, "wait")
     stop = threading.Event()
 
     def bombard() -> None:  # also while the workers start
@@ -95,26 +94,51 @@ def test_busy_workers_outlive_signals_to_the_group_and_end_with_the_loader_or_th
             for number in (signal.SIGTERM, signal.SIGINT):
                 os.killpg(trainer.pid, number)
 
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(bombard)
+        try:
+            workers = [int(pid) for pid in trainer.stdout.readline().split()]  # it has 20 batches
+        finally:
+            stop.set()
+    assert len(workers) == 1
+    assert all(map(is_running, workers))
+    trainer.kill()
     try:
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(bombard)
-            try:
-                for _ in range(2):  # the second one after 20 batches of the first, whose loader is dropped
-                    workers += [int(pid) for pid in trainer.stdout.readline().split()]
-            finally:
-                stop.set()
-        assert len(workers) == 2, trainer.communicate()
-        assert gone(workers[:1])
-        if end == "killed":
-            assert is_running(workers[1])
-            trainer.kill()
-        errors = trainer.communicate(timeout=120)[1]
-        assert "Traceback" not in errors
-        assert end == "killed" or (trainer.returncode, errors) == (0, "")
+        assert gone(workers)  # although they are busy
+    finally:
+        for pid in filter(is_running, workers):
+            os.kill(pid, signal.SIGKILL)
+    assert "Traceback" not in trainer.communicate()[1]
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])  # whose workers are the trainer's grandchildren
+def test_busy_workers_hold_up_neither_a_dropped_loader_nor_the_exit(tmp_path, method):
+    trainer = start_trainer(tmp_path, method, "leave")
+    try:
+        printed, errors = trainer.communicate(timeout=120)
+        assert (trainer.returncode, errors) == (0, "")
+        workers = [int(pid) for pid in printed.split()]
+        assert len(workers) == 2
         assert gone(workers)
     finally:
-        for pid in filter(is_running, [trainer.pid, *workers]):
-            os.kill(pid, signal.SIGKILL)
+        if trainer.poll() is None:
+            os.killpg(trainer.pid, signal.SIGKILL)
+
+
+ONE_WORKER = {"num_workers": 1, "backend": "torchvision"}
+
+
+def test_workers_survive_the_thread_that_started_them():
+    loader = multicrop_loader(NumberedSource(12), RECIPE, batch_size=4, **ONE_WORKER)
+
+    def one_pass() -> list[int]:
+        return sorted(label for _, targets in loader for label in targets.tolist())
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(one_pass).result() == list(range(12))
+    assert one_pass() == list(range(12))
+    # And the signals of this process are as before.
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGINT}
 
 
 class DyingSource(NumberedSource):
@@ -135,14 +159,17 @@ def test_a_dead_worker_is_explained(tmp_path):
     # PyTorch's handler, if a DataLoader of another test has installed it, would raise in mid-test. PyTorch
     # installs it once for each process, so it stays away.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    options = {"batch_size": 4, "num_workers": 1, "backend": "torchvision"}
-    made = multicrop_loader(DyingSource(tmp_path / "already"), RECIPE, **options)
+    made = multicrop_loader(DyingSource(tmp_path / "already"), RECIPE, batch_size=4, **ONE_WORKER)
     with pytest.raises(RunError, match=r"a data-loading worker died .* use fewer workers") as caught:
         list(made)
     assert "\n" not in str(caught.value)
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # no exceptions out of the blue
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGINT}
-    assert len(list(made)) == 3  # the next pass starts new workers
+    # The next pass starts new workers.
+    made.set_epoch(0)
+    expected = multicrop_loader(NumberedSource(12), RECIPE, batch_size=4, backend="torchvision")
+    for (views, targets), (whole, labels) in zip(made, expected, strict=True):
+        assert torch.equal(targets, labels)
+        assert all(map(torch.equal, views, whole))
 
 
 class ThreadCountSource(NumberedSource):

@@ -12,7 +12,7 @@ from torch.utils.data import _utils
 
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.data.backends.choose_backend import choose_backend
-from lejepa_fast.data.sources import FolderSource, ImageSource
+from lejepa_fast.data.sources import FolderSource, ImageSource, outages
 from lejepa_fast.errors import UsageError
 
 # So many seconds PyTorch waits for each worker of a loader that is dropped in a circle of references.
@@ -79,13 +79,16 @@ class NumberedFolder(FolderSource):
 
 
 class AwayFolder(NumberedFolder):
-    """Once `back` is set, the folder is moved away when image 5 is read. True: it comes back after a wait."""
+    """Once `delays` is set, it is moved away when image 5 is read; with `back` it is back after a wait."""
 
-    back: bool | None = None
+    delays: tuple[float, ...] = ()  # what `outages.RETRY_DELAYS` is to be
+    back = False
 
     def encoded(self, index: int) -> bytes:
         other, marker = self.root.with_name("away"), self.root.with_name("gone")
-        if self.back is not None and index == 5:
+        if self.delays:
+            outages.RETRY_DELAYS = self.delays  # here, because a worker may have been spawned
+        if self.delays and index == 5:
             if not marker.exists():
                 marker.touch()
                 self.root.rename(other)

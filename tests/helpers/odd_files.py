@@ -225,6 +225,7 @@ ODD: dict[str, Callable[[Image.Image], tuple[bytes, np.ndarray]]] = {
     "exif.jpg": lambda p: (saved(p, "JPEG", quality=95, exif=exif(6)), np.rot90(np.asarray(p), -1)),
     "exif.webp": lambda p: (saved(p, "WEBP", lossless=True, exif=exif(6)), np.rot90(np.asarray(p), -1)),
     "exif.png": lambda p: (saved(p, "PNG", exif=exif(6)), np.rot90(np.asarray(p), -1)),
+    "exif.tif": lambda p: (saved(p, "TIFF", exif=exif(6)), np.rot90(np.asarray(p), -1)),
     "rgb.jpg": lambda p: (saved(p, "JPEG", quality=95, keep_rgb=True), np.asarray(p)),
     "pixel.png": lambda p: (saved(p.crop((0, 0, 1, 1)), "PNG"), np.asarray(p)[:1, :1]),
     "png-inside.jpg": lambda p: (saved(p, "PNG"), np.asarray(p)),

@@ -127,6 +127,7 @@ def check_rule(x, A, knots, options):
     assert (factor * z.grad.double() / scale - exact.grad).norm() <= 2 * plain_grad + rounding
 
 
+@pytest.mark.timeout(1800)  # a GPU compiles several kernels for each case
 @pytest.mark.usefixtures("poisoned_memory")
 @settings(  # Always the same cases. A failing one is small already: shrinking it would take minutes.
     max_examples=200,
@@ -165,6 +166,10 @@ def test_generated_cases(case, leading, N, size, strength, bad, seed):
         else:
             x = x.contiguous()
             x.view(-1, N, case.K)[-1, N // 2, case.K // 2] = bad
+            x.requires_grad_()
             value = functional(x, A, knots, impl="triton", **{**options, "reduction": None})
             assert value.view(-1, case.M)[-1].isnan().all()
             assert value.view(-1, case.M)[:-1].isfinite().all(), "the other views are not touched"
+            value.sum().backward()
+            assert x.grad.view(-1, N, case.K)[-1].isnan().any()
+            assert x.grad.view(-1, N, case.K)[:-1].isfinite().all()

@@ -37,7 +37,7 @@ def _here_alone(call: Callable[..., Any], host_of: Callable[..., Any]) -> Callab
 
     @functools.wraps(call)
     def checked(*arguments: Any, **options: Any) -> Any:
-        host = host_of(*arguments)
+        host = host_of(*arguments, **options)
         if _is_here(host):
             return call(*arguments, **options)
         if "NETWORK_ATTEMPTS" in os.environ:  # a file: the program may hide the error
@@ -48,11 +48,11 @@ def _here_alone(call: Callable[..., Any], host_of: Callable[..., Any]) -> Callab
     return checked
 
 
-def _host_of_address(*arguments: Any) -> Any:
+def _host_of_address(*arguments: Any, **_: Any) -> Any:
     """Of methods whose last argument is an address: a tuple, or the path of a Unix socket."""
     return arguments[-1][0] if isinstance(arguments[-1], tuple) else None
 
 
 for _name in ("connect", "connect_ex", "sendto"):
     setattr(socket.socket, _name, _here_alone(getattr(socket.socket, _name), _host_of_address))
-socket.getaddrinfo = _here_alone(_getaddrinfo, lambda host, *_: host)
+socket.getaddrinfo = _here_alone(_getaddrinfo, lambda host, *_, **__: host)

@@ -57,6 +57,9 @@ class CpuBackend:
                 for part in parts:
                     part.cancel()
 
+    def close(self) -> None:
+        """Nothing to do: there are no processes."""
+
     def _start(self, key: BatchKey, bad: BadImages) -> _Pending:
         count, channels = len(key.indices), self._views.source.channels
         views = [

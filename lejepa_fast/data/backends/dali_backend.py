@@ -227,9 +227,10 @@ class DaliBackend:
             for _, parts in reads:
                 for part in parts:
                     part.cancel()
-            if self._running:  # their views would come out of the pipeline in the next pass
-                self._pipe = None
-                self._running.clear()
+            self._drain()
+
+    def close(self) -> None:
+        """Nothing to do: there are no processes."""
 
     def _read(self, key: BatchKey, bad: BadImages, *, careful: bool = False) -> list[Future[list[Encoded]]]:
         """Start reading the images of a batch, with good ones in the places of bad ones."""
@@ -313,6 +314,18 @@ class DaliBackend:
         for pixels in changed if turned else []:
             pixels[turned] = pixels[turned].transpose(1, 2)
         return [pixels.permute(0, 3, 1, 2) for pixels in changed]
+
+    def _drain(self) -> None:
+        """Take out what is inside DALI, so that the pipeline can be used again."""
+        try:
+            for batch in self._running:
+                if batch.rows and batch.refusal is None and self._pipe is not None:
+                    self._pipe.share_outputs()
+                    self._pipe.release_outputs()
+        except Exception as error:
+            log.debug("DALI failed on an abandoned batch: %s", error)
+            self._pipe = None
+        self._running.clear()
 
     def _build(self) -> Any:
         try:

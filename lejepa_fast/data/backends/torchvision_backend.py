@@ -14,11 +14,11 @@ from functools import partial
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
 from lejepa_fast.data import draws
-from lejepa_fast.data.backends.base import Loading, RawBatch
+from lejepa_fast.data.backends.base import Loading, RawBatch, give_memory_back
 from lejepa_fast.data.backends.workers import is_death, start_worker, starting
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.recipe import MultiCropRecipe
@@ -79,8 +79,12 @@ class Batches(Dataset):
 
     def __init__(self, views: TrainViews | EvalViews) -> None:
         self.views = views
+        self._epoch: int | None = None
 
     def __getitem__(self, key: BatchKey) -> tuple[RawBatch, list[_Fault]] | Exception:
+        if key.epoch != self._epoch:  # nothing else tells a worker that an epoch ended
+            self._epoch = key.epoch
+            give_memory_back()
         count = len(key.indices)
         views = [torch.empty((count, 3, size, size), dtype=torch.uint8) for size in self.views.sizes]
         batch = RawBatch(views, torch.empty(count, dtype=torch.int64))
@@ -117,44 +121,71 @@ def _without_known(views: Views, key: BatchKey, bad: BadImages) -> BatchKey:
     return BatchKey(key.epoch, tuple(index for index in found if index is not None))
 
 
+class _Feed(Sampler):
+    """The keys of the next pass, replaced before each: the workers live on."""
+
+    def __init__(self) -> None:
+        self.keys: Iterable[BatchKey] = ()
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        return iter(self.keys)
+
+
 class TorchvisionBackend:
     """Makes batches in `num_workers` processes, 0: in this one. See `base.Backend`.
 
-    The processes live for one pass. Each makes `prefetch` batches ahead of the trainer.
+    Each worker makes `prefetch` batches ahead of the trainer.
     """
 
     name = "torchvision"
 
     def __init__(self, views: TrainViews | EvalViews, loading: Loading) -> None:
         self._dataset, self._loading = Batches(views), loading
+        self._feed = _Feed()
+        self._loader: DataLoader | None = None
 
-    def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Generator[RawBatch]:
+    def _start_pass(self) -> Iterator[tuple[RawBatch, list[_Fault]] | Exception]:
+        """The batches of the keys in the feed. The first pass starts the workers."""
+        if self._loader is not None:
+            return iter(self._loader)
         workers = self._loading.num_workers
-        loader: DataLoader = DataLoader(
+        loader = DataLoader(
             self._dataset,
             batch_size=None,  # a key already is a whole batch
-            sampler=(_without_known(self._dataset.views, key, bad) for key in keys),
+            sampler=self._feed,
             num_workers=workers,
             pin_memory=self._loading.on_gpu,
+            persistent_workers=workers > 0,
             prefetch_factor=self._loading.prefetch if workers else None,
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # else every pass would draw from the global generator
         )
+        with starting() if workers else nullcontext():
+            iterator = iter(loader)
+        self._loader = loader
+        return iterator
+
+    def batches(self, keys: Iterable[BatchKey], bad: BadImages) -> Generator[RawBatch]:
+        # The generator must not refer to this backend: such a circle would keep the workers of a dropped one.
+        views = self._dataset.views
+        self._feed.keys = (_without_known(views, key, bad) for key in keys)
         try:
-            with starting() if workers else nullcontext():
-                batches: Iterator[tuple[RawBatch, list[_Fault]] | Exception] = iter(loader)
-            for made in batches:
+            for made in self._start_pass():
                 if isinstance(made, Exception):
                     raise made
                 yield self._mended(*made, bad)
         except (RuntimeError, EOFError, ConnectionError) as error:
-            if not workers or not is_death(error):
+            if not self._loading.num_workers or not is_death(error):
                 raise
+            self._loader = None  # the next pass starts new workers
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise RunError(
                 f"a data-loading worker died ({reason}); if its own output above does not say why, "
                 "memory or /dev/shm ran out: use fewer workers, or 0"
             ) from error
+
+    def close(self) -> None:
+        self._loader = None
 
     def _mended(self, batch: RawBatch, faults: list[_Fault], bad: BadImages) -> RawBatch:
         """Replace bad rows, or leave them out. They are few, so this process makes their substitutes."""

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
+import torch
+
 _SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
@@ -40,6 +42,7 @@ def starting() -> Iterator[None]:
 
 def start_worker(worker: int) -> None:
     """The `worker_init_fn`: runs first in each worker."""
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A thread waits for SIGTERM, because only `sigwaitinfo` tells the sender. Threads that start from now on
     # inherit the mask.

@@ -76,9 +76,15 @@ def _is_of_the_file(error: OSError) -> bool:
         return True
     parent, name = os.path.split(os.path.realpath(os.fsdecode(error.filename)))
     try:
-        names = os.listdir(parent)  # in one look: what comes back in between does not count as missing
+        # In the open folder: what comes back in between does not count as missing.
+        folder = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.stat(name, dir_fd=folder)
+            return error.errno in (errno.EACCES, errno.EPERM)
+        except FileNotFoundError:
+            with os.scandir(folder) as entries:
+                return next(entries, None) is not None
+        finally:
+            os.close(folder)
     except OSError:
         return False
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return name in names and os.access(parent, os.X_OK)
-    return bool(names) and name not in names
