@@ -8,9 +8,10 @@ act on are one line on stderr, `error: ...`.
 import os
 
 # Before anything loads OpenMP: by default its threads spin at barriers and take the CPU from loader workers.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Some microseconds of it pay: small networks reach a barrier so often that falling asleep costs more.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    # Some microseconds of it pay: small networks reach a barrier so often that falling asleep costs more.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import sys
 from collections.abc import Sequence

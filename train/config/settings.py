@@ -345,6 +345,10 @@ def validate(cfg: Config, world_size: int = 1) -> None:
             f"crops: {cfg.objective} takes one global view of an image, got {views[0]} global and {views[1]} "
             "local; use --preset ijepa-vit-b, or --crops.global-crops 1 --crops.local-crops 0"
         )
+    for name in ("target_area", "target_aspect", "context_area") if cfg.objective != "lejepa" else ():
+        low, high = getattr(cfg.masked, name)
+        if low > high:
+            raise UsageError(f"masked.{name}: expected (lowest, highest), got {(low, high)}")
     if cfg.objective == "lejepa" and sum(views) < 2:
         raise UsageError(
             "crops: lejepa predicts the views of an image from each other, got 1 view; use "

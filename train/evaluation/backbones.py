@@ -9,11 +9,15 @@ import contextlib
 import math
 import pickle
 import re
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+import safetensors
+import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
@@ -28,6 +32,8 @@ from lejepa_fast.train.model.strided_pointwise import avoid_strided_pointwise
 UNTRAINED = "untrained"
 # What the hub has of a model, in the order of preference.
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+# Where training scripts put the weights inside a file.
+_NESTED = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,11 @@ class Backbone:
     weights: str
     """The file that was given, "hub" or "untrained"."""
 
+    @property
+    def parameters(self) -> int:
+        """Parameters of the encoder."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
 
 class BackboneResult(NamedTuple):
     """Figures of a backbone, and where its weights come from."""
@@ -52,7 +63,6 @@ class BackboneResult(NamedTuple):
     """Its `z_val` are the features: a backbone has no projector."""
     weights: str
     parameters: int
-    """Of the encoder."""
 
 
 def load_backbones(
@@ -107,10 +117,7 @@ def load_backbone(
         return Backbone(name, model, size, mean, std, file or "hub")
 
     if file == UNTRAINED:
-        size, empty = candidates[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return backbone(_created(empty), size)
+        return backbone(_with_random_weights(candidates[0][1], seed), candidates[0][0])
     path = Path(file) if file else _hub_file(name, known)
     state, refusals = read_weights(path), []
     for size, empty in candidates:
@@ -149,7 +156,7 @@ def evaluate_backbone(
     except RunError as error:
         raise RunError(f"--backbone: {backbone.name} (weights: {backbone.weights}): {error}") from error
     model.cpu()
-    return BackboneResult(result, backbone.weights, sum(each.numel() for each in model.parameters()))
+    return BackboneResult(result, backbone.weights, backbone.parameters)
 
 
 def _sizes(name: str, image_size: int | Literal["own"], channels: int) -> list[tuple[int, nn.Module]]:
@@ -168,12 +175,10 @@ def _sizes(name: str, image_size: int | Literal["own"], channels: int) -> list[t
     found: dict[int, nn.Module] = {}
     # The weights of some models fit their own size alone, though timm builds the model for others.
     for size, img_size in [*((each, each) for each in (wanted, *multiples)), (native, None)]:
-        if size in found or len(found) == 2:
-            continue
         with contextlib.suppress(UsageError):  # it takes no img_size
             encoder = _on_meta(name, img_size, channels).eval()
-            if takes(encoder, size):
-                found[size] = encoder
+            if len(found) < 2 and takes(encoder, size):
+                found.setdefault(size, encoder)
     if not found:
         raise UsageError(
             f"--backbone: {name} gives no pooled features (1, D) of an image; choose another model"
@@ -186,24 +191,28 @@ def _on_meta(name: str, img_size: int | None, channels: int) -> nn.Module:
         return build_encoder(ModelConfig(name=name, img_size=img_size), channels)
 
 
-def _created(empty: nn.Module, **options: Any) -> nn.Module:
-    """The encoder that `empty` stands for; `options` of `timm.create_model` say with which weights."""
-    encoder = timm.create_model(**cast(dict[str, Any], empty.encoder_args), **options)
+def _with_random_weights(empty: nn.Module, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        encoder = timm.create_model(**cast(dict[str, Any], empty.encoder_args))
     avoid_strided_pointwise(encoder)
     return encoder
 
 
 def _with_weights(empty: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """The encoder `empty` with weights, which timm fits to the image size and the number of channels."""
-    classifiers = cast(dict[str, Any], empty.pretrained_cfg).get("classifier") or ()
+    arguments, known = cast(dict[str, Any], empty.encoder_args), cast(dict[str, Any], empty.pretrained_cfg)
+    classifiers = known.get("classifier") or ()
     layers = (classifiers,) if isinstance(classifiers, str) else classifiers
     heads, kept = {layer.split(".")[0] for layer in layers}, empty.state_dict()
     own = {name: tensor for name, tensor in state.items() if name in kept or name.split(".")[0] not in heads}
     if not own:  # timm would take those of the hub
         raise ValueError("it has none of the encoder")
     # timm refuses missing weights only where the number of classes is that of the file.
-    overlay = {"num_classes": 0, "label_offset": 0, "state_dict": own}
-    return _created(empty, pretrained=True, pretrained_cfg_overlay=overlay)
+    overlay: dict[str, Any] = {"num_classes": 0, "label_offset": 0, "state_dict": own}
+    encoder = timm.create_model(pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    avoid_strided_pointwise(encoder)
+    return encoder
 
 
 def _in_short(refusal: Exception) -> str:
@@ -215,20 +224,28 @@ def _in_short(refusal: Exception) -> str:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file as timm does, of training scripts and of parallel training as well, without
-    running code of it; UsageError if it cannot be read or holds no tensors."""
-    if not path.is_file():
-        raise UsageError(f"--backbone: cannot read {path}: No such file")
+    """Read the tensors of a safetensors file, or of another without running code of it; UsageError if it
+    cannot be read or holds no tensors by name. The prefix `module.` of parallel training is left out."""
     try:
-        found = timm.models.load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # of the file system, pickle, zip or safetensors
-        # The texts of PyTorch and timm advise to run the code of such a file.
+        if path.suffix == ".safetensors":
+            found: Any = safetensors.torch.load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UsageError(f"--backbone: cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # of pickle, zip or safetensors
+        # PyTorch's own text advises to run the code of such a file.
         objects = "it is damaged, or holds Python objects, not tensors alone"
-        refused = any(isinstance(each, pickle.UnpicklingError) for each in (error, error.__cause__))
-        reason = objects if refused else first_line(error)
+        reason = objects if isinstance(error, pickle.UnpicklingError) else first_line(error)
         advice = "give a safetensors file, or one that torch.load(weights_only=True) reads"
         raise UsageError(f"--backbone: {path} is no file of weights ({reason}); {advice}") from error
-    return {key: value for key, value in found.items() if isinstance(value, Tensor)}
+    for key in _NESTED:
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not any(isinstance(value, Tensor) for value in found.values()):
+        got = type(found).__name__ if found else "none"
+        raise UsageError(f"--backbone: {path}: expected tensors by name, got {got}")
+    return {key.removeprefix("module."): value for key, value in found.items() if isinstance(value, Tensor)}
 
 
 def _hub_file(name: str, known: dict[str, Any]) -> Path:
@@ -243,9 +260,9 @@ def _hub_file(name: str, known: dict[str, Any]) -> Path:
     for file in files:
         if isinstance(cached := huggingface_hub.try_to_load_from_cache(repository, file), str):
             return Path(cached)
-    for file in files:
-        try:  # Ask first: without network a download tries for half a minute.
-            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, file), timeout=10)
+    reason = _hub_unreachable()
+    for file in files if reason is None else ():
+        try:
             return Path(huggingface_hub.hf_hub_download(repository, file))
         except Exception as error:  # of the hub or of the HTTP library: no such file, no access, no answer
             reason = first_line(error)
@@ -253,3 +270,19 @@ def _hub_file(name: str, known: dict[str, Any]) -> Path:
         f"--backbone: the weights of {name} are not in the cache of the Hugging Face hub, and cannot be "
         f"downloaded ({reason}); get {files[0]} of {repository} elsewhere and give --backbone {name}:FILE"
     )
+
+
+def _hub_unreachable() -> str | None:
+    """Why the hub cannot be reached; None if it can. A download would try for a minute before it gives up."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=10).close()
+    except urllib.error.HTTPError:
+        return None  # it answers
+    except OSError as error:
+        return f"no network: {first_line(error)}"
+    return None

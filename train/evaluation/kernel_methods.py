@@ -122,7 +122,7 @@ def kernel_ridge(
             inverse = 1 / (values.clamp_min(0) + p)
             a = vectors @ (inverse[:, None] * (vectors.T @ (y - y.mean(dim=0))))
             left_out = y - a / (vectors.square() @ inverse)[:, None]
-            scores[h, p] = samples.score(left_out)
+            scores[h, p] = samples.score(samples.decide(left_out))
     width, penalty = max(scores, key=scores.__getitem__)  # of equal ones the first
     own = 16 * train_x.shape[1] + 32 * (num_classes or 1)  # bytes of a sample and its targets
     rows = samples.order[: min(RIDGE_SAMPLES, probes.MEMORY // 4 // own)]
@@ -134,8 +134,12 @@ def kernel_ridge(
     del K
     block = max(1, probes.MEMORY // 8 // (24 * len(x) + 32 * x.shape[1] + 16 * y.shape[1]))
     parts = torch.arange(len(test_x)).split(block)
-    found = [_gaussian(samples.unit(part, test_x).double(), x, width) @ a + mean for part in parts]
-    return samples.decide(torch.cat(found))
+    return torch.cat(
+        [
+            samples.decide(_gaussian(samples.unit(part, test_x).double(), x, width) @ a + mean)
+            for part in parts
+        ]
+    )
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -189,9 +193,9 @@ class _Samples:
         """Predictions (m,) from values of the columns (m, C)."""
         return columns[:, 0].double() + self.mean if self.num_classes is None else columns.argmax(dim=1)
 
-    def score(self, columns: Tensor) -> float:
-        """How well these values predict the targets of the few samples; more is better."""
-        predicted, truth = self.decide(columns), self.y[self.few.to(self.y.device)].to(self.device)
+    def score(self, predicted: Tensor) -> float:
+        """How well the targets of the few samples are predicted; more is better."""
+        truth = self.y[self.few.to(self.y.device)].to(self.device)
         if self.num_classes is None:
             return -(predicted - truth.double()).square().mean().item()
         return (predicted == truth).double().mean().item()
@@ -213,8 +217,12 @@ class _Samples:
         """Predictions (m,) of the test set with the width that predicts the few samples best."""
         width = widths[0]
         if len(widths) > 1:
-            left_out = self._means(self.few, self.x, widths, gaussian, leave_out=True)
-            scores = [self.score(means) for means in left_out]
+            part = max(1, probes.MEMORY // 4 // (12 * len(widths) * ((self.num_classes or 1) + 1)))
+            found = [
+                [self.decide(means) for means in self._means(rows, self.x, widths, gaussian, leave_out=True)]
+                for rows in self.few.split(part)
+            ]
+            scores = [self.score(torch.cat(parts)) for parts in zip(*found, strict=True)]
             width = widths[scores.index(max(scores))]
         part = max(1, probes.MEMORY // 4 // (8 * (self.num_classes or 1) + 32))
         parts = torch.arange(len(self.test_x)).split(part)

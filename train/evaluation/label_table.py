@@ -141,7 +141,8 @@ def _labeled(table: LabelTable, source: ImageSource, used: dict[str, str]) -> Im
     if table.classes is None:
         part.values = np.array([float(text) for text in texts])
     else:
-        part._targets = np.searchsorted(table.classes, texts)  # they are sorted
+        numbers = {name: number for number, name in enumerate(table.classes)}
+        part._targets = np.array([numbers[text] for text in texts])
     left_out = len(source) - len(part)
     rest = f"; {left_out:,} have none and are left out" if left_out else ""
     log.info(f"labels: {len(part):,} images of {source.origin} have one in {table.path}{rest}")

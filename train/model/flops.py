@@ -32,10 +32,15 @@ class Flops(NamedTuple):
     parts: dict[str, float]
     """Those of one view, and of what all views of the image go through. Forward and backward; a center from
     averaged weights, also before the average begins, and targets of a teacher: forward."""
+    times: dict[str, int]
+    """How often a part is there, if not once."""
 
     def summary(self) -> str:
         """The parts, in 10^9 operations."""
-        return ", ".join(f"{name} {count / 1e9:,.2f}" for name, count in self.parts.items())
+        return ", ".join(
+            f"{self.times.get(name, 1)} x {name} {count / 1e9:,.2f}".removeprefix("1 x ")
+            for name, count in self.parts.items()
+        )
 
 
 def count_flops(cfg: Config, model: TrainedModule | None = None) -> Flops:
@@ -63,7 +68,7 @@ def count_flops(cfg: Config, model: TrainedModule | None = None) -> Flops:
     loss = LeJEPALoss(sigreg=SIGReg(num_slices=cfg.loss.num_slices, impl="torch", sync=False)).to("meta")
     _, parts["loss"] = _counted(lambda z: loss(z[: crops.global_crops], z).total, z)
     times = {"global view": crops.global_crops, "local view": crops.local_crops}
-    return Flops(sum(times.get(name, 1) * count for name, count in parts.items()), parts)
+    return Flops(sum(times.get(name, 1) * count for name, count in parts.items()), parts, times)
 
 
 def _count_masked(cfg: Config, model: MaskedModel) -> Flops:
@@ -83,7 +88,7 @@ def _count_masked(cfg: Config, model: MaskedModel) -> Flops:
         loss_fn = MaskedLoss("l2", regularizer, cfg.loss.sigreg_over)
         pair = torch.empty(outputs.wanted.shape, device="meta")
         _, parts["loss"] = _counted(lambda z: loss_fn(z, pair, pair).total, z, images=images)
-    return Flops(sum(parts.values()), parts)
+    return Flops(sum(parts.values()), parts, {})
 
 
 def peak_flops(device: torch.device) -> float | None:

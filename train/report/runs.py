@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -61,6 +61,38 @@ class RunRecord:
         return math.nan if value is None else float(value)
 
 
+@dataclass(frozen=True)
+class _Summary:
+    """What is read of a summary.json, and its types; None for what was not measured."""
+
+    __pydantic_config__: ClassVar = {"strict": True}
+
+    steps: int
+    state: str
+    verdict: str = ""
+    created: str = ""
+    machine: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
+    image_size: int | None = None
+    val_images: int | None = None
+    knn_trained: float | None = None
+    knn_untrained: float | None = None
+    linear_trained: float | None = None
+    linear_untrained: float | None = None
+    fine_tuned_trained: float | None = None
+    fine_tuned_untrained: float | None = None
+    regression: dict[str, dict[str, float | None]] | None = None
+    regression_untrained: dict[str, dict[str, float | None]] | None = None
+    few_shot: dict[str, dict[str, tuple[float | None, float | None]]] | None = None
+    few_shot_untrained: dict[str, dict[str, tuple[float | None, float | None]]] | None = None
+    embedding_std: float | None = None
+    effective_rank: float | None = None
+    effective_rank_untrained: float | None = None
+    rankme: float | None = None
+    sigreg_val: float | None = None
+    images_per_second: float | None = None
+
+
 def read_run(folder: Path) -> RunRecord:
     """Read a run folder.
 
@@ -78,6 +110,8 @@ def read_run(folder: Path) -> RunRecord:
         raise UsageError(f"{folder}: metrics.jsonl: {error}") from error
     steps = max(row["step"] for row in rows if row["kind"] == "train")
     summary = _read_json(folder, "report/summary.json") or {}
+    if summary:
+        _check(summary, folder)
     summary = summary if summary.get("steps") == steps else {}
     return RunRecord(folder, settings, steps, summary=summary, rows=rows, **losses)
 
@@ -95,6 +129,18 @@ def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
     if not isinstance(values, dict):
         raise UsageError(f"{folder}: {name}: expected a JSON object, got {reprlib.repr(values)}")
     return values
+
+
+def _check(summary: Mapping[str, Any], folder: Path) -> None:
+    import pydantic
+
+    try:
+        pydantic.TypeAdapter(_Summary).validate_json(json.dumps(summary))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        got = "" if first["type"] == "missing" else f", got {reprlib.repr(first['input'])}"
+        raise UsageError(f"{folder}: report/summary.json: {where}: {first['msg']}{got}") from error
 
 
 def series(rows: Rows, kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:

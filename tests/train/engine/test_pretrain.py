@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from training import CPU, SCRIPT, arguments_of, course_of, rows_of, torchrun, train_only, wait_until
+from training import CPU, SCRIPT, arguments_of, rows_of, torchrun, train_only, wait_until
 
 import lejepa_fast.train.runtime.world as ranks
 from lejepa_fast.data.backends import choose_backend as choice
@@ -161,31 +161,35 @@ def test_ctrl_c_exits_with_130(error, tiny, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_sigterm_ends_the_command_with_the_state_saved(tiny, tmp_path):
-    """Exit code 0; this process goes on from there, with the losses of the undisturbed run."""
+def test_signals_end_the_command_with_the_state_saved(tiny, tmp_path):
+    """SIGTERM: exit code 0; Ctrl-C: 130; each saves, and the losses are those of the undisturbed run."""
     cfg = tiny(epochs=400, data={"workers": 1})
+    command = [sys.executable, str(SCRIPT), *arguments_of(cfg, tmp_path / "configs")]
     # As many threads as here, so that both add up in the same order.
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, str(SCRIPT), *arguments_of(cfg, tmp_path / "configs")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
-    try:
-        wait_until(lambda: len(rows_of(cfg)) >= 3, alive=lambda: process.poll() is None)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors
-    assert "Traceback" not in errors
-    (saved,) = (cfg.out / "checkpoints").iterdir()
-    step = rows_of(cfg)[-1]["step"]
-    assert step == read_checkpoint(saved)["step"]
-    assert f"stopped by SIGTERM after step {step} " in errors.splitlines()[-1]
-    straight = replace(cfg, out=tmp_path / "straight")
-    for of in (cfg, straight):
-        trainer = Trainer(of, CPU)
-        trainer.total_steps = step + 3  # the schedule stays that of 400 epochs
-        trainer.run()
-    assert course_of(straight) == course_of(cfg)
+    step = 0
+    for signum, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+        try:
+            wait_until(
+                lambda least=step + 3: len(rows_of(cfg)) >= least, alive=lambda p=process: p.poll() is None
+            )
+            process.send_signal(signum)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == code, errors
+        assert f"stopped by {signum.name} after step" in errors.splitlines()[-1]
+        assert "Traceback" not in errors
+        saved = sorted((cfg.out / "checkpoints").iterdir())[-1]
+        step = read_checkpoint(saved)["step"]
+        assert step == rows_of(cfg)[-1]["step"]
+        assert f"after step {step} " in errors
+    straight = replace(cfg, out=tmp_path / "straight", checkpoint_every=10_000)
+    trainer = Trainer(straight, CPU)
+    trainer.total_steps = step  # the schedule stays that of 400 epochs
+    trainer.run()
+    assert [row["loss"] for row in rows_of(straight)] == [row["loss"] for row in rows_of(cfg)]
 
 
 # ---- torchrun ----------------------------------------------------------------------------------------
@@ -198,6 +202,19 @@ def test_usage_errors_under_torchrun(tiny, tmp_path):
     message = "error (rank 0): data.batch_size: 7 images cannot be split evenly over 2 processes"
     assert message in result.stderr
     assert result.stderr.count("error (rank ") == 1  # both ranks have the same one
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_is_one_line_on_each(damaged, tiny, tmp_path):
+    """One image cannot be read: one rank says which, the other one that it was not its fault."""
+    cfg = tiny(data={"path": str(damaged), "max_bad_fraction": 0.0}, max_steps=8)
+    result = torchrun(SCRIPT, *arguments_of(cfg, tmp_path / "configs"))
+    assert result.returncode == 1
+    assert result.stderr.count("Traceback") <= 1  # torchrun's own
+    assert "engine/trainer.py" not in result.stderr
+    errors = re.findall(r"error \(rank \d\): (.*)", result.stderr)
+    assert any("30.jpg" in error for error in errors)
+    assert all("30.jpg" in error or error.startswith("another rank failed") for error in errors)
 
 
 ONE_RANK_WITHOUT_ROOM = '''

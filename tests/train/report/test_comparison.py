@@ -178,6 +178,23 @@ def test_what_is_no_finished_run_is_named_and_the_earlier_page_stays(run, tmp_pa
     assert page.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"image_size": 1.5}, "image_size: Input should be a valid integer, got 1.5"),
+        ({"state": None}, "state: Input should be a valid string, got None"),
+        ({"few_shot": [1]}, "few_shot: Input should be an object, got [1]"),
+        ({"few_shot": {"1": {"knn": []}}}, "few_shot.1.knn.0: Field required"),
+        ({"knn_trained": "x"}, "knn_trained: Input should be a valid number, got 'x'"),
+        ({"machine": "x"}, "machine: Input should be an object, got 'x'"),
+    ],
+)
+def test_a_summary_of_other_types_is_one_line(run, tmp_path, capsys, changes, problem):
+    folders = [run("good"), run("odd", **changes)]
+    assert command.main(["--compare", *map(str, folders), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {folders[1]}: report/summary.json: {problem}\n"
+
+
 def test_a_run_without_curves_is_drawn_beside_the_others(tmp_path):
     """More runs than colors; none has SIGReg."""
     rows = [{"kind": "train", "step": step, "loss": 1 / step} for step in range(1, 80)]
