@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lejepa_fast.data import ImageSource
-    from lejepa_fast.train.evaluation.backbones import Backbone, BackboneResult
+    from lejepa_fast.train.evaluation.backbones import Backbone
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def _evaluate(options: Options) -> None:
 def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
     # Not above: `--help` does not wait for PyTorch.
     from lejepa_fast.train.checkpoint.trained_model import load_masked, load_trained
+    from lejepa_fast.train.evaluation.backbones import evaluate_backbones
     from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained
     from lejepa_fast.train.report.predictor_pictures import masked_examples
     from lejepa_fast.train.report.report import write_report
@@ -125,7 +126,7 @@ def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
     out = _made(options.out or run_dir / "evaluation" / path.name)  # a wrong one shows before the work
     untrained = evaluate_untrained(cfg, train_source, val_source, **setting)
     trained = evaluate_model(model.to(setting["device"]), train_source, val_source, cfg, **setting)
-    others = _results(backbones, train_source, val_source, cfg, setting)
+    others = evaluate_backbones(backbones, train_source, val_source, cfg, **setting)
     evaluated_on = cfg.eval.data or cfg.data.path
     history = [row for row in read_rows(run_dir / "metrics.jsonl") if row["step"] <= step]
     changes = options.data, options.val_fraction, options.labels, options.image_size
@@ -160,6 +161,7 @@ def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
 
 
 def _evaluate_backbones(options: Options, data: str) -> None:
+    from lejepa_fast.train.evaluation.backbones import evaluate_backbones
     from lejepa_fast.train.report.report import write_backbones_report
     from lejepa_fast.train.report.results_table import format_table
 
@@ -167,7 +169,7 @@ def _evaluate_backbones(options: Options, data: str) -> None:
     backbones = _load_backbones(cfg, options)
     train_source, val_source, setting = _opened(cfg, options)
     out = _made(options.out or Path("evaluation"))
-    results = _results(backbones, train_source, val_source, cfg, setting)
+    results = evaluate_backbones(backbones, train_source, val_source, cfg, **setting)
     how = {"evaluation": to_dict(cfg)["eval"], "seed": cfg.seed}
     page = write_backbones_report(out, evaluated_on=data, backbones=results, **how)
     print(format_table({name: each.result for name, each in results.items()}))
@@ -228,22 +230,6 @@ def _load_backbones(cfg: Config, options: Options) -> "dict[str, Backbone]":
     return load_backbones(options.backbone, image_size=size, channels=cfg.data.channels, seed=cfg.seed)
 
 
-def _results(
-    backbones: "Mapping[str, Backbone]",
-    train_source: "ImageSource",
-    val_source: "ImageSource",
-    cfg: Config,
-    setting: Mapping[str, Any],
-) -> "dict[str, BackboneResult]":
-    from lejepa_fast.train.evaluation.backbones import evaluate_backbone
-
-    found = {}
-    for name, backbone in backbones.items():
-        print(f"evaluating {name} on {backbone.image_size} px", file=sys.stderr)
-        found[name] = evaluate_backbone(backbone, train_source, val_source, cfg, **setting)
-    return found
-
-
 def _made(out: Path) -> Path:
     with disk_errors_named(out, "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
@@ -264,6 +250,7 @@ def _own_options_named() -> Iterator[None]:
     except UsageError as error:
         message = str(error).replace("raise --data.val-fraction, ", "")  # a finished run keeps its own
         ours = "data|val[_-]fraction|(image|batch)[_-]size|linear_blocks|few_shot|draws|fine_tune|labels"
+        ours += "|backbone"
         raise UsageError(re.sub(rf"\beval\.(?={ours})", "", message)) from error
 
 

@@ -25,6 +25,7 @@ from lejepa_fast.train.runtime.files import read_rows
 
 if TYPE_CHECKING:
     from lejepa_fast.train.engine.trainer import Trainer
+    from lejepa_fast.train.evaluation.backbones import Backbone
     from lejepa_fast.train.model.model import LeJEPAModel
     from lejepa_fast.train.runtime.world import World
 
@@ -71,6 +72,7 @@ def pretrain(cfg: Config, world: "World") -> Path:
     from lejepa_fast.train.engine.trainer import Trainer
     from lejepa_fast.train.runtime.world import from_main, on_main
 
+    on_main(world, lambda: _load_backbones(cfg))  # a wrong name or missing weights show before the training
     with Trainer(cfg, world) as trainer:
         trainer.train()
         model = trainer.whole_model()
@@ -79,8 +81,16 @@ def pretrain(cfg: Config, world: "World") -> Path:
         return page
 
 
+def _load_backbones(cfg: Config) -> "dict[str, Backbone]":
+    from lejepa_fast.train.evaluation.backbones import load_backbones
+
+    size = cfg.eval.image_size or cfg.crops.global_size
+    return load_backbones(cfg.eval.backbone, image_size=size, channels=cfg.data.channels, seed=cfg.seed)
+
+
 def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
     from lejepa_fast.train.checkpoint.trained_model import export_encoder, load_masked
+    from lejepa_fast.train.evaluation.backbones import evaluate_backbones
     from lejepa_fast.train.evaluation.protocol import evaluate_untrained
     from lejepa_fast.train.report.predictor_pictures import masked_examples
     from lejepa_fast.train.report.report import write_report
@@ -94,6 +104,9 @@ def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
     trained = trainer.evaluate(model, during_training=False)
     with trainer.outside_training():
         untrained = evaluate_untrained(cfg, *trainer.evaluated, **trainer.evaluation_options)
+        backbones = evaluate_backbones(
+            _load_backbones(cfg), *trainer.evaluated, cfg, **trainer.evaluation_options
+        )
     trainer.loader.set_epoch(0)
     views = next(iter(trainer.loader))[0]
     masked = None
@@ -110,9 +123,11 @@ def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
         history=read_rows(trainer.metrics.path),
         views=[view[:6].cpu() for view in views],
         steps=trainer.step,
+        backbones=backbones,
         masked=masked,
     )
-    print(format_table({"untrained": untrained, "trained": trained}))
+    others = {name: backbone.result for name, backbone in backbones.items()}
+    print(format_table({"untrained": untrained, "trained": trained, **others}))
     if trained.no_labels_because:
         score = f"python train/evaluate.py --checkpoint {trainer.run_dir} --data FOLDER"
         print(f"to score this encoder on labeled images later: {score} [--labels FILE.csv]")

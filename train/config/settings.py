@@ -254,6 +254,9 @@ class EvalConfig:
     """Random draws of the labels for each number of them."""
     fine_tune: AtLeast0 = 0
     """Epochs of fine-tuning the whole encoder with labels, at the end; 0: none."""
+    backbone: tuple[str, ...] = ()
+    """Further encoders for the table at the end: timm's names, for weights of the Hugging Face hub or its
+    cache, NAME:FILE, or NAME:untrained for random weights."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import contextlib
 import math
 import pickle
 import re
+import sys
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -73,7 +74,7 @@ def load_backbones(
     The keys are the names, or the whole texts where a name is given twice. UsageError for a text twice.
     """
     if len(set(names)) < len(names):
-        raise UsageError(f"--backbone: expected each backbone once, got {' '.join(names)}")
+        raise UsageError(f"--eval.backbone: expected each backbone once, got {' '.join(names)}")
     only = [name.partition(":")[0] for name in names]
     keys = [text if only.count(name) > 1 else name for text, name in zip(names, only, strict=True)]
     return {
@@ -104,7 +105,7 @@ def load_backbone(
     if name in ("hf-hub", "hf_hub", "local-dir"):
         forms = "NAME for timm's weights on the hub, or NAME:FILE, such as resnet18:FOLDER/model.safetensors"
         raise UsageError(
-            f"--backbone: expected a model's name, got the prefix {name}: in {text}; give {forms}"
+            f"--eval.backbone: expected a model's name, got the prefix {name}: in {text}; give {forms}"
         )
     candidates = _sizes(name, image_size, channels)
     known: Any = candidates[0][1].pretrained_cfg
@@ -126,7 +127,9 @@ def load_backbone(
         except Exception as error:  # of PyTorch, or of timm's conversion of older files
             refusals.append(error)
     problem = _in_short(refusals[-1])
-    raise UsageError(f"--backbone: {path} does not hold the weights of {name} ({problem})") from refusals[-1]
+    raise UsageError(
+        f"--eval.backbone: {path} does not hold the weights of {name} ({problem})"
+    ) from refusals[-1]
 
 
 def evaluate_backbone(
@@ -154,9 +157,24 @@ def evaluate_backbone(
         options["calibrate"] = backbone.weights == UNTRAINED
         result = evaluate_model(model, train_source, val_source, own, device=device, **options)
     except RunError as error:
-        raise RunError(f"--backbone: {backbone.name} (weights: {backbone.weights}): {error}") from error
+        raise RunError(f"backbone {backbone.name} (weights: {backbone.weights}): {error}") from error
     model.cpu()
     return BackboneResult(result, backbone.weights, backbone.parameters)
+
+
+def evaluate_backbones(
+    backbones: Mapping[str, Backbone],
+    train_source: ImageSource,
+    val_source: ImageSource,
+    cfg: Config,
+    **options: Any,
+) -> dict[str, BackboneResult]:
+    """Evaluate each by `evaluate_backbone`; stderr names it."""
+    found = {}
+    for name, backbone in backbones.items():
+        print(f"evaluating {name} on {backbone.image_size} px", file=sys.stderr)
+        found[name] = evaluate_backbone(backbone, train_source, val_source, cfg, **options)
+    return found
 
 
 def _sizes(name: str, image_size: int | Literal["own"], channels: int) -> list[tuple[int, nn.Module]]:
@@ -165,7 +183,7 @@ def _sizes(name: str, image_size: int | Literal["own"], channels: int) -> list[t
         plain = _on_meta(name, None, channels)
     except UsageError as error:
         message = str(error).removeprefix("model.name: ").removeprefix("model ")
-        raise UsageError(f"--backbone: {message}") from error
+        raise UsageError(f"--eval.backbone: {message}") from error
     known: Any = plain.pretrained_cfg
     native: int = known["input_size"][-1]
     wanted = native if image_size == "own" else image_size
@@ -181,7 +199,7 @@ def _sizes(name: str, image_size: int | Literal["own"], channels: int) -> list[t
                 found.setdefault(size, encoder)
     if not found:
         raise UsageError(
-            f"--backbone: {name} gives no pooled features (1, D) of an image; choose another model"
+            f"--eval.backbone: {name} gives no pooled features (1, D) of an image; choose another model"
         )
     return list(found.items())
 
@@ -232,19 +250,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UsageError(f"--backbone: cannot read {path}: {error.strerror or error}") from error
+        raise UsageError(f"--eval.backbone: cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # of pickle, zip or safetensors
         # PyTorch's own text advises to run the code of such a file.
         objects = "it is damaged, or holds Python objects, not tensors alone"
         reason = objects if isinstance(error, pickle.UnpicklingError) else first_line(error)
         advice = "give a safetensors file, or one that torch.load(weights_only=True) reads"
-        raise UsageError(f"--backbone: {path} is no file of weights ({reason}); {advice}") from error
+        raise UsageError(f"--eval.backbone: {path} is no file of weights ({reason}); {advice}") from error
     for key in _NESTED:
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict) or not any(isinstance(value, Tensor) for value in found.values()):
         got = type(found).__name__ if found else "none"
-        raise UsageError(f"--backbone: {path}: expected tensors by name, got {got}")
+        raise UsageError(f"--eval.backbone: {path}: expected tensors by name, got {got}")
     return {key.removeprefix("module."): value for key, value in found.items() if isinstance(value, Tensor)}
 
 
@@ -254,7 +272,7 @@ def _hub_file(name: str, known: dict[str, Any]) -> Path:
 
     repository = known.get("hf_hub_id")
     if not repository:
-        raise UsageError(f"--backbone: timm knows no weights of {name} on the hub; give {name}:FILE")
+        raise UsageError(f"--eval.backbone: timm knows no weights of {name} on the hub; give {name}:FILE")
     named = known.get("hf_hub_filename")
     files = (named,) if named else _HUB_FILES
     for file in files:
@@ -267,8 +285,9 @@ def _hub_file(name: str, known: dict[str, Any]) -> Path:
         except Exception as error:  # of the hub or of the HTTP library: no such file, no access, no answer
             reason = first_line(error)
     raise UsageError(
-        f"--backbone: the weights of {name} are not in the cache of the Hugging Face hub, and cannot be "
-        f"downloaded ({reason}); get {files[0]} of {repository} elsewhere and give --backbone {name}:FILE"
+        f"--eval.backbone: the weights of {name} are not in the cache of the Hugging Face hub, and cannot be "
+        f"downloaded ({reason}); get {files[0]} of {repository} elsewhere and give "
+        f"--eval.backbone {name}:FILE"
     )
 
 

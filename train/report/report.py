@@ -78,6 +78,7 @@ def write_report(
         "evaluation_data": evaluated_on,
         "evaluation": config["eval"] if evaluation is None else evaluation,
         **_summary(config, trained, untrained, history, steps),
+        "evaluation_seconds": round(sum(each.seconds for each in (trained, untrained, *others.values())), 1),
         "backbones": _of_backbones(backbones or {}),
     }
     with replaced_folder(run_dir / "report") as folder:
@@ -232,7 +233,6 @@ def _summary(
         "state": trained.verdict.state,
         "verdict": trained.verdict.sentence,
         "images_per_second": float(np.median(speeds)) if len(speeds) else None,
-        "evaluation_seconds": round(untrained.seconds + trained.seconds, 1),
         "steps": steps,
         "seed": config["seed"],
         "image_size": trained.image_size,

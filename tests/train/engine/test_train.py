@@ -25,7 +25,8 @@ from lejepa_fast.train.config.cli import parse_as
 from lejepa_fast.train.engine import random_state
 from lejepa_fast.train.engine.out_of_memory import describe
 from lejepa_fast.train.engine.trainer import Trainer
-from lejepa_fast.train.evaluation.protocol import evaluate_model, open_splits
+from lejepa_fast.train.evaluation.backbones import evaluate_backbone, load_backbone
+from lejepa_fast.train.evaluation.protocol import evaluate_model, open_evaluation, open_splits
 from lejepa_fast.train.model.average import WeightAverage
 from lejepa_fast.train.planning.options import PlanOptions
 from lejepa_fast.train.pretrain import pretrain
@@ -163,7 +164,7 @@ def test_a_whole_run_and_a_second_start(tiny, monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr("lejepa_fast.train.evaluation.protocol.evaluate_model", noted)
-    evaluation = {"every": 2, "train_images": 9, "batch_size": 1}
+    evaluation = {"every": 2, "train_images": 9, "batch_size": 1, "backbone": ("test_resnet:untrained",)}
     model = {"projector_norm": "batch"}
     cfg = tiny(tensorboard=True, eval=evaluation, model=model, average={"kind": "ema"})
     page = pretrain(cfg, CPU)
@@ -178,6 +179,12 @@ def test_a_whole_run_and_a_second_start(tiny, monkeypatch):
     assert summary["config"]["model"]["name"] == "test_vit"
     probes = ("knn_untrained", "knn_trained", "linear_untrained", "linear_trained")
     assert all(0 <= summary[key] <= 100 for key in probes)
+    beside = summary["backbones"]["test_resnet"]
+    assert beside["weights"] == "untrained"
+    backbone = load_backbone("test_resnet:untrained", image_size=32, seed=cfg.seed)
+    alone = evaluate_backbone(backbone, *open_evaluation(cfg), cfg, device=CPU.device).result
+    assert (beside["knn"], beside["linear"]) == (alone.knn, alone.linear)
+    assert summary["evaluation_seconds"] >= round(sum(result.seconds for result in seen[1:]), 1)
     assert [row["step"] for row in rows_of(cfg, "eval")] == [8, 12]
     assert all(0 <= row[probe] <= 100 for row in rows_of(cfg, "eval") for probe in ("knn", "linear"))
     assert json.loads((out / "config.json").read_text())["optim"]["weight_decay"] == 0.05

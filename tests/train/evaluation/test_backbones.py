@@ -137,10 +137,10 @@ def test_without_network_one_line_names_the_way_out(tmp_path, monkeypatch, offli
         load_backbone(name, image_size=28)
     message = str(caught.value)
     assert message.startswith(
-        f"--backbone: the weights of {name} are not in the cache of the Hugging Face hub"
+        f"--eval.backbone: the weights of {name} are not in the cache of the Hugging Face hub"
     )
     assert reason in message
-    assert f"get model.safetensors of timm/{name} elsewhere and give --backbone {name}:FILE" in message
+    assert f"get model.safetensors of timm/{name} elsewhere and give --eval.backbone {name}:FILE" in message
 
 
 class Hostile:
@@ -161,7 +161,7 @@ def test_wrong_names_and_files_are_named(weights, tmp_path, monkeypatch):
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: half)
     objects = "it is damaged, or holds Python objects, not tensors alone"
     for text, message in (
-        ("resnat18", "--backbone: no model is called 'resnat18'; did you mean resnet18"),
+        ("resnat18", "--eval.backbone: no model is called 'resnat18'; did you mean resnet18"),
         ("resnet18.nonsense", "Invalid pretrained tag (nonsense)"),
         (
             f"test_resnet:{tmp_path / 'half.safetensors'}",
@@ -181,7 +181,7 @@ def test_wrong_names_and_files_are_named(weights, tmp_path, monkeypatch):
         with pytest.raises(UsageError) as caught:
             load_backbone(text, image_size=32)
         assert message in str(caught.value), text
-        assert str(caught.value).startswith("--backbone: ")
+        assert str(caught.value).startswith("--eval.backbone: ")
     with pytest.raises(UsageError, match="each backbone once"):
         load_backbones([f"test_resnet:{path}"] * 2, image_size=32)
 
