@@ -6,12 +6,6 @@ python train/evaluate.py --compare RUN RUN
 Exit codes: 0 done, 1 the run failed, 2 wrong usage, 130 Ctrl-C.
 """
 
-import os
-
-if __name__ == "__main__":
-    # Before anything loads OpenMP; see pretrain.py.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import contextlib
 import dataclasses
 import re

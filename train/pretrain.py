@@ -6,13 +6,6 @@ act on are one line on stderr, `error: ...`.
 """
 
 import os
-
-# Before anything loads OpenMP: by default its threads spin at barriers and take the CPU from loader workers.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    # Some microseconds of it pay: small networks reach a barrier so often that falling asleep costs more.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lejepa_fast.train import config
 from lejepa_fast.train.config import Config
-from lejepa_fast.train.runtime.command import log_to_stderr, run_command
+from lejepa_fast.train.runtime.command import let_threads_sleep, log_to_stderr, run_command
 from lejepa_fast.train.runtime.files import read_rows
 
 if TYPE_CHECKING:
@@ -35,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & {*(sys.argv[1:] if argv is None else argv)}:
         return run_command(lambda: config.parse(argv))  # does not wait for PyTorch
 
+    let_threads_sleep()
     from torch.distributed.elastic.multiprocessing.errors import record
 
     import lejepa_fast.train.runtime.world as ranks

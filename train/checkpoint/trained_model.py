@@ -100,7 +100,12 @@ def export_encoder(
     refuses.
     """
     path, crops = run_dir / name, cfg.crops
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    weights, storages = {}, set()
+    for key, tensor in encoder.state_dict().items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        weights[key] = tensor.clone() if storage in storages else tensor  # safetensors takes no shared memory
+        storages.add(storage)
     size = cfg.eval.image_size or crops.global_size
     arguments: dict[str, Any] = encoder.encoder_args  # type: ignore[assignment]
     # As `center_view` does: the short side becomes the size, and nothing is cut off it.

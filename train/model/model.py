@@ -9,6 +9,7 @@ whatever the number of resolutions.
 """
 
 import contextlib
+import copy
 import json
 import reprlib
 from collections.abc import Sequence
@@ -240,15 +241,15 @@ def _check_sizes(encoder: nn.Module, cfg: Config) -> int:
         sizes["crops.local_size"] = cfg.crops.local_size
     if cfg.eval.image_size:
         sizes["eval.image_size"] = cfg.eval.image_size
-    tensors = [*encoder.named_parameters(), *encoder.named_buffers()]
-    on_meta = {name: tensor.to("meta") for name, tensor in tensors}
     encoder.eval()
+    # For a copy without memory. `torch.func.functional_call` leaves its tensors in modules that a model has twice.
+    on_meta = {id(tensor): tensor.to("meta") for tensor in (*encoder.parameters(), *encoder.buffers())}
     for field, size in sizes.items():
         try:
             with torch.no_grad():
                 try:
                     image = torch.empty(1, cfg.data.channels, size, size, device="meta")
-                    shape = torch.func.functional_call(encoder, on_meta, (image,)).shape
+                    shape = copy.deepcopy(encoder, on_meta.copy())(image).shape
                 except Exception:
                     # A wrong size, or a layer that the meta device lacks: the real forward tells which.
                     shape = encoder(torch.zeros(1, cfg.data.channels, size, size)).shape

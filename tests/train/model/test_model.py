@@ -52,6 +52,21 @@ def test_weights_depend_on_the_seed_alone(tiny):
     assert not torch.equal(first.projector[0].weight, other.projector[0].weight)
 
 
+def test_a_model_that_has_modules_twice_keeps_its_weights(tiny, tmp_path):
+    """The blocks of coat_lite_tiny share their position encodings."""
+    cfg = tiny(model={"name": "coat_lite_tiny"}, crops={"local_crops": 0})
+    encoder = build_model(cfg).eval().encoder
+    names = dict(encoder.named_parameters(remove_duplicate=False))
+    assert not any(parameter.is_meta for parameter in names.values())
+    assert names["cpe1.proj.weight"] is names["serial_blocks1.0.cpe.proj.weight"]
+    weights = load_file(export_encoder(encoder, cfg, step=5, run_dir=tmp_path))
+    arguments = json.loads((tmp_path / "encoder.json").read_text())["model"]
+    loaded = timm.create_model(**arguments).eval()
+    loaded.load_state_dict(weights)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), encoder(images))
+
+
 @pytest.mark.parametrize("name", SHORT_NAMES)
 def test_short_names_have_patch_14(name):
     with torch.device("meta"):
