@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the run failed, 2 wrong usage, 130 Ctrl-C.
 """
 
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence

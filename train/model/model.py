@@ -242,7 +242,8 @@ def _check_sizes(encoder: nn.Module, cfg: Config) -> int:
     if cfg.eval.image_size:
         sizes["eval.image_size"] = cfg.eval.image_size
     encoder.eval()
-    # For a copy without memory. `torch.func.functional_call` leaves its tensors in modules that a model has twice.
+    # For a copy without memory: `torch.func.functional_call` leaves its tensors in modules that a model has
+    # twice.
     on_meta = {id(tensor): tensor.to("meta") for tensor in (*encoder.parameters(), *encoder.buffers())}
     for field, size in sizes.items():
         try:
