@@ -66,7 +66,8 @@ class LeJEPALoss(nn.Module):
             check_choice("center", value, "global", "all")
         elif name == "form":
             check_choice("form", value, "convex", "additive")
-            _check_lambd(getattr(self, "lambd", 0.0), value)
+            if hasattr(self, "lambd"):
+                _check_lambd(self.lambd, value)
         elif name == "lambd":
             _check_lambd(value, self.form)
         elif name == "sigreg":

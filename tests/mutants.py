@@ -39,7 +39,7 @@ class Target(NamedTuple):
 
 
 OPERATIONS = r"lejepa_fast/(triton_operators|functional|dispatch|collectives)\.py"
-OPERATION_TESTS = "test_kernels test_sigreg test_sigreg_module test_distributed kernel_operators"
+OPERATION_TESTS = "test_kernels test_sigreg test_sigreg_module test_trial test_distributed kernel_operators"
 TARGETS = (
     Target("loss", 4, r"lejepa_fast/loss\.py", "test_loss"),
     Target("directions", 6, r"lejepa_fast/directions\.py", "test_directions"),

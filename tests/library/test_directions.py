@@ -70,6 +70,8 @@ def test_function_of_seed_and_step_alone():
     torch.manual_seed(123)
     before = torch.get_rng_state()
     assert torch.equal(A, sample_directions(8, 16, step=torch.tensor(3), seed=7))
+    first = [sample_directions(8, 16, step=step, seed=7) for step in (0, torch.tensor(0))]
+    assert torch.equal(*first)
     assert torch.equal(before, torch.get_rng_state()), "the global generator was used"
     for step, seed in [(4, 7), (3, 8), (3 + (1 << 32), 7), (3, 7 + (1 << 32)), (3, -7)]:
         other = sample_directions(8, 16, step=step, seed=seed)
