@@ -233,6 +233,11 @@ def test_schedule_covers_all_images_over_epochs():
     assert all(len(set(e)) == 8 for e in epochs)
     assert set().union(*epochs) == set(range(10))  # the dropped remainder differs between epochs
     assert len({tuple(e) for e in epochs}) == 12
+    # Another order would change what older checkpoints resume to.
+    assert [list(key.indices) for key in EpochSchedule(10, batch_size=4, seed=3).keys(2, 0)] == [
+        [9, 4, 5, 2],
+        [8, 6, 1, 3],
+    ]
 
 
 # --- evaluation loader --------------------------------------------------------------------------
