@@ -31,7 +31,8 @@ _SEQUENCE_TABLE = np.array(list(permutations(range(len(JITTER_OPS)))))
 
 def raw_words(seed: int, stream: int, epoch: int, index: int, count: int) -> np.ndarray:
     """`count` uniform 64-bit words (uint64) that depend on the four numbers only."""
-    return _rows_of_words(seed, stream, epoch, [index], count)[0]
+    (words,) = _rows_of_words(seed, stream, epoch, [index], count)
+    return words
 
 
 def _rows_of_words(

@@ -130,7 +130,7 @@ def test_knn_of_large_numbers_loses_no_digits(temperature):
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"learning_rates": ()}, "learning_rates must be positive"),
         ({"learning_rates": (1e-3, 0.0)}, "learning_rates must be positive"),
-        ({"test_x": torch.ones(3, 9)}, "test_x must have the 4 features"),
+        ({"test_x": torch.ones(3, 9)}, "test_x must have the 4 features of train_x, got 9"),
         ({"test_y": torch.zeros(2, dtype=torch.int64)}, "test_x and test_y must be of shape"),
         ({"test_y": torch.tensor([0, 1, 2])}, "test_y must hold integer classes in 0 .. 1"),
         ({"train_y": torch.tensor([0, -1, 0])}, "train_y must hold integer classes"),
