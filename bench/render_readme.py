@@ -89,8 +89,9 @@ _PRETRAIN = {"seed": "{seed}"} | {
     for key, probe in (("knn", "kNN"), ("linear", "linear"))
     for which in ("untrained", "trained")
 }
+_CASE = "{model}, {images}, {strategy}, {activation_checkpointing}, {loader}"
 _TRAIN = {
-    "case": "{model} x {images}, wrapper {strategy}, recomputed {activation_checkpointing}, files {loader}",
+    "model, batch, `--parallel.strategy`, `--parallel.activation-checkpointing`, real files": _CASE,
     "images/s": "{images_per_second:,.0f}",
     "MFU": "{mfu:.1%}",
     "GiB": "{peak_memory_gib:.1f}",
