@@ -46,7 +46,10 @@ TARGETS = (
     Target("operators", 8, OPERATIONS, OPERATION_TESTS),
     Target("sums", 8, r"lejepa_fast/(?!__init__|errors)\w+\.py", "test_sigreg test_sigreg_module test_loss"),
     Target(
-        "tiles", 6, r"kernels/(autotune|configs)\.py", "test_autotune kernel_accuracy test_kernel_compile"
+        "tiles",
+        6,
+        r"kernels/(autotune|configs)\.py",
+        "test_kernels test_autotune kernel_accuracy test_kernel_compile",
     ),
     Target(
         "kernels",
