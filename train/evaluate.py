@@ -177,7 +177,7 @@ def _settings(run: Config, options: Options) -> Config:
     if options.data is not None:
         other = {"data": options.data, "val_fraction": None, "labels": None}
     evaluation = _replaced(
-        dataclasses.replace(run.eval, **other),
+        dataclasses.replace(run.eval, backbone=options.backbone, **other),
         image_size=options.image_size,
         linear_blocks=options.linear_blocks,
         batch_size=options.batch_size,

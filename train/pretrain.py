@@ -5,12 +5,14 @@ after SIGTERM, with the state saved), 1 the run failed, 2 wrong usage, 130 Ctrl-
 act on are one line on stderr, `error: ...`.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lejepa_fast.errors import RunError, UsageError, first_line
 from lejepa_fast.train import config
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.runtime.command import let_threads_sleep, log_to_stderr, run_command
@@ -18,9 +20,12 @@ from lejepa_fast.train.runtime.files import read_rows
 
 if TYPE_CHECKING:
     from lejepa_fast.train.engine.trainer import Trainer
-    from lejepa_fast.train.evaluation.backbones import Backbone
+    from lejepa_fast.train.evaluation.backbones import Backbone, BackboneResult
     from lejepa_fast.train.model.model import LeJEPAModel
     from lejepa_fast.train.runtime.world import World
+
+
+log = logging.getLogger("lejepa_fast.train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,8 +69,9 @@ def pretrain(cfg: Config, world: "World") -> Path:
     A finished run goes straight to the export. All ranks call it.
     """
     from lejepa_fast.train.engine.trainer import Trainer
-    from lejepa_fast.train.runtime.world import from_main, on_main
+    from lejepa_fast.train.runtime.world import from_main, on_all, on_main
 
+    on_all(world, lambda: config.validate(cfg, world.size))
     on_main(world, lambda: _load_backbones(cfg))  # a wrong name or missing weights show before the training
     with Trainer(cfg, world) as trainer:
         trainer.train()
@@ -82,9 +88,30 @@ def _load_backbones(cfg: Config) -> "dict[str, Backbone]":
     return load_backbones(cfg.eval.backbone, image_size=size, channels=cfg.data.channels, seed=cfg.seed)
 
 
+def _evaluate_backbones(trainer: "Trainer") -> "dict[str, BackboneResult]":
+    """Those of `eval.backbone`; a failure is a warning, as the report of the training must not wait."""
+    import torch
+
+    from lejepa_fast.train.evaluation.backbones import evaluate_backbones
+
+    cfg = trainer.cfg
+    found: dict[str, BackboneResult] = {}
+    way_out = f"python train/evaluate.py --checkpoint {trainer.run_dir} --backbone"
+    try:
+        for name, backbone in _load_backbones(cfg).items():
+            found |= evaluate_backbones(
+                {name: backbone}, *trainer.evaluated, cfg, **trainer.evaluation_options
+            )
+    except (UsageError, RunError, MemoryError, torch.OutOfMemoryError) as error:
+        lost = cfg.eval.backbone[len(found) :]
+        log.warning(
+            "the report lacks %s: %s; try again: %s %s", ", ".join(lost), first_line(error), way_out, lost[0]
+        )
+    return found
+
+
 def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
     from lejepa_fast.train.checkpoint.trained_model import export_encoder, load_masked
-    from lejepa_fast.train.evaluation.backbones import evaluate_backbones
     from lejepa_fast.train.evaluation.protocol import evaluate_untrained
     from lejepa_fast.train.report.predictor_pictures import masked_examples
     from lejepa_fast.train.report.report import write_report
@@ -98,9 +125,7 @@ def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
     trained = trainer.evaluate(model, during_training=False)
     with trainer.outside_training():
         untrained = evaluate_untrained(cfg, *trainer.evaluated, **trainer.evaluation_options)
-        backbones = evaluate_backbones(
-            _load_backbones(cfg), *trainer.evaluated, cfg, **trainer.evaluation_options
-        )
+        backbones = _evaluate_backbones(trainer)
     trainer.loader.set_epoch(0)
     views = next(iter(trainer.loader))[0]
     masked = None

@@ -97,11 +97,13 @@ def check_same_run(
     )
 
 
-def log_changes(saved: dict[str, Any], current: dict[str, Any], where: str = "") -> None:
-    """Warn of every setting that differs from the checkpoint's."""
+def log_changes(
+    saved: dict[str, Any], current: dict[str, Any], default: dict[str, Any], where: str = ""
+) -> None:
+    """Warn of every setting that differs from the checkpoint's; one that it lacks had its `default`."""
     for key in sorted(saved.keys() | current.keys()):
-        before, now = saved.get(key), current.get(key)
+        before, now = saved.get(key, default.get(key)), current.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
-            log_changes(before, now, f"{where}{key}.")
+            log_changes(before, now, default.get(key) or {}, f"{where}{key}.")
         elif before != now and key not in ("out", "resume"):
             log.warning("%s%s: the checkpoint has %s, this run %s", where, key, before, now)

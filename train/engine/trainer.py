@@ -76,7 +76,10 @@ EVALUATION_FIGURES = ("knn", "linear", "embedding_std", "effective_rank", "sigre
 
 
 # Machines may have other CPUs, and keep their copies of the images elsewhere (`data_identity` compares them).
-MAY_DIFFER = ("--data.path", "--data.workers", "--data.prefetch", "--eval.data", "--eval.labels")
+MAY_DIFFER = (
+    *("--data.path", "--data.workers", "--data.prefetch"),
+    *("--eval.data", "--eval.labels", "--eval.backbone"),
+)
 
 
 def facts_of(cfg: Config) -> dict[str, Any]:
@@ -280,7 +283,7 @@ class Trainer:
         if self.step >= self.total_steps:
             log.info("the training is complete; to train anew, choose another --out")
         if world.is_main:
-            resume.log_changes(state["config"], current)
+            resume.log_changes(state["config"], current, config.to_dict(Config()))
 
     def _log_start(self) -> None:
         cfg, world = self.cfg, self.world

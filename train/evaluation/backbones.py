@@ -71,12 +71,16 @@ def load_backbones(
 ) -> dict[str, Backbone]:
     """Load several backbones, `NAME`, `NAME:FILE` or `NAME:untrained` each; see `load_backbone`.
 
-    The keys are the names, or the whole texts where a name is given twice. UsageError for a text twice.
+    The keys are the names, or the whole texts where a name is given twice or stays untrained. UsageError for
+    a text twice.
     """
     if len(set(names)) < len(names):
         raise UsageError(f"--eval.backbone: expected each backbone once, got {' '.join(names)}")
     only = [name.partition(":")[0] for name in names]
-    keys = [text if only.count(name) > 1 else name for text, name in zip(names, only, strict=True)]
+    keys = [
+        text if only.count(name) > 1 or text == f"{name}:{UNTRAINED}" else name
+        for text, name in zip(names, only, strict=True)
+    ]
     return {
         key: load_backbone(text, image_size=image_size, channels=channels, seed=seed)
         for key, text in zip(keys, names, strict=True)
@@ -158,7 +162,8 @@ def evaluate_backbone(
         result = evaluate_model(model, train_source, val_source, own, device=device, **options)
     except RunError as error:
         raise RunError(f"backbone {backbone.name} (weights: {backbone.weights}): {error}") from error
-    model.cpu()
+    finally:
+        model.cpu()
     return BackboneResult(result, backbone.weights, backbone.parameters)
 
 

@@ -40,8 +40,10 @@ class WeightAverage:
             self._averaged = {name: tensor.detach().clone() for name, tensor in self._model.items()}
         else:
             self._averaged = into.state_dict(keep_vars=True)
-        self._weights = [name for name, tensor in self._model.items() if isinstance(tensor, nn.Parameter)]
-        others = self._model.keys() - set(self._weights)
+        # Of a tensor that the averaged model has under several names, only one: it is averaged once a step.
+        single = {id(tensor): name for name, tensor in self._averaged.items()}.values()
+        self._weights = [name for name in single if isinstance(self._model[name], nn.Parameter)]
+        others = set(single) - set(self._weights)
         self._counts = sorted(name for name in others if not self._model[name].is_floating_point())
         self._statistics = sorted(others - set(self._counts))
 

@@ -179,12 +179,11 @@ def test_a_whole_run_and_a_second_start(tiny, monkeypatch):
     assert summary["config"]["model"]["name"] == "test_vit"
     probes = ("knn_untrained", "knn_trained", "linear_untrained", "linear_trained")
     assert all(0 <= summary[key] <= 100 for key in probes)
-    beside = summary["backbones"]["test_resnet"]
+    beside = summary["backbones"]["test_resnet:untrained"]
     assert beside["weights"] == "untrained"
     backbone = load_backbone("test_resnet:untrained", image_size=32, seed=cfg.seed)
     alone = evaluate_backbone(backbone, *open_evaluation(cfg), cfg, device=CPU.device).result
     assert (beside["knn"], beside["linear"]) == (alone.knn, alone.linear)
-    assert summary["evaluation_seconds"] >= round(sum(result.seconds for result in seen[1:]), 1)
     assert [row["step"] for row in rows_of(cfg, "eval")] == [8, 12]
     assert all(0 <= row[probe] <= 100 for row in rows_of(cfg, "eval") for probe in ("knn", "linear"))
     assert json.loads((out / "config.json").read_text())["optim"]["weight_decay"] == 0.05

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accuracy import authors_sigreg
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from training import CPU, course_of, rows_of, train_only
@@ -18,6 +19,7 @@ from lejepa_fast import sample_directions
 from lejepa_fast.train import config, export
 from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.model.average import WeightAverage
 from lejepa_fast.train.model.center import without_noise
 from lejepa_fast.train.model.model import build_model
 from lejepa_fast.train.pretrain import pretrain
@@ -64,6 +66,26 @@ def test_it_is_the_one_of_pytorch(kind, first, tiny):
     assert counts
     assert same(mine, expected | counts)
     assert not same(mine, weights)
+
+
+def test_a_tensor_of_two_names_is_averaged_once_a_step(tiny):
+    """Also where the average is a model of its own, which has such a tensor once."""
+
+    def twice():
+        layer = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(layer.weight)
+        return nn.Sequential(layer, layer)
+
+    cfg = tiny(average={"kind": "ema", "decay": 0.5, "start": 0.0}).average
+    for into in (None, twice()):
+        model = twice()
+        average = WeightAverage(model, cfg, 10, into)
+        average.update(1, torch.tensor(0.0))
+        nn.init.ones_(model[0].weight)
+        for step in (2, 3):
+            average.update(step, torch.tensor(0.0))
+        found = average.tensors() if into is None else into.state_dict()
+        assert [found[name].item() for name in ("0.weight", "1.weight")] == [0.75, 0.75]
 
 
 def test_without_a_start_the_plain_mean_is_over_the_last_quarter(tiny):

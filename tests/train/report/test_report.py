@@ -220,24 +220,31 @@ BACKBONES = {
     "vit_small_patch14_dinov2.lvd142m": BackboneResult(result(randn(80, 24), 80.0, 85.5), "hub", 22_056_576),
     "<b>": BackboneResult(result(randn(80, 24), 70.0, None), "/weights/b.safetensors", 12_345_678),
 }
+BACKBONES = {
+    name: each._replace(result=replace(each.result, seconds=20.25)) for name, each in BACKBONES.items()
+}
 OF_BACKBONES = {"image_size": 64, "feature_dim": 24, "linear_learning_rate": None}
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_backbones_stand_beside_both_encoders(tmp_path):
-    path = report.write_report(tmp_path, **arguments(backbones=BACKBONES))
-    found, text = read_summary(path)["backbones"], " ".join(Page(path).text.split())
+    random = BACKBONES["<b>"]._replace(weights="untrained")
+    path = report.write_report(tmp_path, **arguments(backbones=BACKBONES | {"resnet:untrained": random}))
+    summary, text = read_summary(path), " ".join(Page(path).text.split())
+    found = summary["backbones"]
+    assert summary["evaluation_seconds"] == 63.8  # 3 x 20.25 and both of ours
     others = {"knn": 70.0, "linear": None, "parameters": 12_345_678, "weights": "/weights/b.safetensors"}
     assert found["<b>"].items() >= (OF_BACKBONES | others).items()
     for expected in (
         "untrained trained difference vit_small_patch14_dinov2.lvd142m 64 px, 22.1 M parameters <b> 64 px",
-        "54.0 ± 5.6 66.2 ± 5.3 +12.2 80.0 ± 4.5 70.0 ± 5.1 Linear",
-        "60.0 ± 5.5 71.5 ± 5.0 +11.5 85.5 ± 3.9 - Embedding",
+        "54.0 ± 5.6 66.2 ± 5.3 +12.2 80.0 ± 4.5 70.0 ± 5.1 70.0 ± 5.1 Linear",
+        "60.0 ± 5.5 71.5 ± 5.0 +11.5 85.5 ± 3.9 - - Embedding",
+        "resnet:untrained: random weights, 64 px",
         "weights of /weights/b.safetensors, 64 px, 24 features",
         "dinov2.lvd142m: weights of the Hugging Face hub, 64 px",
     ):
         assert expected in text, expected
-    assert re.search(r"Effective rank of 12 [\d.]+ [\d.]+ [+][\d.]+ - - SIGReg", text)  # of embeddings
+    assert re.search(r"Effective rank of 12 [\d.]+ [\d.]+ [+][\d.]+ - - - SIGReg", text)  # of embeddings
 
 
 def test_backbones_alone_have_a_page_without_figures(tmp_path):
