@@ -41,6 +41,7 @@ from lejepa_fast.train.runtime.signals import Interrupted
         (["--batch-size", "64"], "has 32 images, fewer than one batch of 64"),
         (["--crops.global-size", "400"], "use --crops.global-size 32, which test_vit takes, or"),
         (["--eval.backbone", "resnat18"], "--eval.backbone: no model is called 'resnat18'"),
+        (["--eval.backbone", "test_resnet:untrained", "--data.channels", "0"], "data.channels: expected"),
         (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
         (["--device", "cuda"], "use --device cpu"),
         (["--resume", "{tmp}/nowhere"], "checkpoint {tmp}/nowhere does not exist"),

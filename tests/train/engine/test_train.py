@@ -209,6 +209,16 @@ def test_a_whole_run_and_a_second_start(tiny, monkeypatch):
     assert again["knn_trained"] == summary["knn_trained"]
 
 
+def test_a_backbone_that_fails_does_not_cost_the_report(tiny, monkeypatch, caplog):
+    cfg = tiny(max_steps=1, eval={"linear_steps": 0, "backbone": ("test_resnet:untrained",)})
+    for failure in (RunError("the encoder gives NaN"), torch.OutOfMemoryError("CUDA out of memory.")):
+        failing = Mock(side_effect=failure)
+        monkeypatch.setattr("lejepa_fast.train.evaluation.backbones.evaluate_backbone", failing)
+        page = pretrain(cfg, CPU)
+        assert json.loads((page.parent / "summary.json").read_text())["backbones"] == {}
+        assert f"the report lacks test_resnet:untrained: {failure}" in caplog.text
+
+
 def test_an_evaluation_that_ends_the_run_is_not_tried_for_ever(tiny, monkeypatch, caplog):
     cfg = tiny(eval={"every": 1, "linear_steps": 0}, max_steps=9)
 
