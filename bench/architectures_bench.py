@@ -139,7 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     writer, rows = Rows(options.out / "architectures.jsonl", "architectures", torch.device("cpu")), []
     for name in options.models:
         wanted: Row = {"model": name, "steps": options.steps, "data": options.data}
-        if not (found := writer.known(wanted)):
+        # A failure may have had a passing cause, such as a full disk.
+        if not (found := [row for row in writer.known(wanted) if "error" not in row]):
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     measured = train(name, options.steps, Path(folder), options.data)

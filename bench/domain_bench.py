@@ -74,8 +74,14 @@ def configuration(images: Path, out: Path, seed: int, epochs: int, fine_tune: in
 
 
 def write_images(path: str, folder: Path, limits: Mapping[str, int]) -> None:
-    """Write class folders of the drawn images of both splits to `folder`, unless it is there."""
+    """Write class folders of the drawn images of both splits to `folder`, unless they are there.
+
+    UsageError if those of another path are there: their runs and rows have the same name.
+    """
+    origin = folder.with_name(f"{folder.name}.origin")
     if folder.is_dir():
+        if origin.is_file() and (earlier := origin.read_text(encoding="utf-8")) != path:
+            raise UsageError(f"sets: expected another name, got one that stands for {earlier} in {folder}")
         return
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -89,6 +95,7 @@ def write_images(path: str, folder: Path, limits: Mapping[str, int]) -> None:
             file = unfinished / split / source.classes[label] / f"{index:06d}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
             image.resize(size, Image.Resampling.LANCZOS).save(file, quality=95)
+    origin.write_text(path, encoding="utf-8")
     unfinished.rename(folder)
 
 

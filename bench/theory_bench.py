@@ -358,10 +358,8 @@ def main(arguments: list[str] | None = None) -> int:
         said: Row = {"experiment": name, "statement": " ".join((measure.__doc__ or "").split())}
         said["holds"] = holds(rows)
         rows = writer.write(*({**said, **row} for row in rows))
-        figure, path = (
-            Figure(figsize=(8, 3), dpi=100, layout="constrained"),
-            options.out / f"theory_{name}.png",
-        )
+        figure = Figure(figsize=(8, 3), dpi=100, layout="constrained")
+        path = options.out / f"theory_{name}{'_rehearsal' * options.rehearse}.png"
         draw(figure, rows)
         figure.savefig(path)
         print(f"{name} {'holds' if said['holds'] else 'DOES NOT HOLD'}: {path}", flush=True)

@@ -34,10 +34,10 @@ class Options:
 
     checkpoint: Path | None = None
     """A run folder (its newest checkpoint is used) or a folder checkpoints/step-*."""
-    backbone: tuple[str, ...] = ()
+    backbone: tuple[str, ...] | None = None
     """Further encoders for the same table: timm's names, for weights of the Hugging Face hub or its cache,
     NAME:FILE, or NAME:untrained for random weights. Without --checkpoint they are evaluated alone, on
-    --data."""
+    --data. None: those of the run."""
     backbone_size: int | Literal["own"] | None = None
     """Side of the images for backbones. own: as each was trained; None: as for the checkpoint, or the next
     larger size that the backbone takes."""
@@ -177,7 +177,8 @@ def _settings(run: Config, options: Options) -> Config:
     if options.data is not None:
         other = {"data": options.data, "val_fraction": None, "labels": None}
     evaluation = _replaced(
-        dataclasses.replace(run.eval, backbone=options.backbone, **other),
+        dataclasses.replace(run.eval, **other),
+        backbone=options.backbone,
         image_size=options.image_size,
         linear_blocks=options.linear_blocks,
         batch_size=options.batch_size,
@@ -191,7 +192,7 @@ def _settings(run: Config, options: Options) -> Config:
     cfg = dataclasses.replace(run, eval=evaluation, data=data)
     validate(cfg)
     for name, needs, there in (
-        ("backbone_size", "--backbone", options.backbone),
+        ("backbone_size", "--backbone", evaluation.backbone),
         ("labels_are", "--labels", evaluation.labels),
         ("draws", "--few-shot", evaluation.few_shot),
         ("linear_blocks", "--linear", options.linear),
@@ -221,7 +222,7 @@ def _load_backbones(cfg: Config, options: Options) -> "dict[str, Backbone]":
     size = (cfg.eval.image_size or cfg.crops.global_size) if size is None else size
     if size != "own" and not 1 <= size <= 10_000:
         raise UsageError(f"--backbone-size: expected own or 1 to 10,000 pixels, got {size}")
-    return load_backbones(options.backbone, image_size=size, channels=cfg.data.channels, seed=cfg.seed)
+    return load_backbones(cfg.eval.backbone, image_size=size, channels=cfg.data.channels, seed=cfg.seed)
 
 
 def _made(out: Path) -> Path:

@@ -186,7 +186,7 @@ def _open_images(path: Path, cfg: "Config") -> "tuple[ImageSource, list[str], bo
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _earlier_files(out: Path, options: Options) -> list[Path]:

@@ -86,10 +86,12 @@ def table(chosen: Mapping[str, Any]) -> str:
     if chosen["rule"] == NEITHER:
         texts.append("trusted rule: loss / lambda^alpha within each group; none between groups")
     else:
-        best, rule = runs[0], chosen["rule"]
-        rule += f", alpha {alpha:g}" if rule == LOSS else ""
-        collapsed = " (collapsed)" if best["state"] == "collapsed" else ""
-        texts.append(f"trusted rule: {rule}; best: {best['run']}{collapsed}")
+        by_loss, best = chosen["rule"] == LOSS, runs[0]
+        name = best["run"] + " (collapsed)" * (best["state"] == "collapsed")
+        if best["places"]["score" if by_loss else "rankme"] is None:
+            name = "none, as no run has a figure"
+        rule = f"{LOSS}, alpha {alpha:g}" if by_loss else chosen["rule"]
+        texts.append(f"trusted rule: {rule}; best: {name}")
     for probe, found in chosen["correlations"].items():
         line = (
             f"rank correlation with {probe} accuracy over {found['runs']} runs: C(0) = {found['c'][0]:.2f}, "

@@ -25,6 +25,8 @@ def test_six_architectures_train_with_the_same_settings(image_folder, tmp_path, 
     assert "trained: 6, families: 6" in capsys.readouterr().out
     architectures_bench.main([*command, "--models", SIX[0]])
     assert len(read_rows(tmp_path / "architectures.jsonl")) == len(SIX) + 1  # nothing is trained again
+    architectures_bench.main([*command, "--models", "no_such_model"])
+    assert len(read_rows(tmp_path / "architectures.jsonl")) == len(SIX) + 2  # a failure may pass
 
 
 def test_the_models_are_small_and_of_many_families():

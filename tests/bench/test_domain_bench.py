@@ -1,6 +1,7 @@
 """In-domain against transfer: drawn images, a row for each set and seed, the same labels, the table."""
 
 from dataclasses import replace
+from functools import partial
 
 import domain_bench
 import efficientnet_lite0
@@ -11,6 +12,7 @@ from benchlib import read_rows
 from PIL import Image
 
 from lejepa_fast.data import open_source
+from lejepa_fast.errors import UsageError
 from lejepa_fast.train.evaluation import fine_tuning
 from lejepa_fast.train.evaluation.backbones import evaluate_backbone, load_backbone
 from lejepa_fast.train.evaluation.protocol import open_evaluation
@@ -106,10 +108,14 @@ def test_the_table_has_mean_and_deviation_over_seeds_of_the_columns_that_all_row
     ]
 
 
-def test_wrong_use_is_one_line(tmp_path, capsys, monkeypatch, small):
+def test_wrong_use_is_one_line(image_folder, tmp_path, capsys, monkeypatch, small):
     command = ["--work", str(tmp_path), "--out", str(tmp_path)]
     assert domain_bench.main([*command, "--sets", "photos"]) == 2
     assert "error: sets: expected NAME=PATH, got photos" in capsys.readouterr().err
+    write = partial(domain_bench.write_images, folder=tmp_path / "photos", limits={"train": 4, "val": 4})
+    write(str(image_folder))
+    with pytest.raises(UsageError, match="sets: expected another name, got one that stands for"):
+        write("trashnet96")
 
     def missing():
         raise ImportError

@@ -15,7 +15,7 @@ def rows(tmp_path_factory):
     assert theory_bench.main(["--rehearse", "--out", str(out)]) == 0
     written = benchlib.read_rows(out / "theory.jsonl")
     for name in EXPERIMENTS:
-        with Image.open(out / f"theory_{name}.png") as figure:
+        with Image.open(out / f"theory_{name}_rehearsal.png") as figure:
             assert np.asarray(figure.convert("L")).std() > 10
     return {name: [row for row in written if row["experiment"] == name] for name in EXPERIMENTS}
 

@@ -161,7 +161,8 @@ def _column(path: Path, header: list[str], names: tuple[str, ...]) -> int:
 
 
 def _is_number(text: str) -> bool:
+    """Whether it is a finite number; 1_2 is a name, which Python alone reads as 12."""
     try:
-        return math.isfinite(float(text))
+        return "_" not in text and math.isfinite(float(text))
     except ValueError:
         return False

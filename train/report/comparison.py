@@ -22,6 +22,7 @@ _SHARED = {
     "num_classes": "numbers of classes",
     "image_size": "image sizes in pixels",
     "knn_k": "numbers of neighbors",
+    "evaluation.temperature": "temperatures of kNN",
     "evaluation.linear_blocks": "blocks for the linear probe",
     "evaluation.draws": "draws of few labels",
     "evaluation.fine_tune": "epochs of fine-tuning",

@@ -306,10 +306,11 @@ def test_linear_blocks_count_for_every_encoder(tiny, save_run, tmp_path, monkeyp
         return embed_source(*args, **options)
 
     monkeypatch.setattr(protocol, "embed_source", embed)
-    run = save_run(tiny(), tmp_path / "run")
-    arguments = ["--checkpoint", str(run), "--linear-blocks", "1", "--backbone", "test_vit:untrained"]
-    assert command.main(arguments) == 0
-    assert seen == 6 * [1]  # both splits, of the trained encoder, the untrained one and the backbone
+    run = save_run(tiny(eval={"backbone": ["test_vit:untrained"]}), tmp_path / "run")
+    assert command.main(["--checkpoint", str(run), "--linear-blocks", "1"]) == 0
+    assert seen == 6 * [1]  # both splits, of the trained encoder, the untrained one and the run's backbone
+    assert command.main(["--checkpoint", str(run), "--backbone"]) == 0
+    assert len(seen) == 6 + 4  # without it
 
 
 def test_script_runs_by_its_path_and_exits_with_2(tmp_path):

@@ -311,7 +311,8 @@ def test_command_animates_a_folder_of_frames_in_order_and_an_animated_picture(ru
     for i, frame in enumerate(frames):
         frame.putpixel((i, i), (255, 255, 255))
         (tmp_path / "frames").mkdir(exist_ok=True)
-        frame.save(tmp_path / "frames" / f"f{i}.png")
+        name = f"f{i}.png" if i < 11 else "f²11.png"  # "²" is a digit, but no number
+        frame.save(tmp_path / "frames" / name)
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     for images, more in (("frames", ["--sequence"]), ("moving.gif", [])):
         out = tmp_path / f"out-{images}"

@@ -100,6 +100,7 @@ def test_runs_of_other_images_or_sizes_are_not_comparable(run, tmp_path):
 def test_other_labels_counts_and_classes_are_not_comparable(run, tmp_path):
     """Epochs of fine-tuning and draws matter where both runs have the figures; paths, not their texts."""
     settings = {"labels": "a.csv", "few_shot": "1", "draws": 3, "fine_tune": 0, "linear_blocks": 2}
+    settings["temperature"] = 0.07
     more = settings | {"few_shot": "", "draws": 7, "fine_tune": 5}
     where = {"evaluation_data": f"{tmp_path}/x"}
     folders = [
@@ -109,7 +110,7 @@ def test_other_labels_counts_and_classes_are_not_comparable(run, tmp_path):
     ]
     page = write_comparison(folders, tmp_path)
     assert json.loads((page.parent / "compare.json").read_text())["not_comparable_because"] is None
-    other = settings | {"labels": None, "draws": 7, "linear_blocks": 4}
+    other = settings | {"labels": None, "draws": 7, "linear_blocks": 4, "temperature": 1}
     folders[1] = run("c", evaluation=other, num_classes=None, probe_images=9, **where)
     page = write_comparison(folders[:2], tmp_path)
     found = json.loads((page.parent / "compare.json").read_text())["not_comparable_because"]
@@ -118,6 +119,7 @@ def test_other_labels_counts_and_classes_are_not_comparable(run, tmp_path):
         "numbers of classes (a: 3; c: none)",
         "draws of few labels (a: 3; c: 7)",
         "blocks for the linear probe (a: 2; c: 4)",
+        "temperatures of kNN (a: 0.07; c: 1)",
     ):
         assert expected in found
     assert "images (" not in found
