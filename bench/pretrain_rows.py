@@ -1,7 +1,8 @@
 """Turn finished runs into rows of bench/results/pretrain.jsonl: python bench/pretrain_rows.py RUN [RUN ...]
 
 A row holds the report's summary of a run, with this machine: call it where the runs were made. Draws
-pretrain.png, the accuracies of these runs; without RUN, those of the rows that are there.
+pretrain.png, the accuracies of these runs; without RUN, those of the rows that are there. With --recipe the
+rows are short ones of laptop_recipes.jsonl instead, and nothing is drawn.
 """
 
 import json
@@ -28,16 +29,36 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def recipe_row(what: str, summary: Row, seconds: float | None) -> Row:
+    """What a recipe for the embedded images is compared by; `seconds`: of the whole command."""
+    row: Row = {"what": what, "seed": summary["seed"], "steps": summary["steps"], "state": summary["state"]}
+    for probe in ("knn", "linear"):
+        row |= {f"{probe}_{which}": summary[f"{probe}_{which}"] for which in ("trained", "untrained")}
+    for name, backbone in (summary.get("backbones") or {}).items():
+        row["backbones"] = row.get("backbones", {}) | {name: {p: backbone[p] for p in ("knn", "linear")}}
+    row |= {key: summary[key] for key in ("images_per_second", "evaluation_seconds")}
+    return row | {"command_seconds": seconds, "run_threads": summary["machine"]["torch_threads"]}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line(__doc__)
     parser.add_argument("runs", type=Path, nargs="*", help="run folders with report/summary.json")
+    parser.add_argument(
+        "--recipe", metavar="WHAT", help="what the runs are rows of, such as 'crops of 40 px'"
+    )
+    parser.add_argument("--seconds", type=float, help="wall time of the command of such a run")
     options = parser.parse_args(arguments)
     summaries = [run / "report" / "summary.json" for run in options.runs]
     for path in summaries:
         if not path.is_file():
             parser.error(f"runs: expected a finished run, got one without {path}")
     path = options.out / "pretrain.jsonl"
-    if rows := [json.loads(path.read_text(encoding="utf-8")) for path in summaries]:
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in summaries]
+    if options.recipe:
+        short = [recipe_row(options.recipe, row, options.seconds) for row in rows]
+        Rows(options.out / "laptop_recipes.jsonl", "laptop_recipes").write(*short)
+        return
+    if rows:
         Rows(path, "pretrain").write(*rows)
     plot(rows or read_rows(path), path.with_suffix(".png"))
 
