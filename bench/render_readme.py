@@ -33,7 +33,8 @@ def whole(rows: Sequence[Row]) -> Row:
 
 def markdown(header: Sequence[str], table: Sequence[Sequence[str]], *rows: Row) -> str:
     """A table, and below it where, with what and when each of `rows` was measured."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *table]
+    sentences = [any(len(line[i]) > 40 for line in table) for i in range(len(header))]  # figures go right
+    lines = [header, ["---" if i == 0 or left else "---:" for i, left in enumerate(sentences)], *table]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return text + "\n\n" + "; ".join(map(origin, rows))
 

@@ -114,7 +114,7 @@ def write_labels(folder: Path, rows: Iterable[Sequence[object]], name: str = "la
     table = io.StringIO(newline="")
     csv.writer(table).writerows(rows)
     content = table.getvalue().encode()
-    write_atomically(folder / name, lambda file: file.write(content), way_out="free some space")
+    write_atomically(folder / name, content, way_out="free some space")
 
 
 def draw_balanced(index: int, size: int = 96, seed: int = 0) -> Picture:

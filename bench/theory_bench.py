@@ -32,9 +32,9 @@ def statistic(x: Tensor, A: Tensor, t_max: float = 5.0, n_points: int = 17) -> T
 
 def dimension(small: bool) -> Iterator[Row]:
     """Section 4.3: 16 directions drawn anew at each step do more than thousands of fixed ones. Adam on the
-    samples (N 100, dimension 512), all Gaussian but for two dimensions in the shape of an X. `after` is
-    SIGReg in the plane of the X, which decides; `unseen` that along 512 directions of no training, few of
-    which see that plane: any value below `gaussian` is as good."""
+    samples (N 100, dimension 512), all Gaussian but for two dimensions in the shape of an X. SIGReg in the
+    plane of the X, right in the figure, decides. Few of the 512 directions on the left, which no training
+    used, see that plane: any value below that of Gaussian samples is as good."""
     N, K, steps = (64, 128, 100) if small else (100, 512, 400)
     fixed_counts = (16, 32) if small else (16, 256, 2048)
     generator = torch.Generator().manual_seed(0)
@@ -281,9 +281,9 @@ def draw_neighbors(figure: Figure, rows: Sequence[Row]) -> None:
 def gradients(small: bool) -> Iterator[Row]:
     """Theorems 3 and 4: matching a few moments does not make a distribution Gaussian, and its gradients
     explode with the size of the samples; those of the Epps-Pulley statistic are bounded whatever comes.
-    First the largest gradient of a sample, of N times the distance, for scaled samples; in the last row,
-    three atoms with the first five moments of N(0, 1), which four moments cannot tell from it and
-    Epps-Pulley can."""
+    The figure shows the largest gradient of a sample, of N times the distance, for scaled samples. Three
+    atoms with the first five moments of N(0, 1) are a distribution that four moments cannot tell from it
+    and Epps-Pulley can."""
     N = 64 if small else 256
     one = torch.ones(1, 1, dtype=torch.float64)
     x0 = torch.randn(N, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -105,14 +105,16 @@ def _evaluate(options: Options) -> None:
 
 def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
     # Not above: `--help` does not wait for PyTorch.
-    from lejepa_fast.train.checkpoint.trained_model import load_masked, load_trained
+    from lejepa_fast.train.checkpoint.trained_model import load_trained
     from lejepa_fast.train.evaluation.backbones import evaluate_backbones
     from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained
+    from lejepa_fast.train.model.masked import MaskedModel
     from lejepa_fast.train.report.predictor_pictures import masked_examples
     from lejepa_fast.train.report.report import write_report
     from lejepa_fast.train.report.results_table import format_table
 
-    model, run, step, path, averaged, pretraining = load_trained(checkpoint, averaged=options.averaged)
+    loaded = load_trained(checkpoint, averaged=options.averaged)
+    model, run, step, path, averaged, pretraining, whole = loaded
     cfg = _settings(run, options)
     backbones = _load_backbones(cfg, options)
     train_source, val_source, setting = _opened(cfg, options)
@@ -127,7 +129,7 @@ def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
     if any(each is not None for each in changes):
         history = [row for row in history if row["kind"] != "eval"]  # measured on other images
     masked = None
-    if (whole := load_masked(path, averaged=averaged)) is not None:
+    if isinstance(whole, MaskedModel):
         masked = masked_examples(whole.to(setting["device"]), cfg, train_source, val_source)
     page = write_report(
         out,

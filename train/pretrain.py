@@ -111,8 +111,9 @@ def _evaluate_backbones(trainer: "Trainer") -> "dict[str, BackboneResult]":
 
 
 def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
-    from lejepa_fast.train.checkpoint.trained_model import export_encoder, load_masked
+    from lejepa_fast.train.checkpoint.trained_model import export_encoder, load_trained
     from lejepa_fast.train.evaluation.protocol import evaluate_untrained
+    from lejepa_fast.train.model.masked import MaskedModel
     from lejepa_fast.train.report.predictor_pictures import masked_examples
     from lejepa_fast.train.report.report import write_report
     from lejepa_fast.train.report.results_table import format_table
@@ -129,7 +130,9 @@ def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
     trainer.loader.set_epoch(0)
     views = next(iter(trainer.loader))[0]
     masked = None
-    if cfg.objective != "lejepa" and (whole := load_masked(trainer.run_dir)) is not None:
+    if cfg.objective != "lejepa":
+        whole = load_trained(trainer.run_dir).whole  # the one here may be sharded
+        assert isinstance(whole, MaskedModel)
         masked = masked_examples(whole.to(trainer.world.device), cfg, *trainer.evaluated)
     page = write_report(
         trainer.run_dir,

@@ -144,9 +144,7 @@ def _segment(options: Options) -> None:
         }
         print(_table(scores, len(truth), len(names)))
     text = json.dumps(summary, indent=2) + "\n"
-    write_atomically(
-        out / "summary.json", lambda file: file.write(text.encode()), way_out="choose another --out"
-    )
+    write_atomically(out / "summary.json", text.encode(), way_out="choose another --out")
     print(f"pictures: {out}")
 
 

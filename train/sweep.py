@@ -323,11 +323,8 @@ def finish(points: Sequence[Point], out: Path, asked: Mapping[str, Any], failed:
         if point.folder in failed:
             row |= {"state": "failed", "error": failed[point.folder]}
         rows.append(row)
-    write_atomically(
-        out / "sweep.json",
-        lambda file: file.write(json_text({**asked, "loss_over_last": END_SHARE, "runs": rows}).encode()),
-        way_out="choose another --out",
-    )
+    text = json_text({**asked, "loss_over_last": END_SHARE, "runs": rows})
+    write_atomically(out / "sweep.json", text.encode(), way_out="choose another --out")
     print(_table(rows))
     if known := [point for point in points if point.folder in runs]:
         from lejepa_fast.train.report.run_plots import plot_grid, plot_loss_plane

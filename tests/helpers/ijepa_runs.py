@@ -8,7 +8,7 @@ from parallel_worker import full, process_group
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lejepa_fast.train.checkpoint.trained_model import load_masked
+from lejepa_fast.train.checkpoint.trained_model import load_trained
 from lejepa_fast.train.config import Config, from_dict
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.runtime.world import World
@@ -62,7 +62,7 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
                 cfg = run_config(images, Path(folder) / "resumed", objective, resume=middle, **options)
                 results["resumed"] = train(cfg, world)
         if rank == 0:  # as the report does; the other rank goes on
-            assert load_masked(cfg.out) is not None
+            assert load_trained(cfg.out).whole is not None
     torch.save(results, Path(folder) / f"rank{rank}.pt")
 
 

@@ -17,7 +17,6 @@ from lejepa_fast.errors import UsageError
 from lejepa_fast.regular_files import open_regular
 from lejepa_fast.train.checkpoint.storage import find_checkpoint, has_average, load_model
 from lejepa_fast.train.config import Config, from_dict
-from lejepa_fast.train.model.masked import MaskedModel
 from lejepa_fast.train.model.model import LeJEPAModel, TrainedModule, build_model, evaluated
 from lejepa_fast.train.runtime.files import write_atomically
 
@@ -40,6 +39,8 @@ class TrainedModel(NamedTuple):
     """Whether the weights are the averaged ones."""
     data: Mapping[str, Any]
     """Counts of the images that it was trained on and that were held out: `resume.data_identity`."""
+    whole: TrainedModule
+    """All parts of what was trained; `model` has some of them."""
 
 
 def load_trained(
@@ -49,22 +50,6 @@ def load_trained(
     `averaged`, and with the encoder `which` if there are two. UsageError if there is none, or it holds
     another model than its configuration describes."""
     path, state = find_checkpoint(where)
-    model, cfg, averaged = _load_whole(path, state, averaged)
-    return TrainedModel(evaluated(model, which), cfg, state["step"], path, averaged, state["data"])
-
-
-def load_masked(where: Path, *, averaged: bool = True) -> MaskedModel | None:
-    """Load the whole model of a masked objective, on the CPU; None of LeJEPA. UsageError as there."""
-    path, state = find_checkpoint(where)
-    if state["config"].get("objective", "lejepa") == "lejepa":
-        return None
-    model = _load_whole(path, state, averaged)[0]
-    assert isinstance(model, MaskedModel)
-    return model
-
-
-def _load_whole(path: Path, state: Mapping[str, Any], averaged: bool) -> tuple[TrainedModule, Config, bool]:
-    """Model with all its parts, configuration, and whether the weights are the averaged ones."""
     cfg = from_dict(state["config"], where=f"checkpoint {path}")
     averaged = averaged and has_average(state)
     model = build_model(cfg)
@@ -76,7 +61,8 @@ def _load_whole(path: Path, state: Mapping[str, Any], averaged: bool) -> tuple[T
             f"checkpoint {path} does not hold the model that its configuration describes ({difference}); "
             "use the version of lejepa_fast that wrote it"
         ) from error
-    return model, cfg, averaged
+    step, data = state["step"], state["data"]
+    return TrainedModel(evaluated(model, which), cfg, step, path, averaged, data, model)
 
 
 def export_encoder(
@@ -133,7 +119,7 @@ def export_encoder(
         "pretrained_cfg": size_and_head | normalized | resized | layers,
         "trained_with": "lejepa_fast",  # timm ignores it
     }
-    write_atomically(path, lambda file: file.write(save(weights)), way_out=way_out)
+    write_atomically(path, save(weights), way_out=way_out)
     _write_json(path.with_suffix(".json"), settings, way_out)
     beside = run_dir / "config.json"
     try:
@@ -159,4 +145,4 @@ def export_encoder(
 
 def _write_json(path: Path, values: Mapping[str, Any], way_out: str) -> None:
     text = json.dumps(values, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()), way_out=way_out)
+    write_atomically(path, text.encode(), way_out=way_out)

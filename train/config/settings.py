@@ -411,7 +411,7 @@ def write(cfg: Config, folder: Path, name: str = "config.json") -> None:
     """Write `folder/name`; RunError if it cannot be written."""
     text = json.dumps(to_dict(cfg), indent=2) + "\n"
     path = folder / name
-    files.write_atomically(path, lambda file: file.write(text.encode()), way_out="choose another --out")
+    files.write_atomically(path, text.encode(), way_out="choose another --out")
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:

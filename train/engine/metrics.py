@@ -197,7 +197,7 @@ def peak_memory_gib(device: torch.device) -> float:
 def _drop_rows_after(path: Path, step: int) -> None:
     text = "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step).encode()
     if path.exists() and text != path.read_bytes():
-        write_atomically(path, lambda file: file.write(text), way_out=_WAY_OUT)
+        write_atomically(path, text, way_out=_WAY_OUT)
 
 
 def _open_board(folder: Path, *, purge_step: int) -> Any:

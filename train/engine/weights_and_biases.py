@@ -32,7 +32,7 @@ class WandbRun:
         identity = run_dir / "wandb-id.txt"
         if not identity.is_file():  # a pipe would wait for a writer
             name = secrets.token_hex(4).encode()
-            write_atomically(identity, lambda file: file.write(name), way_out="choose another --out")
+            write_atomically(identity, name, way_out="choose another --out")
         options = {"project": project, "name": run_dir.name, "id": identity.read_text(), "resume": "allow"}
         try:
             self._run = wandb.init(**options, dir=str(run_dir), config=dict(config))

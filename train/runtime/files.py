@@ -8,9 +8,9 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.regular_files import open_regular
@@ -30,8 +30,8 @@ def disk_errors_named(path: Path, way_out: str) -> Iterator[None]:
         raise RunError(f"cannot write {path}: {error.strerror or error}; {way_out}") from error
 
 
-def write_atomically(path: Path, fill: Callable[[IO[bytes]], object], *, way_out: str) -> None:
-    """Let `fill` write a temporary file beside `path`, sync it to the disk and rename it to `path`.
+def write_atomically(path: Path, content: bytes, *, way_out: str) -> None:
+    """Write a temporary file beside `path`, sync it to the disk and rename it to `path`.
 
     RunError, which ends with `way_out`, if the file system refuses; an earlier file at `path` then stays.
     """
@@ -40,7 +40,7 @@ def write_atomically(path: Path, fill: Callable[[IO[bytes]], object], *, way_out
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
-                fill(file)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
