@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import torch.overrides
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -60,18 +61,12 @@ def test_memory_on_the_device_is_bounded(probe, monkeypatch):
 # ---- kNN -----------------------------------------------------------------------------------------
 
 
-def brute_force_knn(train_x, train_y, test_x, k, temperature):
-    """DINO's vote, sample by sample, in float64."""
-    train = train_x.double().numpy()
-    train = train / np.linalg.norm(train, axis=1, keepdims=True)
-    predictions = []
-    for query in test_x.double().numpy():
-        similarity = train @ (query / np.linalg.norm(query))
-        votes = np.zeros(4)
-        for index in np.argsort(-similarity)[:k]:
-            votes[train_y[index]] += 1.0 if temperature is None else np.exp(similarity[index] / temperature)
-        predictions.append(int(votes.argmax()))
-    return torch.tensor(predictions)
+def sklearn_knn(train_x, train_y, test_x, k, temperature):
+    """DINO's vote by scikit-learn, in float64."""
+    votes = "uniform" if temperature is None else lambda distances: np.exp((1 - distances) / temperature)
+    knn = KNeighborsClassifier(min(k, len(train_x)), metric="cosine", weights=votes)
+    knn.fit(train_x.double(), train_y)
+    return torch.from_numpy(knn.predict(test_x.double()))
 
 
 @pytest.mark.parametrize(
@@ -84,11 +79,11 @@ def brute_force_knn(train_x, train_y, test_x, k, temperature):
         (40, 30, 6, 5, None),  # equal votes
     ],
 )
-def test_knn_equals_brute_force_float64(n, m, dim, k, temperature, monkeypatch):
+def test_knn_equals_scikit_learn_in_float64(n, m, dim, k, temperature, monkeypatch):
     lengths = randn(n, 1, seed=3).abs().add(0.1)  # do not matter
     train_x, test_x = (randn(n, dim) * lengths).bfloat16(), randn(m, dim, seed=1)
     train_y = classes_of(n, seed=2)
-    expected = brute_force_knn(train_x, train_y, test_x, k, temperature)
+    expected = sklearn_knn(train_x, train_y, test_x, k, temperature)
     options: dict[str, Any] = {"k": k, "temperature": temperature, "num_classes": 4}
     for chunk, block in ((1024, 10**6), (16, 32), (7, 3)):
         monkeypatch.setattr(probes, "CHUNK", chunk)
