@@ -8,8 +8,6 @@ The versions of Triton lie side by side in `.venv/tritons/`; a session puts one 
 nox reports a Python that is not on PATH as "interpreter not found".
 """
 
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,8 +22,6 @@ OLDEST = ["torch==2.11.*", "torchvision==0.26.*"]
 NEWEST = ["torch", "torchvision"]
 TORCH = {"3.10": OLDEST, "3.11": NEWEST, "3.12": OLDEST, "3.13": NEWEST}
 LIBRARY = ["library/test_*", "test_kernels"]
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-NO_TESTS = 5  # pytest's exit code
 
 nox.options.envdir = ".venv/nox"
 nox.options.reuse_existing_virtualenvs = True
@@ -48,63 +44,58 @@ def find_tests(*patterns: str) -> list[str]:
     return found
 
 
-def environment(session: nox.Session, triton: str) -> dict[str, str]:
-    """Install a version of Triton, and return the variables that put it first on the import path."""
+def environment(triton: str) -> dict[str, str]:
+    """Variables that put a version of Triton first on the import path."""
+    return {"PYTHONPATH": str(TRITON_FOLDER / triton), "OMP_NUM_THREADS": "1"}
+
+
+def run_kernel_tests(
+    session: nox.Session, triton: str, interpreted: list[str], compiled: list[str], *, short: bool = False
+) -> None:
+    """Run kernel tests in Triton's interpreter, and those that compile without a GPU.
+
+    `short`: side by side, a process each, for importing PyTorch takes as long as many of the tests.
+    """
     target = TRITON_FOLDER / triton
     if not (target / f"triton-{triton}.dist-info").is_dir():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
         session.run(*pip, f"triton=={triton}", external=True)
-    env = {"PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
+    env = environment(triton)
     check = f"import triton; assert triton.__version__ == {triton!r}, triton.__version__"
     session.run(sys.executable, "-c", check, env=env, external=True)
-    return env
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest += [] if short else ["-n", "2", "--dist", "load"]
+    codes = [0, 5] if session.posargs else [0]  # 5: the arguments for pytest select nothing in these files
 
+    def run(files: list[str], interpret: str) -> object:
+        options = {"env": env | {"TRITON_INTERPRET": interpret}, "success_codes": codes, "silent": short}
+        return session.run(*pytest, *files, *session.posargs, **options, external=True)
 
-def good_codes(session: nox.Session) -> list[int]:
-    """Exit codes of pytest: arguments for it may select nothing in some files."""
-    return [0, NO_TESTS] if session.posargs else [0]
+    with ThreadPoolExecutor(1 + short) as pool:
+        for output in pool.map(run, [interpreted, compiled], "10"):
+            print(output if short else "")  # of one that fails, nox prints it
 
 
 @nox.session(venv_backend="none")
 @nox.parametrize("triton", TRITONS, ids=TRITONS)
 def kernels(session: nox.Session, triton: str) -> None:
     """All kernel tests with one version of Triton, and the budgets of every kernel that is compiled."""
-    env = environment(session, triton)
-    compiled = find_tests("test_kernel_compile", "test_launches")
-    for files, interpret in ((find_tests("kernels/kernel_*"), "1"), (compiled, "0")):
-        command = [*PYTEST, "-n", "2", "--dist", "load", *files, *session.posargs]
-        options = {"env": env | {"TRITON_INTERPRET": interpret}, "success_codes": good_codes(session)}
-        session.run(*command, **options, external=True)
+    run_kernel_tests(
+        session, triton, find_tests("kernels/kernel_*"), find_tests("test_kernel_compile", "test_launches")
+    )
     check = ["bench/kernel_report.py", "--target", "all", "--dtype", "bf16", "fp16", "fp32", "--check"]
-    session.run(sys.executable, *check, env=env, external=True)
+    session.run(sys.executable, *check, env=environment(triton), external=True)
 
 
 @nox.session(venv_backend="none")
 @nox.parametrize("triton", [TRITONS[0], TRITONS[-1]], ids=["oldest", "newest"])
 def kernels_short(session: nox.Session, triton: str) -> None:
-    """A part of them, for CI: every kernel against the reference, and compilation of some for sm_90.
-
-    The two halves run side by side, a process each: importing PyTorch takes as long as many of the tests.
-    """
-    env = os.environ | environment(session, triton)
-    (path,), (launches,) = find_tests("test_kernel_compile"), find_tests("test_launches")
+    """A part of them, for CI: every kernel against the reference, and compilation of some for sm_90."""
+    (path,) = find_tests("test_kernel_compile")
     compiled = [f"{path}::test_sizes_of_one", f"{path}::test_the_color_kernels_keep_pixels_in_registers"]
-    compiled.append(
-        f"{launches}::test_kept_launches_pass_the_arguments_of_the_first[backward in two kernels]"
-    )
-
-    def run(files: list[str], interpret: str) -> subprocess.CompletedProcess[str]:
-        command = [*PYTEST, *files, *session.posargs]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-        return subprocess.run(command, env=env | {"TRITON_INTERPRET": interpret}, **options)
-
-    halves = [find_tests("kernel_operators", "kernel_accuracy"), compiled]
-    with ThreadPoolExecutor() as pool:
-        done = list(pool.map(run, halves, ["1", "0"]))
-    for half in done:
-        print(half.stdout, flush=True)
-    if not {half.returncode for half in done} <= {*good_codes(session)}:
-        session.error(f"tests fail with Triton {triton}")
+    (path,) = find_tests("test_launches")
+    compiled.append(f"{path}::test_kept_launches_pass_the_arguments_of_the_first[backward in two kernels]")
+    run_kernel_tests(session, triton, find_tests("kernel_operators", "kernel_accuracy"), compiled, short=True)
 
 
 @nox.session(python=list(TORCH))
