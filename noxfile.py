@@ -9,6 +9,7 @@ nox reports a Python that is not on PATH as "interpreter not found".
 """
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nox
@@ -48,8 +49,13 @@ def environment(triton: str) -> dict[str, str]:
     return {"PYTHONPATH": str(TRITON_FOLDER / triton), "OMP_NUM_THREADS": "1"}
 
 
-def run_kernel_tests(session: nox.Session, triton: str, interpreted: list[str], compiled: list[str]) -> None:
-    """Run kernel tests in Triton's interpreter, then those that compile without a GPU."""
+def run_kernel_tests(
+    session: nox.Session, triton: str, interpreted: list[str], compiled: list[str], *, short: bool = False
+) -> None:
+    """Run kernel tests in Triton's interpreter, and those that compile without a GPU.
+
+    `short`: side by side, a process each, for importing PyTorch takes as long as many of the tests.
+    """
     target = TRITON_FOLDER / triton
     if not (target / f"triton-{triton}.dist-info").is_dir():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
@@ -57,11 +63,17 @@ def run_kernel_tests(session: nox.Session, triton: str, interpreted: list[str], 
     env = environment(triton)
     check = f"import triton; assert triton.__version__ == {triton!r}, triton.__version__"
     session.run(sys.executable, "-c", check, env=env, external=True)
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "load"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest += [] if short else ["-n", "2", "--dist", "load"]
     codes = [0, 5] if session.posargs else [0]  # 5: the arguments for pytest select nothing in these files
-    for files, interpret in ((interpreted, "1"), (compiled, "0")):
-        env["TRITON_INTERPRET"] = interpret
-        session.run(*pytest, *files, *session.posargs, env=env, external=True, success_codes=codes)
+
+    def run(files: list[str], interpret: str) -> object:
+        options = {"env": env | {"TRITON_INTERPRET": interpret}, "success_codes": codes, "silent": short}
+        return session.run(*pytest, *files, *session.posargs, **options, external=True)
+
+    with ThreadPoolExecutor(1 + short) as pool:
+        for output in pool.map(run, [interpreted, compiled], "10"):
+            print(output if short else "")  # of one that fails, nox prints it
 
 
 @nox.session(venv_backend="none")
@@ -81,8 +93,9 @@ def kernels_short(session: nox.Session, triton: str) -> None:
     """A part of them, for CI: every kernel against the reference, and compilation of some for sm_90."""
     (path,) = find_tests("test_kernel_compile")
     compiled = [f"{path}::test_sizes_of_one", f"{path}::test_the_color_kernels_keep_pixels_in_registers"]
-    compiled += find_tests("test_launches")
-    run_kernel_tests(session, triton, find_tests("kernel_operators", "kernel_accuracy"), compiled)
+    (path,) = find_tests("test_launches")
+    compiled.append(f"{path}::test_kept_launches_pass_the_arguments_of_the_first[backward in two kernels]")
+    run_kernel_tests(session, triton, find_tests("kernel_operators", "kernel_accuracy"), compiled, short=True)
 
 
 @nox.session(python=list(TORCH))

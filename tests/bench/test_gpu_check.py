@@ -21,7 +21,7 @@ BY_NAME = {stage.name: stage for stage in STAGES}
 
 
 @pytest.mark.slow
-def test_rehearsal_runs_every_stage(tmp_path):
+def test_a_rehearsal_runs_its_stages(tmp_path):
     """The kernels run in the interpreter: this is what a GPU machine calls, as far as a CPU goes."""
     command = [sys.executable, SCRIPT, "--out", str(tmp_path / "rows"), "--rehearse"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -82,14 +82,11 @@ def stage(name, code, part=1, **more):
     return Stage(name, part, 60, ("-c", code), **more)
 
 
-def test_later_stages_run_after_a_failure_and_one_that_ran_nothing_has_failed(writer, tmp_path):
-    (tmp_path / "test_skipped.py").write_text("import pytest\ndef test_it():\n    pytest.skip('no GPU')\n")
-    tests = (SCRIPT, "--tests", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_skipped.py"))
+def test_later_stages_run_after_a_failure_and_one_that_wrote_no_row_has_failed(writer):
     stages = (
         stage("good", "pass"),
         stage("bad", "raise SystemExit(3)"),
         stage("silent", "pass", rows="sigreg.jsonl"),
-        Stage("skips", 1, 60, tests),
         stage("absent", "pass", needs="no_such_program"),
     )
     gpu_check.run_stages(stages, writer, 540)
@@ -98,7 +95,6 @@ def test_later_stages_run_after_a_failure_and_one_that_ran_nothing_has_failed(wr
         ("good", "ok", None),
         ("bad", "failed", "exit code 3"),
         ("silent", "failed", "it wrote no row to sigreg.jsonl"),
-        ("skips", "failed", "exit code 1"),
         ("absent", "absent", "no_such_program is not installed"),
     ]
 
@@ -199,12 +195,18 @@ def test_ncu_leaves_a_report_and_must_have_seen_a_kernel(tmp_path, monkeypatch, 
 
 
 def test_processes_share_all_tests_and_tell_what_fails(tmp_path, capfd):
+    """With the options of the stage. Tests that are all skipped are a failure, too."""
     (tmp_path / "test_some.py").write_text(
         "import pathlib, pytest\n"
         "@pytest.mark.parametrize('i', range(9))\n"
         f"def test_it(i):\n    pathlib.Path({str(tmp_path)!r}, f'ran{{i}}').touch(exist_ok=False)\n"
         "    assert i != 7, 'seven is broken'\n"
     )
-    assert gpu_check.main(["--tests", str(tmp_path / "test_some.py"), "-q", "-p", "no:cacheprovider"]) == 1
+    (tmp_path / "test_skipped.py").write_text("import pytest\ndef test_it():\n    pytest.skip('no GPU')\n")
+    script, tests, *arguments = BY_NAME["kernel tests"].arguments
+    options = [argument for argument in arguments if not argument.endswith(".py")]
+    assert (script, tests, options[0]) == (SCRIPT, "--tests", "-q")
+    assert gpu_check.main(["--tests", str(tmp_path / "test_skipped.py"), *options]) == 1
+    assert gpu_check.main(["--tests", str(tmp_path / "test_some.py"), *options]) == 1
     assert "seven is broken" in capfd.readouterr().out
     assert len(list(tmp_path.glob("ran*"))) == 9

@@ -46,6 +46,21 @@ def test_every_candidate_is_a_row_with_kernel_size_tile_and_time(time_case):
     assert [row["median_us"] for row in rows()[:3]] == pytest.approx([1, 2, 3])
 
 
+def test_the_command_writes_rows_of_a_tiny_size_and_prints_the_fastest_tiles(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: None)
+    with standing_in():
+        tiles_bench.main(["--rehearse", "--out", str(tmp_path)])
+    rows = benchlib.read_rows(tmp_path / "kernel_tiles.jsonl")
+    assert {row["kernel"] for row in rows} == {"forward", "gradient", "product", "fused"}
+    for row in rows:
+        assert row.items() >= {**tiles_bench.TINY.size._asdict(), "rehearsal": True, "error": None}.items()
+        assert row["median_us"] > 0
+    count = sum(row["kernel"] == "forward" for row in rows)
+    assert f"{count} of {count}" in next(
+        line for line in capsys.readouterr().out.splitlines() if "forward" in line
+    )
+
+
 def test_a_tile_that_cannot_run_says_why_and_a_stop_loses_no_row(time_case):
     run, rows = time_case
     calls = itertools.count()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_folders import write_images
 from odd_files import BAD, ODD, spoil
 from PIL import Image
 
@@ -72,10 +73,9 @@ def test_bad_files_are_listed_and_counted(damaged, tmp_path, capsys, monkeypatch
 
 def test_one_image_per_class_leaves_none_out(tmp_path, capsys):
     for name in ("ant", "bee", "cat"):
-        (tmp_path / "few" / name).mkdir(parents=True)
-        Image.new("RGB", (9, 9)).save(tmp_path / "few" / name / "0.png")
+        write_images(tmp_path / "few" / name, 1)
     assert main(["verify", str(tmp_path / "few")]) == 0
-    (tmp_path / "few" / "bee" / "0.png").write_bytes(b"text")
+    (tmp_path / "few" / "bee" / "000.png").write_bytes(b"text")
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "few")]) == 1
     out, err = capsys.readouterr()
@@ -239,8 +239,7 @@ def test_usage_errors(tmp_path, capsys):
     for name in ("a\nb", "caf\udce9"):
         root = tmp_path / repr(name)
         for label in (name, "other"):
-            (root / label).mkdir(parents=True)
-            Image.new("RGB", (9, 9)).save(root / label / "0.png")
+            write_images(root / label, 1)
         assert pack(root, tmp_path / "out") == 2
         assert "classes.txt needs names of one line in UTF-8; rename the folder" in capsys.readouterr().err
     with pytest.raises(UsageError, match="shard_bytes must be positive; got 0"):

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,24 +246,25 @@ def test_reduced_images_stay_upright_and_keep_their_colors():
         assert np.abs(np.asarray(made) - right).mean() < 4, kind
 
 
-def write(root: Path) -> FolderSource:
-    root.mkdir()
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> FolderSource:
+    """Two large images and one that is not."""
+    root = tmp_path_factory.mktemp("large")
     picture = photograph()
     picture.save(root / "0.jpg", quality=92)
     picture.save(root / "1.png", compress_level=1)
-    picture.resize((800, 600)).save(root / "2.jpg", quality=92)  # not large
+    picture.resize((800, 600)).save(root / "2.jpg", quality=92)
     return FolderSource(root)
 
 
 @pytest.mark.usefixtures("low_limit")
-def test_views_are_those_of_the_whole_image(tmp_path, backend):
-    source = write(tmp_path / "images")
+def test_views_are_those_of_the_whole_image(large, backend):
     factor = reduction(RECIPE, *SIZE)
     assert factor == 4
-    loader = multicrop_loader(source, RECIPE, batch_size=3, shuffle=False, **on(backend), dtype=torch.uint8)
+    loader = multicrop_loader(large, RECIPE, batch_size=3, shuffle=False, **on(backend), dtype=torch.uint8)
     views, _ = next(iter(loader))
     for index in range(3):
-        image = source[index][0]
+        image = large[index][0]
         scale = factor if index < 2 else 1
         drawn = sample_views(RECIPE, index, (image.width // scale, image.height // scale))
         at_full_size = sample_views(RECIPE, index, image.size)
@@ -278,12 +278,11 @@ def test_views_are_those_of_the_whole_image(tmp_path, backend):
 
 
 @pytest.mark.usefixtures("low_limit")
-def test_evaluation_views_are_those_of_the_whole_image(tmp_path, backend, monkeypatch):
-    source = write(tmp_path / "images")
+def test_evaluation_views_are_those_of_the_whole_image(large, backend, monkeypatch):
     options = {"image_size": 64, "batch_size": 3, "mean": (0, 0, 0), "std": (1, 1, 1), **on(backend)}
-    reduced = next(iter(eval_loader(source, **options)))[0]
+    reduced = next(iter(eval_loader(large, **options)))[0]
     monkeypatch.setattr(views_module, "LARGE_IMAGE", 1 << 24)
-    whole = next(iter(eval_loader(source, **options)))[0]
+    whole = next(iter(eval_loader(large, **options)))[0]
     gaps = (reduced - whole).abs().mean((1, 2, 3)) * 255
     assert gaps[:2].min() > 0  # it was reduced
     assert gaps[:2].max() <= 2

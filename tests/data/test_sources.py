@@ -10,6 +10,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from image_folders import write_images
 from odd_files import png_bomb
 from PIL import Image
 from torchvision import datasets
@@ -19,13 +20,6 @@ from lejepa_fast.data.draws import HOLDOUT, permutation
 from lejepa_fast.data.sources import EncodedSource, FolderSource, UnreadableImageError
 from lejepa_fast.data.sources.torchvision_sets import open_torchvision_set, split_options
 from lejepa_fast.errors import UsageError
-
-
-def write_images(folder: Path, count: int, *, shade: int = 0) -> None:
-    """`count` PNG files whose red channel is their number and green channel is `shade`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        Image.new("RGB", (12, 10), (number, shade, 7)).save(folder / f"{number:03d}.png")
 
 
 @pytest.fixture
@@ -423,13 +417,10 @@ def test_bad_torchvision_paths(tmp_path, path, parts):
         assert part in text
 
 
-@pytest.mark.parametrize(
-    "source", ["/data", Path("/data"), [1], datasets.FakeData(2)], ids=["text", "path", "list", "torchvision"]
-)
-def test_what_is_not_opened_is_no_source(source):
+def test_what_is_not_opened_is_no_source():
     for make in (
-        lambda: multicrop_loader(source, MultiCropRecipe(), batch_size=2),
-        lambda: eval_loader(source, image_size=8, batch_size=2),
+        lambda: multicrop_loader("/data", MultiCropRecipe(), batch_size=2),
+        lambda: eval_loader("/data", image_size=8, batch_size=2),
     ):
-        with pytest.raises(TypeError, match=r"source: expected what open_source\(path\) returns, got \w+;"):
+        with pytest.raises(TypeError, match=r"source: expected what open_source\(path\) returns, got str;"):
             make()

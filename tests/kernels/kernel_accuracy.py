@@ -98,7 +98,7 @@ def test_every_candidate_gives_the_same_result(K, dtype):
 
 
 @pytest.mark.parametrize("K", [ONE_KERNEL, TWO_KERNELS])
-@pytest.mark.parametrize("size", [1e-12, 1.0, 1e8])
+@pytest.mark.parametrize("size", [1e-12, 1e8])  # 1: kernel_generated.py
 def test_float16_gradient_of_any_size(K, size):
     """dT/dp passes through float16 whose range it does not fit; views differ in size, too."""
     x = torch.cat([normal(1, 20, K), 0.1 * normal(1, 20, K)]).half()

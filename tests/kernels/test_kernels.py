@@ -81,7 +81,7 @@ def pretend_gpu(monkeypatch, gpu):
     ],
 )
 def test_auto_takes_the_kernels_on_gpus_that_can(monkeypatch, caplog, gpu, dtype, version, chosen, reason):
-    """Elsewhere the streaming implementation, with one line that says why; also in compiled code."""
+    """Elsewhere the streaming implementation, with one line that says why."""
     pretend_gpu(monkeypatch, gpu)
     monkeypatch.setattr(triton_operators, "triton_version", lambda: version)
     monkeypatch.setattr(dispatch, "logged_choices", set())
@@ -93,10 +93,14 @@ def test_auto_takes_the_kernels_on_gpus_that_can(monkeypatch, caplog, gpu, dtype
     assert re.search(f"impl='auto' takes '{chosen}' on cuda: {reason}", record.message)
     assert record.levelname == ("INFO" if chosen == "triton" else "WARNING")
 
-    torch.compiler.reset()  # the answer is a constant of the graph
+
+@pytest.mark.parametrize(("gpu", "chosen"), [((9, 0), "triton"), ((7, 5), "torch")])
+def test_the_choice_is_a_constant_of_compiled_code(monkeypatch, gpu, chosen):
+    pretend_gpu(monkeypatch, gpu)
+    torch.compiler.reset()
 
     def compiled_choice(x):
-        return x + (dispatch.resolve_implementation("auto", device, dtype) == "triton")
+        return x + (dispatch.resolve_implementation("auto", torch.device("cuda"), x.dtype) == "triton")
 
     compiled = torch.compile(compiled_choice, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(())) == (chosen == "triton")

@@ -19,10 +19,11 @@ KNOTS = standard_normal_knots()
     ("shape", "dtype", "options"),
     [
         ((4, 256, 16), torch.float32, {}),
-        ((2, 64, 32), torch.bfloat16, {"reduction": None}),  # a gradient for each direction
-        ((2, 64, 600), torch.bfloat16, {"unbiased": True}),  # backward in two kernels
+        ((2, 64, 32), torch.bfloat16, {"reduction": None}),
+        ((2, 64, 600), torch.bfloat16, {"unbiased": True}),
         ((2, 64, 16), torch.float16, {"spacing": None}),
     ],
+    ids=["float32", "a gradient for each direction", "backward in two kernels", "knots at any place"],
 )
 def test_kept_launches_pass_the_arguments_of_the_first(shape, dtype, options):
     """Steps on other tensors of the same sizes, and what a step that Triton looks at passes for them."""

@@ -161,6 +161,7 @@ def test_summary_has_the_promised_keys_and_types(written):
     assert summary["verdict"].startswith("Healthy")
     assert {"torch", "timm", "python", "lejepa_fast"} <= set(summary["versions"])
     assert summary["machine"]["cores"] >= 1
+    assert summary["machine"]["torch_threads"] == torch.get_num_threads()
 
 
 def test_without_labels_and_collapsed_the_report_says_so_and_keeps_the_rest(tmp_path):
