@@ -1,12 +1,9 @@
-"""Shared by the tests of the trainer: run one, in this process or under torchrun, and read its rows."""
+"""Shared by the tests of the trainer: run one, in this process or on several ranks, and read its rows."""
 
 import contextlib
 import json
 import multiprocessing
-import os
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
@@ -29,9 +26,6 @@ from lejepa_fast.train.runtime.world import World
 
 CPU = World(torch.device("cpu"))
 SCRIPT = Path(lejepa_fast.train.__path__[0]) / "pretrain.py"
-
-Make = Callable[..., Config]
-
 
 _counted: dict[Any, Any] = {}
 
@@ -74,18 +68,6 @@ def arguments_of(cfg: Config, folder: Path, *more: str) -> list[str]:
     file.write_text(json.dumps(config.to_dict(cfg)))
     out = ["--out", str(cfg.out)] if cfg.out else []
     return ["--config", str(file), *out, "--resume", cfg.resume, *more]
-
-
-def torchrun(script: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run a script on so many CPU ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.run(
-        [*command, str(script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
 
 
 def wait_until(
