@@ -1,5 +1,5 @@
 """The network is closed for every test. Fixtures: an image folder and a configuration that trains in seconds;
-poisoned memory for the kernels.
+reports whose figures take no time; poisoned memory for the kernels.
 """
 
 import logging
@@ -108,6 +108,15 @@ def configure(image_folder: Path) -> "Callable[..., Config]":
         return cfg
 
     return make
+
+
+@pytest.fixture
+def white_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of reports take no time; the tests of the report look at real ones."""
+    white = Image.new("RGB", (8, 8), "white")
+    monkeypatch.setattr(
+        "matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", lambda self, path: white.save(path)
+    )
 
 
 @pytest.fixture

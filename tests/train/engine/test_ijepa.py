@@ -103,6 +103,7 @@ def test_a_log_row_of_a_skipped_step_has_no_ranks(tiny):
     assert math.isnan(figures["within_rank"])
 
 
+@pytest.mark.usefixtures("white_figures")
 def test_the_target_encoder_is_evaluated_and_exported(image_folder, tmp_path, monkeypatch):
     """The context encoder only where it is asked for; encoder.json says which one it is."""
     cfg = run_config(str(image_folder), tmp_path / "run", max_steps=4)

@@ -34,6 +34,8 @@ from lejepa_fast.train.runtime import files
 from lejepa_fast.train.runtime.signals import Interrupted
 from lejepa_fast.train.runtime.world import World
 
+pytestmark = pytest.mark.usefixtures("white_figures")
+
 # ---- resume ------------------------------------------------------------------------------------------
 
 

@@ -126,6 +126,7 @@ def test_another_kind_starts_anew_and_without_it_it_is_left_out(tiny, tmp_path):
     assert same(saved(without, 6, "model"), saved(straight, 6, "model"))  # it never acts on the training
 
 
+@pytest.mark.usefixtures("white_figures")
 def test_it_is_evaluated_and_exported(tiny, tmp_path, monkeypatch):
     cfg = tiny(average=EMA, max_steps=6, eval={"every": 1, "linear_steps": 0})
     judged: list[dict[str, torch.Tensor]] = []

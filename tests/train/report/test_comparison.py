@@ -34,7 +34,7 @@ SUMMARY = {
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, white_figures):
     """Writes the files of a finished run; objective, lambda and the summary can be changed."""
 
     def write(name, lambd=0.05, objective="lejepa", **changes):
