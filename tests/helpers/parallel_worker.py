@@ -16,12 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
-from training import CPU
+from training import CPU, spoil
 
 from lejepa_fast.data.loader import MultiCropLoader
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.errors import RunError, UsageError
-from lejepa_fast.loss import LeJEPAOutput
 from lejepa_fast.regularizer import SIGReg
 from lejepa_fast.train.checkpoint.saving import Saver
 from lejepa_fast.train.config import Config, LossConfig, from_dict
@@ -170,6 +169,13 @@ def train(cfg: Config, world: World, *, whole: bool = False) -> dict[str, Any]:
     if whole:
         pretrain(cfg, world)
     trainer = Trainer(cfg, world)
+    graphs = count_graphs(trainer)
+    sharded = sum(isinstance(p, DTensor) for p in trainer.model.parameters())
+    return {"sigreg step": int(trainer.loss_fn.sigreg.step), "sharded": sharded, "graphs": graphs}
+
+
+def count_graphs(trainer: Trainer) -> list[int]:
+    """Train; returns the compiled graphs after each step."""
     graphs: list[int] = []
     step = trainer.train_step
 
@@ -179,8 +185,7 @@ def train(cfg: Config, world: World, *, whole: bool = False) -> dict[str, Any]:
 
     trainer.train_step = counted
     trainer.run()
-    sharded = sum(isinstance(p, DTensor) for p in trainer.model.parameters())
-    return {"sigreg step": int(trainer.loss_fn.sigreg.step), "sharded": sharded, "graphs": graphs}
+    return graphs
 
 
 def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None = None) -> dict[str, Any]:
@@ -190,12 +195,10 @@ def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None
     ended the run, whether rank 0 alone tells it, and the images of this rank at each step.
     """
     trainer = Trainer(cfg, world)
+    spoil(trainer, steps if world.rank == 1 else (), factor)
     step, make_batches = trainer.train_step, trainer.loader._backend.batches
     changed: list[int] = []
     images: list[list[int]] = []
-
-    def is_bad() -> bool:
-        return world.rank == 1 and trainer.step + 1 in steps
 
     def state() -> list[Tensor]:
         slots = [t for per in trainer.optimizer.state.values() for t in per.values()]
@@ -204,10 +207,8 @@ def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None
     def noted(keys: Iterator[BatchKey], substitutes: Any) -> Iterator[Any]:
         return make_batches((images.append(list(key.indices)) or key for key in keys), substitutes)
 
-    def spoiled(views: list[Tensor], epoch: int) -> None:
+    def followed(views: list[Tensor], epoch: int) -> None:
         number, before = trainer.step + 1, state()
-        if factor is None and is_bad():
-            views[0][0] = torch.nan
         try:
             step(views, epoch)
         finally:
@@ -215,11 +216,7 @@ def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None
             if len(before) != len(after) or not all(map(torch.equal, before, after)):
                 changed.append(number)
 
-    def larger(module: Any, args: Any, out: LeJEPAOutput) -> LeJEPAOutput:
-        return out._replace(total=out.total * factor) if factor and is_bad() else out
-
-    trainer.loss_fn.register_forward_hook(larger)
-    trainer.train_step = spoiled
+    trainer.train_step = followed
     trainer.loader._backend.batches = noted
     found: dict[str, Any] = {"changed": changed, "images": images, "error": ""}
     try:

@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch import Tensor
 
 import lejepa_fast.train
+from lejepa_fast.loss import LeJEPAOutput
 from lejepa_fast.train import config
+from lejepa_fast.train.checkpoint import storage
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.engine import trainer as engine
 from lejepa_fast.train.engine.trainer import Trainer
@@ -90,6 +93,41 @@ def file_size_limit(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Gaussian numbers of this seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether tensors of the same names are equal bit for bit."""
+    assert one.keys() == other.keys()
+    assert len(one) > 20
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def saved(cfg: Config, step: int, section: str) -> dict[str, Tensor]:
+    """The tensors of a section of a checkpoint: model, average, optimizer or a part of one."""
+    assert cfg.out is not None
+    return storage.load_model(storage.checkpoint_path(cfg.out / "checkpoints", step), section)
+
+
+def spoil(trainer: Trainer, steps: Collection[int], factor: float | None = None) -> None:
+    """In these steps an image is NaN or, with a `factor`, the loss is that much larger."""
+    step = trainer.train_step
+
+    def spoiled(views: list[Tensor], epoch: int) -> None:
+        if factor is None and trainer.step + 1 in steps:
+            views[0][0] = torch.nan
+        step(views, epoch)
+
+    def larger(module: Any, args: Any, out: LeJEPAOutput) -> LeJEPAOutput:
+        bad = factor is not None and trainer.step + 1 in steps
+        return out._replace(total=out.total * factor) if bad else out
+
+    trainer.train_step = spoiled  # type: ignore[method-assign]
+    trainer.loss_fn.register_forward_hook(larger)
 
 
 def rows_of(cfg: Config, kind: str = "train") -> list[dict[str, Any]]:

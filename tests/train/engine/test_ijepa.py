@@ -11,12 +11,12 @@ import pytest
 import timm
 import torch
 from ijepa_runs import run_config
+from parallel_worker import count_graphs
 from safetensors.torch import load_file
-from training import CPU, course_of, rows_of, run_ranks, train_only
+from training import CPU, course_of, rows_of, run_ranks, same, saved, train_only
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import export
-from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.checkpoint.trained_model import load_trained
 from lejepa_fast.train.engine.objectives import Masked
 from lejepa_fast.train.engine.trainer import Trainer
@@ -25,16 +25,6 @@ from lejepa_fast.train.parallel import parallelize
 from lejepa_fast.train.pretrain import pretrain
 
 OBJECTIVES = ["ijepa", "masked-lejepa"]
-
-
-def saved(cfg, step, section):
-    return checkpoint.load_model(checkpoint.checkpoint_path(cfg.out / "checkpoints", step), section)
-
-
-def same(one, other):
-    assert one.keys() == other.keys()
-    assert one
-    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -224,14 +214,7 @@ def test_ragged_batches_compile_once(image_folder, tmp_path, monkeypatch):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         trainer = Trainer(cfg, CPU)
-        step = trainer.train_step
-
-        def counted(views, epoch, step=step):
-            step(views, epoch)
-            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-
-        trainer.train_step = counted
-        trainer.run()
+        graphs += count_graphs(trainer)
     assert graphs[:4] == [0] * 4
     assert graphs[4] > 0
     assert graphs[5:] == [graphs[5]] * 3

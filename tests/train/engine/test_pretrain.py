@@ -19,7 +19,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from training import CPU, SCRIPT, arguments_of, forkserver, rows_of, train_only, wait_until
 
 import lejepa_fast.train.runtime.world as ranks
-from lejepa_fast.data.backends import choose_backend as choice
 from lejepa_fast.data.sources import folder, outages
 from lejepa_fast.data.sources.decoding import read_file
 from lejepa_fast.errors import UsageError
@@ -35,16 +34,9 @@ from lejepa_fast.train.runtime.signals import Interrupted
     ("arguments", "message"),
     [
         (["--data", "{tmp}/no\nwhere"], "no\\nwhere does not exist"),
-        (["--model.kwargs", '{{"depth": "x"}}'], "does not take these options"),
-        (
-            ["--model.projector-dim", "1000000000000"],
-            "projector_dim: expected at most 100000, got 1000000000000",
-        ),
         (["--batch-size", "64"], "has 32 images, fewer than one batch of 64"),
-        (["--crops.global-size", "400"], "use --crops.global-size 32, which test_vit takes, or"),
         (["--eval.backbone", "resnat18"], "--eval.backbone: no model is called 'resnat18'"),
         (["--eval.backbone", "test_resnet:untrained", "--data.channels", "0"], "data.channels: expected"),
-        (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
         (["--device", "cuda"], "use --device cpu"),
         (["--resume", "{tmp}/nowhere"], "checkpoint {tmp}/nowhere does not exist"),
         (["--loss.t-max", "-1"], "loss: t_max"),
@@ -105,21 +97,17 @@ def damaged(tmp_path):
     return tmp_path / "data"
 
 
-@pytest.mark.parametrize("backend", ["torchvision", "cpu"])
-def test_unreadable_images_are_listed_and_too_many_exit_with_1(backend, damaged, tiny, tmp_path, capsys):
-    if backend == "cpu" and choice.numba_fault():
-        pytest.skip(str(choice.numba_fault()))
-    data = {"path": str(damaged), "backend": backend}
-    cfg = tiny(data=data, epochs=2, eval={"every": 1})
+def test_unreadable_images_are_listed_and_too_many_exit_with_1(damaged, tiny, tmp_path, capsys):
+    cfg = tiny(data={"path": str(damaged)}, epochs=2, eval={"every": 1})
     train_only(cfg)
     (line,) = (cfg.out / "bad_images.txt").read_text().splitlines()
     assert line.split("\t")[0].endswith("30.jpg")
-    assert [row["loader_backend"] for row in rows_of(cfg, "run")] == [backend]
+    assert [row["loader_backend"] for row in rows_of(cfg, "run")] == ["torchvision"]
     (row,) = rows_of(cfg, "eval")  # without labels
     assert (row["knn"], row["linear"]) == (None, None)
     assert row["embedding_std"] > 0
 
-    strict = tiny(data={**data, "max_bad_fraction": 0.0}, out=tmp_path / "strict")
+    strict = tiny(data={"path": str(damaged), "max_bad_fraction": 0.0}, out=tmp_path / "strict")
     assert pretrain.main(arguments_of(strict, tmp_path / "configs")) == 1
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "30.jpg" in error

@@ -13,15 +13,12 @@ from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsRegressor, RadiusNeighborsClassifier, RadiusNeighborsRegressor
 from torch.distributed._tools.mem_tracker import MemTracker
+from training import randn
 
 from lejepa_fast.train.evaluation import kernel_methods, probes
 from lejepa_fast.train.evaluation.kernel_methods import kernel_ridge, nadaraya_watson, radius_neighbors
 from lejepa_fast.train.evaluation.probes import knn_predict
 from lejepa_fast.train.evaluation.regression import linear_ridge, regression_score
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def samples(n, *, seed, dim=8):

@@ -10,13 +10,10 @@ import torch.overrides
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
+from training import randn
 
 from lejepa_fast.train.evaluation import probes
 from lejepa_fast.train.evaluation.probes import knn_accuracy, knn_predict, linear_probe
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def classes_of(n, *, seed):
