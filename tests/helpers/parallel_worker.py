@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
-from training import CPU, spoil
+from training import CPU, changed, spoil, tiny_config
 
 from lejepa_fast.data.loader import MultiCropLoader
 from lejepa_fast.data.sampler import BatchKey
@@ -54,30 +54,23 @@ def family_config(name: str, **parallel: Any) -> Config:
     return from_dict({"crops": crops, "model": model, "parallel": parallel})
 
 
-PROJECTOR = {"projector_hidden": 32, "projector_layers": 2, "projector_dim": 16, "projector_norm": "layer"}
-MODEL = {"name": "test_vit", "kwargs": '{"depth": 3}', **PROJECTOR}
-
-
 def run_config(images: str, out: Path, **changes: Any) -> Config:
     """12 steps of a small transformer, 4 an epoch: clipping, averaged weights, probes after 2 epochs.
 
     From step 3 on the center of the views comes from the averaged weights."""
-    values = {
-        "data": {"path": images, "batch_size": 8, "workers": 0},
-        "crops": {"global_size": 32, "local_crops": 1, "local_size": 16, "blur_kernel": 3},
-        "model": MODEL,
-        "loss": {"num_slices": 32, "center_from": "average"},
-        "optim": {"lr": 2e-4, "clip_grad_norm": 0.5},
-        "average": {"kind": "ema", "decay": 0.7, "start": 0.1},
-        "eval": {"every": 2, "linear_steps": 20, "batch_size": 16, "k": 3},
-        "out": str(out),
-        "max_steps": STEPS,
-        "device": "cpu",
-        "log_every": 1,
-        "checkpoint_every": 6,
-        "tensorboard": False,
-    }
-    return from_dict(values | changes)
+    cfg = tiny_config(
+        images,
+        data={"backend": "auto"},
+        model={"kwargs": '{"depth": 3}'},
+        loss={"center_from": "average"},
+        optim={"lr": 2e-4, "clip_grad_norm": 0.5},
+        average={"kind": "ema", "decay": 0.7, "start": 0.1},
+        eval={"every": 2, "linear_steps": 20},
+        out=out,
+        max_steps=STEPS,
+        checkpoint_every=6,
+    )
+    return changed(cfg, **changes)
 
 
 @contextmanager
@@ -112,8 +105,7 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
         }.items():
             results[name] = train(cfg(name, **changes), world, whole=name == "fsdp")
         results["nan"] = spoiled_run(cfg("nan", parallel=fsdp, max_steps=9), world, steps={2, 5, 6, 7})
-        optim = {"lr": 2e-4, "clip_grad_norm": 0.5, "skip_grad_norm": 1e3}
-        spiked = cfg("spike", parallel=ddp, optim=optim, max_steps=3)
+        spiked = cfg("spike", parallel=ddp, optim={"skip_grad_norm": 1e3}, max_steps=3)
         results["spike"] = spoiled_run(spiked, world, steps={2}, factor=1e6)
         saver = Saver(root / "copies", world, keep=1)  # values that differ, as running statistics on a CPU do
         saver.start(1, {f"model.{i}": torch.full((3,), float(rank)) for i in range(4)}, {})
@@ -137,9 +129,9 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
             "other loader": (MultiCropLoader, "backend", ["dali", "cpu"][rank]),
         }
         for name, changes in {
-            "refused": {"parallel": fsdp, "resume": middle, "model": MODEL | {"kwargs": '{"depth": 2}'}},
+            "refused": {"parallel": fsdp, "resume": middle, "model": {"kwargs": '{"depth": 2}'}},
             "other options": {"optim": {"lr": [2e-4, 0.1][rank]}},
-            "other images": {"data": {"path": str(own), "batch_size": 8, "workers": 0}},
+            "other images": {"data": {"path": str(own)}},
             **{name: {} for name in found_here},
         }.items():
             patch = mock.patch.object(*found_here[name]) if name in found_here else nullcontext()

@@ -6,6 +6,7 @@ import multiprocessing
 import resource
 import time
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import lejepa_fast.train
+from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.loss import LeJEPAOutput
 from lejepa_fast.train import config
 from lejepa_fast.train.checkpoint import storage
-from lejepa_fast.train.config import Config
+from lejepa_fast.train.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig
 from lejepa_fast.train.engine import trainer as engine
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.model.flops import count_flops
@@ -29,6 +31,34 @@ from lejepa_fast.train.runtime.world import World
 
 CPU = World(torch.device("cpu"))
 SCRIPT = Path(lejepa_fast.train.__path__[0]) / "pretrain.py"
+
+
+def tiny_config(images: str, **changes: Any) -> Config:
+    """12 steps of 8 images in 3 epochs of a small transformer; changes as for `changed`."""
+    cfg = Config(
+        data=DataConfig(path=images, batch_size=8, workers=0, backend="torchvision"),
+        crops=MultiCropRecipe(global_size=32, local_crops=1, local_size=16, blur_kernel=3),
+        model=ModelConfig(
+            name="test_vit", projector_hidden=32, projector_layers=2, projector_dim=16, projector_norm="layer"
+        ),
+        loss=LossConfig(num_slices=32),
+        optim=OptimConfig(lr=1e-3),
+        eval=EvalConfig(every=0, batch_size=16, k=3),
+        epochs=3,
+        device="cpu",
+        log_every=1,
+        tensorboard=False,
+    )
+    return changed(cfg, **changes)
+
+
+def changed(cfg: Config, **changes: Any) -> Config:
+    """Keywords replace fields, dicts those of a section."""
+    for name, value in changes.items():
+        new = replace(getattr(cfg, name), **value) if isinstance(value, dict) else value
+        cfg = replace(cfg, **{name: new})
+    return cfg
+
 
 _counted: dict[Any, Any] = {}
 
