@@ -1,15 +1,14 @@
 """The network is closed for every test. Fixtures: an image folder and a configuration that trains in seconds;
-poisoned memory for the kernels.
+reports whose figures take no time; poisoned memory for the kernels.
 """
 
 import logging
 import os
 import runpy
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ import torch
 from loader_backends import BACKENDS, skip_without
 from PIL import Image
 
-from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.kernels.runtime import interpreting
 
 if TYPE_CHECKING:
@@ -81,33 +79,18 @@ def tiny(configure: "Callable[..., Config]", tmp_path: Path) -> "Callable[..., C
 def configure(image_folder: Path) -> "Callable[..., Config]":
     """As `tiny`, for fixtures that several tests share, which give `out`."""
     # Not above: the tests of the kernels run without the trainer's command line.
-    from lejepa_fast.train.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig
+    from training import tiny_config
 
-    def make(**changes: Any) -> Config:
-        cfg = Config(
-            data=DataConfig(path=str(image_folder), batch_size=8, workers=0, backend="torchvision"),
-            crops=MultiCropRecipe(global_size=32, local_crops=1, local_size=16, blur_kernel=3),
-            model=ModelConfig(
-                name="test_vit",
-                projector_hidden=32,
-                projector_layers=2,
-                projector_dim=16,
-                projector_norm="layer",
-            ),
-            loss=LossConfig(num_slices=32),
-            optim=OptimConfig(lr=1e-3),
-            eval=EvalConfig(every=0, batch_size=16, k=3),
-            epochs=3,
-            device="cpu",
-            log_every=1,
-            tensorboard=False,
-        )
-        for name, value in changes.items():
-            before = getattr(cfg, name)
-            cfg = replace(cfg, **{name: replace(before, **value) if isinstance(value, dict) else value})
-        return cfg
+    return partial(tiny_config, str(image_folder))
 
-    return make
+
+@pytest.fixture
+def white_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of reports take no time; the tests of the report look at real ones."""
+    white = Image.new("RGB", (8, 8), "white")
+    monkeypatch.setattr(
+        "matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", lambda self, path: white.save(path)
+    )
 
 
 @pytest.fixture

@@ -7,43 +7,31 @@ import torch
 from parallel_worker import full, process_group
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from training import changed, tiny_config
 
 from lejepa_fast.train.checkpoint.trained_model import load_trained
-from lejepa_fast.train.config import Config, from_dict
+from lejepa_fast.train.config import Config
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.runtime.world import World
 
 STEPS = 20
 CASES = [("ijepa", "ddp"), ("ijepa", "fsdp"), ("masked-lejepa", "fsdp")]
-MODEL = {
-    "name": "test_vit",
-    "kwargs": '{"depth": 2, "patch_size": 4}',  # 8 x 8 patches
-    "projector_hidden": 32,
-    "projector_layers": 2,
-    "projector_dim": 16,
-    "projector_norm": "layer",
-}
-MASKED = {"predictor_width": 32, "predictor_depth": 2, "predictor_heads": 4, "momentum": 0.9}
 
 
 def run_config(images: str, out: Path, objective: str = "ijepa", **changes: Any) -> Config:
     """20 steps of a small transformer, 4 an epoch."""
-    values = {
-        "objective": objective,
-        "data": {"path": images, "batch_size": 8, "workers": 0, "backend": "torchvision"},
-        "crops": {"global_size": 32, "global_crops": 1, "local_crops": 0, "blur_prob": 0.0},
-        "model": MODEL,
-        "loss": {"num_slices": 32},
-        "masked": MASKED,
-        "optim": {"lr": 1e-3, "weight_decay": 0.04, "final_weight_decay": 0.4},
-        "eval": {"every": 0, "linear_steps": 20, "batch_size": 16, "k": 3},
-        "out": str(out),
-        "max_steps": STEPS,
-        "device": "cpu",
-        "log_every": 1,
-        "tensorboard": False,
-    }
-    return from_dict(values | changes)
+    cfg = tiny_config(
+        images,
+        objective=objective,
+        crops={"global_crops": 1, "local_crops": 0, "blur_prob": 0.0},
+        model={"kwargs": '{"depth": 2, "patch_size": 4}'},  # 8 x 8 patches
+        masked={"predictor_width": 32, "predictor_depth": 2, "predictor_heads": 4, "momentum": 0.9},
+        optim={"weight_decay": 0.04, "final_weight_decay": 0.4},
+        eval={"linear_steps": 20},
+        out=out,
+        max_steps=STEPS,
+    )
+    return changed(cfg, **changes)
 
 
 def run(rank: int, size: int, folder: str, images: str) -> None:

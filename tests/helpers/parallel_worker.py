@@ -16,12 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
-from training import CPU
+from training import CPU, changed, spoil, tiny_config
 
 from lejepa_fast.data.loader import MultiCropLoader
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.errors import RunError, UsageError
-from lejepa_fast.loss import LeJEPAOutput
 from lejepa_fast.regularizer import SIGReg
 from lejepa_fast.train.checkpoint.saving import Saver
 from lejepa_fast.train.config import Config, LossConfig, from_dict
@@ -55,30 +54,23 @@ def family_config(name: str, **parallel: Any) -> Config:
     return from_dict({"crops": crops, "model": model, "parallel": parallel})
 
 
-PROJECTOR = {"projector_hidden": 32, "projector_layers": 2, "projector_dim": 16, "projector_norm": "layer"}
-MODEL = {"name": "test_vit", "kwargs": '{"depth": 3}', **PROJECTOR}
-
-
 def run_config(images: str, out: Path, **changes: Any) -> Config:
     """12 steps of a small transformer, 4 an epoch: clipping, averaged weights, probes after 2 epochs.
 
     From step 3 on the center of the views comes from the averaged weights."""
-    values = {
-        "data": {"path": images, "batch_size": 8, "workers": 0},
-        "crops": {"global_size": 32, "local_crops": 1, "local_size": 16, "blur_kernel": 3},
-        "model": MODEL,
-        "loss": {"num_slices": 32, "center_from": "average"},
-        "optim": {"lr": 2e-4, "clip_grad_norm": 0.5},
-        "average": {"kind": "ema", "decay": 0.7, "start": 0.1},
-        "eval": {"every": 2, "linear_steps": 20, "batch_size": 16, "k": 3},
-        "out": str(out),
-        "max_steps": STEPS,
-        "device": "cpu",
-        "log_every": 1,
-        "checkpoint_every": 6,
-        "tensorboard": False,
-    }
-    return from_dict(values | changes)
+    cfg = tiny_config(
+        images,
+        data={"backend": "auto"},
+        model={"kwargs": '{"depth": 3}'},
+        loss={"center_from": "average"},
+        optim={"lr": 2e-4, "clip_grad_norm": 0.5},
+        average={"kind": "ema", "decay": 0.7, "start": 0.1},
+        eval={"every": 2, "linear_steps": 20},
+        out=out,
+        max_steps=STEPS,
+        checkpoint_every=6,
+    )
+    return changed(cfg, **changes)
 
 
 @contextmanager
@@ -113,8 +105,7 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
         }.items():
             results[name] = train(cfg(name, **changes), world, whole=name == "fsdp")
         results["nan"] = spoiled_run(cfg("nan", parallel=fsdp, max_steps=9), world, steps={2, 5, 6, 7})
-        optim = {"lr": 2e-4, "clip_grad_norm": 0.5, "skip_grad_norm": 1e3}
-        spiked = cfg("spike", parallel=ddp, optim=optim, max_steps=3)
+        spiked = cfg("spike", parallel=ddp, optim={"skip_grad_norm": 1e3}, max_steps=3)
         results["spike"] = spoiled_run(spiked, world, steps={2}, factor=1e6)
         saver = Saver(root / "copies", world, keep=1)  # values that differ, as running statistics on a CPU do
         saver.start(1, {f"model.{i}": torch.full((3,), float(rank)) for i in range(4)}, {})
@@ -138,9 +129,9 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
             "other loader": (MultiCropLoader, "backend", ["dali", "cpu"][rank]),
         }
         for name, changes in {
-            "refused": {"parallel": fsdp, "resume": middle, "model": MODEL | {"kwargs": '{"depth": 2}'}},
+            "refused": {"parallel": fsdp, "resume": middle, "model": {"kwargs": '{"depth": 2}'}},
             "other options": {"optim": {"lr": [2e-4, 0.1][rank]}},
-            "other images": {"data": {"path": str(own), "batch_size": 8, "workers": 0}},
+            "other images": {"data": {"path": str(own)}},
             **{name: {} for name in found_here},
         }.items():
             patch = mock.patch.object(*found_here[name]) if name in found_here else nullcontext()
@@ -170,6 +161,13 @@ def train(cfg: Config, world: World, *, whole: bool = False) -> dict[str, Any]:
     if whole:
         pretrain(cfg, world)
     trainer = Trainer(cfg, world)
+    graphs = count_graphs(trainer)
+    sharded = sum(isinstance(p, DTensor) for p in trainer.model.parameters())
+    return {"sigreg step": int(trainer.loss_fn.sigreg.step), "sharded": sharded, "graphs": graphs}
+
+
+def count_graphs(trainer: Trainer) -> list[int]:
+    """Train; returns the compiled graphs after each step."""
     graphs: list[int] = []
     step = trainer.train_step
 
@@ -179,8 +177,7 @@ def train(cfg: Config, world: World, *, whole: bool = False) -> dict[str, Any]:
 
     trainer.train_step = counted
     trainer.run()
-    sharded = sum(isinstance(p, DTensor) for p in trainer.model.parameters())
-    return {"sigreg step": int(trainer.loss_fn.sigreg.step), "sharded": sharded, "graphs": graphs}
+    return graphs
 
 
 def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None = None) -> dict[str, Any]:
@@ -190,12 +187,10 @@ def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None
     ended the run, whether rank 0 alone tells it, and the images of this rank at each step.
     """
     trainer = Trainer(cfg, world)
+    spoil(trainer, steps if world.rank == 1 else (), factor)
     step, make_batches = trainer.train_step, trainer.loader._backend.batches
     changed: list[int] = []
     images: list[list[int]] = []
-
-    def is_bad() -> bool:
-        return world.rank == 1 and trainer.step + 1 in steps
 
     def state() -> list[Tensor]:
         slots = [t for per in trainer.optimizer.state.values() for t in per.values()]
@@ -204,10 +199,8 @@ def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None
     def noted(keys: Iterator[BatchKey], substitutes: Any) -> Iterator[Any]:
         return make_batches((images.append(list(key.indices)) or key for key in keys), substitutes)
 
-    def spoiled(views: list[Tensor], epoch: int) -> None:
+    def followed(views: list[Tensor], epoch: int) -> None:
         number, before = trainer.step + 1, state()
-        if factor is None and is_bad():
-            views[0][0] = torch.nan
         try:
             step(views, epoch)
         finally:
@@ -215,11 +208,7 @@ def spoiled_run(cfg: Config, world: World, steps: set[int], factor: float | None
             if len(before) != len(after) or not all(map(torch.equal, before, after)):
                 changed.append(number)
 
-    def larger(module: Any, args: Any, out: LeJEPAOutput) -> LeJEPAOutput:
-        return out._replace(total=out.total * factor) if factor and is_bad() else out
-
-    trainer.loss_fn.register_forward_hook(larger)
-    trainer.train_step = spoiled
+    trainer.train_step = followed
     trainer.loader._backend.batches = noted
     found: dict[str, Any] = {"changed": changed, "images": images, "error": ""}
     try:

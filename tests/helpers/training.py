@@ -1,14 +1,12 @@
-"""Shared by the tests of the trainer: run one, in this process or under torchrun, and read its rows."""
+"""Shared by the tests of the trainer: run one, in this process or on several ranks, and read its rows."""
 
 import contextlib
 import json
 import multiprocessing
-import os
 import resource
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch import Tensor
 
 import lejepa_fast.train
+from lejepa_fast.data import MultiCropRecipe
+from lejepa_fast.loss import LeJEPAOutput
 from lejepa_fast.train import config
-from lejepa_fast.train.config import Config
+from lejepa_fast.train.checkpoint import storage
+from lejepa_fast.train.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig
 from lejepa_fast.train.engine import trainer as engine
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.model.flops import count_flops
@@ -30,7 +32,32 @@ from lejepa_fast.train.runtime.world import World
 CPU = World(torch.device("cpu"))
 SCRIPT = Path(lejepa_fast.train.__path__[0]) / "pretrain.py"
 
-Make = Callable[..., Config]
+
+def tiny_config(images: str, **changes: Any) -> Config:
+    """12 steps of 8 images in 3 epochs of a small transformer; changes as for `changed`."""
+    cfg = Config(
+        data=DataConfig(path=images, batch_size=8, workers=0, backend="torchvision"),
+        crops=MultiCropRecipe(global_size=32, local_crops=1, local_size=16, blur_kernel=3),
+        model=ModelConfig(
+            name="test_vit", projector_hidden=32, projector_layers=2, projector_dim=16, projector_norm="layer"
+        ),
+        loss=LossConfig(num_slices=32),
+        optim=OptimConfig(lr=1e-3),
+        eval=EvalConfig(every=0, batch_size=16, k=3),
+        epochs=3,
+        device="cpu",
+        log_every=1,
+        tensorboard=False,
+    )
+    return changed(cfg, **changes)
+
+
+def changed(cfg: Config, **changes: Any) -> Config:
+    """Keywords replace fields, dicts those of a section."""
+    for name, value in changes.items():
+        new = replace(getattr(cfg, name), **value) if isinstance(value, dict) else value
+        cfg = replace(cfg, **{name: new})
+    return cfg
 
 
 _counted: dict[Any, Any] = {}
@@ -76,18 +103,6 @@ def arguments_of(cfg: Config, folder: Path, *more: str) -> list[str]:
     return ["--config", str(file), *out, "--resume", cfg.resume, *more]
 
 
-def torchrun(script: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run a script on so many CPU ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.run(
-        [*command, str(script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
 def wait_until(
     condition: Callable[[], bool], *, alive: Callable[[], bool], log: Callable[[], str] = str
 ) -> None:
@@ -108,6 +123,41 @@ def file_size_limit(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Gaussian numbers of this seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether tensors of the same names are equal bit for bit."""
+    assert one.keys() == other.keys()
+    assert len(one) > 20
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def saved(cfg: Config, step: int, section: str) -> dict[str, Tensor]:
+    """The tensors of a section of a checkpoint: model, average, optimizer or a part of one."""
+    assert cfg.out is not None
+    return storage.load_model(storage.checkpoint_path(cfg.out / "checkpoints", step), section)
+
+
+def spoil(trainer: Trainer, steps: Collection[int], factor: float | None = None) -> None:
+    """In these steps an image is NaN or, with a `factor`, the loss is that much larger."""
+    step = trainer.train_step
+
+    def spoiled(views: list[Tensor], epoch: int) -> None:
+        if factor is None and trainer.step + 1 in steps:
+            views[0][0] = torch.nan
+        step(views, epoch)
+
+    def larger(module: Any, args: Any, out: LeJEPAOutput) -> LeJEPAOutput:
+        bad = factor is not None and trainer.step + 1 in steps
+        return out._replace(total=out.total * factor) if bad else out
+
+    trainer.train_step = spoiled  # type: ignore[method-assign]
+    trainer.loss_fn.register_forward_hook(larger)
 
 
 def rows_of(cfg: Config, kind: str = "train") -> list[dict[str, Any]]:

@@ -48,6 +48,7 @@ def reads(monkeypatch):
     return found
 
 
+@pytest.mark.usefixtures("white_figures")
 def test_a_run_reads_every_option(tiny, monkeypatch, reads):
     """Two epochs with an average, probes, few labels and a report; a step of each masked objective. Planted
     options, one in each section, are found."""

@@ -11,12 +11,12 @@ import pytest
 import timm
 import torch
 from ijepa_runs import run_config
+from parallel_worker import count_graphs
 from safetensors.torch import load_file
-from training import CPU, course_of, rows_of, run_ranks, train_only
+from training import CPU, course_of, rows_of, run_ranks, same, saved, train_only
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import export
-from lejepa_fast.train.checkpoint import storage as checkpoint
 from lejepa_fast.train.checkpoint.trained_model import load_trained
 from lejepa_fast.train.engine.objectives import Masked
 from lejepa_fast.train.engine.trainer import Trainer
@@ -25,16 +25,6 @@ from lejepa_fast.train.parallel import parallelize
 from lejepa_fast.train.pretrain import pretrain
 
 OBJECTIVES = ["ijepa", "masked-lejepa"]
-
-
-def saved(cfg, step, section):
-    return checkpoint.load_model(checkpoint.checkpoint_path(cfg.out / "checkpoints", step), section)
-
-
-def same(one, other):
-    assert one.keys() == other.keys()
-    assert one
-    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -103,6 +93,7 @@ def test_a_log_row_of_a_skipped_step_has_no_ranks(tiny):
     assert math.isnan(figures["within_rank"])
 
 
+@pytest.mark.usefixtures("white_figures")
 def test_the_target_encoder_is_evaluated_and_exported(image_folder, tmp_path, monkeypatch):
     """The context encoder only where it is asked for; encoder.json says which one it is."""
     cfg = run_config(str(image_folder), tmp_path / "run", max_steps=4)
@@ -223,14 +214,7 @@ def test_ragged_batches_compile_once(image_folder, tmp_path, monkeypatch):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         trainer = Trainer(cfg, CPU)
-        step = trainer.train_step
-
-        def counted(views, epoch, step=step):
-            step(views, epoch)
-            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-
-        trainer.train_step = counted
-        trainer.run()
+        graphs += count_graphs(trainer)
     assert graphs[:4] == [0] * 4
     assert graphs[4] > 0
     assert graphs[5:] == [graphs[5]] * 3

@@ -3,12 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from training import randn
 
 from lejepa_fast.train.evaluation import collapse
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 @pytest.mark.parametrize(

@@ -183,13 +183,6 @@ def test_image_size_is_the_setting_or_that_of_the_global_crops(cfg):
     assert not torch.allclose(results[0].features_val, results[1].features_val)
 
 
-def test_unlabeled_images_get_the_statistics_and_a_reason(tiny, unlabeled):
-    result = evaluate_run(tiny(data={"path": unlabeled}), linear_steps=5)
-    assert (result.knn, result.linear, result.num_classes, result.chance) == (None, None, None, None)
-    assert "have no class" in (result.no_labels_because or "")
-    assert np.isfinite([result.embedding_std, result.effective_rank, result.sigreg]).all()
-
-
 def test_both_splits_are_told_with_a_way_out_where_one_has_no_classes(tmp_path, caplog):
     caplog.set_level("INFO")
     for folder, count in {"train/ant": 2, "train/bee": 3, "val": 2}.items():
@@ -243,6 +236,8 @@ def test_command_evaluates_a_run_and_an_earlier_checkpoint_on_other_data(tiny, u
     summary = json.loads((out / "report" / "summary.json").read_text(encoding="utf-8"))
     pretrained = {"pretraining_data": cfg.data.path, "pretraining_images": 32, "pretraining_held_out": 12}
     assert summary.items() >= (pretrained | {"evaluation_data": unlabeled, "val_images": 12}).items()
+    assert (summary["knn_trained"], summary["num_classes"], summary["chance"]) == (None, None, None)
+    assert np.isfinite([summary["embedding_std"], summary["effective_rank"], summary["sigreg_val"]]).all()
     assert summary["config"] == mine["config"]  # that of the training
     rates = [row["images_per_second"] for row in rows_of(cfg)]
     assert (summary["steps"], summary["images_per_second"]) == (2, statistics.median(rates[:2]))

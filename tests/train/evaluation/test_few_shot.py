@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from training import randn
 
 from lejepa_fast.data import eval_loader
 from lejepa_fast.errors import UsageError
@@ -21,10 +22,6 @@ from lejepa_fast.train.evaluation.few_shot import (
 )
 from lejepa_fast.train.evaluation.probes import knn_accuracy
 from lejepa_fast.train.model.model import build_model
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def samples(n, *, seed, numbers=False):

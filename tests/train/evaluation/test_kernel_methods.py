@@ -13,15 +13,12 @@ from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsRegressor, RadiusNeighborsClassifier, RadiusNeighborsRegressor
 from torch.distributed._tools.mem_tracker import MemTracker
+from training import randn
 
 from lejepa_fast.train.evaluation import kernel_methods, probes
 from lejepa_fast.train.evaluation.kernel_methods import kernel_ridge, nadaraya_watson, radius_neighbors
 from lejepa_fast.train.evaluation.probes import knn_predict
 from lejepa_fast.train.evaluation.regression import linear_ridge, regression_score
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def samples(n, *, seed, dim=8):
@@ -189,12 +186,12 @@ def test_memory_on_the_device_is_bounded(probe, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bandwidths": []}, "bandwidths must be positive numbers, at least one"),
-        ({"bandwidths": [0.0]}, "bandwidths must be positive"),
-        ({"radii": [-1.0]}, "radii must be positive"),
-        ({"penalties": [0.0]}, "penalties must be positive"),
-        ({"train_y": torch.tensor([0, 1, 5])}, r"train_y must hold integer classes in 0 \.\. 1"),
-        ({"num_classes": None}, "train_y must hold finite floating-point numbers"),
+        ({"bandwidths": []}, "bandwidths: expected positive numbers, at least one"),
+        ({"bandwidths": [0.0]}, "bandwidths: expected positive"),
+        ({"radii": [-1.0]}, "radii: expected positive"),
+        ({"penalties": [0.0]}, "penalties: expected positive"),
+        ({"train_y": torch.tensor([0, 1, 5])}, r"train_y: expected integer classes in 0 \.\. 1"),
+        ({"num_classes": None}, "train_y: expected finite floating-point numbers"),
     ],
 )
 def test_bad_input_is_refused(change, message):

@@ -11,13 +11,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
+from training import randn
 
 from lejepa_fast.train.evaluation import probes
 from lejepa_fast.train.evaluation.probes import knn_accuracy, knn_predict, linear_probe
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def classes_of(n, *, seed):
@@ -121,14 +118,14 @@ def test_knn_of_large_numbers_loses_no_digits(temperature):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": 0}, "k must be at least 1"),
-        ({"temperature": 0.0}, "temperature must be positive"),
-        ({"learning_rates": ()}, "learning_rates must be positive"),
-        ({"learning_rates": (1e-3, 0.0)}, "learning_rates must be positive"),
-        ({"test_x": torch.ones(3, 9)}, "test_x must have the 4 features of train_x, got 9"),
-        ({"test_y": torch.zeros(2, dtype=torch.int64)}, "test_x and test_y must be of shape"),
-        ({"test_y": torch.tensor([0, 1, 2])}, "test_y must hold integer classes in 0 .. 1"),
-        ({"train_y": torch.tensor([0, -1, 0])}, "train_y must hold integer classes"),
+        ({"k": 0}, "k: expected at least 1"),
+        ({"temperature": 0.0}, "temperature: expected a positive"),
+        ({"learning_rates": ()}, "learning_rates: expected positive"),
+        ({"learning_rates": (1e-3, 0.0)}, "learning_rates: expected positive"),
+        ({"test_x": torch.ones(3, 9)}, "test_x: expected the 4 features of train_x, got 9"),
+        ({"test_y": torch.zeros(2, dtype=torch.int64)}, "test_x, test_y: expected shapes"),
+        ({"test_y": torch.tensor([0, 1, 2])}, "test_y: expected integer classes in 0 .. 1"),
+        ({"train_y": torch.tensor([0, -1, 0])}, "train_y: expected integer classes"),
         ({"train_x": torch.full((3, 4), float("nan"))}, "train_x holds NaN"),
         ({"train_x": torch.ones(0, 4), "train_y": torch.zeros(0)}, "train_x holds no samples"),
     ],

@@ -102,14 +102,12 @@ def test_short_names_have_patch_14(name):
         ({"kwargs": "[1]"}, {}, "model.kwargs: expected a JSON object, got '\\[1\\]'"),
         ({"kwargs": "[" * 100_000}, {}, "model.kwargs: expected a JSON object, got '\\[\\[.{1,200}$"),
         ({"kwargs": '{"depth": 1000000000}'}, {}, "model.kwargs: .*a number of 10 digits"),
-        ({"kwargs": '{"no_such_argument": 1}'}, {}, "leave out .*--model.kwargs"),
-        ({"kwargs": '{"depth": "x"}'}, {}, "test_vit: does not take these options"),
-        ({"kwargs": '{"embed_dim": -1}'}, {}, "test_vit: cannot be built with .*'embed_dim': -1"),
-        ({"kwargs": '{"patch_size": 0}'}, {}, "cannot be built with .*: ZeroDivisionError: "),
-        ({"kwargs": '{"norm_layer": "x"}'}, {}, "test_vit: cannot be built with .*'norm_layer': 'x'"),
-        ({"kwargs": '{"global_pool": "x"}'}, {}, "test_vit: cannot be built with .*'global_pool': 'x'"),
-        ({"kwargs": '{"embed_dim": 1e400}'}, {}, "test_vit: "),
-        ({"name": "resnet18", "kwargs": '{"layers": 3}'}, {}, "resnet18: "),
+        ({"kwargs": '{"a": 1}'}, {}, "test_vit: does not take these options .*; leave out .*--model.kwargs"),
+        (
+            {"kwargs": '{"patch_size": 0}'},
+            {},
+            "test_vit: .* built with .*'patch_size': 0.*: ZeroDivisionError: ",
+        ),
         (
             {"name": "resnet18", "kwargs": '{"channels": [1]}'},
             {},
@@ -196,7 +194,7 @@ def test_exported_encoder_is_what_timm_loads(name, options, tiny, tmp_path):
     assert torch.cosine_similarity(features, expected) > 0.999
 
 
-@pytest.mark.parametrize("found", ['{"port": 80}', '{"architecture": "resnet50"}', "[" * 100_000, None, "/"])
+@pytest.mark.parametrize("found", ['{"architecture": "resnet50"}', "[" * 100_000, None, "/"])
 def test_export_leaves_a_config_of_another_program(found, tiny, tmp_path, caplog):
     """None: a pipe; "/": a folder."""
     beside = tmp_path / "config.json"

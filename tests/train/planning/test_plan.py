@@ -165,15 +165,18 @@ def test_what_a_rank_sends():
     assert traffic.sent(shards=4, copies=2) == (900, 2 * 100 * 0.5)  # a shard of 100, there and back
 
 
-def test_gigantic_over_64_ranks():
+def test_four_blocks_of_gigantic_over_64_ranks():
+    """Without recomputation, or on 8 ranks, they take more."""
     parallel = ParallelConfig(strategy="fsdp", activation_checkpointing="full")
-    crops, model = MultiCropRecipe(local_crops=0), ModelConfig("vit_gigantic")
+    crops, model = MultiCropRecipe(local_crops=0), ModelConfig("vit_gigantic", kwargs='{"depth": 4}')
     cfg = Config(model=model, crops=crops, parallel=parallel, precision="bf16", device="cpu")
     trace = trace_step(cfg, shards=64, images=8)
-    parameters = 1_851_500_000  # encoder 1,842.8 M and projector 8.7 M
+    # Cut along the first dimension, which is filled up to a multiple of 64.
+    tensors = build_model(cfg, meta=True).parameters()
+    parameters = sum(64 * math.ceil(p.shape[0] / 64) / p.shape[0] * p.numel() for p in tensors)
     assert trace.state == pytest.approx(12 * parameters / 64, rel=0.02)
     assert trace.traffic.scattered == pytest.approx(4 * parameters, rel=0.02)
-    assert trace.peak < 8 * GIB
+    assert trace.peak < 0.9 * GIB
 
 
 def plan_for(gpus, kwargs="{}", **parallel):

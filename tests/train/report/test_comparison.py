@@ -34,7 +34,7 @@ SUMMARY = {
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, white_figures):
     """Writes the files of a finished run; objective, lambda and the summary can be changed."""
 
     def write(name, lambd=0.05, objective="lejepa", **changes):
@@ -183,12 +183,8 @@ def test_what_is_no_finished_run_is_named_and_the_earlier_page_stays(run, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"image_size": 1.5}, "image_size: Input should be a valid integer, got 1.5"),
-        ({"state": None}, "state: Input should be a valid string, got None"),
-        ({"few_shot": [1]}, "few_shot: Input should be an object, got [1]"),
-        ({"few_shot": {"1": {"knn": []}}}, "few_shot.1.knn.0: Field required"),
-        ({"knn_trained": "x"}, "knn_trained: Input should be a valid number, got 'x'"),
-        ({"machine": "x"}, "machine: Input should be an object, got 'x'"),
+        ({"image_size": 1.5}, "image_size: expected a valid integer, got 1.5"),
+        ({"few_shot": {"1": {"knn": []}}}, "few_shot: expected all of its values, got []"),
     ],
 )
 def test_a_summary_of_other_types_is_one_line(run, tmp_path, capsys, changes, problem):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from report_page import Page
+from training import randn
 
 from lejepa_fast.errors import RunError
 from lejepa_fast.train.evaluation import collapse
@@ -32,10 +33,6 @@ CONFIG = {
     "crops": {"global_crops": 2, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
     "eval": {"draws": 3, "labels": None, "fine_tune": 0},
 }
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def result(z, knn, linear):
