@@ -133,11 +133,14 @@ def domain() -> str:
 def architectures() -> str:
     """How many models trained as the paper says, and which could not take part."""
     rows = {row["model"]: row for row in rows_of("architectures")}
-    refused = ", ".join(f"`{name}` ({row['error']})" for name, row in rows.items() if "error" in row)
+    reasons = {name: row["error"].partition(": ")[2] for name, row in rows.items() if "error" in row}
+    refused = "\n".join(f"- `{name}`: {reason.partition(';')[0]}" for name, reason in reasons.items())
     table = [["tried", f"{len(rows)} of {len(MODELS)}"]]
     table += [[name, str(count)] for name, count in counts([*rows.values()]).items()]
-    text = markdown(["models", "count"], table, whole([*rows.values()]))
-    return text + f"\n\nCannot take part: {refused}." * bool(refused)
+    machines = dict.fromkeys(row["device"] for row in rows.values())
+    parts = ([row for row in rows.values() if row["device"] == machine] for machine in machines)
+    text = markdown(["models", "count"], table, *map(whole, parts))
+    return text + f"\n\nCannot take part:\n\n{refused}" * bool(refused)
 
 
 def theory() -> str:

@@ -34,18 +34,6 @@ def first_line(error: BaseException | None) -> str:
     return text[0] if text else type(error).__name__
 
 
-def in_plain_words(message: str) -> str:
-    """A message of pydantic about a bound, in the words of our own errors: "at least 1", "below inf"."""
-    for theirs, ours in (
-        ("greater than or equal to", "at least"),
-        ("less than or equal to", "at most"),
-        ("greater than", "above"),
-        ("less than", "below"),
-    ):
-        message = message.replace(theirs, ours)
-    return message
-
-
 def require_extra(extra: str, *modules: str) -> None:
     """Check that the modules of an optional extra are installed, without importing them.
 

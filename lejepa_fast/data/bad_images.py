@@ -50,7 +50,7 @@ class BadImages:
         log_each: bool = True,
     ) -> None:
         if not 0.0 <= max_bad_fraction <= 1.0:
-            raise UsageError(f"max_bad_fraction must lie in [0, 1]; got {max_bad_fraction}")
+            raise UsageError(f"max_bad_fraction: expected a number in [0, 1], got {max_bad_fraction}")
         self._source = source
         self._file = None if file is None else Path(file)
         self._max_bad_fraction, self._log_each = max_bad_fraction, log_each

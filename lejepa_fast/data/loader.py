@@ -15,11 +15,12 @@ from torch import Tensor
 from lejepa_fast.data.backends.base import Loading, RawBatch, give_memory_back
 from lejepa_fast.data.backends.choose_backend import make_backend
 from lejepa_fast.data.bad_images import DEFAULT_MAX_BAD_FRACTION, BadImages
-from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe, checked
+from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey, EpochSchedule
 from lejepa_fast.data.sources.base import ImageSource, check_sizes, names_digest
 from lejepa_fast.data.views import EvalViews, TrainViews
 from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.validation import validated
 
 log = logging.getLogger("lejepa_fast.data")
 
@@ -193,9 +194,9 @@ class MultiCropLoader(_Loader):
         recipe.validate()
         recipe.check_channels(source.channels)
         if not isinstance(seed, int | Integral):  # mypy takes int for no Integral
-            raise UsageError(f"seed must be a whole number; got {seed!r}")
+            raise UsageError(f"seed: expected a whole number, got {seed!r}")
         if dtype not in _DTYPES:
-            raise UsageError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {dtype}")
+            raise UsageError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
         loading = Loading(batch_size, num_workers, _usable(device), prefetch, hw_decoder_load)
         self._schedule = EpochSchedule(len(source), batch_size, int(seed), rank, world_size, shuffle)
         bad = BadImages(source, bad_images, max_bad_fraction=max_bad_fraction)
@@ -233,7 +234,7 @@ class MultiCropLoader(_Loader):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next pass. A restored position within that same epoch is kept."""
         if epoch < 0:
-            raise UsageError(f"epoch must be 0 or more; got {epoch}")
+            raise UsageError(f"epoch: expected 0 or more, got {epoch}")
         if not (self._resuming and epoch == self._epoch):
             self._epoch, self._batch, self._resuming = epoch, 0, False
 
@@ -277,7 +278,7 @@ class MultiCropLoader(_Loader):
             UsageError: a field is wrong, or the state was taken in mid-epoch with another seed or other
                 images: some images would be repeated and others left out. The loader stays as it was.
         """
-        saved = checked(_State, state, "loader state")
+        saved = validated(_State, state, "loader state: ", strict=True)
         own, epoch, seen = self._schedule, saved.epoch, saved.images_seen
         mine = {"seed": own.seed, "num_images": own.num_images, "names_sha256": self._names}
         differing = [key for key, value in mine.items() if getattr(saved, key) not in (None, value)]
@@ -343,9 +344,9 @@ class EvalLoader(_Loader):
     ) -> None:
         _check_opened(source)
         if not isinstance(image_size, int | Integral) or image_size < 1:
-            raise UsageError(f"image_size must be a whole number of pixels, at least 1; got {image_size!r}")
+            raise UsageError(f"image_size: expected a whole number of pixels, at least 1, got {image_size!r}")
         if not len(mean) == len(std) == source.channels:
-            raise UsageError(f"mean and std must have {source.channels} numbers; got {mean!r} and {std!r}")
+            raise UsageError(f"mean, std: expected {source.channels} numbers each, got {mean!r} and {std!r}")
         loading = Loading(batch_size, num_workers, _usable(device), prefetch, hw_decoder_load)
         bad = BadImages(source, bad_images, max_bad_fraction=max_bad_fraction)
         super().__init__(EvalViews(source, image_size), loading, backend, bad, mean, std)
@@ -382,7 +383,7 @@ def _usable(device: torch.device | str | None) -> torch.device | None:
     try:
         made = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise UsageError(f"device must be such as 'cpu', 'cuda' or 'cuda:1'; got {device!r}") from error
+        raise UsageError(f"device: expected such as 'cpu', 'cuda' or 'cuda:1', got {device!r}") from error
     if made.type == "cuda" and (made.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"device {str(device)!r}: there are {torch.cuda.device_count()} CUDA devices; "

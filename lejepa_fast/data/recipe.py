@@ -4,17 +4,15 @@ The defaults are those of the LeJEPA authors' README (github.com/rbalestr-lab/le
 everything but the blur's kernel size; that comes from their minimal example (kernel 7 for 128-px crops).
 """
 
-import json
 import math
-import reprlib
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from lejepa_fast.errors import UsageError, in_plain_words
+from lejepa_fast.errors import UsageError
+from lejepa_fast.validation import validated
 
-T = TypeVar("T")
 AtLeast1 = Annotated[int, Ge(1), Lt(2**31)]
 Pixels = Annotated[int, Ge(1), Le(16384)]
 Share = Annotated[float, Ge(0), Le(1)]
@@ -125,7 +123,7 @@ class MultiCropRecipe:
         for field in fields(self):
             value = getattr(self, field.name)
             _require(not isinstance(value, list), field.name, "a tuple", value)
-        checked(type(self), asdict(self), "multi-crop recipe")
+        validated(type(self), asdict(self), "multi-crop recipe: ", strict=True)
         for name in ("global_scale", "local_scale", "aspect_ratio", "blur_sigma"):
             low, high = getattr(self, name)
             _require(low <= high, name, "a pair (a, b) with a <= b", (low, high))
@@ -139,22 +137,4 @@ class MultiCropRecipe:
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
     if not condition:
-        raise UsageError(f"multi-crop recipe: {name} must be {expected}; got {got!r}")
-
-
-def checked(kind: type[T], values: Any, what: str) -> T:
-    """Make a dataclass of values that fit JSON, after checking their types and bounds.
-
-    Raises:
-        UsageError: names the first field that is wrong, what was expected and what came.
-    """
-    import pydantic
-
-    try:
-        return pydantic.TypeAdapter(kind).validate_json(json.dumps(values, default=repr), strict=True)
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = "".join(f"[{part}]" if isinstance(part, int) else part for part in first["loc"])
-        expected = first["msg"].replace("Input should be", "must be").replace("Field required", "is missing")
-        expected = in_plain_words(expected)
-        raise UsageError(f"{what}: {name} {expected}; got {reprlib.repr(first['input'])}") from error
+        raise UsageError(f"multi-crop recipe: {name}: expected {expected}, got {got!r}")

@@ -42,9 +42,8 @@ class EpochSchedule:
 
     def __post_init__(self) -> None:
         if self.world_size < 1 or not 0 <= self.rank < self.world_size:
-            raise UsageError(
-                f"rank must be in 0 .. world_size - 1; got rank {self.rank}, world_size {self.world_size}"
-            )
+            got = f"{self.rank} and {self.world_size}"
+            raise UsageError(f"rank, world_size: expected a rank from 0 to world_size - 1, got {got}")
         if self.num_images < self.global_batch:
             largest = self.num_images // self.world_size
             ranks = "" if self.world_size == 1 else f" on each of {self.world_size} ranks"

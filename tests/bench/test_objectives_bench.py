@@ -15,7 +15,7 @@ TINY = """
 """
 
 
-def test_a_row_has_photographs_ranks_and_numbers(tmp_path, image_folder, monkeypatch, capsys):
+def test_a_row_has_photographs_ranks_and_numbers(tmp_path, image_folder, monkeypatch, white_figures, capsys):
     name = "masked LeJEPA, image"
     monkeypatch.setattr(objectives_bench, "TABLES", ("count",))  # for time
     monkeypatch.setattr(objectives_bench, "PICTURES", (40, 20))

@@ -159,7 +159,7 @@ def test_verify_and_pack_see_the_files_that_training_sees(folder, tmp_path, caps
     for split in ("train", "val"):
         assert digests(open_source(str(out), split)) == digests(open_source(str(root.parent), split))
     assert pack(out, tmp_path / "again") == 2
-    assert "only folders of images are packed; got 7 images" in capsys.readouterr().err
+    assert "expected a folder of images, which alone is packed, got 7 images" in capsys.readouterr().err
 
 
 def test_pack_leaves_nothing_half_done(folder, tmp_path, monkeypatch, capsys):
@@ -235,14 +235,14 @@ def test_usage_errors(tmp_path, capsys):
     assert pack(tmp_path / "file", tmp_path / "out") == 2
     for size in ("nan", "inf", "-1", "0"):
         assert pack(tmp_path, tmp_path / "out", "--shard-mb", size) == 2
-        assert f"--shard-mb must be a size in MiB, above 0; got {float(size)}" in capsys.readouterr().err
+        assert f"--shard-mb: expected a size in MiB, above 0, got {float(size)}" in capsys.readouterr().err
     for name in ("a\nb", "caf\udce9"):
         root = tmp_path / repr(name)
         for label in (name, "other"):
             write_images(root / label, 1)
         assert pack(root, tmp_path / "out") == 2
         assert "classes.txt needs names of one line in UTF-8; rename the folder" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="shard_bytes must be positive; got 0"):
+    with pytest.raises(UsageError, match="shard_bytes: expected a positive number, got 0"):
         pack_folder(tmp_path, tmp_path / "out", shard_bytes=0)
     with pytest.raises(UsageError, match="skip_bad needs verify"):
         pack_folder(tmp_path, tmp_path / "out", verify=False, skip_bad=True)

@@ -304,9 +304,9 @@ def test_what_does_not_fit_other_channels_is_named(tmp_path):
     for backend in ("torchvision", "dali"):
         with pytest.raises(UsageError, match=r"3 channels, not 2; use backend='cpu'|DALI is not"):
             multicrop_loader(source, recipe, backend=backend, **options)
-    with pytest.raises(UsageError, match="mean must be 2 numbers, one for each channel"):
+    with pytest.raises(UsageError, match="mean: expected 2 numbers, one for each channel"):
         multicrop_loader(source, CROPS_ONLY, **options)
-    with pytest.raises(UsageError, match="hue must be 0 for images of 2 channels"):
+    with pytest.raises(UsageError, match="hue: expected 0 for images of 2 channels"):
         multicrop_loader(source, dataclasses.replace(recipe, hue=0.1), **options)
     with pytest.raises(UsageError, match=r"^slices: expected 'first' for 2 channels, got 'all'"):
         as_trained(FolderSource(tmp_path), "all", 2)

@@ -265,9 +265,9 @@ def test_bad_folders(tmp_path, class_folders):
     assert "a single image in every class" in usage_error(tmp_path / "singles", "train")
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(b"x" * 1000))
     assert "x.tar.gz is compressed" in usage_error(tmp_path / "x.tar.gz", "train")
-    assert "split must be 'train' or 'val'; got 'test'" in usage_error("trashnet96", "test")
+    assert "split: expected 'train' or 'val', got 'test'" in usage_error("trashnet96", "test")
     text = usage_error("trashnet96", "val", val_fraction=1.0)
-    assert "val_fraction must lie between 0 and 1; got 1.0" in text
+    assert "val_fraction: expected a number between 0 and 1, got 1.0" in text
 
 
 # --- torchvision's data sets: its own items, within the limits of all image files ---------------

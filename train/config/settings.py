@@ -4,7 +4,6 @@ Types and bounds are declared at the fields (`Annotated[int, Ge(1)]`); pydantic 
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -13,18 +12,16 @@ import reprlib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from annotated_types import Ge, Gt, Le, Lt
 
 from lejepa_fast.data.recipe import Area, Finite, MultiCropRecipe, Pixels
-from lejepa_fast.errors import UsageError, in_plain_words
+from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config.names import default_weight_decay
 from lejepa_fast.train.runtime import files
-
-if TYPE_CHECKING:
-    import pydantic
+from lejepa_fast.validation import validated
 
 EMBEDDED_DATA = "trashnet96"
 # The export adds these to a run's config.json, for timm.
@@ -326,7 +323,7 @@ def resolve(cfg: C) -> C:
 
 def validate(cfg: Config, world_size: int = 1) -> None:
     """Raise UsageError for a bad type or bound, or what does not fit several fields or the processes."""
-    _checked(type(cfg), to_dict(cfg), "")
+    validated(type(cfg), to_dict(cfg))
     cfg.crops.validate()
     for option, path in (("out", cfg.out or ""), ("data.path", cfg.data.path)):
         if any(len(name.encode()) > 255 for name in Path(path).parts):
@@ -436,34 +433,4 @@ def load_json(path: Path) -> Config:
 
 def from_dict(values: Any, where: str = "config") -> Config:
     """Invert `to_dict`; missing keys keep their defaults. `where` begins the message of a UsageError."""
-    return _checked(Config, values, f"{where}: ")
-
-
-def _checked(cls: type, values: Any, prefix: str) -> Any:
-    import pydantic
-
-    try:
-        return pydantic.TypeAdapter(cls).validate_json(json.dumps(values))
-    except pydantic.ValidationError as error:
-        raise UsageError(prefix + _first_error(cls, error)) from error
-
-
-def _first_error(cls: type, error: "pydantic.ValidationError") -> str:
-    """Return `section.field: expected ..., got ...` for the first field that pydantic refuses."""
-    kinds = typing.get_type_hints(cls)
-
-    def key(location: tuple[int | str, ...]) -> str:  # without union members and tuple indices
-        in_section = location and dataclasses.is_dataclass(kinds.get(str(location[0])))
-        return ".".join(map(str, location[: 2 if in_section else 1]))
-
-    found = [(key(each["loc"]), each) for each in error.errors(include_url=False)]
-    name, first = found[0]
-    if first["type"] == "unexpected_keyword_argument":
-        section, _, last = name.rpartition(".")
-        known = typing.get_type_hints(kinds[section]) if section else kinds
-        near = difflib.get_close_matches(last, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        return f"{section + ': ' if section else ''}unknown key {last!r}; {hint}"
-    expected = " or ".join(dict.fromkeys(each["msg"] for other, each in found if other == name))
-    expected = in_plain_words(expected.replace("Input should be ", ""))
-    return f"{name or 'configuration'}: expected {expected}, got {reprlib.repr(first['input'])}"
+    return validated(Config, values, f"{where}: ")

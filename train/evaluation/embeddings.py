@@ -133,6 +133,6 @@ def calibrate_batchnorm(
         norm.momentum = momentum
     if not first:
         raise UsageError(
-            "BatchNorm statistics need a batch of at least 2 training images; got none: "
+            "BatchNorm statistics need a batch of at least 2 training images, got none: "
             "raise the evaluation batch size or give more images"
         )

@@ -79,9 +79,9 @@ def knn_predict(
     """
     check_samples(train_x, train_y, test_x, None, num_classes)
     if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+        raise ValueError(f"k: expected at least 1, got {k}")
     if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature must be positive, or None for equal votes, got {temperature}")
+        raise ValueError(f"temperature: expected a positive number or None, got {temperature}")
     device = torch.device(device or train_x.device)
 
     def unit_rows(x: Tensor) -> Tensor:
@@ -305,7 +305,7 @@ def percent(predicted: Tensor, truth: Tensor) -> float:
 def check_positive(name: str, values: Sequence[float]) -> None:
     """Raise ValueError unless these are positive numbers, at least one."""
     if not values or not all(value > 0 for value in values):
-        raise ValueError(f"{name} must be positive numbers, at least one, got {values!r}")
+        raise ValueError(f"{name}: expected positive numbers, at least one, got {values!r}")
 
 
 def check_samples(
@@ -315,7 +315,7 @@ def check_samples(
     for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
         shapes = f"{tuple(x.shape)} and {None if y is None else tuple(y.shape)}"
         if x.ndim != 2 or (y is not None and (y.ndim != 1 or len(x) != len(y))):
-            raise ValueError(f"{name}_x and {name}_y must be of shape (n, D) and (n,), got {shapes}")
+            raise ValueError(f"{name}_x, {name}_y: expected shapes (n, D) and (n,), got {shapes}")
         if len(x) == 0:
             raise ValueError(f"{name}_x holds no samples; expected at least one")
         if not all(part.isfinite().all() for part in x.split(1024)):
@@ -324,9 +324,9 @@ def check_samples(
             continue
         if num_classes is None:
             if not y.is_floating_point() or not y.isfinite().all():
-                raise ValueError(f"{name}_y must hold finite floating-point numbers, got {y.dtype}")
+                raise ValueError(f"{name}_y: expected finite floating-point numbers, got {y.dtype}")
         elif y.is_floating_point() or int(y.min()) < 0 or int(y.max()) >= num_classes:
             found = f"{y.dtype} from {y.min().item()} to {y.max().item()}"
-            raise ValueError(f"{name}_y must hold integer classes in 0 .. {num_classes - 1}, got {found}")
+            raise ValueError(f"{name}_y: expected integer classes in 0 .. {num_classes - 1}, got {found}")
     if (width := train_x.shape[1]) != test_x.shape[1]:
-        raise ValueError(f"test_x must have the {width} features of train_x, got {test_x.shape[1]}")
+        raise ValueError(f"test_x: expected the {width} features of train_x, got {test_x.shape[1]}")

@@ -15,6 +15,7 @@ from lejepa_fast.regular_files import open_regular
 from lejepa_fast.train import config
 from lejepa_fast.train.config.settings import TIMM_KEYS
 from lejepa_fast.train.runtime.files import read_rows
+from lejepa_fast.validation import validated
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -111,7 +112,7 @@ def read_run(folder: Path) -> RunRecord:
     steps = max(row["step"] for row in rows if row["kind"] == "train")
     summary = _read_json(folder, "report/summary.json") or {}
     if summary:
-        _check(summary, folder)
+        validated(_Summary, summary, f"{folder}: report/summary.json: ")
     summary = summary if summary.get("steps") == steps else {}
     return RunRecord(folder, settings, steps, summary=summary, rows=rows, **losses)
 
@@ -129,18 +130,6 @@ def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
     if not isinstance(values, dict):
         raise UsageError(f"{folder}: {name}: expected a JSON object, got {reprlib.repr(values)}")
     return values
-
-
-def _check(summary: Mapping[str, Any], folder: Path) -> None:
-    import pydantic
-
-    try:
-        pydantic.TypeAdapter(_Summary).validate_json(json.dumps(summary))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        got = "" if first["type"] == "missing" else f", got {reprlib.repr(first['input'])}"
-        raise UsageError(f"{folder}: report/summary.json: {where}: {first['msg']}{got}") from error
 
 
 def series(rows: Rows, kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -43,11 +43,11 @@ class Loading:
         for name, smallest in (("batch_size", 1), ("num_workers", 0), ("prefetch", 1)):
             value = getattr(self, name)
             if not isinstance(value, Integral):
-                raise UsageError(f"{name} must be a whole number; got {value!r}")
+                raise UsageError(f"{name}: expected a whole number, got {value!r}")
             if value < smallest:
-                raise UsageError(f"{name} must be at least {smallest}; got {value}")
+                raise UsageError(f"{name}: expected at least {smallest}, got {value}")
         if not 0.0 <= self.hw_decoder_load <= 1.0:
-            raise UsageError(f"hw_decoder_load must lie in [0, 1]; got {self.hw_decoder_load}")
+            raise UsageError(f"hw_decoder_load: expected a number in [0, 1], got {self.hw_decoder_load}")
 
     @property
     def on_gpu(self) -> bool:

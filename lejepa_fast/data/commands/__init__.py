@@ -70,8 +70,9 @@ def _verify(options: argparse.Namespace) -> int:
     With --bad-images RUN/bad_images.txt the run leaves them out from the start.
     Exit code 0: all are good; 1: some are bad; 2: wrong usage.
     """
-    if options.threads < 1 or options.min_size < 1:
-        raise UsageError("--threads and --min-size must be at least 1")
+    for option, value in (("--threads", options.threads), ("--min-size", options.min_size)):
+        if value < 1:
+            raise UsageError(f"{option}: expected at least 1, got {value}")
     splits: list[Split] = ["train", "val"] if options.split == "both" else [options.split]
     table = [f"{'split':8}{'images':>10}{'good':>10}{'bad':>8}{'smallest':>13}{'largest':>13}"]
     reasons: Counter[str] = Counter()
@@ -137,7 +138,7 @@ def _pack(options: argparse.Namespace) -> int:
     time: the same images give the same bytes. The result appears under its name when it is complete.
     """
     if not 0 < options.shard_mb < math.inf:  # neither is NaN
-        raise UsageError(f"--shard-mb must be a size in MiB, above 0; got {options.shard_mb}")
+        raise UsageError(f"--shard-mb: expected a size in MiB, above 0, got {options.shard_mb}")
     counts = pack_folder(
         options.source,
         options.out,

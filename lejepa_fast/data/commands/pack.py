@@ -52,7 +52,7 @@ def pack_folder(
     """
     source, out_dir = Path(source).expanduser(), Path(out_dir)
     if shard_bytes < 1:
-        raise UsageError(f"shard_bytes must be positive; got {shard_bytes}")
+        raise UsageError(f"shard_bytes: expected a positive number, got {shard_bytes}")
     if skip_bad and not verify:
         raise UsageError("skip_bad needs verify: only images that are decoded are known to be bad")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
@@ -90,7 +90,7 @@ def pack_folder(
 
 def _folder(source: ImageSource) -> FolderSource:
     if not isinstance(source, FolderSource):
-        raise UsageError(f"only folders of images are packed; got {source.summary()}")
+        raise UsageError(f"expected a folder of images, which alone is packed, got {source.summary()}")
     if source.left_out:
         log.warning("%s: not packed: %s", source.root, source.left_out)
     return source

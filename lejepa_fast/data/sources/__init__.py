@@ -66,9 +66,9 @@ def open_source(path: str, split: Split, *, val_fraction: float = 0.1, seed: int
         UsageError: the data cannot be opened; names the path, what is wrong with it and the way out.
     """
     if split not in ("train", "val"):
-        raise UsageError(f"split must be 'train' or 'val'; got {split!r}")
+        raise UsageError(f"split: expected 'train' or 'val', got {split!r}")
     if not 0.0 <= val_fraction < 1.0:
-        raise UsageError(f"val_fraction must lie between 0 and 1; got {val_fraction}")
+        raise UsageError(f"val_fraction: expected a number between 0 and 1, got {val_fraction}")
     path = os.fspath(path)
     if path.startswith("torchvision:"):
         source, is_split = open_torchvision_set(path, split)
@@ -235,5 +235,5 @@ def _read_classes(root: Path) -> list[str] | None:
     except (OSError, ValueError) as error:  # bytes that are not UTF-8 are a `ValueError`
         raise UsageError(f"cannot read class names from {file}, one per line in UTF-8: {error}") from error
     if not names or len(set(names)) < len(names) or "" in names:
-        raise UsageError(f"{file} must hold one distinct class name per line")
+        raise UsageError(f"{file}: expected one distinct class name per line")
     return names

@@ -223,7 +223,7 @@ def _read_label(path: Path, info: tarfile.TarInfo, file: int) -> int:
     data = os.pread(file, min(info.size, _MAX_LABEL_BYTES), info.offset_data)
     text = data.decode("ascii", errors="replace").strip()
     if info.size > _MAX_LABEL_BYTES or not text.isdecimal():
-        raise UsageError(f"{path}: member {info.name!r} must hold a class index such as 3; got {text[:20]!r}")
+        raise UsageError(f"{path}: member {info.name!r}: expected a class index such as 3, got {text[:20]!r}")
     return int(text)
 
 

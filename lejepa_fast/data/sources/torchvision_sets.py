@@ -78,7 +78,7 @@ def open_torchvision_set(path: str, split: Split) -> tuple[ImageSource, bool]:
     """
     _, name, root = [*path.split(":", 2), "", ""][:3]
     if not name or not root:
-        raise UsageError(f"expected torchvision:NAME:/dir, such as torchvision:CIFAR10:/data; got {path!r}")
+        raise UsageError(f"expected torchvision:NAME:/dir, such as torchvision:CIFAR10:/data, got {path!r}")
     if name not in NAMES:
         raise UsageError(f"torchvision data set {name!r} is not known here; known: {', '.join(NAMES)}")
     root = os.path.expanduser(root)

@@ -14,6 +14,7 @@ from lejepa_fast.errors import UsageError
 from lejepa_fast.train import config, evaluate, export, plan, pretrain
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.config.presets import PRESETS
+from lejepa_fast.validation import validated
 
 
 def test_long_names_and_aliases_are_the_same():
@@ -80,7 +81,7 @@ def test_json_round_trip_is_the_identity(name, tmp_path):
         ({"optim": {"weight_decay": "x"}}, "optim.weight_decay: expected a valid number or 'auto', got 'x'"),
         ({"data": {"backend": "x"}}, "data.backend: expected 'auto', .*got 'x'"),
         ({"model": []}, "model: expected an object, got \\[\\]"),
-        ([], "configuration: expected an object, got \\[\\]"),
+        ([], "expected an object, got \\[\\]"),
         (None, "is not JSON"),
     ],
 )
@@ -202,7 +203,7 @@ def test_every_number_has_a_declared_bound():
                 free.append(name)
             if re.search(r"\bint\b", str(kind)):
                 with pytest.raises(UsageError, match=rf"{name}: expected .*(at most|below)"):
-                    config.settings._checked(section, config.to_dict(section(**{name: 10**30})), "")
+                    validated(section, config.to_dict(section(**{name: 10**30})))
     assert free == ["t_max"]
 
 
