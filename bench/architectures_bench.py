@@ -7,7 +7,8 @@ probe reach beside the same encoder without training. So few steps make no good 
 untrained encoder only shows whether training leads away from it or beyond it.
 
 A model that cannot take part has a row with the reason as `error`. Models that have a row of the same steps
-and images are not trained again, so an interrupted run goes on. `--models NAME ...` trains these alone.
+and images are not trained again, so an interrupted run goes on; only those that failed for another reason
+than their settings are. `--models NAME ...` trains these alone.
 """
 
 import math
@@ -139,8 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     writer, rows = Rows(options.out / "architectures.jsonl", "architectures", torch.device("cpu")), []
     for name in options.models:
         wanted: Row = {"model": name, "steps": options.steps, "data": options.data}
-        # A failure may have had a passing cause, such as a full disk.
-        if not (found := [row for row in writer.known(wanted) if "error" not in row]):
+        # A failure that is no wrong setting may have had a passing cause, such as a full disk.
+        found = [row for row in writer.known(wanted) if "UsageError" in row.get("error", "UsageError")]
+        if not found:
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     measured = train(name, options.steps, Path(folder), options.data)

@@ -79,8 +79,9 @@ def write_images(path: str, folder: Path, limits: Mapping[str, int]) -> None:
     UsageError if those of another path are there: their runs and rows have the same name.
     """
     origin = folder.with_name(f"{folder.name}.origin")
+    whence = str(Path(path).resolve()) if Path(path).exists() else path
     if folder.is_dir():
-        if origin.is_file() and (earlier := origin.read_text(encoding="utf-8")) != path:
+        if origin.is_file() and (earlier := origin.read_text(encoding="utf-8")) != whence:
             raise UsageError(f"sets: expected another name, got one that stands for {earlier} in {folder}")
         return
     unfinished = folder.with_name(f"{folder.name}.unfinished")
@@ -95,7 +96,7 @@ def write_images(path: str, folder: Path, limits: Mapping[str, int]) -> None:
             file = unfinished / split / source.classes[label] / f"{index:06d}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
             image.resize(size, Image.Resampling.LANCZOS).save(file, quality=95)
-    origin.write_text(path, encoding="utf-8")
+    origin.write_text(whence, encoding="utf-8")
     unfinished.rename(folder)
 
 

@@ -2,7 +2,7 @@
 
 A row holds the report's summary of a run, with this machine: call it where the runs were made. Draws
 pretrain.png, the accuracies of these runs; without RUN, those of the rows that are there. With --recipe the
-rows are short ones of laptop_recipes.jsonl instead, and nothing is drawn.
+row is a short one of laptop_recipes.jsonl instead, and nothing is drawn.
 """
 
 import json
@@ -29,7 +29,7 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def recipe_row(what: str, summary: Row, seconds: float | None) -> Row:
+def recipe_row(what: str, summary: Row, seconds: float) -> Row:
     """What a recipe for the embedded images is compared by; `seconds`: of the whole command."""
     row: Row = {"what": what, "seed": summary["seed"], "steps": summary["steps"], "state": summary["state"]}
     for probe in ("knn", "linear"):
@@ -43,10 +43,9 @@ def recipe_row(what: str, summary: Row, seconds: float | None) -> Row:
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line(__doc__)
     parser.add_argument("runs", type=Path, nargs="*", help="run folders with report/summary.json")
-    parser.add_argument(
-        "--recipe", metavar="WHAT", help="what the runs are rows of, such as 'crops of 40 px'"
-    )
-    parser.add_argument("--seconds", type=float, help="wall time of the command of such a run")
+    parser.add_argument("--recipe", metavar="WHAT", help="what the run is a row of, such as 'small crops'")
+    parser.add_argument("--command", help="with --recipe: the command of the run")
+    parser.add_argument("--seconds", type=float, help="with --recipe: wall time of the command")
     options = parser.parse_args(arguments)
     summaries = [run / "report" / "summary.json" for run in options.runs]
     for path in summaries:
@@ -55,8 +54,11 @@ def main(arguments: list[str] | None = None) -> None:
     path = options.out / "pretrain.jsonl"
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in summaries]
     if options.recipe:
-        short = [recipe_row(options.recipe, row, options.seconds) for row in rows]
-        Rows(options.out / "laptop_recipes.jsonl", "laptop_recipes").write(*short)
+        if len(rows) != 1 or not options.command or not options.seconds:
+            parser.error("recipe: expected one run, --command and --seconds")
+        writer = Rows(options.out / "laptop_recipes.jsonl", "laptop_recipes")
+        writer.about["command"] = options.command
+        writer.write(recipe_row(options.recipe, rows[0], options.seconds))
         return
     if rows:
         Rows(path, "pretrain").write(*rows)

@@ -37,7 +37,7 @@ class Options:
     backbone: tuple[str, ...] | None = None
     """Further encoders for the same table: timm's names, for weights of the Hugging Face hub or its cache,
     NAME:FILE, or NAME:untrained for random weights. Without --checkpoint they are evaluated alone, on
-    --data. None: those of the run."""
+    --data. None: those of the run; no name after it: none."""
     backbone_size: int | Literal["own"] | None = None
     """Side of the images for backbones. own: as each was trained; None: as for the checkpoint, or the next
     larger size that the backbone takes."""
@@ -224,7 +224,13 @@ def _load_backbones(cfg: Config, options: Options) -> "dict[str, Backbone]":
     size = (cfg.eval.image_size or cfg.crops.global_size) if size is None else size
     if size != "own" and not 1 <= size <= 10_000:
         raise UsageError(f"--backbone-size: expected own or 1 to 10,000 pixels, got {size}")
-    return load_backbones(cfg.eval.backbone, image_size=size, channels=cfg.data.channels, seed=cfg.seed)
+    try:
+        return load_backbones(cfg.eval.backbone, image_size=size, channels=cfg.data.channels, seed=cfg.seed)
+    except UsageError as error:
+        if options.backbone is not None:
+            raise
+        way_out = "the run names this backbone, and --backbone without a name leaves it out"
+        raise UsageError(f"{error}; {way_out}") from error
 
 
 def _made(out: Path) -> Path:

@@ -88,7 +88,7 @@ def table(chosen: Mapping[str, Any]) -> str:
     else:
         by_loss, best = chosen["rule"] == LOSS, runs[0]
         name = best["run"] + " (collapsed)" * (best["state"] == "collapsed")
-        if best["places"]["score" if by_loss else "rankme"] is None:
+        if by_loss and best["places"]["score"] is None:
             name = "none, as no run has a figure"
         rule = f"{LOSS}, alpha {alpha:g}" if by_loss else chosen["rule"]
         texts.append(f"trusted rule: {rule}; best: {name}")

@@ -18,9 +18,9 @@ from lejepa_fast.data.bad_images import DEFAULT_MAX_BAD_FRACTION, BadImages
 from lejepa_fast.data.recipe import IMAGENET_MEAN, IMAGENET_STD, MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey, EpochSchedule
 from lejepa_fast.data.sources.base import ImageSource, check_sizes, names_digest
+from lejepa_fast.data.validation import validated
 from lejepa_fast.data.views import EvalViews, TrainViews
 from lejepa_fast.errors import RunError, UsageError
-from lejepa_fast.validation import validated
 
 log = logging.getLogger("lejepa_fast.data")
 

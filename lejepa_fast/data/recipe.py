@@ -10,8 +10,8 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from lejepa_fast.data.validation import validated
 from lejepa_fast.errors import UsageError
-from lejepa_fast.validation import validated
 
 AtLeast1 = Annotated[int, Ge(1), Lt(2**31)]
 Pixels = Annotated[int, Ge(1), Le(16384)]

@@ -20,10 +20,15 @@ def test_rows_hold_the_summary_or_a_short_form_of_it(tmp_path, capsys):
     (row,) = read_rows(tmp_path / "pretrain.jsonl")
     assert row.items() >= SUMMARY.items()
     assert (tmp_path / "pretrain.png").is_file()
-    pretrain_rows.main([*command, "--recipe", "wider", "--seconds", "7"])
+    pretrain_rows.main([*command, "--recipe", "wider", "--seconds", "7", "--command", "make pretrain"])
     (row,) = read_rows(tmp_path / "laptop_recipes.jsonl")
     assert (row["what"], row["run_threads"], row["command_seconds"], row["seed"]) == ("wider", 2, 7, 1)
+    assert row["command"] == "make pretrain"
     assert row["backbones"] == {"resnet14t:untrained": {"knn": 40.0, "linear": 45.0}}
-    with pytest.raises(SystemExit):
-        pretrain_rows.main([str(tmp_path / "none")])
-    assert "runs: expected a finished run, got one without" in capsys.readouterr().err
+    for wrong, message in (
+        ([str(tmp_path / "none")], "runs: expected a finished run, got one without"),
+        (["--recipe", "wider"], "recipe: expected one run, --command and --seconds"),
+    ):
+        with pytest.raises(SystemExit):
+            pretrain_rows.main(wrong)
+        assert message in capsys.readouterr().err

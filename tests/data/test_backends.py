@@ -183,7 +183,8 @@ print(*[len(next(batches)[0]) for batches in others])
 
 def test_neither_forked_processes_nor_the_end_of_the_interpreter_wait_for_threads(tmp_path):
     """Not even when the child collects garbage before anything else: some other hook may set that off."""
-    names = [name for name in without_gpu() if name != "torchvision"]
+    if not (names := [name for name in without_gpu() if name != "torchvision"]):
+        pytest.skip("needs Numba or DALI")
     numbered_folder(tmp_path / "images", 40)
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "images"), *names]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

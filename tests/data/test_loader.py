@@ -205,7 +205,7 @@ def test_resume_at_the_end_of_an_epoch(make):
         ({"images_seen": 38}, "names image 37 of only 37 images"),
         ({"images_seen": -1}, "images_seen: expected at least 0, got -1"),
         ({"epoch": True}, "epoch: expected a valid integer, got True"),
-        ({"bad": [[-1, "text"]]}, r"bad: expected at least 0, got -1"),
+        ({"bad": [[-1, "text"]]}, r"bad\[0\]\[0\]: expected at least 0, got -1"),
         ({"bad": [[number, "text"] for number in range(38)]}, "names image 37 of only 37 images"),
     ],
     ids=str,

@@ -149,14 +149,14 @@ def test_default_recipe_is_the_authors():
     ("setting", "message"),
     [
         ({"global_crops": 0}, "global_crops: expected at least 1, got 0"),
-        ({"global_scale": (0.0, 1.0)}, "global_scale: expected above 0, got 0.0"),
+        ({"global_scale": (0.0, 1.0)}, "global_scale[0]: expected above 0, got 0.0"),
         ({"global_scale": (0.5, 0.3)}, "global_scale: expected a pair (a, b) with a <= b, got (0.5, 0.3)"),
         ({"local_scale": [0.1, 0.2]}, "local_scale: expected a tuple, got [0.1, 0.2]"),
         ({"flip_prob": 1.5}, "flip_prob: expected at most 1, got 1.5"),
         ({"blur_prob": float("nan")}, "blur_prob: expected "),
         ({"contrast": float("inf")}, "contrast: expected below inf, got inf"),
         ({"blur_kernel": 8}, "blur_kernel: expected odd, got 8"),
-        ({"std": (0.2, 0.0, 0.2)}, "std: expected above 0, got 0.0"),
+        ({"std": (0.2, 0.0, math.inf)}, "std[1]: expected above 0, got 0.0"),
         # Reflection padding needs more pixels than it mirrors.
         ({"local_size": 8, "blur_kernel": 17}, "blur_kernel: expected at most 15 for crops of 8 px, got 17"),
         ({"local_size": 8, "blur_kernel": 15}, None),  # just fits

@@ -123,14 +123,14 @@ STATISTICS = MultiCropRecipe(global_size=32, local_size=24, blur_kernel=3, globa
 @pytest.fixture(scope="module")
 def spread_source() -> EncodedSource:
     source = open_source("trashnet96", "train")
-    return source.subset(range(0, len(source), len(source) // 120)[:120])
+    return source.subset(range(0, len(source), len(source) // 240)[:240])
 
 
 @pytest.fixture(scope="module")
 def plain_statistics(spread_source) -> list[np.ndarray]:
     """Of torchvision's own random transforms with the same recipe, and with one that is a little wrong."""
     found = []
-    for recipe in (STATISTICS, dataclasses.replace(STATISTICS, solarize_prob=0.45)):
+    for recipe in (STATISTICS, dataclasses.replace(STATISTICS, solarize_prob=0.3)):
         transform = multicrop_transform(recipe, tensors=False, normalized=False)
         with torch.random.fork_rng(), one_thread():
             torch.manual_seed(0)
@@ -141,7 +141,7 @@ def plain_statistics(spread_source) -> list[np.ndarray]:
 
 def test_channel_statistics_equal_plain_torchvisions(backend, spread_source, plain_statistics):
     """The same images: means and variances by channel."""
-    ours = channel_statistics(rendered(backend, TrainViews(spread_source, STATISTICS, seed=1), 40))
+    ours = channel_statistics(rendered(backend, TrainViews(spread_source, STATISTICS, seed=1), 48))
     same, other = plain_statistics
     assert worst_t_value(ours, same) < 3.9  # 6 columns, together 99.9 %
     assert worst_t_value(ours, other) > 3.9

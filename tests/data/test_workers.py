@@ -84,7 +84,7 @@ def gone(pids: list[int], patience: float = 60.0) -> bool:
     return not any(map(is_running, pids))
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver"])  # whose workers are the trainer's grandchildren
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_workers_outlive_signals_to_the_group_and_die_with_the_trainer(tmp_path, method):
     trainer = start_trainer(tmp_path, method, "wait")
     stop = threading.Event()
@@ -111,7 +111,7 @@ def test_workers_outlive_signals_to_the_group_and_die_with_the_trainer(tmp_path,
     assert "Traceback" not in trainer.communicate()[1]
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])  # whose workers are the trainer's grandchildren
 def test_busy_workers_hold_up_neither_a_dropped_loader_nor_the_exit(tmp_path, method):
     trainer = start_trainer(tmp_path, method, "leave")
     try:

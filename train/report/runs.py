@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from lejepa_fast.data.validation import validated
 from lejepa_fast.errors import UsageError
 from lejepa_fast.regular_files import open_regular
 from lejepa_fast.train import config
 from lejepa_fast.train.config.settings import TIMM_KEYS
 from lejepa_fast.train.runtime.files import read_rows
-from lejepa_fast.validation import validated
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from lejepa_fast.data.validation import validated
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import config, evaluate, export, plan, pretrain
 from lejepa_fast.train.config import Config
 from lejepa_fast.train.config.presets import PRESETS
-from lejepa_fast.validation import validated
 
 
 def test_long_names_and_aliases_are_the_same():
@@ -82,6 +82,10 @@ def test_json_round_trip_is_the_identity(name, tmp_path):
         ({"data": {"backend": "x"}}, "data.backend: expected 'auto', .*got 'x'"),
         ({"model": []}, "model: expected an object, got \\[\\]"),
         ([], "expected an object, got \\[\\]"),
+        ({"foo.bar": 1}, "unknown key 'foo.bar'; known: data, crops"),
+        ({"loss": {"a.b": 1}}, "loss: unknown key 'a.b'"),
+        ({"optim": {"betas": [0.9, 2.0]}}, r"optim.betas\[1\]: expected below 1, got 2.0"),
+        ({"crops": {"global_scale": [0.1, 0.2, 0.3]}}, "crops.global_scale: expected at most 2 items, got"),
         (None, "is not JSON"),
     ],
 )
@@ -190,6 +194,12 @@ def test_values_that_cannot_work_are_named(arguments, message):
 def bounded(kind):
     parts = typing.get_args(kind)
     return any(type(part).__module__ == "annotated_types" or bounded(part) for part in parts)
+
+
+def test_values_that_are_not_json_are_refused(tmp_path):
+    """A path is not taken for its text, nor anything else."""
+    with pytest.raises(UsageError, match=r"^config: expected values that fit JSON, got PosixPath"):
+        config.from_dict({"out": tmp_path})
 
 
 def test_every_number_has_a_declared_bound():

@@ -25,6 +25,7 @@ from lejepa_fast.errors import UsageError
 from lejepa_fast.train import pretrain
 from lejepa_fast.train.checkpoint.storage import read_checkpoint
 from lejepa_fast.train.engine.trainer import Trainer
+from lejepa_fast.train.runtime.files import write_atomically
 from lejepa_fast.train.runtime.signals import Interrupted
 
 # ---- usage errors ------------------------------------------------------------------------------------
@@ -132,8 +133,14 @@ def test_data_that_stay_away_from_a_worker_exit_with_1(tiny, tmp_path, monkeypat
 def test_a_refused_export_exits_with_1(tiny, tmp_path, monkeypatch, capsys):
     """The disk fills up when the training is done: one line, and the checkpoint is there to go on from."""
     cfg = tiny(max_steps=1)
-    full = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    monkeypatch.setattr("lejepa_fast.train.checkpoint.trained_model.save", full)
+
+    def on_a_full_disk(*arguments, **options):
+        with monkeypatch.context() as patch:
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            patch.setattr("lejepa_fast.train.runtime.files.os.fsync", Mock(side_effect=full))
+            write_atomically(*arguments, **options)
+
+    monkeypatch.setattr("lejepa_fast.train.checkpoint.trained_model.write_atomically", on_a_full_disk)
     assert pretrain.main(arguments_of(cfg, tmp_path / "configs")) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: cannot write {cfg.out}/encoder.safetensors: No space left on device; ")

@@ -245,6 +245,14 @@ def test_command_puts_backbones_on_a_page_alone_and_beside_a_run(tiny, weights, 
     assert (found["image_size"], found["backbones"]["test_resnet"]["image_size"]) == (32, 64)
 
 
+def test_a_run_whose_backbone_is_gone_says_how_to_leave_it_out(tiny, save_run, tmp_path, capsys):
+    gone = f"test_resnet:{tmp_path}/gone.safetensors"
+    run = str(save_run(tiny(eval={"backbone": [gone]}), tmp_path / "run"))
+    for more, said in (([], True), (["--backbone", gone], False)):
+        assert command.main(["--checkpoint", run, *more]) == 2
+        assert ("--backbone without a name leaves it out" in capsys.readouterr().err) == said
+
+
 def test_command_with_a_wrong_name_or_size_is_one_line(capsys):
     for options, message in (
         (["resnat"], "--backbone: no model is called 'resnat'"),

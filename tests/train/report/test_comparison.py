@@ -184,7 +184,7 @@ def test_what_is_no_finished_run_is_named_and_the_earlier_page_stays(run, tmp_pa
     ("changes", "problem"),
     [
         ({"image_size": 1.5}, "image_size: expected a valid integer, got 1.5"),
-        ({"few_shot": {"1": {"knn": []}}}, "few_shot: expected all of its values, got []"),
+        ({"few_shot": {"1": {"knn": []}}}, "few_shot: expected more values, got []"),
     ],
 )
 def test_a_summary_of_other_types_is_one_line(run, tmp_path, capsys, changes, problem):
