@@ -540,7 +540,8 @@ def gradient(
 
         best(projections, "gradient")
         # float32 gradients with half-precision directions need the shared memory of float32.
-        best(product, "product", config if dp.dtype == A.dtype else get_config(dp.device, dp.itemsize))
+        of_product = config if dp.dtype == A.dtype else get_config(dp.device, dp.itemsize)
+        best(product, "product", of_product.for_directions(M))
 
     with kernel_device(x):
         if config.fuses(K, M, slice_grad=slice_grad):

@@ -9,6 +9,7 @@ tensor-core instructions, then on sm_90 the smallest predicted time, elsewhere t
 - sm_80, sm_89: 128 x 64; float32 spills from 64 samples on, hence 128 x 32.
 - sm_100: 64 directions; with 128 a thread holds a whole row of the accumulator and spills.
 - gfx942: 64 x 64 in two sub-tiles; 128 x 32 with 8 warps spills.
+- product, half precision: narrower where M is no multiple of 16, as its loads then take more registers.
 - fused: up to the largest K whose dx^T fits into registers, on sm_90 into those of two programs. Eight warps
   take 128 directions; with 64 both groups of four warps would compute the same projections.
 """
@@ -78,6 +79,15 @@ class Config(NamedTuple):
     """Multiplies projections in tf32x3. Tensor cores cut sums off where float32 rounds, which shrinks every
     projection by about 9e-8 (sm_80) or 7e-8 (sm_90) in tiles of 32 dimensions: predicted by the models
     of Xie et al. (arXiv 2511.10909); no GPU has been measured."""
+    uneven_product: Tile | None = None
+    """The tile of `product` where M is no multiple of 16; None: the same. Numbers are then loaded one by one,
+    and their addresses would not leave enough registers for a wider tile."""
+
+    def for_directions(self, M: int) -> "Config":
+        """The configuration for M directions."""
+        if self.uneven_product is None or M % 16 == 0:
+            return self
+        return self._replace(product={ANY: self.uneven_product})
 
     def fuses(self, K: int, M: int, *, slice_grad: bool = False) -> bool:
         """Whether the backward for K dimensions and M directions is one kernel.
@@ -147,10 +157,11 @@ def _config(
     multiprocessors: int,
     others: dict[str, tuple[Tile, ...]],
     stretch: float = 1.0,
+    uneven_product: Tile | None = None,
 ) -> Config:
     """A configuration whose forward and gradient share their `tiles`; two programs on a multiprocessor."""
     split = Split(64, 128, 2 * multiprocessors)
-    return Config(tiles, tiles, {ANY: product}, fused, split, others, stretch=stretch)
+    return Config(tiles, tiles, {ANY: product}, fused, split, others, stretch, uneven_product)
 
 
 _RESIDENT = Tile(64, 32, 512, 4, 1, sub_tiles=2, resident=True)
@@ -160,6 +171,7 @@ _SMALL = Tile(64, 64, 64, 4, 3, sub_tiles=2)
 _SMALL_AMD = _SMALL._replace(num_stages=2)
 _PRODUCT = Tile(64, 128, 128, 8, 3)
 _PRODUCT_WIDE = Tile(64, 128, 256, 8, 3)
+_PRODUCT_UNEVEN = Tile(32, 128, 128, 8, 3)
 _FUSED = Tile(64, 32, 64, 4, 1, sub_tiles=2)
 _FUSED_FOUR = _FUSED._replace(sub_tiles=4)  # triton 3.6 spills with two
 _FUSED_WIDE = Tile(128, 32, 128, 8, 1, sub_tiles=2)
@@ -185,12 +197,15 @@ _RESIDENT_OR_WIDE = {RESIDENT_MAX_DIM: _RESIDENT, ANY: _WIDE}
 _FUSED_SM_90 = {64: _FUSED, 128: _FUSED, 256: _FUSED_FOUR}
 _FUSED_TO_256 = {64: _FUSED, 256: _FUSED}
 _HALF = {
-    "sm_80": _config({ANY: _MIDDLE}, _PRODUCT, {64: _FUSED, 256: _FUSED_WIDE}, 108, _HALF_OTHERS),
-    "sm_89": _config({ANY: _MIDDLE}, _PRODUCT, _FUSED_TO_256, 142, _HALF_OTHERS),
-    "sm_90": _config(_RESIDENT_OR_WIDE, _PRODUCT_WIDE, _FUSED_SM_90, 132, _HALF_OTHERS),
-    "sm_100": _config({ANY: _SMALL}, _PRODUCT_WIDE, {**_FUSED_TO_256, 512: _FUSED_SM_100}, 148, _HALF_OTHERS),
-    "gfx942": _config({ANY: _SMALL_AMD}, _PRODUCT._replace(num_stages=2), _FUSED_TO_256, 304, _AMD_OTHERS),
+    target: _config(tiles, product, fused, multiprocessors, _HALF_OTHERS, uneven_product=_PRODUCT_UNEVEN)
+    for target, tiles, product, fused, multiprocessors in (
+        ("sm_80", {ANY: _MIDDLE}, _PRODUCT, {64: _FUSED, 256: _FUSED_WIDE}, 108),
+        ("sm_89", {ANY: _MIDDLE}, _PRODUCT, _FUSED_TO_256, 142),
+        ("sm_90", _RESIDENT_OR_WIDE, _PRODUCT_WIDE, _FUSED_SM_90, 132),
+        ("sm_100", {ANY: _SMALL}, _PRODUCT_WIDE, {**_FUSED_TO_256, 512: _FUSED_SM_100}, 148),
+    )
 }
+_HALF["gfx942"] = _config({ANY: _SMALL_AMD}, _PRODUCT._replace(num_stages=2), _FUSED_TO_256, 304, _AMD_OTHERS)
 _NARROW = Tile(128, 32, 32, 8, 3)
 _MIDDLE_32 = _MIDDLE._replace(block_k=32)
 _SMALL_32 = _SMALL._replace(block_k=32)
@@ -236,6 +251,7 @@ _INTERPRETER = Config(
         "product": (_STEP._replace(block_k=32),),
         "fused": (_STEP._replace(block_n=32),),
     },
+    uneven_product=_STEP._replace(block_k=32),
 )
 
 
