@@ -126,6 +126,15 @@ def test_crops_of_odd_images_stay_inside(width: int, height: int):
     assert ((top + h <= height) & (left + w <= width)).all()
 
 
+@pytest.mark.parametrize(("width", "height"), [(20, 3001), (3001, 20)])  # no try fits
+def test_crops_of_strips_are_torchvisions_central_ones(width: int, height: int):
+    crop = v2.RandomResizedCrop(8, scale=(1.0, 1.0))
+    theirs = crop.make_params([torch.empty(3, height, width)])
+    ours = views_of(1, MultiCropRecipe(global_crops=1, global_scale=(1.0, 1.0)), width, height)[0, 0]
+    expected = [theirs[side] for side in ("top", "left", "height", "width")]
+    assert [ours[column] for column in (draws.TOP, draws.LEFT, draws.HEIGHT, draws.WIDTH)] == expected
+
+
 def test_operations_with_range_0_are_left_out():
     recipe = MultiCropRecipe(hue=0.0, jitter_prob=1.0, brightness=3.0)
     views = views_of(50, recipe)
