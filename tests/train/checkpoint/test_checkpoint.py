@@ -307,6 +307,16 @@ def test_a_run_folder_or_a_checkpoint_can_be_named(tmp_path):
             checkpoint.find_checkpoint(tmp_path / name)
 
 
+def test_tensors_that_do_not_fit_are_named(tmp_path):
+    path = save(tmp_path, 1, **{"model.weight": torch.ones(4, 3)})
+    for wanted, problem in (
+        ({"model.weight": torch.empty(4, 4)}, r"Size mismatch .*\[4, 3\]\) and current: .*\[4, 4\]"),
+        ({"model.bias": torch.empty(4)}, "Missing key in checkpoint state_dict: model.bias"),
+    ):
+        with pytest.raises(UsageError, match=f"checkpoint {path} does not fit this run: {problem}"):
+            checkpoint.load_tensors(path, wanted)
+
+
 def test_another_projector_is_named():
     def check(channels=3, **changes):
         model = {"name": "resnet18", "img_size": None, "drop_path": 0.0, "projector_dim": 64}
