@@ -34,8 +34,8 @@ def recipe_row(what: str, summary: Row, seconds: float) -> Row:
     row: Row = {"what": what, "seed": summary["seed"], "steps": summary["steps"], "state": summary["state"]}
     for probe in ("knn", "linear"):
         row |= {f"{probe}_{which}": summary[f"{probe}_{which}"] for which in ("trained", "untrained")}
-    for name, backbone in (summary.get("backbones") or {}).items():
-        row["backbones"] = row.get("backbones", {}) | {name: {p: backbone[p] for p in ("knn", "linear")}}
+    others = summary.get("backbones") or {}
+    row["backbones"] = {name: {p: each[p] for p in ("knn", "linear")} for name, each in others.items()}
     row |= {key: summary[key] for key in ("images_per_second", "evaluation_seconds")}
     return row | {"command_seconds": seconds, "run_threads": summary["machine"]["torch_threads"]}
 

@@ -113,8 +113,7 @@ def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
     from lejepa_fast.train.report.report import write_report
     from lejepa_fast.train.report.results_table import format_table
 
-    loaded = load_trained(checkpoint, averaged=options.averaged)
-    model, run, step, path, averaged, pretraining, whole = loaded
+    model, run, step, path, averaged, pretraining, whole = load_trained(checkpoint, averaged=options.averaged)
     cfg = _settings(run, options)
     backbones = _load_backbones(cfg, options)
     train_source, val_source, setting = _opened(cfg, options)

@@ -89,7 +89,7 @@ def table(chosen: Mapping[str, Any]) -> str:
         by_loss, best = chosen["rule"] == LOSS, runs[0]
         name = best["run"] + " (collapsed)" * (best["state"] == "collapsed")
         if by_loss and best["places"]["score"] is None:
-            name = "none, as no run has a figure"
+            name = "none, as no run has a score"
         rule = f"{LOSS}, alpha {alpha:g}" if by_loss else chosen["rule"]
         texts.append(f"trusted rule: {rule}; best: {name}")
     for probe, found in chosen["correlations"].items():

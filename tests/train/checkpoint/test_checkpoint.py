@@ -163,11 +163,13 @@ def flip_a_bit(data):
     [
         lambda path, data: path.write_bytes(flip_a_bit(data)),
         lambda path, data: path.write_bytes(data[: len(data) // 2]),
+        lambda path, data: path.write_bytes(b""),
         lambda path, data: path.write_bytes(b"no checkpoint"),
         lambda path, data: None,
         lambda path, data: os.mkfifo(path),
+        lambda path, data: path.symlink_to("/dev/zero"),
     ],
-    ids=["bit flipped", "truncated", "text", "deleted", "a pipe"],
+    ids=["bit flipped", "truncated", "empty", "text", "deleted", "a pipe", "a device"],
 )
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(damage, file, tmp_path, caplog):
     save(tmp_path, 1)

@@ -225,7 +225,7 @@ def test_select_without_labels_and_with_runs_that_do_not_compare(make, tmp_path,
     assert "correlation" not in printed
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["select.json"]
     assert select_runs.main([str(make(0.0).folder), str(make(0.0, 0.5).folder)]) == 0
-    assert "alpha 0.4; best: none, as no run has a figure" in capsys.readouterr().out
+    assert "alpha 0.4; best: none, as no run has a score" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
