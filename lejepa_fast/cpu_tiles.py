@@ -22,7 +22,7 @@ import llvmlite.binding
 import numpy as np
 import torch
 from numba import carray, cfunc, njit, types, uint64
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 from torch import Tensor
 
 from .reference import full_precision
@@ -30,7 +30,9 @@ from .reference import full_precision
 # Samples of a tile, directions of a slab: 4 MiB of projections.
 _TILE_SAMPLES, _SLAB_SLICES = 2048, 512
 # Samples whose powers stay in the L1 cache; their sums are added to the table together.
-_CHUNK = 256
+_CHUNK = 512
+# A row of their powers. The addresses of rows differ by no power of two: all fit in the cache together.
+_ROW = _CHUNK + 16
 # Fewer projections for each thread are not worth waking it.
 _LEAST_WORK = 1 << 14
 
@@ -63,81 +65,123 @@ def _make_fma(typing_context, a, b, c):
 _fma: Any = intrinsic(_make_fma)
 
 
-@njit(**_JIT)
-def _cos_sin(p, factor_hi, factor_lo, cos, sin):
+@njit(inline="always", **_JIT)
+def _cos_sin(p, factor_hi, factor_lo):
     """Those of pi * (factor_hi + factor_lo) * p: NaN where p is not finite, bounded where p is huge."""
-    for i in range(p.size):
-        k = np.rint(p[i] * factor_hi)
-        # The compiler would not make an FMA of the first, whose product it has already; only an FMA is exact.
-        q = _fma(p[i], factor_lo, _fma(p[i], factor_hi, -k))
-        q = -_LIMIT if q < -_LIMIT else q
-        q = _LIMIT if q > _LIMIT else q
-        half = k * _HALF
-        sign = _ONE - _FOUR * (half - np.floor(half))  # -1 where k is odd
-        u = q * q
-        s = (((_S4 * u + _S3) * u + _S2) * u + _S1) * u + _S0
-        c = ((((_C5 * u + _C4) * u + _C3) * u + _C2) * u + _C1) * u + _ONE
-        cos[i], sin[i] = sign * c, sign * q * s
-
-
-@njit(**_JIT)
-def _multiply(cos, sin, by_cos, by_sin):
-    for i in range(cos.size):
-        c, s = cos[i], sin[i]
-        cos[i], sin[i] = c * by_cos[i] - s * by_sin[i], s * by_cos[i] + c * by_sin[i]
+    k = np.rint(p * factor_hi)
+    # The compiler would not make an FMA of the first, whose product it has already; only an FMA is exact.
+    q = _fma(p, factor_lo, _fma(p, factor_hi, -k))
+    q = -_LIMIT if q < -_LIMIT else q
+    q = _LIMIT if q > _LIMIT else q
+    half = k * _HALF
+    sign = _ONE - _FOUR * (half - np.floor(half))  # -1 where k is odd
+    u = q * q
+    s = (((_S4 * u + _S3) * u + _S2) * u + _S1) * u + _S0
+    c = ((((_C5 * u + _C4) * u + _C3) * u + _C2) * u + _C1) * u + _ONE
+    return sign * c, sign * q * s
 
 
 @njit(inline="always", **_JIT)
-def _square_and_cube(c, s):
-    c2, s2 = c * c - s * s, (c + c) * s
-    return c2, c2 * c - s2 * s, s2, s2 * c + c2 * s
+def _babies(powers, start, stop):
+    cos = powers[0, start:stop], powers[1, start:stop], powers[2, start:stop]
+    return cos, (powers[3, start:stop], powers[4, start:stop], powers[5, start:stop])
+
+
+@njit(**_JIT)
+def _fill_powers(p, factors, powers):
+    """Rows of powers: the cosines of z, z^2, z^3, their sines, then cosine and sine of Z_1, of Z_2, ..."""
+    n = p.size
+    (c1, c2, c3), (s1, s2, s3) = _babies(powers, 0, n)
+    step_cos, step_sin = powers[6, :n], powers[7, :n]
+    for i in range(n):
+        c, s = _cos_sin(p[i], factors[0], factors[1])
+        square_c, square_s = c * c - s * s, (c + c) * s
+        c1[i], c2[i], c3[i] = c, square_c, square_c * c - square_s * s
+        s1[i], s2[i], s3[i] = s, square_s, square_s * c + square_c * s
+        step_cos[i], step_sin[i] = _cos_sin(p[i], factors[2], factors[3])
+    for row in range(8, powers.shape[0], 2):
+        cos, sin = powers[row, :n], powers[row + 1, :n]
+        _multiply(powers[row - 2, :n], powers[row - 1, :n], step_cos, step_sin, cos, sin)
+
+
+@njit(**_JIT)
+def _multiply(c, s, by_c, by_s, cos, sin):
+    for i in range(cos.size):
+        cos[i], sin[i] = c[i] * by_c[i] - s[i] * by_s[i], s[i] * by_c[i] + c[i] * by_s[i]
 
 
 @njit(**_SUM)
-def _add_products(row, giant, cos, sin):
-    """Add the sums over samples of a giant's part times {1, babies} to a row of the table."""
+def _add_babies(row, babies):
+    """Add the sums over samples of {1, babies} to the first row of the table."""
+    (c1, c2, c3), (s1, s2, s3) = babies
+    t1 = t2 = t3 = t5 = t6 = t7 = np.float32(0)
+    for i in range(c1.size):
+        t1, t2, t3 = t1 + c1[i], t2 + c2[i], t3 + c3[i]
+        t5, t6, t7 = t5 + s1[i], t6 + s2[i], t7 + s3[i]
+    row[0] += c1.size
+    for column, t in ((1, t1), (2, t2), (3, t3), (5, t5), (6, t6), (7, t7)):
+        row[column] += t
+
+
+@njit(**_SUM)
+def _add_products(rows, cos, sin, babies):
+    """Add the sums over samples of a giant's two parts times {1, babies} to two rows of the table."""
+    (c1, c2, c3), (s1, s2, s3) = babies
     t0 = t1 = t2 = t3 = t5 = t6 = t7 = np.float32(0)
+    u0 = u1 = u2 = u3 = u5 = u6 = u7 = np.float32(0)
     for i in range(cos.size):
-        g, c, s = giant[i], cos[i], sin[i]
-        c2, c3, s2, s3 = _square_and_cube(c, s)
-        t0, t1, t2, t3 = t0 + g, t1 + g * c, t2 + g * c2, t3 + g * c3
-        t5, t6, t7 = t5 + g * s, t6 + g * s2, t7 + g * s3
-    for column, total in ((0, t0), (1, t1), (2, t2), (3, t3), (5, t5), (6, t6), (7, t7)):
-        row[column] += total
-
-
-@njit(**_JIT)
-def _add_series(row, giant, cos, sin, out):
-    """Add a giant's part times the series of {1, babies} with the coefficients of a row."""
-    t0, t1, t2, t3 = np.float32(row[0]), np.float32(row[1]), np.float32(row[2]), np.float32(row[3])
-    t5, t6, t7 = np.float32(row[5]), np.float32(row[6]), np.float32(row[7])
-    for i in range(out.size):
         c, s = cos[i], sin[i]
-        c2, c3, s2, s3 = _square_and_cube(c, s)
-        out[i] += giant[i] * (t0 + t1 * c + t2 * c2 + t3 * c3 + t5 * s + t6 * s2 + t7 * s3)
+        t0, t1, t2, t3 = t0 + c, t1 + c * c1[i], t2 + c * c2[i], t3 + c * c3[i]
+        t5, t6, t7 = t5 + c * s1[i], t6 + c * s2[i], t7 + c * s3[i]
+        u0, u1, u2, u3 = u0 + s, u1 + s * c1[i], u2 + s * c2[i], u3 + s * c3[i]
+        u5, u6, u7 = u5 + s * s1[i], u6 + s * s2[i], u7 + s * s3[i]
+    columns = ((0, t0, u0), (1, t1, u1), (2, t2, u2), (3, t3, u3), (5, t5, u5), (6, t6, u6), (7, t7, u7))
+    for column, t, u in columns:
+        rows[0, column] += t
+        rows[1, column] += u
+
+
+@njit(inline="always", **_JIT)
+def _coefficients(row):
+    t0, t1, t2, t3 = np.float32(row[0]), np.float32(row[1]), np.float32(row[2]), np.float32(row[3])
+    return t0, t1, t2, t3, np.float32(row[5]), np.float32(row[6]), np.float32(row[7])
 
 
 @njit(**_JIT)
-def _process(p, factors, table, work, backward):
-    """Add a chunk's sums to the table, or overwrite p by the series whose coefficients the table holds."""
-    n = p.size
-    cos, sin, step_cos, step_sin = work[0, :n], work[1, :n], work[2, :n], work[3, :n]
-    giant_cos, giant_sin = work[4, :n], work[5, :n]
-    _cos_sin(p, factors[0], factors[1], cos, sin)
-    _cos_sin(p, factors[2], factors[3], step_cos, step_sin)
-    giant_cos[:], giant_sin[:] = 1, 0
+def _fill_series(row, babies, out):
+    """The series of {1, babies} with the coefficients of the first row of the table."""
+    (c1, c2, c3), (s1, s2, s3) = babies
+    t0, t1, t2, t3, t5, t6, t7 = _coefficients(row)
+    for i in range(out.size):
+        out[i] = t0 + t1 * c1[i] + t2 * c2[i] + t3 * c3[i] + t5 * s1[i] + t6 * s2[i] + t7 * s3[i]
+
+
+@njit(**_JIT)
+def _add_series(rows, cos, sin, babies, out):
+    """Add a giant's two parts times the series of {1, babies} with the coefficients of two rows."""
+    (c1, c2, c3), (s1, s2, s3) = babies
+    t0, t1, t2, t3, t5, t6, t7 = _coefficients(rows[0])
+    u0, u1, u2, u3, u5, u6, u7 = _coefficients(rows[1])
+    for i in range(out.size):
+        t = t0 + t1 * c1[i] + t2 * c2[i] + t3 * c3[i] + t5 * s1[i] + t6 * s2[i] + t7 * s3[i]
+        u = u0 + u1 * c1[i] + u2 * c2[i] + u3 * c3[i] + u5 * s1[i] + u6 * s2[i] + u7 * s3[i]
+        out[i] += cos[i] * t + sin[i] * u
+
+
+@njit(**_JIT)
+def _process(p, powers, start, stop, table, backward):
+    """Add the sums of one view to its table, or overwrite p by the series whose coefficients it holds."""
+    babies = _babies(powers, start, stop)
     if backward:
-        p[:] = 0
-    for row in range(table.shape[0]):
-        if row == 1:  # the imaginary part of 1
-            continue
-        if row > 1 and row % 2 == 0:
-            _multiply(giant_cos, giant_sin, step_cos, step_sin)
-        giant = giant_sin if row % 2 else giant_cos
+        _fill_series(table[0], babies, p)
+    else:
+        _add_babies(table[0], babies)
+    for row in range(2, table.shape[0], 2):
+        rows, cos, sin = table[row : row + 2], powers[4 + row, start:stop], powers[5 + row, start:stop]
         if backward:
-            _add_series(table[row], giant, cos, sin, p)
+            _add_series(rows, cos, sin, babies, p)
         else:
-            _add_products(table[row], giant, cos, sin)
+            _add_products(rows, cos, sin, babies)
 
 
 @njit(**_JIT)
@@ -159,6 +203,11 @@ def _convert(table, t, sums, backward):
             sums[1, j] += sin[b] + sign * cos[4 + b]
 
 
+@register_jitable
+def _giants(J):
+    return (J + 2) // 7
+
+
 def _process_slab(args):
     """Sums of a slab of projections, or their gradient, by one of the threads that run this together."""
     sizes = carray(args[0], 9, np.int64)
@@ -166,23 +215,28 @@ def _process_slab(args):
     V, N, J, M, backward = sizes[4], sizes[5], sizes[6], sizes[7], sizes[8] != 0
     factors, t = carray(args[1], 4, np.float32), carray(args[2], J, np.float32)
     projections = carray(args[3], (directions, samples), np.float32)
-    sums = carray(args[4], (V, 2, J, M), np.float32)
-    table, work = np.empty(((J + 2) // 7 * 2 + 2, 8)), np.empty((6, _CHUNK), np.float32)
+    sums = carray(args[4], (V, M, 2, J), np.float32)
     thread, threads = np.int64(_thread_num()), np.int64(_num_threads())
+    table = carray(args[5], (threads, 2 + 2 * _giants(J), 8), np.float64)[thread]
+    powers = carray(args[6], (threads, 8 + 2 * _giants(J), _ROW), np.float32)[thread]
     for m in range(thread * directions // threads, (thread + 1) * directions // threads):
-        start = 0
-        while start < samples:
-            view = (first_sample + start) // N
-            stop = min(samples, (view + 1) * N - first_sample)
-            table[:] = 0
-            if backward:
-                _convert(table, t, sums[view, :, :, first_direction + m], True)
-            for chunk in range(start, stop, _CHUNK):
-                p = projections[m, chunk : min(chunk + _CHUNK, stop)]
-                _process(p, factors, table, work, backward)
-            if not backward:
-                _convert(table, t, sums[view, :, :, first_direction + m], False)
-            start = stop
+        table[:] = 0
+        for first in range(0, samples, _CHUNK):
+            chunk = projections[m, first : min(first + _CHUNK, samples)]
+            _fill_powers(chunk, factors, powers)
+            start = 0
+            while start < chunk.size:
+                view = (first_sample + first + start) // N
+                end = (view + 1) * N - first_sample - first
+                stop = min(chunk.size, end)
+                if backward:
+                    _convert(table, t, sums[view, first_direction + m], True)
+                _process(chunk[start:stop], powers, start, stop, table, backward)
+                if not backward and (stop == end or first + stop == samples):
+                    _convert(table, t, sums[view, first_direction + m], False)
+                if backward or stop == end:
+                    table[:] = 0
+                start = stop
 
 
 def _cached(compiler: Callable[..., Any], function: Callable[..., None]) -> Any:
@@ -198,22 +252,23 @@ _compiled_slab = _cached(partial(cfunc, types.void(types.CPointer(types.voidptr)
 
 def ecf_sums(x: Tensor, A: Tensor, t: Tensor, spacing: float) -> Tensor:
     """As `streaming.ecf_sums`, for `A` and `t` of float32 on the CPU and at least two knots."""
-    sums = A.new_zeros(x.shape[0], 2, t.shape[0], A.shape[1])
+    sums = A.new_zeros(x.shape[0], A.shape[1], 2, t.shape[0])
     for _ in _processed_slabs(x, A, t, spacing, sums, backward=False):
         pass
-    sums[:, 0, 0] = x.shape[1]
-    return sums
+    sums[..., 0, 0] = x.shape[1]
+    return sums.permute(0, 2, 3, 1).contiguous()
 
 
 def ecf_sums_backward(grad: Tensor, x: Tensor, A: Tensor, t: Tensor, spacing: float) -> Tensor:
     """As `streaming.ecf_sums_backward`, for `A` and `t` of float32 on the CPU and at least two knots."""
+    grad = grad.permute(0, 3, 1, 2).contiguous()
     dx = x.new_empty(x.shape) if A.shape[1] else x.new_zeros(x.shape)
-    for first, slab, p in _processed_slabs(x, A, t, spacing, grad.contiguous(), backward=True):
+    for first, slab, p in _processed_slabs(x, A, t, spacing, grad, backward=True):
         rows = dx.flatten(0, 1)[first : first + p.shape[1]]
         if slab.start == 0:
             tile = rows if x.dtype == A.dtype else rows.to(A.dtype)
         tile.addmm_(p.t(), A[:, slab].t(), beta=float(slab.start > 0))
-        if slab.stop == A.shape[1] and tile is not rows:
+        if slab.stop == A.shape[1] and x.dtype != A.dtype:
             rows.copy_(tile)
     return dx
 
@@ -223,13 +278,17 @@ def _processed_slabs(
 ) -> Iterator[tuple[int, slice, Tensor]]:
     """Yield (first sample of all views, direction slice, projections (directions, samples)) when processed.
 
+    `sums` (V, M, 2, J) is written, or read in the backward pass: what belongs to a direction lies together.
     Views lie in one tile where they lie side by side in memory.
     """
-    (V, N, _), (J, M) = x.shape, sums.shape[2:]
+    (V, N, _), M, J = x.shape, A.shape[1], t.shape[0]
     factors = np.empty((2, 2), np.float32)
     for i, factor in enumerate((spacing / math.pi, 7 * spacing / math.pi)):
         factors[i] = factor, factor - float(np.float32(factor))
     t = t.contiguous()
+    max_threads = torch.get_num_threads()
+    table = torch.empty(max_threads, 2 + 2 * _giants(J), 8, dtype=torch.float64)
+    powers = A.new_empty(max_threads, 8 + 2 * _giants(J), _ROW)
     # Fresh memory for each slab would cost a page fault for every 4 KiB.
     buffer = A.new_empty(min(V * N, _TILE_SAMPLES) * min(M, _SLAB_SLICES))
     parts = [x.flatten(0, 1)] if x.stride(0) == N * x.stride(1) else x.unbind(0)
@@ -244,9 +303,9 @@ def _processed_slabs(
                     torch.mm(A[:, slab].t(), x_tile.t(), out=p)
                     sizes = np.array([*p.shape, v * N + n, m, V, N, J, M, backward], np.int64)
                     pointers = [sizes.ctypes.data, factors.ctypes.data]
-                    pointers += [a.data_ptr() for a in (t, p, sums)]
-                    threads = min(torch.get_num_threads(), p.shape[0], 1 + p.numel() // _LEAST_WORK)
-                    _run_on_threads(_compiled_slab.address, (ctypes.c_void_p * 5)(*pointers), threads, 0)
+                    pointers += [a.data_ptr() for a in (t, p, sums, table, powers)]
+                    threads = min(max_threads, p.shape[0], 1 + p.numel() // _LEAST_WORK)
+                    _run_on_threads(_compiled_slab.address, (ctypes.c_void_p * 7)(*pointers), threads, 0)
                     yield v * N + n, slab, p
 
 
