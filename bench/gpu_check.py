@@ -102,7 +102,8 @@ _REFERENCE = _sigreg(1, 35, "reference-bfloat16", "--no-compile")
 _KERNELS = ("kernels/kernel_*.py", "kernels/test_kernels_gpu.py")
 _SLOW = "sanitizer or compile or 32_bits or generated"
 _ACCURACY, _ACCURACY_ROWS = _script("accuracy_bench.py"), "sigreg_accuracy.jsonl"
-_LOADER = _tests("data/test_*.py", only="gpu")
+# The backend "gpu", DALI on a GPU, is a parameter of these tests: other names hold "gpu", too.
+_LOADER = _tests("data/test_*.py", only="[gpu")
 _BUDGET = ("--budget-minutes", "{minutes}")
 STAGES = (
     Stage("environment", 1, 15, ("-m", "torch.utils.collect_env")),
@@ -118,7 +119,7 @@ STAGES = (
     Stage("accuracy", 2, 25, (*_ACCURACY, "--knots", "17"), _ACCURACY_ROWS, "accuracy"),
     Stage("training, 50 steps", 2, 30, _script("train_bench.py", "--smoke"), "train.jsonl"),
     _sigreg(2, 40, "minimal-float32"),
-    Stage("loader tests", 3, 60, _LOADER, needs="nvidia"),
+    Stage("loader tests", 3, 60, _LOADER, needs="nvidia.dali"),
     Stage("loader", 3, 60, _script("loader_bench.py", *_BUDGET), "loader.jsonl"),
     Stage("training", 3, 120, _script("train_bench.py", *_BUDGET), "train.jsonl"),
     Stage("sigreg, largest sizes", 3, 60, _script("sigreg_bench.py", "--largest"), "sigreg.jsonl"),
@@ -208,6 +209,14 @@ def run_ncu(out: Path) -> int:
     return int("_sigreg_fwd_kernel" not in text.stdout)
 
 
+def installed(tool: str) -> bool:
+    """Whether a program or a module can be found."""
+    try:
+        return bool(shutil.which(tool) or importlib.util.find_spec(tool))
+    except ModuleNotFoundError:  # not even the package around the module
+        return False
+
+
 def rows_of(writer: Rows, name: str | None) -> list[Row]:
     """Rows of this check in a file of its folder."""
     rows = read_rows(writer.path.parent / name) if name else []
@@ -242,7 +251,7 @@ def run_stages(
             limit = left if rehearse else min(2 * stage.seconds, left - kept)
             print(f"\n=== {stage.name}: at most {max(0, limit):.0f} s", flush=True)
             before, kernels = len(rows_of(writer, stage.rows)), len([*folder.glob("kernels/*/*.cubin")])
-            if stage.needs and not (shutil.which(stage.needs) or importlib.util.find_spec(stage.needs)):
+            if stage.needs and not installed(stage.needs):
                 outcome = Outcome("absent", 0.0, f"{stage.needs} is not installed")
             elif limit < LEAST_SECONDS:
                 outcome = Outcome("skipped", 0.0, "no time is left")

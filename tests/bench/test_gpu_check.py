@@ -1,6 +1,7 @@
 """The command for a GPU machine: its stages, their limits, and what counts as a failure."""
 
 import itertools
+import re
 import subprocess
 import sys
 import time
@@ -88,6 +89,8 @@ def test_later_stages_run_after_a_failure_and_one_that_wrote_no_row_has_failed(w
         stage("bad", "raise SystemExit(3)"),
         stage("silent", "pass", rows="sigreg.jsonl"),
         stage("absent", "pass", needs="no_such_program"),
+        stage("no module", "pass", needs="json.no_such_module"),
+        stage("no package", "pass", needs="no_such_package.module"),
     )
     gpu_check.run_stages(stages, writer, 540)
     rows = benchlib.read_rows(writer.path)
@@ -96,6 +99,8 @@ def test_later_stages_run_after_a_failure_and_one_that_wrote_no_row_has_failed(w
         ("bad", "failed", "exit code 3"),
         ("silent", "failed", "it wrote no row to sigreg.jsonl"),
         ("absent", "absent", "no_such_program is not installed"),
+        ("no module", "absent", "json.no_such_module is not installed"),
+        ("no package", "absent", "no_such_package.module is not installed"),
     ]
 
 
@@ -210,3 +215,15 @@ def test_processes_share_all_tests_and_tell_what_fails(tmp_path, capfd):
     assert gpu_check.main(["--tests", str(tmp_path / "test_some.py"), *options]) == 1
     assert "seven is broken" in capfd.readouterr().out
     assert len(list(tmp_path.glob("ran*"))) == 9
+
+
+@pytest.mark.slow
+def test_without_a_gpu_no_loader_test_passes(monkeypatch, capfd):
+    """So the stage fails where DALI is there, but cannot use the GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    loader = BY_NAME["loader tests"]
+    assert loader.needs == "nvidia.dali"
+    assert gpu_check.main([*loader.arguments[1:]]) == 1
+    out = capfd.readouterr().out
+    assert re.search(r"\d+ skipped", out), out
+    assert not re.search(r"\d+ (passed|failed|error)", out), out

@@ -1,6 +1,7 @@
 """The trainer's benchmark: a case on a tiny model, and what does not fit."""
 
 import dataclasses
+import itertools
 
 import benchlib
 import pytest
@@ -54,6 +55,19 @@ def test_the_budget_ends_the_cases(tmp_path, monkeypatch):
     assert len(train_bench.measure_all([TINY, TINY], tmp_path, budget_minutes=2)) == 1
 
 
+@pytest.mark.parametrize(
+    ("smoke", "working", "code"), [(False, 0, 1), (False, 1, 0), (True, 0, 1), (True, 1, 0)]
+)
+def test_it_fails_where_no_case_works(tmp_path, monkeypatch, smoke, working, code):
+    figures = itertools.chain(working * [{"images_per_second": 1.0}], itertools.repeat({"error": "broken"}))
+    monkeypatch.setattr(train_bench, "run_case", lambda case: next(figures))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train_bench.main(["--out", str(tmp_path), *["--smoke"] * smoke]) == code
+    rows = benchlib.read_rows(tmp_path / "train.jsonl")
+    assert (len(rows) > 1) != smoke
+    assert sum("error" not in row for row in rows) == working
+
+
 @pytest.mark.slow
 def test_a_rehearsal_measures_the_real_trainer_and_judges_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_bench, "DISTINCT", 16)
@@ -66,7 +80,7 @@ def test_a_rehearsal_measures_the_real_trainer_and_judges_nothing(tmp_path, caps
     for name in train_bench.KINDS:  # the values of those that a GPU measures
         assert {getattr(case, name) for case in cases} >= {getattr(c, name) for c in train_bench.GPU_CASES}
     monkeypatch.setattr(train_bench, "GPU_CASES", cases)
-    train_bench.main(["--rehearse", "--out", str(tmp_path)])
+    assert train_bench.main(["--rehearse", "--out", str(tmp_path)]) == 0
     rows = benchlib.read_rows(tmp_path / "train.jsonl")
     assert len(rows) == len(cases)
     for row in rows:
