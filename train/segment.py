@@ -107,6 +107,10 @@ def _segment(options: Options) -> None:
         if full > 0.9 * len(truth):
             print(f"warning: {full} of {len(truth)} masks are foreground nearly everywhere; background is 0")
         truth = truth[used]
+        starting = build_model(cfg).to(device)
+        if any(isinstance(part, _BatchNorm) for part in starting.encoder.modules()):
+            seen = source if len(source) > 1 else source.subset([0, 0])  # one image has no variance
+            calibrate_batchnorm(starting, loader(seen, batch_size=max(2, options.batch_size)), device)
     per_image = options.pca == "per-image"
     maps = set_maps(model.encoder.to(device), loader(source), device, per_image=per_image)
     if maps.attention is None:
@@ -129,9 +133,6 @@ def _segment(options: Options) -> None:
             cut = {name: each[rows] for name, each in columns.items()}
             draw_page(out / f"page-{page + 1:03d}.png", cut, names[rows])
     if masks is not None:
-        starting = build_model(cfg).to(device)
-        if any(isinstance(part, _BatchNorm) for part in starting.encoder.modules()):
-            calibrate_batchnorm(starting, loader(source, batch_size=max(2, options.batch_size)), device)
         untrained = set_maps(starting.encoder, loader(source), device, per_image=per_image)
         scores = {
             "trained": score_maps(maps.part(used), truth),

@@ -3,6 +3,7 @@
 import functools
 import json
 import weakref
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from timm.models.nest import Nest
 from timm.models.volo import VOLO
 
 from lejepa_fast.data.sources.folder import FileSource
+from lejepa_fast.errors import UsageError
 from lejepa_fast.train import segment as command
-from lejepa_fast.train.evaluation import segmentation
+from lejepa_fast.train.evaluation import embeddings, segmentation
 from lejepa_fast.train.evaluation.segmentation import best_overlap, patch_maps, set_maps
 from lejepa_fast.train.report.overlays import map_pictures
 
@@ -365,3 +367,23 @@ def test_command_shows_components_alone_where_there_is_no_attention(
     assert command.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     assert "its attention cannot be read here" in capsys.readouterr().out
     assert (tmp_path / "out" / "page-001.png").is_file()
+
+
+def test_one_image_calibrates_the_untrained_encoder_before_anything_is_removed(
+    tiny, save_run, tmp_path, monkeypatch, capsys
+):
+    run = save_run(tiny(model={"name": "test_resnet"}), tmp_path / "run")
+    write_shapes(tmp_path / "set", 1, size=40)
+    arguments = ["--checkpoint", str(run), "--images", str(tmp_path / "set" / "images")]
+    arguments += ["--masks", str(tmp_path / "set" / "masks"), "--out", str(tmp_path)]
+    (tmp_path / "summary.json").write_text("of an earlier call")
+    with monkeypatch.context() as patch:
+        patch.setattr(embeddings, "calibrate_batchnorm", Mock(side_effect=UsageError("no statistics")))
+        assert command.main(arguments) == 2
+    assert "no statistics" in capsys.readouterr().err
+    assert (tmp_path / "summary.json").read_text() == "of an earlier call"
+    assert not list(tmp_path.glob("page-*.png"))
+    assert command.main(arguments) == 0
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found["measured"] == 1
+    assert found["iou"]["untrained"].keys() == {"pca"}
