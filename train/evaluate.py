@@ -125,8 +125,9 @@ def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
     evaluated_on = cfg.eval.data or cfg.data.path
     history = [row for row in read_rows(run_dir / "metrics.jsonl") if row["step"] <= step]
     changes = options.data, options.val_fraction, options.labels, options.image_size
-    if any(each is not None for each in changes):
-        history = [row for row in history if row["kind"] != "eval"]  # measured on other images
+    other_weights = run.average.kind != "none" and not options.averaged
+    if other_weights or any(each is not None for each in changes):
+        history = [row for row in history if row["kind"] != "eval"]  # of other weights, or on other images
     masked = None
     if isinstance(whole, MaskedModel):
         masked = masked_examples(whole.to(setting["device"]), cfg, train_source, val_source)

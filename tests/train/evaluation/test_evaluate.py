@@ -25,6 +25,7 @@ from lejepa_fast.train.evaluation import protocol
 from lejepa_fast.train.evaluation.embeddings import calibrate_batchnorm, embed_source
 from lejepa_fast.train.model.model import LeJEPAModel, build_model
 from lejepa_fast.train.pretrain import pretrain
+from lejepa_fast.train.report import plots
 
 SCRIPT = Path(__file__).parents[3] / "train" / "evaluate.py"
 
@@ -291,6 +292,21 @@ def test_command_refuses_what_is_no_checkpoint_and_missing_data(cfg, save_run, t
     ):
         assert export.main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_figures_of_averaged_weights_are_no_history_of_plain_ones(tiny, save_run, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "plot_curves", lambda path, runs, panels: drawn.update({path.name: runs[""]}))
+    row = {"kind": "eval", "step": 1, "knn": 12.5}
+    for kind, options, kept in (
+        ("none", ["--no-averaged"], 1),
+        ("ema", ["--no-averaged"], 0),
+        ("ema", [], 1),
+    ):
+        run = save_run(tiny(average={"kind": kind}), tmp_path / f"{kind}-{kept}")
+        (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        assert command.main(["--checkpoint", str(run), "--no-linear", *options]) == 0
+        assert drawn["knn.png"].count(row) == kept, (kind, options)
 
 
 def test_linear_blocks_count_for_every_encoder(tiny, save_run, tmp_path, monkeypatch):
