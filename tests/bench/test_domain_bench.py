@@ -1,6 +1,5 @@
 """In-domain against transfer: drawn images, a row for each set and seed, the same labels, the table."""
 
-from dataclasses import replace
 from functools import partial
 
 import domain_bench
@@ -8,14 +7,12 @@ import efficientnet_lite0
 import pytest
 import timm
 import torch
-from benchlib import read_rows
+from benchlib import RESULTS, read_rows
 from PIL import Image
 
 from lejepa_fast.data import open_source
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.evaluation import fine_tuning
-from lejepa_fast.train.evaluation.backbones import evaluate_backbone, load_backbone
-from lejepa_fast.train.evaluation.protocol import open_evaluation
+from lejepa_fast.train.evaluation import few_shot, fine_tuning
 
 
 @pytest.fixture
@@ -26,49 +23,57 @@ def small(monkeypatch):
     monkeypatch.setattr(efficientnet_lite0, "converted_weights", lambda: weights)
     monkeypatch.setattr(fine_tuning, "SMALLEST_NUMBER_OF_STEPS", 1)
     monkeypatch.setattr(domain_bench, "STORED_SIZE", 32)
+    monkeypatch.setattr(domain_bench, "FINE_TUNE", 1)
 
 
 def test_each_set_and_seed_is_a_row_once_and_all_encoders_get_the_same_labels(
     small, image_folder, tmp_path, capsys, monkeypatch
 ):
     command = ["--rehearse", "--sets", f"tints={image_folder}", "--work", str(tmp_path / "work")]
-    command += ["--out", str(tmp_path), "--fine-tune", "1", "--seeds"]
-    assert domain_bench.main([*command, "3", "--fine-tune-lejepa"]) == 0
+    command += ["--out", str(tmp_path), "--seeds"]
+    drawn, draw_labels = [], few_shot.draw_labels
+
+    def draw(*arguments):
+        drawn.append(draw_labels(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr(few_shot, "draw_labels", draw)
+    assert domain_bench.main([*command, "3"]) == 0
     (row,) = read_rows(tmp_path / "domain.jsonl")
     assert (row["set"], row["settings"]["seed"], row["rehearsal"], row["n_train"]) == ("tints", 3, True, 32)
     assert {"device", "torch", "timm", "commit"} <= row.keys()
-    assert "fine_tuned" in row["few_shot"]["lejepa"]["1"]
-    assert "LeJEPA, fine-tuned" in capsys.readouterr().out
-    assert row["few_shot"]["untrained"]["1"].keys() >= {"linear", "knn", "fine_tuned"}
-
-    # The transferred encoder by the protocol of the evaluation, whose labels the others have.
-    work = tmp_path / "work" / "rehearsal"
-    cfg = domain_bench.configuration(work / "images" / "tints-64-32-32", tmp_path, 3, 1, 0)
-    cfg = replace(cfg, eval=replace(cfg.eval, few_shot="1,all"))
-    backbone = load_backbone(domain_bench.transfer_weights(work), image_size=32)
-    expected = evaluate_backbone(backbone, *open_evaluation(cfg), cfg, device=torch.device("cpu")).result
-    assert row["few_shot"]["transfer"] == domain_bench.means(expected.few_shot)
+    assert "from scratch" in capsys.readouterr().out
+    tables = row["few_shot"]
+    assert list(tables) == ["lejepa", "untrained", "transfer"]
+    for name, table in tables.items():
+        assert table.keys() == {"1", "all"}
+        for scores in table.values():
+            assert scores.keys() == {*few_shot.PROBES, *["fine_tuned"] * (name == "untrained")}
+    assert len({str(table) for table in tables.values()}) == 3
+    assert len(drawn) == 3
+    assert all(torch.equal(each, drawn[0]) for each in drawn)
 
     trained = []
 
-    def measure(cfg, transfer, *, fine_tune_lejepa):
-        trained.append((cfg.seed, fine_tune_lejepa))
-        return {"few_shot": row["few_shot"], "seconds": 0}
+    def measure(cfg, transferred):
+        trained.append((cfg.seed, transferred.name, transferred.image_size))
+        return {"few_shot": tables, "seconds": 0}
 
     monkeypatch.setattr(domain_bench, "measure", measure)
     for _ in range(2):
-        assert domain_bench.main([*command, "3", "4", "--fine-tune-lejepa"]) == 0
-    assert domain_bench.main([*command, "3"]) == 0  # without that column: another measurement
-    assert trained == [(4, True), (3, False)]
+        assert domain_bench.main([*command, "3", "4"]) == 0
+    assert trained == [(4, efficientnet_lite0.MODEL, 32)]
     rows = read_rows(tmp_path / "domain.jsonl")
-    assert len(rows) == 3
+    assert len(rows) == 2
+    published = read_rows(RESULTS / "domain.jsonl")  # such rows count as measured
+    assert {row["fine_tuned_lejepa"] for row in [*rows, *published]} == {False}
 
     # Rows from before a setting existed count as rows of its default.
     for each in rows:
         del each["settings"]["eval.linear_blocks"]
     monkeypatch.setattr(domain_bench, "read_rows", lambda path: rows)
-    assert domain_bench.main([*command, "4", "--fine-tune-lejepa"]) == 0
-    assert len(trained) == 2
+    assert domain_bench.main([*command, "4"]) == 0
+    assert len(trained) == 1
 
 
 def test_drawn_images_are_a_fixed_part_reduced_to_the_stored_size(small, image_folder, tmp_path):
@@ -91,7 +96,7 @@ def test_drawn_images_are_a_fixed_part_reduced_to_the_stored_size(small, image_f
         assert colors[0] == pytest.approx(colors[1], abs=4)
 
 
-def test_the_table_has_mean_and_deviation_over_seeds_of_the_columns_that_all_rows_have():
+def test_the_table_has_mean_and_deviation_over_seeds():
     def row(name, value):
         figures = {
             encoder: {"1": {"linear": value + i}}
