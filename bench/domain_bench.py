@@ -123,7 +123,7 @@ def measure(cfg: Config, transferred: Backbone) -> Row:
     results = {
         "lejepa": lejepa,
         "untrained": evaluate_untrained(cfg, *sources, **options),
-        "transfer": evaluate_backbone(transferred, *sources, frozen, **options).result,
+        "transfer": evaluate_backbone(transferred, *sources, frozen, **options),
     }
     return {
         "steps": trainer.step,

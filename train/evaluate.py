@@ -121,7 +121,8 @@ def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
     out = _made(options.out or run_dir / "evaluation" / path.name)  # a wrong one shows before the work
     untrained = evaluate_untrained(cfg, train_source, val_source, **setting)
     trained = evaluate_model(model.to(setting["device"]), train_source, val_source, cfg, **setting)
-    others = evaluate_backbones(backbones, train_source, val_source, cfg, **setting)
+    others = dict(evaluate_backbones(backbones, train_source, val_source, cfg, **setting))
+    results = {"untrained": untrained, "trained": trained, **others}
     evaluated_on = cfg.eval.data or cfg.data.path
     history = [row for row in read_rows(run_dir / "metrics.jsonl") if row["step"] <= step]
     changes = options.data, options.val_fraction, options.labels, options.image_size
@@ -140,9 +141,7 @@ def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
         history=history,
         views=_example_views(train_source, cfg),
         steps=step,
-        trained=trained,
-        untrained=untrained,
-        backbones=others,
+        results=results,
         masked=masked,
     )
     if averaged:
@@ -151,8 +150,7 @@ def _evaluate_checkpoint(options: Options, checkpoint: Path) -> None:
         f"pretrained on {run.data.path}: {pretraining['train_images']} images; "
         f"evaluated on {evaluated_on}: {trained.n_val} images, {trained.n_train} for the probes"
     )
-    results = {name: other.result for name, other in others.items()}
-    print(format_table({"untrained": untrained, "trained": trained, **results}))
+    print(format_table(results))
     print(f"report: {page}")
 
 
@@ -165,10 +163,10 @@ def _evaluate_backbones(options: Options, data: str) -> None:
     backbones = _load_backbones(cfg, options)
     train_source, val_source, setting = _opened(cfg, options)
     out = _made(options.out or Path("evaluation"))
-    results = evaluate_backbones(backbones, train_source, val_source, cfg, **setting)
+    results = dict(evaluate_backbones(backbones, train_source, val_source, cfg, **setting))
     how = {"evaluation": to_dict(cfg)["eval"], "seed": cfg.seed}
-    page = write_backbones_report(out, evaluated_on=data, backbones=results, **how)
-    print(format_table({name: each.result for name, each in results.items()}))
+    page = write_backbones_report(out, evaluated_on=data, results=results, **how)
+    print(format_table(results))
     print(f"report: {page}")
 
 

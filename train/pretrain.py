@@ -20,7 +20,8 @@ from lejepa_fast.train.runtime.files import read_rows
 
 if TYPE_CHECKING:
     from lejepa_fast.train.engine.trainer import Trainer
-    from lejepa_fast.train.evaluation.backbones import Backbone, BackboneResult
+    from lejepa_fast.train.evaluation.backbones import Backbone
+    from lejepa_fast.train.evaluation.protocol import EvalResult
     from lejepa_fast.train.model.model import LeJEPAModel
     from lejepa_fast.train.runtime.world import World
 
@@ -88,20 +89,19 @@ def _load_backbones(cfg: Config) -> "dict[str, Backbone]":
     return load_backbones(cfg.eval.backbone, image_size=size, channels=cfg.data.channels, seed=cfg.seed)
 
 
-def _evaluate_backbones(trainer: "Trainer") -> "dict[str, BackboneResult]":
+def _evaluate_backbones(trainer: "Trainer") -> "dict[str, EvalResult]":
     """Those of `eval.backbone`; a failure is a warning, as the report of the training must not wait."""
     import torch
 
     from lejepa_fast.train.evaluation.backbones import evaluate_backbones
 
     cfg = trainer.cfg
-    found: dict[str, BackboneResult] = {}
+    found: dict[str, EvalResult] = {}
     way_out = f"python train/evaluate.py --checkpoint {trainer.run_dir} --backbone"
     try:
-        for name, backbone in _load_backbones(cfg).items():
-            found |= evaluate_backbones(
-                {name: backbone}, *trainer.evaluated, cfg, **trainer.evaluation_options
-            )
+        backbones, options = _load_backbones(cfg), trainer.evaluation_options
+        for name, result in evaluate_backbones(backbones, *trainer.evaluated, cfg, **options):
+            found[name] = result
     except (UsageError, RunError, MemoryError, torch.OutOfMemoryError) as error:
         lost = cfg.eval.backbone[len(found) :]
         log.warning(
@@ -126,7 +126,8 @@ def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
     trained = trainer.evaluate(model, during_training=False)
     with trainer.outside_training():
         untrained = evaluate_untrained(cfg, *trainer.evaluated, **trainer.evaluation_options)
-        backbones = _evaluate_backbones(trainer)
+        others = _evaluate_backbones(trainer)
+    results = {"untrained": untrained, "trained": trained, **others}
     trainer.loader.set_epoch(0)
     views = next(iter(trainer.loader))[0]
     masked = None
@@ -140,16 +141,13 @@ def _export_and_report(trainer: "Trainer", model: "LeJEPAModel | None") -> Path:
         data=trainer.data_identity,
         evaluated_on=cfg.eval.data or cfg.data.path,
         views_of=cfg.data.path,
-        trained=trained,
-        untrained=untrained,
+        results=results,
         history=read_rows(trainer.metrics.path),
         views=[view[:6].cpu() for view in views],
         steps=trainer.step,
-        backbones=backbones,
         masked=masked,
     )
-    others = {name: backbone.result for name, backbone in backbones.items()}
-    print(format_table({"untrained": untrained, "trained": trained, **others}))
+    print(format_table(results))
     if trained.no_labels_because:
         score = f"python train/evaluate.py --checkpoint {trainer.run_dir} --data FOLDER"
         print(f"to score this encoder on labeled images later: {score} [--labels FILE.csv]")

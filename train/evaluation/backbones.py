@@ -12,10 +12,10 @@ import re
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import safetensors
 import safetensors.torch
@@ -55,15 +55,6 @@ class Backbone:
     def parameters(self) -> int:
         """Parameters of the encoder."""
         return sum(parameter.numel() for parameter in self.model.parameters())
-
-
-class BackboneResult(NamedTuple):
-    """Figures of a backbone, and where its weights come from."""
-
-    result: EvalResult
-    """Its `z_val` are the features: a backbone has no projector."""
-    weights: str
-    parameters: int
 
 
 def load_backbones(
@@ -144,7 +135,7 @@ def evaluate_backbone(
     *,
     device: torch.device,
     **options: Any,
-) -> BackboneResult:
+) -> EvalResult:
     """Evaluate a backbone by `evaluate_model`, at its image size and with its normalization.
 
     `cfg` and `options` are those of `evaluate_model`; the model leaves the device afterwards. BatchNorm of an
@@ -164,7 +155,7 @@ def evaluate_backbone(
         raise RunError(f"backbone {backbone.name} (weights: {backbone.weights}): {error}") from error
     finally:
         model.cpu()
-    return BackboneResult(result, backbone.weights, backbone.parameters)
+    return replace(result, weights=backbone.weights, parameters=backbone.parameters)
 
 
 def evaluate_backbones(
@@ -173,13 +164,11 @@ def evaluate_backbones(
     val_source: ImageSource,
     cfg: Config,
     **options: Any,
-) -> dict[str, BackboneResult]:
-    """Evaluate each by `evaluate_backbone`; stderr names it."""
-    found = {}
+) -> Iterator[tuple[str, EvalResult]]:
+    """Evaluate one after another by `evaluate_backbone`, and yield name and result; stderr names each."""
     for name, backbone in backbones.items():
         print(f"evaluating {name} on {backbone.image_size} px", file=sys.stderr)
-        found[name] = evaluate_backbone(backbone, train_source, val_source, cfg, **options)
-    return found
+        yield name, evaluate_backbone(backbone, train_source, val_source, cfg, **options)
 
 
 def _sizes(name: str, image_size: int | Literal["own"], channels: int) -> list[tuple[int, nn.Module]]:

@@ -87,6 +87,10 @@ class EvalResult:
     """Whether the training draws `z_val` to a standard Gaussian: not so of I-JEPA."""
     seconds: float = field(default=0.0, compare=False)
     """Time that the evaluation took by the clock, in seconds."""
+    weights: str | None = None
+    """Of a backbone: where its weights come from, see `backbones.Backbone`. Its `z_val` are the features."""
+    parameters: int | None = None
+    """Of a backbone: parameters of the encoder."""
 
     @property
     def verdict(self) -> collapse.Verdict:

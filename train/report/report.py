@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lejepa_fast.train.evaluation.backbones import BackboneResult
 from lejepa_fast.train.evaluation.collapse import rank_floors, sigreg_levels
 from lejepa_fast.train.evaluation.protocol import EvalResult
 from lejepa_fast.train.report import plots
@@ -39,12 +38,10 @@ def write_report(
     config: Mapping[str, Any],
     data: Mapping[str, Any],
     evaluated_on: str,
-    trained: EvalResult,
-    untrained: EvalResult,
+    results: Mapping[str, EvalResult],
     history: Sequence[Mapping[str, Any]],
     views: Sequence[Tensor],
     steps: int,
-    backbones: Mapping[str, BackboneResult] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     views_of: str | None = None,
     masked: MaskedExamples | None = None,
@@ -55,14 +52,13 @@ def write_report(
         run_dir: an existing folder.
         config: resolved configuration of the training (`config.to_dict`), copied into the report.
         data: counts of the images of the training: "train_images" and "val_images", which were held out.
-        evaluated_on: name of the data of `trained` and `untrained`, as `config["data"]["path"]` is that of
-            the training.
-        trained, untrained: results for both encoders, on the same data at the same image size.
+        evaluated_on: name of the data of `results`, as `config["data"]["path"]` is that of the training.
+        results: the columns of the table: "untrained" and "trained", on the same data at the same image size,
+            then those of backbones by their names.
         history: rows of `metrics.jsonl`; missing values leave gaps in the figures.
         views: views of a few images, tensors (B, 3, S, S), global ones first.
         steps: optimizer steps of the trained encoder.
-        backbones: further columns of the table, by name.
-        evaluation: how both were evaluated, the section `eval` of a configuration; None: that of `config`.
+        evaluation: how all were evaluated, the section `eval` of a configuration; None: that of `config`.
         views_of: name of the data of `views`; None: `evaluated_on`.
         masked: of a masked objective, model and images for the pages of masks and predictions; None: no such
             pages.
@@ -70,7 +66,8 @@ def write_report(
     Raises:
         RunError: the folder cannot be written (no space, no permission). An earlier report stays as it is.
     """
-    others = {name: backbone.result for name, backbone in (backbones or {}).items()}
+    untrained, trained = results[UNTRAINED], results[TRAINED]
+    backbones = {name: each for name, each in results.items() if name not in (UNTRAINED, TRAINED)}
     summary = {
         "pretraining_data": config["data"]["path"],
         "pretraining_images": data["train_images"],
@@ -78,8 +75,8 @@ def write_report(
         "evaluation_data": evaluated_on,
         "evaluation": config["eval"] if evaluation is None else evaluation,
         **_summary(config, trained, untrained, history, steps),
-        "evaluation_seconds": round(sum(each.seconds for each in (trained, untrained, *others.values())), 1),
-        "backbones": _of_backbones(backbones or {}),
+        "evaluation_seconds": round(sum(each.seconds for each in results.values()), 1),
+        "backbones": _of_backbones(backbones),
     }
     with replaced_folder(run_dir / "report") as folder:
         _draw(folder, config, trained, untrained, history, views, summary)
@@ -88,7 +85,7 @@ def write_report(
         _write_pages(
             folder,
             summary,
-            {UNTRAINED: untrained, TRAINED: trained, **others},
+            results,
             views_of=views_of or evaluated_on,
             objective=config["objective"],
             config=json_text(config),
@@ -101,21 +98,20 @@ def write_backbones_report(
     *,
     evaluated_on: str,
     seed: int,
-    backbones: Mapping[str, BackboneResult],
+    results: Mapping[str, EvalResult],
     evaluation: Mapping[str, Any],
 ) -> Path:
     """Write `out/report/` of backbones alone, without figures, and return the path of its `report.html`.
 
     The arguments are those of `write_report`, `seed` that of the linear probe. RunError as there.
     """
-    results = {name: backbone.result for name, backbone in backbones.items()}
     summary = {
         "evaluation_data": evaluated_on,
         "evaluation": evaluation,
         **_setting(next(iter(results.values()))),
         "seed": seed,
         **_environment(),
-        "backbones": _of_backbones(backbones),
+        "backbones": _of_backbones(results),
     }
     with replaced_folder(out / "report") as folder:
         _write_pages(folder, summary, results)
@@ -279,8 +275,8 @@ def _environment() -> dict[str, Any]:
     return {"created": created, "machine": machine, "versions": versions}
 
 
-def _of_backbones(backbones: Mapping[str, BackboneResult]) -> dict[str, Any]:
+def _of_backbones(results: Mapping[str, EvalResult]) -> dict[str, Any]:
     return {
-        name: {**encoder_figures(result), "parameters": parameters, "weights": weights}
-        for name, (result, weights, parameters) in backbones.items()
+        name: {**encoder_figures(each), "parameters": each.parameters, "weights": each.weights}
+        for name, each in results.items()
     }

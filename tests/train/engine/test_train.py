@@ -184,7 +184,7 @@ def test_a_whole_run_and_a_second_start(tiny, monkeypatch):
     beside = summary["backbones"]["test_resnet:untrained"]
     assert beside["weights"] == "untrained"
     backbone = load_backbone("test_resnet:untrained", image_size=32, seed=cfg.seed)
-    alone = evaluate_backbone(backbone, *open_evaluation(cfg), cfg, device=CPU.device).result
+    alone = evaluate_backbone(backbone, *open_evaluation(cfg), cfg, device=CPU.device)
     assert (beside["knn"], beside["linear"]) == (alone.knn, alone.linear)
     assert [row["step"] for row in rows_of(cfg, "eval")] == [8, 12]
     assert all(0 <= row[probe] <= 100 for row in rows_of(cfg, "eval") for probe in ("knn", "linear"))
@@ -212,13 +212,19 @@ def test_a_whole_run_and_a_second_start(tiny, monkeypatch):
 
 
 def test_a_backbone_that_fails_does_not_cost_the_report(tiny, monkeypatch, caplog):
-    cfg = tiny(max_steps=1, eval={"linear_steps": 0, "backbone": ("test_resnet:untrained",)})
+    both = ("test_resnet:untrained", "test_vit:untrained")
+    cfg = tiny(max_steps=1, eval={"linear_steps": 0, "backbone": both})
     for failure in (RunError("the encoder gives NaN"), torch.OutOfMemoryError("CUDA out of memory.")):
-        failing = Mock(side_effect=failure)
+
+        def failing(backbone, *arguments, failure=failure, **options):
+            if backbone.name == "test_vit":
+                raise failure
+            return evaluate_backbone(backbone, *arguments, **options)
+
         monkeypatch.setattr("lejepa_fast.train.evaluation.backbones.evaluate_backbone", failing)
         page = pretrain(cfg, CPU)
-        assert json.loads((page.parent / "summary.json").read_text())["backbones"] == {}
-        assert f"the report lacks test_resnet:untrained: {failure}" in caplog.text
+        assert list(json.loads((page.parent / "summary.json").read_text())["backbones"]) == [both[0]]
+        assert f"the report lacks {both[1]}: {failure}" in caplog.text
 
 
 def test_an_evaluation_that_ends_the_run_is_not_tried_for_ever(tiny, monkeypatch, caplog):

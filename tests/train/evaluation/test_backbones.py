@@ -16,7 +16,12 @@ from lejepa_fast.errors import RunError, UsageError
 from lejepa_fast.train import evaluate as command
 from lejepa_fast.train.evaluation import backbones as module
 from lejepa_fast.train.evaluation.backbones import load_backbone, load_backbones
-from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained, open_splits
+from lejepa_fast.train.evaluation.protocol import (
+    EvalResult,
+    evaluate_model,
+    evaluate_untrained,
+    open_splits,
+)
 from lejepa_fast.train.model.model import LeJEPAModel
 from lejepa_fast.train.model.strided_pointwise import StridedPointwise
 
@@ -67,7 +72,7 @@ def test_an_untrained_backbone_is_the_untrained_encoder_of_a_run(tiny):
     cfg = tiny(seed=3, model={"name": "test_resnet"}, crops=crops, eval={"image_size": 32})
     sources, options = open_splits(cfg.data), {"device": CPU.device, "linear_steps": 5}
     expected = evaluate_untrained(cfg, *sources, **options)
-    found = module.evaluate_backbone(backbone, *sources, cfg, **options).result
+    found = module.evaluate_backbone(backbone, *sources, cfg, **options)
     assert (found.knn, found.linear) == (expected.knn, expected.linear)
     running = backbone.model.encoder.bn1.running_var  # type: ignore[union-attr]
     assert not torch.equal(running, torch.ones_like(running))
@@ -188,14 +193,17 @@ def test_wrong_names_and_files_are_named(weights, tmp_path, monkeypatch):
 
 def test_a_backbone_is_evaluated_with_its_own_normalization_and_size(weights, tiny, monkeypatch):
     model, path = weights("test_vit")
-    calls = []
-    monkeypatch.setattr(
-        module, "evaluate_model", lambda *arguments, **options: calls.append((arguments, options))
-    )
+    calls, plain = [], EvalResult(1.0, 4.0, 0.0, torch.zeros(2, 4), torch.zeros(2, 4), 3, 2, 48, 20)
+
+    def evaluate(*arguments, **options):
+        calls.append((arguments, options))
+        return plain
+
+    monkeypatch.setattr(module, "evaluate_model", evaluate)
     backbone, cfg = load_backbone(f"test_vit:{path}", image_size=33), tiny()
     found = module.evaluate_backbone(backbone, "train", "val", cfg, device=CPU.device, linear_steps=7)  # type: ignore[arg-type]
     parameters = sum(each.numel() for each in backbone.model.parameters())
-    assert (found.weights, found.parameters) == (str(path), parameters)
+    assert (found.weights, found.parameters, found.n_train) == (str(path), parameters, 3)
     [((encoder, train, val, used), options)] = calls
     assert (encoder, train, val, options["linear_steps"]) == (backbone.model, "train", "val", 7)
     own = model.pretrained_cfg

@@ -18,7 +18,6 @@ from training import randn
 
 from lejepa_fast.errors import RunError
 from lejepa_fast.train.evaluation import collapse
-from lejepa_fast.train.evaluation.backbones import BackboneResult
 from lejepa_fast.train.evaluation.protocol import EvalResult
 from lejepa_fast.train.report import plots, report
 from lejepa_fast.train.report.results_table import format_table, table_rows
@@ -67,13 +66,17 @@ def painted(color, size):
     return ((torch.tensor(color) - 0.5) / 0.25).view(1, 3, 1, 1).expand(2, 3, size, size)
 
 
-def arguments(**changes):
+def arguments(*, results=None, **changes):
+    """Of `write_report`; `results` go with those of our encoders, or take their place."""
+    ours = {
+        "untrained": result(0.2 * randn(80, 12, seed=1) * torch.logspace(0, -3, 12), 54.0, 60.0),
+        "trained": result(randn(80, 12), 66.25, 71.5),
+    }
     return {
         "config": CONFIG,
         "data": {"train_images": 9000, "val_images": 1000},
         "evaluated_on": "/data/birds",
-        "trained": result(randn(80, 12), 66.25, 71.5),
-        "untrained": result(0.2 * randn(80, 12, seed=1) * torch.logspace(0, -3, 12), 54.0, 60.0),
+        "results": ours | (results or {}),
         "history": history(),
         "views": [painted(RED, 40), painted(RED, 40), painted(BLUE, 20)],
         "steps": 12,
@@ -168,8 +171,8 @@ def test_without_labels_and_collapsed_the_report_says_so_and_keeps_the_rest(tmp_
         {"kind": "train", "step": 2, "loss": 1.0, "prediction": 0.0, "sigreg": float("inf")},
     ]
     constant, nearly = torch.full((80, 12), 0.3), 0.3 + 1e-4 * randn(80, 12)
-    changes = {"trained": result(constant, None, None), "untrained": result(nearly, None, None)}
-    changes |= {"history": rows, "config": {**CONFIG, "nan": float("nan")}}
+    results = {"trained": result(constant, None, None), "untrained": result(nearly, None, None)}
+    changes = {"results": results, "history": rows, "config": {**CONFIG, "nan": float("nan")}}
     path = report.write_report(tmp_path, **arguments(**changes))
     assert {p.name for p in path.parent.glob("*.png")} == FIGURES - {"knn.png"}
     page = Page(path)
@@ -192,8 +195,8 @@ def test_low_rank_other_data_and_hostile_names_are_said(tmp_path, monkeypatch):
     hostile = '<script>alert("x")</script> & {{ title }}'
     changes = {"config": {**CONFIG, "model": {"name": hostile}, "out": Path("/some/folder")}}
     few = randn(80, 12) * (torch.arange(12) < 3)
-    changes |= {"trained": result(few, 66.25, 71.5), "untrained": result(randn(80, 12, seed=1), 54.0, 60.0)}
-    path = report.write_report(tmp_path, **arguments(**changes, evaluated_on="/data/fish"))
+    results = {"trained": result(few, 66.25, 71.5), "untrained": result(randn(80, 12, seed=1), 54.0, 60.0)}
+    path = report.write_report(tmp_path, **arguments(results=results, **changes, evaluated_on="/data/fish"))
     page, summary = Page(path), read_summary(path)
     text = " ".join(page.text.split())
     assert ("div", {"class": "verdict low rank"}) in page.tags
@@ -214,20 +217,22 @@ def test_low_rank_other_data_and_hostile_names_are_said(tmp_path, monkeypatch):
     assert summary["config"]["out"] == "/some/folder"
 
 
+def backbone(knn, linear, weights, parameters):
+    found = result(randn(80, 24), knn, linear)
+    return replace(found, seconds=20.25, weights=weights, parameters=parameters)
+
+
 BACKBONES = {
-    "vit_small_patch14_dinov2.lvd142m": BackboneResult(result(randn(80, 24), 80.0, 85.5), "hub", 22_056_576),
-    "<b>": BackboneResult(result(randn(80, 24), 70.0, None), "/weights/b.safetensors", 12_345_678),
-}
-BACKBONES = {
-    name: each._replace(result=replace(each.result, seconds=20.25)) for name, each in BACKBONES.items()
+    "vit_small_patch14_dinov2.lvd142m": backbone(80.0, 85.5, "hub", 22_056_576),
+    "<b>": backbone(70.0, None, "/weights/b.safetensors", 12_345_678),
 }
 OF_BACKBONES = {"image_size": 64, "feature_dim": 24, "linear_learning_rate": None}
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_backbones_stand_beside_both_encoders(tmp_path):
-    random = BACKBONES["<b>"]._replace(weights="untrained")
-    path = report.write_report(tmp_path, **arguments(backbones=BACKBONES | {"resnet:untrained": random}))
+    random = replace(BACKBONES["<b>"], weights="untrained")
+    path = report.write_report(tmp_path, **arguments(results=BACKBONES | {"resnet:untrained": random}))
     summary, text = read_summary(path), " ".join(Page(path).text.split())
     found = summary["backbones"]
     assert summary["evaluation_seconds"] == 63.8  # 3 x 20.25 and both of ours
@@ -246,7 +251,7 @@ def test_backbones_stand_beside_both_encoders(tmp_path):
 
 
 def test_backbones_alone_have_a_page_without_figures(tmp_path):
-    options = {"evaluated_on": "/data/birds", "seed": 4, "backbones": BACKBONES}
+    options = {"evaluated_on": "/data/birds", "seed": 4, "results": BACKBONES}
     evaluation = {**CONFIG["eval"], "labels": "/data/birds.csv", "fine_tune": 7}
     path = report.write_backbones_report(tmp_path, evaluation=evaluation, **options)
     assert sorted(each.name for each in path.parent.iterdir()) == ["report.html", "summary.json"]
@@ -316,14 +321,13 @@ def test_figures_and_the_callers_style_do_not_touch_each_other(tmp_path, monkeyp
 
 
 def test_terminal_table_shows_encoders_and_backbones_and_the_verdict():
-    backbones = {name: backbone.result for name, backbone in BACKBONES.items()}
-    ours = {name: arguments()[name] for name in ("untrained", "trained")}
-    lines = format_table(ours | backbones).splitlines()
+    ours = arguments()["results"]
+    lines = format_table(ours | BACKBONES).splitlines()
     assert lines[0].split() == ["untrained", "trained", "difference", *BACKBONES]
     assert lines[1].split()[-5:] == ["54.0", "66.2", "+12.2", "80.0", "70.0"]
     assert len(lines[0]) == len(lines[1])
     assert lines[-1].startswith("Healthy")
-    lines = [line.split() for line in format_table(backbones).splitlines()]
+    lines = [line.split() for line in format_table(BACKBONES).splitlines()]
     assert (lines[0], lines[1][-2:], lines[2][-2:]) == ([*BACKBONES], ["80.0", "70.0"], ["85.5", "-"])
     assert " ".join(lines[3]) == "guessing: 16.7 %, always the largest class: 23.5 %"
     table = format_table(ours | {"trained": result(randn(80, 12), None, None)})
