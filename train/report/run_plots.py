@@ -77,11 +77,11 @@ def _colored(
 
 
 def plot_grid(path: Path, values: Sequence[Mapping[str, Any]], runs: Sequence[RunRecord]) -> None:
-    """kNN, linear probe and loss over a grid: heat maps for two options, else a panel for each option.
+    """kNN, linear probe and loss over a grid, a panel for each option: dots for runs, a line of their means.
 
     Args:
         path: the PNG.
-        values: the value of each option in each run, by the option's name; runs of other seeds are averaged.
+        values: the value of each option in each run, by the option's name.
         runs: the runs, in the same order.
     """
     levels = {name: _ordered([each[name] for each in values]) for name in values[0]}
@@ -93,39 +93,20 @@ def plot_grid(path: Path, values: Sequence[Mapping[str, Any]], runs: Sequence[Ru
     }
     figures = {title: found for title, found in figures.items() if np.isfinite(found).any()}
 
-    def mean(found: np.ndarray, point: Mapping[str, Any]) -> float:
-        """Over the runs with these values that have the figure."""
-        here = found[[point.items() <= each.items() for each in values]]
+    def mean(found: np.ndarray, key: str, level: Any) -> float:
+        """Over the runs with this value that have the figure."""
+        here = found[[each[key] == level for each in values]]
         return float(np.nanmean(here)) if np.isfinite(here).any() else math.nan
 
-    heat = len(varied) == 2
-    lines = 1 if heat else len(varied)
-    with report_figure(path, 4.2 * len(figures), 3.6 * lines) as figure:
-        panels = figure.subplots(lines, len(figures), squeeze=False)
+    with report_figure(path, 4.2 * len(figures), 3.6 * len(varied)) as figure:
+        panels = figure.subplots(len(varied), len(figures), squeeze=False)
         for column, (title, found) in enumerate(figures.items()):
-            if heat:
-                first, second = varied
-                means = [[mean(found, {first: a, second: b}) for b in levels[second]] for a in levels[first]]
-                _heat_map(panels[0, column], np.array(means))
-                panels[0, column].set_yticks(range(len(levels[first])), map(str, levels[first]))
-                panels[0, column].set_xticks(range(len(levels[second])), map(str, levels[second]))
-                panels[0, column].set(title=title, ylabel=first, xlabel=second)
-                continue
             for ax, key in zip(panels[:, column], varied, strict=True):
                 places = [levels[key].index(each[key]) for each in values]
                 ax.plot(places, found, ".", color=TRAINED, alpha=0.5, markersize=9, label="runs")
-                ax.plot([mean(found, {key: level}) for level in levels[key]], color=TRAINED, label="mean")
+                ax.plot([mean(found, key, level) for level in levels[key]], color=TRAINED, label="mean")
                 ax.set_xticks(range(len(levels[key])), map(str, levels[key]))
                 ax.set(xlabel=key, title=title)
-
-
-def _heat_map(ax: Axes, table: np.ndarray) -> None:
-    ax.imshow(table, cmap="viridis", aspect="auto")
-    middle = (np.nanmin(table) + np.nanmax(table)) / 2
-    for (i, j), value in np.ndenumerate(table):
-        text = "-" if math.isnan(value) else f"{value:.3g}"
-        ax.text(j, i, text, ha="center", va="center", color="white" if value < middle else "black")
-    ax.grid(visible=False)
 
 
 def _ordered(values: Sequence[Any]) -> list[Any]:

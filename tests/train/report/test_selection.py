@@ -246,18 +246,31 @@ def test_wrong_usage_is_one_line(make, capsys, arguments, message):
 # ---- figures -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keys", [("a",), ("a", "b"), ("a", "b", "c"), ("seed",)])
-def test_grids_of_any_number_of_options_are_drawn(make, tmp_path, keys, monkeypatch):
-    """Without labels the loss alone. Two options: a heat map of means over seeds."""
-    tables = []
-    imshow = Axes.imshow
-    monkeypatch.setattr(Axes, "imshow", lambda ax, x, **o: tables.append(x.tolist()) or imshow(ax, x, **o))
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (("a",), [[2, 3]]),
+        (("a", "b"), [[4, 5], [3.5, 5.5]]),
+        (("a", "b", "c"), [[8, 9], [7.5, 9.5], [6.5, 10.5]]),
+        (("seed",), [[1.5, 3.5]]),
+    ],
+)
+def test_grids_of_any_number_of_options_are_drawn(make, tmp_path, keys, expected, monkeypatch):
+    """Without labels the loss alone: for each option the means over the others and the seeds."""
+    means, plot = [], Axes.plot
+
+    def spy(ax, *points, **options):
+        if options.get("label") == "mean":
+            means.extend(points)
+        return plot(ax, *points, **options)
+
+    monkeypatch.setattr(Axes, "plot", spy)
     values = [{key: (i >> n) % 2 for n, key in enumerate((*keys, "seed"))} for i in range(2 ** len(keys) * 2)]
     run = make()
     runs = [replace(run, loss=1.0 + i) for i in range(len(values))]
     run_plots.plot_grid(tmp_path / "grid.png", values, runs)
     run_plots.plot_loss_plane(tmp_path / "plane.png", runs)
-    assert tables == ([[[3.0, 5.0], [4.0, 6.0]]] if len(keys) == 2 else [])
+    assert means == expected
     for name in ("grid.png", "plane.png"):
         with Image.open(tmp_path / name) as image:
             assert np.asarray(image.convert("L")).std() > 1
