@@ -76,7 +76,7 @@ def score_probes(
             found[name] = regression_score(fits[name](), val.y)
         elif name == "linear":
             samples = train.probe, train.y, val.probe, val.y
-            found[name] = linear_probe(*samples, seed=seed, max_steps=linear_steps, **shared).accuracy
+            found[name] = linear_probe(*samples, seed=seed, max_steps=linear_steps, **shared)
         else:
             found[name] = percent(fits[name](), val.y)
     return found

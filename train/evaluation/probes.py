@@ -13,7 +13,7 @@ docs/evaluation.md states the protocols.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,6 @@ SMALL_STEP = 2**28  # multiply-adds
 WEIGHT_DECAY = 1e-6
 MEMORY = 2_000_000_000  # bytes on the device
 CHUNK = 1024  # queries of kNN that are compared at a time
-
-
-class LinearProbe(NamedTuple):
-    """Result of a linear probe."""
-
-    accuracy: float
-    """Top-1 on the test set, in percent."""
-    learning_rate: float
-    """The rate that was chosen on the held-out training samples."""
 
 
 # ---- k nearest neighbors --------------------------------------------------------------------------------
@@ -131,8 +122,8 @@ def linear_probe(
     max_steps: int = MAX_STEPS,
     learning_rates: Sequence[float] = LEARNING_RATES,
     device: torch.device | str | None = None,
-) -> LinearProbe:
-    """Fit LayerNorm + linear layer on frozen features and score it on the test set.
+) -> float:
+    """Fit LayerNorm + linear layer on frozen features; return its top-1 accuracy on the test set in percent.
 
     AdamW minimizes cross-entropy from zero weights; the rate warms up linearly over a tenth of the steps and
     falls to 0 along a cosine. After the LayerNorm each feature is standardized by its mean and deviation over
@@ -191,7 +182,7 @@ def linear_probe(
         else:  # there is no choice, or every class has a single sample
             rate = min(rates, key=lambda rate: abs(math.log(rate / 1e-3)))
         (predicted,) = fit(samples, [rate])(test_x, torch.arange(len(test_x)))
-    return LinearProbe(percent(predicted, test_y), rate)
+    return percent(predicted, test_y)
 
 
 class Standardized:

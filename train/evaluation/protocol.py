@@ -33,7 +33,7 @@ from lejepa_fast.train.evaluation.few_shot import (
 )
 from lejepa_fast.train.evaluation.fine_tuning import fine_tune
 from lejepa_fast.train.evaluation.label_table import LabelTable, labeled, read_labels
-from lejepa_fast.train.evaluation.probes import MAX_STEPS, linear_probe
+from lejepa_fast.train.evaluation.probes import MAX_STEPS
 from lejepa_fast.train.evaluation.regression import Score, regression_score
 from lejepa_fast.train.model.initialize import lay_out
 from lejepa_fast.train.model.model import build_model, evaluated
@@ -68,8 +68,6 @@ class EvalResult:
     """Top-1 accuracy of kNN on the validation images, in percent."""
     linear: float | None = None
     """Top-1 accuracy of the linear probe in percent; None also if it was not asked for."""
-    linear_rate: float | None = None
-    """Learning rate that the linear probe chose."""
     num_classes: int | None = None
     """Classes of the training source."""
     majority: float | None = None
@@ -262,17 +260,11 @@ def _figures(train: Samples, val: Samples, linear_steps: int, probing: dict[str,
         scores = score_probes(train, val, probes=[*linear, "knn", "kernel"], **probing)
         mean = regression_score(train.y.mean().expand(len(val.y)), val.y)
         return {"regression": {**scores, "mean": mean}}
-    figures: dict[str, Any] = {
+    return {
         "num_classes": probing["num_classes"],
         "majority": 100.0 * val.y.bincount().max().item() / len(val.y),
-        **score_probes(train, val, probes=["knn"], **probing),
+        **score_probes(train, val, probes=[*linear, "knn"], linear_steps=linear_steps, **probing),
     }
-    if linear_steps:
-        shared = {name: probing[name] for name in ("num_classes", "seed", "device")}
-        samples = train.probe, train.y, val.probe, val.y
-        probe = linear_probe(*samples, max_steps=linear_steps, **shared)
-        figures |= {"linear": probe.accuracy, "linear_rate": probe.learning_rate}
-    return figures
 
 
 def _labels(source: ImageSource) -> Tensor:

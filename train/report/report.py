@@ -234,8 +234,6 @@ def _summary(
         "image_size": trained.image_size,
         "feature_dim": trained.features_val.shape[1],
         "embedding_dim": trained.z_val.shape[1],
-        "linear_learning_rate_untrained": untrained.linear_rate,
-        "linear_learning_rate_trained": trained.linear_rate,
         **_environment(),
         "config": config,
     }

@@ -57,7 +57,6 @@ def encoder_figures(result: EvalResult) -> dict[str, Any]:
     return {
         "knn": result.knn,
         "linear": result.linear,
-        "linear_learning_rate": result.linear_rate,
         "fine_tuned": result.fine_tuned,
         "regression": scores,
         "few_shot": result.few_shot,

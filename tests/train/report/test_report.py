@@ -226,7 +226,7 @@ BACKBONES = {
     "vit_small_patch14_dinov2.lvd142m": backbone(80.0, 85.5, "hub", 22_056_576),
     "<b>": backbone(70.0, None, "/weights/b.safetensors", 12_345_678),
 }
-OF_BACKBONES = {"image_size": 64, "feature_dim": 24, "linear_learning_rate": None}
+OF_BACKBONES = {"image_size": 64, "feature_dim": 24}
 
 
 @pytest.mark.usefixtures("no_figures")
