@@ -219,11 +219,10 @@ def _load_backbones(cfg: Config, options: Options) -> "dict[str, Backbone]":
     from lejepa_fast.train.evaluation.backbones import load_backbones
 
     size = options.backbone_size
-    size = (cfg.eval.image_size or cfg.crops.global_size) if size is None else size
-    if size != "own" and not 1 <= size <= 10_000:
+    if isinstance(size, int) and not 1 <= size <= 10_000:
         raise UsageError(f"--backbone-size: expected own or 1 to 10,000 pixels, got {size}")
     try:
-        return load_backbones(cfg.eval.backbone, image_size=size, channels=cfg.data.channels, seed=cfg.seed)
+        return load_backbones(cfg, size)
     except UsageError as error:
         if options.backbone is not None:
             raise

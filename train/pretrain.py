@@ -20,7 +20,6 @@ from lejepa_fast.train.runtime.files import read_rows
 
 if TYPE_CHECKING:
     from lejepa_fast.train.engine.trainer import Trainer
-    from lejepa_fast.train.evaluation.backbones import Backbone
     from lejepa_fast.train.evaluation.protocol import EvalResult
     from lejepa_fast.train.model.model import LeJEPAModel
     from lejepa_fast.train.runtime.world import World
@@ -70,10 +69,11 @@ def pretrain(cfg: Config, world: "World") -> Path:
     A finished run goes straight to the export. All ranks call it.
     """
     from lejepa_fast.train.engine.trainer import Trainer
+    from lejepa_fast.train.evaluation.backbones import load_backbones
     from lejepa_fast.train.runtime.world import from_main, on_all, on_main
 
     on_all(world, lambda: config.validate(cfg, world.size))
-    on_main(world, lambda: _load_backbones(cfg))  # a wrong name or missing weights show before the training
+    on_main(world, lambda: load_backbones(cfg))  # a wrong name or missing weights show before the training
     with Trainer(cfg, world) as trainer:
         trainer.train()
         model = trainer.whole_model()
@@ -82,24 +82,17 @@ def pretrain(cfg: Config, world: "World") -> Path:
         return page
 
 
-def _load_backbones(cfg: Config) -> "dict[str, Backbone]":
-    from lejepa_fast.train.evaluation.backbones import load_backbones
-
-    size = cfg.eval.image_size or cfg.crops.global_size
-    return load_backbones(cfg.eval.backbone, image_size=size, channels=cfg.data.channels, seed=cfg.seed)
-
-
 def _evaluate_backbones(trainer: "Trainer") -> "dict[str, EvalResult]":
     """Those of `eval.backbone`; a failure is a warning, as the report of the training must not wait."""
     import torch
 
-    from lejepa_fast.train.evaluation.backbones import evaluate_backbones
+    from lejepa_fast.train.evaluation.backbones import evaluate_backbones, load_backbones
 
     cfg = trainer.cfg
     found: dict[str, EvalResult] = {}
     way_out = f"python train/evaluate.py --checkpoint {trainer.run_dir} --backbone"
     try:
-        backbones, options = _load_backbones(cfg), trainer.evaluation_options
+        backbones, options = load_backbones(cfg), trainer.evaluation_options
         for name, result in evaluate_backbones(backbones, *trainer.evaluated, cfg, **options):
             found[name] = result
     except (UsageError, RunError, MemoryError, torch.OutOfMemoryError) as error:

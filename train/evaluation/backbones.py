@@ -12,7 +12,7 @@ import re
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -57,14 +57,13 @@ class Backbone:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
-def load_backbones(
-    names: Sequence[str], *, image_size: int | Literal["own"], channels: int = 3, seed: int = 0
-) -> dict[str, Backbone]:
-    """Load several backbones, `NAME`, `NAME:FILE` or `NAME:untrained` each; see `load_backbone`.
+def load_backbones(cfg: Config, image_size: int | Literal["own"] | None = None) -> dict[str, Backbone]:
+    """Load those of `cfg.eval.backbone`, `NAME`, `NAME:FILE` or `NAME:untrained` each; see `load_backbone`.
 
-    The keys are the names, or the whole texts where a name is given twice or stays untrained. UsageError for
-    a text twice.
+    The image size is that of the evaluation, unless one is given. The keys are the names, or the whole texts
+    where a name is given twice or stays untrained. UsageError for a text twice.
     """
+    names, size = cfg.eval.backbone, image_size or cfg.eval.image_size or cfg.crops.global_size
     if len(set(names)) < len(names):
         raise UsageError(f"--eval.backbone: expected each backbone once, got {' '.join(names)}")
     only = [name.partition(":")[0] for name in names]
@@ -73,7 +72,7 @@ def load_backbones(
         for text, name in zip(names, only, strict=True)
     ]
     return {
-        key: load_backbone(text, image_size=image_size, channels=channels, seed=seed)
+        key: load_backbone(text, image_size=size, channels=cfg.data.channels, seed=cfg.seed)
         for key, text in zip(keys, names, strict=True)
     }
 

@@ -153,7 +153,7 @@ class Hostile:
         return (pytest.fail, ("code of the file ran",))
 
 
-def test_wrong_names_and_files_are_named(weights, tmp_path, monkeypatch):
+def test_wrong_names_and_files_are_named(weights, tiny, tmp_path, monkeypatch):
     _, path = weights("test_resnet")
     (tmp_path / "hostile.pth").write_bytes(pickle.dumps({"state_dict": Hostile()}))
     torch.save(Hostile(), tmp_path / "hostile.pt")
@@ -188,7 +188,7 @@ def test_wrong_names_and_files_are_named(weights, tmp_path, monkeypatch):
         assert message in str(caught.value), text
         assert str(caught.value).startswith("--eval.backbone: ")
     with pytest.raises(UsageError, match="each backbone once"):
-        load_backbones([f"test_resnet:{path}"] * 2, image_size=32)
+        load_backbones(tiny(eval={"backbone": (f"test_resnet:{path}",) * 2}))
 
 
 def test_a_backbone_is_evaluated_with_its_own_normalization_and_size(weights, tiny, monkeypatch):
