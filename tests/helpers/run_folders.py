@@ -13,7 +13,7 @@ def write_run(
     folder: Path, cfg: Config, losses: list[float | None], *, steps: int | None = None, **summary: Any
 ) -> Path:
     """A run with a row of each loss, the last one at `steps`; with keywords, also report/summary.json."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     config.write(dataclasses.replace(config.resolve(cfg), out=folder), folder)
     steps = steps or len(losses)
     rows: list[dict[str, Any]] = [{"kind": "run", "step": 0}]
