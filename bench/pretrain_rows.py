@@ -1,8 +1,7 @@
 """Turn finished runs into rows of bench/results/pretrain.jsonl: python bench/pretrain_rows.py RUN [RUN ...]
 
 A row holds the report's summary of a run, with this machine: call it where the runs were made. Draws
-pretrain.png, the accuracies of these runs; without RUN, those of the rows that are there. With --recipe the
-row is a short one of laptop_recipes.jsonl instead, and nothing is drawn.
+pretrain.png, the accuracies of these runs; without RUN, those of the rows that are there.
 """
 
 import json
@@ -29,23 +28,9 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def recipe_row(what: str, summary: Row, seconds: float) -> Row:
-    """What a recipe for the embedded images is compared by; `seconds`: of the whole command."""
-    row: Row = {"what": what, "seed": summary["seed"], "steps": summary["steps"], "state": summary["state"]}
-    for probe in ("knn", "linear"):
-        row |= {f"{probe}_{which}": summary[f"{probe}_{which}"] for which in ("trained", "untrained")}
-    others = summary.get("backbones") or {}
-    row["backbones"] = {name: {p: each[p] for p in ("knn", "linear")} for name, each in others.items()}
-    row |= {key: summary[key] for key in ("images_per_second", "evaluation_seconds")}
-    return row | {"command_seconds": seconds, "run_threads": summary["machine"]["torch_threads"]}
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line(__doc__)
     parser.add_argument("runs", type=Path, nargs="*", help="run folders with report/summary.json")
-    parser.add_argument("--recipe", metavar="WHAT", help="what the run is a row of, such as 'small crops'")
-    parser.add_argument("--command", help="with --recipe: the command of the run")
-    parser.add_argument("--seconds", type=float, help="with --recipe: wall time of the command")
     options = parser.parse_args(arguments)
     summaries = [run / "report" / "summary.json" for run in options.runs]
     for path in summaries:
@@ -53,13 +38,6 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"runs: expected a finished run, got one without {path}")
     path = options.out / "pretrain.jsonl"
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in summaries]
-    if options.recipe:
-        if len(rows) != 1 or not options.command or not options.seconds:
-            parser.error("recipe: expected one run, --command and --seconds")
-        writer = Rows(options.out / "laptop_recipes.jsonl", "laptop_recipes")
-        writer.about["command"] = options.command
-        writer.write(recipe_row(options.recipe, rows[0], options.seconds))
-        return
     if rows:
         Rows(path, "pretrain").write(*rows)
     plot(rows or read_rows(path), path.with_suffix(".png"))
