@@ -50,6 +50,7 @@ STATE, MANIFEST = "state.json", "manifest.sha256"
 _NAME = re.compile(r"step-(\d{8,})")
 _MANIFEST_LINE = re.compile(r"([0-9a-f]{64})  (\S+)")
 _EXPECTED = "give a run folder, or a folder checkpoints/step-*"
+_MISFITS = (RuntimeError, ValueError, KeyError)  # how DCP refuses names and shapes
 
 
 class UnreadableCheckpointError(Exception):
@@ -144,15 +145,20 @@ def saved_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_tensors(path: Path, into: dict[str, Tensor], *, alone: bool = False) -> None:
     """Fill tensors, sharded or not, from a checkpoint of any number of ranks. All ranks call it, or one that
-    is `alone`, with whole tensors. UsageError if the checkpoint lacks a name or has it in another shape."""
+    is `alone`, with whole tensors. UsageError if the checkpoint lacks a name or has it in another shape,
+    RunError if a rank cannot read it or has no memory for it."""
     reader, alone = HuggingFaceStorageReader(str(path)), alone or not dist.is_initialized()
     try:
         dcp.load(into, storage_reader=reader, no_dist=alone)  # type: ignore[arg-type]
-    except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
-        failures = error.failures.values() if isinstance(error, CheckpointException) else ()
-        cause = next((failure[0] for failure in failures), error)
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        for cause in causes:
+            no_memory = isinstance(cause, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(cause)
+            if no_memory or not isinstance(cause, _MISFITS):
+                reason = f"{first_line(cause)}; run the same command again"
+                raise RunError(f"cannot load checkpoint {path}: {reason}") from error
         raise UsageError(
-            f"checkpoint {path} does not fit this run: {first_line(cause)}; choose another --out"
+            f"checkpoint {path} does not fit this run: {first_line(causes[0])}; choose another --out"
         ) from error
 
 

@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -317,6 +318,32 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     ):
         with pytest.raises(UsageError, match=f"checkpoint {path} does not fit this run: {problem}"):
             checkpoint.load_tensors(path, wanted)
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (OSError(errno.EIO, "Input/output error"), r"\[Errno 5\] Input/output error"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), r"CUDA out of memory\."),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "DefaultCPUAllocator: .* memory"),
+    ],
+)
+def test_a_checkpoint_that_a_rank_cannot_load_is_no_misfit(failure, reason, tmp_path, monkeypatch):
+    path = save(tmp_path, 1, **{"model.weight": torch.ones(4, 3)})
+    monkeypatch.setattr(checkpoint.HuggingFaceStorageReader, "read_data", Mock(side_effect=failure))
+    with pytest.raises(
+        RunError, match=f"cannot load checkpoint {path}: {reason}; run the same command again"
+    ):
+        checkpoint.load_tensors(path, {"model.weight": torch.empty(4, 3)})
+
+
+def test_a_rank_that_is_lost_while_loading_is_no_misfit(tmp_path, monkeypatch):
+    """Its error is left to `lost_rank_is_a_run_error`."""
+    lost = RuntimeError("Connection closed by peer")
+    monkeypatch.setattr(checkpoint.dcp, "load", Mock(side_effect=lost))
+    with pytest.raises(RuntimeError) as caught:
+        checkpoint.load_tensors(save(tmp_path, 1), {})
+    assert caught.value is lost
 
 
 def test_another_projector_is_named():
