@@ -69,6 +69,14 @@ def test_a_failed_run_is_reported_and_the_others_go_on_and_the_next_call_runs_it
     assert "2 of 3 runs are finished already" in capsys.readouterr().out
 
 
+def test_a_run_that_alone_was_stopped_says_so(sweeping, tmp_path, capsys):
+    assert sweeping("--grid", "loss.lambd=0.06") == 1
+    said = f"stopped by SIGTERM after step 3 ({tmp_path / 'sweep' / 'loss.lambd=0.06.log'})"
+    out, err = capsys.readouterr()
+    assert err == f"error: 1 of 1 runs failed, the first with: {said}\n"
+    assert f"[1/1] loss.lambd=0.06: failed: {said}" in out
+
+
 def test_runs_take_turns_on_the_gpus(sweeping, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
     assert sweeping("--grid", "loss.lambd=0.01,0.02,0.05") == 0
