@@ -74,6 +74,7 @@ class Metrics:
         self._enabled = enabled
         self._file: Any = None
         self._board: Any = None
+        self._excepthook = threading.excepthook  # which `_open_board` replaces
         self._wandb: WandbRun | None = None
         self._first_step, self._total_steps, self._peak_rate = step, total_steps, peak_rate
         self._logged: dict[str, int] = {}
@@ -104,6 +105,7 @@ class Metrics:
             with contextlib.suppress(OSError):
                 if file is not None:
                     file.close()
+        threading.excepthook = self._excepthook
         if self._wandb is not None:
             self._wandb.close(failed=kind is not None and not issubclass(kind, Interrupted))
 

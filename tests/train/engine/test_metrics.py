@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from unittest.mock import Mock
 
 import numpy as np
@@ -46,7 +47,10 @@ def test_a_refused_row_leaves_no_part_of_it(tmp_path):
 
 
 def test_refused_tensorboard_events_are_one_line(tmp_path, monkeypatch, capsys):
+    """What hides the second message of them goes with the run."""
+    hook = threading.excepthook
     metrics = metrics_in(tmp_path, tensorboard=True)
+    assert threading.excepthook is not hook
     writer = metrics._board._get_file_writer().event_writer._async_writer._writer
 
     def refuse(*args):
@@ -62,6 +66,7 @@ def test_refused_tensorboard_events_are_one_line(tmp_path, monkeypatch, capsys):
     with metrics, pytest.raises(RunError, match=r"cannot write .*tensorboard: No space left on device"):
         write_rows()
     assert "Traceback" not in capsys.readouterr().err
+    assert threading.excepthook is hook
 
 
 @pytest.mark.parametrize("terminal", [False, True])
