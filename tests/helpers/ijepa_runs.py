@@ -40,8 +40,7 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
     with process_group(rank, size, folder) as world:
         for objective, strategy in CASES:
             name = f"{objective} {strategy}"
-            parallel = {"strategy": strategy, "keep_gathered": strategy == "fsdp"}
-            parallel |= {"activation_checkpointing": "selective"}
+            parallel = {"strategy": strategy, "activation_checkpointing": "selective"}
             options = {"parallel": parallel, "checkpoint_every": STEPS // 2}
             cfg = run_config(images, Path(folder) / name, objective, **options)
             results[name] = train(cfg, world)

@@ -91,7 +91,6 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
     root = Path(folder)
     middle = str(root / "one" / "checkpoints" / "step-00000006")
     ddp, fsdp = {"strategy": "ddp"}, {"strategy": "fsdp"}
-    kept = {"keep_gathered": True, "activation_checkpointing": "full"}
 
     def cfg(name: str, **changes: Any) -> Config:
         return run_config(images, root / name, **changes)
@@ -101,7 +100,7 @@ def run(rank: int, size: int, folder: str, images: str) -> None:
             "ddp": {"parallel": ddp},
             "fsdp": {"parallel": fsdp},
             "compiled": {"parallel": fsdp | {"activation_checkpointing": "selective"}, "compile": "on"},
-            "one to fsdp": {"parallel": fsdp | kept, "resume": middle},
+            "one to fsdp": {"parallel": fsdp | {"activation_checkpointing": "full"}, "resume": middle},
         }.items():
             results[name] = train(cfg(name, **changes), world, whole=name == "fsdp")
         results["nan"] = spoiled_run(cfg("nan", parallel=fsdp, max_steps=9), world, steps={2, 5, 6, 7})

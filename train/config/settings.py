@@ -197,9 +197,6 @@ class ParallelConfig:
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again, block by block. selective: everything but attention and every
     second matrix product; full: everything."""
-    keep_gathered: bool = False
-    """Under FSDP2 every GPU keeps the parameters whole for the step: they are sent once and not up to four
-    times, for 2 bytes a parameter in bf16 (4 in float32)."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,6 @@ def describe(cfg: Config, world: World, strategy: Strategy, images: int) -> str:
     center = " (nor the center from it)" if cfg.loss.center_from == "average" else ""
     ways = {
         f"--parallel.activation-checkpointing {better} (now {mode})": better,
-        "no --parallel.keep-gathered": parallel.keep_gathered,
         f"--parallel.strategy fsdp (now {strategy})": strategy != "fsdp" and world.size > 1,
         f"fewer groups than --parallel.replicate {parallel.replicate}": parallel.replicate > 1,
         f"no --average {cfg.average.kind}{center}": cfg.average.kind != "none",

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint as recomputation
 from timm.layers import convert_sync_batchnorm
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -72,13 +72,11 @@ def choose_strategy(options: ParallelConfig, parameters: int, *, ranks: int | No
             f"parallel.strategy: {chosen} needs a process group; start with "
             "torchrun --nproc-per-node N train/pretrain.py, or use --parallel.strategy auto"
         )
-    for name, default in (("replicate", 1), ("keep_gathered", False)):
-        value = getattr(options, name)
-        if value != default and chosen != "fsdp":
-            raise UsageError(
-                f"parallel.{name}: {value} needs FSDP, and this run uses {chosen}; use "
-                "--parallel.strategy fsdp under torchrun, or leave it out"
-            )
+    if options.replicate > 1 and chosen != "fsdp":
+        raise UsageError(
+            f"parallel.replicate: {options.replicate} needs FSDP, and this run uses {chosen}; use "
+            "--parallel.strategy fsdp under torchrun, or leave it out"
+        )
     return chosen
 
 
@@ -114,7 +112,7 @@ def parallelize(
         compile_blocks(frozen, device)
     if strategy == "fsdp":
         assert mesh is not None
-        shard(model, parts, mesh, compute_dtype(cfg, device), keep=cfg.parallel.keep_gathered)
+        shard(model, parts, mesh, compute_dtype(cfg, device))
     if weights:
         initialize(model, cfg, device)
     if strategy != "ddp":
@@ -145,7 +143,7 @@ def center_model(
         compile_blocks(parts["encoder"], device)
     if sharded:
         assert mesh is not None
-        shard(second, parts, mesh, compute_dtype(cfg, device), keep=False, trained=False)
+        shard(second, parts, mesh, compute_dtype(cfg, device), trained=False)
     if weights:
         copy_values(second, model, cfg, device)
     return second
@@ -318,15 +316,13 @@ def shard(
     mesh: DeviceMesh,
     dtype: torch.dtype | None,
     *,
-    keep: bool,
     trained: bool = True,
 ) -> None:
     """Apply FSDP2 to each block of `blocks_by_part`, to the projector, and to the rest of the model.
 
     Parameters, moments and the reduction of gradients, once per step, are float32. Blocks are gathered in
-    `dtype` (None: float32) for forward and backward of each size of crops, with `keep` once per step (the
-    encoder of masked LeJEPA, which has two backward passes, twice). A model that is not `trained` keeps
-    nothing gathered: only the end of the step would free it.
+    `dtype` (None: float32) for forward and backward of each size of crops. A model that is not `trained`
+    keeps nothing gathered: only the end of the step would free it.
     """
     # The embeddings are views of one tensor, and nothing changes them in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
@@ -338,40 +334,13 @@ def shard(
         # BatchNorm's parameters must have the dtype of its running statistics, float32.
         gathered = None if any(map(_is_batchnorm, own)) else dtype
         policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
-        # Projector and rest end the forward pass and begin the backward pass: gathered once. A target encoder
-        # has no backward pass.
-        kept = keep and unit not in parts.get("target", [])
-        once = trained and (kept or unit in (model.projector, model))
+        # Projector and rest end the forward pass and begin the backward pass: gathered once.
+        once = trained and unit in (model.projector, model)
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not once)
     # Gather the next block while this one computes. FSDP2 itself does so in the backward pass.
     for block, following in itertools.chain(*map(itertools.pairwise, parts.values())):
         assert isinstance(block, FSDPModule)
         block.set_modules_to_forward_prefetch([following])  # type: ignore[list-item]
-    if keep and isinstance(model, LeJEPAModel):
-        _keep_until_the_first_call(model, blocks)
-
-
-def _keep_until_the_first_call(model: LeJEPAModel, blocks: list[nn.Module]) -> None:
-    """Free the gathered blocks in the backward pass of the encoder's first call only, which comes last."""
-    first = True
-
-    def begin(module: nn.Module, args: Any) -> None:
-        nonlocal first
-        first = True
-
-    def called(module: nn.Module, args: Any, features: Tensor) -> None:
-        nonlocal first
-        if features.requires_grad:
-            features.register_hook(functools.partial(backward_begins, first))
-        first = False
-
-    def backward_begins(free: bool, grad: Tensor) -> None:
-        for block in blocks:
-            assert isinstance(block, FSDPModule)
-            block.set_reshard_after_backward(free, recurse=False)
-
-    model.register_forward_pre_hook(begin)
-    model.encoder.register_forward_hook(called)
 
 
 def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:

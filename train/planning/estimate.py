@@ -109,13 +109,12 @@ class Plan:
         average = f", {cfg.average.kind} of the weights" if cfg.average.kind != "none" else ""
         average += " for the center" if cfg.loss.center_from == "average" else ""
         groups = f" in {parallel.replicate} groups" if parallel.replicate > 1 else ""
-        kept = ", gathered once a step" if parallel.keep_gathered else ""
         state = min(asked.peak, self.memory.traced.state)
         inside, outside = self.bandwidths(asked.gpus)
         days = self.steps * asked.step_seconds / 86400
         lines = [
-            f"{cfg.model.name} on {asked.gpus} x {self.gpu.name}{groups}, {_STRATEGIES[self.strategy]}{kept}"
-            f", {cfg.precision}, activation checkpointing {parallel.activation_checkpointing}{average}, "
+            f"{cfg.model.name} on {asked.gpus} x {self.gpu.name}{groups}, {_STRATEGIES[self.strategy]}, "
+            f"{cfg.precision}, activation checkpointing {parallel.activation_checkpointing}{average}, "
             f"{self.batch:,} images a step",
             "parameters        "
             + ", ".join(f"{size / 1e6:,.1f} M {name}" for name, size in self.part_sizes.items() if size),

@@ -389,10 +389,10 @@ def test_out_of_memory_says_which_settings_help_and_plans_this_run(tiny, monkeyp
 
 
 def test_what_helps_several_ranks_against_out_of_memory(tiny, tmp_path):
-    changes = {"parallel": {"strategy": "fsdp", "replicate": 2, "keep_gathered": True}, "max_steps": 7}
+    changes = {"parallel": {"strategy": "fsdp", "replicate": 2}, "max_steps": 7}
     cfg, world = config.resolve(tiny(**changes)), World(CPU.device, size=4)
     told = describe(cfg, world, "fsdp", 500)
-    assert "no --parallel.keep-gathered, fewer groups than --parallel.replicate 2, a smaller" in told
+    assert "(now none), fewer groups than --parallel.replicate 2, a smaller" in told
     assert told.count("strategy fsdp") == 0  # it is on
     arguments = shlex.split(told.partition("what fits: lejepa-plan ")[2])
     planned = parse_as(PlanOptions, arguments, preset="default", what="")

@@ -424,7 +424,6 @@ def test_auto_takes_what_fits():
         ({"strategy": "fsdp"}, None, r"parallel\.strategy: fsdp needs a process group.*torchrun"),
         ({"strategy": "ddp", "replicate": 2}, 2, r"parallel\.replicate: 2 needs FSDP"),
         ({"replicate": 2}, None, r"parallel\.replicate: 2 needs FSDP, and this run uses none"),
-        ({"keep_gathered": True}, 2, r"parallel\.keep_gathered: True needs FSDP, and this run uses ddp"),
     ],
 )
 def test_what_cannot_be_had_is_named(options, ranks, message):
