@@ -401,11 +401,10 @@ def loader_workers(cfg: Config, processes_here: int, on_gpu: bool) -> int:
     return max(1, min(16, cpus if on_gpu else cpus // 2))
 
 
-def write(cfg: Config, folder: Path, name: str = "config.json") -> None:
-    """Write `folder/name`; RunError if it cannot be written."""
+def write(cfg: Config, folder: Path) -> None:
+    """Write `folder/config.json`; RunError if it cannot be written."""
     text = json.dumps(to_dict(cfg), indent=2) + "\n"
-    path = folder / name
-    files.write_atomically(path, text.encode(), way_out="choose another --out")
+    files.write_atomically(folder / "config.json", text.encode(), way_out="choose another --out")
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """Out of memory: one line that names the settings that help, instead of the allocator's report."""
 
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from lejepa_fast.errors import RunError
-from lejepa_fast.train.config import Config, write
+from lejepa_fast.train.config import Config
 from lejepa_fast.train.parallel.parallelize import Strategy, compute_dtype
 from lejepa_fast.train.runtime.gpu_specs import GIB, by_device_name
 from lejepa_fast.train.runtime.world import World
@@ -27,10 +26,8 @@ def settings_that_help(cfg: Config, world: World, strategy: Strategy, images: in
 def describe(cfg: Config, world: World, strategy: Strategy, images: int) -> str:
     """Return what ran out, the settings that need less memory, the cheapest first, and how to plan this run.
 
-    Writes the run's settings to `out-of-memory.json` in its folder, for that plan. `strategy` is how the run
-    shares the model, `images` the number of images of an epoch.
+    `strategy` is how the run shares the model, `images` the number of images of an epoch.
     """
-    assert cfg.out is not None  # see config.resolve
     parallel, batch, mode = cfg.parallel, cfg.data.batch_size, cfg.parallel.activation_checkpointing
     better = {"none": "selective or full", "selective": "full"}.get(mode)
     center = " (nor the center from it)" if cfg.loss.center_from == "average" else ""
@@ -42,9 +39,7 @@ def describe(cfg: Config, world: World, strategy: Strategy, images: int) -> str:
         f"a smaller --batch-size (now {batch}, {batch // world.size} images per process)": True,
         "more processes" + ("" if strategy == "fsdp" else " with --parallel.strategy fsdp"): True,
     }
-    # Not config.json: this run may end before it writes its own, and another one's may be there.
-    settings = cfg.out / "out-of-memory.json"
-    plan = f"lejepa-plan --config {shlex.quote(str(settings))} --gpus {world.size} --images {images}"
+    plan = f"lejepa-plan with this run's options, --gpus {world.size} --images {images}"
     if compute_dtype(cfg, world.device) is None:
         plan += " --precision fp32"
     what = "out of memory"
@@ -54,9 +49,5 @@ def describe(cfg: Config, world: World, strategy: Strategy, images: int) -> str:
         what = f"out of GPU memory (up to {held:.1f} of {total:.1f} GiB in tensors)"
         if gpu := by_device_name(torch.cuda.get_device_name(world.device)):
             plan += f" --gpu {gpu.name}"
-    advice = f"{what}; what helps: {', '.join(way for way, useful in ways.items() if useful)}"
-    try:
-        write(cfg, cfg.out, settings.name)
-    except RunError:  # a full disk must not hide what helps
-        return advice
-    return f"{advice}; what fits: {plan}"
+    helpful = ", ".join(way for way, useful in ways.items() if useful)
+    return f"{what}; what helps: {helpful}; what fits: {plan}"
