@@ -31,12 +31,11 @@ from safetensors.torch import save_file
 
 from lejepa_fast.data import open_source
 from lejepa_fast.errors import UsageError
-from lejepa_fast.train.config import EMBEDDED_DATA, Config, parse, to_dict
+from lejepa_fast.train.config import EMBEDDED_DATA, Config, flat, parse, to_dict
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.evaluation.backbones import Backbone, evaluate_backbone, load_backbone
 from lejepa_fast.train.evaluation.few_shot import Table
 from lejepa_fast.train.evaluation.protocol import evaluate_model, evaluate_untrained
-from lejepa_fast.train.report.runs import flat
 from lejepa_fast.train.runtime.command import log_to_stderr, run_command
 from lejepa_fast.train.runtime.world import World
 

@@ -22,9 +22,10 @@ from benchlib import SHORT_RUN, Row, Rows, command_line, print_rows, read_rows
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import sweep
+from lejepa_fast.train.config import flat
 from lejepa_fast.train.report.plots import report_figure
 from lejepa_fast.train.report.run_plots import COLORS, PROBE_LABELS, draw_correlations, draw_loss_plane
-from lejepa_fast.train.report.runs import RunRecord, flat, read_run
+from lejepa_fast.train.report.runs import RunRecord, read_run
 from lejepa_fast.train.report.selection import PROBES, correlate
 
 # Epochs, so that runs with other batches see as many images.

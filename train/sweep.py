@@ -25,7 +25,7 @@ from typing import Any
 from lejepa_fast.errors import RunError, UsageError, printable
 from lejepa_fast.train import config
 from lejepa_fast.train.config.names import resolve_name
-from lejepa_fast.train.report.runs import END_SHARE, RunRecord, flat, json_text, read_run
+from lejepa_fast.train.report.runs import END_SHARE, RunRecord, json_text, read_run
 from lejepa_fast.train.runtime.command import (
     aligned,
     checked_arguments,
@@ -131,7 +131,7 @@ def make_points(grid: Sequence[str], shared: Sequence[str], out: Path) -> list[P
     for name in ("--out", "--resume"):
         if any(each == name or each.startswith(f"{name}=") for each in shared):
             raise UsageError(f"{name}: a sweep chooses the folder of each run, and resumes it; leave it out")
-    base = flat(config.to_dict(config.parse(shared)))
+    base = config.flat(config.to_dict(config.parse(shared)))
     axes = [_axis(text, base) for text in grid]
     keys = [key for key, _ in axes]
     if not axes:
@@ -142,7 +142,7 @@ def make_points(grid: Sequence[str], shared: Sequence[str], out: Path) -> list[P
     for choice in itertools.product(*(values for _, values in axes)):
         arguments = [*shared, *itertools.chain.from_iterable(choice)]
         cfg = config.resolve(config.parse(arguments))
-        settings = flat(config.to_dict(cfg))
+        settings = config.flat(config.to_dict(cfg))
         values = {key: settings[key] for key in keys}
         folder = out / _name(values)
         if folder in points:
@@ -206,7 +206,7 @@ def _check_same_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise UsageError if the folder holds a run with other settings."""
     if not (folder / "config.json").is_file():
         return
-    theirs = flat(config.to_dict(config.load_json(folder / "config.json")))
+    theirs = config.flat(config.to_dict(config.load_json(folder / "config.json")))
     for key in settings.keys() - _MAY_DIFFER:
         if theirs[key] != settings[key]:
             raise UsageError(

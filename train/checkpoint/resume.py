@@ -10,6 +10,7 @@ from lejepa_fast.data import ImageSource
 from lejepa_fast.data.sources.base import names_digest
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.checkpoint import storage
+from lejepa_fast.train.config import flat
 
 log = logging.getLogger("lejepa_fast.train")
 
@@ -97,13 +98,9 @@ def check_same_run(
     )
 
 
-def log_changes(
-    saved: dict[str, Any], current: dict[str, Any], default: dict[str, Any], where: str = ""
-) -> None:
-    """Warn of every setting that differs from the checkpoint's; one that it lacks had its `default`."""
-    for key in sorted(saved.keys() | current.keys()):
-        before, now = saved.get(key, default.get(key)), current.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            log_changes(before, now, default.get(key) or {}, f"{where}{key}.")
-        elif before != now and key not in ("out", "resume"):
-            log.warning("%s%s: the checkpoint has %s, this run %s", where, key, before, now)
+def log_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Warn of every setting that differs from the checkpoint's."""
+    before, now = flat(saved), flat(current)
+    for key in sorted((before.keys() | now.keys()) - {"out", "resume"}):
+        if before.get(key) != now.get(key):
+            log.warning("%s: the checkpoint has %s, this run %s", key, before.get(key), now.get(key))

@@ -13,6 +13,7 @@ from lejepa_fast.train.config.settings import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    flat,
     from_dict,
     load_json,
     loader_workers,

@@ -10,6 +10,7 @@ import os
 import re
 import reprlib
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -412,6 +413,17 @@ def to_dict(cfg: Config) -> dict[str, Any]:
     import pydantic
 
     return pydantic.TypeAdapter(type(cfg)).dump_python(cfg, mode="json", warnings=False)
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a configuration by their dotted names, such as "loss.lambd"."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}.{key}": each for key, each in value.items()}
+        else:
+            found[name] = value
+    return found
 
 
 def load_json(path: Path) -> Config:

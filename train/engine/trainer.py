@@ -86,9 +86,8 @@ def facts_of(cfg: Config) -> dict[str, Any]:
     """What all ranks must have in common: versions, and the options by their names on the command line."""
     packages = (lejepa_fast, torch, timm)
     facts: dict[str, Any] = {f"version of {package.__name__}": package.__version__ for package in packages}
-    for section, values in config.to_dict(cfg).items():
-        for name, value in values.items() if isinstance(values, dict) else [("", values)]:
-            facts["--" + f"{section}.{name}".rstrip(".").replace("_", "-")] = value
+    for name, value in config.flat(config.to_dict(cfg)).items():
+        facts["--" + name.replace("_", "-")] = value
     facts["--out (give --out; its default depends on --data.path)"] = facts.pop("--out")
     return {name: value for name, value in facts.items() if name not in MAY_DIFFER}
 
@@ -283,7 +282,7 @@ class Trainer:
         if self.step >= self.total_steps:
             log.info("the training is complete; to train anew, choose another --out")
         if world.is_main:
-            resume.log_changes(state["config"], current, config.to_dict(Config()))
+            resume.log_changes(state["config"], current)
 
     def _log_start(self) -> None:
         cfg, world = self.cfg, self.world

@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from lejepa_fast.errors import UsageError
+from lejepa_fast.train.config import flat
 from lejepa_fast.train.report import plots
 from lejepa_fast.train.report.report import render, replaced_folder
 from lejepa_fast.train.report.results_table import TRAINED, UNTRAINED, Row, label_rows, shot_rows
-from lejepa_fast.train.report.runs import RunRecord, differing, flat, json_text, knn_at_the_ends, read_run
+from lejepa_fast.train.report.runs import RunRecord, differing, json_text, knn_at_the_ends, read_run
 
 # Settings that do not change what is learned.
 _PLACES = ("out", "resume", "log_every", "tensorboard", "wandb", "profile")

@@ -169,17 +169,6 @@ def loss_at_the_end(rows: Rows, name: str = "loss") -> float:
     return math.fsum(values[-count:]) / len(values[-count:])
 
 
-def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a configuration by their dotted names, such as "loss.lambd"."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            found |= {f"{name}.{key}": each for key, each in value.items()}
-        else:
-            found[name] = value
-    return found
-
-
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """The names of the settings that are not the same everywhere."""
     names = dict.fromkeys(name for each in settings for name in each)

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lejepa_fast.train.report.runs import RunRecord, differing, flat
+from lejepa_fast.train.config import flat
+from lejepa_fast.train.report.runs import RunRecord, differing
 
 ALPHA = 0.4
 ALPHAS = tuple(round(0.05 * i, 2) for i in range(21))

@@ -8,7 +8,6 @@ import pytest
 from training import CPU, rows_of, train_only
 
 from lejepa_fast.errors import RunError, UsageError
-from lejepa_fast.train.checkpoint import resume
 from lejepa_fast.train.engine import optimization
 from lejepa_fast.train.engine.trainer import Trainer
 from lejepa_fast.train.runtime.signals import Interrupted
@@ -26,21 +25,6 @@ def test_changed_settings_are_told_and_used(tiny, caplog):
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0, 0.3}
     assert {tuple(group["betas"]) for group in trainer.optimizer.param_groups} == {(0.8, 0.95)}
     assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {0.5}
-
-
-def test_a_setting_that_an_older_checkpoint_lacks_had_its_default(tiny, monkeypatch, caplog):
-    choose = resume.choose_checkpoint
-
-    def older(*arguments):
-        if (found := choose(*arguments)) is not None:
-            del found[1]["config"]["eval"]["backbone"]
-        return found
-
-    monkeypatch.setattr(resume, "choose_checkpoint", older)
-    for steps, backbones in ((1, ()), (2, ()), (3, ("test_vit:untrained",))):
-        assert "eval.backbone" not in caplog.text
-        train_only(tiny(max_steps=steps, eval={"backbone": backbones}))
-    assert "eval.backbone: the checkpoint has [], this run ['test_vit:untrained']" in caplog.text
 
 
 def test_another_run_needs_another_folder(tiny, tmp_path):
