@@ -3,7 +3,6 @@
 Exit codes: 0 done, 1 the run failed, 2 wrong usage, 130 Ctrl-C.
 """
 
-import json
 import os
 import re
 import sys
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.runtime.command import run_with_options
-from lejepa_fast.train.runtime.files import disk_errors_named, write_atomically
+from lejepa_fast.train.runtime.files import disk_errors_named, write_json
 
 if TYPE_CHECKING:
     from lejepa_fast.data import ImageSource
@@ -144,8 +143,7 @@ def _segment(options: Options) -> None:
             name: {key: overlap._asdict() for key, overlap in each.items()} for name, each in scores.items()
         }
         print(_table(scores, len(truth), len(names)))
-    text = json.dumps(summary, indent=2) + "\n"
-    write_atomically(out / "summary.json", text.encode(), way_out="choose another --out")
+    write_json(out / "summary.json", summary, way_out="choose another --out")
     print(f"pictures: {out}")
 
 

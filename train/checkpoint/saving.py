@@ -34,7 +34,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from lejepa_fast.errors import RunError
 from lejepa_fast.train.checkpoint import storage
-from lejepa_fast.train.runtime.files import UNFINISHED, disk_errors_named, sync_folder
+from lejepa_fast.train.runtime.files import UNFINISHED, disk_errors_named, sync_folder, write_synced
 from lejepa_fast.train.runtime.world import World, gather_to_main, on_all, on_main
 
 log = logging.getLogger("lejepa_fast.train")
@@ -191,12 +191,4 @@ def write_shard(path: Path, tensors: dict[str, Tensor], offsets: dict[str, Any])
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     with path.open("rb") as file:
         os.fchmod(file.fileno(), mode)
-        os.fsync(file.fileno())
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and sync it to the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
         os.fsync(file.fileno())

@@ -18,7 +18,7 @@ from lejepa_fast.regular_files import open_regular
 from lejepa_fast.train.checkpoint.storage import find_checkpoint, has_average, load_model
 from lejepa_fast.train.config import Config, from_dict
 from lejepa_fast.train.model.model import LeJEPAModel, TrainedModule, build_model, evaluated
-from lejepa_fast.train.runtime.files import write_atomically
+from lejepa_fast.train.runtime.files import write_atomically, write_json
 
 log = logging.getLogger("lejepa_fast.train")
 
@@ -120,7 +120,7 @@ def export_encoder(
         "trained_with": "lejepa_fast",  # timm ignores it
     }
     write_atomically(path, save(weights), way_out=way_out)
-    _write_json(path.with_suffix(".json"), settings, way_out)
+    write_json(path.with_suffix(".json"), settings, way_out=way_out)
     beside = run_dir / "config.json"
     try:
         with open_regular(beside) as file:
@@ -139,10 +139,5 @@ def export_encoder(
         several = "%s holds several files of weights, of which timm takes %s; export to a folder for each"
         log.warning(several, run_dir, present[0])
     if present[0] == path.name:
-        _write_json(beside, earlier | for_timm, way_out)
+        write_json(beside, earlier | for_timm, way_out=way_out)
     return path
-
-
-def _write_json(path: Path, values: Mapping[str, Any], way_out: str) -> None:
-    text = json.dumps(values, indent=2) + "\n"
-    write_atomically(path, text.encode(), way_out=way_out)

@@ -404,8 +404,7 @@ def loader_workers(cfg: Config, processes_here: int, on_gpu: bool) -> int:
 
 def write(cfg: Config, folder: Path) -> None:
     """Write `folder/config.json`; RunError if it cannot be written."""
-    text = json.dumps(to_dict(cfg), indent=2) + "\n"
-    files.write_atomically(folder / "config.json", text.encode(), way_out="choose another --out")
+    files.write_json(folder / "config.json", to_dict(cfg), way_out="choose another --out")
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,26 @@ def write_atomically(path: Path, content: bytes, *, way_out: str) -> None:
     with disk_errors_named(path, way_out):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            write_synced(temporary, content)
             os.replace(temporary, path)
             sync_folder(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def write_json(path: Path, values: Mapping[str, Any], *, way_out: str) -> None:
+    """Write values as indented JSON, as `write_atomically` does."""
+    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode(), way_out=way_out)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and sync it to the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def remove_unfinished(folder: Path) -> None:
