@@ -24,7 +24,6 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -166,17 +165,12 @@ def load_model(path: Path, section: str = "model") -> dict[str, Tensor]:
     """Load the whole model of a checkpoint to the CPU, by the names of its state dict. For one process,
     which other ranks need not follow.
 
-    `section`: "model", "average" for the averaged model (see `has_average`), or a part: "model.encoder".
+    `section`: "model", "average" for the averaged model, or a part: "model.encoder".
     """
     saved, prefix = saved_tensors(path), f"{section}."
     whole = {n: torch.empty_like(t, device="cpu") for n, t in saved.items() if n.startswith(prefix)}
     load_tensors(path, whole, alone=True)
     return {name.removeprefix(prefix): tensor for name, tensor in whole.items()}
-
-
-def has_average(state: Mapping[str, Any]) -> bool:
-    """Whether the checkpoint with this state.json holds averaged weights."""
-    return bool((state.get("average") or {}).get("count"))
 
 
 # ---- choosing ----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import nn
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.regular_files import open_regular
-from lejepa_fast.train.checkpoint.storage import find_checkpoint, has_average, load_model
+from lejepa_fast.train.checkpoint.storage import find_checkpoint, load_model
 from lejepa_fast.train.config import Config, from_dict
 from lejepa_fast.train.model.model import LeJEPAModel, TrainedModule, build_model, evaluated
 from lejepa_fast.train.runtime.files import write_atomically, write_json
@@ -51,7 +51,7 @@ def load_trained(
     another model than its configuration describes."""
     path, state = find_checkpoint(where)
     cfg = from_dict(state["config"], where=f"checkpoint {path}")
-    averaged = averaged and has_average(state)
+    averaged = averaged and bool((state.get("average") or {}).get("count"))
     model = build_model(cfg)
     try:
         model.load_state_dict(load_model(path, "average" if averaged else "model"))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lejepa_fast.train.config import Config
 from lejepa_fast.train.model.average import WeightAverage
 from lejepa_fast.train.model.model import LeJEPAModel
 
@@ -56,8 +55,3 @@ class CenterFromAverage(nn.Module):
                 center = self.averaged(views[: self.views])[1]
         _, all_z = self.model(views)
         return (all_z[: self.views] if center is None else center), all_z
-
-
-def views_of_center(cfg: Config) -> int:
-    """The center is the mean of the first so many views."""
-    return cfg.crops.global_crops if cfg.loss.center == "global" else cfg.crops.num_views

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lejepa_fast.errors import UsageError, first_line
 from lejepa_fast.train.config import Config, ParallelConfig
 from lejepa_fast.train.model.average import WeightAverage
-from lejepa_fast.train.model.center import CenterFromAverage, views_of_center, without_noise
+from lejepa_fast.train.model.center import CenterFromAverage, without_noise
 from lejepa_fast.train.model.drop_path import share_drop_path
 from lejepa_fast.train.model.initialize import copy_values, initialize
 from lejepa_fast.train.model.masked import MaskedModel
@@ -164,7 +164,8 @@ def add_average(
     average = WeightAverage(model, cfg.average, total_steps, into=second)
     if second is None:
         return average, called
-    joint = CenterFromAverage(called, second, average, views_of_center(cfg))
+    views = cfg.crops.global_crops if cfg.loss.center == "global" else cfg.crops.num_views
+    joint = CenterFromAverage(called, second, average, views)
     if isinstance(model, FSDPModule):
         assert mesh is not None
         # One root for both models: FSDP2 ends a step of all its modules in the backward pass of the root.
