@@ -6,7 +6,7 @@ The trainer calls `inputs` before the forward pass, `finish` after the optimizer
 
 import math
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,18 +20,21 @@ _IMAGES, _PATCHES = 64, 512
 """Images and patches of a batch at most that log rows are about."""
 
 
-class Objective(Protocol):
-    """One run's objective on one rank."""
+class Objective:
+    """One run's objective on one rank. This one is LeJEPA's: the views of an image predict their mean."""
 
     def inputs(self, views: list[Tensor], epoch: int, batch: int) -> tuple[Any, ...]:
         """Return the model's inputs: views, (B, C, S, S) each, of batch number `batch` of an epoch, and what
         goes with them."""
+        return (views,)
 
     def kept(self, outputs: Any) -> Tensor:
         """Return what log rows need of the model's outputs: embeddings (V, N, K), or targets (B, P, K)."""
+        return outputs[1].detach()
 
     def spread(self, kept: Tensor) -> Tensor:
         """Return the standard deviation over images, averaged over dimensions: a 0-dim tensor."""
+        return kept.float().std(dim=1).mean()
 
     def figures(self, kept: Tensor) -> dict[str, float]:
         """Return further figures for a row of kind "train", of this rank alone."""
@@ -40,19 +43,6 @@ class Objective(Protocol):
     def finish(self, step: int, skipped: Tensor) -> None:
         """Follow step number `step`, from 1; `skipped` is a 0-dim tensor, above 0 if it was skipped."""
         return
-
-
-class LeJEPA(Objective):
-    """Views of an image predict their mean."""
-
-    def inputs(self, views: list[Tensor], epoch: int, batch: int) -> tuple[Any, ...]:
-        return (views,)
-
-    def kept(self, outputs: tuple[Tensor, Tensor]) -> Tensor:
-        return outputs[1].detach()  # all views, (V, N, K)
-
-    def spread(self, kept: Tensor) -> Tensor:
-        return kept.float().std(dim=1).mean()
 
 
 class Masked(Objective):

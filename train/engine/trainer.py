@@ -33,7 +33,7 @@ from lejepa_fast.train.config import Config
 from lejepa_fast.train.engine import random_state
 from lejepa_fast.train.engine.guard import StepGuard
 from lejepa_fast.train.engine.metrics import Metrics, peak_memory_gib
-from lejepa_fast.train.engine.objectives import LeJEPA, Masked, Objective
+from lejepa_fast.train.engine.objectives import Masked, Objective
 from lejepa_fast.train.engine.optimization import build_optimizer, build_scheduler, set_weight_decay
 from lejepa_fast.train.engine.out_of_memory import settings_that_help
 from lejepa_fast.train.engine.profiling import step_profiler
@@ -194,7 +194,7 @@ class Trainer:
 
     def _build_objective(self) -> Objective:
         if isinstance(self.model, LeJEPAModel):
-            return LeJEPA()
+            return Objective()
         schedule = self._schedule(self.world.rank)
         return Masked(self.cfg, self.model, schedule, self.world.device, self.total_steps)
 
