@@ -8,7 +8,7 @@ Exit code 2 for options that cannot work.
 import sys
 from collections.abc import Sequence
 
-from lejepa_fast.train.config.cli import parse_as, preset_for
+from lejepa_fast.train.config.cli import parse_as
 from lejepa_fast.train.planning.options import PlanOptions
 from lejepa_fast.train.runtime.command import run_command
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         what = "Estimate what a training run needs, without a GPU. Takes the options of train/pretrain.py."
-        options = parse_as(PlanOptions, argv, preset=preset_for(argv, embedded=False), what=what)
+        options = parse_as(PlanOptions, argv, what=what, laptop=False)
         from lejepa_fast.train.planning.estimate import Plan  # after --help, which does not need PyTorch
 
         print(Plan(options).report())

@@ -23,47 +23,42 @@ def parse(argv: Sequence[str] | None) -> Config:
     value of the wrong type.
     """
     what = "Pretrain an encoder with LeJEPA or I-JEPA. The embedded images start from a preset for laptops."
-    embedded = _given(argv, "--data", "--data.path") in (None, EMBEDDED_DATA)
-    return parse_as(Config, argv, preset=preset_for(argv, embedded=embedded), what=what)
+    return parse_as(Config, argv, what=what)
 
 
-def preset_for(argv: Sequence[str] | None, *, embedded: bool) -> str:
-    """The base of a command line that names none, by its objective; `embedded`: for the embedded images."""
-    if _given(argv, "--objective") in (None, "lejepa"):
-        return "laptop" if embedded else "default"
-    return "ijepa-laptop" if embedded else "ijepa-vit-b"
-
-
-def _given(argv: Sequence[str] | None, *names: str) -> str | None:
-    """The value of an option on a command line, if it is there; errors are left to the full parser."""
+def parse_as(cls: type[C], argv: Sequence[str] | None, *, what: str, laptop: bool = True) -> C:
+    """Parse a command line with the options of `cls`; `laptop`: the embedded images have a base of their own.
+    The base's arguments of `timm.create_model` are those of its model, and go if the command line names
+    another."""
+    arguments = checked_arguments(argv)
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    scan.add_argument(*names, dest="value", nargs="?")
-    return scan.parse_known_args(argv)[0].value
-
-
-def parse_as(cls: type[C], argv: Sequence[str] | None, *, preset: str, what: str) -> C:
-    """Parse a command line with the options of `cls`; `preset` is the base if it names none. The base's
-    arguments of `timm.create_model` are those of its model, and go if the command line names another."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset")
-    first.add_argument("--config", type=Path)
-    known, rest = first.parse_known_args(checked_arguments(argv))
-    if known.preset is not None and known.config is not None:
+    scan.add_argument("--preset")
+    scan.add_argument("--config", type=Path)
+    rest = scan.parse_known_args(arguments)[1]
+    for names in (("--data", "--data.path"), ("--model", "--model.name"), ("--objective",)):
+        scan.add_argument(*names, nargs="?")  # errors are left to the full parser
+    given = scan.parse_known_args(arguments)[0]
+    if given.preset is not None and given.config is not None:
         raise UsageError("--preset and --config both name a base configuration; give one of them")
-    name = known.preset or preset
+    small = laptop and given.data in (None, EMBEDDED_DATA)
+    if given.objective in (None, "lejepa"):
+        default = "laptop" if small else "default"
+    else:
+        default = "ijepa-laptop" if small else "ijepa-vit-b"
+    name = given.preset or default
     if name not in PRESETS:
         raise UsageError(f"--preset: expected one of {', '.join(PRESETS)}, got {name!r}")
     base = PRESETS[name]
-    if known.config is not None:
-        base = dataclasses.replace(load_json(known.config), out=None, resume="auto")
-    if _given(argv, "--model", "--model.name") not in (None, base.model.name):
+    if given.config is not None:
+        base = dataclasses.replace(load_json(given.config), out=None, resume="auto")
+    if given.model not in (None, base.model.name):
         base = dataclasses.replace(base, model=dataclasses.replace(base.model, kwargs="{}"))
-    if _given(argv, "--data", "--data.path") not in (None, base.data.path):  # chosen for other images
+    if given.data not in (None, base.data.path):  # chosen for other images
         base = dataclasses.replace(base, data=dataclasses.replace(base.data, value_range=None))
     if not isinstance(base, cls):
         base = cls(**{field.name: getattr(base, field.name) for field in dataclasses.fields(Config)})
     description = (
         f"{what} Base of the options below: --preset {'|'.join(PRESETS)} or --config FILE.json, the "
-        f"config.json of an earlier run; here {known.config or name}."
+        f"config.json of an earlier run; here {given.config or name}."
     )
     return parse_options(type(base), rest, default=base, description=description)
