@@ -297,12 +297,6 @@ def compilable(blocks: Iterable[nn.Module]) -> list[nn.Module]:
     return [b for b in blocks if not any(isinstance(m, nn.SyncBatchNorm) for m in b.modules())]
 
 
-def compiled_blocks(model: TrainedModule, cfg: Config, device: torch.device) -> int:
-    """Return how many blocks of a model that went through `parallelize` are compiled."""
-    blocks = [block for part in blocks_by_part(model).values() for block in part]
-    return len(compilable(blocks)) if compiles(cfg, device) else 0
-
-
 def eagerly() -> Any:
     """Return a context in which compiled blocks run uncompiled: no graphs for sizes that occur once."""
     return torch.compiler.set_stance("force_eager")
