@@ -5,9 +5,9 @@ A checkpoint is a folder, `checkpoints/step-00000123`, written by `saving.py`:
     shard-*.safetensors   tensors, by `torch.distributed.checkpoint` (DCP): each rank writes its share.
                           "model.NAME", "optimizer.NAME.SLOT" (moments and step of a parameter), "loss.NAME",
                           and with --average "average.NAME", the averaged model
-    state.json            {"format", "version", "step", "config", "data", "scheduler", "loader", "average",
-                          "rng"}: everything else. "data" identifies the images (`resume.data_identity`),
-                          "rng" has an entry for each rank
+    state.json            {"format", "version", "step", "config", "data", "loader", "average", "rng"}:
+                          everything else. "data" identifies the images (`resume.data_identity`), "rng" has
+                          an entry for each rank
     manifest.sha256       SHA-256 of every other file; `sha256sum -c` reads it
 
 Any number of processes can read it. No file is a pickle, so no code in one can run. (DCP's default format has

@@ -27,13 +27,15 @@ def build_optimizer(model: TrainedModule, cfg: OptimConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, cfg: OptimConfig, total_steps: int) -> LambdaLR:
-    """Build the schedule; step it after every optimizer step. Its state is one counter, so that a resumed run
-    can be extended."""
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, cfg: OptimConfig, total_steps: int, done: int = 0
+) -> LambdaLR:
+    """Build the schedule after `done` steps; step it after every optimizer step. For a `done` above 0 the
+    optimizer must have had a schedule before, which noted its peak rate there."""
     warmup = min(total_steps - 1, math.ceil(cfg.warmup_fraction * total_steps))
     start, final = cfg.start_lr_fraction, cfg.final_lr_fraction
     factor = partial(lr_factor, warmup=warmup, total=total_steps, start=start, final=final)
-    return LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, factor, last_epoch=done - 1)
 
 
 def lr_factor(step: int, *, warmup: int, total: int, final: float, start: float = 0.0) -> float:

@@ -323,14 +323,9 @@ class Trainer:
             storage.load_tensors(path, tensors)
         if self.average is not None:
             self.average.follow()
-        # The position in the schedule only: rate, decay and betas stay those of this run's settings, and the
-        # rate of the next step follows this run's schedule, which may be longer than the checkpoint's.
-        scheduler = self.scheduler
-        scheduler.load_state_dict({**state["scheduler"], "base_lrs": scheduler.base_lrs})
-        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-        scheduler._last_lr = [base * f for base, f in zip(scheduler.base_lrs, factors, strict=True)]
-        for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
-            group["lr"] = rate
+        # Rate, decay and betas stay those of this run's settings, and the rate of the next step follows this
+        # run's schedule, which may be longer than the checkpoint's.
+        self.scheduler = build_scheduler(self.optimizer, self.cfg.optim, self.total_steps, state["step"])
         same_images = state["data"] == self.data_identity
         position = {"epoch": state["loader"]["epoch"], "images_seen": 0}
         self.loader.load_state_dict(state["loader"] if same_images else position)
@@ -486,7 +481,6 @@ class Trainer:
         state = {
             "config": config.to_dict(self.cfg),
             "data": self.data_identity,
-            "scheduler": self.scheduler.state_dict(),
             "loader": self.loader.state_dict(),
             "average": self.average and self.average.state(),
             "rng": gather_to_main(self.world, random_state.capture_rng()),
