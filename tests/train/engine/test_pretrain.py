@@ -161,14 +161,12 @@ def test_ctrl_c_exits_with_130(error, tiny, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_signals_end_the_command_with_the_state_saved(tiny, tmp_path):
-    """SIGTERM: exit code 0; Ctrl-C: 130; each saves, and the losses are those of the undisturbed run."""
+    """SIGTERM: exit code 0; Ctrl-C: 130; each saves. `test_resume_is_exact` compares with a straight run."""
     cfg = tiny(epochs=400, data={"workers": 1})
     command = [sys.executable, str(SCRIPT), *arguments_of(cfg, tmp_path / "configs")]
-    # As many threads as here, so that both add up in the same order.
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     step = 0
     for signum, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
             wait_until(
                 lambda least=step + 3: len(rows_of(cfg)) >= least, alive=lambda p=process: p.poll() is None
@@ -184,11 +182,6 @@ def test_signals_end_the_command_with_the_state_saved(tiny, tmp_path):
         step = read_checkpoint(saved)["step"]
         assert step == rows_of(cfg)[-1]["step"]
         assert f"after step {step} " in errors
-    straight = replace(cfg, out=tmp_path / "straight", checkpoint_every=10_000)
-    trainer = Trainer(straight, CPU)
-    trainer.total_steps = step  # the schedule stays that of 400 epochs
-    trainer.run()
-    assert [row["loss"] for row in rows_of(straight)] == [row["loss"] for row in rows_of(cfg)]
 
 
 # ---- ranks -------------------------------------------------------------------------------------------
