@@ -9,15 +9,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Le
 
 from lejepa_fast.errors import UsageError
+from lejepa_fast.train.config.settings import AtLeast0, AtLeast1, Config, Pixels
 from lejepa_fast.train.runtime.command import run_with_options
 from lejepa_fast.train.runtime.files import disk_errors_named, write_json
 
 if TYPE_CHECKING:
     from lejepa_fast.data import ImageSource
-    from lejepa_fast.train.config import Config
     from lejepa_fast.train.evaluation.segmentation import Overlap
 
 ROWS = 8  # of a page
@@ -39,18 +41,18 @@ class Options:
     alpha does not count. Prints the IoU with them, of the untrained encoder and of constant answers, too."""
     sequence: bool = False
     """The images are frames in the order of their names: write an animation. Animated pictures always are."""
-    fps: float = 8.0
+    fps: Annotated[float, Ge(0.01), Le(100)] = 8.0
     """Frames per second of an animation."""
     pca: Literal["joint", "per-image"] = "joint"
     """Principal components of all images together, so that a color means the same in all; or of each
     alone."""
-    threshold: float = 0.6
+    threshold: Annotated[float, Ge(0.01), Le(0.99)] = 0.6
     """Share of the attention that is drawn as foreground."""
-    draw: int = 64
+    draw: AtLeast0 = 64
     """Draw the first images, this many; of a sequence all. With masks, all images are measured."""
-    image_size: int | None = None
+    image_size: Pixels | None = None
     """Side of the images in pixels; None: as in the evaluation of the run. Larger ones give more patches."""
-    batch_size: int = 32
+    batch_size: AtLeast1 = 32
     """Images per forward pass. The results do not depend on it."""
     averaged: bool = True
     """Take the averaged weights if the run keeps them (--average)."""
@@ -78,7 +80,6 @@ def _segment(options: Options) -> None:
     from lejepa_fast.train.report.overlays import draw_animation, draw_page, map_pictures, to_pixels
     from lejepa_fast.train.runtime.world import choose_device
 
-    _check(options)
     model, cfg, step, path, *_ = load_trained(options.checkpoint, averaged=options.averaged)
     device = choose_device(options.device)
     source, names, animated = _open_images(options.images, cfg)
@@ -147,20 +148,7 @@ def _segment(options: Options) -> None:
     print(f"pictures: {out}")
 
 
-def _check(options: Options) -> None:
-    """Raise UsageError for numbers beyond their bounds."""
-    for name, low, high in (
-        ("fps", 0.01, 100),
-        ("threshold", 0.01, 0.99),
-        ("draw", 0, 1e6),
-        ("batch_size", 1, 1e6),
-        ("image_size", 1, 1e6),
-    ):
-        if (value := getattr(options, name)) is not None and not low <= value <= high:
-            raise UsageError(f"{name}: expected a number from {low:g} to {high:g}, got {value}")
-
-
-def _open_images(path: Path, cfg: "Config") -> "tuple[ImageSource, list[str], bool]":
+def _open_images(path: Path, cfg: Config) -> "tuple[ImageSource, list[str], bool]":
     """Images in natural order (frame-2 before frame-10), their names, and whether they are an animation."""
     from lejepa_fast.data.sources.folder import FileSource, is_image, walk_files
     from lejepa_fast.data.sources.scientific import as_trained

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
+from annotated_types import Ge, Le
 
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.runtime.command import aligned, run_with_options
@@ -25,7 +26,7 @@ class Options:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders, finished ones at best."""
-    alpha: float = 0.4
+    alpha: Annotated[float, Ge(0), Le(10)] = 0.4
     """Exponent of lambda. The paper finds about 0.4."""
     out: Path | None = None
     """Folder that gets select.json and, with labels, select.png; None: print only."""
@@ -40,8 +41,6 @@ def _select(options: Options) -> None:
     from lejepa_fast.train.report.runs import json_text, read_run  # after --help
     from lejepa_fast.train.report.selection import select
 
-    if not 0 <= options.alpha <= 10:  # NaN, too
-        raise UsageError(f"alpha: expected a number from 0 to 10, got {options.alpha}")
     runs = []
     for folder in {folder.resolve(): folder for folder in options.runs}.values():
         try:

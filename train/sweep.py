@@ -54,7 +54,7 @@ class Options:
     loss.lambd=0.01,0.05; or KEY=[JSON, ...] for values with commas, or of several numbers."""
     out: Path
     """Folder of the sweep, which gets a run folder for each point of the grid."""
-    jobs: int | None = None
+    jobs: config.settings.AtLeast1 | None = None
     """Runs at a time, in turn on the GPUs; None: one for each GPU, without GPUs one."""
     index: int | None = None
     """Train this point of the grid alone, numbered from 0: for job arrays."""
@@ -93,8 +93,6 @@ def _sweep(argv: Sequence[str] | None) -> None:
     arguments = [*checked_arguments(argv)]
     middle = arguments.index("--") if "--" in arguments else len(arguments)
     options, shared = parse_options(Options, arguments[:middle]), arguments[middle + 1 :]
-    if options.jobs is not None and options.jobs < 1:
-        raise UsageError(f"jobs: expected a number of at least 1, got {options.jobs}")
     points = make_points(options.grid, shared, options.out)
     if options.list:
         for number, point in enumerate(points):

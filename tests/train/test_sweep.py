@@ -162,6 +162,11 @@ def test_a_bad_grid_is_an_error_before_the_first_run(sweeping, capsys, grid, mes
     assert sweeping.calls() == []
 
 
+def test_no_jobs_are_refused(sweeping, capsys):
+    assert sweeping("--grid", "loss.lambd=0.01", "--jobs", "0") == 2
+    assert capsys.readouterr().err == "error: jobs: expected at least 1, got 0\n"
+
+
 @pytest.mark.slow
 def test_the_trainer_itself_runs_a_grid(tiny, tmp_path, monkeypatch, capsys):
     """Two runs; one has trained already, but has no report, as if it was stopped before its evaluation."""

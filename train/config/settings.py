@@ -23,6 +23,7 @@ from lejepa_fast.data.validation import validated
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config.names import default_weight_decay
 from lejepa_fast.train.runtime import files
+from lejepa_fast.train.runtime.command import check_bounds
 
 EMBEDDED_DATA = "trashnet96"
 # The export adds these to a run's config.json, for timm.
@@ -321,7 +322,7 @@ def resolve(cfg: C) -> C:
 
 def validate(cfg: Config, world_size: int = 1) -> None:
     """Raise UsageError for a bad type or bound, or what does not fit several fields or the processes."""
-    validated(type(cfg), to_dict(cfg))
+    check_bounds(cfg)
     cfg.crops.validate()
     for option, path in (("out", cfg.out or ""), ("data.path", cfg.data.path)):
         if any(len(name.encode()) > 255 for name in Path(path).parts):

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import tyro
 from tqdm import tqdm
 
+from lejepa_fast.data.validation import validated
 from lejepa_fast.errors import RunError, UsageError, printable
 from lejepa_fast.train.runtime.signals import Interrupted
 
@@ -38,7 +39,7 @@ def parse_options(
         default: supplies the options that are not given; None: the defaults of `cls`.
 
     Raises:
-        UsageError: an unknown option or a bad value, in one line.
+        UsageError: an unknown option, a bad value, or one beyond the bounds of its field, in one line.
     """
     argv = checked_arguments(argv)
     given: dict[str, Any] = {} if default is None else {"default": default}
@@ -56,6 +57,7 @@ def parse_options(
         message = next(" ".join(line.strip(" │") for line in text) for found, text in texts if found)
         raise UsageError(f"{message.rstrip('.')}; see --help") from None
     if not unknown:
+        check_bounds(options)
         return options
     option = unknown[0].partition("=")[0]
     if not option.startswith("-"):
@@ -66,6 +68,14 @@ def parse_options(
     near = difflib.get_close_matches(option.lstrip("-"), names, n=1)
     hint = f"did you mean --{near[0]}?" if near else "see --help for all options"
     raise UsageError(f"unknown option {option}; {hint}")
+
+
+def check_bounds(options: Any) -> None:
+    """Raise UsageError for a value of a dataclass that does not fit the type and bounds of its field."""
+    import pydantic  # after --help
+
+    kind = type(options)
+    validated(kind, pydantic.TypeAdapter(kind).dump_python(options, mode="json", warnings=False))
 
 
 def checked_arguments(argv: Sequence[str] | None) -> Sequence[str]:

@@ -334,9 +334,9 @@ def test_command_animates_a_folder_of_frames_in_order_and_an_animated_picture(ru
     [
         (["--images", "gone"], "images: expected a folder or a picture, got gone, which does not exist"),
         (["--images", "empty"], "images: expected images, got empty, which holds none"),
-        (["--images", ".", "--threshold", "1.5"], "threshold: expected a number from 0.01 to 0.99, got 1.5"),
+        (["--images", ".", "--threshold", "1.5"], "threshold: expected at most 0.99, got 1.5"),
         (["--images", ".", "--masks", "gone"], "masks: expected a folder, got gone"),
-        (["--images", ".", "--image-size", "0"], "image_size: expected a number from 1 to 1e+06, got 0"),
+        (["--images", ".", "--image-size", "0"], "image_size: expected at least 1, got 0"),
         (["--images", ".", "--image-size", "50"], "no map of features for 50 px"),
     ],
 )
