@@ -57,7 +57,7 @@ TARGETS = (
         r"kernels/(?!__init__|color)\w+\.py",
         "kernel_operators kernel_memory kernel_accuracy kernel_generated",
     ),
-    Target("sampler", 6, r".*/data/sampler\.py", "test_loader test_workers"),
+    Target("sampler", 6, r".*/data/sampler\.py", "test_loader"),
     Target("draws", 6, r".*/data/draws\.py", "test_ops test_parity"),
     Target("guard", 6, r"train/engine/guard\.py", "test_step test_average test_train test_parallel"),
     Target("checkpoint", 8, r"train/checkpoint/[a-z]\w+\.py", "test_checkpoint test_resume test_model"),

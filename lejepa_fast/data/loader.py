@@ -107,14 +107,9 @@ class _Loader:
         return self._backend.name
 
     def close(self) -> None:
-        """End the pass under way and the worker processes. A later pass starts new ones.
-
-        Without it they end when the loader is freed. In a circle of references Python frees the queues to the
-        workers first, and PyTorch then waits 5 s for each worker.
-        """
+        """End the pass under way, with the batches that are made ahead."""
         if self._batches is not None:
             self._batches.close()
-        self._backend.close()
 
     def _pass(self, keys: Iterable[BatchKey]) -> Iterator[tuple[list[Tensor], Tensor]]:
         if self._batches is not None:
@@ -150,15 +145,15 @@ class MultiCropLoader(_Loader):
         seed: seed of order, crops and colors.
         rank: this rank, in 0 .. world_size - 1.
         world_size: number of ranks.
-        num_workers: processes ("torchvision"; 0: none, in this process) or threads ("cpu", "dali"; at least
-            1) that read, decode and augment.
+        num_workers: threads that read, decode and augment, at least 1. With "torchvision" also 0: the thread
+            that iterates does it.
         backend: "dali", "cpu", "torchvision", or "auto": dali on a GPU where it is installed, else cpu where
             Numba is installed, else torchvision.
         device: where the batches go; None: they stay in the CPU's memory.
         dtype: float32, bfloat16 or float16 of normalized views; uint8 for raw pixels.
         channels_last: memory format of the views.
         shuffle: False takes the images in the order of the source.
-        prefetch: batches that are made ahead of the trainer (with torchvision, by each worker).
+        prefetch: batches that are made ahead of the trainer.
         hw_decoder_load: share of JPEGs for a GPU's hardware decoder (dali).
         bad_images: file that lists bad images, one for all ranks; see `BadImages`. A bad image is replaced by
             another one.

@@ -7,12 +7,21 @@ import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from loader_backends import NumberedFolder, numbered_folder, picture, skip_without, without_gpu
+from loader_backends import (
+    NumberedFolder,
+    NumberedSource,
+    numbered_folder,
+    picture,
+    skip_without,
+    without_gpu,
+)
+from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader
 from lejepa_fast.data.backends import choose_backend as choice
@@ -135,16 +144,53 @@ def test_evaluation_views_equal_torchvisions(tmp_path, name):
 # --- threads and processes ----------------------------------------------------------------------
 
 
+class ThreadCountSource(NumberedSource):
+    """Encodes the number of threads that torch's operators would use in the pixels."""
+
+    def open_image(self, index: int) -> Image.Image:
+        return Image.new("RGB", (20, 20), (torch.get_num_threads(),) * 3)
+
+
+@pytest.mark.parametrize(("name", "workers"), [("torchvision", 0), ("torchvision", 2), ("cpu", 2)])
+def test_each_image_is_made_by_one_thread(name, workers):
+    skip_without(name)
+    before = torch.get_num_threads()
+    options = {"mean": (0, 0, 0), "std": (1, 1, 1), "backend": name, "num_workers": workers}
+    torch.set_num_threads(2)
+    try:
+        images, _ = next(iter(eval_loader(ThreadCountSource(24), image_size=8, batch_size=12, **options)))
+        assert torch.allclose(images, torch.full_like(images, 1 / 255))
+        # All other threads keep their number: this one, and those that start later.
+        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_workers_torchvision_needs_no_thread():
+    made_by: set[threading.Thread] = set()
+
+    class Source(NumberedSource):
+        def open_image(self, index: int) -> Image.Image:
+            made_by.add(threading.current_thread())
+            return super().open_image(index)
+
+    list(multicrop_loader(Source(6), RECIPE, batch_size=2, backend="torchvision"))
+    assert made_by == {threading.current_thread()}
+
+
 def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("lejepa")]
 
 
-@pytest.mark.parametrize("name", ["cpu", "dali"])
+@pytest.mark.parametrize("name", ["cpu", "dali", "torchvision"])
 def test_a_loader_that_is_left_early_frees_its_threads(name, tmp_path):
     skip_without(name)
     gc.collect()
     before = len(os.listdir("/proc/self/task"))
-    loader = multicrop_loader(numbered_folder(tmp_path / "images", 40), RECIPE, batch_size=2, backend=name)
+    source = numbered_folder(tmp_path / "images", 40)
+    loader = multicrop_loader(source, RECIPE, batch_size=2, backend=name, num_workers=1)
     batches = iter(loader)
     next(batches)
     assert threads()
@@ -165,7 +211,8 @@ os.register_at_fork(after_in_child=gc.collect)
 gc.disable()
 others = []
 for backend in sys.argv[2:]:
-    loader, other = (multicrop_loader(source, recipe, batch_size=2, backend=backend) for _ in range(2))
+    options = {"batch_size": 2, "backend": backend, "num_workers": 1}
+    loader, other = (multicrop_loader(source, recipe, **options) for _ in range(2))
     list(loader)
     holder = {"loader": loader}
     holder["itself"] = holder
@@ -183,8 +230,7 @@ print(*[len(next(batches)[0]) for batches in others])
 
 def test_neither_forked_processes_nor_the_end_of_the_interpreter_wait_for_threads(tmp_path):
     """Not even when the child collects garbage before anything else: some other hook may set that off."""
-    if not (names := [name for name in without_gpu() if name != "torchvision"]):
-        pytest.skip("needs Numba or DALI")
+    names = without_gpu()
     numbered_folder(tmp_path / "images", 40)
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "images"), *names]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -17,7 +17,8 @@ from torch import Tensor
 from view_parity import sample_views
 
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader
-from lejepa_fast.data.backends.torchvision_backend import apply_view, to_tensor
+from lejepa_fast.data.backends.threaded import to_tensor
+from lejepa_fast.data.backends.torchvision_backend import apply_view
 from lejepa_fast.data.sampler import EpochSchedule
 
 RECIPE = MultiCropRecipe(

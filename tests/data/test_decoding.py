@@ -13,7 +13,8 @@ from view_parity import sample_views
 
 from lejepa_fast.data import MultiCropRecipe, draws, eval_loader, multicrop_loader, open_source
 from lejepa_fast.data import views as views_module
-from lejepa_fast.data.backends.torchvision_backend import apply_view, to_tensor
+from lejepa_fast.data.backends.threaded import to_tensor
+from lejepa_fast.data.backends.torchvision_backend import apply_view
 from lejepa_fast.data.sources import FolderSource, UnreadableImageError
 from lejepa_fast.data.sources.decoding import open_encoded, plain_header, to_rgb
 from lejepa_fast.data.views import EvalViews, TrainViews

@@ -1,6 +1,5 @@
 """The loader's promises: what a batch holds, determinism, ranks, resume, workers, error messages."""
 
-import multiprocessing
 import random
 from functools import partial
 
@@ -12,7 +11,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader, open_source
-from lejepa_fast.data.backends import torchvision_backend as backend
+from lejepa_fast.data.backends import threaded
 from lejepa_fast.data.sampler import EpochSchedule
 from lejepa_fast.errors import RunError, UsageError
 
@@ -111,20 +110,12 @@ def test_augmentation_ignores_batch_size_order_and_ranks(make):
     assert not torch.equal(per_image(make(seed=1))[5][0], reference[5][0])
 
 
-@pytest.fixture(params=["fork", "spawn"])
-def start_method(request):
-    before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method(request.param, force=True)
-    yield request.param
-    multiprocessing.set_start_method(before, force=True)
-
-
-def test_workers_change_nothing(start_method):
-    torch.rand(2000, 2000) @ torch.rand(2000, 8)  # an OpenMP team in the parent must not hang its forks
-    # The embedded shards: their descriptors are open here before the workers start.
-    source = open_source("trashnet96", "val").subset(range(37))
-    expected = multicrop_loader(source, RECIPE, batch_size=4)
-    made = multicrop_loader(source, RECIPE, batch_size=4, num_workers=1 + (start_method == "fork"))
+def test_workers_change_nothing(backend):
+    source = open_source("trashnet96", "val").subset(range(37))  # shards, which they read at the same time
+    made, expected = (
+        multicrop_loader(source, RECIPE, batch_size=4, num_workers=workers, **on(backend))
+        for workers in (3, 0)
+    )
     for _ in range(2):
         assert same(list(made), list(expected))
 
@@ -261,11 +252,11 @@ def test_eval_loader(workers):
 
 def test_very_long_images_are_cut_before_they_are_resized(monkeypatch):
     source = NumberedSource(1, size=(400, 1))
-    whole = F.resize(backend.to_tensor(source[0][0]), [16], antialias=True)
+    whole = F.resize(threaded.to_tensor(source[0][0]), [16], antialias=True)
     made = []
     resize = F.resize
-    monkeypatch.setattr(backend.F, "resize", lambda *a, **o: made.append(resize(*a, **o)) or made[-1])
-    view = backend.center_view(source[0][0], 16)
+    monkeypatch.setattr(threaded.F, "resize", lambda *a, **o: made.append(resize(*a, **o)) or made[-1])
+    view = threaded.center_view(source[0][0], 16)
     assert [tuple(image.shape) for image in made] == [(3, 16, 64)]
     assert torch.equal(view, F.center_crop(whole, [16, 16]))
 

@@ -34,7 +34,7 @@ from view_parity import (
 )
 
 from lejepa_fast.data import MultiCropRecipe, draws, open_source
-from lejepa_fast.data.backends.torchvision_backend import one_thread
+from lejepa_fast.data.backends.threaded import one_thread
 from lejepa_fast.data.sources.base import EncodedSource
 from lejepa_fast.data.views import TrainViews
 

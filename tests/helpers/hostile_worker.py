@@ -35,7 +35,7 @@ def epoch_of(name: str, backend: str) -> list[int] | str:
             source,
             RECIPE,
             batch_size=BATCH,
-            num_workers=0 if backend == "torchvision" else 1,  # in this process, whose memory is measured
+            num_workers=1,
             backend=backend,
             max_bad_fraction=0.5,
             bad_images=f"bad-{backend}-{name}.txt",

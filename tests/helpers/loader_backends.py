@@ -8,15 +8,12 @@ import pytest
 import torch
 from odd_files import saved
 from PIL import Image
-from torch.utils.data import _utils
 
 from lejepa_fast.data import MultiCropRecipe
 from lejepa_fast.data.backends.choose_backend import choose_backend
-from lejepa_fast.data.sources import FolderSource, ImageSource, outages
+from lejepa_fast.data.sources import FolderSource, ImageSource
 from lejepa_fast.errors import UsageError
 
-# So many seconds PyTorch waits for each worker of a loader that is dropped in a circle of references.
-_utils.MP_STATUS_CHECK_INTERVAL = 0.5
 BACKENDS = ("torchvision", "cpu", "dali", "gpu")
 CROPS_ONLY = MultiCropRecipe(
     global_size=24, local_crops=0, jitter_prob=0, grayscale_prob=0, blur_prob=0, solarize_prob=0
@@ -79,16 +76,13 @@ class NumberedFolder(FolderSource):
 
 
 class AwayFolder(NumberedFolder):
-    """Once `delays` is set, it is moved away when image 5 is read; with `back` it is back after a wait."""
+    """Once `armed`, it is moved away when image 5 is read; with `back` it is back after a wait."""
 
-    delays: tuple[float, ...] = ()  # what `outages.RETRY_DELAYS` is to be
-    back = False
+    armed = back = False
 
     def encoded(self, index: int) -> bytes:
         other, marker = self.root.with_name("away"), self.root.with_name("gone")
-        if self.delays:
-            outages.RETRY_DELAYS = self.delays  # here, because a worker may have been spawned
-        if self.delays and index == 5:
+        if self.armed and index == 5:
             if not marker.exists():
                 marker.touch()
                 self.root.rename(other)

@@ -55,7 +55,7 @@ def rendered(engine: str, views: TrainViews, batch_size: int) -> list[Tensor]:
     """All views (N, 3, S, S) uint8 of the source, in its order, by one of `loader_backends.BACKENDS`."""
     count = len(views.source)
     name, device = ("dali", torch.device("cuda")) if engine == "gpu" else (engine, None)
-    backend, _ = make_backend(name, views, Loading(batch_size, 0 if name == "torchvision" else 2, device))
+    backend, _ = make_backend(name, views, Loading(batch_size, 2, device))
     keys = (BatchKey(0, tuple(range(i, i + batch_size))) for i in range(0, count, batch_size))
     batches = [[view.cpu() for view in raw.views] for raw in backend.batches(keys, BadImages(views.source))]
     return [torch.cat(made) for made in zip(*batches, strict=True)]

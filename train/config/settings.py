@@ -69,13 +69,13 @@ class DataConfig:
     """Of files that hold several images, such as TIFF stacks: the first; a random one in each epoch; or all,
     each as an image of its own."""
     workers: Workers | None = None
-    """Loader threads of each training process; with the backend torchvision processes, and 0: load in the
-    training process. None: by CPU count."""
+    """Loader threads of each training process; 0: with the backend torchvision, load in the thread of the
+    training, else one thread. None: by CPU count."""
     backend: Literal["auto", "dali", "cpu", "torchvision"] = "auto"
     """What decodes and augments. auto: dali on a GPU where it is installed, else cpu where Numba is, else
     torchvision."""
     prefetch: Batches = 2
-    """Finished batches that wait for the training; with torchvision, for each worker. Each costs memory."""
+    """Batches that are made ahead of the training. Each costs memory."""
     hw_decoder_load: Share = 0.65
     """Share of JPEGs for the hardware decoder of a GPU, where DALI decodes there; 0: all go to CUDA."""
     max_bad_fraction: Share = 0.05

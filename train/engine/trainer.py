@@ -427,14 +427,7 @@ class Trainer:
         left = len(self.loader) - first_batch
         while True:
             began = time.perf_counter()
-            try:
-                batch = next(batches, None)
-            except RunError:
-                # A signal to the process group may end the workers before this process sees it. Several ranks
-                # cannot stop here, because the others are in the middle of a step.
-                if self.signals.requested and not self.world.distributed:
-                    self._stop()
-                raise
+            batch = next(batches, None)
             if batch is None:
                 if left:  # the other ranks would wait for this one in their next step
                     raise RunError(

@@ -141,7 +141,7 @@ def evaluate_model(
         device: of the model; the probes run there, too.
         linear_steps: upper limit of the linear probe's steps; 0: no linear probe.
         train_images: use a random subset of so many training images if there are more; 0: use all.
-        num_workers: loader processes or threads.
+        num_workers: loader threads.
         amp_dtype: autocast dtype of the forward pass; None: the dtype of the weights.
         bad_images: file that lists unreadable images, which are skipped.
         calibrate: for an untrained model: first set the running statistics of its BatchNorm layers from up to

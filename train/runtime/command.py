@@ -127,7 +127,7 @@ def run_command(
 def let_threads_sleep() -> None:
     """Let idle OpenMP threads of this process sleep, unless OMP_WAIT_POLICY is set; before PyTorch is loaded.
 
-    By default they spin at barriers and take the CPU from loader workers. Some microseconds of it pay: small
+    By default they spin at barriers and take the CPU from loader threads. Some microseconds of it pay: small
     networks reach a barrier so often that falling asleep costs more.
     """
     if "OMP_WAIT_POLICY" not in os.environ:

@@ -124,7 +124,7 @@ class RunLock:
             return
         with disk_errors_named(self._path, "choose another --out"):
             self._file = self._locked()
-        # Loader workers outlive a killed trainer by seconds, and would hold the lock.
+        # A forked process may outlive the trainer, and would hold the lock.
         os.register_at_fork(after_in_child=self._leave)
 
     def _locked(self) -> int | None:

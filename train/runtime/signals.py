@@ -45,7 +45,6 @@ class SignalWatch:
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._process = os.getpid()
         self._exit_message: str | None = None
         self._previous: dict[int, Any] = {}
 
@@ -75,12 +74,6 @@ class SignalWatch:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            # A forked loader worker inherits this handler. It ignores Ctrl-C, because the trainer still needs
-            # its batch to finish the step, and exits on SIGTERM, which is how the trainer ends its workers.
-            if signum == signal.SIGTERM:
-                os._exit(128 + signum)
-            return
         if self.requested and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum

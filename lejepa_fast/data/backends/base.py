@@ -67,9 +67,6 @@ class Backend(Protocol):
         where there is none the batch is shorter. Before the next call this pass has ended or is closed.
         """
 
-    def close(self) -> None:
-        """End worker processes, after the pass."""
-
 
 def give_memory_back() -> None:
     """Return freed memory to the system, where the C library can (glibc). Takes a few milliseconds.

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from lejepa_fast.data import draws
 from lejepa_fast.data.backends.base import Loading, RawBatch
-from lejepa_fast.data.backends.torchvision_backend import change_color, one_thread
+from lejepa_fast.data.backends.threaded import one_thread
+from lejepa_fast.data.backends.torchvision_backend import change_color
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey
@@ -228,9 +229,6 @@ class DaliBackend:
                 for part in parts:
                     part.cancel()
             self._drain()
-
-    def close(self) -> None:
-        """Nothing to do: there are no processes."""
 
     def _read(self, key: BatchKey, bad: BadImages, *, careful: bool = False) -> list[Future[list[Encoded]]]:
         """Start reading the images of a batch, with good ones in the places of bad ones."""

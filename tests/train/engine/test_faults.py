@@ -93,8 +93,8 @@ def images_seen(folder):
 @pytest.mark.slow
 def test_killed_and_signaled_and_on_other_numbers_of_ranks(tiny, tmp_path, monkeypatch):
     """On 2 ranks until SIGTERM, on 1 until SIGTERM, on 2; there rank 0 is killed, which writes metrics and
-    checkpoints and holds the lock, then a loader's worker, with which rank 1 ends. torchrun starts both ranks
-    again; then it is killed itself, and the run ends on 1.
+    checkpoints and holds the lock, then rank 1. torchrun starts both ranks again; then it is killed itself,
+    and the run ends on 1.
 
     The whole course is that of an uninterrupted run of one process.
     """
@@ -130,15 +130,15 @@ def test_killed_and_signaled_and_on_other_numbers_of_ranks(tiny, tmp_path, monke
 
     job = Job(cfg, seen)
     try:
-        kill_and_see_it_back(job, 3 * EVERY, lambda: job.trainers()[0])
-        kill_and_see_it_back(job, 4 * EVERY, lambda: children_of(job.trainers()[1])[0])
+        kill_and_see_it_back(job, 3 * EVERY, rank=0)
+        kill_and_see_it_back(job, 4 * EVERY, rank=1)
         job.wait_for_save(5 * EVERY)
         left = job.trainers().values()
         job.process.kill()
         wait_until(lambda: not any(map(runs, left)), alive=lambda: True)
     finally:
         job.clear()
-    train_only(cfg)  # at once: no worker holds the lock
+    train_only(cfg)  # at once: nothing holds the lock
     starts = rows_of(cfg, "run")
     assert [row["world_size"] for row in starts] == [2, 1, 2, 2, 2, 1]
 
@@ -151,12 +151,12 @@ def test_killed_and_signaled_and_on_other_numbers_of_ranks(tiny, tmp_path, monke
     check_same_images(images_seen(seen_straight), images_seen(seen))
 
 
-def kill_and_see_it_back(job, step, victim):
-    """SIGKILL once this step is saved: a step within 60 s, new steps, at most one interval lost."""
+def kill_and_see_it_back(job, step, rank):
+    """SIGKILL of a rank once this step is saved: a step within 60 s, new steps, at most one interval lost."""
     job.wait_for_save(step)
     starts = len(rows_of(job.cfg, "run"))
     before = rows_of(job.cfg)
-    os.kill(victim(), signal.SIGKILL)
+    os.kill(job.trainers()[rank], signal.SIGKILL)
     killed = time.monotonic()
     job.wait_for(lambda: len(rows_of(job.cfg, "run")) > starts)
     resumed = rows_of(job.cfg, "run")[-1]["step"]
@@ -210,7 +210,7 @@ with contextlib.suppress(OSError):
 
 @pytest.mark.slow
 def test_a_whole_run_does_not_try_to_use_a_network(tiny, tmp_path):
-    """Workers, TensorBoard, evaluation and report included: there is no telemetry."""
+    """Loader threads, TensorBoard, evaluation and report included: there is no telemetry."""
     assert set(attempts_of(tmp_path, "-c", HIDDEN_ATTEMPT)) == {"192.0.2.1"}
     (tmp_path / "attempts").unlink()
     cfg = tiny(max_steps=4, data={"workers": 1, "backend": "auto"}, tensorboard=True)

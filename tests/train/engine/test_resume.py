@@ -1,16 +1,14 @@
 """What a resumed run takes from its checkpoint and what from its settings, and which folders it refuses."""
 
 import shutil
-import signal
 from typing import Any
 
 import pytest
 from training import CPU, rows_of, train_only
 
-from lejepa_fast.errors import RunError, UsageError
+from lejepa_fast.errors import UsageError
 from lejepa_fast.train.engine import optimization
 from lejepa_fast.train.engine.trainer import Trainer
-from lejepa_fast.train.runtime.signals import Interrupted
 
 
 def test_changed_settings_are_told_and_used(tiny, caplog):
@@ -99,31 +97,3 @@ def test_another_batch_size_keeps_the_epochs(before, tiny):
     assert [row["epoch"] for row in rows_of(cfg)] == [0] * before + [1, 1, 2, 2, 3, 3]
     evaluations = [(row["step"], row["epoch"]) for row in rows_of(cfg, "eval")]
     assert evaluations == [(before, 1), (before + 2, 2), (before + 4, 3)]
-
-
-@pytest.mark.parametrize("signaled", [True, False])
-def test_workers_that_a_signal_ended_are_no_failure(signaled, tiny, monkeypatch):
-    """The signal reached the whole process group, so the trainer waits for a batch that will not come."""
-    cfg = tiny()
-    trainer = Trainer(cfg, CPU)
-    take = type(trainer.loader).__iter__
-
-    def broken(self):
-        for number, batch in enumerate(take(self)):
-            if number == 2:
-                if signaled:
-                    signal.raise_signal(signal.SIGTERM)
-                raise RunError("a data-loading worker died")
-            yield batch
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(trainer.loader), "__iter__", broken)
-        if signaled:
-            with pytest.raises(Interrupted, match="SIGTERM after step 2 of 12; checkpoint saved"):
-                trainer.run()
-        else:
-            with pytest.raises(RunError, match="worker died"):
-                trainer.run()
-    assert (trainer.run_dir / "checkpoints" / "step-00000002").exists() == signaled
-    train_only(cfg)
-    assert [row["step"] for row in rows_of(cfg)] == list(range(1, 13))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lejepa_fast.data.backends.torchvision_backend import center_view
+from lejepa_fast.data.backends.threaded import center_view
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train import config
 from lejepa_fast.train.checkpoint.trained_model import export_encoder
