@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from image_folders import write_images
-from odd_files import BAD, ODD, spoil
 from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe, multicrop_loader, open_source
@@ -186,40 +185,6 @@ def test_pack_leaves_nothing_half_done(folder, tmp_path, monkeypatch, capsys):
     assert names_in(tmp_path) == ["out", "set"]
 
 
-def test_pack_leaves_bad_images_out_when_asked_to(folder, tmp_path, capsys):
-    ant, bee = folder / "train" / "ant", folder / "val" / "bee"
-    spoil(ant, Image.new("RGB", (20, 18), (200, 30, 90)))
-    (bee / "img 3.v1.JPG").write_bytes(b"text")
-    bad = {str(ant / name): reason for name, (_, reason) in BAD.items()}
-    bad[str(bee / "img 3.v1.JPG")] = "not an image"
-    out = tmp_path / "out"
-    assert pack(folder, out, "--skip-bad", "--shard-mb", "0.01") == 0
-    assert capsys.readouterr().out.splitlines() == [
-        f"{out / 'train'}: {60 + len(ODD)} images",
-        f"{out / 'val'}: 11 images",
-        f"{len(bad)} bad images left out, listed in {out / 'skipped.txt'}",
-    ]
-    rows = [line.split("\t") for line in (out / "skipped.txt").read_text().splitlines()]
-    assert len(rows) == len(bad)
-    assert all(re.search(bad[name], reason) for name, _, reason in rows)
-    for split in ("train", "val"):
-        whole = open_source(str(folder), split)
-        good = [i for i in range(len(whole)) if whole.describe(i) not in bad]
-        assert digests(open_source(str(out), split)) == digests(whole.subset(good))
-    # Without bad images there is no list.
-    assert pack(folder / "train" / "bee", tmp_path / "bees", "--skip-bad") == 0
-    assert names_in(tmp_path / "bees") == ["shard-00000.tar"]
-
-
-def test_pack_of_nothing_but_bad_images_fails(folder, tmp_path, capsys):
-    for path in (folder / "val").rglob("*.JPG"):
-        path.write_bytes(b"text")
-    assert pack(folder, tmp_path / "out", "--skip-bad") == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error == f"error: none of the 12 images in {folder / 'val'} is readable; check the data set"
-    assert names_in(tmp_path) == ["set"]
-
-
 def test_usage_errors(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([])
@@ -244,5 +209,3 @@ def test_usage_errors(tmp_path, capsys):
         assert "classes.txt needs names of one line in UTF-8; rename the folder" in capsys.readouterr().err
     with pytest.raises(UsageError, match="shard_bytes: expected a positive number, got 0"):
         pack_folder(tmp_path, tmp_path / "out", shard_bytes=0)
-    with pytest.raises(UsageError, match="skip_bad needs verify"):
-        pack_folder(tmp_path, tmp_path / "out", verify=False, skip_bad=True)

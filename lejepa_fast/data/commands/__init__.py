@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lejepa_fast.data.bad_images import BadImages
-from lejepa_fast.data.commands.pack import DEFAULT_SHARD_BYTES, SKIPPED, pack_folder
+from lejepa_fast.data.commands.pack import DEFAULT_SHARD_BYTES, pack_folder
 from lejepa_fast.data.sources import HoldOutError, ImageSource, Split, UnreadableImageError, open_source
 from lejepa_fast.data.sources.base import size_fault
 from lejepa_fast.data.sources.folder import is_hidden
@@ -51,10 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     add("out", help="new folder for the shards")
     add("--shard-mb", type=float, default=DEFAULT_SHARD_BYTES / 2**20, help="size of a shard in MiB")
     add("--seed", type=int, default=0, help="seed of the order of the images")
-    checks = made["pack"].add_mutually_exclusive_group()
-    checks.add_argument("--no-verify", action="store_true", help="do not decode the images first")
-    skip_bad = f"leave bad images out, list them in {SKIPPED}"
-    checks.add_argument("--skip-bad", action="store_true", help=skip_bad)
+    add("--no-verify", action="store_true", help="do not decode the images first")
     made["index"].add_argument("path", type=Path, help="a .tar shard, or a folder with shards at any depth")
     options = parser.parse_args(argv)
     try:
@@ -145,14 +142,9 @@ def _pack(options: argparse.Namespace) -> int:
         shard_bytes=int(options.shard_mb * 2**20),
         seed=options.seed,
         verify=not options.no_verify,
-        skip_bad=options.skip_bad,
     )
     for name, count in counts.items():
         print(printable(f"{os.path.join(options.out, name)}: {count} images"))
-    listing = Path(options.out) / SKIPPED
-    if listing.exists():
-        count = len(listing.read_text(encoding="utf-8").splitlines())
-        print(f"{count} bad image{'s' * (count > 1)} left out, listed in {listing}")
     return 0
 
 

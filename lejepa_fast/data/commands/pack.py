@@ -10,16 +10,14 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.draws import PACK, permutation
-from lejepa_fast.data.sources import FolderSource, ImageSource, UnreadableImageError, find_splits, open_place
+from lejepa_fast.data.sources import FolderSource, ImageSource, find_splits, open_place
 from lejepa_fast.data.sources.decoding import naming_file
 from lejepa_fast.errors import RunError, UsageError
 
 log = logging.getLogger("lejepa_fast.data")
 
 DEFAULT_SHARD_BYTES = 256 * 2**20
-SKIPPED = "skipped.txt"
 _STEM_LENGTH = 48  # with the number and the suffix, well within the 100 bytes of a plain tar header
 
 
@@ -30,7 +28,6 @@ def pack_folder(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     seed: int = 0,
     verify: bool = True,
-    skip_bad: bool = False,
 ) -> dict[str, int]:
     """Write the images below a folder as shards. When it fails, `out_dir` is left as it was.
 
@@ -41,20 +38,17 @@ def pack_folder(
         shard_bytes: a new shard begins before one grows past this.
         seed: chooses the order of the images.
         verify: decode every image first, so that no broken file ends up in a shard.
-        skip_bad: leave broken files out, and list them in `out_dir/skipped.txt` with their reasons.
 
     Returns:
         Number of images by split: {"train": n, "val": m}, or {"": n} without splits.
 
     Raises:
         UsageError: `source` is missing or no folder of images, or `out_dir` holds something.
-        RunError: an image is unreadable (with `skip_bad`: all are), or writing fails.
+        RunError: an image is unreadable, or writing fails.
     """
     source, out_dir = Path(source).expanduser(), Path(out_dir)
     if shard_bytes < 1:
         raise UsageError(f"shard_bytes: expected a positive number, got {shard_bytes}")
-    if skip_bad and not verify:
-        raise UsageError("skip_bad needs verify: only images that are decoded are known to be bad")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UsageError(f"{out_dir} exists and is not an empty folder; remove it or choose another name")
     train_place, val_place = find_splits(source)
@@ -67,15 +61,13 @@ def pack_folder(
             raise UsageError(
                 f"class {name!r}: classes.txt needs names of one line in UTF-8; rename the folder"
             )
-    packed = {}
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         place = {"prefix": f".{out_dir.name}.", "dir": str(out_dir.parent)}
         with tempfile.TemporaryDirectory(**place, ignore_cleanup_errors=True) as made:
             work = Path(made)
             for name, part in parts.items():
-                skipped = BadImages(part, work / SKIPPED, max_bad_fraction=1.0) if skip_bad else None
-                packed[name] = _write_split(part, work / name, shard_bytes, seed, verify, skipped)
+                _write_split(part, work / name, shard_bytes, seed, verify)
             if train.classes is not None:
                 names = "".join(f"{name}\n" for name in train.classes)
                 (work / "classes.txt").write_text(names, encoding="utf-8")
@@ -85,7 +77,7 @@ def pack_folder(
         raise RunError(
             f"cannot write {out_dir}: {error.strerror}; free some space or choose another disk"
         ) from error
-    return packed
+    return {name: len(part) for name, part in parts.items()}
 
 
 def _folder(source: ImageSource) -> FolderSource:
@@ -96,25 +88,16 @@ def _folder(source: ImageSource) -> FolderSource:
     return source
 
 
-def _write_split(
-    source: FolderSource, folder: Path, shard_bytes: int, seed: int, verify: bool, skipped: BadImages | None
-) -> int:
-    """Write one split into `folder`; returns the number of images in it. `skipped` takes the bad ones."""
+def _write_split(source: FolderSource, folder: Path, shard_bytes: int, seed: int, verify: bool) -> None:
     folder.mkdir(exist_ok=True)
-    count = shards = used = 0
+    shards = used = 0
     shard: tarfile.TarFile | None = None
     with ExitStack() as opened:
         for position, index in enumerate(permutation(seed, PACK, 0, 0, len(source)).tolist()):
             name = source.relative_path(index)
-            try:
-                if verify:
-                    source.load(index)
-                data = naming_file(source.describe(index), partial(source.encoded, index))
-            except UnreadableImageError as error:
-                if skipped is None:
-                    raise
-                skipped.add(index, error.reason)
-                continue
+            if verify:
+                source.load(index)
+            data = naming_file(source.describe(index), partial(source.encoded, index))
             if shard is None or used + len(data) > shard_bytes:
                 opened.close()
                 tar = folder / f"shard-{shards:05d}.tar"
@@ -126,10 +109,7 @@ def _write_split(
             _add(shard, key + suffix.lower(), data)
             if source.labeled:
                 _add(shard, key + ".cls", str(source.target(index)).encode())
-            count, used = count + 1, used + len(data)
-    if not count:
-        raise RunError(f"none of the {len(source)} images in {source.root} is readable; check the data set")
-    return count
+            used += len(data)
 
 
 def _add(shard: tarfile.TarFile, name: str, data: bytes) -> None:
