@@ -5,7 +5,6 @@ from lejepa_fast.errors import require_extra
 require_extra("train", "torchvision", "numpy", "PIL", "tqdm")
 
 import argparse
-import math
 import os
 import sys
 from collections import Counter
@@ -16,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lejepa_fast.data.bad_images import BadImages
-from lejepa_fast.data.commands.pack import DEFAULT_SHARD_BYTES, pack_folder
+from lejepa_fast.data.commands.pack import DEFAULT_SHARD_MB, pack_folder
 from lejepa_fast.data.sources import HoldOutError, ImageSource, Split, UnreadableImageError, open_source
 from lejepa_fast.data.sources.base import size_fault
 from lejepa_fast.data.sources.folder import is_hidden
@@ -49,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     add = made["pack"].add_argument
     add("source", help="folder of class folders, flat folder, or folder with train/ and val/")
     add("out", help="new folder for the shards")
-    add("--shard-mb", type=float, default=DEFAULT_SHARD_BYTES / 2**20, help="size of a shard in MiB")
+    add("--shard-mb", type=float, default=DEFAULT_SHARD_MB, help="size of a shard in MiB")
     add("--seed", type=int, default=0, help="seed of the order of the images")
     add("--no-verify", action="store_true", help="do not decode the images first")
     made["index"].add_argument("path", type=Path, help="a .tar shard, or a folder with shards at any depth")
@@ -134,12 +133,10 @@ def _pack(options: argparse.Namespace) -> int:
     shuffled across classes by `seed`, so that every shard is a mixture. Headers carry no owner, rights or
     time: the same images give the same bytes. The result appears under its name when it is complete.
     """
-    if not 0 < options.shard_mb < math.inf:  # neither is NaN
-        raise UsageError(f"--shard-mb: expected a size in MiB, above 0, got {options.shard_mb}")
     counts = pack_folder(
         options.source,
         options.out,
-        shard_bytes=int(options.shard_mb * 2**20),
+        shard_mb=options.shard_mb,
         seed=options.seed,
         verify=not options.no_verify,
     )

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import os
 import re
 import tarfile
@@ -17,7 +18,7 @@ from lejepa_fast.errors import RunError, UsageError
 
 log = logging.getLogger("lejepa_fast.data")
 
-DEFAULT_SHARD_BYTES = 256 * 2**20
+DEFAULT_SHARD_MB = 256.0
 _STEM_LENGTH = 48  # with the number and the suffix, well within the 100 bytes of a plain tar header
 
 
@@ -25,7 +26,7 @@ def pack_folder(
     source: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
     *,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    shard_mb: float = DEFAULT_SHARD_MB,
     seed: int = 0,
     verify: bool = True,
 ) -> dict[str, int]:
@@ -35,7 +36,7 @@ def pack_folder(
         source: folder that `open_source` takes as a folder of images. With train/ and val/ below it both are
             packed, into sub-folders of those names; else the folder is packed as it is.
         out_dir: new or empty folder for the shards and `classes.txt`.
-        shard_bytes: a new shard begins before one grows past this.
+        shard_mb: size in MiB; a new shard begins before one grows past it.
         seed: chooses the order of the images.
         verify: decode every image first, so that no broken file ends up in a shard.
 
@@ -43,12 +44,13 @@ def pack_folder(
         Number of images by split: {"train": n, "val": m}, or {"": n} without splits.
 
     Raises:
-        UsageError: `source` is missing or no folder of images, or `out_dir` holds something.
+        UsageError: `source` is missing or no folder of images, `out_dir` holds something, or `shard_mb` is
+            no size.
         RunError: an image is unreadable, or writing fails.
     """
     source, out_dir = Path(source).expanduser(), Path(out_dir)
-    if shard_bytes < 1:
-        raise UsageError(f"shard_bytes: expected a positive number, got {shard_bytes}")
+    if not 0 < shard_mb < math.inf:  # neither is NaN
+        raise UsageError(f"shard_mb: expected a size in MiB, above 0, got {shard_mb}")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UsageError(f"{out_dir} exists and is not an empty folder; remove it or choose another name")
     train_place, val_place = find_splits(source)
@@ -67,7 +69,7 @@ def pack_folder(
         with tempfile.TemporaryDirectory(**place, ignore_cleanup_errors=True) as made:
             work = Path(made)
             for name, part in parts.items():
-                _write_split(part, work / name, shard_bytes, seed, verify)
+                _write_split(part, work / name, shard_mb * 2**20, seed, verify)
             if train.classes is not None:
                 names = "".join(f"{name}\n" for name in train.classes)
                 (work / "classes.txt").write_text(names, encoding="utf-8")
@@ -88,7 +90,7 @@ def _folder(source: ImageSource) -> FolderSource:
     return source
 
 
-def _write_split(source: FolderSource, folder: Path, shard_bytes: int, seed: int, verify: bool) -> None:
+def _write_split(source: FolderSource, folder: Path, shard_bytes: float, seed: int, verify: bool) -> None:
     folder.mkdir(exist_ok=True)
     shards = used = 0
     shard: tarfile.TarFile | None = None
