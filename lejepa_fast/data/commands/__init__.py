@@ -1,4 +1,4 @@
-"""The command `lejepa-data`: verify, pack and index data sets. Also `python -m lejepa_fast.data`."""
+"""The command `lejepa-data`: verify, pack and index data sets."""
 
 from lejepa_fast.errors import require_extra
 
@@ -17,7 +17,6 @@ from tqdm import tqdm
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.commands.pack import DEFAULT_SHARD_MB, pack_folder
 from lejepa_fast.data.sources import HoldOutError, ImageSource, Split, UnreadableImageError, open_source
-from lejepa_fast.data.sources.base import size_fault
 from lejepa_fast.data.sources.folder import is_hidden
 from lejepa_fast.data.sources.scientific import as_trained, choose_value_range
 from lejepa_fast.data.sources.shards import index_shard, write_index
@@ -38,7 +37,6 @@ def main(argv: list[str] | None = None) -> int:
     add = made["verify"].add_argument
     add("path", help="any data that training takes")
     add("--split", choices=("train", "val", "both"), default="both")
-    add("--min-size", type=int, default=1, help="short side in px below which an image is bad")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--channels", type=int, default=3, help="as --data.channels of the training")
     add("--slices", choices=("first", "random", "all"), default="first", help="as --data.slices")
@@ -66,9 +64,8 @@ def _verify(options: argparse.Namespace) -> int:
     With --bad-images RUN/bad_images.txt the run leaves them out from the start.
     Exit code 0: all are good; 1: some are bad; 2: wrong usage.
     """
-    for option, value in (("--threads", options.threads), ("--min-size", options.min_size)):
-        if value < 1:
-            raise UsageError(f"{option}: expected at least 1, got {value}")
+    if options.threads < 1:
+        raise UsageError(f"--threads: expected at least 1, got {options.threads}")
     splits: list[Split] = ["train", "val"] if options.split == "both" else [options.split]
     table = [f"{'split':8}{'images':>10}{'good':>10}{'bad':>8}{'smallest':>13}{'largest':>13}"]
     reasons: Counter[str] = Counter()
@@ -78,7 +75,7 @@ def _verify(options: argparse.Namespace) -> int:
         listing = BadImages(source, options.bad_images, max_bad_fraction=1.0, log_each=False)
         smallest = largest = None
         bad = 0
-        for number, found in enumerate(_scan(source, options.threads, options.min_size)):
+        for number, found in enumerate(_scan(source, options.threads)):
             if isinstance(found, UnreadableImageError):
                 bad += 1
                 reasons[found.reason] += 1
@@ -106,18 +103,14 @@ def _open(path: str, splits: list[Split]) -> Iterator[tuple[str, ImageSource]]:
         yield split, source
 
 
-def _scan(
-    source: ImageSource, threads: int, smallest: int
-) -> Iterator[tuple[int, int] | UnreadableImageError]:
+def _scan(source: ImageSource, threads: int) -> Iterator[tuple[int, int] | UnreadableImageError]:
     """(width, height) of each good image, the error of each bad one; decoded in `threads` threads."""
 
     def look(number: int) -> tuple[int, int] | UnreadableImageError:
         try:
-            size = source[number][0].size
+            return source[number][0].size
         except UnreadableImageError as error:
             return error
-        fault = size_fault(*size, smallest)
-        return UnreadableImageError(source.describe(number), fault) if fault else size
 
     with ThreadPoolExecutor(threads) as pool, tqdm(total=len(source), disable=None) as bar:
         for start in range(0, len(source), _AT_ONCE):
