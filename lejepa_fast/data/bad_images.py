@@ -57,6 +57,7 @@ class BadImages:
         self._reasons: dict[int, str] = {}  # the latest one last
         self._passing: set[int] = set()  # those of them that other options may mend
         self._lock = threading.Lock()
+        self._other_names: set[str] = set()  # of lines of the file that do not fit
         if self._file is not None:
             existing = next(path for path in (self._file, *self._file.absolute().parents) if path.exists())
             usable = existing.is_file() if existing == self._file else existing.is_dir()
@@ -127,6 +128,18 @@ class BadImages:
                 raise RunError("no readable image is left in the data set; see the warnings above")
         return None
 
+    def warn_of_other_numbers(self) -> None:
+        """Warn when the file has images of this source under other numbers. Names of other images are fine:
+        several sources, such as the splits of a data set, can have one file."""
+        others = self._other_names - {printable(self._source.describe(index)) for index in self._reasons}
+        if others and (count := sum(self._source.describe(i) in others for i in range(len(self._source)))):
+            log.warning(
+                "%s: %d images have other numbers there than here, as where another share is held out, and "
+                "are not left out; list them again with this share by `lejepa-data verify --val-fraction`",
+                self._file,
+                count,
+            )
+
     def _check(self) -> None:
         count, total = len(self._reasons), len(self._source)
         # A single file never stops a run that allows for any.
@@ -153,10 +166,10 @@ class BadImages:
             name, _, after = line.partition("\t")
             number, _, reason = after.partition("\t")
             index = int(number) if number.isdecimal() and len(number) < 19 else -1
-            if not 0 <= index < len(self._source) or index in self._reasons:
-                continue
-            if printable(self._source.describe(index)) == name:
-                self._reasons[index] = reason
+            if 0 <= index < len(self._source) and printable(self._source.describe(index)) == name:
+                self._reasons.setdefault(index, reason)
+            else:
+                self._other_names.add(name)
 
     def _append(self, found: Mapping[int, str]) -> None:
         if self._file is None or not found:

@@ -200,6 +200,7 @@ class MultiCropLoader(_Loader):
         views = TrainViews(source, recipe, seed)
         super().__init__(views, loading, backend, bad, recipe.mean, recipe.std, **options)
         if rank == 0:
+            bad.warn_of_other_numbers()
             choice = f"{self.backend} backend ({self._reason}), {num_workers} workers"
             log.info("multi-crop loader: %s, %s", choice, source.name)
         self._labeled = source.labeled

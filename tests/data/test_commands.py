@@ -70,14 +70,48 @@ def test_bad_files_are_listed_and_counted(damaged, tmp_path, capsys, monkeypatch
 
 def test_one_image_per_class_leaves_none_out(tmp_path, capsys):
     for name in ("ant", "bee", "cat"):
-        write_images(tmp_path / "few" / name, 1)
-    assert main(["verify", str(tmp_path / "few")]) == 0
-    (tmp_path / "few" / "bee" / "000.png").write_bytes(b"text")
-    capsys.readouterr()
-    assert main(["verify", str(tmp_path / "few")]) == 1
+        write_images(tmp_path / name, 1)
+    (tmp_path / "bee" / "000.png").write_bytes(b"text")
+    assert main(["verify", str(tmp_path)]) == 2
+    assert (
+        "none to hold out for validation; add images, or train on all of them with val_fraction 0"
+        in capsys.readouterr().err
+    )
+    assert main(["verify", str(tmp_path), "--val-fraction", "0"]) == 1
     out, err = capsys.readouterr()
-    assert ["all", "3", "2", "1"] in [line.split()[:4] for line in out.splitlines()]
+    rows = [line.split()[:4] for line in out.splitlines()]
+    assert ["train", "3", "2", "1"] in rows
+    assert ["val", "0", "0", "0"] in rows
     assert err == ""
+
+
+def test_a_list_fits_the_share_that_it_was_made_for(tmp_path, capsys, caplog):
+    """And where another share is held out, the loader says that its lines are not used."""
+    root, lists = tmp_path / "images", [tmp_path / "none.txt", tmp_path / "tenth.txt"]
+    for name in ("ant", "bee"):
+        write_images(root / name, 40)
+        for number in (11, 23, 38):
+            (root / name / f"{number:03d}.png").write_bytes(b"text")
+    for file, options in zip(lists, (["--val-fraction", "0"], []), strict=True):
+        assert main(["verify", str(root), "--bad-images", str(file), *options]) == 1
+
+    def bad_of(file: Path, fraction: float) -> set[str]:
+        source = open_source(str(root), "train", val_fraction=fraction)
+        recipe, options = MultiCropRecipe(global_size=8, local_crops=0), {"max_bad_fraction": 0.2}
+        loader = multicrop_loader(source, recipe, batch_size=8, bad_images=file, **options)
+        return {source.describe(index) for index in loader.bad_images}
+
+    bad = {str(root / name / f"{number:03d}.png") for name in ("ant", "bee") for number in (11, 23, 38)}
+    training = open_source(str(root), "train")
+    in_training = bad & {training.describe(index) for index in range(len(training))}
+    assert bad_of(lists[0], 0) == bad
+    assert bad_of(lists[1], 0.1) == in_training
+    assert not caplog.records  # not even of bad images of the other split
+    known = bad_of(lists[0], 0.1)
+    assert known < in_training
+    (record,) = caplog.records
+    text = f"{lists[0]}: {len(in_training - known)} images have other numbers there than here"
+    assert record.getMessage().startswith(text)
 
 
 def test_one_split_alone(damaged, capsys):

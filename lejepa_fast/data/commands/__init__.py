@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.commands.pack import DEFAULT_SHARD_MB, pack_folder
-from lejepa_fast.data.sources import HoldOutError, ImageSource, Split, UnreadableImageError, open_source
+from lejepa_fast.data.sources import ImageSource, Split, UnreadableImageError, open_source
 from lejepa_fast.data.sources.folder import is_hidden
 from lejepa_fast.data.sources.scientific import as_trained, choose_value_range
 from lejepa_fast.data.sources.shards import index_shard, write_index
@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     add = made["verify"].add_argument
     add("path", help="any data that training takes")
     add("--split", choices=("train", "val", "both"), default="both")
+    add("--val-fraction", type=float, default=0.1, help="as --data.val-fraction")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--channels", type=int, default=3, help="as --data.channels of the training")
     add("--slices", choices=("first", "random", "all"), default="first", help="as --data.slices")
@@ -61,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
 def _verify(options: argparse.Namespace) -> int:
     """Decode every image of a data set and list the bad ones.
 
-    With --bad-images RUN/bad_images.txt the run leaves them out from the start.
+    With --bad-images RUN/bad_images.txt the run leaves them out from the start. The options "as --data..."
+    must be those of the run.
     Exit code 0: all are good; 1: some are bad; 2: wrong usage.
     """
     if options.threads < 1:
@@ -69,9 +71,11 @@ def _verify(options: argparse.Namespace) -> int:
     splits: list[Split] = ["train", "val"] if options.split == "both" else [options.split]
     table = [f"{'split':8}{'images':>10}{'good':>10}{'bad':>8}{'smallest':>13}{'largest':>13}"]
     reasons: Counter[str] = Counter()
-    for split, files in _open(options.path, splits):
-        source = as_trained(files, options.slices, options.channels)
-        source.value_range = choose_value_range(source, options.bit_depth)
+    for split in splits:
+        source = open_source(options.path, split, val_fraction=options.val_fraction)
+        source = as_trained(source, options.slices, options.channels)
+        if len(source):  # with --val-fraction 0 nothing is held out
+            source.value_range = choose_value_range(source, options.bit_depth)
         listing = BadImages(source, options.bad_images, max_bad_fraction=1.0, log_each=False)
         smallest = largest = None
         bad = 0
@@ -90,17 +94,6 @@ def _verify(options: argparse.Namespace) -> int:
         table.append(f"{split:8}{len(source):>10}{len(source) - bad:>10}{bad:>8}{sizes}")
     print("\n".join(table + [f"{count:>8} x {reason}" for reason, count in reasons.most_common()]))
     return 1 if reasons else 0
-
-
-def _open(path: str, splits: list[Split]) -> Iterator[tuple[str, ImageSource]]:
-    """The splits with their names; all images as "all" when there are too few to hold some out."""
-    for split in splits:
-        try:
-            source = open_source(path, split)
-        except HoldOutError as error:
-            yield "all", error.source
-            return
-        yield split, source
 
 
 def _scan(source: ImageSource, threads: int) -> Iterator[tuple[int, int] | UnreadableImageError]:

@@ -41,15 +41,6 @@ _MAX_CLASSES_BYTES = 64 << 20
 Place = Path | list[Path]
 
 
-class HoldOutError(UsageError):
-    """No class has an image to spare for validation. `source` holds all the images."""
-
-    def __init__(self, source: ImageSource) -> None:
-        few = "too few images" if len(source) < 2 else "a single image in every class"
-        super().__init__(f"{source.name} has {few}, and none to hold out for validation; add images")
-        self.source = source
-
-
 def open_source(path: str, split: Split, *, val_fraction: float = 0.1, seed: int = 0) -> ImageSource:
     """Open one split of a data set.
 
@@ -202,7 +193,7 @@ def open_place(place: Place, root: Path, train: ImageSource | None = None) -> Im
 def hold_out(source: ImageSource, split: Split, val_fraction: float, seed: int = 0) -> ImageSource:
     """One part of a source that is split by class, the same on every machine, run and rank.
 
-    The arguments are those of `open_source`. Raises `HoldOutError` when there are too few images.
+    The arguments are those of `open_source`. Raises `UsageError` when there are too few images.
     """
     if val_fraction == 0:
         return source if split == "train" else source.subset([])
@@ -216,7 +207,11 @@ def hold_out(source: ImageSource, split: Split, val_fraction: float, seed: int =
         count = min(len(members) - 1, max(1, round(len(members) * val_fraction)))
         held_out[members[permutation(seed, HOLDOUT, 0, label, len(members))[:count]]] = True
     if not held_out.any():
-        raise HoldOutError(source)
+        few = "too few images" if len(source) < 2 else "a single image in every class"
+        raise UsageError(
+            f"{source.name} has {few}, and none to hold out for validation; add images, or train on all of "
+            "them with val_fraction 0"
+        )
     part = source.subset(np.flatnonzero(held_out if split == "val" else ~held_out))
     part.origin += ", held out" if split == "val" else ", all but those held out"
     part.left_out = part.left_out if split == "train" else ""  # said once
