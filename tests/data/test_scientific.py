@@ -13,6 +13,7 @@ from odd_files import png_chunk
 from PIL import Image
 
 from lejepa_fast.data import MultiCropRecipe, eval_loader, multicrop_loader
+from lejepa_fast.data.backends import choose_backend
 from lejepa_fast.data.sources import FolderSource, UnreadableImageError, decoding
 from lejepa_fast.data.sources.scientific import as_trained, choose_value_range
 from lejepa_fast.errors import UsageError
@@ -297,13 +298,18 @@ def test_views_of_more_channels_are_those_of_three(tmp_path):
         assert torch.equal(view[:, 3], expected[:, 0])
 
 
-def test_what_does_not_fit_other_channels_is_named(tmp_path):
+def test_what_does_not_fit_other_channels_is_named(tmp_path, monkeypatch):
     tifffile.imwrite(tmp_path / "a.tif", planes(2))
     source, options = with_channels(tmp_path, 2), {"batch_size": 1}
     recipe = CROPS_ONLY.for_channels(2)
     for backend in ("torchvision", "dali"):
-        with pytest.raises(UsageError, match=r"3 channels, not 2; use backend='cpu'|DALI is not"):
+        with pytest.raises(UsageError, match=r"3 channels, not 2; use backend='cpu'$"):
             multicrop_loader(source, recipe, backend=backend, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(choose_backend, "numba_fault", lambda: "Numba is not installed: pip install numba")
+        for backend in ("auto", "cpu"):  # the hint must not be another backend
+            with pytest.raises(UsageError, match=r"^backend 'cpu': Numba .*; no other .* of 2 channels$"):
+                multicrop_loader(source, recipe, backend=backend, **options)
     with pytest.raises(UsageError, match="mean: expected 2 numbers, one for each channel"):
         multicrop_loader(source, CROPS_ONLY, **options)
     with pytest.raises(UsageError, match="hue: expected 0 for images of 2 channels"):

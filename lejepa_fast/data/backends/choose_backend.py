@@ -17,14 +17,23 @@ log = logging.getLogger("lejepa_fast.data")
 BACKENDS = ("auto", "dali", "cpu", "torchvision")
 
 
-def choose_backend(name: str, device: torch.device | None) -> tuple[str, str]:
+def choose_backend(name: str, device: torch.device | None, channels: int = 3) -> tuple[str, str]:
     """(name, reason) of the backend of a loader whose batches go to `device` (None: the CPU).
 
-    "auto" is "dali" on a GPU where DALI is installed, else "cpu" where Numba is, else "torchvision". Raises
-    `UsageError` for a name that is unknown or a backend that cannot run here.
+    "auto" is "dali" on a GPU where DALI is installed, else "cpu" where Numba is, else "torchvision". Images
+    of other `channels` than 3 need "cpu". Raises `UsageError` for a name that is unknown or a backend that
+    cannot run here.
     """
     if name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}; expected one of {', '.join(map(repr, BACKENDS))}")
+    if channels != 3:
+        if name not in ("auto", "cpu"):
+            raise UsageError(
+                f"backend {name!r}: it makes views of 3 channels, not {channels}; use backend='cpu'"
+            )
+        if fault := numba_fault():
+            raise UsageError(f"backend 'cpu': {fault}; no other makes views of {channels} channels")
+        return "cpu", f"no other makes views of {channels} channels"
     on_gpu = device is not None and device.type == "cuda"
     if name == "auto":
         reasons = []
@@ -89,12 +98,7 @@ def numba_fault() -> str | None:
 
 def make_backend(name: str, views: TrainViews | EvalViews, loading: Loading) -> tuple[Backend, str]:
     """The backend and the reason for the choice. A further backend goes in here."""
-    channels = views.source.channels
-    if channels != 3 and name == "auto":
-        name = "cpu"  # which raises without Numba
-    chosen, reason = choose_backend(name, loading.device)
-    if channels != 3 and chosen != "cpu":
-        raise UsageError(f"backend {name!r}: it makes views of 3 channels, not {channels}; use backend='cpu'")
+    chosen, reason = choose_backend(name, loading.device, views.source.channels)
     if chosen == "dali":
         from lejepa_fast.data.backends.dali_backend import DaliBackend
 
