@@ -190,10 +190,11 @@ class MultiCropLoader(_Loader):
         recipe.check_channels(source.channels)
         if not isinstance(seed, int | Integral):  # mypy takes int for no Integral
             raise UsageError(f"seed: expected a whole number, got {seed!r}")
+        seed = int(seed)  # a NumPy integer would overflow in `draws`
         if dtype not in _DTYPES:
             raise UsageError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
         loading = Loading(batch_size, num_workers, _usable(device), prefetch, hw_decoder_load)
-        self._schedule = EpochSchedule(len(source), batch_size, int(seed), rank, world_size, shuffle)
+        self._schedule = EpochSchedule(len(source), batch_size, seed, rank, world_size, shuffle)
         bad = BadImages(source, bad_images, max_bad_fraction=max_bad_fraction)
         check_sizes(source, recipe.smallest_image, max_bad_fraction, set(dict(bad.items())))
         options: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last}

@@ -6,7 +6,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from loader_backends import NumberedSource, on
+from loader_backends import NumberedSource, numbered_folder, on, picture
+from odd_files import saved
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
@@ -90,6 +91,13 @@ def test_unshuffled_order_and_epochs(make):
     made.set_epoch(0)
     assert [t.tolist() for _, t in made] == first
     assert [t.tolist() for _, t in make(seed=1)] != first
+
+
+def test_seeds_may_be_numpys_integers():
+    for seed in (np.int64(3), np.uint8(3)):
+        made = loader(seed=seed)
+        assert same(list(made), list(loader(seed=3)))
+        assert type(made.state_dict()["seed"]) is int
 
 
 # --- determinism --------------------------------------------------------------------------------
@@ -310,6 +318,20 @@ def test_small_images_are_refused_with_a_way_out():
     enlarged = loader(recipe=MultiCropRecipe(global_size=48, local_size=40, min_image_size=1))
     assert [v.shape[-1] for v in next(iter(enlarged))[0]] == [48] * 2 + [40] * 6
     loader(recipe=MultiCropRecipe(global_size=32, local_crops=0))  # exactly the short side
+
+
+@pytest.mark.parametrize(
+    ("small", "unreadable", "message"),
+    [
+        (1, 9, r"^cannot read image .*/001\.png: not an image"),
+        (6, 5, r"^image smaller than the crop: .*/000\.png is 9 x 9 px.*; use crops of at most 9 px"),
+    ],
+)
+def test_the_fault_of_most_images_is_told(tmp_path, small, unreadable, message):
+    files = [saved(picture(0, (9, 9)), "PNG")] * small + [b"text"] * unreadable
+    source = numbered_folder(tmp_path / "images", 64, **{f"n{i}": file for i, file in enumerate(files)})
+    with pytest.raises((UsageError, RunError), match=message):
+        multicrop_loader(source, RECIPE, batch_size=4)
 
 
 class BuggySource(NumberedSource):

@@ -264,25 +264,26 @@ def check_sizes(
     """Look at 64 images spread over the source, to find data that is too small or broken as a whole.
 
     A few bad images pass: they are replaced when they are met. Those in `known` are not looked at. Raises a
-    `SmallImagesError`, or the first `UnreadableImageError`.
+    `SmallImagesError`, or the first `UnreadableImageError` if more images are unreadable than small.
     """
     probed = range(0, len(source), max(1, math.ceil(len(source) / _PROBED_IMAGES)))
-    faults: list[UnreadableImageError | str] = []
+    unreadable: list[UnreadableImageError] = []
+    small: list[str] = []
     sides: list[int] = []
     for index in (index for index in probed if index not in known):
         try:
             width, height = source.image_size(index)
             sides.append(min(width, height))
             if fault := size_fault(width, height, smallest):
-                faults.append(f"image smaller than the crop: {printable(source.describe(index))} is {fault}")
+                small.append(f"image smaller than the crop: {printable(source.describe(index))} is {fault}")
         except UnreadableImageError as error:
-            faults.append(error)
+            unreadable.append(error)
     allowed = max_bad_fraction * len(probed)
     if len(probed) < len(source):  # a sample: three standard deviations more
         allowed += 3 * math.sqrt(allowed * (1 - max_bad_fraction))
-    if len(faults) > max(allowed, max_bad_fraction > 0):  # one never stops a run that allows any
-        first = faults[0]
-        if isinstance(first, UnreadableImageError):
-            raise first
-        outliers = int(max_bad_fraction * len(sides) / 2)  # such as a thumbnail
-        raise SmallImagesError(first, sorted(sides)[outliers])
+    faults = len(unreadable) + len(small)
+    if faults > max(allowed, max_bad_fraction > 0):  # one never stops a run that allows any
+        if len(unreadable) > len(small):
+            raise unreadable[0]
+        outliers = int(max_bad_fraction * len(sides) / 2)  # such as a thumbnail; fewer than the small ones
+        raise SmallImagesError(small[0], sorted(sides)[outliers])
