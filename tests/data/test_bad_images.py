@@ -275,41 +275,29 @@ def test_too_many_bad_images_of_before_are_told_as_such(tmp_path, known_by):
 # --- odd files ----------------------------------------------------------------------------------
 
 
-def shard_of(source: FolderSource, path: Path, huge: int = 0) -> ShardSource:
-    """Its files in a shard. huge: size of one more member at the end, which takes no space."""
+def shard_of(source: FolderSource, path: Path) -> ShardSource:
+    """Its files in a shard."""
     path.parent.mkdir(exist_ok=True)
-    with open(path, "wb") as opened, tarfile.open(fileobj=opened, mode="w") as tar:
+    with tarfile.open(path, "w") as tar:
         for index in range(len(source)):
             tar.add(source.describe(index), f"{index}.png")
-        if huge:
-            info = tarfile.TarInfo("huge.png")
-            info.size = huge
-            tar.addfile(info)
-            opened.seek(huge, os.SEEK_CUR)
-            tar.offset += huge
     return ShardSource([path])
 
 
-@pytest.mark.parametrize("kind", ["folder", "shard"])
-def test_huge_files_pipes_and_devices_are_not_read(tmp_path, backend, kind):
+def test_huge_files_pipes_and_devices_are_not_read(tmp_path, backend):
     """Reading a pipe would wait for a writer forever, reading a device would never end."""
-    root, size = tmp_path / "images" / "ant", 200 << 30
-    source: ImageSource = numbered_folder(root, 9)
-    if kind == "folder":
-        (root / "huge.png").touch()
-        os.truncate(root / "huge.png", size)
-        os.mkfifo(root / "pipe.png")
-        (root / "zero.png").symlink_to("/dev/zero")
-        source = FolderSource(root.parent)
-    else:
-        source = shard_of(source, tmp_path / "a.tar", size)
+    root = tmp_path / "images" / "ant"
+    numbered_folder(root, 9)
+    (root / "huge.png").touch()
+    os.truncate(root / "huge.png", 200 << 30)
+    os.mkfifo(root / "pipe.png")
+    (root / "zero.png").symlink_to("/dev/zero")
+    source = FolderSource(root.parent)
     options = {**on(backend), "bad_images": tmp_path / "bad_images.txt", "max_bad_fraction": 0.3}
     assert [len(batch) for batch, _ in eval_loader(source, image_size=8, batch_size=12, **options)] == [9]
-    reasons = (
-        dict.fromkeys(("pipe.png", "zero.png"), "a pipe or device, not a file") if kind == "folder" else {}
-    )
+    reasons = dict.fromkeys(("pipe.png", "zero.png"), "a pipe or device, not a file")
     reasons["huge.png"] = "204,800 MiB, more than the 256 that an image file may have"
-    assert {name.split()[-1]: why for name, why in listed(tmp_path / "bad_images.txt").items()} == reasons
+    assert listed(tmp_path / "bad_images.txt") == reasons
 
 
 def test_only_regular_files_are_opened(tmp_path):

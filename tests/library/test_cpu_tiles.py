@@ -72,7 +72,7 @@ def test_a_missing_numba_is_no_news_and_a_broken_one_is_told_once(numba, caplog,
 
 def test_results_do_not_depend_on_threads_or_run():
     """Nor on other Python threads that call at the same time."""
-    x, A = problem(3, 900, 8, M=200)
+    x, A = problem(3, 900, 8, M=600)  # two tiles of two slabs each
     before = torch.get_num_threads()
 
     def result(threads=None):
