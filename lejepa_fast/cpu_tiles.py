@@ -65,6 +65,21 @@ def _make_fma(typing_context, a, b, c):
 _fma: Any = intrinsic(_make_fma)
 
 
+def _make_prefer_wide_vectors(typing_context):
+    """Let the compiler take vectors of 512 bits in the calling function. It prefers 256 for most Intel CPUs,
+    whose matrix products take 512 anyway."""
+
+    def generate(context, builder, signature, arguments):
+        # llvmlite's own `add` knows no attributes with values.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.none(), generate
+
+
+_prefer_wide_vectors: Any = intrinsic(_make_prefer_wide_vectors)
+
+
 @njit(inline="always", **_JIT)
 def _cos_sin(p, factor_hi, factor_lo):
     """Those of pi * (factor_hi + factor_lo) * p: NaN where p is not finite, bounded where p is huge."""
@@ -90,6 +105,7 @@ def _babies(powers, start, stop):
 @njit(**_JIT)
 def _fill_powers(p, factors, powers):
     """Rows of powers: the cosines of z, z^2, z^3, their sines, then cosine and sine of Z_1, of Z_2, ..."""
+    _prefer_wide_vectors()
     n = p.size
     (c1, c2, c3), (s1, s2, s3) = _babies(powers, 0, n)
     step_cos, step_sin = powers[6, :n], powers[7, :n]
@@ -106,6 +122,7 @@ def _fill_powers(p, factors, powers):
 
 @njit(**_JIT)
 def _multiply(c, s, by_c, by_s, cos, sin):
+    _prefer_wide_vectors()
     for i in range(cos.size):
         cos[i], sin[i] = c[i] * by_c[i] - s[i] * by_s[i], s[i] * by_c[i] + c[i] * by_s[i]
 
@@ -113,6 +130,7 @@ def _multiply(c, s, by_c, by_s, cos, sin):
 @njit(**_SUM)
 def _add_babies(row, babies):
     """Add the sums over samples of {1, babies} to the first row of the table."""
+    _prefer_wide_vectors()
     (c1, c2, c3), (s1, s2, s3) = babies
     t1 = t2 = t3 = t5 = t6 = t7 = np.float32(0)
     for i in range(c1.size):
@@ -126,6 +144,7 @@ def _add_babies(row, babies):
 @njit(**_SUM)
 def _add_products(rows, cos, sin, babies):
     """Add the sums over samples of a giant's two parts times {1, babies} to two rows of the table."""
+    _prefer_wide_vectors()
     (c1, c2, c3), (s1, s2, s3) = babies
     t0 = t1 = t2 = t3 = t5 = t6 = t7 = np.float32(0)
     u0 = u1 = u2 = u3 = u5 = u6 = u7 = np.float32(0)
@@ -150,6 +169,7 @@ def _coefficients(row):
 @njit(**_JIT)
 def _fill_series(row, babies, out):
     """The series of {1, babies} with the coefficients of the first row of the table."""
+    _prefer_wide_vectors()
     (c1, c2, c3), (s1, s2, s3) = babies
     t0, t1, t2, t3, t5, t6, t7 = _coefficients(row)
     for i in range(out.size):
@@ -159,6 +179,7 @@ def _fill_series(row, babies, out):
 @njit(**_JIT)
 def _add_series(rows, cos, sin, babies, out):
     """Add a giant's two parts times the series of {1, babies} with the coefficients of two rows."""
+    _prefer_wide_vectors()
     (c1, c2, c3), (s1, s2, s3) = babies
     t0, t1, t2, t3, t5, t6, t7 = _coefficients(rows[0])
     u0, u1, u2, u3, u5, u6, u7 = _coefficients(rows[1])
