@@ -162,7 +162,7 @@ def work_through(options: argparse.Namespace) -> None:
     work = options.work / "rehearsal" if options.rehearse else options.work
     limits = {"train": 64, "val": 32} if options.rehearse else LIMITS
     writer = Rows(options.out / "domain.jsonl", "domain", torch.device("cpu"), rehearsal=options.rehearse)
-    about: dict[str, Any] = {"limits": limits, "transfer_size": STORED_SIZE, "fine_tuned_lejepa": False}
+    about: dict[str, Any] = {"limits": limits, "transfer_size": STORED_SIZE}
     transferred, rows = load_backbone(transfer_weights(work), image_size=STORED_SIZE), []
     for text in options.sets:
         name, equals, path = text.partition("=")
@@ -206,8 +206,11 @@ def settings_of(cfg: Config) -> Row:
 
 
 def completed(row: Row) -> Row:
-    """A row in which settings that are younger than it have their defaults."""
-    return {**row, "settings": {**settings_of(Config()), **row["settings"]}}
+    """A row with today's settings: younger ones have their defaults, and those that are gone are left out."""
+    return {
+        **row,
+        "settings": {key: row["settings"].get(key, each) for key, each in settings_of(Config()).items()},
+    }
 
 
 if __name__ == "__main__":

@@ -104,6 +104,7 @@ _SLOW = "sanitizer or compile or 32_bits or generated"
 _ACCURACY, _ACCURACY_ROWS = _script("accuracy_bench.py"), "sigreg_accuracy.jsonl"
 # The backend "gpu", DALI on a GPU, is a parameter of these tests: other names hold "gpu", too.
 _LOADER = _tests("data/test_*.py", only="[gpu")
+_OTHER_TESTS = _tests("data/test_loader.py", "train/engine/test_step.py", only="on_the_gpu or for_the_gpu")
 _BUDGET = ("--budget-minutes", "{minutes}")
 STAGES = (
     Stage("environment", 1, 15, ("-m", "torch.utils.collect_env")),
@@ -119,6 +120,7 @@ STAGES = (
     Stage("accuracy", 2, 25, (*_ACCURACY, "--knots", "17"), _ACCURACY_ROWS, "accuracy"),
     Stage("training, 50 steps", 2, 30, _script("train_bench.py", "--smoke"), "train.jsonl"),
     _sigreg(2, 40, "minimal-float32"),
+    Stage("other GPU tests", 3, 30, _OTHER_TESTS),
     Stage("loader tests", 3, 60, _LOADER, needs="nvidia.dali"),
     Stage("loader", 3, 60, _script("loader_bench.py", *_BUDGET), "loader.jsonl"),
     Stage("training", 3, 120, _script("train_bench.py", *_BUDGET), "train.jsonl"),

@@ -263,8 +263,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.smoke and (gpu or options.rehearse):
         targets.print_judged(targets.judge(rows, "training"))
     print(f"rows: {options.out / 'train.jsonl'}")
-    failed = any if options.smoke else all  # of the cases of a GPU, some may not fit
-    return int(failed("error" in row for row in rows))
+    if not rows:
+        print("no case was measured: --budget-minutes is over")
+    errors = [row["error"] for row in rows if "error" in row]
+    # Of the cases of a GPU, some may not fit into memory.
+    broken = options.smoke or any("out of memory" not in error for error in errors)
+    return int(len(errors) == len(rows) or (bool(errors) and broken))
 
 
 if __name__ == "__main__":

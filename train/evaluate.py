@@ -75,7 +75,7 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: on a GPU if there is one."""
     workers: int | None = None
-    """Loader threads, or processes with the backend torchvision; None: as in the run."""
+    """Loader threads; None: as in the run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

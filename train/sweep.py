@@ -296,8 +296,8 @@ def _start(point: Point, gpu: str | None) -> "subprocess.Popen[bytes]":
 
 
 def _reason(point: Point, code: int) -> str:
-    """Why a run failed: the last error of its log, else its exit code; and where the log is. A run that alone
-    got SIGTERM ends with code 0 and says so last."""
+    """Why a run failed: the last error of its log, else its exit code; and where the log is. A run that got
+    SIGTERM by itself ends with code 0; the last line of its log says so."""
     lines = point.log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line for line in lines[-50:] if not code or re.match(r"error|\w*Error\b", line)]
     return f"{printable(errors[-1]) if errors else f'exit code {code}'} ({point.log})"

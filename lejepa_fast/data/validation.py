@@ -44,6 +44,14 @@ def validated(kind: type[T], values: Any, where: str = "", *, strict: bool = Fal
         raise UsageError(where + _first_error(kind, error)) from error
 
 
+def check_bounds(options: Any) -> None:
+    """Raise UsageError for a value of a dataclass that does not fit the type and bounds of its field."""
+    import pydantic  # after --help
+
+    kind = type(options)
+    validated(kind, pydantic.TypeAdapter(kind).dump_python(options, mode="json", warnings=False))
+
+
 def _first_error(kind: type, error: "pydantic.ValidationError") -> str:
     """Return `section.field: expected ..., got ...` for the first field that pydantic refuses."""
     kinds = typing.get_type_hints(kind)
@@ -74,5 +82,7 @@ def _first_error(kind: type, error: "pydantic.ValidationError") -> str:
         ("less than", "below"),
     ):
         expected = expected.replace(theirs, ours)
+    if first["input"] != first["input"]:  # NaN lies within no bounds
+        expected = "a number"
     expected = re.sub(r"^(Tuple|Dictionary) should have | after validation, not \d+$", "", expected)
     return f"{name + ': ' if name else ''}expected {expected}, got {reprlib.repr(first['input'])}"

@@ -218,12 +218,13 @@ def test_processes_share_all_tests_and_tell_what_fails(tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_without_a_gpu_no_loader_test_passes(monkeypatch, capfd):
-    """So the stage fails where DALI is there, but cannot use the GPU."""
+@pytest.mark.parametrize(("name", "needs"), [("loader tests", "nvidia.dali"), ("other GPU tests", "")])
+def test_without_a_gpu_no_test_of_these_stages_passes(monkeypatch, capfd, name, needs):
+    """So the stage of the loader fails where DALI is there, but cannot use the GPU."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    loader = BY_NAME["loader tests"]
-    assert loader.needs == "nvidia.dali"
-    assert gpu_check.main([*loader.arguments[1:]]) == 1
+    stage = BY_NAME[name]
+    assert stage.needs == needs
+    assert gpu_check.main([*stage.arguments[1:]]) == 1
     out = capfd.readouterr().out
     assert re.search(r"\d+ skipped", out), out
     assert not re.search(r"\d+ (passed|failed|error)", out), out

@@ -56,10 +56,17 @@ def test_the_budget_ends_the_cases(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("smoke", "working", "code"), [(False, 0, 1), (False, 1, 0), (True, 0, 1), (True, 1, 0)]
+    ("smoke", "working", "error", "code"),
+    [
+        (False, 0, "out of memory", 1),
+        (False, 1, "out of memory", 0),
+        (False, 1, "broken", 1),
+        (True, 0, "broken", 1),
+        (True, 1, "broken", 0),
+    ],
 )
-def test_it_fails_where_no_case_works(tmp_path, monkeypatch, smoke, working, code):
-    figures = itertools.chain(working * [{"images_per_second": 1.0}], itertools.repeat({"error": "broken"}))
+def test_it_fails_where_a_case_is_broken_or_none_fits(tmp_path, monkeypatch, smoke, working, error, code):
+    figures = itertools.chain(working * [{"images_per_second": 1.0}], itertools.repeat({"error": error}))
     monkeypatch.setattr(train_bench, "run_case", lambda case: next(figures))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert train_bench.main(["--out", str(tmp_path), *["--smoke"] * smoke]) == code

@@ -10,7 +10,7 @@ from lejepa_fast.data import ImageSource
 from lejepa_fast.data.sources.base import names_digest
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.checkpoint import storage
-from lejepa_fast.train.config import flat
+from lejepa_fast.train.config import Config, flat, to_dict
 
 log = logging.getLogger("lejepa_fast.train")
 
@@ -99,8 +99,9 @@ def check_same_run(
 
 
 def log_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Warn of every setting that differs from the checkpoint's."""
-    before, now = flat(saved), flat(current)
-    for key in sorted((before.keys() | now.keys()) - {"out", "resume"}):
-        if before.get(key) != now.get(key):
-            log.warning("%s: the checkpoint has %s, this run %s", key, before.get(key), now.get(key))
+    """Warn of every setting that differs from the checkpoint's; one that it lacks had its default."""
+    now = flat(current)
+    before = flat(to_dict(Config())) | flat(saved)
+    for key in sorted(now.keys() - {"out", "resume"}):
+        if before[key] != now[key]:
+            log.warning("%s: the checkpoint has %s, this run %s", key, before[key], now[key])

@@ -44,7 +44,7 @@ log = logging.getLogger("lejepa_fast.train")
 # DCP warns so at each save and load of a single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-FORMAT, VERSION = "lejepa_fast.checkpoint", 2
+FORMAT, VERSION = "lejepa_fast.checkpoint", 3
 STATE, MANIFEST = "state.json", "manifest.sha256"
 _NAME = re.compile(r"step-(\d{8,})")
 _MANIFEST_LINE = re.compile(r"([0-9a-f]{64})  (\S+)")
@@ -145,15 +145,16 @@ def saved_tensors(path: Path) -> dict[str, Tensor]:
 def load_tensors(path: Path, into: dict[str, Tensor], *, alone: bool = False) -> None:
     """Fill tensors, sharded or not, from a checkpoint of any number of ranks. All ranks call it, or one that
     is `alone`, with whole tensors. UsageError if the checkpoint lacks a name or has it in another shape,
-    RunError if a rank cannot read it or has no memory for it."""
+    RunError if a rank cannot read it, PyTorch's own error if there is no memory for it."""
     reader, alone = HuggingFaceStorageReader(str(path)), alone or not dist.is_initialized()
     try:
         dcp.load(into, storage_reader=reader, no_dist=alone)  # type: ignore[arg-type]
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
         for cause in causes:
-            no_memory = isinstance(cause, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(cause)
-            if no_memory or not isinstance(cause, _MISFITS):
+            if isinstance(cause, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(cause):
+                raise cause from error  # `out_of_memory.settings_that_help` says what helps
+            if not isinstance(cause, _MISFITS):
                 reason = f"{first_line(cause)}; run the same command again"
                 raise RunError(f"cannot load checkpoint {path}: {reason}") from error
         raise UsageError(

@@ -20,7 +20,7 @@ def parse(argv: Sequence[str] | None) -> Config:
     The base is `--config FILE.json`, else `--preset NAME`, else the preset `laptop` for the embedded images
     and `default` for other data, or with a masked objective those of I-JEPA. `--config` supplies the settings
     of a run, but not its folder and not the checkpoint it resumed from. UsageError for an unknown option or a
-    value of the wrong type.
+    value of the wrong type or beyond its bounds.
     """
     what = "Pretrain an encoder with LeJEPA or I-JEPA. The embedded images start from a preset for laptops."
     return parse_as(Config, argv, what=what)

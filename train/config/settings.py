@@ -19,11 +19,10 @@ import tyro
 from annotated_types import Ge, Gt, Le, Lt
 
 from lejepa_fast.data.recipe import Area, Finite, MultiCropRecipe, Pixels
-from lejepa_fast.data.validation import validated
+from lejepa_fast.data.validation import check_bounds, validated
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config.names import default_weight_decay
 from lejepa_fast.train.runtime import files
-from lejepa_fast.train.runtime.command import check_bounds
 
 EMBEDDED_DATA = "trashnet96"
 # The export adds these to a run's config.json, for timm.

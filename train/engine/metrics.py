@@ -74,7 +74,7 @@ class Metrics:
         self._enabled = enabled
         self._file: Any = None
         self._board: Any = None
-        self._excepthook = threading.excepthook  # which `_open_board` replaces
+        self._hook, self._former_hook = None, threading.excepthook
         self._wandb: WandbRun | None = None
         self._first_step, self._total_steps, self._peak_rate = step, total_steps, peak_rate
         self._logged: dict[str, int] = {}
@@ -90,6 +90,7 @@ class Metrics:
             if tensorboard:
                 with disk_errors_named(self._board_folder, _WAY_OUT):
                     self._board = _open_board(self._board_folder, purge_step=step + 1)
+                    self._hook = threading.excepthook
             self._wandb = wandb()  # last, so that no later failure leaves a run open there
         self._bar = tqdm(
             total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1, disable=hidden
@@ -105,7 +106,8 @@ class Metrics:
             with contextlib.suppress(OSError):
                 if file is not None:
                     file.close()
-        threading.excepthook = self._excepthook
+        if threading.excepthook is self._hook:  # nobody else has set one meanwhile
+            threading.excepthook = self._former_hook
         if self._wandb is not None:
             self._wandb.close(failed=kind is not None and not issubclass(kind, Interrupted))
 

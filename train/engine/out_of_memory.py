@@ -1,12 +1,13 @@
 """Out of memory: one line that names the settings that help, instead of the allocator's report."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from lejepa_fast.errors import RunError
-from lejepa_fast.train.config import Config
+from lejepa_fast.train.config import Config, load_json
 from lejepa_fast.train.parallel.parallelize import Strategy, compute_dtype
 from lejepa_fast.train.runtime.gpu_specs import GIB, by_device_name
 from lejepa_fast.train.runtime.world import World
@@ -39,7 +40,11 @@ def describe(cfg: Config, world: World, strategy: Strategy, images: int) -> str:
         f"a smaller --batch-size (now {batch}, {batch // world.size} images per process)": True,
         "more processes" + ("" if strategy == "fsdp" else " with --parallel.strategy fsdp"): True,
     }
-    plan = f"lejepa-plan with this run's options, --gpus {world.size} --images {images}"
+    # The folder may still hold the settings of another run, or none.
+    written = cfg.out and cfg.out / "config.json"
+    own = written and written.is_file() and load_json(written) == cfg
+    options = f"--config {shlex.quote(str(written))}" if own else "with this run's options,"
+    plan = f"lejepa-plan {options} --gpus {world.size} --images {images}"
     if compute_dtype(cfg, world.device) is None:
         plan += " --precision fp32"
     what = "out of memory"

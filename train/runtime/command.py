@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import tyro
 from tqdm import tqdm
 
-from lejepa_fast.data.validation import validated
+from lejepa_fast.data.validation import check_bounds
 from lejepa_fast.errors import RunError, UsageError, printable
 from lejepa_fast.train.runtime.signals import Interrupted
 
@@ -68,14 +68,6 @@ def parse_options(
     near = difflib.get_close_matches(option.lstrip("-"), names, n=1)
     hint = f"did you mean --{near[0]}?" if near else "see --help for all options"
     raise UsageError(f"unknown option {option}; {hint}")
-
-
-def check_bounds(options: Any) -> None:
-    """Raise UsageError for a value of a dataclass that does not fit the type and bounds of its field."""
-    import pydantic  # after --help
-
-    kind = type(options)
-    validated(kind, pydantic.TypeAdapter(kind).dump_python(options, mode="json", warnings=False))
 
 
 def checked_arguments(argv: Sequence[str] | None) -> Sequence[str]:

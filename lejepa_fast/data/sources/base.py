@@ -1,7 +1,7 @@
 """Image sources: what they promise, subsets of them, and checks of image sizes.
 
-A source is a sequence of (image, label) pairs. It holds no open files and pickles small, so forked and
-spawned workers can share it.
+A source is a sequence of (image, label) pairs. Several threads read it at once. It holds no open files and
+pickles small, so that a user's own `DataLoader` can send it to worker processes.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ class ImageSource(ABC):
         self.name = name
         self.origin = name if origin is None else origin
         self.classes = None if classes is None else list(classes)
-        # An array: forked workers would copy the pages of a list by counting references.
+        # An array: small, and forked processes do not copy its pages by counting references.
         self._targets = None if targets is None else np.asarray(targets, dtype=np.int64)
 
     channels = 3
@@ -206,7 +206,7 @@ class EncodedSubset(SubsetSource, EncodedSource):
 
 
 class Names:
-    """Many file names in two arrays: forked workers would copy the pages of a list of strings."""
+    """Many file names in two arrays: less than half the memory of a list of strings."""
 
     def __init__(self, names: Iterable[str]) -> None:
         encoded = [os.fsencode(name) for name in names]  # they need not be UTF-8

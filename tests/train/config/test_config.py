@@ -162,7 +162,7 @@ def test_presets_of_ijepa_have_the_numbers_of_the_authors_code():
     [
         (["--epochs", "0"], "epochs: expected at least 1, got 0"),
         (["--lr", "-1"], "optim.lr: expected at least 0, got -1.0"),
-        (["--lr", "nan"], "optim.lr: expected below inf, got nan"),
+        (["--lr", "nan"], "optim.lr: expected a number, got nan"),
         (["--optim.weight-decay", "-1"], "optim.weight_decay: expected at least 0 or 'auto', got -1.0"),
         (["--seed", str(2**63)], "seed: expected below 9223372036854775808, got 9223372036854775808"),
         (["--eval.temperature", "0"], "eval.temperature: expected above 0, got 0.0"),

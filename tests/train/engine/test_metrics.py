@@ -67,6 +67,11 @@ def test_refused_tensorboard_events_are_one_line(tmp_path, monkeypatch, capsys):
         write_rows()
     assert "Traceback" not in capsys.readouterr().err
     assert threading.excepthook is hook
+    theirs = Mock()
+    (tmp_path / "other").mkdir()
+    with metrics_in(tmp_path / "other", tensorboard=True):
+        monkeypatch.setattr(threading, "excepthook", theirs)
+    assert threading.excepthook is theirs, "set meanwhile by something else"
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -7,8 +7,20 @@ import pytest
 from training import CPU, rows_of, train_only
 
 from lejepa_fast.errors import UsageError
+from lejepa_fast.train import config
+from lejepa_fast.train.checkpoint import resume
 from lejepa_fast.train.engine import optimization
 from lejepa_fast.train.engine.trainer import Trainer
+
+
+def test_a_setting_that_an_older_checkpoint_lacks_had_its_default(caplog):
+    saved, current = (config.to_dict(config.Config()) for _ in range(2))
+    del saved["eval"]["backbone"]
+    saved["parallel"]["an_option_that_is_gone"] = False
+    resume.log_changes(saved, current)
+    assert not caplog.records
+    resume.log_changes(saved, current | {"seed": 5})
+    assert caplog.messages == ["seed: the checkpoint has 0, this run 5"]
 
 
 def test_changed_settings_are_told_and_used(tiny, caplog):

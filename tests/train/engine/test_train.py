@@ -368,9 +368,10 @@ def test_out_of_memory_says_which_settings_help_and_how_to_plan_the_run(tiny, mo
     assert str(error) == (
         "out of memory; what helps: --parallel.activation-checkpointing full (now selective), no "
         "--average swa, a smaller --batch-size (now 8, 8 images per process), more processes with "
-        "--parallel.strategy fsdp; what fits: lejepa-plan with this run's options, --gpus 1 --images 32 "
-        "--precision fp32"
+        f"--parallel.strategy fsdp; what fits: lejepa-plan --config {cfg.out}/config.json --gpus 1 "
+        "--images 32 --precision fp32"
     )
+    assert "lejepa-plan with this run's options, --gpus" in describe(tiny(epochs=7), CPU, "single", 32)
 
 
 def test_what_helps_several_ranks_against_out_of_memory(tiny):

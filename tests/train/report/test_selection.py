@@ -233,7 +233,7 @@ def test_select_without_labels_and_with_runs_that_do_not_compare(make, tmp_path,
     [
         ([], "runs: expected 2 run folders or more, got 0"),
         (["{run}", "{run}"], "runs: expected 2 run folders or more, got 1"),
-        (["{run}", "{run}", "--alpha", "nan"], "alpha: expected at most 10, got nan"),
+        (["{run}", "{run}", "--alpha", "nan"], "alpha: expected a number, got nan"),
     ],
 )
 def test_wrong_usage_is_one_line(make, capsys, arguments, message):
