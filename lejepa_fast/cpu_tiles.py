@@ -5,7 +5,7 @@ The sums take float32 and equidistant knots. BLAS projects, Numba does the rest.
 A slab of projections (directions, samples) stays in the cache between the matrix products and the compiled
 loops below. The loops run on PyTorch's own OpenMP threads: a second pool would compete with the first, whose
 threads spin for milliseconds after a product. One thread adds up a direction, in a fixed order, so that
-results do not depend on the number of threads.
+the sums do not depend on the number of threads.
 
 The mathematics is that of `streaming.py` with babies z^b, |b| <= 3, and giants Z_a = z^(7a) for any number of
 knots. A table holds, for the giants 1, Z_1, Z_2, ..., a row for the real and one for the imaginary part, and
@@ -239,7 +239,7 @@ def _process_slab(args):
     sums = carray(args[4], (V, M, 2, J), np.float32)
     thread, threads = np.int64(_thread_num()), np.int64(_num_threads())
     table = carray(args[5], (threads, 2 + 2 * _giants(J), 8), np.float64)[thread]
-    powers = carray(args[6], (threads, 8 + 2 * _giants(J), _ROW), np.float32)[thread]
+    powers = carray(args[6], (threads, 6 + 2 * max(1, _giants(J)), _ROW), np.float32)[thread]
     for m in range(thread * directions // threads, (thread + 1) * directions // threads):
         table[:] = 0
         for first in range(0, samples, _CHUNK):
@@ -309,7 +309,7 @@ def _processed_slabs(
     t = t.contiguous()
     max_threads = torch.get_num_threads()
     table = torch.empty(max_threads, 2 + 2 * _giants(J), 8, dtype=torch.float64)
-    powers = A.new_empty(max_threads, 8 + 2 * _giants(J), _ROW)
+    powers = A.new_empty(max_threads, 6 + 2 * max(1, _giants(J)), _ROW)
     # Fresh memory for each slab would cost a page fault for every 4 KiB.
     buffer = A.new_empty(min(V * N, _TILE_SAMPLES) * min(M, _SLAB_SLICES))
     parts = [x.flatten(0, 1)] if x.stride(0) == N * x.stride(1) else x.unbind(0)

@@ -132,7 +132,9 @@ class BadImages:
         """Warn when the file has images of this source under other numbers. Names of other images are fine:
         several sources, such as the splits of a data set, can have one file."""
         others = self._other_names - {printable(self._source.describe(index)) for index in self._reasons}
-        if others and (count := sum(self._source.describe(i) in others for i in range(len(self._source)))):
+        if others and (
+            count := sum(printable(self._source.describe(i)) in others for i in range(len(self._source)))
+        ):
             log.warning(
                 "%s: %d images have other numbers there than here, as where another share is held out, and "
                 "are not left out; list them again with this share by `lejepa-data verify --val-fraction`",

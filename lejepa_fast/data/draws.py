@@ -39,13 +39,14 @@ def _rows_of_words(
     seed: int, stream: int, epoch: int, indices: Sequence[int], count: int
 ) -> list[np.ndarray]:
     """`raw_words` of several images, by one generator: making one takes longer than drawing its words."""
-    key = np.array([seed & _MASK, stream], dtype=np.uint64)
-    counter = np.array([0, 0, 0, epoch & _MASK], dtype=np.uint64)
+    # NumPy integers would overflow.
+    key = np.array([int(seed) & _MASK, stream], dtype=np.uint64)
+    counter = np.array([0, 0, 0, int(epoch) & _MASK], dtype=np.uint64)
     generator = np.random.Philox(key=key, counter=counter)
     state: Any = generator.state
     rows = []
     for index in indices:
-        state["state"]["counter"][2] = index & _MASK
+        state["state"]["counter"][2] = int(index) & _MASK
         generator.state = state
         rows.append(generator.random_raw(count))
     return rows

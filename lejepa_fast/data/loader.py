@@ -110,6 +110,7 @@ class _Loader:
         """End the pass under way, with the batches that are made ahead."""
         if self._batches is not None:
             self._batches.close()
+            self._batches = None
 
     def _pass(self, keys: Iterable[BatchKey]) -> Iterator[tuple[list[Tensor], Tensor]]:
         if self._batches is not None:
@@ -120,7 +121,10 @@ class _Loader:
             for raw in current:
                 yield self._normalize(raw)
                 if self._batches is not current:
-                    raise RunError("another pass over the same loader has begun; make a loader for each")
+                    raise RunError(
+                        "this pass has ended: another pass over the same loader has begun or the loader is "
+                        "closed; make a loader for each pass"
+                    )
         finally:
             current.close()
 
@@ -190,7 +194,7 @@ class MultiCropLoader(_Loader):
         recipe.check_channels(source.channels)
         if not isinstance(seed, int | Integral):  # mypy takes int for no Integral
             raise UsageError(f"seed: expected a whole number, got {seed!r}")
-        seed = int(seed)  # a NumPy integer would overflow in `draws`
+        seed = int(seed)
         if dtype not in _DTYPES:
             raise UsageError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
         loading = Loading(batch_size, num_workers, _usable(device), prefetch, hw_decoder_load)
@@ -233,7 +237,7 @@ class MultiCropLoader(_Loader):
         if epoch < 0:
             raise UsageError(f"epoch: expected 0 or more, got {epoch}")
         if not (self._resuming and epoch == self._epoch):
-            self._epoch, self._batch, self._resuming = epoch, 0, False
+            self._epoch, self._batch, self._resuming = int(epoch), 0, False
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], Tensor | None]]:
         if not self._resuming:

@@ -236,3 +236,40 @@ def test_neither_forked_processes_nor_the_end_of_the_interpreter_wait_for_thread
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     expected = [f"{name} 0" for name in names for _ in range(2)] + [" ".join("1" for _ in names)]
     assert (done.returncode, done.stdout.splitlines(), done.stderr) == (0, expected, "")
+
+
+AT_THE_END = """
+import atexit, multiprocessing, sys
+import torch
+from lejepa_fast.data import MultiCropRecipe, multicrop_loader, open_source
+source = open_source("trashnet96", "train")
+recipe = MultiCropRecipe(global_crops=1, global_size=24, local_crops=0)
+loaded, load = [], source.load
+source.load = lambda *arguments: (loaded.append(0), load(*arguments))[1]
+options = {"batch_size": 256, "backend": sys.argv[1], "num_workers": 1, "prefetch": 3}
+batches = iter(loader := multicrop_loader(source, recipe, **options))
+next(batches)
+
+def pass_in_child():
+    torch.set_num_threads(1)  # as PyTorch's own workers do: OpenMP's threads do not follow either
+    print(len(loader) == len(list(loader)))
+
+child = multiprocessing.get_context("fork").Process(target=pass_in_child)
+child.start()
+child.join(100)
+print(child.exitcode)
+child.kill()
+del loaded[:]
+more = next(batches)
+atexit.register(lambda: print(len(loaded) < 256))
+"""
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torchvision"])
+def test_a_pass_under_way_hinders_neither_a_forked_process_nor_the_end(backend):
+    """The child has no threads of its parent; batches ahead of a program that ends are not made."""
+    if backend not in without_gpu():
+        pytest.skip("Numba is not installed")
+    command = [sys.executable, "-c", AT_THE_END, backend]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["True", "0", "True"], "")

@@ -93,11 +93,17 @@ def test_unshuffled_order_and_epochs(make):
     assert [t.tolist() for _, t in make(seed=1)] != first
 
 
-def test_seeds_may_be_numpys_integers():
-    for seed in (np.int64(3), np.uint8(3)):
-        made = loader(seed=seed)
-        assert same(list(made), list(loader(seed=3)))
-        assert type(made.state_dict()["seed"]) is int
+def test_seeds_and_epochs_may_be_numpys_integers():
+    expected = loader(seed=3)
+    expected.set_epoch(2)
+    right = list(expected)
+    for number in (np.int64, np.uint8):
+        made = loader(seed=number(3))
+        made.set_epoch(number(2))
+        assert same(list(made), right)
+        assert {type(made.state_dict()[name]) for name in ("seed", "epoch")} == {int}
+        split = open_source("trashnet96", "val", seed=number(3))
+        assert split.describe(0) == open_source("trashnet96", "val", seed=3).describe(0)
 
 
 # --- determinism --------------------------------------------------------------------------------
@@ -134,9 +140,16 @@ def test_of_two_passes_the_first_ends_with_an_error(make):
     next(first)
     second = iter(made)
     begun = [next(second)]
-    with pytest.raises(RunError, match="another pass over the same loader has begun"):
+    with pytest.raises(RunError, match="another pass over the same loader has begun or the loader is closed"):
         next(first)
     assert made.position == (0, 1)
+    made_once = make(num_workers=1)
+    closed = iter(made_once)
+    next(closed)
+    made_once.close()
+    with pytest.raises(RunError, match="the loader is closed"):
+        next(closed)
+    assert made_once.position == (0, 1), "no complete pass"
     # The batches that the first one had in stock do not show up.
     assert same([*begun, *second], list(make()))
 

@@ -1,10 +1,13 @@
 """What the backends "cpu" and "torchvision" share: threads of this process make the batches.
 
-Decoders, torch and Numba kernels release the interpreter's lock, so the threads use all cores and share their
-memory.
+Decoders, torch and Numba kernels release the interpreter's lock, so that several cores work at once. NumPy
+does not, nor do many small operators, as torchvision's colors are: more than about four threads do not help
+there.
 """
 
 import ctypes
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +25,10 @@ from lejepa_fast.data.bad_images import BadImages
 from lejepa_fast.data.recipe import MultiCropRecipe
 from lejepa_fast.data.sampler import BatchKey
 from lejepa_fast.data.views import LONGEST_RATIO, EvalViews, TrainViews
+
+_leaving = threading.Event()
+# Set before the interpreter waits for the threads of all pools; public hooks of its exit run after that.
+threading._register_atexit(_leaving.set)  # type: ignore[attr-defined]
 
 _IMAGES_PER_TASK = 4  # drawing the parameters of several images takes little longer than those of one
 
@@ -42,10 +49,9 @@ class ThreadedBackend:
 
     def __init__(self, views: TrainViews | EvalViews, loading: Loading) -> None:
         self._views, self._loading = views, loading
+        self._threads = max(self.fewest_threads, loading.num_workers)
         self._pool: ThreadPoolExecutor | None = None
-        if threads := max(self.fewest_threads, loading.num_workers):
-            prefix = f"lejepa-{self.name}"
-            self._pool = ThreadPoolExecutor(threads, prefix, initializer=_use_no_further_threads)
+        self._process: int | None = None
 
     def render(
         self, image: Image.Image, drawn: np.ndarray, recipe: MultiCropRecipe, out: list[np.ndarray]
@@ -89,6 +95,8 @@ class ThreadedBackend:
             return index, self._views.load(key.epoch, index)
 
         def fill(rows: Sequence[int]) -> list[int]:
+            if _leaving.is_set():
+                return []
             made = [bad.first_usable(self._views, key.epoch, key.indices[row], read) for row in rows]
             found = [(row, *image) for row, image in zip(rows, made, strict=True) if image is not None]
             if not found:
@@ -107,8 +115,16 @@ class ThreadedBackend:
         parts = [
             range(count)[first : first + _IMAGES_PER_TASK] for first in range(0, count, _IMAGES_PER_TASK)
         ]
-        submit = _Later if self._pool is None else self._pool.submit
+        submit = self._own_pool().submit if self._threads else _Later
         return batch, [submit(fill, rows) for rows in parts]
+
+    def _own_pool(self) -> ThreadPoolExecutor:
+        """The threads of this process: those of its parent do not follow into a forked one."""
+        if self._pool is None or self._process != os.getpid():
+            prefix = f"lejepa-{self.name}"
+            self._pool = ThreadPoolExecutor(self._threads, prefix, initializer=_use_no_further_threads)
+            self._process = os.getpid()
+        return self._pool
 
 
 class _Later(Future[list[int]]):

@@ -210,7 +210,7 @@ def hold_out(source: ImageSource, split: Split, val_fraction: float, seed: int =
         few = "too few images" if len(source) < 2 else "a single image in every class"
         raise UsageError(
             f"{source.name} has {few}, and none to hold out for validation; add images, or train on all of "
-            "them with val_fraction 0"
+            "them with val_fraction 0 (--data.val-fraction 0; lejepa-data: --val-fraction 0)"
         )
     part = source.subset(np.flatnonzero(held_out if split == "val" else ~held_out))
     part.origin += ", held out" if split == "val" else ", all but those held out"
