@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lejepa_fast.data.recipe import Pixels
 from lejepa_fast.errors import UsageError
 from lejepa_fast.train.config import Config, DataConfig, loader_workers, to_dict, validate
 from lejepa_fast.train.runtime.command import run_with_options
@@ -38,7 +39,7 @@ class Options:
     """Further encoders for the same table: timm's names, for weights of the Hugging Face hub or its cache,
     NAME:FILE, or NAME:untrained for random weights. Without --checkpoint they are evaluated alone, on
     --data. None: those of the run; no name after it: none."""
-    backbone_size: int | Literal["own"] | None = None
+    backbone_size: Pixels | Literal["own"] | None = None
     """Side of the images for backbones. own: as each was trained; None: as for the checkpoint, or the next
     larger size that the backbone takes."""
     compare: tuple[Path, ...] = ()
@@ -218,11 +219,8 @@ def _load_backbones(cfg: Config, options: Options) -> "dict[str, Backbone]":
     """The backbones, before anything is evaluated: a wrong name or missing weights show at once."""
     from lejepa_fast.train.evaluation.backbones import load_backbones
 
-    size = options.backbone_size
-    if isinstance(size, int) and not 1 <= size <= 10_000:
-        raise UsageError(f"--backbone-size: expected own or 1 to 10,000 pixels, got {size}")
     try:
-        return load_backbones(cfg, size)
+        return load_backbones(cfg, options.backbone_size)
     except UsageError as error:
         if options.backbone is not None:
             raise

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from lejepa_fast.data import ImageSource, multicrop_loader
 from lejepa_fast.errors import RunError
 from lejepa_fast.train.config import Config
-from lejepa_fast.train.evaluation.probes import percent, stratified_holdout, warmup_cosine
+from lejepa_fast.train.evaluation.probes import (
+    held_out_losses,
+    percent,
+    stratified_holdout,
+    warmup_cosine,
+)
 from lejepa_fast.train.evaluation.regression import regression_score
 
 LEARNING_RATES = (1e-4, 1e-3)
@@ -112,7 +117,7 @@ def fine_tune(
             given.close()
         return model.eval()
 
-    def score(model: nn.Module, images: ImageSource, labels: Tensor) -> float:
+    def predict(model: nn.Module, images: ImageSource, labels: Tensor) -> tuple[Tensor, Tensor]:
         outputs, truth = [], []
         for views, targets in val_batches(images):
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
@@ -121,9 +126,12 @@ def fine_tune(
         out = torch.cat(outputs)
         if not out.isfinite().all():
             raise RunError("fine-tuning gives NaN or infinite predictions: it has diverged")
+        return out, torch.cat(truth)
+
+    def score(out: Tensor, truth: Tensor) -> float:
         if num_classes:
-            return percent(out.argmax(dim=1), torch.cat(truth))
-        return regression_score(out[:, 0].double() * scale + center, torch.cat(truth)).r2
+            return percent(out.argmax(dim=1), truth)
+        return regression_score(out[:, 0].double() * scale + center, truth).r2
 
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.no_grad():
@@ -132,6 +140,8 @@ def fine_tune(
         best = LEARNING_RATES[-1]
         if int(held_out.sum()) and int((~held_out).sum()) > 1:
             parts = [source.subset(part.nonzero().flatten().numpy()) for part in (~held_out, held_out)]
-            scores = [score(fit(parts[0], rate), parts[1], y) for rate in LEARNING_RATES]
+            found = [predict(fit(parts[0], rate), parts[1], y) for rate in LEARNING_RATES]
+            rank = (lambda *each: -float(held_out_losses(*each).min())) if num_classes else score
+            scores = [rank(*each) for each in found]
             best = LEARNING_RATES[scores.index(max(scores))]
-        return score(fit(source, best), val_source, val_y)
+        return score(*predict(fit(source, best), val_source, val_y))

@@ -12,7 +12,7 @@ docs/evaluation.md states the protocols.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 # Steps of about 3 around AdamW's usual 1e-3. Features are standardized, so one grid fits all encoders.
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 HOLDOUT_FRACTION = 0.2
+TEMPERATURES = tuple(2.0**octave for octave in range(9))
 MAX_STEPS = 12_500
 SMALL_STEP = 2**28  # multiply-adds
 WEIGHT_DECAY = 1e-6
@@ -129,8 +130,8 @@ def linear_probe(
     falls to 0 along a cosine. After the LayerNorm each feature is standardized by its mean and deviation over
     the training set: the same family of classifiers, but well conditioned for features of any scale.
 
-    The learning rate is chosen on a stratified fifth of the TRAINING set; then the probe is fitted again on
-    all of it. Test samples take no part in any choice.
+    The learning rate is chosen on a stratified fifth of the TRAINING set, by `held_out_losses`; then the
+    probe is fitted again on all of it. Test samples take no part in any choice.
 
     Args:
         train_x, train_y: features (n, D) of any float dtype and classes (n,).
@@ -154,19 +155,22 @@ def linear_probe(
         order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed))
         samples = order[: max_steps * batch_size]
 
-    def fit(rows: Tensor, rates: Sequence[float]) -> Callable[[Tensor, Tensor], list[Tensor]]:
-        """Fit a head for each rate on these rows (n,); returns what predicts classes, by rate."""
+    def fit(
+        rows: Tensor, rates: Sequence[float]
+    ) -> Callable[[Tensor, Tensor], Iterator[tuple[Tensor, list[Tensor]]]]:
+        """Fit a head for each rate on these rows (n,). Returns a function that yields blocks of other rows
+        with their logits, by rate."""
         features = Standardized(train_x, rows, device)
         batch = min(batch_size, len(rows))
         steps = min(epochs * (len(rows) // batch), max_steps)
         heads = _fit(features, y[rows.to(device)], rates, num_classes, batch, steps, seed)
 
-        def predict(x: Tensor, rows: Tensor) -> list[Tensor]:
-            parts = (features.standardize(x[part.to(x.device)]) for part in rows.split(features.block))
-            found = [[F.linear(part, *head).argmax(dim=1) for head in heads] for part in parts]
-            return [torch.cat(classes) for classes in zip(*found, strict=True)]
+        def logits(x: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
+            for part in rows.split(features.block):
+                standardized = features.standardize(x[part.to(x.device)])
+                yield part, [F.linear(standardized, *head) for head in heads]
 
-        return predict
+        return logits
 
     # The caller may be inside no_grad, inference_mode or autocast.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -175,14 +179,16 @@ def linear_probe(
         rates = sorted(learning_rates)
         held_out = stratified_holdout(train_y.cpu()[samples], seed)
         if len(rates) > 1 and held_out.any():
-            predictions = fit(samples[~held_out], rates)(train_x, samples[held_out])
-            truth = y[samples[held_out].to(device)]
-            correct = [int((predicted == truth).sum()) for predicted in predictions]
-            rate = rates[correct.index(max(correct))]  # of equal ones the smallest
+            losses = torch.zeros(len(rates), len(TEMPERATURES), dtype=torch.float64)
+            for rows, by_rate in fit(samples[~held_out], rates)(train_x, samples[held_out]):
+                targets = y[rows.to(device)]
+                losses += torch.stack([held_out_losses(each, targets) for each in by_rate])
+            rate = rates[int(losses.amin(dim=1).argmin())]
         else:  # there is no choice, or every class has a single sample
             rate = min(rates, key=lambda rate: abs(math.log(rate / 1e-3)))
-        (predicted,) = fit(samples, [rate])(test_x, torch.arange(len(test_x)))
-    return percent(predicted, test_y)
+        blocks = fit(samples, [rate])(test_x, torch.arange(len(test_x)))
+        predicted = [logits.argmax(dim=1) for _, (logits,) in blocks]
+    return percent(torch.cat(predicted), test_y)
 
 
 class Standardized:
@@ -286,6 +292,18 @@ def stratified_holdout(y: Tensor, seed: int) -> Tensor:
         count = min(len(members) - 1, max(1, round(len(members) * HOLDOUT_FRACTION)))
         mask[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     return mask
+
+
+def held_out_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of logits (n, C) over each of `TEMPERATURES`, summed over the samples: (T,) float64.
+
+    The smallest one ranks classifiers that were fitted in different ways. Their accuracy would rank them by
+    chance if few samples are held out, and their own cross-entropy would prefer those that were fitted too
+    little, because it punishes confidence. Dividing by the best temperature (Guo et al., arXiv 1706.04599)
+    corrects the confidence and leaves the predictions alone.
+    """
+    losses = [F.cross_entropy(logits / each, targets, reduction="sum") for each in TEMPERATURES]
+    return torch.stack(losses).double().cpu()
 
 
 def percent(predicted: Tensor, truth: Tensor) -> float:

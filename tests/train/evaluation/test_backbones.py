@@ -264,7 +264,7 @@ def test_a_run_whose_backbone_is_gone_says_how_to_leave_it_out(tiny, save_run, t
 def test_command_with_a_wrong_name_or_size_is_one_line(capsys):
     for options, message in (
         (["resnat"], "--backbone: no model is called 'resnat'"),
-        (["resnet18", "--backbone-size", "0"], "--backbone-size: expected own or 1 to 10,000 pixels, got 0"),
+        (["resnet18", "--backbone-size", "0"], "backbone_size: expected at least 1 or 'own', got 0"),
     ):
         assert command.main(["--data", "/data", "--backbone", *options]) == 2
         error = capsys.readouterr().err
