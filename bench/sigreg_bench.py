@@ -102,9 +102,12 @@ def measure_together(
         for phase, function in phases.items():
             calls[name, phase] = partial(next, map(function, itertools.cycle(xs)))
     if not setting.clock:
-        rows[PRODUCTS], x = {"correct": True}, xs[0].detach().flatten(0, 1)
-        A = torch.randn(x.shape[1], case.size.M, dtype=x.dtype)
-        calls[PRODUCTS, "forward_backward"] = partial(multiply, x, A)
+        samples = [x.detach().flatten(0, 1) for x in xs]
+        A = torch.randn(case.size.K, case.size.M, dtype=xs[0].dtype)
+        rows[PRODUCTS] = {"correct": True}
+        calls[PRODUCTS, "forward_backward"] = partial(
+            next, map(partial(multiply, A), itertools.cycle(samples))
+        )
     add_times(rows, calls, setting, repeats)
     products = rows.pop(PRODUCTS, None)
     for name, row in rows.items():
@@ -124,7 +127,7 @@ def measure_together(
     return list(rows.values())
 
 
-def multiply(x: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+def multiply(A: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     """The matrix products of forward, recomputation and backward, alone."""
     return x @ A, (p := x @ A), p @ A.T
 

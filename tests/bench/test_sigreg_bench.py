@@ -88,7 +88,7 @@ def test_a_variant_that_is_wrong_or_fails_is_reported_not_timed_and_leaves_the_o
 
 def test_the_floor_of_a_cpu_is_the_products_of_forward_recomputation_and_backward():
     x, A = torch.randn(5, 3), torch.randn(3, 4)
-    torch.testing.assert_close(sigreg_bench.multiply(x, A), (x @ A, x @ A, x @ A @ A.T))
+    torch.testing.assert_close(sigreg_bench.multiply(A, x), (x @ A, x @ A, x @ A @ A.T))
 
 
 def test_rows_are_written_before_a_compiler_that_never_ends(tmp_path, monkeypatch, measure):
