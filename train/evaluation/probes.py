@@ -22,7 +22,7 @@ from torch import Tensor
 # Steps of about 3 around AdamW's usual 1e-3. Features are standardized, so one grid fits all encoders.
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 HOLDOUT_FRACTION = 0.2
-TEMPERATURES = tuple(2.0**octave for octave in range(9))
+TEMPERATURES = tuple(2.0 ** (step / 2) for step in range(17))
 MAX_STEPS = 12_500
 SMALL_STEP = 2**28  # multiply-adds
 WEIGHT_DECAY = 1e-6

@@ -257,11 +257,12 @@ def test_linear_probe_chooses_a_good_rate_on_few_held_out_samples():
 
 def test_held_out_losses_are_those_of_scaled_logits():
     logits, y = 20 * randn(50, 3, seed=1), classes_of(50, seed=2) % 3
-    scaled = [logits.double() / temperature for temperature in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
+    temperatures = [1, 2**0.5, 2, 8**0.5, 4, 32**0.5, 8, 128**0.5, 16]
+    scaled = [logits.double() / temperature for temperature in temperatures]
     expected = [-each.log_softmax(dim=1)[torch.arange(50), y].sum() for each in scaled]
     found = held_out_losses(logits, y)
-    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=0)
-    assert 0 < int(found.argmin()) < 8  # too confident logits, and not the least confident ones
+    torch.testing.assert_close(found[:9], torch.stack(expected), rtol=1e-5, atol=0)
+    assert 0 < int(found.argmin()) < 16  # too confident logits, and not the least confident ones
 
 
 def test_linear_probe_is_deterministic_and_leaves_the_process_as_it_was():
