@@ -90,6 +90,8 @@ _PRETRAIN = {"seed": "{seed}"} | {
     for key, probe in (("knn", "kNN"), ("linear", "linear"))
     for which in ("untrained", "trained")
 }
+_PRETRAIN["untrained `resnet14t`"] = "{backbones[resnet14t:untrained][knn]:.1f} %, "
+_PRETRAIN["untrained `resnet14t`"] += "{backbones[resnet14t:untrained][linear]:.1f} %"
 _CASE = "{model}, {images}, {strategy}, {activation_checkpointing}, {loader}"
 _TRAIN = {
     "model, batch, `--parallel.strategy`, `--parallel.activation-checkpointing`, real files": _CASE,
