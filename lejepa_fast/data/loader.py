@@ -198,7 +198,7 @@ class MultiCropLoader(_Loader):
         if dtype not in _DTYPES:
             raise UsageError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
         loading = Loading(batch_size, num_workers, _usable(device), prefetch, hw_decoder_load)
-        self._schedule = EpochSchedule(len(source), batch_size, seed, rank, world_size, shuffle)
+        self._schedule = EpochSchedule(len(source), loading.batch_size, seed, rank, world_size, shuffle)
         bad = BadImages(source, bad_images, max_bad_fraction=max_bad_fraction)
         check_sizes(source, recipe.smallest_image, max_bad_fraction, set(dict(bad.items())))
         options: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last}
@@ -351,7 +351,7 @@ class EvalLoader(_Loader):
         loading = Loading(batch_size, num_workers, _usable(device), prefetch, hw_decoder_load)
         bad = BadImages(source, bad_images, max_bad_fraction=max_bad_fraction)
         super().__init__(EvalViews(source, image_size), loading, backend, bad, mean, std)
-        self._num_images, self._batch_size = len(source), batch_size
+        self._num_images, self._batch_size = len(source), loading.batch_size
 
     def __len__(self) -> int:
         """Batches, the last one possibly shorter."""

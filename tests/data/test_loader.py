@@ -1,5 +1,6 @@
 """The loader's promises: what a batch holds, determinism, ranks, resume, workers, error messages."""
 
+import json
 import random
 from functools import partial
 
@@ -93,15 +94,17 @@ def test_unshuffled_order_and_epochs(make):
     assert [t.tolist() for _, t in make(seed=1)] != first
 
 
-def test_seeds_and_epochs_may_be_numpys_integers():
+def test_seeds_epochs_and_sizes_may_be_numpys_integers():
     expected = loader(seed=3)
     expected.set_epoch(2)
     right = list(expected)
     for number in (np.int64, np.uint8):
-        made = loader(seed=number(3))
+        made = loader(seed=number(3), batch_size=number(4))
         made.set_epoch(number(2))
         assert same(list(made), right)
-        assert {type(made.state_dict()[name]) for name in ("seed", "epoch")} == {int}
+        assert json.loads(json.dumps(made.state_dict()))["epoch"] == 3
+        large = loader(370, batch_size=number(120))  # the third batch ends beyond 255
+        assert sum(len(targets) for _, targets in large) == 360
         split = open_source("trashnet96", "val", seed=number(3))
         assert split.describe(0) == open_source("trashnet96", "val", seed=3).describe(0)
 

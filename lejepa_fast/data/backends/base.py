@@ -46,6 +46,7 @@ class Loading:
                 raise UsageError(f"{name}: expected a whole number, got {value!r}")
             if value < smallest:
                 raise UsageError(f"{name}: expected at least {smallest}, got {value}")
+            object.__setattr__(self, name, int(value))  # NumPy's numbers overflow, and do not fit JSON
         if not 0.0 <= self.hw_decoder_load <= 1.0:
             raise UsageError(f"hw_decoder_load: expected a number in [0, 1], got {self.hw_decoder_load}")
 
