@@ -64,8 +64,8 @@ TENSOR = ("HGMMA", "HMMA", "UTCHMMA", "UTCOMMA")
 # The constant of the range reduction as the disassembler prints it; see `kernels/phases.py`.
 _ROUND = re.compile(r"FADD.*12582912")
 _LINE = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)")
-# One H200. FP32: 128 lanes x 132 multiprocessors x boost clock. Matrix products: bf16 as measured on random
-# data, tf32 half of it. L2: an assumption until it is measured.
+# One H200. FP32: 128 lanes x 132 multiprocessors x boost clock. Matrix products and L2: assumptions until
+# they are measured; random data clock below the peak rate. tf32 is half of bf16.
 _FP32 = 128 * 132 * 1.98e9
 _MATMUL = {"bf16": 780e12, "fp16": 780e12, "fp32": 390e12 / 3}  # float32 takes three tf32 products
 _L2 = 5.5e12

@@ -32,9 +32,9 @@ def statistic(x: Tensor, A: Tensor, t_max: float = 5.0, n_points: int = 17) -> T
 
 def dimension(small: bool) -> Iterator[Row]:
     """Section 4.3: 16 directions drawn anew at each step do more than thousands of fixed ones. Adam on the
-    samples (N 100, dimension 512), all Gaussian but for two dimensions in the shape of an X. SIGReg in the
-    plane of the X, right in the figure, decides. Few of the 512 directions on the left, which no training
-    used, see that plane: any value below that of Gaussian samples is as good."""
+    samples (N 100, dimension 512), all Gaussian but for two dimensions in the shape of an X. The right panel
+    decides: SIGReg in these two dimensions. The left one takes 512 directions that no training used; few of
+    them see the X, so any value below that of Gaussian samples is as good."""
     N, K, steps = (64, 128, 100) if small else (100, 512, 400)
     fixed_counts = (16, 32) if small else (16, 256, 2048)
     generator = torch.Generator().manual_seed(0)
@@ -86,8 +86,8 @@ def draw_dimension(figure: Figure, rows: Sequence[Row]) -> None:
 
 def quadrature(small: bool) -> Iterator[Row]:
     """Section 5.1: the trapezoid rule needs as few as 17 knots. Relative error of the statistic, the median
-    over samples of four kinds, against the integral over the line with 20,001 knots; and the share of that
-    integral that the range leaves out."""
+    over samples of four kinds, against the integral over the line with 20,001 knots; dotted against the
+    same range with 2,001 knots."""
     generator = torch.Generator().manual_seed(0)
     N, repeats = (64, 4) if small else (256, 32)
 
