@@ -17,6 +17,7 @@ from torch import Tensor
 from . import triton_operators
 from .checks import check_integer
 from .dispatch import compiled_tiles
+from .reference import transforming
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
@@ -157,9 +158,7 @@ def _step_tensor(step: int | Tensor, device: torch.device | str | None) -> Tenso
 def _host_value(step: Tensor) -> int | None:
     """The value of `step` in the memory of the host: None on a GPU, in a trace, and in a transform of
     torch.func. Not by an operator: those that read show up in profiles, as a wait for a GPU would."""
-    if step.device.type != "cpu" or triton_operators.tracing(step):
-        return None
-    if torch._C._functorch.is_functorch_wrapped_tensor(step):
+    if step.device.type != "cpu" or triton_operators.tracing(step) or transforming():
         return None
     step = step.to(torch.int64)
     return ctypes.c_int64.from_address(step.data_ptr()).value

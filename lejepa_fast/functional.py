@@ -6,6 +6,7 @@ Only the first stage is large, so only it has several implementations (`dispatch
 2 * J * M numbers per view in plain PyTorch, or in one more kernel.
 """
 
+import math
 from collections.abc import Hashable
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import reference, triton_operators
 from .checks import check_choice, check_flag, check_number, check_tensor
@@ -140,6 +142,7 @@ def sigreg_unchecked(
         # numel: -1 is ambiguous for N = 0
         views = x if x.dim() == 3 else x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
         if chosen == "triton":
+            views, A = views.resolve_neg(), A.resolve_neg()  # kernels read the memory
             if A.dtype not in (torch.float32, x.dtype):
                 A = A.float()
             value = triton_operators.sigreg_value(
@@ -174,6 +177,8 @@ def sigreg_unchecked(
 
 
 _trials: dict[Hashable, bool] = {}
+_failed: set[tuple[torch.dtype, bool]] = set()
+"""Dtypes whose kernels failed a trial, and whether all ranks of a group know."""
 _TRIAL_SAMPLES = 192
 _TRIAL_ERROR = 1e-3
 _TRIAL_ERROR_OF_ROUNDED = 3e-2  # half precision and tf32
@@ -191,8 +196,9 @@ def after_trial(
     """What "auto" takes where the kernels can run: "torch" if they fail or differ from it, else "triton".
 
     Tried once for each kind of problem: value and gradient of a few random samples, against float64. If one
-    rank's kernels fail, all ranks of the group do without them. A CUDA error is raised: the process can do
-    nothing more on the GPU. Nothing is tried while somebody traces or a CUDA graph is captured.
+    rank's kernels fail, all ranks of the group do without them: with a group, nothing that may differ between
+    ranks decides whether something is tried. A CUDA error is raised: the process can do nothing more on the
+    GPU. Nothing new is tried while torch.compile traces or a CUDA graph is captured.
 
     Args:
         x: embeddings of the call; their device, dtype and dimensions count.
@@ -200,33 +206,33 @@ def after_trial(
         knots, options, group: of the call.
         directions: A and scale of the call; None: the kernels that draw them are tried, too.
     """
-    if triton_operators.tracing(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return "triton"
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+        return "torch" if (x.dtype, group is not None) in _failed else "triton"
     fixed = knots[:3] if directions is None else (*knots[:3], directions[0])
-    kind: tuple[Hashable, ...] = (x.device, x.dtype, x.shape[-1], x.stride(-1) == 1, num_slices)
+    # Samples of one rank may have another layout: N = 1 is contiguous in any.
+    transposed = group is None and x.stride(-1) != 1
+    kind: tuple[Hashable, ...] = (x.device, x.dtype, x.shape[-1], transposed, num_slices)
     kind += tuple((a.dtype, a.shape, a.stride()) for a in fixed)
     kind += (*options, knots.spacing, group and group.group_name, directions and directions[1] is None)
     if kind not in _trials:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return "triton"
         problem = None
-        try:
-            got, expected = (
-                _tried(c, x, num_slices, knots, options, directions) for c in ("triton", "torch")
-            )
-            rounded = x.dtype.itemsize == 2 or options.precision == "tf32"
-            allowed = _TRIAL_ERROR_OF_ROUNDED if rounded else _TRIAL_ERROR
-            for part, value, right in zip(("value", "gradient"), got, expected, strict=True):
-                error = ((value - right).norm() / right.norm()).item()
-                if not error <= allowed:
-                    problem = problem or f"the {part} is off by {error:.1e} of its size"
-        except Exception as failure:  # compilers raise anything
-            if isinstance(failure, torch.AcceleratorError) or "CUDA error" in str(failure):
-                raise
-            problem = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
-        failed = torch.tensor(float(problem is not None), device=x.device)
-        if group is not None:
-            dist.all_reduce(failed, group=group)
-        _trials[kind] = not failed.item()
+        # Modes that look at operators may be active on one rank alone, such as a counter of operations.
+        with _disable_current_modes():
+            try:
+                problem = _trial(x, transposed, num_slices, knots, options, directions)
+            except Exception as failure:  # compilers raise anything
+                fatal = torch.AcceleratorError, torch.OutOfMemoryError
+                if isinstance(failure, fatal) or "CUDA error" in str(failure):
+                    raise
+                problem = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+            failed = torch.tensor(float(problem is not None), device=x.device)
+            if group is not None:
+                dist.all_reduce(failed, group=group)
+            _trials[kind] = not failed.item()
         if not _trials[kind]:
+            _failed.add((x.dtype, group is not None))
             logger.warning(
                 "SIGReg: the Triton kernels failed a trial on %s with %s embeddings of %d dimensions and %d "
                 "directions (%s); taking impl='torch' instead, which is slower. Please report it.",
@@ -235,36 +241,59 @@ def after_trial(
     return "triton" if _trials[kind] else "torch"
 
 
+def _trial(x: Tensor, transposed: bool, *problem: Any) -> str | None:
+    """What the kernels do wrong; None if nothing. The arguments are those of `_tried`."""
+    options: Options = problem[2]
+    right_value, right_gradient = _tried("torch", x, transposed, 1.0, *problem)
+    # The largest element of the gradient becomes 1: float16 would round a small one to 0.
+    largest = right_gradient.abs().max().item()
+    factor = 1 / largest if largest > 0 else 1.0
+    value, gradient = _tried("triton", x, transposed, factor, *problem)
+    rounded = x.dtype.itemsize == 2 or options.precision == "tf32"
+    allowed = _TRIAL_ERROR_OF_ROUNDED if rounded else _TRIAL_ERROR
+    pairs = (("value", value, right_value), ("gradient", gradient, factor * right_gradient))
+    for part, found, right in pairs:
+        error, size = (found - right).norm().item(), right.norm().item()
+        if not error <= allowed * size:
+            return f"the {part} is off by {error / size if size else math.inf:.1e} of its size"
+    return None
+
+
 def _tried(
     chosen: Chosen,
     x: Tensor,
+    transposed: bool,
+    factor: float,
     num_slices: int,
     knots: Knots,
     options: Options,
     directions: tuple[Tensor, Tensor | None] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Value and gradient of samples like x, far from N(0, 1), where the unbiased statistic is about 0.
-
-    By the kernels, or in float64 by the streaming implementation.
+    """Value and gradient times `factor` of samples like x, far from N(0, 1), where the unbiased statistic is
+    about 0. By the kernels, or in float64 by the streaming implementation.
     """
     dim, device = x.shape[-1], x.device
     generator = torch.Generator(device).manual_seed(0)
-    # The first call may come in inference mode, whose tensors autograd does not take.
-    with torch.inference_mode(False), torch.enable_grad():
+    # The first call may come in inference mode, whose tensors autograd does not take, and inside activation
+    # checkpointing, whose hooks would take those that are saved here for its own.
+    kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.inference_mode(False), torch.enable_grad(), kept:
         z = (2 * torch.randn(_TRIAL_SAMPLES, dim, device=device, generator=generator)).to(x.dtype)
+        z = z.T.contiguous().T if transposed else z
         if directions is None:
             A, scale = sample_unit_directions(
                 dim, num_slices, step=0, device=device, dtype=x.dtype, impl=chosen
             )
             directions = A, scale if x.dtype.itemsize == 2 else None
-        given: list[Any] = [None if a is None else a.detach().clone() for a in (z, *directions, *knots[:3])]
+        tensors = (z, *directions, *knots[:3])
+        given: list[Any] = [None if a is None else a.detach().clone() for a in tensors]  # clones keep strides
         if chosen == "torch":
             given = [None if a is None else a.double() for a in given]
         z, A, scale, t, phi, weights = given
         z.requires_grad_()
         knots = Knots(t, phi, weights, knots.spacing)
         value = sigreg_unchecked(z, A, scale, knots, options, None, chosen)
-        (gradient,) = torch.autograd.grad(value.sum(), z)
+        (gradient,) = torch.autograd.grad(factor * value.sum(), z)
     return value.detach().double(), gradient.double()
 
 
@@ -290,7 +319,7 @@ def resolve_spacing(spacing: float | str | None, t: Tensor) -> float | None:
 def _fits(t: Tensor, spacing: float) -> bool:
     """Whether t[j] = j * spacing; knots rounded to float32 fit within one unit in the last place."""
     knots = t.detach().double()
-    exact = torch.arange(t.shape[0], dtype=torch.float64) * spacing
+    exact = torch.arange(t.shape[0], dtype=torch.float64, device=t.device) * spacing
     tolerance = torch.finfo(torch.float32).eps * knots[-1].abs()
     return bool(((knots - exact).abs() <= tolerance).all())
 

@@ -30,12 +30,14 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
 
 class _Calls:
     """Counts calls since a backward pass began or recomputed one, to find those that checkpointing repeats.
+    And remembers whether the last one had to do without the kernels.
 
     Not attributes of the module, which are slow to set.
     """
 
     count = 0
     backward_began = False
+    fell_back = False  # from the kernels, which failed their trial
 
     def repeated(self) -> bool:
         """Whether activation checkpointing repeats an earlier call; counts the other calls."""
@@ -139,8 +141,10 @@ class SIGReg(nn.Module):
 
     @property
     def chosen_impl(self) -> str:
-        """The implementation in use on the module's device: what "auto" means there for float32."""
-        return resolve_implementation(self.impl, self.step.device)
+        """The implementation in use on the module's device: what "auto" means there for float32, or "torch"
+        if the kernels failed the trial of the last call."""
+        chosen = resolve_implementation(self.impl, self.step.device)
+        return "torch" if chosen == "triton" and self.impl == "auto" and self._calls.fell_back else chosen
 
     def forward(self, z: Tensor, step: int | Tensor | None = None) -> Tensor:
         """SIGReg of embeddings z (..., N, K).
@@ -173,10 +177,12 @@ class SIGReg(nn.Module):
         if moved and not torch.compiler.is_compiling():
             with torch.inference_mode(False):  # step and knots must serve a later training step
                 self.to(z.device)  # once, instead of copying the knots at every call
-        knots = self._knots if z.dtype == torch.float64 else self._placed_knots
+        knots = self._placed_knots if z.dtype != torch.float64 else self._exact_knots
         options = Options(self.unbiased, self.reduction, self.scale_by_n, self.precision)
         if self.impl == "auto" and chosen == "triton":
             chosen = after_trial(z, self.num_slices, knots, options, group)
+            if not torch.compiler.is_compiling():
+                self._calls.fell_back = chosen == "torch"
         buffer = self.step
         advances = step is None and self.training
         recomputed = advances and self._calls.repeated()
@@ -195,7 +201,7 @@ class SIGReg(nn.Module):
             )
             if advances and not recomputed:
                 buffer.add_(1)  # after its use: a copy would be one more launch
-        loss = sigreg_unchecked(z, A, scale if z.dtype.itemsize == 2 else None, knots, options, group, chosen)
+        loss = sigreg_unchecked(z, A, scale if z.dtype.itemsize <= 2 else None, knots, options, group, chosen)
         if loss.requires_grad and not (transforming() or torch.compiler.is_compiling()):
             loss.register_hook(self._calls.note_backward)
         return loss.float()
@@ -212,12 +218,16 @@ class SIGReg(nn.Module):
         return new
 
     def _place_knots(self) -> None:
-        """Put float32 knots on the device of the module.
+        """Put the knots on the device of the module, in float32 and for float64 embeddings as they are.
 
         They are no buffers: `.bfloat16()` must not round them, nor `to_empty` leave them without values.
         """
-        t, phi, weights = (a.to(self.step.device, torch.float32) for a in self._knots[:3])
-        self._placed_knots = Knots(t, phi, weights, self._knots.spacing)
+        device, (*tensors, spacing) = self.step.device, self._knots
+        t, phi, weights = (a.to(device, torch.float32) for a in tensors)
+        self._placed_knots = Knots(t, phi, weights, spacing)
+        if device.type != "mps":  # which has no float64
+            tensors = [a.to(device) for a in tensors]
+        self._exact_knots = Knots(*tensors, spacing)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SIGReg":
         step = self.step

@@ -6,6 +6,7 @@ import gc
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -81,6 +82,21 @@ def lejepa_loss(**options: Any):
     return lambda z: loss_fn(z[:2], z).total
 
 
+def trial(rank: int, x: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Of "auto", which tries the kernels first, while rank 0 alone counts operations; then with embeddings
+    (V, N, K) from channels (V, K, N), which are contiguous on rank 1 alone, as it has one sample."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
+    module = SIGReg(num_slices=SLICES)
+    found = []
+    with mock.patch("lejepa_fast.regularizer.choose", return_value="triton"):
+        for sizes in ([4, 4], [4, 1]):
+            own = shard(x[:, : sum(sizes)], sizes, rank).mT.contiguous().mT
+            with FlopCounterMode(display=False) if rank == 0 else contextlib.nullcontext():
+                found.append({"value": module(own)})
+    return found
+
+
 def run(rank: int, folder: str) -> None:
     """This rank of four, of two if it is one of the first, and rank 0 alone: `folder/WORLD_SIZE-RANK.pt`."""
     os.environ["TRITON_INTERPRET"] = "1"  # impl="triton" on CPU tensors, in these processes only
@@ -125,6 +141,7 @@ def collect(rank: int, world_size: int, modules: dict[str, Any]) -> dict[Any, An
     for impl in ("reference", "torch", "triton") if world_size == 2 else ():
         results["nothing", impl] = gradient_of_input(x[:, :0].float(), plain(impl))
     if world_size == 2:
+        results["trial"] = trial(rank, batch(torch.float32))
         for impl in ("torch", "triton"):
             model = encoder(torch.float32)
             fully_shard(model, mesh=init_device_mesh("cpu", (2,)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accuracy import COMPILE_BACKEND
 
-from lejepa_fast import directions, sample_directions, sample_unit_directions
+from lejepa_fast import SIGReg, directions, sample_directions, sample_unit_directions
 from lejepa_fast.directions import philox_4x32
 
 GOLDEN = [
@@ -91,6 +91,22 @@ def test_numba_draws_the_same_bits(step, seed, monkeypatch):
 def test_steps_under_vmap_and_seeds_of_numpy():
     A = torch.vmap(lambda step: sample_directions(5, 3, step=step, seed=11))(torch.tensor([6, 7]))
     assert torch.equal(A[1], sample_directions(5, 3, step=7, seed=np.int64(11)))
+
+
+def test_inside_transforms_of_torch_func():
+    x, step = torch.randn(6, 4), torch.tensor(7)
+    for of in (3, step):
+        expected = SIGReg(num_slices=8, impl="reference")(x, of)
+        wanted = x.clone().requires_grad_()
+        SIGReg(num_slices=8, impl="reference")(wanted, of).backward()
+        reg = SIGReg(num_slices=8, impl="reference")
+        gradient, value = torch.func.grad_and_value(lambda z: reg(z, of))(x)  # noqa: B023
+        assert torch.equal(value, expected)
+        torch.testing.assert_close(gradient, wanted.grad)
+    evaluated = SIGReg(num_slices=8, impl="reference").eval()
+    assert torch.func.hessian(evaluated)(x).isfinite().all()
+    each = torch.vmap(torch.func.grad(evaluated))(torch.stack([x, -x]))
+    torch.testing.assert_close(each[0], -each[1])
 
 
 def test_same_in_compiled_code():

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from lejepa_fast import SIGReg
+
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 # What is slow to import: one process does it for all.
 PRELOADED = ["lejepa_fast.regularizer", "torch.distributed._functional_collectives", "torch.distributed.fsdp"]
@@ -105,6 +107,14 @@ def test_compiled_and_sharded_models_get_the_gradient_of_the_whole_batch(results
     expected = single_process(lambda z: worker.functional_loss(z, "reference", False), torch.float32)
     for result in results[2]:
         assert_same(result[f"fsdp {impl}"], expected, 1e-5)
+
+
+def test_all_ranks_try_the_kernels_at_the_same_call(results):
+    x, module = worker.batch(torch.float32), SIGReg(num_slices=worker.SLICES, impl="torch")
+    for number, size in enumerate((8, 5)):
+        expected = module(x[:, :size])
+        for result in results[2]:
+            torch.testing.assert_close(result["trial"][number]["value"], expected)
 
 
 def test_counts_that_neither_bf16_nor_16_bits_can_hold(results):

@@ -12,6 +12,8 @@ from lejepa_fast import (
     SIGReg,
     dispatch,
     functional,
+    sample_directions,
+    sigreg,
     standard_normal_knots,
     symmetric_knots,
 )
@@ -202,6 +204,30 @@ def test_float64_embeddings_get_float64_knots():
         (gradient,) = torch.autograd.grad(reg(x), x)
         gradients.append(gradient)
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
+
+
+def test_knots_of_float64_are_placed_once():
+    reg = SIGReg(num_slices=8).to("meta")
+    assert all(knot.device.type == "meta" for knot in reg._exact_knots[:3])
+    assert all(knot.dtype == torch.float64 for knot in reg._exact_knots[:3])
+
+
+def test_another_default_device_changes_nothing():
+    x, knots = torch.randn(20, 4), standard_normal_knots()
+    A = sample_directions(4, 8, step=0)
+    expected = sigreg(x, A, *knots[:3])
+    with torch.device("meta"):
+        assert torch.equal(sigreg(x, A, *knots[:3]), expected)
+        SIGReg(num_slices=8, knots=knots._replace(spacing="auto"))
+
+
+def test_float8_embeddings_get_unit_vectors():
+    x = torch.randn(2000, 16)
+    reg = SIGReg(num_slices=256).eval()
+    expected = reg(x).item()
+    # Three bits and two: the embeddings are rounded, and the directions turned a little.
+    for dtype, tolerance in ((torch.float8_e4m3fn, 0.1), (torch.float8_e5m2, 0.2)):
+        assert reg(x.to(dtype)).item() == pytest.approx(expected, rel=tolerance)
 
 
 @both

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
-from lejepa_fast import SIGReg, functional, triton_operators
+from lejepa_fast import SIGReg, functional, standard_normal_knots, triton_operators
 
 
 def by_reference(x, A, scale, knots, *, unbiased, scale_by_n, factor, precision, reduce):
@@ -29,6 +31,7 @@ def raising(error):
 def z(request, monkeypatch):
     """Embeddings on a device for which "auto" means the kernels."""
     monkeypatch.setattr(functional, "_trials", {})
+    monkeypatch.setattr(functional, "_failed", set())
     monkeypatch.setattr(
         "lejepa_fast.regularizer.choose", lambda impl, *_, **__: {"auto": "triton"}.get(impl, impl)
     )
@@ -88,6 +91,53 @@ def test_a_cuda_error_is_raised(z, monkeypatch):
     for _ in range(2):  # it is no answer, so nothing is kept
         with pytest.raises(RuntimeError, match="illegal memory access"):
             value_and_gradient(z, "auto")
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("step", [None, 5])
+def test_the_first_call_may_be_inside_activation_checkpointing(z, monkeypatch, caplog, use_reentrant, step):
+    monkeypatch.setattr(triton_operators, "sigreg_value", by_reference)
+    module, other = (SIGReg(num_slices=16, impl=impl) for impl in ("auto", "torch"))
+    found = checkpoint(module, z, step, use_reentrant=use_reentrant)
+    expected = other(z, step)
+    torch.testing.assert_close(found, expected)
+    gradients = []
+    for value in (found, expected):
+        z.grad = None
+        value.backward()
+        gradients.append(z.grad)
+    torch.testing.assert_close(*gradients)
+    assert not caplog.records
+
+
+def test_a_failed_trial_counts_while_operators_are_watched_and_compiled(z, monkeypatch):
+    monkeypatch.setattr(triton_operators, "sigreg_value", lambda *args, **kw: 7 * by_reference(*args, **kw))
+    module = SIGReg(num_slices=16).eval()
+    assert module.chosen_impl == "torch"  # on a CPU
+    expected = SIGReg(num_slices=16, impl="torch").eval()(z)
+    assert torch.equal(module(z), expected)
+    with FlopCounterMode(display=False):
+        assert torch.equal(module(z), expected)
+    monkeypatch.setattr("lejepa_fast.regularizer.resolve_implementation", lambda *_: "triton")
+    assert module.chosen_impl == "torch"
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(z), expected)
+
+
+def test_a_right_value_and_gradient_of_0_or_beyond_float16_pass(z, monkeypatch, caplog):
+    monkeypatch.setattr(triton_operators, "sigreg_value", by_reference)
+    knots = standard_normal_knots()
+    small = knots._replace(weights=1e-4 * knots.weights)
+    for x, options in ((z, {"n_points": 1}), (z.half(), {"knots": small, "scale_by_n": False})):
+        SIGReg(num_slices=16, **options)(x)
+    assert not caplog.records
+
+
+def test_too_little_memory_is_no_fault_of_the_kernels(z, monkeypatch):
+    monkeypatch.setattr(triton_operators, "sigreg_value", raising(torch.OutOfMemoryError("out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        SIGReg(num_slices=16)(z)
+    assert not functional._trials
 
 
 @pytest.mark.parametrize(
