@@ -99,7 +99,7 @@ def table(chosen: Mapping[str, Any]) -> str:
         )
         for name, label in RANKS.items():
             line += "" if found[name] is None else f", {label} {found[name]:.2f}"
-        texts.append(line)
+        texts.append(f"{line}; without any relation 0 ± {(found['runs'] - 1) ** -0.5:.2f}")
     return "\n".join(texts)
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lejepa_fast import SIGReg, standard_normal_knots
 
-COLLAPSE_STD = 0.1
-COLLAPSE_RANK = 2.0
+COLLAPSE_STD, COLLAPSE_STD_FREE = 0.1, 0.01  # with a Gaussian as the target, and without one
+COLLAPSE_RANK = 1.2  # one direction holds 96 % of the variance
 COLLAPSE_RANK_SHARE = 0.02
-LOW_RANK_SHARE = 0.5  # samples of N(0, I) reach 0.6 or more, whatever n and K
+LOW_RANK_SHARE = 0.5  # samples of N(0, I) reach 0.5 or more, for any K and n of 10 or more
 # A spread below this share of the embeddings' magnitude is float32 rounding, not information.
 _NUMERICALLY_CONSTANT = 1e-6
 
@@ -108,16 +108,23 @@ def rank_floors(n: int, dim: int, *, gaussian: bool = True) -> tuple[float, floa
     return min(max(COLLAPSE_RANK, share), low), low
 
 
+def std_floor(*, gaussian: bool = True) -> float:
+    """The standard deviation below which embeddings are collapsed."""
+    return COLLAPSE_STD if gaussian else COLLAPSE_STD_FREE
+
+
 def verdict(std: float, rank: float, n: int, dim: int, *, gaussian: bool = True) -> Verdict:
     """Judge n embeddings in `dim` dimensions by their `embedding_std` and `effective_rank`.
 
-    Collapsed: the std is below 0.1 (all images share one embedding), or the effective rank is below 2 (all
+    Collapsed: the std is below 0.1 (all images share one embedding), or the effective rank is below 1.2 (all
     images lie on a line) or below 2 % of its maximum min(dim, n - 1). Low rank: the effective rank is below
-    half of that maximum. Where the maximum is below 4, half of it is the only floor. Unless the training
-    draws the embeddings to a `gaussian`, which varies in all directions, the 2 % do not count.
+    half of that maximum. Where half of it is below 1.2, it is the only floor. Unless the training draws the
+    embeddings to a standard `gaussian`, the std may fall to 0.01, and the 2 % do not count. Of fewer than 10
+    embeddings the verdict may be wrong.
     """
     collapsed, low = rank_floors(n, dim, gaussian=gaussian)
-    rule = f"collapsed below std {COLLAPSE_STD:g} or rank {collapsed:.3g}, low rank below {low:.3g}"
+    least = std_floor(gaussian=gaussian)
+    rule = f"collapsed below std {least:g} or rank {collapsed:.3g}, low rank below {low:.3g}"
     figures = f"embedding std {std:.3g}, effective rank {rank:.3g} of at most {rank_limit(n, dim)}"
     state: State = "healthy"
     found = "Healthy: the embeddings vary in most directions"
@@ -125,6 +132,6 @@ def verdict(std: float, rank: float, n: int, dim: int, *, gaussian: bool = True)
         state, found = "low rank", "Low rank: no collapse, but few directions hold most of the variance"
     if not rank >= collapsed:
         state, found = "collapsed", "Collapsed: the embeddings vary in too few directions"
-    if not std >= COLLAPSE_STD:
+    if not std >= least:
         state, found = "collapsed", "Collapsed: all images share nearly the same embedding"
     return Verdict(state, f"{found} ({figures}; rule: {rule}).")

@@ -26,6 +26,7 @@ TEMPERATURES = tuple(2.0 ** (step / 2) for step in range(17))
 MAX_STEPS = 12_500
 SMALL_STEP = 2**28  # multiply-adds
 WEIGHT_DECAY = 1e-6
+PRIOR_ROWS = 4
 MEMORY = 2_000_000_000  # bytes on the device
 CHUNK = 1024  # queries of kNN that are compared at a time
 
@@ -60,10 +61,10 @@ def knn_predict(
     Args:
         train_x, train_y: features (n, D) of any float dtype, and classes or numbers (n,).
         test_x: features (m, D) of what to predict.
-        num_classes: classes are 0 .. num_classes - 1. If classes get equal votes, the lowest wins. None:
-            `train_y` are numbers.
+        num_classes: classes are 0 .. num_classes - 1. None: `train_y` are numbers.
         k: number of neighbors that vote; n if n < k.
-        temperature: a neighbor of similarity s votes with weight exp(s / temperature); None: equal votes.
+        temperature: a neighbor of similarity s votes with weight exp(s / temperature). None: equal votes, and
+            of classes with as many votes the one whose neighbors are more similar in all.
         device: where to compute; None: the device of `train_x`.
 
     Raises:
@@ -94,8 +95,8 @@ def knn_predict(
                 best_labels[:] = torch.cat([best_labels, y[index]], dim=1).gather(1, kept)
     predicted = []
     for best, best_labels in zip(similarity.split(CHUNK), labels.split(CHUNK), strict=True):
-        if temperature is None:
-            votes = torch.ones_like(best)
+        if temperature is None:  # less than half a vote for all similarities together
+            votes = torch.ones_like(best) if num_classes is None else 1 + best / (2 * k + 1)
         else:  # relative to the largest, so that no exponential overflows
             votes = ((best - best.amax(dim=1, keepdim=True)) / temperature).exp()
         if num_classes is None:
@@ -195,7 +196,9 @@ class Standardized:
     """Layer-normalizes and standardizes features x (N, D) on the device, by mean and deviation of some rows,
     which stay there if they fit.
 
-    A feature that never varies is set to 0: its rounding noise must not become input.
+    Variances are moderated (Smyth, 2004): drawn toward their mean, as if it had been seen in 4 rows more.
+    The deviations of few rows are chance: of two, each feature would become 1 and -1, however small it is. A
+    feature that never varies is set to 0: its rounding noise must not become input.
     """
 
     def __init__(self, x: Tensor, rows: Tensor, device: torch.device) -> None:
@@ -207,9 +210,10 @@ class Standardized:
         variances, means = (torch.stack(each).double() for each in zip(*found, strict=True))
         shares = torch.tensor([len(part) for part in parts], device=device).double()[:, None] / len(rows)
         mean = (shares * means).sum(dim=0)
-        deviation = (shares * (variances + (means - mean).square())).sum(dim=0).sqrt().float()
+        variance = (shares * (variances + (means - mean).square())).sum(dim=0)
+        moderated = (len(rows) * variance + PRIOR_ROWS * variance.mean()) / (len(rows) + PRIOR_ROWS)
         self.mean = mean.float()
-        self.scale = torch.where(deviation > 1e-6, 1 / deviation, torch.zeros_like(deviation))
+        self.scale = torch.where(variance.sqrt() > 1e-6, moderated.rsqrt(), 0).float()
         self.whole: Tensor | None = None
         if len(rows) * x.shape[1] * 4 <= MEMORY // 2:
             self.whole = torch.empty(len(rows), x.shape[1], device=device)

@@ -61,7 +61,7 @@ class EvalResult:
     image_size: int
     """Side of the evaluated images, in pixels."""
     k: int
-    """Neighbors of kNN."""
+    """Neighbors of kNN: as many as are asked for, but at most the training images of a class on average."""
     no_labels_because: str | None = None
     """Why there is no kNN and no linear probe; None with labels."""
     knn: float | None = None
@@ -82,7 +82,8 @@ class EvalResult:
     few_shot_note: str = ""
     """Which classes have fewer images than that asks for."""
     gaussian: bool = True
-    """Whether the training draws `z_val` to a standard Gaussian: not so of I-JEPA."""
+    """Whether the training draws `z_val` to a standard Gaussian: not so of I-JEPA, nor of masked LeJEPA with
+    SIGReg over single patches, whose mean `z_val` is."""
     seconds: float = field(default=0.0, compare=False)
     """Time that the evaluation took by the clock, in seconds."""
     weights: str | None = None
@@ -192,7 +193,7 @@ def evaluate_model(
     embed = functools.partial(
         embed_source, model, device=device, amp_dtype=amp_dtype, linear_blocks=settings.linear_blocks
     )
-    val, n_train = embed(loader(val_source)), len(train_source)
+    val, n_train, k = embed(loader(val_source)), len(train_source), settings.k
     figures: dict[str, Any] = {}
     if no_labels_because is None:
         train = embed(part(train_images) if 0 < train_images < n_train else loader(train_source))
@@ -201,8 +202,11 @@ def evaluate_model(
             Samples(each.features, each.probe, y[each.targets], each.targets)
             for each, y in ((train, train_y), (val, val_y))
         )
-        probing: dict[str, Any] = {"temperature": settings.temperature, "seed": cfg.seed, "device": device}
-        probing |= {"k": settings.k, "num_classes": num_classes}
+        # Not more neighbors than a class has samples on average: of 5 each, 20 would be mostly of others.
+        k = min(k, max(1, n_train // num_classes)) if num_classes else k
+        # The same draws of labels whatever the run's seed, so that runs can be compared.
+        probing: dict[str, Any] = {"temperature": settings.temperature, "seed": 0, "device": device}
+        probing |= {"k": k, "num_classes": num_classes}
         figures = _figures(fitted, scored, linear_steps, probing)
 
         def fine_tuned(chosen: Samples) -> float:
@@ -245,9 +249,10 @@ def evaluate_model(
         n_train=n_train,
         n_val=len(val.targets),
         image_size=image_size,
-        k=settings.k,
+        k=k,
         no_labels_because=no_labels_because,
-        gaussian=cfg.objective != "ijepa",
+        gaussian=cfg.objective == "lejepa"
+        or (cfg.objective == "masked-lejepa" and cfg.loss.sigreg_over == "image"),
         seconds=time.perf_counter() - began,
         **figures,
     )

@@ -31,7 +31,7 @@ _SHARED = {
 # These matter where both runs were asked for the figures.
 _ASKED_BY = {"evaluation.draws": "evaluation.few_shot", "evaluation.fine_tune": "evaluation.fine_tune"}
 _FIGURES = (
-    ("Embedding std (target 1)", "embedding_std", ".3g"),
+    ("Embedding std (LeJEPA: target 1)", "embedding_std", ".3g"),
     ("Effective rank", "effective_rank", ".3g"),
     ("- untrained", "effective_rank_untrained", ".3g"),
     ("SIGReg of the validation images", "sigreg_val", ".3g"),
@@ -81,7 +81,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     with replaced_folder(out / "comparison") as folder:
         plots.plot_curves(folder / "curves.png", curves, plots.RUNS)
         (folder / "compare.json").write_text(json_text(found), encoding="utf-8")
-        lines = [(row.label, [row.text(name) for name in runs]) for row in _rows(runs)]
+        lines = [(row.label, [row.with_spread(name) for name in runs]) for row in _rows(runs)]
         lines.append(("State", [run.state for run in runs.values()]))
         differ = [(key, list(values.values())) for key, values in settings.items()]
         page = render("comparison.html.j2", folder, found=found, lines=lines, settings=differ)
@@ -137,4 +137,5 @@ def _measured(runs: Mapping[str, RunRecord], which: str) -> list[Row]:
     encoders = {
         name: {figure: run.summary.get(key) for figure, key in keys.items()} for name, run in runs.items()
     }
-    return [*label_rows(encoders), *shot_rows(encoders)]
+    images = {name: run.summary.get("val_images") for name, run in runs.items()}
+    return [*label_rows(encoders, images=images), *shot_rows(encoders)]

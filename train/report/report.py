@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lejepa_fast.train.evaluation.collapse import rank_floors, sigreg_levels
+from lejepa_fast.train.evaluation.collapse import rank_floors, sigreg_levels, std_floor
 from lejepa_fast.train.evaluation.protocol import EvalResult
 from lejepa_fast.train.report import plots
 from lejepa_fast.train.report.overlays import draw_page, to_pixels
@@ -224,6 +224,7 @@ def _summary(
         "sigreg_val": trained.sigreg,
         "sigreg_val_untrained": untrained.sigreg,
         "rank_collapsed_below": collapsed,
+        "std_collapsed_below": std_floor(gaussian=trained.gaussian),
         "rank_low_below": low,
         "collapsed": trained.verdict.state == "collapsed",
         "state": trained.verdict.state,

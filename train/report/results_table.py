@@ -42,6 +42,10 @@ class Row:
         """What follows ± for an encoder; "" where there is nothing."""
         return format(self.spreads[name], self.form) if name in self.spreads else ""
 
+    def with_spread(self, name: str) -> str:
+        """The value of an encoder and its spread."""
+        return f"{self.text(name)} ± {spread}" if (spread := self.spread(name)) else self.text(name)
+
     @property
     def difference(self) -> str:
         """Trained minus untrained, with its sign; "-" where either is missing."""
@@ -65,15 +69,25 @@ def encoder_figures(result: EvalResult) -> dict[str, Any]:
     }
 
 
+def standard_error(accuracy: float, n: int) -> float:
+    """Of an accuracy in percent over n images, by the rule of Agresti and Coull (1998): with two right and
+    two wrong answers more, so that it is not 0 where all are right."""
+    share = (accuracy / 100 * n + 2) / (n + 4)
+    return 100 * (share * (1 - share) / (n + 4)) ** 0.5
+
+
 def label_rows(
-    encoders: Mapping[str, Mapping[str, Any]], *, knn: str = "kNN accuracy (%)", images: int | None = None
+    encoders: Mapping[str, Mapping[str, Any]],
+    *,
+    knn: str = "kNN accuracy (%)",
+    images: Mapping[str, int | None],
 ) -> list[Row]:
     """Rows of the figures that need labels: those that any encoder has.
 
     Args:
         encoders: figures of each, see `encoder_figures`. "regression" tells numbers from classes.
         knn: label of that row.
-        images: of the validation, for the binomial standard errors of accuracies; None: without.
+        images: of the validation of each encoder, for the standard errors of accuracies; None: without.
     """
     classes = {name: each for name, each in encoders.items() if each["regression"] is None}
     numbers = {name: each for name, each in encoders.items() if each["regression"] is not None}
@@ -84,8 +98,8 @@ def label_rows(
         ("fine_tuned", "Fine-tuning (%)"),
     ):
         values = {name: each[key] for name, each in classes.items()}
-        known = {name: value for name, value in values.items() if value is not None} if images else {}
-        errors = {name: (value * (100 - value) / images) ** 0.5 for name, value in known.items()}
+        known = {name: value for name, value in values.items() if value is not None}
+        errors = {name: standard_error(value, n) for name, value in known.items() if (n := images[name])}
         rows.append(Row(label, values, errors, form=".1f"))
     for key, label in {**PROBE_NAMES, "mean": "Always the mean"}.items():
         for figure, form in (("r2", ".3f"), ("mae", ".4g")):
@@ -129,7 +143,9 @@ def table_rows(results: Mapping[str, EvalResult]) -> tuple[list[Row], list[Row]]
     """
     one = next(iter(results.values()))
     encoders = {name: encoder_figures(result) for name, result in results.items()}
-    rows = label_rows(encoders, knn=f"kNN accuracy, k = {one.k} (%)", images=one.n_val)
+    rows = label_rows(
+        encoders, knn=f"kNN accuracy, k = {one.k} (%)", images=dict.fromkeys(results, one.n_val)
+    )
     if TRAINED in results:
         one, ours = results[TRAINED], {name: results[name] for name in (UNTRAINED, TRAINED)}
         levels = sigreg_levels(one.n_val)

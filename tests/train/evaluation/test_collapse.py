@@ -37,7 +37,10 @@ def test_verdict_on_planted_embeddings(name, z, state):
     )
     assert collapse.verdict(1.0, 2.3, 500, 128).state == "collapsed"  # below 2 % of 128
     assert collapse.verdict(1.0, 2.3, 500, 128, gaussian=False).state == "low rank"  # I-JEPA
-    assert collapse.verdict(1.0, 1.9, 500, 128, gaussian=False).state == "collapsed"
+    assert collapse.verdict(1.0, 1.1, 500, 128, gaussian=False).state == "collapsed"
+    assert collapse.verdict(0.05, 100.0, 500, 128).state == "collapsed"
+    assert collapse.verdict(0.05, 100.0, 500, 128, gaussian=False).state == "healthy"  # their scale is free
+    assert collapse.verdict(0.005, 100.0, 500, 128, gaussian=False).state == "collapsed"
     assert collapse.verdict(float("nan"), 50.0, 100, 64).state == "collapsed"
     assert collapse.verdict(1.0, float("nan"), 100, 64).state == "collapsed"
 

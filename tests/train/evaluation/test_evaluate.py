@@ -21,7 +21,7 @@ from lejepa_fast.train import evaluate as command
 from lejepa_fast.train import export
 from lejepa_fast.train.config import DataConfig
 from lejepa_fast.train.engine import random_state
-from lejepa_fast.train.evaluation import protocol
+from lejepa_fast.train.evaluation import few_shot, protocol
 from lejepa_fast.train.evaluation.embeddings import calibrate_batchnorm, embed_source
 from lejepa_fast.train.model.model import LeJEPAModel, build_model
 from lejepa_fast.train.pretrain import pretrain
@@ -175,6 +175,43 @@ def test_the_untrained_encoder_is_evaluated_on_labeled_images(cfg):
     torch.testing.assert_close(calibrated.z_val, result.z_val, rtol=1e-4, atol=1e-5)
     for (name, ours), theirs in zip(model.named_parameters(), build_model(cfg).parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+def test_neighbors_are_at_most_the_images_of_a_class(cfg):
+    def of(k):
+        return evaluate_run(dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, k=k)))
+
+    few = of(20)  # 16 of each class
+    assert (few.k, of(5).k) == (16, 5)
+    assert few.knn == of(16).knn
+
+
+def test_labels_are_drawn_alike_for_runs_of_all_seeds(cfg, monkeypatch):
+    drawn = []
+    draw = few_shot.draw_labels
+    monkeypatch.setattr(few_shot, "draw_labels", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    settings = dataclasses.replace(cfg.eval, few_shot="1", draws=2)
+    for seed in (3, 4):
+        evaluate_run(dataclasses.replace(cfg, eval=settings, seed=seed))
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(torch.stack(drawn[:2]), torch.stack(drawn[2:]))
+
+
+@pytest.mark.parametrize(
+    ("objective", "over", "gaussian"),
+    [
+        ("lejepa", "position", True),
+        ("ijepa", "position", False),
+        ("masked-lejepa", "position", False),
+        ("masked-lejepa", "token", False),
+        ("masked-lejepa", "image", True),
+    ],
+)
+def test_the_mean_of_patches_has_no_gaussian_as_its_target(objective, over, gaussian, cfg):
+    """SIGReg over P patches draws each to N(0, I); the mean of independent ones deviates by P^-1/2."""
+    loss = dataclasses.replace(cfg.loss, sigreg_over=over)
+    trained = dataclasses.replace(cfg, objective=objective, loss=loss)
+    assert evaluate_run(trained, build_model(cfg)).gaussian is gaussian
 
 
 def test_image_size_is_the_setting_or_that_of_the_global_crops(cfg):

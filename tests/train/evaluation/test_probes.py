@@ -65,8 +65,11 @@ def test_memory_on_the_device_is_bounded(probe, monkeypatch):
 
 
 def sklearn_knn(train_x, train_y, test_x, k, temperature):
-    """DINO's vote by scikit-learn, in float64."""
-    votes = "uniform" if temperature is None else lambda distances: np.exp((1 - distances) / temperature)
+    """DINO's vote by scikit-learn, in float64; of equal votes the similarity decides."""
+
+    def votes(distances):
+        return 1 - 1e-6 * distances if temperature is None else np.exp((1 - distances) / temperature)
+
     knn = KNeighborsClassifier(min(k, len(train_x)), metric="cosine", weights=votes)
     knn.fit(train_x.double(), train_y)
     return torch.from_numpy(knn.predict(test_x.double()))
@@ -100,6 +103,19 @@ def test_knn_tie_goes_to_the_lowest_class_and_a_tiny_temperature_does_not_overfl
     train_x = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     samples = train_x, torch.tensor([2, 1]), train_x[:1], torch.tensor([1])
     assert knn_accuracy(*samples, temperature=1e-4, num_classes=3) == 100.0
+    assert knn_accuracy(*samples, temperature=None, num_classes=3) == 100.0
+
+
+def test_of_equal_votes_the_more_similar_neighbors_win():
+    angles = torch.tensor([0.3, 0.4, 0.1, 0.2, 0.05, 2.0])
+    train_x, y = torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([0, 0, 2, 2, 1, 1])
+    query = torch.tensor([[1.0, 0.0]])
+
+    def found(k):
+        return knn_predict(train_x, y, query, num_classes=3, k=k, temperature=None).tolist()
+
+    assert [found(k) for k in (1, 2, 3, 4, 5)] == [[1], [1], [2], [2], [2]]
+    assert found(6) == [2]  # two votes each
 
 
 def test_knn_sends_each_block_of_training_features_once(monkeypatch):
@@ -174,6 +190,19 @@ def test_linear_probe_separates_separable_features_of_any_scale(scale, shift):
     offset = shift * randn(1, 16, seed=5)
     train_x, test_x = train_x * scale + offset, test_x * scale + offset
     assert linear_probe(train_x, train_y, test_x, test_y, num_classes=4, epochs=30) > 99.0
+
+
+def test_linear_probe_of_two_samples_does_not_blow_up_small_features():
+    """By the deviations of two samples, the 56 small features would decide: 71 % on average."""
+
+    def side(n, seed):
+        y = torch.arange(n) % 2
+        x = 0.05 * randn(n, 64, seed=seed)
+        x[:, :8] = 2 * randn(8, seed=7) * (2 * y[:, None] - 1) + randn(n, 8, seed=seed + 500)
+        return x, y
+
+    found = [linear_probe(*side(2, seed), *side(400, 99), num_classes=2) for seed in range(10)]
+    assert min(found) > 90
 
 
 def test_linear_probe_finds_nothing_in_random_labels_and_manages_single_samples():

@@ -60,8 +60,8 @@ def test_two_runs_stand_side_by_side(run, tmp_path, capsys):
     assert {each.name for each in page.parent.iterdir()} == {"compare.html", "compare.json", "curves.png"}
     text = text_of(page)
     for expected in (
-        "kNN accuracy (%) 68.1 70.0 untrained 54.0 54.0 gain +14.1 +16.0",
-        "1 label per class: kNN 33.0 33.0 untrained 22.0 22.0",
+        "kNN accuracy (%) 68.1 ± 2.1 70.0 ± 2.0 untrained 54.0 ± 2.2 54.0 ± 2.2 gain +14.1 +16.0",
+        "1 label per class: kNN 33.0 ± 2.0 33.0 ± 2.0 untrained 22.0 ± 2.0 22.0 ± 2.0",
         "Effective rank 40 40 untrained 20 20",
         "Training speed (images/s) 1,234 1,234",
         "State healthy collapsed",
@@ -144,7 +144,8 @@ def test_numbers_have_their_scores(run, tmp_path):
         "linear probe (R2) 0.500 0.500 untrained 0.200 0.200 gain +0.300 +0.300",
         "linear probe (MAE) 2.5 2.5 untrained 2.5 2.5 Always",
         "Always the mean (R2) -0.010 -0.010 Always the mean (MAE) 4 4 Fine-tuning (R2) 0.532 0.532",
-        "10 labels: Nadaraya-Watson 0.512 0.512 untrained 0.400 0.400 all labels: fine-tuning 0.600 0.600",
+        "10 labels: Nadaraya-Watson 0.512 ± 0.100 0.512 ± 0.100 untrained 0.400 ± 0.100 0.400 ± 0.100 all",
+        "all labels: fine-tuning 0.600 0.600",
     ):
         assert expected in text, expected
     assert "(%)" not in text

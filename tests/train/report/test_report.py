@@ -126,8 +126,8 @@ def test_report_is_complete_and_self_contained(written):
     assert len([tag for tag, _ in page.tags if tag == "img"]) == len(FIGURES)
     cells = " ".join(page.text.split())
     for expected in (
-        "54.0 ± 5.6 66.2 ± 5.3 +12.2",  # 5.3 and 5.6 are the binomial standard errors of 80 images
-        "60.0 ± 5.5 71.5 ± 5.0 +11.5",
+        "54.0 ± 5.4 66.2 ± 5.2 +12.2",  # 5.2 and 5.4 are the standard errors of 80 images
+        "60.0 ± 5.4 71.5 ± 5.0 +11.5",
         "resnet10t",
         "Healthy",
         "(1 - 0.07) · prediction + 0.07 · SIGReg",
@@ -137,7 +137,7 @@ def test_report_is_complete_and_self_contained(written):
         "What the encoder is trained on: a row",
         "64 images in this figure, 80 in the table",
         "Healthy: 6 or more",
-        "Collapsed: fewer than 2,",
+        "Collapsed: fewer than 1.2,",
     ):
         assert expected in cells, expected
     assert "Why the effective rank" not in cells  # it is above that of the untrained encoder
@@ -152,7 +152,13 @@ def test_summary_has_the_promised_keys_and_types(written):
     expected |= {"pretraining_data": "/data/birds", "pretraining_images": 9000, "pretraining_held_out": 1000}
     expected |= {"evaluation_data": "/data/birds", "evaluation": CONFIG["eval"], "num_classes": 6}
     expected |= {"probe_images": 300, "val_images": 80, "effective_rank_limit": 12}
-    expected |= {"rank_low_below": 6.0, "rank_collapsed_below": 2.0, "collapsed": False, "state": "healthy"}
+    expected |= {
+        "rank_low_below": 6.0,
+        "rank_collapsed_below": 1.2,
+        "std_collapsed_below": 0.1,
+        "collapsed": False,
+        "state": "healthy",
+    }
     expected["evaluation_seconds"] = 3.0  # of both encoders
     expected["embedding_std"] = pytest.approx(collapse.embedding_std(randn(80, 12)))
     expected["rankme"] = pytest.approx(collapse.rankme(randn(80, 12)))
@@ -240,8 +246,8 @@ def test_backbones_stand_beside_both_encoders(tmp_path):
     assert found["<b>"].items() >= (OF_BACKBONES | others).items()
     for expected in (
         "untrained trained difference vit_small_patch14_dinov2.lvd142m 64 px, 22.1 M parameters <b> 64 px",
-        "54.0 ± 5.6 66.2 ± 5.3 +12.2 80.0 ± 4.5 70.0 ± 5.1 70.0 ± 5.1 Linear",
-        "60.0 ± 5.5 71.5 ± 5.0 +11.5 85.5 ± 3.9 - - Embedding",
+        "54.0 ± 5.4 66.2 ± 5.2 +12.2 80.0 ± 4.5 70.0 ± 5.0 70.0 ± 5.0 Linear",
+        "60.0 ± 5.4 71.5 ± 5.0 +11.5 85.5 ± 4.0 - - Embedding",
         "resnet:untrained: random weights, 64 px",
         "weights of /weights/b.safetensors, 64 px, 24 features",
         "dinov2.lvd142m: weights of the Hugging Face hub, 64 px",
@@ -259,7 +265,7 @@ def test_backbones_alone_have_a_page_without_figures(tmp_path):
     expected = {"evaluation_data": "/data/birds", "seed": 4, "val_images": 80, "num_classes": 6, "knn_k": 20}
     assert summary.items() >= expected.items()
     assert summary["backbones"]["<b>"]["knn"] == 70.0
-    assert "kNN accuracy, k = 20 (%) 80.0 ± 4.5 70.0 ± 5.1 Linear probe accuracy (%) 85.5 ± 3.9 -" in text
+    assert "kNN accuracy, k = 20 (%) 80.0 ± 4.5 70.0 ± 5.0 Linear probe accuracy (%) 85.5 ± 4.0 -" in text
     assert "Embedding std" not in text
     assert "Labels/data/birds.csv Fine-tuning7 epochs" in text
     assert (summary["evaluation"], "trained" in summary) == (evaluation, False)
