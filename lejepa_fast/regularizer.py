@@ -222,12 +222,12 @@ class SIGReg(nn.Module):
 
         They are no buffers: `.bfloat16()` must not round them, nor `to_empty` leave them without values.
         """
-        device, (*tensors, spacing) = self.step.device, self._knots
-        t, phi, weights = (a.to(device, torch.float32) for a in tensors)
-        self._placed_knots = Knots(t, phi, weights, spacing)
+        device = self.step.device
+        t, phi, weights = (a.to(device, torch.float32) for a in self._knots[:3])
+        self._placed_knots = self._exact_knots = Knots(t, phi, weights, self._knots.spacing)
         if device.type != "mps":  # which has no float64
-            tensors = [a.to(device) for a in tensors]
-        self._exact_knots = Knots(*tensors, spacing)
+            t, phi, weights = (a.to(device) for a in self._knots[:3])
+            self._exact_knots = Knots(t, phi, weights, self._knots.spacing)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SIGReg":
         step = self.step
