@@ -11,7 +11,6 @@ same data that has a row is not trained again.
 """
 
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from lejepa_fast.errors import UsageError
 from lejepa_fast.train import sweep
 from lejepa_fast.train.config import flat
 from lejepa_fast.train.report.plots import report_figure
+from lejepa_fast.train.report.results_table import standard_error
 from lejepa_fast.train.report.run_plots import COLORS, PROBE_LABELS, draw_correlations, draw_loss_plane
 from lejepa_fast.train.report.runs import RunRecord, read_run
 from lejepa_fast.train.report.selection import PROBES, correlate
@@ -122,9 +122,9 @@ def _values(row: Row, between: str) -> str:
 
 
 def _error(rows: Sequence[Row]) -> float:
-    """Binomial standard error of an accuracy, in percent."""
-    share = sum(row["linear_trained"] for row in rows) / len(rows) / 100
-    return 100 * math.sqrt(share * (1 - share) / rows[0]["val_images"])
+    """Standard error of an accuracy, in percent."""
+    mean = sum(row["linear_trained"] for row in rows) / len(rows)
+    return standard_error(mean, rows[0]["val_images"])
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:

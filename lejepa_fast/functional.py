@@ -6,6 +6,7 @@ Only the first stage is large, so only it has several implementations (`dispatch
 2 * J * M numbers per view in plain PyTorch, or in one more kernel.
 """
 
+import contextlib
 import math
 from collections.abc import Hashable
 from typing import Any, Literal, NamedTuple
@@ -178,7 +179,7 @@ def sigreg_unchecked(
 
 _trials: dict[Hashable, bool] = {}
 _failed: set[tuple[torch.dtype, bool]] = set()
-"""Dtypes whose kernels failed a trial, and whether all ranks of a group know."""
+"""Dtypes whose kernels failed a trial, of this process alone (False) and of all ranks (True)."""
 _TRIAL_SAMPLES = 192
 _TRIAL_ERROR = 1e-3
 _TRIAL_ERROR_OF_ROUNDED = 3e-2  # half precision and tf32
@@ -198,7 +199,8 @@ def after_trial(
     Tried once for each kind of problem: value and gradient of a few random samples, against float64. If one
     rank's kernels fail, all ranks of the group do without them: with a group, nothing that may differ between
     ranks decides whether something is tried. A CUDA error is raised: the process can do nothing more on the
-    GPU. Nothing new is tried while torch.compile traces or a CUDA graph is captured.
+    GPU. Too little memory is raised, too, and tried again. Nothing is tried while torch.compile traces or a
+    CUDA graph is captured; then earlier failures with the dtype count.
 
     Args:
         x: embeddings of the call; their device, dtype and dimensions count.
@@ -206,8 +208,9 @@ def after_trial(
         knots, options, group: of the call.
         directions: A and scale of the call; None: the kernels that draw them are tried, too.
     """
+    untried: Chosen = "torch" if (x.dtype, group is not None) in _failed else "triton"
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
-        return "torch" if (x.dtype, group is not None) in _failed else "triton"
+        return untried
     fixed = knots[:3] if directions is None else (*knots[:3], directions[0])
     # Samples of one rank may have another layout: N = 1 is contiguous in any.
     transposed = group is None and x.stride(-1) != 1
@@ -216,23 +219,30 @@ def after_trial(
     kind += (*options, knots.spacing, group and group.group_name, directions and directions[1] is None)
     if kind not in _trials:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return "triton"
-        problem = None
+            return untried
+        problem = no_memory = None
         # Modes that look at operators may be active on one rank alone, such as a counter of operations.
         with _disable_current_modes():
             try:
                 problem = _trial(x, transposed, num_slices, knots, options, directions)
+            except torch.OutOfMemoryError as failure:
+                no_memory = failure
             except Exception as failure:  # compilers raise anything
-                fatal = torch.AcceleratorError, torch.OutOfMemoryError
-                if isinstance(failure, fatal) or "CUDA error" in str(failure):
+                if isinstance(failure, torch.AcceleratorError) or "CUDA error" in str(failure):
                     raise
                 problem = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
-            failed = torch.tensor(float(problem is not None), device=x.device)
+            outcome = torch.tensor(2.0 if no_memory else float(problem is not None), device=x.device)
             if group is not None:
-                dist.all_reduce(failed, group=group)
-            _trials[kind] = not failed.item()
+                dist.all_reduce(outcome, dist.ReduceOp.MAX, group=group)
+            worst = outcome.item()
+        if no_memory:
+            raise no_memory
+        if worst == 2:
+            return "triton"  # until the rank that ran out of memory has tried
+        _trials[kind] = worst == 0
         if not _trials[kind]:
-            _failed.add((x.dtype, group is not None))
+            if group is None or group.size() == dist.get_world_size():
+                _failed.add((x.dtype, group is not None))
             logger.warning(
                 "SIGReg: the Triton kernels failed a trial on %s with %s embeddings of %d dimensions and %d "
                 "directions (%s); taking impl='torch' instead, which is slower. Please report it.",
@@ -241,14 +251,21 @@ def after_trial(
     return "triton" if _trials[kind] else "torch"
 
 
-def _trial(x: Tensor, transposed: bool, *problem: Any) -> str | None:
-    """What the kernels do wrong; None if nothing. The arguments are those of `_tried`."""
-    options: Options = problem[2]
-    right_value, right_gradient = _tried("torch", x, transposed, 1.0, *problem)
+def _trial(
+    x: Tensor,
+    transposed: bool,
+    num_slices: int,
+    knots: Knots,
+    options: Options,
+    directions: tuple[Tensor, Tensor | None] | None,
+) -> str | None:
+    """What the kernels do wrong; None if nothing. With `transposed` samples, else as in `after_trial`."""
+    problem = x, transposed, num_slices, knots, options, directions
+    right_value, right_gradient = _tried("torch", 1.0, *problem)
     # The largest element of the gradient becomes 1: float16 would round a small one to 0.
     largest = right_gradient.abs().max().item()
     factor = 1 / largest if largest > 0 else 1.0
-    value, gradient = _tried("triton", x, transposed, factor, *problem)
+    value, gradient = _tried("triton", factor, *problem)
     rounded = x.dtype.itemsize == 2 or options.precision == "tf32"
     allowed = _TRIAL_ERROR_OF_ROUNDED if rounded else _TRIAL_ERROR
     pairs = (("value", value, right_value), ("gradient", gradient, factor * right_gradient))
@@ -261,9 +278,9 @@ def _trial(x: Tensor, transposed: bool, *problem: Any) -> str | None:
 
 def _tried(
     chosen: Chosen,
+    factor: float,
     x: Tensor,
     transposed: bool,
-    factor: float,
     num_slices: int,
     knots: Knots,
     options: Options,
@@ -276,7 +293,9 @@ def _tried(
     generator = torch.Generator(device).manual_seed(0)
     # The first call may come in inference mode, whose tensors autograd does not take, and inside activation
     # checkpointing, whose hooks would take those that are saved here for its own.
-    kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    kept: Any = contextlib.nullcontext()
+    if torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with torch.inference_mode(False), torch.enable_grad(), kept:
         z = (2 * torch.randn(_TRIAL_SAMPLES, dim, device=device, generator=generator)).to(x.dtype)
         z = z.T.contiguous().T if transposed else z
@@ -284,7 +303,7 @@ def _tried(
             A, scale = sample_unit_directions(
                 dim, num_slices, step=0, device=device, dtype=x.dtype, impl=chosen
             )
-            directions = A, scale if x.dtype.itemsize == 2 else None
+            directions = A, scale if x.dtype.itemsize <= 2 else None
         tensors = (z, *directions, *knots[:3])
         given: list[Any] = [None if a is None else a.detach().clone() for a in tensors]  # clones keep strides
         if chosen == "torch":

@@ -12,6 +12,7 @@ from lejepa_fast import (
     SIGReg,
     dispatch,
     functional,
+    regularizer,
     sample_directions,
     sigreg,
     standard_normal_knots,
@@ -206,10 +207,15 @@ def test_float64_embeddings_get_float64_knots():
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
 
 
-def test_knots_of_float64_are_placed_once():
+def test_knots_of_float64_are_on_the_device_already(monkeypatch):
+    seen = []
+    original = regularizer.sigreg_unchecked
+    monkeypatch.setattr(
+        regularizer, "sigreg_unchecked", lambda *args: seen.append(args[3]) or original(*args)
+    )
     reg = SIGReg(num_slices=8).to("meta")
-    assert all(knot.device.type == "meta" for knot in reg._exact_knots[:3])
-    assert all(knot.dtype == torch.float64 for knot in reg._exact_knots[:3])
+    reg(torch.empty(5, 4, dtype=torch.float64, device="meta"))
+    assert {(knot.device.type, knot.dtype) for knot in seen[0][:3]} == {("meta", torch.float64)}
 
 
 def test_another_default_device_changes_nothing():

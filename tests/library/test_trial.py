@@ -2,6 +2,7 @@
 
 import re
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -131,6 +132,22 @@ def test_a_right_value_and_gradient_of_0_or_beyond_float16_pass(z, monkeypatch, 
     for x, options in ((z, {"n_points": 1}), (z.half(), {"knots": small, "scale_by_n": False})):
         SIGReg(num_slices=16, **options)(x)
     assert not caplog.records
+
+
+def test_a_failure_counts_in_a_captured_graph_and_where_hooks_are_disabled(z, monkeypatch, caplog):
+    monkeypatch.setattr(triton_operators, "sigreg_value", by_reference)
+    with torch.autograd.graph.disable_saved_tensors_hooks("no hooks"):
+        SIGReg(num_slices=16)(z)
+    assert not caplog.records
+    monkeypatch.setattr(triton_operators, "sigreg_value", lambda *args, **kw: 7 * by_reference(*args, **kw))
+    arguments = standard_normal_knots(), functional.Options(False, "mean", True, None), None
+    assert functional.after_trial(z, 8, *arguments) == "torch"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    captured = mock.Mock(wraps=z, is_cuda=True, device=z.device, dtype=z.dtype, shape=z.shape)
+    captured.stride.side_effect = z.stride
+    assert functional.after_trial(captured, 9, *arguments) == "torch"  # another kind, untried
+    monkeypatch.setattr(functional, "_failed", set())
+    assert functional.after_trial(captured, 9, *arguments) == "triton"
 
 
 def test_too_little_memory_is_no_fault_of_the_kernels(z, monkeypatch):

@@ -3,7 +3,7 @@
 Of the untrained encoder this is supervised training from scratch. Random resized crops (area 0.3 to 1) and
 flips; AdamW with weight decay 0.05, batch 64, linear warm-up over a tenth of the steps and a cosine to 0,
 gradients clipped at norm 1. At least 100 steps, so that few labels are enough. The rate is chosen from 1e-4
-and 1e-3 on a fifth of the TRAINING images; then the encoder is trained on all of them.
+and 1e-3 on a fifth of the TRAINING images, by `held_out_losses`; then the encoder is trained on all of them.
 """
 
 import copy

@@ -184,7 +184,7 @@ def linear_probe(
             for rows, by_rate in fit(samples[~held_out], rates)(train_x, samples[held_out]):
                 targets = y[rows.to(device)]
                 losses += torch.stack([held_out_losses(each, targets) for each in by_rate])
-            rate = rates[int(losses.amin(dim=1).argmin())]
+            rate = rates[int(losses.nan_to_num(nan=math.inf).amin(dim=1).argmin())]
         else:  # there is no choice, or every class has a single sample
             rate = min(rates, key=lambda rate: abs(math.log(rate / 1e-3)))
         blocks = fit(samples, [rate])(test_x, torch.arange(len(test_x)))
