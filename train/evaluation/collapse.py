@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lejepa_fast import SIGReg, standard_normal_knots
 
-COLLAPSE_STD, COLLAPSE_STD_FREE = 0.1, 0.01  # with a Gaussian as the target, and without one
+COLLAPSE_STD, COLLAPSE_STD_FREE = 0.1, 0.03  # with a Gaussian as the target, and without one
 COLLAPSE_RANK = 1.2  # one direction holds 96 % of the variance
 COLLAPSE_RANK_SHARE = 0.02
 LOW_RANK_SHARE = 0.5  # samples of N(0, I) reach 0.57 or more, from 20 of them on
@@ -119,7 +119,7 @@ def verdict(std: float, rank: float, n: int, dim: int, *, gaussian: bool = True)
     Collapsed: the std is below 0.1 (all images share one embedding), or the effective rank is below 1.2 (all
     images lie on a line) or below 2 % of its maximum min(dim, n - 1). Low rank: the effective rank is below
     half of that maximum. Where half of it is below 1.2, it is the only floor. Unless the training draws the
-    embeddings to a standard `gaussian`, the std may fall to 0.01, and the 2 % do not count. Of fewer than 10
+    embeddings to a standard `gaussian`, the std may fall to 0.03, and the 2 % do not count. Of fewer than 10
     embeddings the verdict may be wrong.
     """
     collapsed, low = rank_floors(n, dim, gaussian=gaussian)
