@@ -70,6 +70,19 @@ def test_autocast_and_checkpointing_change_nothing():
         assert torch.equal(plain(x, step=0), expected.detach())
 
 
+def test_views_whose_memory_has_the_other_sign():
+    """The imaginary part of a conjugate is a lazy negation, which kernels would not see."""
+    x, knots = torch.complex(normal(9, 5), normal(9, 5)).conj().imag, standard_normal_knots()
+    A = directions(5, 6)
+    assert x.is_neg()
+    gradients = []
+    for samples in (x, x.resolve_neg().clone()):
+        samples = samples.detach().requires_grad_()
+        sigreg(samples, A, *knots[:3], impl="triton").backward()
+        gradients.append(samples.grad)
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("spacing", [0.1875, None])
 def test_knots_and_scale_may_have_any_strides(spacing):
     x, A = normal(7, 5), directions(5, 6)
