@@ -260,60 +260,50 @@ def _trial(
     directions: tuple[Tensor, Tensor | None] | None,
 ) -> str | None:
     """What the kernels do wrong; None if nothing. With `transposed` samples, else as in `after_trial`."""
-    problem = x, transposed, num_slices, knots, options, directions
-    right_value, right_gradient = _tried("torch", 1.0, *problem)
-    # The largest element of the gradient becomes 1: float16 would round a small one to 0.
-    largest = right_gradient.abs().max().item()
-    factor = 1 / largest if largest > 0 else 1.0
-    value, gradient = _tried("triton", factor, *problem)
-    rounded = x.dtype.itemsize == 2 or options.precision == "tf32"
-    allowed = _TRIAL_ERROR_OF_ROUNDED if rounded else _TRIAL_ERROR
-    pairs = (("value", value, right_value), ("gradient", gradient, factor * right_gradient))
-    for part, found, right in pairs:
-        error, size = (found - right).norm().item(), right.norm().item()
-        if not error <= allowed * size:
-            return f"the {part} is off by {error / size if size else math.inf:.1e} of its size"
-    return None
+    dim, device, half = x.shape[-1], x.device, x.dtype.itemsize <= 2
 
+    def tried(chosen: Chosen, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Value and gradient times `factor` of samples like x, far from N(0, 1), where the unbiased statistic
+        is about 0. By the kernels, or in float64 by the streaming implementation."""
+        z = 2 * torch.randn(
+            _TRIAL_SAMPLES, dim, device=device, generator=torch.Generator(device).manual_seed(0)
+        )
+        z = z.to(x.dtype).T.contiguous().T if transposed else z.to(x.dtype)
+        if directions is None:
+            A, scale = sample_unit_directions(
+                dim, num_slices, step=0, device=device, dtype=x.dtype, impl=chosen
+            )
+            tensors = z, A, scale if half else None, *knots[:3]
+        else:
+            tensors = z, *directions, *knots[:3]
+        given: list[Any] = [None if a is None else a.detach().clone() for a in tensors]  # clones keep strides
+        if chosen == "torch":
+            given = [None if a is None else a.double() for a in given]
+        z, A, scale, t, phi, weights = given
+        z.requires_grad_()
+        own = Knots(t, phi, weights, knots.spacing)
+        value = sigreg_unchecked(z, A, scale, own, options, None, chosen)
+        (gradient,) = torch.autograd.grad(factor * value.sum(), z)
+        return value.detach().double(), gradient.double()
 
-def _tried(
-    chosen: Chosen,
-    factor: float,
-    x: Tensor,
-    transposed: bool,
-    num_slices: int,
-    knots: Knots,
-    options: Options,
-    directions: tuple[Tensor, Tensor | None] | None,
-) -> tuple[Tensor, Tensor]:
-    """Value and gradient times `factor` of samples like x, far from N(0, 1), where the unbiased statistic is
-    about 0. By the kernels, or in float64 by the streaming implementation.
-    """
-    dim, device = x.shape[-1], x.device
-    generator = torch.Generator(device).manual_seed(0)
     # The first call may come in inference mode, whose tensors autograd does not take, and inside activation
     # checkpointing, whose hooks would take those that are saved here for its own.
     kept: Any = contextlib.nullcontext()
     if torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with torch.inference_mode(False), torch.enable_grad(), kept:
-        z = (2 * torch.randn(_TRIAL_SAMPLES, dim, device=device, generator=generator)).to(x.dtype)
-        z = z.T.contiguous().T if transposed else z
-        if directions is None:
-            A, scale = sample_unit_directions(
-                dim, num_slices, step=0, device=device, dtype=x.dtype, impl=chosen
-            )
-            directions = A, scale if x.dtype.itemsize <= 2 else None
-        tensors = (z, *directions, *knots[:3])
-        given: list[Any] = [None if a is None else a.detach().clone() for a in tensors]  # clones keep strides
-        if chosen == "torch":
-            given = [None if a is None else a.double() for a in given]
-        z, A, scale, t, phi, weights = given
-        z.requires_grad_()
-        knots = Knots(t, phi, weights, knots.spacing)
-        value = sigreg_unchecked(z, A, scale, knots, options, None, chosen)
-        (gradient,) = torch.autograd.grad(factor * value.sum(), z)
-    return value.detach().double(), gradient.double()
+        right_value, right_gradient = tried("torch")
+        # The largest element of the gradient becomes 1: float16 would round a small one to 0.
+        largest = right_gradient.abs().max().item()
+        factor = 1 / largest if largest > 0 else 1.0
+        value, gradient = tried("triton", factor)
+    allowed = _TRIAL_ERROR_OF_ROUNDED if half or options.precision == "tf32" else _TRIAL_ERROR
+    pairs = (("value", value, right_value), ("gradient", gradient, factor * right_gradient))
+    for part, found, right in pairs:
+        error, size = (found - right).norm().item(), right.norm().item()
+        if not error <= allowed * size:
+            return f"the {part} is off by {error / size if size else math.inf:.1e} of its size"
+    return None
 
 
 def resolve_spacing(spacing: float | str | None, t: Tensor) -> float | None:
